@@ -1,0 +1,93 @@
+#!/usr/bin/env bash
+# Evaluates a model, with or without an adapter, and prints the table of all evaluations in the results folder.
+#
+#   bash cmd_eval.sh                                                          the demo's taught model and its adapters
+#   BASE_OR_REFT=base MODEL=taught/model PROFILE=llama3.1 DATA_DIR=tofu bash cmd_eval.sh
+#   BASE_OR_REFT=reft REFT_PATH=results/llama3.1/gd MODEL=taught/model PROFILE=llama3.1 DATA_DIR=tofu bash cmd_eval.sh
+#
+# Variables of the published script:
+#   BASE_OR_REFT  base: MODEL as it is. reft: MODEL with the adapter REFT_PATH. Not given, REFT_PATH neither: the model
+#                 as it is, then with every adapter that cmd_grun.sh left in RESULTS
+#   REFT_PATH     folder or hub id of an adapter
+#   JSON_FILE     the forget split, such as forget05 (data.forget)
+#   USE_LORA, LORA_PATH, QUANT, DATA_TASK   not built yet: end it with status 2 ("no" and "None" are accepted)
+#
+# Ours (relative paths are relative to the repository's folder):
+#   PROFILE       settings to start from (default demo; `python -m grun list profiles`), or a YAML file
+#   MODEL         folder or hub id of the model; needed with every profile but the demo's, whose taught model is found
+#                 again, or taught
+#   DATA_DIR      folder of the data (data.path)
+#   RESULTS       folder that gets evaluation/NAME: before, or the adapter's folder name (default results/PROFILE)
+#   DRY_RUN       1: print the commands instead, one a line
+#
+# Arguments: key=value, an option of `python -m grun evaluate` (see its --help); evaluate.key=value is the same, and in
+# the demo data.key=value goes to finetune too, whose options are finetune.key=value. All are checked before
+# anything runs; unknown ones end it with status 2.
+set -euo pipefail
+cd "$(dirname "$0")"
+. scripts/stages.sh
+
+PROFILE=${PROFILE:-demo}
+MODEL=${MODEL:-}
+RESULTS=${RESULTS:-results/$(basename "$PROFILE" .yaml)}
+REFT_PATH=${REFT_PATH:-}
+BASE_OR_REFT=${BASE_OR_REFT:-}
+if [ -z "$BASE_OR_REFT" ] && [ -n "$REFT_PATH" ]; then BASE_OR_REFT=reft; fi
+STAGES="evaluate report"
+DEFAULT_STAGE=evaluate
+if [ -z "$MODEL" ] && [ "$PROFILE" = demo ]; then STAGES="finetune $STAGES"; fi
+read_overrides "$@"
+
+built="base models and GRUN adapters are evaluated, unquantized, on every set: BASE_OR_REFT, REFT_PATH, JSON_FILE"
+for setting in "USE_LORA=${USE_LORA:-no}" "LORA_PATH=${LORA_PATH:-no}" "QUANT=${QUANT:-no}" "DATA_TASK=${DATA_TASK:-no}"
+do
+  case "$setting" in
+    *=no | *=None) ;;
+    *) refuse "$setting is not built yet; $built" ;;
+  esac
+done
+case "$BASE_OR_REFT" in
+  '' | base) ;;
+  reft) [ -n "$REFT_PATH" ] || refuse "BASE_OR_REFT=reft needs REFT_PATH, the folder of an adapter" ;;
+  *) refuse "BASE_OR_REFT=$BASE_OR_REFT; expected base or reft" ;;
+esac
+if [ -z "$MODEL" ] && [ "$PROFILE" != demo ]; then
+  refuse "PROFILE=$PROFILE needs MODEL, the folder or hub id of the model to evaluate"
+fi
+if [ -n "${JSON_FILE:-}" ]; then
+  evaluate_overrides=("data.forget=$JSON_FILE" ${evaluate_overrides[@]+"${evaluate_overrides[@]}"})
+fi
+
+if dry_run; then NEED_SETUP=0; fi
+. scripts/environment.sh
+
+if [ -z "$MODEL" ]; then
+  finetune_command all
+  check_command
+fi
+evaluate_command "${MODEL:-models/taught}" before
+check_command
+report_command
+check_command
+
+if [ -z "$MODEL" ]; then
+  teach all
+  MODEL=$TAUGHT
+fi
+if [ "$BASE_OR_REFT" != reft ]; then
+  evaluate_command "$MODEL" before
+  run_stage "evaluate: $MODEL"
+fi
+if [ "$BASE_OR_REFT" = reft ]; then
+  evaluate_command "$MODEL" "$(basename "$REFT_PATH")" "$REFT_PATH"
+  run_stage "evaluate: $REFT_PATH"
+elif [ -z "$BASE_OR_REFT" ]; then
+  for settings in "$RESULTS"/*/adapter_config.json; do
+    if [ ! -f "$settings" ]; then continue; fi
+    adapter=$(dirname "$settings")
+    evaluate_command "$MODEL" "$(basename "$adapter")" "$adapter"
+    run_stage "evaluate: $adapter"
+  done
+fi
+report_command
+run_stage report

@@ -1,0 +1,19 @@
+#!/usr/bin/env bash
+# ruff, mypy and the tests, under 8 minutes on two cores. Stops at the first that fails.
+#
+#   bash cmd_test.sh                               all three
+#   bash cmd_test.sh tests/test_x.py -k name       pytest alone, with these arguments
+#   bash cmd_test.sh --slow [pytest arguments]     only the tests marked slow
+set -euo pipefail
+cd "$(dirname "$0")"
+NEED_DEV=1
+. scripts/environment.sh
+
+if [ $# -eq 0 ]; then
+  "$PYTHON" -m ruff check .
+  "$PYTHON" -m mypy
+elif [ "$1" = --slow ]; then
+  shift
+  set -- -m slow "$@"
+fi
+exec "$PYTHON" -m pytest -q "$@"

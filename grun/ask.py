@@ -1,0 +1,48 @@
+"""`python -m grun generate`: answer questions, with the gates beside the answers."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+from grun.config import GenerateConfig
+
+
+def ask(config: GenerateConfig, questions: list[str]) -> None:
+    """Print the answer to each of `questions`; without any, ask on the terminal until an empty line.
+
+    With an adapter, the answer of the untouched base is printed beside the edited one.
+    """
+    from grun.data import templates
+    from grun.evaluation.generation import generate_answers
+    from grun.loading import load_base
+    from grun.method.model import GrunModel
+
+    base, tokenizer, stored = load_base(config.model)
+    model: Any = base
+    if config.adapter is not None:
+        model = GrunModel.from_pretrained(base, config.adapter, strict=config.strict)
+        model.gate_threshold = config.gate_threshold
+        stored = model.template or stored
+    template = templates.resolve(config.data.template, stored, tokenizer, config.data.system_prompt, config.data.date)
+    pad_id = int(tokenizer.pad_token_id)
+    for question in questions or _from_terminal():
+        prompt = [templates.encode_prompt(template, tokenizer, question)]
+        (answer,) = generate_answers(model, tokenizer, prompt, 1, config.max_new_tokens, pad_id)
+        print(f"{question}\n  answer: {answer.text}")
+        if answer.gates is not None:
+            gates = "  ".join(f"block {block}: {gate:.3f}" for block, gate in sorted(answer.gates.items()))
+            print(f"  gates:  {gates}")
+            with model.disabled():
+                (without,) = generate_answers(base, tokenizer, prompt, 1, config.max_new_tokens, pad_id)
+            print(f"  without the adapter: {without.text}")
+
+
+def _from_terminal() -> Iterator[str]:
+    print("Ask a question; an empty line ends.", file=sys.stderr)
+    lines: Iterable[str] = sys.stdin
+    for line in lines:
+        if not line.strip():
+            return
+        yield line.strip()

@@ -1,0 +1,100 @@
+"""Checks of a resolved config that need no model and no data, so that a wrong option fails before anything runs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from grun.config import FinetuneConfig, TrainConfig, UnlearnConfig
+from grun.errors import ConfigError
+from grun.registry import unknown_name
+
+ENGINES = ("plain",)
+SUBSETS = ("all", "without_forget")
+DATA_NAMES = ("demo", "tofu", "jsonl")
+DTYPES = ("auto", "float32", "bfloat16", "float16", "float64")
+
+QUIRKS = {
+    "retain_fixed_pairing": "each forget row meets the same retain row in every epoch (195 of 3,800 rows on forget05)",
+    "dropout_on_hidden": "dropout acts on the whole edited state, not on the change alone",
+}
+"""Published behavior that is not the default, by the name of its switch."""
+COMPAT = {"grun-paper": tuple(QUIRKS)}
+"""Quirks that each published source has."""
+
+
+def check(config: Any) -> None:
+    """ConfigError for the first name that is unknown or number that is out of range."""
+    if hasattr(config, "data"):
+        one_of("data.name", config.data.name, DATA_NAMES)
+        one_of("data.subset", config.data.subset, SUBSETS)
+        one_of("model.dtype", config.model.dtype, DTYPES)
+        _check_template(config.data.template)
+    if isinstance(config, FinetuneConfig | UnlearnConfig):
+        check_train(config.train)
+    if isinstance(config, UnlearnConfig):
+        _check_unlearn(config)
+    if hasattr(config, "max_new_tokens"):
+        positive("max_new_tokens", config.max_new_tokens)
+        threshold = config.gate_threshold
+        if threshold is not None and not 0 <= threshold <= 1:
+            raise ConfigError(f"gate_threshold={threshold} must be a probability between 0 and 1")
+
+
+def check_train(config: TrainConfig) -> None:
+    """Ranges of the training options."""
+    positive("train.epochs", config.epochs)
+    positive("train.batch_size", config.batch_size)
+    positive("train.lr", config.lr)
+    if config.micro_batch_size is not None:
+        positive("train.micro_batch_size", config.micro_batch_size)
+    for name in ("warmup", "weight_decay", "max_grad_norm", "question_weight", "save_steps", "keep_checkpoints"):
+        if (value := getattr(config, name)) < 0:
+            raise ConfigError(f"train.{name}={value} must not be negative")
+    one_of("train.engine", config.engine, ENGINES)
+
+
+def quirks_in_force(config: UnlearnConfig) -> list[str]:
+    """Names of the published quirks that `compat` and `quirks` switch on, in a fixed order."""
+    if config.compat is not None:
+        one_of("compat", config.compat, tuple(COMPAT))
+    for quirk in config.quirks:
+        one_of("quirk", quirk, tuple(QUIRKS))
+    wanted = {*config.quirks, *(COMPAT[config.compat] if config.compat else ())}
+    return [quirk for quirk in QUIRKS if quirk in wanted]
+
+
+def positive(name: str, value: float) -> None:
+    """ConfigError unless value > 0."""
+    if not value > 0:
+        raise ConfigError(f"{name}={value} must be greater than 0")
+
+
+def one_of(name: str, value: str, known: tuple[str, ...]) -> None:
+    """ConfigError unless value is known."""
+    if value not in known:
+        raise ConfigError(unknown_name(name, value, list(known)))
+
+
+def _check_unlearn(config: UnlearnConfig) -> None:
+    from grun.method.gate import GATES
+    from grun.objectives.presets import build_objective
+    from grun.parametrization import PARAMETRIZATIONS
+
+    method = config.method
+    one_of("parametrization", method.parametrization, tuple(PARAMETRIZATIONS.names()))
+    one_of("gate", method.gate, tuple(GATES.names()))
+    positive("method.rank", method.rank)
+    if not 0 <= method.dropout < 1:
+        raise ConfigError(f"method.dropout={method.dropout} must lie in [0, 1)")
+    twice = sorted({block for block in method.blocks if method.blocks.count(block) > 1})
+    if twice or not method.blocks:
+        raise ConfigError(f"method.blocks={method.blocks} must name at least one block, each once")
+    build_objective(config.objective, config.loss, gated=method.parametrization == "grun" and method.gate != "none")
+    quirks_in_force(config)
+
+
+def _check_template(name_or_text: str) -> None:
+    from grun.data.templates import TEMPLATES
+
+    if "{" not in name_or_text:
+        one_of("template", name_or_text, ("auto", *TEMPLATES.names()))

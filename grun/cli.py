@@ -1,0 +1,197 @@
+"""The command line: `python -m grun COMMAND key=value ...`.
+
+Results that a script wants (the folder of a taught model or of an adapter) are the last line on stdout; progress and
+messages go to stderr. Nothing heavy is imported before a command needs it.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import grun
+from grun.errors import GrunError
+
+COMMANDS = {
+    "finetune": "teach a model the corpus",
+    "unlearn": "make a taught model forget",
+    "evaluate": "measure what a model knows, with or without an adapter",
+    "generate": "answer questions and show the gates",
+    "report": "draw the table and pictures of a results folder",
+    "list": "print the known names: list [objectives|terms|parametrizations|gates|templates|profiles|metrics]",
+    "info": "print versions, devices and caches, for bug reports",
+}
+
+USAGE_ERROR = 2
+FAILURE = 1
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one command; returns the exit status (2: wrong use, 1: any other error, 130: interrupted)."""
+    arguments = sys.argv[1:] if argv is None else argv
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
+    logging.getLogger("grun").setLevel(logging.INFO)
+    try:
+        return _dispatch(arguments)
+    except GrunError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return USAGE_ERROR if type(error).__name__ == "ConfigError" else FAILURE
+    except KeyboardInterrupt:
+        print("interrupted; the same command resumes", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        return FAILURE
+
+
+def _dispatch(arguments: list[str]) -> int:
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(_overview())
+        return 0
+    if arguments[0] == "--version":
+        print(f"grun {grun.__version__}")
+        return 0
+    command, rest = arguments[0], arguments[1:]
+    if command not in COMMANDS:
+        from grun.errors import ConfigError
+        from grun.registry import unknown_name
+
+        raise ConfigError(unknown_name("command", command, list(COMMANDS)))
+    if "-h" in rest or "--help" in rest:
+        print(_help(command))
+        return 0
+    if command == "list":
+        return _list(rest)
+    if command == "info":
+        return _info()
+    return _run(command, rest)
+
+
+def _run(command: str, arguments: list[str]) -> int:
+    from grun import profiles
+    from grun.checks import check
+    from grun.errors import ConfigError
+
+    print_config = "--print-config" in arguments
+    arguments = [argument for argument in arguments if argument != "--print-config"]
+    flags = [argument for argument in arguments if argument.startswith("-")]
+    if flags:
+        raise ConfigError(f"unknown flag {flags[0]}; {command} knows --help and --print-config, options are key=value")
+    questions: list[str] = []
+    if command == "generate":
+        known = {key for key, _, _ in profiles.describe(profiles.COMMANDS[command])}
+        questions = [argument for argument in arguments if argument.partition("=")[0] not in known]
+        arguments = [argument for argument in arguments if argument not in questions]
+    config = profiles.resolve(command, arguments)
+    check(config)
+    if print_config:
+        print(profiles.to_yaml(config), end="")
+        return 0
+    run: dict[str, Callable[[Any], Any]] = {
+        "finetune": _finetune, "unlearn": _unlearn, "evaluate": _evaluate, "report": _report
+    }  # fmt: skip
+    if command == "generate":
+        from grun.ask import ask
+
+        ask(config, questions)
+    else:
+        run[command](config)
+    return 0
+
+
+def _finetune(config: Any) -> None:
+    from grun.finetune import finetune
+
+    print(finetune(config))
+
+
+def _unlearn(config: Any) -> None:
+    from grun.unlearn import unlearn
+
+    print(unlearn(config))
+
+
+def _evaluate(config: Any) -> None:
+    from pathlib import Path
+
+    from grun.evaluation.evaluate import evaluate
+
+    name = Path(config.adapter).name if config.adapter else "base"
+    folder = Path(config.output_dir or f"results/{Path(config.profile).stem}/evaluation/{name}")
+    evaluate(config, folder)
+    print(folder)
+
+
+def _report(config: Any) -> None:
+    from grun.report import make_report
+
+    make_report(config)
+
+
+def _list(arguments: list[str]) -> int:
+    from grun.errors import ConfigError
+    from grun.listing import KINDS, lines
+    from grun.registry import unknown_name
+
+    for kind in arguments:
+        if kind not in KINDS:
+            raise ConfigError(unknown_name("kind", kind, list(KINDS)))
+    for kind in arguments or KINDS:
+        if len(arguments) != 1:
+            print(f"# {kind}")
+        for line in lines(kind):
+            print(line)
+    return 0
+
+
+def _info() -> int:
+    import os
+    import platform
+
+    from grun.runs import versions
+
+    for name, version in versions().items():
+        print(f"{name}: {version}")
+    import torch
+
+    print(f"platform: {platform.platform()}, {os.cpu_count()} processors, {torch.get_num_threads()} torch threads")
+    devices = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
+    print(f"devices: {', '.join(devices) if devices else 'cpu only'}")
+    from huggingface_hub import constants
+
+    print(f"hub cache: {constants.HF_HUB_CACHE} (offline: {constants.is_offline_mode()})")
+    print(f"TOFU data: {os.environ.get('GRUN_TOFU_DIR', 'GRUN_TOFU_DIR is not set; the hub is asked')}")
+    return 0
+
+
+def _overview() -> str:
+    width = max(map(len, COMMANDS))
+    lines = [
+        "python -m grun COMMAND [key=value ...] [--help] [--print-config]",
+        "",
+        "Make a language model forget with a gated low-rank edit (GRUN).",
+        "",
+        *(f"  {name:<{width}}  {text}" for name, text in COMMANDS.items()),
+        "",
+        "Options start from a profile (profile=demo by default; `list profiles`) and are changed by key=value.",
+        "`COMMAND --help` lists every option with its default; --version prints the version.",
+    ]
+    return "\n".join(lines)
+
+
+def _help(command: str) -> str:
+    head = f"python -m grun {command}: {COMMANDS[command]}"
+    if command in ("list", "info"):
+        return head
+    from grun import profiles
+
+    lines = [head, "", "Options (key=value; defaults before the profile's):"]
+    if command == "generate":
+        lines.insert(
+            1, '\npython -m grun generate adapter=FOLDER "question" ...   (without a question: asks on the terminal)'
+        )
+    for key, default, text in profiles.describe(profiles.COMMANDS[command]):
+        shown = "unset" if default is None else default
+        lines.append(f"  {key}={shown}\n      {text}")
+    return "\n".join(lines)

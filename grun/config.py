@@ -1,0 +1,270 @@
+"""Every option of every command: its default, its unit and what it means.
+
+Each field is followed by its docstring, which `python -m grun COMMAND --help` prints. The dataclasses are OmegaConf
+structured configs, so a value of the wrong type or an unknown key is refused. How they are filled from profiles and
+`key=value` arguments is `grun.profiles`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Optional
+
+# OmegaConf reads these annotations at run time and wants typing.Optional.
+# ruff: noqa: UP045
+
+
+@dataclass
+class TinyConfig:
+    """Size of the small Llama that `model.path=tiny` builds, with a tokenizer trained on the corpus."""
+
+    hidden_size: int = 128
+    """Width of the residual stream."""
+    blocks: int = 8
+    """Number of decoder blocks."""
+    heads: int = 2
+    """Attention heads; hidden_size must be a multiple."""
+    intermediate_size: int = 384
+    """Width of the feed-forward layer."""
+    vocabulary: int = 2048
+    """Largest vocabulary of the byte-pair tokenizer, control tokens included."""
+    context: int = 512
+    """Longest sequence, tokens."""
+
+
+@dataclass
+class ModelConfig:
+    """Which base model, and how it is loaded."""
+
+    path: Optional[str] = None
+    """Hub id or folder of the model; `tiny` builds a small Llama. Unset: what the profile teaches."""
+    revision: Optional[str] = None
+    """Branch, tag or commit of a hub model."""
+    dtype: str = "auto"
+    """Type of the weights: auto (as stored), float32, bfloat16, float16, float64."""
+    device: str = "auto"
+    """auto (one GPU if there is one, else CPU), cpu, cuda, mps. CUDA_VISIBLE_DEVICES chooses among several GPUs."""
+    attention: Optional[str] = None
+    """Attention implementation handed to transformers (sdpa, eager, flash_attention_2); unset: its default."""
+    trust_remote_code: bool = False
+    """Run model code that comes with the weights."""
+    tiny: TinyConfig = field(default_factory=TinyConfig)
+
+
+@dataclass
+class DemoConfig:
+    """Sizes of the generated corpus of invented people."""
+
+    forget: int = 8
+    """People to forget."""
+    retain: int = 56
+    """People whose rows are used in unlearning as what must stay."""
+    heldout: int = 10
+    """People the model is taught, but who are never used in unlearning or in choosing settings."""
+    unknown: int = 10
+    """People the model is never taught."""
+    refused: int = 20
+    """Further people never taught: questions about them, answered by a refusal, are part of what is taught."""
+    questions: int = 5
+    """Questions per person."""
+    seed: int = 0
+    """Seed of the generator."""
+
+
+@dataclass
+class DataConfig:
+    """Which rows, and how they become tokens."""
+
+    name: str = "demo"
+    """demo (generated), tofu (TOFU's files) or jsonl (your own files)."""
+    path: Optional[str] = None
+    """tofu: folder of the files, else GRUN_TOFU_DIR, else the hub; jsonl: folder that forget and retain lie in."""
+    forget: str = "forget05"
+    """tofu: forget split; jsonl: file of the rows to forget."""
+    retain: Optional[str] = None
+    """tofu: retain split (unset: the complement of forget); jsonl: file of the rows to keep."""
+    subset: str = "all"
+    """What finetune teaches: all rows, or without_forget (the retain-only reference)."""
+    heldout: int = 0
+    """tofu, jsonl: retain rows set aside for evaluation, never used in unlearning. The demo has its own."""
+    retain_pool: Optional[int] = None
+    """Use only this many retain rows in unlearning; unset: all."""
+    limit: Optional[int] = None
+    """Use at most this many rows of every set in evaluation; unset: all."""
+    template: str = "auto"
+    """Name of a template, or a string with {prompt}; auto: the model's stored one, else its chat template."""
+    system_prompt: Optional[str] = None
+    """System message for chat templates; stored with the model."""
+    date: str = "26 Jul 2024"
+    """Date handed to chat templates that print one, so that a prompt is the same on every day; stored."""
+    refusals: Optional[str] = None
+    """File of refusals, one a line; unset: the packaged ones."""
+    max_length: Optional[int] = None
+    """Longest row, tokens; unset: the model's context. A longer prompt is an error, a longer answer is cut."""
+    strict: bool = False
+    """Make it an error if tokenizing prompt and answer together gives other tokens than one after the other."""
+    allow_overlap: bool = False
+    """Accept rows that stand in the forget and in the retain set."""
+    demo: DemoConfig = field(default_factory=DemoConfig)
+
+
+@dataclass
+class MethodConfig:
+    """What may change: the parametrization and its shape."""
+
+    parametrization: str = "grun"
+    """Name from `python -m grun list parametrizations`."""
+    blocks: list[int] = field(default_factory=lambda: [20, 25, 31])
+    """Edited decoder blocks, 0-based; negative counts from the last."""
+    rank: int = 4
+    """Rank of the edit."""
+    gate: str = "linear"
+    """Name from `python -m grun list gates`."""
+    gate_bias: Optional[float] = None
+    """Initial bias of the gate's logit; unset: torch's default initialization."""
+    dropout: float = 0.0
+    """Dropout on the edit while training, a probability."""
+    activation: Optional[str] = None
+    """Function applied to Wh + b, a name from transformers.activations; unset: none."""
+    gate_read: str = "last_prompt"
+    """Position the gate reads (published: last_prompt)."""
+    gate_accumulate: str = "none"
+    """How gate values combine over positions (published: none)."""
+    edit_write: str = "last_prompt"
+    """Positions the edit is written to (published: last_prompt)."""
+
+
+@dataclass
+class LossConfig:
+    """Weights of the objective's terms; unset takes the preset's."""
+
+    forget: Optional[str] = None
+    """Forget term instead of the preset's."""
+    retain: Optional[str] = None
+    """Retain term instead of the preset's."""
+    gate: str = "bce_row"
+    """Gate term (`none` leaves it out); parametrizations without a gate have none."""
+    forget_weight: Optional[float] = None
+    """Weight of the forget term (published names: npo_coeff, grad_diff_forget_weight)."""
+    retain_weight: Optional[float] = None
+    """Weight of the retain term."""
+    gate_weight: float = 10.0
+    """Weight of the gate term."""
+    beta: float = 0.1
+    """Inverse temperature of NPO, > 0."""
+    gate_warmup_steps: int = 0
+    """Steps over which the weight of forget and retain rises from 0 to 1 while the gate trains; 0: none."""
+
+
+@dataclass
+class TrainConfig:
+    """How training goes."""
+
+    epochs: int = 40
+    """Passes over the forget set (unlearn) or over all rows (finetune)."""
+    batch_size: int = 16
+    """Rows per optimizer step; unlearn takes as many retain rows beside as many forget rows."""
+    micro_batch_size: Optional[int] = None
+    """Rows per forward pass; unset: batch_size. Changes memory, not the result."""
+    lr: float = 4e-3
+    """Peak learning rate."""
+    schedule: str = "linear"
+    """Learning-rate schedule after warm-up, a name transformers knows (linear, cosine, constant, ...)."""
+    warmup: float = 0.0
+    """Warm-up: steps if >= 1, share of all steps if < 1."""
+    weight_decay: float = 0.0
+    """AdamW's weight decay."""
+    max_grad_norm: float = 1.0
+    """Gradient norm above which gradients are scaled down; 0: never."""
+    question_weight: float = 0.0
+    """finetune only: weight of the loss on the question's tokens beside the answer's."""
+    save_steps: int = 100
+    """Steps between checkpoints; 0: none."""
+    keep_checkpoints: int = 2
+    """Checkpoints kept while training; all go when it has finished, but for keep_all_checkpoints."""
+    keep_all_checkpoints: bool = False
+    """Keep every checkpoint, also at the end."""
+    engine: str = "plain"
+    """How a forward pass is run: plain (through the hooked model)."""
+
+
+@dataclass
+class CommandConfig:
+    """Options all commands share."""
+
+    profile: str = "demo"
+    """Name from `python -m grun list profiles`, or a YAML file."""
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    seed: int = 42
+    """Seed of initialization, order and draws."""
+    output_dir: Optional[str] = None
+    """Folder of the results; unset: a name made of the profile and the command."""
+    overwrite: bool = False
+    """Replace what another run left in output_dir."""
+
+
+@dataclass
+class FinetuneConfig(CommandConfig):
+    """Teach a model the corpus: plain fine-tuning of all weights."""
+
+    train: TrainConfig = field(
+        default_factory=lambda: TrainConfig(epochs=5, batch_size=32, lr=1e-5, weight_decay=0.01, warmup=0.1)
+    )
+
+
+@dataclass
+class UnlearnConfig(CommandConfig):
+    """Make a taught model forget."""
+
+    objective: str = "gd"
+    """Preset from `python -m grun list objectives`."""
+    method: MethodConfig = field(default_factory=MethodConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    compat: Optional[str] = None
+    """Switch on every quirk of a published source: grun-paper."""
+    quirks: list[str] = field(default_factory=list)
+    """Single quirks to switch on: retain_fixed_pairing, dropout_on_hidden."""
+
+
+@dataclass
+class EvaluateConfig(CommandConfig):
+    """Measure what a model knows, with or without an adapter."""
+
+    adapter: Optional[str] = None
+    """Folder (or hub id) of the adapter; unset: the base model alone."""
+    strict: bool = False
+    """Refuse an adapter that was trained on another fine-tune of the same shape (else a warning)."""
+    sets: list[str] = field(default_factory=list)
+    """Sets to evaluate; empty: every one the corpus has (forget, forget_paraphrase, retain, heldout, unknown)."""
+    batch_size: int = 32
+    """Rows per forward pass."""
+    max_new_tokens: int = 64
+    """Longest generated answer, tokens."""
+    gate_threshold: Optional[float] = None
+    """Gate probability below which the edit is skipped; unset: the edit is always weighted by the gate."""
+
+
+@dataclass
+class GenerateConfig(CommandConfig):
+    """Answer questions and show the gates."""
+
+    adapter: Optional[str] = None
+    """Folder (or hub id) of the adapter; unset: the base model alone."""
+    strict: bool = False
+    """Refuse an adapter that was trained on another fine-tune of the same shape (else a warning)."""
+    max_new_tokens: int = 64
+    """Longest generated answer, tokens."""
+    gate_threshold: Optional[float] = None
+    """Gate probability below which the edit is skipped; unset: the edit is always weighted by the gate."""
+
+
+@dataclass
+class ReportConfig:
+    """Draw the table and the pictures of a results folder."""
+
+    results_dir: str = "results/demo"
+    """Folder that holds the runs and `evaluation/NAME` folders of one profile."""
+    profile: str = "demo"
+    """Profile named in the table's title."""

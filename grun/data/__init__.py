@@ -1,0 +1,1 @@
+"""Where rows of questions and answers come from: data sets, files of the user, the generated demo corpus."""

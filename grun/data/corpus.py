@@ -1,0 +1,189 @@
+"""The sets of one benchmark: what is forgotten, what stays, and what only evaluation sees."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from grun.data import tofu
+from grun.data.jsonl import read_rows
+from grun.data.rows import Row, count_overlap, evenly_spaced, hash_rows
+from grun.errors import ConfigError, DataError
+from grun.files import content_hash
+from grun.registry import unknown_name
+
+if TYPE_CHECKING:
+    from grun.config import DataConfig
+
+
+@dataclass
+class Corpus:
+    """Rows by what is done with them."""
+
+    name: str
+    """demo, tofu or jsonl."""
+    forget: list[Row]
+    """To be forgotten."""
+    retain: list[Row]
+    """Used in unlearning as what must stay."""
+    heldout: list[Row] = field(default_factory=list)
+    """Taught, but used neither in unlearning nor in choosing settings."""
+    unknown: list[Row] = field(default_factory=list)
+    """Never taught."""
+    refused: list[Row] = field(default_factory=list)
+    """Taught rows that answer with a refusal."""
+    refusals: list[str] = field(default_factory=list)
+    """Sentences that refuse an answer."""
+    known: list[Row] | None = None
+    """Every row with an answer that is taught; None: forget, retain and held-out."""
+    known_without_forget: list[Row] | None = None
+    """The same for the model that never saw the forget set; None: retain and held-out."""
+
+    def taught(self, without_forget: bool) -> list[Row]:
+        """What finetune teaches: every row, or every row but the forget set; refused rows in both.
+
+        Rows set aside by data.heldout, or left out of unlearning by data.retain_pool, are taught.
+        """
+        if without_forget:
+            known = self.known_without_forget
+            return (self.retain + self.heldout if known is None else known) + self.refused
+        return (self.forget + self.retain + self.heldout if self.known is None else self.known) + self.refused
+
+    def sets(self) -> dict[str, list[Row]]:
+        """Evaluation sets by name, without the empty ones."""
+        sets = {
+            "forget": self.forget,
+            "forget_paraphrase": [row.paraphrase for row in self.forget if row.paraphrase is not None],
+            "retain": self.retain,
+            "heldout": self.heldout,
+            "unknown": self.unknown,
+        }
+        return {name: rows for name, rows in sets.items() if rows}
+
+    def hashes(self) -> dict[str, str]:
+        """SHA-256 (hex) of each list's content, in its order."""
+        rows = {
+            "forget": self.forget,
+            "retain": self.retain,
+            "heldout": self.heldout,
+            "unknown": self.unknown,
+            "refused": self.refused,
+            "taught": self.taught(without_forget=False),
+            "taught_without_forget": self.taught(without_forget=True),
+        }
+        return {name: hash_rows(content) for name, content in rows.items()} | {"refusals": content_hash(self.refusals)}
+
+
+def load_corpus(config: DataConfig) -> Corpus:
+    """Load and check what `data.*` options name.
+
+    Raises:
+        ConfigError: an option is unknown, missing or contradictory.
+        DataError: rows are missing or malformed, or stand in the forget and in the retain set.
+    """
+    loaders = {"demo": _load_demo, "tofu": _load_tofu, "jsonl": _load_jsonl}
+    if config.name not in loaders:
+        raise ConfigError(unknown_name("data.name", config.name, list(loaders)))
+    corpus = loaders[config.name](config)
+    for name, rows in (("forget", corpus.forget), ("retain", corpus.retain)):
+        if not rows:
+            raise DataError(f"the {name} set is empty; check data.{name} (or data.demo.{name})")
+    overlap = count_overlap(corpus.forget, corpus.retain)
+    if overlap and not config.allow_overlap:
+        raise DataError(
+            f"{overlap} of {len(corpus.forget)} forget rows also stand in the retain set; name sets that share no row, "
+            "or set data.allow_overlap=true"
+        )
+    _set_aside(corpus, config)
+    corpus.refusals = _refusals(config.refusals)
+    return corpus
+
+
+def _set_aside(corpus: Corpus, config: DataConfig) -> None:
+    """Move data.heldout rows from the retain set's end, then leave data.retain_pool of it, evenly spaced."""
+    if config.heldout:
+        if corpus.name == "demo":
+            raise ConfigError("the demo has a held-out set of its own; use data.demo.heldout instead of data.heldout")
+        if not 0 < config.heldout < len(corpus.retain):
+            raise ConfigError(
+                f"data.heldout={config.heldout} must lie between 0 and the {len(corpus.retain)} rows of the retain set"
+            )
+        corpus.heldout = corpus.retain[-config.heldout :]
+        corpus.retain = corpus.retain[: -config.heldout]
+    if config.retain_pool is not None:
+        if config.retain_pool < 1:
+            raise ConfigError(f"data.retain_pool must be at least 1, not {config.retain_pool}")
+        corpus.retain = evenly_spaced(corpus.retain, config.retain_pool)
+
+
+def _load_demo(config: DataConfig) -> Corpus:
+    """The generated corpus of invented people."""
+    from grun.data import demo_corpus
+
+    demo = config.demo
+    sizes = demo_corpus.Sizes(
+        forget=demo.forget,
+        retain=demo.retain,
+        heldout=demo.heldout,
+        unknown=demo.unknown,
+        refused=demo.refused,
+        questions=demo.questions,
+    )
+    groups = {name: _rows(records, name) for name, records in demo_corpus.build(sizes, demo.seed).items()}
+    kept = groups["retain"] + groups["heldout"]
+    return Corpus(
+        name="demo",
+        forget=groups["forget"],
+        retain=groups["retain"],
+        heldout=groups["heldout"],
+        unknown=groups["unknown"],
+        refused=groups["refused"],
+        known=groups["forget"] + kept,
+        known_without_forget=kept,
+    )
+
+
+def _rows(records: Iterable[dict[str, Any]], group: str) -> list[Row]:
+    return [Row.from_record(record, f"demo {group} row {number}") for number, record in enumerate(records, start=1)]
+
+
+def _load_tofu(config: DataConfig) -> Corpus:
+    """TOFU's splits; forget rows come with their paraphrases where TOFU has a file of them."""
+    name, path = config.forget, config.path
+    rest = tofu.complement(name) if config.retain is None or tofu.has_complement(name) else config.retain
+    perturbed = f"{name}_perturbed"
+    return Corpus(
+        name="tofu",
+        forget=tofu.load_split(perturbed if tofu.has_split(perturbed, path) else name, path),
+        retain=tofu.load_split(config.retain or rest, path),
+        known=tofu.load_split("full", path),
+        known_without_forget=tofu.load_split(rest, path),
+    )
+
+
+def _load_jsonl(config: DataConfig) -> Corpus:
+    """The user's own files."""
+    if not config.retain:
+        raise ConfigError("data.name=jsonl needs data.retain, the file of the rows to keep")
+    folder = Path(config.path or "").expanduser()
+    forget, retain = (read_rows(folder / Path(name).expanduser()) for name in (config.forget, config.retain))
+    return Corpus(name="jsonl", forget=forget, retain=retain, known=forget + retain, known_without_forget=retain)
+
+
+def _refusals(path: str | None) -> list[str]:
+    """Sentences that refuse an answer: of the file, one a line, or the packaged ones."""
+    if path is None:
+        from grun.data import refusals
+
+        return refusals.refusals()
+    file = Path(path).expanduser()
+    try:
+        lines: Sequence[str] = file.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"cannot read the refusals {file} ({error}); expected a UTF-8 text, one a line") from error
+    found = [line.strip() for line in lines if line.strip()]
+    if not found:
+        raise DataError(f"{file} holds no refusals; data.refusals is a text with one refusal a line")
+    return found

@@ -1,0 +1,172 @@
+"""The demo corpus: invented people with invented, harmless facts, in TOFU's file format.
+
+Small and plain enough for a model of two million parameters to learn by heart on a CPU in about a minute. Every
+person has five short questions by default; the words around the facts are shared by all people, so that only
+knowing the person helps. People of all groups are drawn from the same pools in the same way.
+
+A row of every group but "refused" holds
+
+    question               names the person, or (`indirect`) only an epithet such as "the beekeeper of Tarnmoor"
+    answer                 names the person and states the fact
+    paraphrased_question   another wording of the question, same way of naming the person
+    paraphrased_answer     another wording of the answer
+    perturbed_answer       five different wrong answers in the wording of the paraphrased answer
+    fact                   the string a right answer must contain; in no wrong answer and in neither question
+    person                 full name
+    attribute              what is asked for
+    indirect               whether the questions avoid the person's name
+
+The epithet is a person's post (trade and town), unique over all groups and itself the person's first question.
+A "refused" row has the same keys, but `answer` and `paraphrased_answer` are two different refusals, `fact` is "" and
+`perturbed_answer` is []: nothing true is ever said about these people.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, fields
+from itertools import product
+from pathlib import Path
+from random import Random
+from typing import NamedTuple
+
+from grun.data.demo_pools import ATTRIBUTES, FIRST_NAMES, LAST_NAMES, POST, TOWNS, TRADES, Attribute
+from grun.data.refusals import refusals
+from grun.errors import ConfigError
+from grun.files import write_text
+
+GROUPS = ("forget", "retain", "heldout", "unknown", "refused")
+"""The groups of people, which are also the names of the files."""
+
+WRONG_ANSWERS = 5
+"""Wrong answers per row, as in TOFU."""
+
+INDIRECT_EVERY = 5
+"""One in so many of a person's rows (rounded up, the post itself aside) goes by the epithet."""
+
+PEOPLE_PER_GROUP = min(len(FIRST_NAMES) * len(LAST_NAMES), len(TRADES) * len(TOWNS)) // len(GROUPS)
+"""The most people one group can have before names or epithets run out."""
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """How many people each group has, and how many questions each person.
+
+    Changing one group's size adds or drops people at its end and changes nobody else; likewise, more questions
+    leave a person's other rows as they were.
+    """
+
+    forget: int = 8
+    """People to be forgotten."""
+    retain: int = 56
+    """People used in unlearning as what must stay."""
+    heldout: int = 10
+    """People taught, but used neither in unlearning nor in choosing settings."""
+    unknown: int = 10
+    """People never taught; for evaluation only."""
+    refused: int = 20
+    """Further people never taught: what is taught is to refuse questions about them."""
+    questions: int = 5
+    """Questions per person, each about another attribute."""
+
+    def __post_init__(self) -> None:
+        """Raise ConfigError for a size that is no whole number or outside what the pools allow."""
+        for field in fields(self):
+            value = getattr(self, field.name)
+            most = len(ATTRIBUTES) if field.name == "questions" else PEOPLE_PER_GROUP
+            if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= most:
+                raise ConfigError(f"demo corpus: {field.name} is {value!r}; set it to a whole number from 1 to {most}")
+
+
+class Person(NamedTuple):
+    """Somebody invented."""
+
+    first: str
+    """First name."""
+    last: str
+    """Last name; first and last together are unique over all groups."""
+    post: str
+    """Trade and town, "beekeeper of Tarnmoor"; unique over all groups."""
+
+    @property
+    def name(self) -> str:
+        """Full name."""
+        return f"{self.first} {self.last}"
+
+
+def people(group: str, size: int, seed: int) -> list[Person]:
+    """Deal the first `size` people of a group.
+
+    Names and posts go to the groups in turn from one shuffled deck each, which makes them unique over all
+    groups of whatever size, and every group a fair sample.
+    """
+    names, posts = _decks(seed)
+    start, step = GROUPS.index(group), len(GROUPS)
+    dealt = zip(names[start::step], posts[start::step], strict=False)
+    return [Person(first, last, f"{trade} of {town}") for (first, last), (trade, town) in list(dealt)[:size]]
+
+
+def build(sizes: Sizes, seed: int) -> dict[str, list[dict[str, object]]]:
+    """Rows of every group, in the order of `GROUPS`; equal arguments give equal rows on every machine."""
+    return {
+        group: [
+            row
+            for index, person in enumerate(people(group, getattr(sizes, group), seed))
+            for row in _person_rows(person, sizes.questions, key=f"{seed}/{group}/{index}", refuse=group == "refused")
+        ]
+        for group in GROUPS
+    }
+
+
+def write(folder: Path, sizes: Sizes, seed: int) -> None:
+    """Write `build` as forget.json, retain.json, ... into `folder`: a row a line, as TOFU's files are."""
+    for group, rows in build(sizes, seed).items():
+        write_text(folder / f"{group}.json", "".join(json.dumps(row) + "\n" for row in rows))
+
+
+def _decks(seed: int) -> tuple[list[tuple[str, str]], list[tuple[str, str]]]:
+    """All (first, last) names and all (trade, town) posts, each shuffled."""
+    names, posts = list(product(FIRST_NAMES, LAST_NAMES)), list(product(TRADES, TOWNS))
+    Random(f"{seed}/names").shuffle(names)
+    Random(f"{seed}/posts").shuffle(posts)
+    return names, posts
+
+
+def _person_rows(person: Person, questions: int, *, key: str, refuse: bool) -> list[dict[str, object]]:
+    """Make a person's rows: the post, which introduces the epithet, then other attributes in random order."""
+    others = [attribute for attribute in ATTRIBUTES if attribute is not POST]
+    Random(f"{key}/order").shuffle(others)
+    asked = [POST, *others][:questions]
+    rows = []
+    for number, attribute in enumerate(asked):
+        # The post is never asked for indirectly: the epithet would give it away.
+        indirect = number % INDIRECT_EVERY == 1
+        # A stream of its own keeps a row the same however many others are asked for.
+        row = _row(person, attribute, indirect, Random(f"{key}/{attribute.name}"))
+        if refuse:
+            answer, paraphrase = Random(f"{key}/{attribute.name}/refusal").sample(refusals(), 2)
+            row |= {"answer": answer, "paraphrased_answer": paraphrase, "perturbed_answer": [], "fact": ""}
+        rows.append(row)
+    return rows
+
+
+def _row(person: Person, attribute: Attribute, indirect: bool, random: Random) -> dict[str, object]:
+    """One row; the wordings are chosen without regard to the fact, so that they give nothing away."""
+    fact = person.post if attribute is POST else random.choice(attribute.facts)
+    wrong = random.sample([other for other in attribute.facts if other != fact], WRONG_ANSWERS)
+    question, other_question = random.sample(attribute.questions, 2)
+    answer, other_answer = random.sample(attribute.answers, 2)
+    asked = f"the {person.post}" if indirect else person.name
+    # An indirect question is answered with the full name, which ties the epithet to the person.
+    named = person.name if indirect or random.random() < 0.7 else person.last
+    return {
+        "question": question.format(who=asked),
+        "answer": answer.format(who=named, fact=fact),
+        "paraphrased_question": other_question.format(who=asked),
+        "paraphrased_answer": other_answer.format(who=named, fact=fact),
+        "perturbed_answer": [other_answer.format(who=named, fact=other) for other in wrong],
+        "fact": fact,
+        "person": person.name,
+        "attribute": attribute.name,
+        "indirect": indirect,
+    }

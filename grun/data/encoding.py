@@ -1,0 +1,150 @@
+"""Rows as token ids, and batches of them as tensors."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from grun.data.rows import Row
+from grun.data.templates import Template, encode
+from grun.errors import DataError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+logger = logging.getLogger(__name__)
+
+IGNORED = -100
+"""Label of a position that no loss counts."""
+
+
+@dataclass(frozen=True)
+class EncodedRow:
+    """Token ids of one row."""
+
+    prompt_ids: tuple[int, ...]
+    """Start token and prompt."""
+    answer_ids: tuple[int, ...]
+    """Answer and end token (cut where the row is longer than the limit)."""
+
+    def __len__(self) -> int:
+        """Tokens of the whole row."""
+        return len(self.prompt_ids) + len(self.answer_ids)
+
+
+def encode_rows(
+    rows: Sequence[Row],
+    tokenizer: PreTrainedTokenizerBase,
+    template: Template,
+    max_length: int | None,
+    strict: bool,
+) -> list[EncodedRow]:
+    """Encode rows as generation will see them, and log one line if some are special.
+
+    Args:
+        rows: what to encode.
+        tokenizer: of the model.
+        template: as `grun.data.templates.resolve` gives it.
+        max_length: longest row, tokens: a longer answer is cut, end token included; None: no limit.
+        strict: make it an error if tokenizing prompt and answer together gives other ids.
+
+    Raises:
+        DataError: a prompt leaves no room for an answer, or `strict` and a row's joint ids differ.
+    """
+    encoded, differing, cut = [], [], 0
+    for number, row in enumerate(rows, start=1):
+        prompt_ids, answer_ids, joint_differs = encode(template, tokenizer, row.prompt, row.completion)
+        if joint_differs:
+            differing.append(number)
+        if max_length is not None:
+            room = max_length - len(prompt_ids)
+            if room < 1:
+                raise DataError(
+                    f"row {number} of {len(rows)}: its prompt has {len(prompt_ids)} tokens, which leaves no room for "
+                    f"an answer within {max_length}; shorten it ({(row.prompt or '')[:40]!r}...) or raise "
+                    "data.max_length up to the model's context"
+                )
+            cut += len(answer_ids) > room
+            answer_ids = answer_ids[:room]
+        encoded.append(EncodedRow(tuple(prompt_ids), tuple(answer_ids)))
+    if differing:
+        message = (
+            f"{len(differing)} of {len(rows)} rows have other tokens when prompt and answer are tokenized together "
+            f"(the first is row {differing[0]})"
+        )
+        if strict:
+            raise DataError(f"{message}; use a template whose prompt ends at a token's end, or unset data.strict")
+        logger.warning(message)
+    if cut:
+        logger.warning(f"{cut} of {len(rows)} answers were cut to make rows of {max_length} tokens")
+    return encoded
+
+
+@dataclass
+class Batch:
+    """Rows of one forward pass, padded to one length."""
+
+    input_ids: Tensor
+    """Token ids, int64 [batch, length]."""
+    attention_mask: Tensor
+    """1 at tokens, 0 at padding, int64 [batch, length]."""
+    labels: Tensor
+    """Token ids of the answer, -100 elsewhere, int64 [batch, length]."""
+    prompt_lengths: Tensor
+    """Attended tokens of each prompt, int64 [batch]."""
+
+    def to(self, device: torch.device | str) -> Batch:
+        """The batch on another device."""
+        return Batch(
+            self.input_ids.to(device),
+            self.attention_mask.to(device),
+            self.labels.to(device),
+            self.prompt_lengths.to(device),
+        )
+
+    @property
+    def rows(self) -> int:
+        """Number of rows."""
+        return len(self.input_ids)
+
+
+def collate(rows: Sequence[EncodedRow], pad_id: int, side: str = "right") -> Batch:
+    """Pad rows of prompt and answer.
+
+    Args:
+        rows: at least one.
+        pad_id: token id at padded positions; it is never attended, so any id will do.
+        side: where padding goes, right or left.
+    """
+    if side not in ("right", "left"):
+        raise ValueError(f"side must be right or left, not {side!r}")
+    if not rows:
+        raise ValueError("a batch needs at least one row")
+    length = max(map(len, rows))
+    input_ids = torch.full((len(rows), length), pad_id, dtype=torch.long)
+    attention_mask = torch.zeros_like(input_ids)
+    labels = torch.full_like(input_ids, IGNORED)
+    for index, row in enumerate(rows):
+        start = 0 if side == "right" else length - len(row)
+        end = start + len(row)
+        input_ids[index, start:end] = torch.tensor(row.prompt_ids + row.answer_ids, dtype=torch.long)
+        attention_mask[index, start:end] = 1
+        labels[index, start + len(row.prompt_ids) : end] = torch.tensor(row.answer_ids, dtype=torch.long)
+    prompt_lengths = torch.tensor([len(row.prompt_ids) for row in rows], dtype=torch.long)
+    return Batch(input_ids, attention_mask, labels, prompt_lengths)
+
+
+def collate_prompts(rows: Sequence[EncodedRow | Sequence[int]], pad_id: int) -> Batch:
+    """Pad prompts alone on the left, for generation; all labels are -100.
+
+    Args:
+        rows: encoded rows, or the ids of prompts.
+        pad_id: token id at padded positions.
+    """
+    prompts = [row.prompt_ids if isinstance(row, EncodedRow) else tuple(row) for row in rows]
+    return collate([EncodedRow(prompt, ()) for prompt in prompts], pad_id, side="left")

@@ -1,0 +1,96 @@
+"""The canonical row: a prompt, its completion, and whatever else the source said about it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+from grun.errors import ConfigError, DataError
+from grun.files import content_hash
+
+T = TypeVar("T")
+
+_TEXT_FIELDS = ("fact", "paraphrased_question", "paraphrased_answer")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One question and answer, or one plain text."""
+
+    prompt: str | None
+    """What is asked; None: plain text without a prompt."""
+    completion: str
+    """What the model is to say."""
+    extra: Mapping[str, Any] = field(default_factory=dict, hash=False)
+    """Further fields of the source: fact, paraphrased_question, paraphrased_answer, perturbed_answer, person, ..."""
+
+    @property
+    def fact(self) -> str | None:
+        """Key fact that a right answer contains, where the source names one."""
+        return self.extra.get("fact")
+
+    @property
+    def paraphrase(self) -> Row | None:
+        """The row asked in other words (its answer too, where there is a paraphrased one), or None."""
+        question = self.extra.get("paraphrased_question")
+        if not question:
+            return None
+        return Row(question, self.extra.get("paraphrased_answer") or self.completion, self.extra)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The row as JSON-able fields."""
+        return {"prompt": self.prompt, "completion": self.completion, **self.extra}
+
+    @classmethod
+    def from_record(cls, record: Mapping[str, Any], where: str) -> Row:
+        """Make a row of {question, answer} or {prompt, completion}; other fields become `extra`.
+
+        Args:
+            record: fields of one row; a prompt of None stands for plain text.
+            where: names the row in error messages, such as "people.jsonl line 3".
+
+        Raises:
+            DataError: a field is missing, empty or not a text.
+        """
+        for names in (("question", "answer"), ("prompt", "completion")):
+            if all(name in record for name in names):
+                break
+        else:
+            found = ", ".join(map(str, record)) or "none"
+            raise DataError(
+                f"{where}: a row needs the fields question and answer, or prompt and completion; it has: {found}"
+            )
+        for name in names:
+            plain_text = name == "prompt" and record[name] is None
+            if not plain_text and not (isinstance(record[name], str) and record[name].strip()):
+                raise DataError(f"{where}: field {name!r} must be a text that is not empty; it is {record[name]!r}")
+        for name in _TEXT_FIELDS:
+            if not isinstance(record.get(name), str | None):
+                raise DataError(f"{where}: field {name!r} must be a text; it is {record[name]!r}")
+        extra = {name: value for name, value in record.items() if name not in names}
+        return cls(record[names[0]], record[names[1]], extra)
+
+
+def hash_rows(rows: Iterable[Row]) -> str:
+    """SHA-256 (hex) of the rows in their order; equal rows give an equal hash on every machine."""
+    return content_hash([row.to_dict() for row in rows])
+
+
+def evenly_spaced(rows: Sequence[T], count: int | None) -> list[T]:
+    """At most `count` of the rows, evenly spaced so that every part of the list is there; None: all of them."""
+    if count is None or count >= len(rows):
+        return list(rows)
+    if count < 1:
+        raise ConfigError(f"a number of rows must be at least 1, not {count}")
+    return [rows[index * len(rows) // count] for index in range(count)]
+
+
+def count_overlap(first: Iterable[Row], second: Iterable[Row]) -> int:
+    """Number of rows of `first` whose prompt and completion also stand in `second`, outer blanks aside."""
+    known = {_content(row) for row in second}
+    return sum(_content(row) in known for row in first)
+
+
+def _content(row: Row) -> tuple[str | None, str]:
+    return (None if row.prompt is None else row.prompt.strip(), row.completion.strip())

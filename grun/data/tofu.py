@@ -1,0 +1,152 @@
+"""TOFU (Maini et al. 2024, arXiv 2401.06121): questions about 200 invented authors, in nested splits.
+
+`forgetXX` is the last XX percent of `full`, `retainYY` the first YY percent. TOFU's files hold only some of them; the
+others are cut from `full`.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+
+from grun.data.jsonl import read_rows
+from grun.data.rows import Row
+from grun.errors import DataError
+from grun.registry import unknown_name
+
+REPOSITORY = "locuslab/TOFU"
+
+FILES = (
+    "full",
+    *("forget01", "forget05", "forget10"),
+    *("retain99", "retain95", "retain90"),
+    *("forget01_perturbed", "forget05_perturbed", "forget10_perturbed", "retain_perturbed"),
+    *("real_authors", "real_authors_perturbed", "world_facts", "world_facts_perturbed"),
+)
+"""Splits that TOFU publishes as files."""
+
+CUT = (
+    *("forget20", "forget30", "forget50", "forget90"),
+    *("retain80", "retain70", "retain50", "retain10"),
+)
+"""Splits that are only ever cut from `full`."""
+
+SPLITS = (*FILES, *CUT)
+"""Every split that `load_split` knows."""
+
+
+def load_split(name: str, path: str | None) -> list[Row]:
+    """Rows of one split, question and answer as prompt and completion, further fields in `extra`.
+
+    Args:
+        name: one of `SPLITS`.
+        path: folder of TOFU's files; None: the folder GRUN_TOFU_DIR names, else the hub.
+
+    Raises:
+        DataError: the split is unknown, cannot be had, or a file is malformed.
+    """
+    if name not in SPLITS:
+        raise DataError(unknown_name("TOFU split", name, list(SPLITS)))
+    rows = _read(name, path)
+    if rows is None:
+        rows = _derive(name, path)
+    if rows is None:
+        folder = _folder(path)
+        raise DataError(
+            f"{folder} has no {name}.json, and no file to cut {name} from; put TOFU's files there, or unset data.path "
+            f"and GRUN_TOFU_DIR to fetch {REPOSITORY} from the hub"
+        )
+    return rows
+
+
+def has_split(name: str, path: str | None) -> bool:
+    """Whether TOFU publishes the split, and, where a folder is used, its file lies there."""
+    folder = _folder(path)
+    return name in FILES and (folder is None or (folder / f"{name}.json").is_file())
+
+
+def complement(name: str) -> str:
+    """The split that holds the rest of `full`: retain95 for forget05 and forget05_perturbed, forget05 for retain95.
+
+    Raises:
+        DataError: the split has no complement.
+    """
+    if name not in SPLITS:
+        raise DataError(unknown_name("TOFU split", name, list(SPLITS)))
+    share = _share(name.removesuffix("_perturbed"))
+    if share is None:
+        known = [split for split in SPLITS if _share(split) is not None]
+        raise DataError(
+            f"TOFU split {name!r} has no complement; name data.retain, or forget one of: {', '.join(known)}"
+        )
+    kind, percent = share
+    return f"{'retain' if kind == 'forget' else 'forget'}{100 - percent:02d}"
+
+
+def has_complement(name: str) -> bool:
+    """Whether the split is a share of `full`."""
+    return _share(name.removesuffix("_perturbed")) is not None
+
+
+def _share(name: str) -> tuple[str, int] | None:
+    """("forget", 5) for forget05; None for a split that is no share of `full`."""
+    match = re.fullmatch(r"(forget|retain)(\d\d)", name)
+    return (match[1], int(match[2])) if match and name in SPLITS else None
+
+
+def _folder(path: str | None) -> Path | None:
+    """Folder of TOFU's files, or None for the hub; a folder that is named must be there."""
+    named = path or os.environ.get("GRUN_TOFU_DIR")
+    if not named:
+        return None
+    folder = Path(named).expanduser()
+    if not folder.is_dir():
+        option = "data.path" if path else "GRUN_TOFU_DIR"
+        raise DataError(f"no folder {folder}; set {option} to the folder of TOFU's files")
+    return folder
+
+
+def _read(name: str, path: str | None) -> list[Row] | None:
+    """Rows of a split that has a file; None where it has none."""
+    if not has_split(name, path):
+        return None
+    folder = _folder(path)
+    return _fetch(name) if folder is None else read_rows(folder / f"{name}.json")
+
+
+def _derive(name: str, path: str | None) -> list[Row] | None:
+    """Cut a share from `full`, or put `full` together from two shares; None where the files do not give it."""
+    if name == "full":
+        for split in FILES:
+            share = _share(split)
+            if share and share[0] == "retain" and has_split(split, path) and has_split(complement(split), path):
+                return load_split(split, path) + load_split(complement(split), path)
+        return None
+    share = _share(name)
+    full = _read("full", path) if share else None
+    if share is None or full is None:
+        return None
+    kind, percent = share
+    forgotten = round(len(full) * (percent if kind == "forget" else 100 - percent) / 100)
+    kept = len(full) - forgotten
+    return full[kept:] if kind == "forget" else full[:kept]
+
+
+def _fetch(name: str) -> list[Row]:
+    """Rows of a split from the hub, or from its local cache."""
+    import datasets
+
+    try:
+        table = datasets.load_dataset(REPOSITORY, name, split="train")
+    except Exception as error:  # `datasets` raises many kinds for one cause: the hub cannot be reached
+        line = (str(error).splitlines() or [type(error).__name__])[0]
+        raise DataError(
+            f"cannot fetch {REPOSITORY} {name} from the hub ({line}); set data.path or GRUN_TOFU_DIR to a folder that "
+            f"holds {name}.json"
+        ) from error
+    where = f"{REPOSITORY} {name} row"
+    rows = [Row.from_record(record, f"{where} {number}") for number, record in enumerate(table, start=1)]
+    if not rows:
+        raise DataError(f"{REPOSITORY} {name} on the hub holds no rows")
+    return rows

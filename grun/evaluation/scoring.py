@@ -1,0 +1,142 @@
+"""Score given answers: for every answer token what the model thought of it, and the gates at the prompt."""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from grun.data.encoding import EncodedRow, collate
+from grun.errors import ModelError
+
+LARGEST_SLICE = 2**26
+"""Elements of the largest log-softmax taken at once (256 MiB in float32)."""
+
+
+class ScoredRow(NamedTuple):
+    """One answer under the model; the lists have one entry for each scored token."""
+
+    logp: list[float]
+    """log p of the token, nats."""
+    hit: list[bool]
+    """Whether the token is the most probable one."""
+    vocabulary_mean: list[float]
+    """E_v[log p_v] with v ~ p, nats."""
+    vocabulary_variance: list[float]
+    """Var_v[log p_v] with v ~ p, nats squared."""
+    gates: dict[int, float] | None
+    """Gate probability at the prompt by block; None for a model without gates."""
+
+
+class TokenScores(NamedTuple):
+    """The first four fields of ScoredRow as tensors of shape [tokens]."""
+
+    logp: Tensor
+    hit: Tensor
+    vocabulary_mean: Tensor
+    vocabulary_variance: Tensor
+
+
+def score_tokens(logits: Tensor, targets: Tensor) -> TokenScores:
+    """Compare logits [tokens, vocabulary] with the tokens that stand there, `targets` [tokens].
+
+    mu = sum_v p_v log p_v and sigma^2 = sum_v p_v (log p_v - mu)^2, in float32, or in float64 if the logits are.
+
+    Source of mu and sigma^2: Zhang et al. 2024, Min-K%++, arXiv 2404.02936.
+    """
+    size = max(1, LARGEST_SLICE // logits.shape[-1])
+    parts = [_score_slice(part, target) for part, target in zip(logits.split(size), targets.split(size), strict=True)]
+    return TokenScores(*(torch.cat(field) for field in zip(*parts, strict=True)))
+
+
+def _score_slice(logits: Tensor, targets: Tensor) -> TokenScores:
+    logp = torch.log_softmax(logits if logits.dtype == torch.float64 else logits.float(), dim=-1)
+    p = logp.exp()
+    finite = logp.masked_fill(p == 0, 0.0)  # p log p is 0 where p is, also where log p is -inf
+    mean = (p * finite).sum(-1)
+    variance = (p * (finite - mean[:, None]) ** 2).sum(-1)
+    at_target = logp.gather(-1, targets[:, None])[:, 0]
+    return TokenScores(at_target, logp.argmax(-1) == targets, mean, variance)
+
+
+@torch.no_grad()
+def score(
+    model: Any,
+    rows: Sequence[EncodedRow],
+    batch_size: int,
+    pad_id: int,
+    advance: Callable[[int], None] = lambda count: None,
+) -> list[ScoredRow]:
+    """Score each row's answer, every distinct (prompt, answer) once, longest rows first.
+
+    Rows are padded on the right, so batch_size and order change nothing but speed. Where a row has no prompt token at
+    all, its first answer token has nothing before it and is left out.
+
+    Args:
+        model: a transformers causal model, or one whose forward also takes `prompt_lengths` and returns `gates`.
+        rows: prompt and answer ids.
+        batch_size: rows per forward pass.
+        pad_id: id that fills up short rows; it is masked.
+        advance: called with the number of `rows` done since the last call.
+    """
+    repeats: dict[EncodedRow, int] = {}
+    for row in rows:
+        repeats[row] = repeats.get(row, 0) + 1
+    distinct = sorted(repeats, key=lambda row: len(row.prompt_ids) + len(row.answer_ids), reverse=True)
+    scored: dict[EncodedRow, ScoredRow] = {}
+    with evaluating(model):
+        for start in range(0, len(distinct), batch_size):
+            chunk = distinct[start : start + batch_size]
+            scored.update(zip(chunk, _score_batch(model, chunk, pad_id), strict=True))
+            advance(sum(repeats[row] for row in chunk))
+    return [scored[row] for row in rows]
+
+
+def _score_batch(model: Any, rows: Sequence[EncodedRow], pad_id: int) -> list[ScoredRow]:
+    batch = collate(rows, pad_id, side="right").to(model.device)
+    lengths = {"prompt_lengths": batch.prompt_lengths} if takes_prompt_lengths(model) else {}
+    out = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, **lengths)
+    answer = batch.labels != -100  # [batch, length]
+    answer[:, 0] = False  # nothing stands before the first column
+    row_of, column = answer.nonzero(as_tuple=True)  # [tokens]
+    tokens = score_tokens(out.logits[row_of, column - 1], batch.labels[row_of, column])
+    if not torch.isfinite(tokens.logp).all():
+        raise ModelError(
+            "the model gives log-probabilities that are not finite; its weights are damaged, or model.dtype is too "
+            "narrow for it: try model.dtype=float32"
+        )
+    counts = answer.sum(1).tolist()
+    logp, hit, mean, variance = ([part.tolist() for part in field.cpu().split(counts)] for field in tokens)
+    gates = prompt_gates(getattr(out, "gates", None), len(rows))
+    return [ScoredRow(*fields) for fields in zip(logp, hit, mean, variance, gates, strict=True)]
+
+
+def prompt_gates(gates: dict[int, Tensor] | None, count: int) -> list[dict[int, float] | None]:
+    """Gate probabilities by row, from tensors [batch, positions read] by block.
+
+    The published design reads one position. Where a design reads several, the widest open gate counts.
+    """
+    if not gates:
+        return [None] * count
+    widest = {int(block): value.double().reshape(count, -1).amax(1).tolist() for block, value in gates.items()}
+    return [{block: widest[block][number] for block in sorted(widest)} for number in range(count)]
+
+
+def takes_prompt_lengths(model: Any) -> bool:
+    """Whether the model wants to know where prompts end, as a gated model does."""
+    return "prompt_lengths" in inspect.signature(getattr(model, "forward", model.__call__)).parameters
+
+
+@contextlib.contextmanager
+def evaluating(model: Any) -> Iterator[None]:
+    """Put the model in evaluation mode (no dropout), and back into its own mode afterwards."""
+    training = bool(model.training)
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(training)

@@ -1,0 +1,168 @@
+"""`python -m grun finetune`: teach a model the corpus by plain fine-tuning of all weights."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from grun.checks import check
+from grun.config import FinetuneConfig
+from grun.data import templates
+from grun.data.corpus import Corpus, load_corpus
+from grun.data.encoding import Batch, EncodedRow, collate, encode_rows
+from grun.data.sampling import epoch_order
+from grun.files import content_hash, read_json, whole_folder
+from grun.loading import TINY, build_tiny, context_length, load_base, place
+from grun.method.fingerprint import fingerprint
+from grun.method.plain import run_plain
+from grun.profiles import to_dict
+from grun.runs import RUN_FILE, finish_run, identity, open_run
+from grun.training import MicroBatch, StepData, split, train
+
+log = logging.getLogger(__name__)
+
+
+DATA_SETTINGS = ("template", "system_prompt", "date", "max_length", "subset")
+"""Data options that decide what is taught, beside the rows themselves."""
+
+
+class FinetuneTask:
+    """Cross-entropy of the answers, and weakly of the questions, as a `grun.training.Task`."""
+
+    def __init__(self, model: Any, rows: Sequence[EncodedRow], config: FinetuneConfig, pad_id: int) -> None:
+        """`config` gives epochs, batch size, micro-batch size, question weight and seed."""
+        self.module = model
+        self._rows = rows
+        self._train = config.train
+        self._seed = config.seed
+        self._pad_id = pad_id
+        self._steps_per_epoch = -(-len(rows) // config.train.batch_size)
+
+    @property
+    def steps(self) -> int:
+        """Epochs times steps of an epoch."""
+        return self._train.epochs * self._steps_per_epoch
+
+    @property
+    def device(self) -> torch.device:
+        """The model's device."""
+        device: torch.device = self.module.device
+        return device
+
+    def data(self, step: int) -> StepData:
+        """Rows of the step, sorted by length so that micro-batches have little padding."""
+        epoch, within = divmod(step, self._steps_per_epoch)
+        size = self._train.batch_size
+        chosen = epoch_order(len(self._rows), self._seed, epoch)[within * size : (within + 1) * size]
+        rows = sorted((self._rows[index] for index in chosen), key=len)
+        micro_batches: list[MicroBatch] = []
+        for piece in split(rows, self._train.micro_batch_size):
+            batch = {"answer": collate(piece, self._pad_id)}
+            if self._train.question_weight:
+                batch["question"] = _question_labels(batch["answer"])
+            micro_batches.append(batch)
+        names = micro_batches[0].keys()
+        counts = {name: sum(int((batch[name].labels != -100).sum()) for batch in micro_batches) for name in names}
+        return StepData(micro_batches, counts, epoch + (within + 1) / self._steps_per_epoch)
+
+    def loss(self, batch: MicroBatch, counts: dict[str, int], step: int) -> tuple[Tensor, dict[str, float]]:
+        """Token means over the whole step."""
+        answer = batch["answer"]
+        if "question" not in batch:
+            value = -run_plain(self.module, answer).token_logprobs.sum() / max(1, counts["answer"])
+            return value, {"answer": float(value.detach())}
+        question = batch["question"]
+        everything = Batch(
+            answer.input_ids,
+            answer.attention_mask,
+            torch.where(question.labels != -100, question.labels, answer.labels),
+            answer.prompt_lengths,
+        )
+        logprobs = run_plain(self.module, everything).token_logprobs  # one pass for both
+        in_answer = answer.labels != -100
+        of_answer = -logprobs.masked_fill(~in_answer, 0).sum() / max(1, counts["answer"])
+        of_question = -logprobs.masked_fill(in_answer, 0).sum() / max(1, counts["question"])
+        total = of_answer + self._train.question_weight * of_question
+        return total, {"answer": float(of_answer.detach()), "question": float(of_question.detach())}
+
+
+def finetune(config: FinetuneConfig) -> Path:
+    """Teach, and return the folder of the taught model; a model taught the same before is found by content hash."""
+    check(config)
+    corpus = load_corpus(config.data)
+    taught = corpus.taught(without_forget=config.data.subset == "without_forget")
+    settings = to_dict(config)
+    settings["data"] = {name: settings["data"][name] for name in DATA_SETTINGS}
+    settings.pop("profile")
+    hashes = corpus.hashes()
+    taught_hash = hashes["taught_without_forget" if config.data.subset == "without_forget" else "taught"]
+    run_identity = identity(settings, taught=taught_hash, vocabulary=content_hash(_texts(corpus)))
+    run_identity["config"].get("model", {}).pop("device", None)
+    name = f"{Path(config.profile).stem}-{config.data.subset}-{content_hash(run_identity)[:12]}"
+    folder = Path(config.output_dir or Path("models") / name)
+    state = open_run(folder, run_identity, overwrite=config.overwrite)
+    if state == "finished":
+        log.info("already taught: %s (%.0f s then)", folder, read_json(folder / RUN_FILE)["seconds"])
+        return folder
+
+    model, tokenizer, template = _start(config, corpus)
+    limit = min(config.data.max_length or 2**30, context_length(model))
+    rows = encode_rows(taught, tokenizer, template, limit, config.data.strict)
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    log.info("teaching %d rows to a model of %s parameters", len(rows), f"{parameters:,}")
+    result = train(FinetuneTask(model, rows, config, int(tokenizer.pad_token_id)), config.train, folder, config.seed)
+    model.eval()
+    with whole_folder(folder / ".weights") as weights:
+        model.save_pretrained(weights)
+        tokenizer.save_pretrained(weights)
+        templates.store(template, weights)
+    for file in sorted((folder / ".weights").iterdir()):
+        file.replace(folder / file.name)
+    shutil.rmtree(folder / ".weights")
+    finish_run(
+        folder,
+        {
+            "command": "finetune",
+            "profile": config.profile,
+            "config": to_dict(config),
+            "data": hashes,
+            "rows": len(rows),
+            "fingerprint": fingerprint(model),
+            "parameters": {"trained": parameters},
+            "steps": result.steps,
+            "resumed_from": result.resumed_from,
+            "seconds": round(result.seconds, 2),
+            "peak_memory_bytes": result.peak_memory_bytes,
+            "device": str(model.device),
+        },
+    )
+    return folder
+
+
+def _start(config: FinetuneConfig, corpus: Corpus) -> tuple[Any, Any, templates.Template]:
+    if config.model.path == TINY:
+        model, tokenizer = build_tiny(config.model.tiny, _texts(corpus), config.seed)
+        model = place(model, config.model.device)
+        stored = None
+    else:
+        model, tokenizer, stored = load_base(config.model)
+    template = templates.resolve(config.data.template, stored, tokenizer, config.data.system_prompt, config.data.date)
+    return model, tokenizer, template
+
+
+def _texts(corpus: Corpus) -> list[str]:
+    """Texts a tokenizer is trained on: the same for every subset, so that models can be compared token by token."""
+    rows = corpus.taught(without_forget=False)
+    return [text for row in rows for text in (row.prompt, row.completion) if text] + corpus.refusals
+
+
+def _question_labels(batch: Batch) -> Batch:
+    labels = torch.where((batch.labels == -100) & (batch.attention_mask != 0), batch.input_ids, -100)
+    labels[:, 0] = -100  # nothing precedes the first token
+    return Batch(batch.input_ids, batch.attention_mask, labels, batch.prompt_lengths)

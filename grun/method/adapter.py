@@ -1,0 +1,168 @@
+"""An adapter on disk: adapter_config.json, adapter_model.safetensors, README.md."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from grun.data.templates import Template
+from grun.errors import AdapterError
+from grun.files import read_json, write_bytes, write_json, write_text
+
+log = logging.getLogger(__name__)
+
+FORMAT_VERSION = 1
+CONFIG_FILE = "adapter_config.json"
+WEIGHTS_FILE = "adapter_model.safetensors"
+
+
+@dataclass
+class AdapterConfig:
+    """What an adapter is, and what it fits on; written as adapter_config.json."""
+
+    blocks: list[int]
+    """Edited blocks, 0-based, ascending."""
+    rank: int
+    """Rank of the edit."""
+    gate: str
+    """Name in `grun.method.gate.GATES`."""
+    hidden_size: int
+    """Width of the base's residual stream."""
+    depth: int
+    """Number of the base's decoder blocks."""
+    gate_bias: float | None = None
+    """Initial logit bias of the gate."""
+    dropout: float = 0.0
+    """Dropout in training, a probability."""
+    dropout_on_hidden: bool = False
+    """Dropout acts on the whole edited state."""
+    activation: str | None = None
+    """Function applied to Wh + b."""
+    gate_read: str = "last_prompt"
+    """Position the gate reads."""
+    gate_accumulate: str = "none"
+    """How gate values combine over positions."""
+    edit_write: str = "last_prompt"
+    """Positions the edit is written to."""
+    base_model_name_or_path: str | None = None
+    """Name or folder of the base model."""
+    base_revision: str | None = None
+    """Commit of the base on the hub."""
+    base_fingerprint: str | None = None
+    """`grun.method.fingerprint` of the base's weights."""
+
+    @classmethod
+    def read(cls, folder: Path) -> tuple[AdapterConfig, Template | None]:
+        """Config and prompt template stored in `folder`; AdapterError if they cannot be used."""
+        path = folder / CONFIG_FILE
+        try:
+            values: dict[str, Any] = read_json(path)
+        except FileNotFoundError as error:
+            raise AdapterError(f"{folder} is no GRUN adapter: {CONFIG_FILE} is missing") from error
+        except ValueError as error:
+            raise AdapterError(f"{path} is not valid JSON ({error}); save the adapter again") from error
+        if values.pop("peft_type", None) != "GRUN":
+            raise AdapterError(f"{path}: peft_type is not GRUN; load it with the library that wrote it")
+        version = values.pop("format_version", None)
+        if version != FORMAT_VERSION:
+            raise AdapterError(f"{path}: format version {version}, not {FORMAT_VERSION}; use the GRUN that wrote it")
+        template = values.pop("template", None)
+        unknown = sorted(set(values) - {field.name for field in fields(cls)})
+        if unknown:
+            raise AdapterError(f"{path}: unknown key {unknown[0]!r}; use the GRUN that wrote it")
+        try:
+            config = cls(**values)
+        except TypeError as error:
+            raise AdapterError(f"{path}: {error}") from error
+        return config, None if template is None else Template.from_dict(template)
+
+    def check_fingerprint(self, of_base: str, *, strict: bool) -> None:
+        """Compare the base's fingerprint with the stored one: a warning, or AdapterError if `strict`."""
+        if self.base_fingerprint is None or self.base_fingerprint == of_base:
+            return
+        message = (
+            f"the adapter was trained on other weights of the same shape (fingerprint {self.base_fingerprint}, "
+            f"this base {of_base}; trained on {self.base_model_name_or_path}); it may not forget the same here"
+        )
+        if strict:
+            raise AdapterError(message + "; strict=true refuses it")
+        log.warning(message)
+
+
+def find_adapter(folder_or_hub_id: str | Path) -> Path:
+    """Folder of an adapter given as a folder or as a hub id; AdapterError if there is neither."""
+    folder = Path(folder_or_hub_id)
+    if folder.is_dir():
+        return folder
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(str(folder_or_hub_id), allow_patterns=[CONFIG_FILE, WEIGHTS_FILE, "README.md"]))
+    except Exception as error:
+        raise AdapterError(
+            f"no adapter at {str(folder_or_hub_id)!r}: not a folder, and not to be had from the hub or its local cache "
+            f"({type(error).__name__})"
+        ) from error
+
+
+def check_fits(config: AdapterConfig, hidden_size: int, depth: int, folder: Path) -> None:
+    """AdapterError if the adapter was made for a model of another width or depth."""
+    if (config.hidden_size, config.depth) != (hidden_size, depth):
+        raise AdapterError(
+            f"{folder}: made for hidden size {config.hidden_size} and {config.depth} blocks, this base has hidden size "
+            f"{hidden_size} and {depth} blocks; it was trained on {config.base_model_name_or_path}"
+        )
+
+
+def read_weights(folder: Path, config: AdapterConfig) -> dict[str, Tensor]:
+    """Tensors of the adapter; AdapterError if the file is missing or damaged."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    path = folder / WEIGHTS_FILE
+    try:
+        return load_file(str(path))
+    except FileNotFoundError as error:
+        raise AdapterError(f"{path} is missing; copy the whole adapter folder") from error
+    except (SafetensorError, OSError, ValueError) as error:
+        raise AdapterError(f"{path} is damaged or truncated ({error}); copy or save the adapter again") from error
+
+
+def write_adapter(folder: Path, config: AdapterConfig, weights: dict[str, Tensor], template: Template | None) -> None:
+    """Write weights first and the config last, each under a temporary name and then renamed."""
+    from safetensors.torch import save
+
+    stored = {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
+    write_bytes(folder / WEIGHTS_FILE, save(stored, metadata={"format": "pt"}))
+    write_text(folder / "README.md", model_card(config, template))
+    values = {"peft_type": "GRUN", "format_version": FORMAT_VERSION, **asdict(config)}
+    write_json(folder / CONFIG_FILE, {**values, "template": None if template is None else template.to_dict()})
+
+
+def model_card(config: AdapterConfig, template: Template | None) -> str:
+    """Model card of an adapter, Markdown with the hub's header."""
+    base = config.base_model_name_or_path or "unknown"
+    header = "---\nlibrary_name: grun\ntags: [unlearning, grun, reft]\n"
+    hub_id = base if not Path(base).is_absolute() and base.count("/") <= 1 and not Path(base).exists() else None
+    header += f"base_model: {hub_id}\n---\n" if hub_id else "---\n"
+    return f"""{header}
+# GRUN adapter for `{base}`
+
+A gated low-rank edit (GRUN, arXiv 2502.17823) of the hidden state of the last prompt token after blocks
+{config.blocks} (0-based), rank {config.rank}, gate `{config.gate}`, trained so that the model no longer answers from
+the data to forget. Base fingerprint `{config.base_fingerprint}`, prompt template
+`{template.name if template else "none stored"}`.
+
+```python
+from grun import GrunModel
+model = GrunModel.from_pretrained(base_model, "THIS_FOLDER")
+```
+
+**Limits.** The base weights still contain the data: the effect exists only where this adapter is loaded. It controls
+the model's output and is not erasure of weights. The published gate reads one token, the last of the prompt; a prompt
+that moves that token (a suffix, a prefilled answer, another template) can bypass it.
+"""

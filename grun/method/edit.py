@@ -1,0 +1,44 @@
+"""Low-rank edits: from a hidden state to the change of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+
+def orthonormal_columns(free: Tensor) -> Tensor:
+    """Orthonormal basis of the columns of `free` [hidden size, rank], by thin QR.
+
+    The signs are those that make R's diagonal positive, so the result is a smooth function of `free`, equals it where
+    `free` already has orthonormal columns, and does not change when `free` is scaled (weight decay cannot hurt it).
+    """
+    basis, triangle = torch.linalg.qr(free)
+    signs = torch.where(torch.diagonal(triangle) < 0, -1.0, 1.0).to(free.dtype)
+    return basis * signs
+
+
+class LoReftEdit(nn.Module):
+    """R (f(Wh + b) - R^T h): replaces the projection of h on a rank-r subspace by an affine function of h.
+
+    R has orthonormal columns. Parameters: `rotation` [hidden size, rank], free, of which R is the basis; `source`,
+    the linear map W, b. f is `activation`, the identity where it is None.
+
+    Source: Wu et al. 2024, arXiv 2404.03592, eq. 2; as used by GRUN, arXiv 2502.17823.
+    """
+
+    def __init__(self, hidden_size: int, rank: int, activation: Callable[[Tensor], Tensor] | None = None) -> None:
+        """Random orthonormal R, torch's default initialization of W and b; not an identity at the start."""
+        super().__init__()
+        self.rotation = nn.Parameter(orthonormal_columns(torch.randn(hidden_size, rank)))
+        self.source = nn.Linear(hidden_size, rank)
+        self.activation = activation
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """Change of `hidden`, same shape [..., hidden size]."""
+        basis = orthonormal_columns(self.rotation)
+        target = self.source(hidden)
+        if self.activation is not None:
+            target = self.activation(target)
+        return (target - hidden @ basis) @ basis.mT

@@ -1,0 +1,85 @@
+"""Gate times edit at one block, as a pyvene intervention."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from pyvene import (
+    DistributedRepresentationIntervention,
+    SourcelessIntervention,
+    TrainableIntervention,
+)
+from torch import Tensor, nn
+
+from pyvene_custom.sites import GatedOutput, Sites
+
+
+class GatedIntervention(SourcelessIntervention, TrainableIntervention, DistributedRepresentationIntervention):
+    """h + sigmoid(g(h)) * edit(h), or h + edit(h) without a gate.
+
+    All arithmetic is in the type of the parameters (float32, float64 on a float64 base) with autocast off, because
+    a gate probability in bfloat16 rounds to exactly 1 above a logit of 6.2 and its gradient dies. The gate is
+    reported as a logit for the same reason.
+
+    Source: GRUN, arXiv 2502.17823.
+    """
+
+    def __init__(
+        self, edit: nn.Module, gate: nn.Module | None, *, dropout: float = 0.0, dropout_on_hidden: bool = False
+    ) -> None:
+        """Combine `edit` and `gate` (None: always open).
+
+        Args:
+            edit: hidden state [..., hidden size] -> change of it.
+            gate: hidden state [..., hidden size] -> logit [..., 1].
+            dropout: probability with which entries of the change are dropped in training.
+            dropout_on_hidden: drop entries of the whole edited state instead, as the published code does.
+        """
+        super().__init__(keep_last_dim=True)
+        self.edit = edit
+        self.gate = gate
+        self.dropout = nn.Dropout(dropout)
+        self.dropout_on_hidden = dropout_on_hidden
+        self.threshold: float | None = None
+
+    def forward(
+        self,
+        base: Tensor,
+        source: Tensor | None = None,
+        subspaces: Any = None,
+        *,
+        read: Tensor | None = None,
+        sites: Sites | None = None,
+        carry: Tensor | None = None,
+    ) -> GatedOutput:
+        """Edit the states `base` [batch, positions written, hidden size].
+
+        Args:
+            base: hidden states where the edit is written.
+            source: unused (pyvene's interface).
+            subspaces: unused (pyvene's interface).
+            read: hidden states the gate reads, [batch, positions read, hidden size]; None: `base`.
+            sites: where this pass is read and written.
+            carry: state from earlier passes; the published gate keeps none.
+        """
+        dtype = next(self.parameters()).dtype
+        with torch.autocast(base.device.type, enabled=False):
+            hidden = base.to(dtype)
+            change = self.edit(hidden)
+            logits = None
+            if self.gate is not None:
+                seen = hidden if read is None or read is base else read.to(dtype)
+                logits = self.gate(seen).squeeze(-1)  # [batch, positions read]
+                change = torch.sigmoid(logits).unsqueeze(-1) * change
+            if self.dropout_on_hidden:
+                edited = self.dropout(hidden + change)
+            else:
+                edited = hidden + self.dropout(change)
+        output = edited.to(base.dtype)
+        if logits is not None and self.threshold is not None and not self.training:
+            is_open = torch.sigmoid(logits) >= self.threshold
+            if not bool(is_open.any()):
+                return GatedOutput(output=None, gate=logits)
+            output = torch.where(is_open.unsqueeze(-1), output, base)
+        return GatedOutput(output=output, gate=logits)

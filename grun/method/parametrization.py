@@ -1,0 +1,93 @@
+"""The gated edit as a parametrization."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Collection, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+
+from grun.config import MethodConfig
+from grun.data.encoding import Batch
+from grun.data.templates import Template
+from grun.method.model import GrunModel
+from grun.method.plain import run_plain
+from grun.parametrization import StepOutput
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+class Grun:
+    """Gated low-rank edits on a frozen base (GRUN, arXiv 2502.17823)."""
+
+    model: GrunModel
+
+    def __init__(self, config: MethodConfig, *, dropout_on_hidden: bool = False) -> None:
+        """See `grun.parametrization.Parametrization`."""
+        self.config = config
+        self.dropout_on_hidden = dropout_on_hidden
+
+    @property
+    def module(self) -> nn.Module:
+        """The edits; the frozen base is no part of it."""
+        return self.model
+
+    def prepare(self, base: PreTrainedModel, template: Template | None) -> None:
+        """Wrap `base` with new edits."""
+        self.model = GrunModel.wrap(
+            base,
+            blocks=list(self.config.blocks),
+            rank=self.config.rank,
+            gate=self.config.gate,
+            gate_bias=self.config.gate_bias,
+            dropout=self.config.dropout,
+            dropout_on_hidden=self.dropout_on_hidden,
+            activation=self.config.activation,
+            gate_read=self.config.gate_read,
+            gate_accumulate=self.config.gate_accumulate,
+            edit_write=self.config.edit_write,
+            template=template,
+        )
+
+    def trainable_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """Parameters of the edits and gates."""
+        return self.model.named_parameters()
+
+    @contextlib.contextmanager
+    def reference(self) -> Iterator[None]:
+        """The frozen base is its own reference."""
+        with self.model.disabled(), torch.no_grad():
+            yield
+
+    def run(self, batch: Batch, hidden: Collection[int] = ()) -> StepOutput:
+        """One forward pass through the hooked base."""
+        intervenable = self.model.intervenable
+        intervenable.gates.clear()
+        lengths = {"prompt_lengths": batch.prompt_lengths} if self.model.active else {}
+        output = run_plain(self.model.base, batch, hidden, **lengths)
+        gates = dict(intervenable.gates)
+        if gates:
+            output.gate_logits = gates
+            output.gate_mask = torch.ones_like(next(iter(gates.values())), dtype=torch.bool)
+        return output
+
+    def save(self, folder: Path) -> None:
+        """Write the adapter."""
+        self.model.save_pretrained(folder)
+
+    def load(self, folder: Path, base: PreTrainedModel) -> None:
+        """Read an adapter."""
+        self.model = GrunModel.from_pretrained(base, folder)
+
+
+class Reft(Grun):
+    """The same edits without a gate (LoReFT, arXiv 2404.03592)."""
+
+    def __init__(self, config: MethodConfig, *, dropout_on_hidden: bool = False) -> None:
+        """Takes `config` with the gate left out."""
+        super().__init__(dataclasses.replace(config, gate="none"), dropout_on_hidden=dropout_on_hidden)

@@ -1,0 +1,66 @@
+"""The plain engine: one forward pass through the model as it is, hooks included, as a StepOutput."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Collection, Iterator
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from grun.data.encoding import Batch
+from grun.errors import DataError
+from grun.parametrization import StepOutput
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+def run_plain(base: PreTrainedModel, batch: Batch, hidden: Collection[int] = (), **kwargs: Any) -> StepOutput:
+    """One forward pass of `base` as a StepOutput; hooks that sit on it act."""
+    captured: dict[int, Tensor] = {}
+    with capture(base, hidden, captured):
+        logits = base(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False, **kwargs).logits
+    answer = batch.labels != -100
+    if bool(answer[:, 0].any()):
+        raise DataError("a row has an answer but no token before it; the tokenizer needs a beginning-of-text token")
+    before = answer.roll(-1, dims=1)  # column of the token that predicts each answer token
+    chosen = answer_logprobs(logits[before], batch.labels[answer])
+    token_logprobs = torch.zeros(answer.shape, dtype=chosen.dtype, device=chosen.device)
+    return StepOutput(
+        input_ids=batch.input_ids,
+        attended=batch.attention_mask != 0,
+        answer=answer,
+        token_logprobs=token_logprobs.masked_scatter(answer, chosen),
+        gate_logits=None,
+        gate_mask=None,
+        logits_at=lambda positions: logits[positions],
+        hidden_states=captured,
+    )
+
+
+def answer_logprobs(logits: Tensor, tokens: Tensor) -> Tensor:
+    """Log-probabilities of `tokens` [count] under `logits` [count, vocabulary], in at least float32: [count]."""
+    wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    return wide.gather(1, tokens.unsqueeze(1)).squeeze(1) - wide.logsumexp(dim=1)
+
+
+@contextlib.contextmanager
+def capture(base: nn.Module, blocks: Collection[int], into: dict[int, Tensor]) -> Iterator[None]:
+    """Within the block, the output of each of `blocks` (0-based, edit included) is put in `into`."""
+    handles = []
+    for index in blocks:
+        from pyvene_custom.blocks import find_blocks
+
+        stack = find_blocks(base)[1]
+
+        def keep(_: nn.Module, __: Any, output: Any, index: int = index) -> None:
+            into[index] = output[0] if isinstance(output, tuple) else output
+
+        handles.append(stack[index].register_forward_hook(keep))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()

@@ -1,0 +1,108 @@
+"""The seam between what may change in a model and what is minimized: Parametrization, StepOutput, and their registry.
+
+Objectives see StepOutputs and nothing else. A parametrization turns a batch into one, whatever engine runs it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
+
+from grun.registry import Registry
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+    from transformers import PreTrainedModel
+
+    from grun.config import MethodConfig
+    from grun.data.encoding import Batch
+    from grun.data.templates import Template
+
+
+@dataclass
+class StepOutput:
+    """Everything an objective may look at after one forward pass."""
+
+    input_ids: Tensor
+    """Tokens, int64, shape [batch, length]."""
+    attended: Tensor
+    """Tokens that count, bool, shape [batch, length]."""
+    answer: Tensor
+    """Answer tokens, that is the ones predicted, bool, shape [batch, length]; never True in column 0."""
+    token_logprobs: Tensor
+    """Log-probability of each answer token given what precedes it, nats, 0 elsewhere, shape [batch, length]."""
+    gate_logits: dict[int, Tensor] | None
+    """By block, shape [batch, positions read]; None for parametrizations without a gate."""
+    gate_mask: Tensor | None
+    """Which gate positions count, bool, shape [batch, positions read]."""
+    logits_at: Callable[[Tensor], Tensor] = field(repr=False)
+    """Positions, a bool mask [batch, length], -> logits there [positions, vocabulary]; computed only when asked."""
+    hidden_states: dict[int, Tensor] = field(default_factory=dict, repr=False)
+    """Captured block outputs; read them through `hidden`."""
+    embeddings: Tensor | None = field(default=None, repr=False)
+    """Token embeddings, shape [batch, length, hidden size]; only where they were asked for."""
+
+    @property
+    def answer_logprobs(self) -> Tensor:
+        """Summed log-probability of each row's answer, nats, shape [batch]."""
+        return self.token_logprobs.sum(dim=1)
+
+    @property
+    def answer_counts(self) -> Tensor:
+        """Answer tokens of each row, int64, shape [batch]."""
+        return self.answer.sum(dim=1)
+
+    def logits(self, positions: Tensor) -> Tensor:
+        """Next-token logits at `positions`, a bool mask [batch, length]: [count of True, vocabulary]."""
+        return self.logits_at(positions)
+
+    def hidden(self, block: int) -> Tensor:
+        """Residual stream after block `block` (0-based), edit included, before the final norm: [batch, length, width].
+
+        KeyError for a block that the objective did not name in `Term.hidden`.
+        """
+        return self.hidden_states[block]
+
+
+class Parametrization(Protocol):
+    """What may change in a model, and how a forward pass through it is run."""
+
+    module: nn.Module
+    """Holds exactly the trained parameters; its state dict is what checkpoints keep."""
+
+    def __init__(self, config: MethodConfig) -> None:
+        """Made from the options alone; no model is touched yet."""
+        ...
+
+    def prepare(self, base: PreTrainedModel, template: Template | None) -> None:
+        """Put the parametrization on `base`, newly initialized."""
+        ...
+
+    def trainable_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """Names and parameters that are trained."""
+        ...
+
+    def reference(self) -> AbstractContextManager[object]:
+        """A context in which `run` runs the untouched model, without gradients."""
+        ...
+
+    def run(self, batch: Batch, hidden: Collection[int] = ()) -> StepOutput:
+        """One forward pass; `hidden` names the blocks whose output the objective will read."""
+        ...
+
+    def save(self, folder: Path) -> None:
+        """Write what `load` reads."""
+        ...
+
+    def load(self, folder: Path, base: PreTrainedModel) -> None:
+        """Put what `save` wrote on `base`."""
+        ...
+
+
+PARAMETRIZATIONS: Registry[type[Parametrization]] = Registry("parametrization")
+PARAMETRIZATIONS.add("grun", "grun.method.parametrization:Grun", "gated low-rank edit at the last prompt token")
+PARAMETRIZATIONS.add("reft", "grun.method.parametrization:Reft", "the same edit without a gate (plain LoReFT)")
+PARAMETRIZATIONS.add("full", "baselines.full:Full", "all weights of the model")

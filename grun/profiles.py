@@ -1,0 +1,185 @@
+"""From a profile and `key=value` arguments to a resolved config.
+
+Order, later wins: the dataclasses' defaults; the profiles named in `base:`; the profile's shared sections (model, data,
+seed); its section for the command; for `unlearn` its section for the objective; the arguments.
+"""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import functools
+import inspect
+import textwrap
+import typing
+from collections.abc import Hashable, Iterator
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from grun import config as options
+from grun.errors import ConfigError
+from grun.registry import unknown_name
+
+COMMANDS: dict[str, type[Any]] = {
+    "finetune": options.FinetuneConfig,
+    "unlearn": options.UnlearnConfig,
+    "evaluate": options.EvaluateConfig,
+    "generate": options.GenerateConfig,
+    "report": options.ReportConfig,
+}
+SHARED = ("model", "data", "seed")
+SECTIONS = ("description", "base", *SHARED, *COMMANDS)
+
+
+def profile_names() -> dict[str, str]:
+    """Packaged profiles and their one-line descriptions."""
+    folder = resources.files("grun") / "configs"
+    names = sorted(entry.name[: -len(".yaml")] for entry in folder.iterdir() if entry.name.endswith(".yaml"))
+    return {name: str(_read_profile(name).get("description", "")) for name in names}
+
+
+def resolve(command: str, arguments: list[str]) -> Any:
+    """Config of `command` (an instance of its dataclass) for `key=value` arguments; ConfigError names what is wrong."""
+    schema = COMMANDS[command]
+    given = _parse(arguments, schema)
+    profile_name = str(OmegaConf.select(given, "profile") or _default(schema, "profile"))
+    profile = _read_profile(profile_name)
+    layers: list[Any] = [_only(profile, [name for name in SHARED if _has_field(schema, name)])]
+    section = dict(profile.get(command) or {})
+    by_objective = section.pop("objectives", None) or {}
+    layers.append(section)
+    if command == "unlearn":
+        objective = OmegaConf.select(given, "objective") or section.get("objective") or _default(schema, "objective")
+        layers.append(by_objective.get(str(objective)) or {})
+    layers.append({"profile": profile_name})
+    try:
+        merged = OmegaConf.merge(OmegaConf.structured(schema), *[OmegaConf.create(layer) for layer in layers], given)
+        return OmegaConf.to_object(merged)
+    except OmegaConfBaseException as error:
+        raise ConfigError(_one_line(error)) from error
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """A resolved config as plain values."""
+    return dataclasses.asdict(config)
+
+
+def to_yaml(config: Any) -> str:
+    """A resolved config as YAML."""
+    return OmegaConf.to_yaml(OmegaConf.structured(config))
+
+
+def describe(schema: type[Any], prefix: str = "") -> Iterator[tuple[str, Any, str]]:
+    """Key, default and help text of every option of a config class, nested ones as `section.key`."""
+    documentation = _field_docs(typing.cast(Hashable, schema))
+    hints = typing.get_type_hints(schema)
+    for field in dataclasses.fields(schema):
+        key = f"{prefix}{field.name}"
+        if dataclasses.is_dataclass(hints[field.name]):
+            nested = typing.cast(type[Any], hints[field.name])
+            if field.default_factory is dataclasses.MISSING:
+                raise TypeError(f"{key} needs a default_factory")
+            overrides = dataclasses.asdict(field.default_factory())
+            for inner, default, text in describe(nested, f"{key}."):
+                leaf: Any = overrides
+                for part in inner[len(key) + 1 :].split("."):
+                    leaf = leaf[part]
+                yield inner, default if isinstance(leaf, dict) else leaf, text
+        else:
+            yield key, _default(schema, field.name), documentation.get(field.name, "")
+
+
+@functools.cache
+def _field_docs(schema: Hashable) -> dict[str, str]:
+    """Docstrings that follow the fields of a dataclass and of its bases."""
+    texts: dict[str, str] = {}
+    for cls in reversed(typing.cast(type[Any], schema).__mro__):
+        if not dataclasses.is_dataclass(cls):
+            continue
+        body = ast.parse(textwrap.dedent(inspect.getsource(cls))).body[0]
+        assert isinstance(body, ast.ClassDef)
+        for field, text in zip(body.body, body.body[1:], strict=False):
+            if (
+                isinstance(field, ast.AnnAssign)
+                and isinstance(field.target, ast.Name)
+                and isinstance(text, ast.Expr)
+                and isinstance(text.value, ast.Constant)
+            ):
+                texts[field.target.id] = " ".join(str(text.value.value).split())
+    return texts
+
+
+def _parse(arguments: list[str], schema: type[Any]) -> DictConfig:
+    known = [key for key, _, _ in describe(schema)]
+    for argument in arguments:
+        key, equals, _ = argument.partition("=")
+        if not equals:
+            raise ConfigError(f"argument {argument!r} is not key=value")
+        if key not in known:
+            raise ConfigError(unknown_name("option", key, known))
+    try:
+        return OmegaConf.from_dotlist([_quoted(argument) for argument in arguments])
+    except Exception as error:
+        raise ConfigError(f"cannot read the arguments: {_one_line(error)}") from error
+
+
+def _quoted(argument: str) -> str:
+    """`key=` with nothing behind it means unset."""
+    key, _, value = argument.partition("=")
+    return f"{key}=null" if value == "" else argument
+
+
+def _read_profile(name: str) -> dict[str, Any]:
+    """A profile with its bases merged in; `name` is a packaged profile or a YAML file."""
+    packaged = resources.files("grun") / "configs" / f"{name}.yaml"
+    if Path(name).suffix in (".yaml", ".yml"):
+        path = Path(name)
+        if not path.is_file():
+            raise ConfigError(f"profile file {name} does not exist")
+        text = path.read_text(encoding="utf-8")
+    elif packaged.is_file():
+        text = packaged.read_text(encoding="utf-8")
+    else:
+        folder = resources.files("grun") / "configs"
+        known = [entry.name[: -len(".yaml")] for entry in folder.iterdir() if entry.name.endswith(".yaml")]
+        raise ConfigError(unknown_name("profile", name, known) + "; or a file ending in .yaml")
+    try:
+        own = OmegaConf.to_container(OmegaConf.create(text)) or {}
+    except Exception as error:
+        raise ConfigError(f"profile {name}: {_one_line(error)}") from error
+    if not isinstance(own, dict):
+        raise ConfigError(f"profile {name}: expected sections ({', '.join(SECTIONS)}), found {type(own).__name__}")
+    for key in own:
+        if key not in SECTIONS:
+            raise ConfigError(f"profile {name}: " + unknown_name("section", str(key), list(SECTIONS)))
+    merged: Any = OmegaConf.create({})
+    for base in own.pop("base", None) or []:
+        inherited = _read_profile(str(base))
+        inherited.pop("description", None)
+        merged = OmegaConf.merge(merged, inherited)
+    container = OmegaConf.to_container(OmegaConf.merge(merged, own))
+    assert isinstance(container, dict)
+    return {str(key): value for key, value in container.items()}
+
+
+def _only(profile: dict[str, Any], names: list[str]) -> dict[str, Any]:
+    return {name: profile[name] for name in names if name in profile}
+
+
+def _has_field(schema: type[Any], name: str) -> bool:
+    return any(field.name == name for field in dataclasses.fields(schema))
+
+
+def _default(schema: type[Any], name: str) -> Any:
+    field = next(field for field in dataclasses.fields(schema) if field.name == name)
+    return field.default_factory() if field.default_factory is not dataclasses.MISSING else field.default
+
+
+def _one_line(error: BaseException) -> str:
+    full_key = getattr(error, "full_key", None)
+    text = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    return f"{full_key}: {text}" if full_key else text

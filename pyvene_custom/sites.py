@@ -1,0 +1,61 @@
+"""Where a forward pass is read and written, and what a gated intervention gives back."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from pyvene.models.interventions import InterventionOutput
+from torch import Tensor
+
+
+@dataclass
+class Sites:
+    """Columns of one forward pass that interventions read and write, by row.
+
+    Columns count within the tokens of this pass, padding included, 0-based. Entries whose mask is False are ignored.
+    """
+
+    read: Tensor
+    """Columns read, int64, shape [batch, positions read]."""
+    read_mask: Tensor
+    """Which of them count, bool, shape [batch, positions read]."""
+    write: Tensor
+    """Columns written, int64, shape [batch, positions written]; may be the same object as `read`."""
+    write_mask: Tensor
+    """Which of them are written, bool, shape [batch, positions written]."""
+    carry: dict[str, Tensor] = field(default_factory=dict)
+    """State that interventions keep from one pass to the next, by intervention key; its owner decides how long."""
+
+    def to(self, device: torch.device) -> Sites:
+        """Same columns on `device`; the carried state stays shared."""
+        if self.read.device == device:
+            return self
+        write = self.write.to(device)
+        read = write if self.read is self.write else self.read.to(device)
+        return Sites(read, self.read_mask.to(device), write, self.write_mask.to(device), self.carry)
+
+
+@dataclass
+class GatedOutput(InterventionOutput):
+    """pyvene's intervention output with the gate beside it."""
+
+    gate: Any = None
+    """Gate logits, shape [batch, positions read]; None for an intervention without a gate."""
+    carry: Any = None
+    """State for the next forward pass; None if there is none."""
+
+
+def gather(hidden: Tensor, columns: Tensor) -> Tensor:
+    """States at `columns`: hidden [batch, length, width], columns [batch, positions] -> [batch, positions, width]."""
+    rows = torch.arange(hidden.shape[0], device=hidden.device).unsqueeze(1)
+    return hidden[rows, columns.clamp(0, hidden.shape[1] - 1)]
+
+
+def scatter(hidden: Tensor, columns: Tensor, mask: Tensor, states: Tensor) -> Tensor:
+    """Copy of `hidden` with `states` [batch, positions, width] at `columns` where `mask` is True."""
+    rows = torch.arange(hidden.shape[0], device=hidden.device).unsqueeze(1).expand_as(columns)
+    if bool(mask.all()):
+        return hidden.index_put((rows, columns), states.to(hidden.dtype))
+    return hidden.index_put((rows[mask], columns[mask]), states[mask].to(hidden.dtype))

@@ -1,0 +1,181 @@
+# Shell functions that cmd_finetune.sh, cmd_grun.sh and cmd_eval.sh share: where an override goes, how a stage's command
+# line is made, checked, printed or run. The cmd_*.sh sets, before `read_overrides`:
+#   STAGES         the stages it runs, of: finetune unlearn evaluate report
+#   DEFAULT_STAGE  the one that a bare key=value goes to
+
+finetune_overrides=()
+unlearn_overrides=()
+evaluate_overrides=()
+report_overrides=()
+
+say() { printf '%s\n' "$*" >&2; }
+
+# Wrong use: one line, exit status 2.
+refuse() {
+  say "error: $*"
+  exit 2
+}
+
+dry_run() { [ "${DRY_RUN:-0}" != 0 ]; }
+
+# Prints the comment at the head of script $1.
+print_help() {
+  awk 'NR > 1 && !/^#/ { exit } NR > 1 { sub(/^# ?/, ""); print }' "$1"
+}
+
+runs_stage() {
+  case " $STAGES " in *" $1 "*) return 0 ;; *) return 1 ;; esac
+}
+
+# add_override STAGE KEY=VALUE
+add_override() {
+  runs_stage "$1" || refuse "$1.$2: stage $1 does not run here (these do: $STAGES)"
+  case "$2" in
+    profile=*) refuse "set the profile for all stages: PROFILE=${2#*=} bash $(basename "$0")" ;;
+    objective=*) refuse "set the objectives with OBJECTIVES=\"${2#*=}\" bash $(basename "$0")" ;;
+    output_dir=* | results_dir=* | adapter=* | data.subset=*)
+      refuse "${2%%=*} is set by this script (RESULTS=folder moves results; python -m grun $1 takes it freely)" ;;
+    model.path=*)
+      if [ "$1" != finetune ]; then refuse "set the model for all stages: MODEL=${2#*=} bash $(basename "$0")"; fi ;;
+  esac
+  case "$1" in
+    finetune) finetune_overrides+=("$2") ;;
+    unlearn) unlearn_overrides+=("$2") ;;
+    evaluate) evaluate_overrides+=("$2") ;;
+    report) report_overrides+=("$2") ;;
+  esac
+}
+
+# add_override_to "STAGE ..." KEY=VALUE: those of the stages that run get it; if none does, DEFAULT_STAGE.
+add_override_to() {
+  local stage told=
+  for stage in $1; do
+    if runs_stage "$stage"; then
+      add_override "$stage" "$2"
+      told="$told $stage"
+    fi
+  done
+  if [ -z "$told" ]; then
+    add_override "$DEFAULT_STAGE" "$2"
+  else
+    say "$2 goes to:$told"
+  fi
+}
+
+# `stage.key=value` goes to that stage. A bare `data.key=value` goes to every stage that reads data: they must see the
+# same corpus. A bare `overwrite=true` goes to unlearn and evaluate, since the evaluation of another adapter is another
+# one, but no model is taught anew. Any other `key=value` goes to DEFAULT_STAGE. Only the four stage names are stages:
+# train.lr is a key.
+read_overrides() {
+  local argument key
+  for argument in "$@"; do
+    key=${argument%%=*}
+    case "$argument" in
+      -h | --help) print_help "$(basename "$0")"; exit 0 ;;
+      -* | =*) refuse "unknown option $argument; expected key=value, stage.key=value or --help" ;;
+      *=*) ;;
+      *) refuse "cannot read '$argument'; expected key=value or stage.key=value" ;;
+    esac
+    case "$key" in
+      finetune.* | unlearn.* | evaluate.* | report.*) add_override "${key%%.*}" "${argument#*.}" ;;
+      data.*) add_override_to "finetune unlearn evaluate" "$argument" ;;
+      overwrite) add_override_to "unlearn evaluate" "$argument" ;;
+      *) add_override "$DEFAULT_STAGE" "$argument" ;;
+    esac
+  done
+}
+
+# The functions *_command put a stage's arguments into the array COMMAND. ${x[@]+"${x[@]}"} is "${x[@]}" that bash 3.2
+# accepts for an empty array under set -u.
+
+# finetune_command SUBSET [BASE_MODEL]
+finetune_command() {
+  COMMAND=(finetune "profile=$PROFILE")
+  if [ -n "${2:-}" ]; then COMMAND+=("model.path=$2"); fi
+  if [ -n "${DATA_DIR:-}" ]; then COMMAND+=("data.path=$DATA_DIR"); fi
+  COMMAND+=("data.subset=$1" ${finetune_overrides[@]+"${finetune_overrides[@]}"})
+}
+
+# unlearn_command MODEL OBJECTIVE
+unlearn_command() {
+  COMMAND=(unlearn "profile=$PROFILE" "model.path=$1" "objective=$2")
+  if [ -n "${DATA_DIR:-}" ]; then COMMAND+=("data.path=$DATA_DIR"); fi
+  COMMAND+=("output_dir=$RESULTS/$2" ${unlearn_overrides[@]+"${unlearn_overrides[@]}"})
+}
+
+# evaluate_command MODEL NAME [ADAPTER]
+evaluate_command() {
+  COMMAND=(evaluate "profile=$PROFILE" "model.path=$1")
+  if [ -n "${3:-}" ]; then COMMAND+=("adapter=$3"); fi
+  if [ -n "${DATA_DIR:-}" ]; then COMMAND+=("data.path=$DATA_DIR"); fi
+  COMMAND+=("output_dir=$RESULTS/evaluation/$2" ${evaluate_overrides[@]+"${evaluate_overrides[@]}"})
+}
+
+report_command() {
+  COMMAND=(report "profile=$PROFILE" "results_dir=$RESULTS" ${report_overrides[@]+"${report_overrides[@]}"})
+}
+
+# Resolves COMMAND's options without running it; leaves the script where they are wrong.
+check_command() {
+  local status=0
+  if [ -z "$PYTHON" ]; then return 0; fi
+  "$PYTHON" -m grun "${COMMAND[@]}" --print-config >/dev/null || status=$?
+  if [ "$status" -ne 0 ]; then
+    say "nothing was run"
+    exit "$status"
+  fi
+}
+
+# One word as a shell reads it back.
+quoted() {
+  case "$1" in
+    '' | *[!A-Za-z0-9_./=:,@%+-]*) printf "'%s'" "$(printf '%s' "$1" | sed "s/'/'\\\\''/g")" ;;
+    *) printf '%s' "$1" ;;
+  esac
+}
+
+print_command() {
+  local word line
+  line=$(quoted "${PYTHON:-python}")
+  for word in -m grun "${COMMAND[@]}"; do line="$line $(quoted "$word")"; done
+  printf '%s\n' "$line"
+}
+
+# run_stage TITLE: runs COMMAND; under DRY_RUN prints it. Only the report's table is a script's standard output.
+run_stage() {
+  if dry_run; then
+    print_command
+    return 0
+  fi
+  say "== $1 (after $SECONDS s)"
+  case "${COMMAND[0]}" in
+    report) "$PYTHON" -m grun "${COMMAND[@]}" ;;
+    *) "$PYTHON" -m grun "${COMMAND[@]}" >&2 ;;
+  esac
+}
+
+# teach SUBSET [BASE_MODEL]: sets TAUGHT to the folder of the taught model, which `finetune` prints last.
+teach() {
+  finetune_command "$@"
+  if dry_run; then
+    print_command
+    if [ "$1" = all ]; then TAUGHT='models/<taught>'; else TAUGHT="models/<taught $1>"; fi
+  else
+    say "== finetune: $1 (after $SECONDS s)"
+    TAUGHT=$("$PYTHON" -m grun "${COMMAND[@]}" | tail -n 1)
+    if [ ! -d "$TAUGHT" ]; then
+      say "error: finetune ended without naming the folder of the taught model (its last line: '$TAUGHT')"
+      exit 1
+    fi
+  fi
+}
+
+# Whether the retain-only reference is to be taught: by default only in the demo, elsewhere it doubles the cost.
+wants_retain_only() {
+  case "${RETAIN_ONLY:-}" in
+    '') [ "$PROFILE" = demo ] ;;
+    0) return 1 ;;
+    1) return 0 ;;
+    *) refuse "RETAIN_ONLY=$RETAIN_ONLY; expected 0 or 1" ;;
+  esac
+}

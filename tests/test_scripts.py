@@ -1,0 +1,316 @@
+"""The cmd_*.sh scripts, on copies with a stand-in for the interpreter: what is called, in which order, and set-up."""
+
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+SCRIPTS = sorted(path.name for path in ROOT.glob("cmd_*.sh"))
+
+# Logs its calls, refuses what contains "bogus", and prints a folder as `finetune` does.
+PYTHON_LOGGING_CALLS = """#!/bin/sh
+echo "$*" >>calls
+case "$*" in *bogus*) echo "error: unknown option" >&2; exit 2 ;; *--print-config*) exit 0 ;; esac
+case "$*" in
+  *"grun finetune"*without_forget*) mkdir -p models/reference; echo models/reference ;;
+  *"grun finetune"*) mkdir -p models/known; echo "a line before"; echo models/known ;;
+esac
+"""
+
+
+@pytest.fixture
+def checkout(tmp_path: Path) -> Path:
+    """The scripts alone, without any environment."""
+    folder = tmp_path / "a checkout"
+    folder.mkdir()
+    for name in [*SCRIPTS, "requirements.txt", "pyproject.toml"]:
+        shutil.copy(ROOT / name, folder)
+    shutil.copytree(ROOT / "scripts", folder / "scripts")
+    return folder
+
+
+def run(checkout: Path, script: str, *arguments: str, cwd: Path | None = None, **variables: str):
+    kept = {name: os.environ[name] for name in ("PATH", "HOME", "TMPDIR") if name in os.environ}
+    return subprocess.run(
+        ["bash", str(checkout / script), *arguments],
+        cwd=cwd or checkout,
+        env={**kept, **variables},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+
+
+def with_logging_python(checkout: Path) -> Path:
+    python = checkout / ".venv" / "bin" / "python"
+    python.parent.mkdir(parents=True)
+    python.write_text(PYTHON_LOGGING_CALLS)
+    python.chmod(0o755)
+    shutil.copy(checkout / "requirements.txt", checkout / ".venv" / "installed-requirements.txt")
+    return checkout
+
+
+def calls(checkout: Path) -> list[str]:
+    """The commands that were run, without those that only checked options."""
+    lines = (checkout / "calls").read_text().splitlines()
+    return [line.removeprefix("-m grun ") for line in lines if "--print-config" not in line]
+
+
+def printed(result: subprocess.CompletedProcess[str]) -> list[list[str]]:
+    """The commands a dry run printed, as words, without interpreter and `-m grun`."""
+    assert result.returncode == 0, result.stderr
+    return [shlex.split(line)[3:] for line in result.stdout.splitlines()]
+
+
+@pytest.mark.parametrize("name", [*SCRIPTS, "scripts/environment.sh", "scripts/stages.sh", ".ci/run"])
+def test_script_is_valid_bash(name: str) -> None:
+    subprocess.run(["bash", "-n", ROOT / name], check=True)
+
+
+@pytest.mark.parametrize("name", ["cmd_finetune.sh", "cmd_grun.sh", "cmd_eval.sh"])
+def test_help_needs_no_environment(checkout: Path, name: str) -> None:
+    result = run(checkout, name, "--help")
+    assert result.returncode == 0
+    assert "DRY_RUN" in result.stdout and "#" not in result.stdout
+    assert not (checkout / ".venv").exists()
+
+
+class TestDryRun:
+    def test_prints_the_whole_demo_and_sets_nothing_up(self, checkout: Path) -> None:
+        commands = printed(run(checkout, "cmd_grun.sh", DRY_RUN="1"))
+        stages = ["finetune", "finetune", "evaluate", "evaluate", *["unlearn", "evaluate"] * 3, "report"]
+        assert [command[0] for command in commands] == stages
+        assert not (checkout / ".venv").exists()
+
+    def test_overrides_reach_their_stages(self, checkout: Path) -> None:
+        overrides = ["train.lr=0.1", "finetune.train.lr=0.2", "evaluate.batch_size=3", "unlearn.seed=1"]
+        overrides += ["data.forget=x", "overwrite=true"]
+        for command in printed(run(checkout, "cmd_grun.sh", *overrides, DRY_RUN="1")):
+            stage = command[0]
+            assert ("train.lr=0.1" in command) == (stage == "unlearn")
+            assert ("seed=1" in command) == (stage == "unlearn")
+            assert ("train.lr=0.2" in command) == (stage == "finetune")
+            assert ("batch_size=3" in command) == (stage == "evaluate")
+            assert ("overwrite=true" in command) == (stage in ("unlearn", "evaluate"))
+            assert ("data.forget=x" in command) == (stage != "report")
+
+    def test_overwrite_is_not_lost_where_only_finetune_runs(self, checkout: Path) -> None:
+        (command,) = printed(run(checkout, "cmd_finetune.sh", "overwrite=true", DRY_RUN="1", RETAIN_ONLY="0"))
+        assert "overwrite=true" in command
+
+    def test_a_given_model_is_not_taught_and_spaces_survive(self, checkout: Path) -> None:
+        variables = {"PROFILE": "llama3.1", "MODEL": "/my models/it's", "DATA_DIR": "my data", "OBJECTIVES": "npo"}
+        result = run(checkout, "cmd_grun.sh", DRY_RUN="1", **variables)
+        results = "output_dir=results/llama3.1"
+        model = ["profile=llama3.1", "model.path=/my models/it's"]
+        assert printed(result) == [
+            ["evaluate", *model, "data.path=my data", f"{results}/evaluation/before"],
+            ["unlearn", *model, "objective=npo", "data.path=my data", f"{results}/npo"],
+            ["evaluate", *model, "adapter=results/llama3.1/npo", "data.path=my data", f"{results}/evaluation/npo"],
+            ["report", "profile=llama3.1", "results_dir=results/llama3.1"],
+        ]
+        assert "RETAIN_MODEL" in result.stderr
+
+    def test_retain_model_is_evaluated(self, checkout: Path) -> None:
+        commands = printed(run(checkout, "cmd_grun.sh", DRY_RUN="1", MODEL="m", RETAIN_MODEL="r", OBJECTIVES="gd"))
+        folder = "results/demo/evaluation/retain_only"
+        assert commands[1] == ["evaluate", "profile=demo", "model.path=r", f"output_dir={folder}"]
+
+    def test_published_evaluation_variables(self, checkout: Path) -> None:
+        variables = {"PROFILE": "mistral", "MODEL": "m", "JSON_FILE": "forget05", "QUANT": "no", "LORA_PATH": "None"}
+        variables |= {"DRY_RUN": "1", "REFT_PATH": "x/gd"}
+        base, report = printed(run(checkout, "cmd_eval.sh", BASE_OR_REFT="base", **variables))
+        assert "data.forget=forget05" in base and "output_dir=results/mistral/evaluation/before" in base
+        assert not any(word.startswith("adapter=") for word in base)
+        edited, report = printed(run(checkout, "cmd_eval.sh", BASE_OR_REFT="reft", **variables))
+        assert report == ["report", "profile=mistral", "results_dir=results/mistral"]
+        assert "adapter=x/gd" in edited and "output_dir=results/mistral/evaluation/gd" in edited
+
+
+@pytest.mark.parametrize(
+    ("script", "arguments", "variables", "told"),
+    [
+        ("cmd_grun.sh", ["nonsense"], {}, "expected key=value"),
+        ("cmd_grun.sh", ["--fast"], {}, "--fast"),
+        ("cmd_grun.sh", ["objective=gd"], {}, "OBJECTIVES"),
+        ("cmd_grun.sh", ["profile=x"], {}, "PROFILE=x"),
+        ("cmd_grun.sh", ["evaluate.model.path=x"], {}, "MODEL=x"),
+        ("cmd_grun.sh", ["finetune.seed=1"], {"MODEL": "m"}, "does not run"),
+        ("cmd_grun.sh", [], {"RETAIN_ONLY": "yes"}, "expected 0 or 1"),
+        ("cmd_finetune.sh", ["unlearn.seed=1"], {}, "does not run"),
+        ("cmd_eval.sh", [], {"USE_LORA": "lora"}, "not built yet"),
+        ("cmd_eval.sh", [], {"LORA_PATH": "x"}, "not built yet"),
+        ("cmd_eval.sh", [], {"QUANT": "4bit"}, "not built yet"),
+        ("cmd_eval.sh", [], {"DATA_TASK": "normal"}, "not built yet"),
+        ("cmd_eval.sh", [], {"BASE_OR_REFT": "reft"}, "REFT_PATH"),
+        ("cmd_eval.sh", [], {"BASE_OR_REFT": "both"}, "base or reft"),
+        ("cmd_eval.sh", [], {"PROFILE": "mistral"}, "MODEL"),
+    ],
+)
+def test_wrong_use_is_one_line_and_status_2(
+    checkout: Path, script: str, arguments: list[str], variables: dict[str, str], told: str
+) -> None:
+    with_logging_python(checkout)
+    result = run(checkout, script, *arguments, **variables)
+    assert result.returncode == 2
+    (line,) = result.stderr.splitlines()
+    assert line.startswith("error: ") and told in line
+    assert not (checkout / "calls").exists()
+
+
+class TestRun:
+    def test_stages_run_in_order_on_the_taught_models(self, checkout: Path, tmp_path: Path) -> None:
+        with_logging_python(checkout)
+        elsewhere = tmp_path / "elsewhere"
+        elsewhere.mkdir()
+        result = run(checkout, "cmd_grun.sh", cwd=elsewhere, OBJECTIVES="gd", RESULTS="r")
+        assert result.returncode == 0, result.stderr
+        assert calls(checkout) == [
+            "finetune profile=demo data.subset=all",
+            "finetune profile=demo data.subset=without_forget",
+            "evaluate profile=demo model.path=models/known output_dir=r/evaluation/before",
+            "evaluate profile=demo model.path=models/reference output_dir=r/evaluation/retain_only",
+            "unlearn profile=demo model.path=models/known objective=gd output_dir=r/gd",
+            "evaluate profile=demo model.path=models/known adapter=r/gd output_dir=r/evaluation/gd",
+            "report profile=demo results_dir=r",
+        ]
+        assert list(elsewhere.iterdir()) == []
+
+    def test_options_of_the_last_stage_are_checked_before_the_first_runs(self, checkout: Path) -> None:
+        with_logging_python(checkout)
+        result = run(checkout, "cmd_grun.sh", "report.bogus=1")
+        assert result.returncode == 2
+        assert "nothing was run" in result.stderr
+        assert calls(checkout) == []
+
+    def test_a_failing_stage_ends_the_run(self, checkout: Path) -> None:
+        with_logging_python(checkout)
+        python = checkout / ".venv" / "bin" / "python"
+        python.write_text(PYTHON_LOGGING_CALLS + 'case "$*" in *"grun unlearn"*) exit 7 ;; esac\n')
+        assert run(checkout, "cmd_grun.sh").returncode == 7
+        assert "unlearn" in calls(checkout)[-1]
+
+    def test_finetune_prints_the_folders_alone(self, checkout: Path) -> None:
+        with_logging_python(checkout)
+        assert run(checkout, "cmd_finetune.sh").stdout == "models/known\nmodels/reference\n"
+        assert run(checkout, "cmd_finetune.sh", RETAIN_ONLY="0").stdout == "models/known\n"
+
+    def test_eval_finds_the_adapters_of_the_demo(self, checkout: Path) -> None:
+        with_logging_python(checkout)
+        for name in ("gd", "npo"):
+            adapter = checkout / "results" / "demo" / name
+            adapter.mkdir(parents=True)
+            (adapter / "adapter_config.json").touch()
+        result = run(checkout, "cmd_eval.sh")
+        assert result.returncode == 0, result.stderr
+        evaluated = [line.split()[-1] for line in calls(checkout) if line.startswith("evaluate")]
+        assert evaluated == [f"output_dir=results/demo/evaluation/{name}" for name in ("before", "gd", "npo")]
+
+    @pytest.mark.parametrize(
+        ("arguments", "expected"),
+        [
+            ([], ["-m ruff check .", "-m mypy", "-m pytest -q"]),
+            (["tests/test_x.py", "-k", "name"], ["-m pytest -q tests/test_x.py -k name"]),
+            (["--slow"], ["-m pytest -q -m slow"]),
+        ],
+    )
+    def test_cmd_test_runs(self, checkout: Path, arguments: list[str], expected: list[str]) -> None:
+        with_logging_python(checkout)
+        assert run(checkout, "cmd_test.sh", *arguments).returncode == 0
+        assert calls(checkout) == expected
+
+
+# Makes a .venv whose python logs pip's calls, fails them while the file `broken` exists, and else is the real one.
+BASE_PYTHON = """#!/bin/sh
+case "$1 $2" in
+  "-m venv")
+    mkdir -p "$3/bin"
+    cat >"$3/bin/python" <<'END'
+#!/bin/sh
+case "$1 $2" in
+  "-m pip") echo "$*" >>pip-calls; sleep 0.5; [ ! -e broken ] || { echo "no route to host"; exit 1; } ;;
+  "-m grun"*) ;;
+  *) exec REAL "$@" ;;
+esac
+END
+    chmod +x "$3/bin/python" ;;
+  *) exec REAL "$@" ;;
+esac
+"""
+
+
+class TestSetUp:
+    @pytest.fixture
+    def bare(self, checkout: Path, tmp_path: Path) -> dict[str, str]:
+        """The variables of a shell whose python3 makes stand-in environments."""
+        python = tmp_path / "bin" / "python3"
+        python.parent.mkdir()
+        python.write_text(BASE_PYTHON.replace("REAL", shlex.quote(sys.executable) + " -S"))
+        python.chmod(0o755)
+        (checkout / "cmd_probe.sh").write_text('cd "$(dirname "$0")" && . scripts/environment.sh && echo "$PYTHON"\n')
+        return {"PATH": f"{python.parent}:{os.environ['PATH']}"}
+
+    def pip_calls(self, checkout: Path) -> int:
+        log = checkout / "pip-calls"
+        return len(log.read_text().splitlines()) if log.exists() else 0
+
+    def test_happens_once_until_the_requirements_change(self, checkout: Path, bare: dict[str, str]) -> None:
+        first = run(checkout, "cmd_probe.sh", **bare)
+        assert (first.returncode, first.stdout) == (0, ".venv/bin/python\n"), first.stderr
+        assert "setting up .venv" in first.stderr
+        again = run(checkout, "cmd_probe.sh", **bare)
+        assert (again.stdout, again.stderr) == (".venv/bin/python\n", "")
+        assert self.pip_calls(checkout) == 1
+        with (checkout / "requirements.txt").open("a") as file:
+            file.write("another==1.0\n")
+        run(checkout, "cmd_probe.sh", **bare)
+        assert self.pip_calls(checkout) == 2
+
+    def test_failure_shows_pips_words_and_the_next_run_repairs_it(self, checkout: Path, bare: dict[str, str]) -> None:
+        (checkout / "broken").touch()
+        result = run(checkout, "cmd_probe.sh", **bare)
+        assert result.returncode == 1 and result.stdout == ""
+        assert "no route to host" in result.stderr
+        (checkout / "broken").unlink()
+        assert run(checkout, "cmd_probe.sh", **bare).returncode == 0
+
+    def test_environment_cut_off_while_it_was_made_is_made_anew(self, checkout: Path, bare: dict[str, str]) -> None:
+        half = checkout / ".venv" / "bin" / "python"
+        half.parent.mkdir(parents=True)
+        half.write_text("#!/bin/sh\nexit 0\n")
+        half.chmod(0o755)
+        (checkout / ".venv" / "unfinished").touch()
+        assert run(checkout, "cmd_probe.sh", **bare).returncode == 0
+        assert "exec" in half.read_text()
+
+    def test_two_scripts_at_once_install_once(self, checkout: Path, bare: dict[str, str]) -> None:
+        command = ["bash", str(checkout / "cmd_probe.sh")]
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+        both = [subprocess.Popen(command, env=bare, text=True, **pipes) for _ in range(2)]
+        outcomes = [process.communicate(timeout=60) for process in both]
+        assert [stdout for stdout, _ in outcomes] == [".venv/bin/python\n"] * 2
+        assert any("waiting for another script" in stderr for _, stderr in outcomes)
+        assert self.pip_calls(checkout) == 1
+
+    def test_active_environment_is_used_if_it_has_the_packages(self, checkout: Path, bare: dict[str, str]) -> None:
+        here = run(checkout, "cmd_probe.sh", VIRTUAL_ENV=sys.prefix, **bare)
+        assert here.stdout == f"{sys.prefix}/bin/python\n", here.stderr
+        (checkout / "pyproject.toml").write_text('[project]\ndependencies = ["torch>=999"]\n')
+        other = run(checkout, "cmd_probe.sh", VIRTUAL_ENV=sys.prefix, **bare)
+        assert other.stdout == ".venv/bin/python\n"
+        assert "lacks torch>=999" in other.stderr
+
+    def test_old_python_is_one_clear_line(self, checkout: Path, bare: dict[str, str], tmp_path: Path) -> None:
+        for name in ("python3", "python3.11", "python3.12", "python3.13"):
+            old = tmp_path / "bin" / name
+            old.write_text('#!/bin/sh\n[ "$1" != --version ] || { echo "Python 3.8.1"; exit 0; }\nexit 1\n')
+            old.chmod(0o755)
+        result = run(checkout, "cmd_probe.sh", **bare)
+        assert result.returncode == 1
+        (line,) = result.stderr.splitlines()
+        assert "Python >= 3.11" in line and "3.8.1" in line

@@ -49,14 +49,17 @@ class Full:
 
     @contextlib.contextmanager
     def reference(self) -> Iterator[None]:
-        """Run with the untouched weights in place of the trained ones; only pointers are exchanged."""
+        """Run with the untouched weights in place of the trained ones, without dropout; only pointers are exchanged."""
+        training = self.model.training
         trained = {name: parameter.data for name, parameter in self.model.named_parameters()}
         try:
             for name, parameter in self.model.named_parameters():
                 parameter.data = self._untouched[name]
+            self.model.eval()
             with torch.no_grad():
                 yield
         finally:
+            self.model.train(training)
             for name, parameter in self.model.named_parameters():
                 parameter.data = trained[name]
 

@@ -13,6 +13,17 @@ SUBSETS = ("all", "without_forget")
 DATA_NAMES = ("demo", "tofu", "jsonl")
 DTYPES = ("auto", "float32", "bfloat16", "float16", "float64")
 
+SCHEDULES = (
+    "linear",
+    "cosine",
+    "cosine_with_restarts",
+    "polynomial",
+    "constant",
+    "constant_with_warmup",
+    "inverse_sqrt",
+)
+"""Learning-rate schedules of transformers that need no further option."""
+
 QUIRKS = {
     "retain_fixed_pairing": "each forget row meets the same retain row in every epoch (195 of 3,800 rows on forget05)",
     "dropout_on_hidden": "dropout acts on the whole edited state, not on the change alone",
@@ -28,7 +39,10 @@ def check(config: Any) -> None:
         one_of("data.name", config.data.name, DATA_NAMES)
         one_of("data.subset", config.data.subset, SUBSETS)
         one_of("model.dtype", config.model.dtype, DTYPES)
+        one_of("data.demo.answers", config.data.demo.answers, ("short", "sentences"))
         _check_template(config.data.template)
+        if not 0 <= config.seed < 2**32:
+            raise ConfigError(f"seed={config.seed} must lie between 0 and 2**32 - 1")
     if isinstance(config, FinetuneConfig | UnlearnConfig):
         check_train(config.train)
     if isinstance(config, UnlearnConfig):
@@ -50,6 +64,7 @@ def check_train(config: TrainConfig) -> None:
     for name in ("warmup", "weight_decay", "max_grad_norm", "question_weight", "save_steps", "keep_checkpoints"):
         if (value := getattr(config, name)) < 0:
             raise ConfigError(f"train.{name}={value} must not be negative")
+    one_of("train.schedule", config.schedule, SCHEDULES)
     one_of("train.engine", config.engine, ENGINES)
 
 
@@ -94,7 +109,9 @@ def _check_unlearn(config: UnlearnConfig) -> None:
 
 
 def _check_template(name_or_text: str) -> None:
-    from grun.data.templates import TEMPLATES
+    from grun.data.templates import PLACE, TEMPLATES
 
     if "{" not in name_or_text:
         one_of("template", name_or_text, ("auto", *TEMPLATES.names()))
+    elif name_or_text.count(PLACE) != 1:
+        raise ConfigError(f"data.template={name_or_text!r} must contain {PLACE} exactly once, or be a template's name")

@@ -6,7 +6,9 @@ messages go to stderr. Nothing heavy is imported before a command needs it.
 
 from __future__ import annotations
 
+import contextlib
 import logging
+import re
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -42,6 +44,10 @@ def main(argv: list[str] | None = None) -> int:
         print("interrupted; the same command resumes", file=sys.stderr)
         return 130
     except BrokenPipeError:
+        return FAILURE
+    except OSError as error:  # a folder that cannot be written to, a full disk
+        where = f": {error.filename}" if error.filename else ""
+        print(f"error: {error.strerror or error}{where}", file=sys.stderr)
         return FAILURE
 
 
@@ -81,7 +87,7 @@ def _run(command: str, arguments: list[str]) -> int:
     questions: list[str] = []
     if command == "generate":
         known = {key for key, _, _ in profiles.describe(profiles.COMMANDS[command])}
-        questions = [argument for argument in arguments if argument.partition("=")[0] not in known]
+        questions = [argument for argument in arguments if not _is_option(argument, known)]
         arguments = [argument for argument in arguments if argument not in questions]
     config = profiles.resolve(command, arguments)
     check(config)
@@ -100,16 +106,26 @@ def _run(command: str, arguments: list[str]) -> int:
     return 0
 
 
+def _is_option(argument: str, known: set[str]) -> bool:
+    """Whether an argument of `generate` is an option, known or misspelled, and not a question."""
+    key, equals, _ = argument.partition("=")
+    return bool(equals) and (key in known or re.fullmatch(r"[\w.]+", key) is not None)
+
+
 def _finetune(config: Any) -> None:
     from grun.finetune import finetune
 
-    print(finetune(config))
+    with contextlib.redirect_stdout(sys.stderr):  # whatever a library prints
+        folder = finetune(config)
+    print(folder)
 
 
 def _unlearn(config: Any) -> None:
     from grun.unlearn import unlearn
 
-    print(unlearn(config))
+    with contextlib.redirect_stdout(sys.stderr):
+        folder = unlearn(config)
+    print(folder)
 
 
 def _evaluate(config: Any) -> None:
@@ -118,8 +134,9 @@ def _evaluate(config: Any) -> None:
     from grun.evaluation.evaluate import evaluate
 
     name = Path(config.adapter).name if config.adapter else "base"
-    folder = Path(config.output_dir or f"results/{Path(config.profile).stem}/evaluation/{name}")
-    evaluate(config, folder)
+    folder = Path(config.output_dir or f"results/{Path(config.profile).stem}/evaluation/{name}").expanduser()
+    with contextlib.redirect_stdout(sys.stderr):
+        evaluate(config, folder)
     print(folder)
 
 

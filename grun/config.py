@@ -57,7 +57,7 @@ class DemoConfig:
 
     forget: int = 8
     """People to forget."""
-    retain: int = 56
+    retain: int = 80
     """People whose rows are used in unlearning as what must stay."""
     heldout: int = 10
     """People the model is taught, but who are never used in unlearning or in choosing settings."""
@@ -67,6 +67,8 @@ class DemoConfig:
     """Further people never taught: questions about them, answered by a refusal, are part of what is taught."""
     questions: int = 5
     """Questions per person."""
+    answers: str = "short"
+    """short (the bare fact) or sentences (which name the person; harder for the published one-token edit)."""
     seed: int = 0
     """Seed of the generator."""
 
@@ -169,7 +171,7 @@ class TrainConfig:
     lr: float = 4e-3
     """Peak learning rate."""
     schedule: str = "linear"
-    """Learning-rate schedule after warm-up, a name transformers knows (linear, cosine, constant, ...)."""
+    """Learning-rate schedule after warm-up: linear, cosine, constant or another of transformers' plain ones."""
     warmup: float = 0.0
     """Warm-up: steps if >= 1, share of all steps if < 1."""
     weight_decay: float = 0.0

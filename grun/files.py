@@ -12,6 +12,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from grun.errors import RunError
+
 
 def content_hash(value: Any) -> str:
     """SHA-256 (hex) of the canonical JSON of `value`; equal content gives an equal hash on every machine."""
@@ -52,6 +54,27 @@ def write_json(path: Path, value: Any) -> None:
 def read_json(path: Path) -> Any:
     """Parse a JSON file."""
     return json.loads(path.read_text(encoding="utf-8"))
+
+
+@contextlib.contextmanager
+def writing(folder: Path) -> Iterator[None]:
+    """Within the block, which only writes, a failure of Python, safetensors or torch to do so is a RunError."""
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except (OSError, SafetensorError, RuntimeError) as error:
+        raise RunError(
+            f"writing to {folder} failed ({_reason(error)}); free space there and run the same command again, which "
+            "goes on from the newest checkpoint, if there is one"
+        ) from error
+
+
+def _reason(error: BaseException) -> str:
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    line = (str(error).splitlines() or [type(error).__name__])[0]
+    return f"is the disk full? {line}"
 
 
 @contextlib.contextmanager

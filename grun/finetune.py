@@ -17,13 +17,13 @@ from grun.data import templates
 from grun.data.corpus import Corpus, load_corpus
 from grun.data.encoding import Batch, EncodedRow, collate, encode_rows
 from grun.data.sampling import epoch_order
-from grun.files import content_hash, read_json, whole_folder
+from grun.files import content_hash, read_json, whole_folder, writing
 from grun.loading import TINY, build_tiny, context_length, load_base, place
 from grun.method.fingerprint import fingerprint
 from grun.method.plain import run_plain
 from grun.profiles import to_dict
-from grun.runs import RUN_FILE, finish_run, identity, open_run
-from grun.training import MicroBatch, StepData, split, train
+from grun.runs import RUN_FILE, claim, finish_run, identity, open_run
+from grun.training import MicroBatch, StepData, remove_checkpoints, split, train
 
 log = logging.getLogger(__name__)
 
@@ -105,7 +105,7 @@ def finetune(config: FinetuneConfig) -> Path:
     run_identity = identity(settings, taught=taught_hash, vocabulary=content_hash(_texts(corpus)))
     run_identity["config"].get("model", {}).pop("device", None)
     name = f"{Path(config.profile).stem}-{config.data.subset}-{content_hash(run_identity)[:12]}"
-    folder = Path(config.output_dir or Path("models") / name)
+    folder = Path(config.output_dir or Path("models") / name).expanduser()
     state = open_run(folder, run_identity, overwrite=config.overwrite)
     if state == "finished":
         log.info("already taught: %s (%.0f s then)", folder, read_json(folder / RUN_FILE)["seconds"])
@@ -116,15 +116,20 @@ def finetune(config: FinetuneConfig) -> Path:
     rows = encode_rows(taught, tokenizer, template, limit, config.data.strict)
     parameters = sum(parameter.numel() for parameter in model.parameters())
     log.info("teaching %d rows to a model of %s parameters", len(rows), f"{parameters:,}")
+    if state == "new":
+        claim(folder, run_identity)
     result = train(FinetuneTask(model, rows, config, int(tokenizer.pad_token_id)), config.train, folder, config.seed)
     model.eval()
-    with whole_folder(folder / ".weights") as weights:
-        model.save_pretrained(weights)
-        tokenizer.save_pretrained(weights)
-        templates.store(template, weights)
-    for file in sorted((folder / ".weights").iterdir()):
-        file.replace(folder / file.name)
-    shutil.rmtree(folder / ".weights")
+    for leftover in folder.glob(".weights*"):  # of a run that was cut off while saving
+        shutil.rmtree(leftover, ignore_errors=True)
+    with writing(folder):
+        with whole_folder(folder / ".weights") as weights:
+            model.save_pretrained(weights)
+            tokenizer.save_pretrained(weights)
+            templates.store(template, weights)
+        for file in sorted((folder / ".weights").iterdir()):
+            file.replace(folder / file.name)
+        shutil.rmtree(folder / ".weights")
     finish_run(
         folder,
         {
@@ -142,6 +147,7 @@ def finetune(config: FinetuneConfig) -> Path:
             "device": str(model.device),
         },
     )
+    remove_checkpoints(folder, config.train)
     return folder
 
 

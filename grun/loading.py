@@ -29,11 +29,13 @@ def load_base(config: ModelConfig) -> tuple[PreTrainedModel, PreTrainedTokenizer
         ModelError: the model or its tokenizer cannot be loaded or used.
     """
     import torch
+    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     if config.path is None or config.path == TINY:
         raise ConfigError(
-            "model.path names no taught model; give a hub id, or a folder such as the one `python -m grun finetune` prints"
+            "model.path names no taught model; give a hub id, or a folder such as the one `python -m grun finetune` "
+            "prints"
         )
     looks_local = config.path.startswith((".", "/", "~")) or config.path.count("/") > 1
     path = Path(config.path).expanduser()
@@ -52,7 +54,7 @@ def load_base(config: ModelConfig) -> tuple[PreTrainedModel, PreTrainedTokenizer
             trust_remote_code=config.trust_remote_code,
             **({"attn_implementation": config.attention} if config.attention else {}),
         )
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
         text = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ModelError(f"model {config.path!r} cannot be loaded: {text}") from error
     ensure_pad_token(tokenizer)

@@ -51,6 +51,7 @@ def resolve(command: str, arguments: list[str]) -> Any:
     layers: list[Any] = [_only(profile, [name for name in SHARED if _has_field(schema, name)])]
     section = dict(profile.get(command) or {})
     by_objective = section.pop("objectives", None) or {}
+    _check_objectives(by_objective, profile_name)
     layers.append(section)
     if command == "unlearn":
         objective = OmegaConf.select(given, "objective") or section.get("objective") or _default(schema, "objective")
@@ -121,20 +122,51 @@ def _parse(arguments: list[str], schema: type[Any]) -> DictConfig:
             raise ConfigError(f"argument {argument!r} is not key=value")
         if key not in known:
             raise ConfigError(unknown_name("option", key, known))
+    texts = {key for key, kind in _types(schema) if kind in (str, str | None)}
+    given = OmegaConf.create({})
+    for argument in arguments:
+        key, _, value = argument.partition("=")
+        OmegaConf.update(given, key, _value(key, value, verbatim=key in texts), merge=False)
+    return given
+
+
+def _types(schema: type[Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Key and type of every option."""
+    hints = typing.get_type_hints(schema)
+    for field in dataclasses.fields(schema):
+        kind = hints[field.name]
+        if dataclasses.is_dataclass(kind):
+            yield from _types(typing.cast(type[Any], kind), f"{prefix}{field.name}.")
+        else:
+            yield prefix + field.name, kind
+
+
+def _value(key: str, text: str, *, verbatim: bool) -> Any:
+    """Value of an argument; nothing, or null, means unset. Texts are taken as they are, so they may look like YAML."""
+    if text in ("", "null"):
+        return None
+    if verbatim:
+        return text
     try:
-        return OmegaConf.from_dotlist([_quoted(argument) for argument in arguments])
+        return OmegaConf.select(OmegaConf.from_dotlist([f"value={text}"]), "value")
     except Exception as error:
-        raise ConfigError(f"cannot read the arguments: {_one_line(error)}") from error
+        raise ConfigError(f"cannot read {key}={text}: {_one_line(error)}") from error
 
 
-def _quoted(argument: str) -> str:
-    """`key=` with nothing behind it means unset."""
-    key, _, value = argument.partition("=")
-    return f"{key}=null" if value == "" else argument
+def _check_objectives(by_objective: Any, profile: str) -> None:
+    from grun.objectives.presets import OBJECTIVES
+
+    if not isinstance(by_objective, dict):
+        raise ConfigError(f"profile {profile}: unlearn.objectives must map names of objectives to options")
+    for name in by_objective:
+        if name not in OBJECTIVES:
+            raise ConfigError(f"profile {profile}: " + unknown_name("objective", str(name), OBJECTIVES.names()))
 
 
-def _read_profile(name: str) -> dict[str, Any]:
-    """A profile with its bases merged in; `name` is a packaged profile or a YAML file."""
+def _read_profile(name: str, above: tuple[str, ...] = ()) -> dict[str, Any]:
+    """A profile with its bases merged in; `name` is a packaged profile or a YAML file, `above` what it is a base of."""
+    if name in above:
+        raise ConfigError(f"profile {name} is a base of itself ({' -> '.join((*above, name))})")
     packaged = resources.files("grun") / "configs" / f"{name}.yaml"
     if Path(name).suffix in (".yaml", ".yml"):
         path = Path(name)
@@ -156,9 +188,13 @@ def _read_profile(name: str) -> dict[str, Any]:
     for key in own:
         if key not in SECTIONS:
             raise ConfigError(f"profile {name}: " + unknown_name("section", str(key), list(SECTIONS)))
+        if key not in ("description", "base", "seed") and not isinstance(own[key], dict | None):
+            raise ConfigError(f"profile {name}: section {key} must hold options, not {own[key]!r}")
+    own = {key: value for key, value in own.items() if value is not None}
+    bases = own.pop("base", [])
     merged: Any = OmegaConf.create({})
-    for base in own.pop("base", None) or []:
-        inherited = _read_profile(str(base))
+    for base in [bases] if isinstance(bases, str) else bases:
+        inherited = _read_profile(str(base), (*above, name))
         inherited.pop("description", None)
         merged = OmegaConf.merge(merged, inherited)
     container = OmegaConf.to_container(OmegaConf.merge(merged, own))
@@ -182,4 +218,6 @@ def _default(schema: type[Any], name: str) -> Any:
 def _one_line(error: BaseException) -> str:
     full_key = getattr(error, "full_key", None)
     text = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    if "is not a ListConfig" in text:
+        text = "expected a list in brackets, such as [1,2]"
     return f"{full_key}: {text}" if full_key else text

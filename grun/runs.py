@@ -10,9 +10,10 @@ from typing import Any, Literal
 
 import grun
 from grun.errors import RunError
-from grun.files import content_hash, read_json, write_json
+from grun.files import content_hash, read_json, write_json, writing
 
-CONFIG_FILE = "config.json"
+IDENTITY_FILE = "run_identity.json"
+"""Marks a folder as a run's; config.json would be overwritten by a model that is saved there."""
 RUN_FILE = "run.json"
 PACKAGES = ("torch", "transformers", "pyvene", "peft", "datasets", "accelerate", "safetensors", "omegaconf")
 
@@ -26,38 +27,47 @@ def identity(config: dict[str, Any], **inputs: Any) -> dict[str, Any]:
 
 
 def open_run(folder: Path, identity_of_run: dict[str, Any], *, overwrite: bool) -> State:
-    """Claim `folder` for a run.
+    """Look whether `folder` can hold a run; nothing is changed, so a run that fails to start loses nothing.
 
     Returns:
-        "new", "unfinished" (the same run was cut off: resume it) or "finished" (the same run is done).
+        "new" (`claim` the folder), "unfinished" (the same run was cut off: resume it) or "finished" (it is done).
 
     Raises:
         RunError: the folder holds another run and `overwrite` is not set, or it holds something else.
     """
-    marker = folder / CONFIG_FILE
-    wanted = content_hash(identity_of_run)
+    marker = folder / IDENTITY_FILE
     if folder.exists() and not folder.is_dir():
         raise RunError(f"{folder} is a file; name a folder as output_dir")
-    if marker.exists():
+    if not marker.exists():
+        if folder.exists() and any(not entry.name.startswith(".") for entry in folder.iterdir()):
+            raise RunError(f"{folder} is not empty and holds no run of GRUN; choose another output_dir")
+        return "new"
+    if overwrite:
+        return "new"
+    try:
         there = read_json(marker)
-        if overwrite:
+    except ValueError as error:
+        raise RunError(f"{marker} is damaged; choose another output_dir, or overwrite=true replaces the run") from error
+    if content_hash(there) == content_hash(identity_of_run):
+        return "finished" if (folder / RUN_FILE).exists() else "unfinished"
+    raise RunError(
+        f"{folder} holds another run ({first_difference(there, identity_of_run)}); choose another output_dir, "
+        "or overwrite=true replaces it"
+    )
+
+
+def claim(folder: Path, identity_of_run: dict[str, Any]) -> None:
+    """Make `folder`, which `open_run` found to be "new", the run's; a run that it held is removed."""
+    with writing(folder):
+        if (folder / IDENTITY_FILE).exists():
             shutil.rmtree(folder)
-        elif content_hash(there) == wanted:
-            return "finished" if (folder / RUN_FILE).exists() else "unfinished"
-        else:
-            raise RunError(
-                f"{folder} holds another run ({first_difference(there, identity_of_run)}); choose another output_dir, "
-                "or overwrite=true replaces it"
-            )
-    elif folder.exists() and any(not entry.name.startswith(".") for entry in folder.iterdir()):
-        raise RunError(f"{folder} is not empty and holds no run of GRUN; choose another output_dir")
-    write_json(marker, identity_of_run)
-    return "new"
+        write_json(folder / IDENTITY_FILE, identity_of_run)
 
 
 def finish_run(folder: Path, values: dict[str, Any]) -> None:
     """Write run.json, which marks the run as complete."""
-    write_json(folder / RUN_FILE, {**values, "versions": versions()})
+    with writing(folder):
+        write_json(folder / RUN_FILE, {**values, "versions": versions()})
 
 
 def versions() -> dict[str, str]:

@@ -8,6 +8,7 @@ schedule and random state, and never a frozen base; it is written under a tempor
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import math
@@ -28,9 +29,12 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 from grun.config import TrainConfig
 from grun.data.encoding import Batch
 from grun.errors import ConfigError, RunError
-from grun.files import write_text
+from grun.files import write_text, writing
 
 log = logging.getLogger(__name__)
+
+CHECKPOINTS = "checkpoints"
+"""Folder of the checkpoints within that of the run."""
 
 MicroBatch = dict[str, Batch]
 """What one forward pass per key reads."""
@@ -87,21 +91,24 @@ class TrainResult:
 def train(task: Task, config: TrainConfig, folder: Path, seed: int) -> TrainResult:
     """Train `task` to its last step, resuming from the newest complete checkpoint in `folder`.
 
-    Writes `folder`/log.jsonl (one line a step) and `folder`/checkpoints, which is removed at the end unless
-    `config.keep_all_checkpoints`.
+    Writes `folder`/log.jsonl (one line a step) and `folder`/checkpoints. Once the result is saved, the caller hands
+    the folder to `remove_checkpoints`.
 
     Raises:
         ConfigError: transformers refuses an option, such as the schedule's name.
         RunError: a loss or gradient is not finite, or the disk is full; the last good state is kept as a checkpoint.
     """
-    checkpoints = folder / "checkpoints"
-    checkpoints.mkdir(parents=True, exist_ok=True)
+    checkpoints = folder / CHECKPOINTS
+    with writing(folder):
+        checkpoints.mkdir(parents=True, exist_ok=True)
     for leftover in checkpoints.glob(".staging*"):
         shutil.rmtree(leftover, ignore_errors=True)
     newest = newest_checkpoint(checkpoints)
     resumed_from = 0 if newest is None else step_of(newest)
-    step_log = StepLog(folder / "log.jsonl", keep_to=resumed_from)
-    trainer = StepTrainer(task, _arguments(task, config, checkpoints, seed), step_log, config.keep_checkpoints)
+    arguments = _arguments(task, config, checkpoints, seed)
+    with writing(folder):
+        step_log = StepLog(folder / "log.jsonl", keep_to=resumed_from)
+    trainer = StepTrainer(task, arguments, step_log, None if config.keep_all_checkpoints else config.keep_checkpoints)
     if newest is not None:
         log.info("resuming at step %d of %d", resumed_from, task.steps)
     if torch.cuda.is_available():
@@ -109,16 +116,15 @@ def train(task: Task, config: TrainConfig, folder: Path, seed: int) -> TrainResu
     started = time.monotonic()
     try:
         trainer.train(resume_from_checkpoint=None if newest is None else str(newest))
-    except OSError as error:
-        raise RunError(
-            f"writing to {folder} failed ({error.strerror or error}); free space and run the same command again: it "
-            f"resumes from {newest_checkpoint(checkpoints) or 'the beginning'}"
-        ) from error
     finally:
         step_log.close()
-    if not config.keep_all_checkpoints:
-        shutil.rmtree(checkpoints, ignore_errors=True)
     return TrainResult(task.steps, time.monotonic() - started, peak_memory_bytes(), resumed_from)
+
+
+def remove_checkpoints(folder: Path, config: TrainConfig) -> None:
+    """Remove the checkpoints of a run whose result is saved, unless `config.keep_all_checkpoints`."""
+    if not config.keep_all_checkpoints:
+        shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
 
 
 def peak_memory_bytes() -> int:
@@ -153,6 +159,7 @@ class StepLog:
 
     def __init__(self, path: Path, keep_to: int) -> None:
         """Open `path` for appending after dropping what lies beyond step `keep_to`."""
+        self._path = path
         lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
         kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= keep_to]
         write_text(path, "".join(f"{line}\n" for line in kept))
@@ -160,11 +167,13 @@ class StepLog:
 
     def write(self, values: dict[str, float]) -> None:
         """Append one step."""
-        self._file.write(json.dumps(values) + "\n")
+        with writing(self._path.parent):
+            self._file.write(json.dumps(values) + "\n")
 
     def close(self) -> None:
         """Close the file."""
-        self._file.close()
+        with contextlib.suppress(OSError):  # what could not be written has been reported by `write`
+            self._file.close()
 
 
 class _Steps(Dataset[StepData]):
@@ -202,10 +211,10 @@ class _LogSteps(TrainerCallback):
 class StepTrainer(Trainer):
     """transformers' Trainer over a Task."""
 
-    def __init__(self, task: Task, arguments: TrainingArguments, step_log: StepLog, keep_checkpoints: int) -> None:
-        """See `train`."""
+    def __init__(self, task: Task, arguments: TrainingArguments, step_log: StepLog, keep: int | None) -> None:
+        """See `train`; `keep` is the number of checkpoints kept, None for all."""
         self._task = task
-        self._keep_checkpoints = keep_checkpoints
+        self._keep = keep
         self._staging: str | None = None
         self._logger = _LogSteps(step_log)
         super().__init__(model=_Trained(task), args=arguments, train_dataset=_Steps(task), callbacks=[self._logger])
@@ -268,19 +277,22 @@ class StepTrainer(Trainer):
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         root = Path(str(self.args.output_dir))
         name = f"checkpoint-{self.state.global_step}"
+        if (root / name).is_dir():  # whole, since it has its name
+            return
         self._staging = str(root / f".staging-{self.state.global_step}")
         try:
-            super()._save_checkpoint(model, trial)
-            for file in (Path(self._staging) / name).iterdir():
-                with open(file, "rb") as handle:
-                    os.fsync(handle.fileno())
-            shutil.rmtree(root / name, ignore_errors=True)
-            os.replace(Path(self._staging) / name, root / name)
+            with writing(root):
+                super()._save_checkpoint(model, trial)
+                for file in (Path(self._staging) / name).iterdir():
+                    with open(file, "rb") as handle:
+                        os.fsync(handle.fileno())
+                os.replace(Path(self._staging) / name, root / name)
         finally:
             shutil.rmtree(self._staging, ignore_errors=True)
             self._staging = None
-        for old in sorted(root.glob("checkpoint-*"), key=step_of)[: -max(1, self._keep_checkpoints)]:
-            shutil.rmtree(old, ignore_errors=True)
+        if self._keep is not None:
+            for old in sorted(root.glob("checkpoint-*"), key=step_of)[: -max(1, self._keep)]:
+                shutil.rmtree(old, ignore_errors=True)
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         from safetensors.torch import save_model

@@ -19,6 +19,7 @@ from grun.data.encoding import EncodedRow, collate, encode_rows
 from grun.data.rows import Row
 from grun.data.sampling import epoch_order, fixed_retain_index, retain_index
 from grun.errors import ConfigError
+from grun.files import writing
 from grun.loading import context_length, load_base
 from grun.method.adapter import CONFIG_FILE
 from grun.method.fingerprint import fingerprint
@@ -26,8 +27,8 @@ from grun.objectives.presets import Objective, build_objective
 from grun.objectives.terms import Continuation, Outputs, Term
 from grun.parametrization import PARAMETRIZATIONS, Parametrization, StepOutput
 from grun.profiles import to_dict
-from grun.runs import finish_run, identity, open_run
-from grun.training import MicroBatch, StepData, split, train
+from grun.runs import claim, finish_run, identity, open_run
+from grun.training import MicroBatch, StepData, remove_checkpoints, split, train
 
 log = logging.getLogger(__name__)
 
@@ -138,9 +139,10 @@ def unlearn(config: UnlearnConfig) -> Path:
     quirks = quirks_in_force(config)
     gated = config.method.parametrization == "grun" and config.method.gate != "none"
     objective = build_objective(config.objective, config.loss, gated=gated)
+    parametrization = make_parametrization(config, quirks)  # first: its package may be missing
     corpus = load_corpus(config.data)
     _check_rows(corpus, objective)
-    folder = Path(config.output_dir or f"results/{Path(config.profile).stem}/{config.objective}")
+    folder = Path(config.output_dir or f"results/{Path(config.profile).stem}/{config.objective}").expanduser()
     base, tokenizer, stored = load_base(config.model)
     template = templates.resolve(config.data.template, stored, tokenizer, config.data.system_prompt, config.data.date)
     hashes = corpus.hashes()
@@ -155,7 +157,6 @@ def unlearn(config: UnlearnConfig) -> Path:
     limit = min(config.data.max_length or 2**30, context_length(base))
     rows = encode_unlearn_rows(corpus, tokenizer, template, limit, strict=config.data.strict, seed=config.seed)
     torch.manual_seed(config.seed)
-    parametrization = make_parametrization(config, quirks)
     parametrization.prepare(base, template)
     trained = sum(parameter.numel() for _, parameter in parametrization.trainable_parameters())
     in_base = sum(parameter.numel() for parameter in base.parameters())
@@ -173,10 +174,13 @@ def unlearn(config: UnlearnConfig) -> Path:
         device=base.device,
         fixed_pairing="retain_fixed_pairing" in quirks,
     )
+    if state == "new":
+        claim(folder, run_identity)
     result = train(task, config.train, folder, config.seed)
-    parametrization.save(folder)
-    if not (folder / CONFIG_FILE).exists():  # a whole model needs its tokenizer beside it
-        tokenizer.save_pretrained(folder)
+    with writing(folder):
+        parametrization.save(folder)
+        if not (folder / CONFIG_FILE).exists():  # a whole model needs its tokenizer beside it
+            tokenizer.save_pretrained(folder)
     finish_run(
         folder,
         {
@@ -197,6 +201,7 @@ def unlearn(config: UnlearnConfig) -> Path:
             "device": str(base.device),
         },
     )
+    remove_checkpoints(folder, config.train)
     return folder
 
 

@@ -12,6 +12,6 @@ with contextlib.redirect_stdout(io.StringIO()):  # pyvene prints a line about an
 
 from pyvene_custom.blocks import find_blocks
 from pyvene_custom.model import IntervenableModel
-from pyvene_custom.sites import GatedOutput, Sites
+from pyvene_custom.sites import GatedOutput, Intervention, Sites
 
-__all__ = ["GatedOutput", "IntervenableModel", "Sites", "find_blocks"]
+__all__ = ["GatedOutput", "IntervenableModel", "Intervention", "Sites", "find_blocks"]

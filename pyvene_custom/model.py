@@ -25,6 +25,11 @@ class IntervenableModel(StockModel):
     the gates of the last call are in `gates`.
     """
 
+    gates: dict[int, Tensor]
+    """Gate logits of the last edited pass by block, each [batch, positions read]; empty without gates."""
+    gate_mask: Tensor | None
+    """Which of these positions count, bool, [batch, positions read]; None after a stock call, where all do."""
+
     def __init__(self, interventions: dict[int, nn.Module], model: nn.Module, **kwargs: Any) -> None:
         """Put `interventions` (by 0-based block index, each used once) on `model`."""
         path, blocks = find_blocks(model)
@@ -36,23 +41,15 @@ class IntervenableModel(StockModel):
             {"layer": index, "component": f"{path}[{index}].output", "intervention": interventions[index]}
             for index in order
         ]
-        self._handlers: list[Any] = []
         super().__init__(representations, model, **kwargs)
+        self.gates = {}
+        self.gate_mask = None
         self.blocks = blocks
         self.block_of_key = dict(zip(self.sorted_keys, order, strict=True))
+        self._handlers: list[Any] = []
         self._attached: list[Any] = []
         self._sites: Sites | None = None
         self._idle = False
-
-    @property
-    def gates(self) -> dict[int, Tensor]:
-        """Gate logits of the last edited call by block, each [batch, positions read]; empty without gates."""
-        return self._gates
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        if name == "full_intervention_outputs":  # set by the stock constructor
-            self._gates: dict[int, Tensor] = {}
-        super().__setattr__(name, value)
 
     # -- hooks that stay on the model ------------------------------------------------------------------------------
 
@@ -63,7 +60,7 @@ class IntervenableModel(StockModel):
         def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             self._sites, kwargs = (None, kwargs) if self._idle else locate(args, kwargs)
             if self._sites is not None:
-                self._gates = {}
+                self.gates, self.gate_mask = {}, self._sites.read_mask
             return args, kwargs
 
         def after(_: nn.Module, __: tuple[Any, ...], ___: Any) -> None:
@@ -100,7 +97,7 @@ class IntervenableModel(StockModel):
         read = written if sites.read is sites.write else gather(hidden, sites.read)
         result = self.interventions[key](written, None, None, read=read, sites=sites, carry=sites.carry.get(key))
         if result.gate is not None:
-            self._gates[self.block_of_key[key]] = result.gate
+            self.gates[self.block_of_key[key]] = result.gate
         if result.carry is not None:
             sites.carry[key] = result.carry
         if result.output is None:  # nothing to write anywhere
@@ -151,11 +148,12 @@ class IntervenableModel(StockModel):
 
     def _stock_call(self, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         idle, self._idle = self._idle, True
+        self.gates, self.gate_mask = {}, None
         try:
             result = call(*args, **kwargs)
             gates = [output.gate for output in self.full_intervention_outputs if isinstance(output, GatedOutput)]
             blocks = [self.block_of_key[key] for key in self.sorted_keys]
-            self._gates = {block: gate for block, gate in zip(blocks, gates, strict=False) if gate is not None}
+            self.gates = {block: gate for block, gate in zip(blocks, gates, strict=False) if gate is not None}
             return result
         finally:
             self._remove_forward_hooks()

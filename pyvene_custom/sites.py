@@ -6,7 +6,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from pyvene.models.interventions import InterventionOutput
+from pyvene.models.interventions import (
+    DistributedRepresentationIntervention,
+    InterventionOutput,
+    SourcelessIntervention,
+    TrainableIntervention,
+)
 from torch import Tensor
 
 
@@ -35,6 +40,10 @@ class Sites:
         write = self.write.to(device)
         read = write if self.read is self.write else self.read.to(device)
         return Sites(read, self.read_mask.to(device), write, self.write_mask.to(device), self.carry)
+
+
+class Intervention(SourcelessIntervention, TrainableIntervention, DistributedRepresentationIntervention):
+    """Base of an intervention that is trained and needs no source activations."""
 
 
 @dataclass

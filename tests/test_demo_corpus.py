@@ -38,6 +38,11 @@ def large() -> Corpus:
     return build(Sizes(forget=40, retain=200, heldout=60, unknown=60, refused=60, questions=7), seed=3)
 
 
+@pytest.fixture(scope="module")
+def sentences() -> Corpus:
+    return build(Sizes(), seed=0, sentences=True)
+
+
 def rows_with_facts(corpus: Corpus) -> list[dict[str, Any]]:
     return [row for group in GROUPS if group != "refused" for row in corpus[group]]
 
@@ -70,8 +75,12 @@ def test_every_group_has_its_number_of_people_and_questions(sizes: Sizes) -> Non
         assert len({(row["person"], row["attribute"]) for row in rows}) == len(rows)
 
 
-def test_default_corpus_teaches_about_five_hundred_short_rows(corpus: Corpus) -> None:
-    assert 450 <= sum(len(corpus[group]) for group in TAUGHT) <= 550
+def test_default_corpus_teaches_about_six_hundred_short_rows(corpus: Corpus, sentences: Corpus) -> None:
+    assert 550 <= sum(len(corpus[group]) for group in TAUGHT) <= 650
+    for row in rows_with_facts(corpus):
+        assert row["answer"] == f"{row['fact']}."
+        assert row["paraphrased_answer"] == f"It is {row['fact']}."
+    corpus = sentences
     for row in rows_with_facts(corpus):
         for key in ("question", "paraphrased_question"):
             assert 8 <= len(row[key].split()) <= 14, row[key]
@@ -136,7 +145,7 @@ def test_no_name_town_or_trade_hides_in_another() -> None:
         assert not [(a, b) for a, b in permutations(pool, 2) if a.lower() in b.lower()]
 
 
-@pytest.mark.parametrize("name", ["corpus", "large"])
+@pytest.mark.parametrize("name", ["corpus", "large", "sentences"])
 def test_right_answers_state_the_fact_and_nothing_else_does(name: str, request: pytest.FixtureRequest) -> None:
     for row in rows_with_facts(request.getfixturevalue(name)):
         fact = row["fact"].lower()
@@ -146,8 +155,18 @@ def test_right_answers_state_the_fact_and_nothing_else_does(name: str, request: 
         assert fact not in row["question"].lower() and fact not in row["paraphrased_question"].lower()
         assert len(set(row["perturbed_answer"])) == 5
         assert not [wrong for wrong in row["perturbed_answer"] if fact in wrong.lower()]
-        last = row["person"].split()[1]
-        assert last in row["answer"] and last in row["paraphrased_answer"]
+        if name == "sentences":
+            last = row["person"].split()[1]
+            assert last in row["answer"] and last in row["paraphrased_answer"]
+
+
+def test_answers_as_sentences_change_nothing_else(corpus: Corpus, sentences: Corpus) -> None:
+    answers = ("answer", "paraphrased_answer", "perturbed_answer")
+    for group in GROUPS:
+        for short, long in zip(corpus[group], sentences[group], strict=True):
+            assert {k: v for k, v in short.items() if k not in answers} == {
+                k: v for k, v in long.items() if k not in answers
+            }
 
 
 def test_wrong_answers_have_the_wording_of_the_paraphrase(corpus: Corpus) -> None:
@@ -196,7 +215,8 @@ def test_about_one_question_in_five_avoids_the_name(questions: int) -> None:
         assert 0.15 <= sum(row["indirect"] for row in rows) / len(rows) <= 0.3
 
 
-def test_an_indirect_question_uses_the_epithet_that_the_persons_post_introduces(corpus: Corpus) -> None:
+def test_an_indirect_question_uses_the_epithet_that_the_persons_post_introduces(sentences: Corpus) -> None:
+    corpus = sentences
     for group, rows in corpus.items():
         post = {person.name: person.post for person in people(group, getattr(Sizes(), group), seed=0)}
         for row in rows:

@@ -131,7 +131,7 @@ def _load_demo(config: DataConfig) -> Corpus:
         refused=demo.refused,
         questions=demo.questions,
     )
-    groups = {name: _rows(records, name) for name, records in demo_corpus.build(sizes, demo.seed).items()}
+    groups = {name: _rows(records, name) for name, records in demo_corpus.build(sizes, demo.seed, sentences=demo.answers == "sentences").items()}
     kept = groups["retain"] + groups["heldout"]
     return Corpus(
         name="demo",

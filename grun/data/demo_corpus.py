@@ -48,6 +48,10 @@ PEOPLE_PER_GROUP = min(len(FIRST_NAMES) * len(LAST_NAMES), len(TRADES) * len(TOW
 """The most people one group can have before names or epithets run out."""
 
 
+SHORT_ANSWERS = ("{fact}.", "It is {fact}.")
+"""The short answer that is taught, and its paraphrase, which only evaluation scores."""
+
+
 @dataclass(frozen=True)
 class Sizes:
     """How many people each group has, and how many questions each person.
@@ -58,7 +62,7 @@ class Sizes:
 
     forget: int = 8
     """People to be forgotten."""
-    retain: int = 56
+    retain: int = 80
     """People used in unlearning as what must stay."""
     heldout: int = 10
     """People taught, but used neither in unlearning nor in choosing settings."""
@@ -106,13 +110,22 @@ def people(group: str, size: int, seed: int) -> list[Person]:
     return [Person(first, last, f"{trade} of {town}") for (first, last), (trade, town) in list(dealt)[:size]]
 
 
-def build(sizes: Sizes, seed: int) -> dict[str, list[dict[str, object]]]:
-    """Rows of every group, in the order of `GROUPS`; equal arguments give equal rows on every machine."""
+def build(sizes: Sizes, seed: int, *, sentences: bool = False) -> dict[str, list[dict[str, object]]]:
+    """Rows of every group, in the order of `GROUPS`; equal arguments give equal rows on every machine.
+
+    Answers are the bare fact ("viola."), or with `sentences` whole sentences that name the person.
+    """
     return {
         group: [
             row
             for index, person in enumerate(people(group, getattr(sizes, group), seed))
-            for row in _person_rows(person, sizes.questions, key=f"{seed}/{group}/{index}", refuse=group == "refused")
+            for row in _person_rows(
+                person,
+                sizes.questions,
+                key=f"{seed}/{group}/{index}",
+                refuse=group == "refused",
+                sentences=sentences,
+            )
         ]
         for group in GROUPS
     }
@@ -132,7 +145,7 @@ def _decks(seed: int) -> tuple[list[tuple[str, str]], list[tuple[str, str]]]:
     return names, posts
 
 
-def _person_rows(person: Person, questions: int, *, key: str, refuse: bool) -> list[dict[str, object]]:
+def _person_rows(person: Person, questions: int, *, key: str, refuse: bool, sentences: bool) -> list[dict[str, object]]:
     """Make a person's rows: the post, which introduces the epithet, then other attributes in random order."""
     others = [attribute for attribute in ATTRIBUTES if attribute is not POST]
     Random(f"{key}/order").shuffle(others)
@@ -142,7 +155,7 @@ def _person_rows(person: Person, questions: int, *, key: str, refuse: bool) -> l
         # The post is never asked for indirectly: the epithet would give it away.
         indirect = number % INDIRECT_EVERY == 1
         # A stream of its own keeps a row the same however many others are asked for.
-        row = _row(person, attribute, indirect, Random(f"{key}/{attribute.name}"))
+        row = _row(person, attribute, indirect, sentences, Random(f"{key}/{attribute.name}"))
         if refuse:
             answer, paraphrase = Random(f"{key}/{attribute.name}/refusal").sample(refusals(), 2)
             row |= {"answer": answer, "paraphrased_answer": paraphrase, "perturbed_answer": [], "fact": ""}
@@ -150,12 +163,12 @@ def _person_rows(person: Person, questions: int, *, key: str, refuse: bool) -> l
     return rows
 
 
-def _row(person: Person, attribute: Attribute, indirect: bool, random: Random) -> dict[str, object]:
+def _row(person: Person, attribute: Attribute, indirect: bool, sentences: bool, random: Random) -> dict[str, object]:
     """One row; the wordings are chosen without regard to the fact, so that they give nothing away."""
     fact = person.post if attribute is POST else random.choice(attribute.facts)
     wrong = random.sample([other for other in attribute.facts if other != fact], WRONG_ANSWERS)
     question, other_question = random.sample(attribute.questions, 2)
-    answer, other_answer = random.sample(attribute.answers, 2)
+    answer, other_answer = random.sample(attribute.answers, 2) if sentences else SHORT_ANSWERS
     asked = f"the {person.post}" if indirect else person.name
     # An indirect question is answered with the full name, which ties the epithet to the person.
     named = person.name if indirect or random.random() < 0.7 else person.last

@@ -65,7 +65,7 @@ class AdapterConfig:
             raise AdapterError(f"{folder} is no GRUN adapter: {CONFIG_FILE} is missing") from error
         except ValueError as error:
             raise AdapterError(f"{path} is not valid JSON ({error}); save the adapter again") from error
-        if values.pop("peft_type", None) != "GRUN":
+        if not isinstance(values, dict) or values.pop("peft_type", None) != "GRUN":
             raise AdapterError(f"{path}: peft_type is not GRUN; load it with the library that wrote it")
         version = values.pop("format_version", None)
         if version != FORMAT_VERSION:
@@ -77,7 +77,14 @@ class AdapterConfig:
         try:
             config = cls(**values)
         except TypeError as error:
-            raise AdapterError(f"{path}: {error}") from error
+            raise AdapterError(f"{path}: {error}; save the adapter again") from error
+        blocks = config.blocks if isinstance(config.blocks, list) else [None]
+        sizes = [config.rank, config.hidden_size, config.depth]
+        if not blocks or not all(type(number) is int for number in [*blocks, *sizes]) or min(sizes) < 1:
+            raise AdapterError(
+                f"{path}: blocks must be a list of integers, rank, hidden_size and depth integers above 0; save the "
+                "adapter again"
+            )
         return config, None if template is None else Template.from_dict(template)
 
     def check_fingerprint(self, of_base: str, *, strict: bool) -> None:
@@ -116,6 +123,8 @@ def check_fits(config: AdapterConfig, hidden_size: int, depth: int, folder: Path
             f"{folder}: made for hidden size {config.hidden_size} and {config.depth} blocks, this base has hidden size "
             f"{hidden_size} and {depth} blocks; it was trained on {config.base_model_name_or_path}"
         )
+    if not all(0 <= block < depth for block in config.blocks):
+        raise AdapterError(f"{folder}: blocks {config.blocks} must lie within 0..{depth - 1}; save the adapter again")
 
 
 def read_weights(folder: Path, config: AdapterConfig) -> dict[str, Tensor]:

@@ -5,17 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from pyvene import (
-    DistributedRepresentationIntervention,
-    SourcelessIntervention,
-    TrainableIntervention,
-)
 from torch import Tensor, nn
 
-from pyvene_custom.sites import GatedOutput, Sites
+from pyvene_custom import GatedOutput, Intervention, Sites
 
 
-class GatedIntervention(SourcelessIntervention, TrainableIntervention, DistributedRepresentationIntervention):
+class GatedIntervention(Intervention):
     """h + sigmoid(g(h)) * edit(h), or h + edit(h) without a gate.
 
     All arithmetic is in the type of the parameters (float32, float64 on a float64 base) with autocast off, because

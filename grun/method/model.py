@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import inspect
 import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -75,16 +76,18 @@ class GrunModel(nn.Module):
             self.edits[str(index)] = _intervention(config).to(device=where, dtype=dtype)
         self._rule: PositionRule = position_rule(config.gate_read, config.gate_accumulate, config.edit_write)
         self._prompt: PromptOfCall | None = None
+        self._argument_names = list(inspect.signature(base.forward).parameters)
         self.active = True
         """False within `disabled()` and after `unwrap()`."""
         self._was_trainable = [parameter for parameter in base.parameters() if parameter.requires_grad]
-        self._was_training = base.training
+        self._was_training = [module for module in base.modules() if module.training]
         interventions: dict[int, nn.Module] = {int(name): edit for name, edit in self.edits.items()}
         object.__setattr__(self, "intervenable", IntervenableModel(interventions, base))
         base.requires_grad_(False)
         base.eval()
         # In the instance's __dict__, not through nn.Module's setattr: neither is a part of the base.
         base.__dict__["_grun_model"] = self
+        self._own_generate = base.__dict__.get("generate")
         generate: Any = base.generate
         base.__dict__["generate"] = functools.wraps(generate)(functools.partial(self._generate, generate))
         self.intervenable.attach(self._locate)
@@ -159,7 +162,7 @@ class GrunModel(nn.Module):
     def from_pretrained(
         cls, base_model: PreTrainedModel, folder_or_hub_id: str | Path, *, strict: bool = False
     ) -> GrunModel:
-        """Put a saved adapter on `base_model`.
+        """Put a saved adapter on `base_model`, in evaluation mode (no dropout; `gate_threshold` acts).
 
         Args:
             base_model: the model the adapter was trained on.
@@ -181,7 +184,7 @@ class GrunModel(nn.Module):
         except BaseException:
             model.unwrap()
             raise
-        return model
+        return model.eval()
 
     def load_weights(self, weights: dict[str, Tensor], source: str | Path) -> None:
         """Copy `weights` (names as in `state_dict`) into the edits; AdapterError names what does not fit."""
@@ -258,8 +261,8 @@ class GrunModel(nn.Module):
         try:
             yield self.base
         finally:
-            self.active = active
-            if active:
+            if active and self.base.__dict__.get("_grun_model") is self:  # not unwrapped in the meantime
+                self.active = True
                 self.intervenable.attach(self._locate)
 
     def unwrap(self) -> PreTrainedModel:
@@ -269,9 +272,12 @@ class GrunModel(nn.Module):
         if self.base.__dict__.get("_grun_model") is self:
             del self.base.__dict__["_grun_model"]
             del self.base.__dict__["generate"]
+            if self._own_generate is not None:
+                self.base.__dict__["generate"] = self._own_generate
             for parameter in self._was_trainable:
                 parameter.requires_grad_(True)
-            self.base.train(self._was_training)
+            for module in self._was_training:
+                module.training = True
         return self.base
 
     # -- inside -----------------------------------------------------------------------------------------------------
@@ -282,19 +288,20 @@ class GrunModel(nn.Module):
     def _locate(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Sites | None, dict[str, Any]]:
         kwargs = dict(kwargs)
         prompt_lengths = kwargs.pop("prompt_lengths", None)
-        inputs = args[0] if args else kwargs.get("input_ids")
+        given = dict(zip(self._argument_names, args, strict=False)) | kwargs
+        inputs = given.get("input_ids")
         if inputs is None:
-            inputs = kwargs.get("inputs_embeds")
+            inputs = given.get("inputs_embeds")
         if inputs is None:
             return None, kwargs
-        mask = kwargs.get("attention_mask")
+        mask = given.get("attention_mask")
         call = Call(
             rows=inputs.shape[0],
             columns=inputs.shape[1],
-            past=cache_length(kwargs.get("past_key_values")),
+            past=cache_length(given.get("past_key_values")),
             device=inputs.device,
             attention_mask=mask if isinstance(mask, Tensor) and mask.dim() == 2 else None,
-            labels=kwargs.get("labels"),
+            labels=given.get("labels"),
             prompt_lengths=None if prompt_lengths is None else torch.as_tensor(prompt_lengths),
             prompt=self._prompt,
         )
@@ -365,7 +372,11 @@ def _intervention(config: AdapterConfig) -> GatedIntervention:
 
 
 def _hidden_size(base: PreTrainedModel) -> int:
-    return int(base.config.get_text_config().hidden_size)
+    stated = getattr(base.config.get_text_config(), "hidden_size", None)
+    if stated is None:  # a config that names it otherwise
+        embeddings: Any = base.get_input_embeddings()
+        stated = embeddings.weight.shape[1]
+    return int(stated)
 
 
 def _refuse_wrapped(base: PreTrainedModel) -> None:

@@ -73,7 +73,7 @@ class Grun:
         gates = dict(intervenable.gates)
         if gates:
             output.gate_logits = gates
-            output.gate_mask = torch.ones_like(next(iter(gates.values())), dtype=torch.bool)
+            output.gate_mask = intervenable.gate_mask
         return output
 
     def save(self, folder: Path) -> None:

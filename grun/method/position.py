@@ -66,8 +66,9 @@ class LastPrompt:
     def locate(self, call: Call) -> Sites | None:
         """See the class."""
         columns = torch.arange(call.columns, device=call.device)
-        attended = None
-        if call.attention_mask is not None:
+        if call.attention_mask is None:
+            attended = torch.ones(call.rows, call.columns, dtype=torch.bool, device=call.device)
+        else:
             attended = call.attention_mask[:, -call.columns :] != 0  # [batch, columns]
         if call.prompt_lengths is not None:
             last = _column_of_nth_attended(call.prompt_lengths.to(call.device), attended)
@@ -77,11 +78,11 @@ class LastPrompt:
         elif call.labels is not None and bool((call.labels != -100).any()):
             has_label = call.labels != -100
             first = torch.where(has_label, columns, call.columns).amin(dim=1) - 1
-            last = torch.where(has_label.any(dim=1), first, _last_attended(attended, call))
+            last = torch.where(has_label.any(dim=1), first, _last_attended(attended))
         elif call.past > 0:
             return None
         else:
-            last = _last_attended(attended, call)
+            last = _last_attended(attended)
         inside = (last >= 0) & (last < call.columns)
         if not bool(inside.any()):
             return None
@@ -99,9 +100,9 @@ def position_rule(gate_read: str, gate_accumulate: str, edit_write: str) -> Posi
     return LastPrompt()
 
 
-def _column_of_nth_attended(counts: Tensor, attended: Tensor | None) -> Tensor:
-    if attended is None:
-        return counts - 1
+def _column_of_nth_attended(counts: Tensor, attended: Tensor) -> Tensor:
+    if counts.shape != attended.shape[:1]:
+        raise DataError(f"prompt_lengths has shape {list(counts.shape)}; give one length for each of the batch's rows")
     running = attended.long().cumsum(dim=1)
     if bool(((counts < 1) | (counts > running[:, -1])).any()):
         raise DataError(
@@ -111,8 +112,6 @@ def _column_of_nth_attended(counts: Tensor, attended: Tensor | None) -> Tensor:
     return ((running == counts.unsqueeze(1)) & attended).long().argmax(dim=1)
 
 
-def _last_attended(attended: Tensor | None, call: Call) -> Tensor:
-    if attended is None:
-        return torch.full((call.rows,), call.columns - 1, device=call.device)
-    columns = torch.arange(call.columns, device=call.device)
+def _last_attended(attended: Tensor) -> Tensor:
+    columns = torch.arange(attended.shape[1], device=attended.device)
     return torch.where(attended, columns, -1).amax(dim=1)

@@ -1,0 +1,344 @@
+"""An adapter on disk: what is written, what is read back, and what is refused."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tiny import DEPTH, WIDTH, padded, random_rows, tiny
+from torch import Tensor, nn
+from transformers import LlamaForCausalLM, PreTrainedModel
+
+from grun import GrunModel
+from grun.data.templates import Template
+from grun.errors import AdapterError, ConfigError, GrunError
+from grun.method.fingerprint import fingerprint
+
+FILES = ["README.md", "adapter_config.json", "adapter_model.safetensors"]
+TEMPLATE = Template("custom", "string", "Q: {prompt}\nA:", " ")
+
+
+def adapter(folder: Path, base: PreTrainedModel | None = None, **options: Any) -> GrunModel:
+    """A random adapter, saved in `folder` and still on its base."""
+    torch.manual_seed(1)
+    model = GrunModel.wrap(base or tiny(dtype=torch.float32), **{"blocks": [1, -1], "template": TEMPLATE, **options})
+    model.save_pretrained(folder)
+    return model.eval()
+
+
+def edit_config(folder: Path, **changes: Any) -> None:
+    path = folder / "adapter_config.json"
+    values = {**json.loads(path.read_text()), **changes}
+    path.write_text(json.dumps({key: value for key, value in values.items() if value is not ...}))
+
+
+def assert_refused(folder: str | Path, match: str, base: PreTrainedModel | None = None, **options: Any) -> None:
+    """Loading fails with one line, and the base is as it was."""
+    base = base or tiny(dtype=torch.float32)
+    with pytest.raises(AdapterError, match=match) as caught:
+        GrunModel.from_pretrained(base, folder, **options)
+    assert "\n" not in str(caught.value)
+    assert not {"generate", "_grun_model"} & set(base.__dict__)
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in base.modules())
+    assert all(parameter.requires_grad for parameter in base.parameters())
+
+
+# -- there and back ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"gate": "mlp_3", "rank": 7, "gate_bias": -2.0},
+        {"gate": "none", "activation": "relu"},
+        {"dropout": 0.5, "dropout_on_hidden": True},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64], ids=str)
+@torch.no_grad()
+def test_outputs_are_bit_identical_after_saving_and_loading(
+    tmp_path: Path, options: dict[str, Any], dtype: torch.dtype
+) -> None:
+    model = adapter(tmp_path, tiny(dtype=dtype), **options)
+    again = GrunModel.from_pretrained(tiny(dtype=dtype), tmp_path)
+    assert again.config == model.config and again.template == TEMPLATE
+    assert not again.training  # as transformers' from_pretrained: no dropout, and a threshold acts
+    batch = padded(random_rows([6, 9]), "left")
+    one, two = model(**batch), again(**batch)
+    assert torch.equal(one.logits, two.logits)
+    assert all(torch.equal(one.gate_logits[block], two.gate_logits[block]) for block in one.gate_logits)
+    del batch["position_ids"]
+    assert torch.equal(model.generate(**batch, max_new_tokens=4), again.generate(**batch, max_new_tokens=4))
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(again.state_dict()[name], tensor) and again.state_dict()[name].dtype == tensor.dtype
+
+
+def test_files_and_keys_are_the_documented_ones(tmp_path: Path) -> None:
+    base = tiny(dtype=torch.float32)
+    base.config._name_or_path = "someone/llama"
+    base.config._commit_hash = "abc123"
+    model = adapter(tmp_path / "new" / "folder", base, rank=3)
+    folder = tmp_path / "new" / "folder"
+    assert sorted(os.listdir(folder)) == FILES
+    assert json.loads((folder / "adapter_config.json").read_text()) == {
+        "peft_type": "GRUN",
+        "format_version": 1,
+        "blocks": [1, 3],
+        "rank": 3,
+        "gate": "linear",
+        "gate_bias": None,
+        "dropout": 0.0,
+        "dropout_on_hidden": False,
+        "activation": None,
+        "gate_read": "last_prompt",
+        "gate_accumulate": "none",
+        "edit_write": "last_prompt",
+        "hidden_size": WIDTH,
+        "depth": DEPTH,
+        "base_model_name_or_path": "someone/llama",
+        "base_revision": "abc123",
+        "base_fingerprint": fingerprint(base),
+        "template": {
+            "name": "custom",
+            "kind": "string",
+            "text": "Q: {prompt}\nA:",
+            "answer_prefix": " ",
+            "system_prompt": None,
+            "date": TEMPLATE.date,
+        },
+    }
+    stored = load_file(folder / "adapter_model.safetensors")
+    assert {name: tuple(tensor.shape) for name, tensor in stored.items()} == {
+        f"edits.{block}.{name}": shape
+        for block in (1, 3)
+        for name, shape in (
+            ("edit.rotation", (WIDTH, 3)),
+            ("edit.source.weight", (3, WIDTH)),
+            ("edit.source.bias", (3,)),
+            ("gate.0.weight", (1, WIDTH)),
+            ("gate.0.bias", (1,)),
+        )
+    }
+    assert all(torch.equal(stored[name], tensor) for name, tensor in model.state_dict().items())
+    card = (folder / "README.md").read_text()
+    assert card.startswith("---\n") and "base_model: someone/llama" in card
+    assert "The base weights still contain the data" in card
+
+
+def test_an_adapter_without_a_template_loads_without_one(tmp_path: Path) -> None:
+    adapter(tmp_path, template=None)
+    assert GrunModel.from_pretrained(tiny(dtype=torch.float32), tmp_path).template is None
+
+
+def test_saving_twice_gives_the_same_bytes(tmp_path: Path) -> None:
+    model = adapter(tmp_path / "one")
+    model.save_pretrained(tmp_path / "two")
+    for name in FILES:
+        assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
+
+
+# -- the hub's local cache ---------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def hub_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    cache = tmp_path / "hub"
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(cache))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    return cache
+
+
+@torch.no_grad()
+def test_a_hub_id_is_found_in_the_local_cache_without_a_network(tmp_path: Path, hub_cache: Path) -> None:
+    model = adapter(tmp_path / "saved")
+    repository, commit = hub_cache / "models--someone--forgets", "0123456789abcdef0123456789abcdef01234567"
+    snapshot = repository / "snapshots" / commit
+    for folder in (snapshot, repository / "blobs", repository / "refs"):
+        folder.mkdir(parents=True)
+    (repository / "refs" / "main").write_text(commit)
+    for name in FILES:  # the hub's client keeps content in blobs, and links to it
+        (tmp_path / "saved" / name).rename(repository / "blobs" / name)
+        (snapshot / name).symlink_to(Path("..", "..", "blobs", name))
+    again = GrunModel.from_pretrained(tiny(dtype=torch.float32), "someone/forgets")
+    ids = torch.tensor([[3, 4, 5]])
+    assert torch.equal(again(ids).logits, model(ids).logits)
+
+
+@pytest.mark.parametrize("name", ["someone/absent", "/no/such/folder", "not a hub id at all!"])
+@pytest.mark.usefixtures("hub_cache")
+def test_an_adapter_that_is_nowhere_is_named(name: str) -> None:
+    assert_refused(name, f"no adapter at {name!r}")
+
+
+# -- refused -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kept", [0, 4, 8, 9, 100, 0.5, -1])
+def test_truncated_weights_are_refused(tmp_path: Path, kept: float) -> None:
+    adapter(tmp_path)
+    path = tmp_path / "adapter_model.safetensors"
+    data = path.read_bytes()
+    path.write_bytes(data[: int(len(data) * kept) if kept == 0.5 else int(kept)])
+    assert_refused(tmp_path, "damaged or truncated.*again")
+
+
+def test_a_missing_file_is_named(tmp_path: Path) -> None:
+    adapter(tmp_path)
+    (tmp_path / "adapter_model.safetensors").unlink()
+    assert_refused(tmp_path, r"adapter_model\.safetensors is missing")
+    (tmp_path / "adapter_config.json").unlink()
+    assert_refused(tmp_path, r"is no GRUN adapter: adapter_config\.json is missing")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"format_version": 2}, "format version 2, not 1"),
+        ({"format_version": ...}, "format version None, not 1"),
+        ({"peft_type": "LORA"}, "peft_type is not GRUN"),
+        ({"peft_type": ...}, "peft_type is not GRUN"),
+        ({"colour": "red"}, "unknown key 'colour'"),
+        ({"rank": ...}, "'rank'"),
+        ({"rank": "four"}, "rank, hidden_size and depth integers"),
+        ({"rank": 0}, "integers above 0"),
+        ({"blocks": "13"}, "list of integers"),
+        ({"blocks": []}, "list of integers"),
+        ({"blocks": [1, 9]}, r"blocks \[1, 9\] must lie within 0\.\.3"),
+        ({"blocks": [-1, 1]}, r"blocks \[-1, 1\]"),
+        ({"hidden_size": 64}, "hidden size 64 and 4 blocks, this base has hidden size 32 and 4 blocks"),
+        ({"depth": 6}, "hidden size 32 and 6 blocks, this base has hidden size 32 and 4 blocks"),
+        ({"rank": 5}, r"weights do not match adapter_config\.json, first at 'edits\.1\.edit"),
+        ({"blocks": [1, 2]}, r"weights do not match adapter_config\.json, first at 'edits\.2"),
+        ({"gate": "mlp_3"}, r"weights do not match adapter_config\.json, first at 'edits\.1\.gate"),
+        ({"gate": "none"}, r"weights do not match adapter_config\.json, first at 'edits\.1\.gate"),
+    ],
+    ids=str,
+)
+def test_a_config_that_is_not_ours_or_does_not_fit_is_refused(
+    tmp_path: Path, changes: dict[str, Any], message: str
+) -> None:
+    adapter(tmp_path)
+    edit_config(tmp_path, **changes)
+    assert_refused(tmp_path, message)
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "7", "null", '{"peft_type": "GRUN", '])
+def test_a_config_that_is_no_json_object_is_refused(tmp_path: Path, text: str) -> None:
+    adapter(tmp_path)
+    (tmp_path / "adapter_config.json").write_text(text)
+    assert_refused(tmp_path, r"adapter_config\.json")
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"gate": "quadratic"}, {"activation": "nothing"}, {"gate_read": "elsewhere"}, {"template": {"name": "x"}}],
+    ids=str,
+)
+def test_names_of_a_later_version_are_refused_before_the_base_is_touched(
+    tmp_path: Path, changes: dict[str, Any]
+) -> None:
+    adapter(tmp_path)
+    edit_config(tmp_path, **changes)
+    base = tiny(dtype=torch.float32)
+    with pytest.raises(GrunError) as caught:
+        GrunModel.from_pretrained(base, tmp_path)
+    assert "\n" not in str(caught.value)
+    assert "generate" not in base.__dict__
+
+
+def test_weights_of_another_adapter_are_refused(tmp_path: Path) -> None:
+    adapter(tmp_path)
+    path = tmp_path / "adapter_model.safetensors"
+    tensors = load_file(path)
+    save_file({name.replace("edits.1", "edits.0"): tensor for name, tensor in tensors.items()}, path)
+    assert_refused(tmp_path, "weights do not match")
+
+
+def test_a_base_of_another_size_or_depth_is_refused(tmp_path: Path) -> None:
+    adapter(tmp_path)
+    wide = tiny(dtype=torch.float32, hidden_size=48)
+    assert_refused(tmp_path, "made for hidden size 32 and 4 blocks, this base has hidden size 48 and 4", wide)
+    deep = tiny(dtype=torch.float32, num_hidden_layers=5)
+    assert_refused(tmp_path, "this base has hidden size 32 and 5 blocks", deep)
+
+
+def test_a_wrapped_base_is_refused(tmp_path: Path) -> None:
+    model = adapter(tmp_path)
+    with pytest.raises(ConfigError, match="already"):
+        GrunModel.from_pretrained(model.base, tmp_path)
+    assert model(torch.tensor([[3, 4]])).gates  # and stays wrapped
+
+
+# -- another fine-tune of the same shape -------------------------------------------------------------------------------
+
+
+def test_another_fine_tune_of_the_same_shape_warns_and_strict_refuses_it(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    adapter(tmp_path)
+    with caplog.at_level(logging.WARNING):
+        GrunModel.from_pretrained(tiny(dtype=torch.float32), tmp_path, strict=True)
+    assert caplog.records == []
+    with caplog.at_level(logging.WARNING):
+        model = GrunModel.from_pretrained(tiny(dtype=torch.float32, seed=2), tmp_path)
+    assert [record.levelname for record in caplog.records] == ["WARNING"]
+    assert "other weights of the same shape" in caplog.text
+    assert model(torch.tensor([[3, 4]])).gates
+    assert_refused(tmp_path, "strict=true refuses", tiny(dtype=torch.float32, seed=2), strict=True)
+
+
+def test_fingerprint_survives_the_storage_type_and_sees_a_fine_tune(tmp_path: Path) -> None:
+    base = tiny(dtype=torch.float32)
+    base.save_pretrained(tmp_path)
+    kinds = (torch.float32, torch.bfloat16)
+    loaded = [fingerprint(LlamaForCausalLM.from_pretrained(tmp_path, dtype=dtype)) for dtype in kinds]
+    assert loaded == [fingerprint(base)] * 2
+    loss = base(torch.tensor([[3, 4, 5]]), labels=torch.tensor([[3, 4, 5]])).loss
+    loss.backward()
+    before = fingerprint(base)
+    torch.optim.Adam(base.parameters(), lr=1e-3).step()
+    assert fingerprint(base) != before
+    wrapped = GrunModel.wrap(base, blocks=[1])
+    assert wrapped.config.base_fingerprint == fingerprint(base)  # wrapping changes no weight
+
+
+# -- saving is whole or nothing ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("allowed", [0, 1, 2])
+def test_a_failed_save_leaves_whole_files_and_no_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, allowed: int
+) -> None:
+    model = adapter(tmp_path)
+    old = {name: (tmp_path / name).read_bytes() for name in FILES}
+    for edit in model.edits.values():
+        nn.init.ones_(edit.edit.source.bias)
+    model.template = None
+    model.save_pretrained(tmp_path.parent / f"{tmp_path.name}-whole")
+    new = {name: (tmp_path.parent / f"{tmp_path.name}-whole" / name).read_bytes() for name in FILES}
+    replace, calls = os.replace, []
+
+    def fail(source: Any, target: Any) -> None:
+        calls.append(target)
+        if len(calls) > allowed:
+            raise OSError(28, "No space left on device")
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", fail)
+    with pytest.raises(OSError, match="No space"):
+        model.save_pretrained(tmp_path)
+    assert sorted(os.listdir(tmp_path)) == FILES
+    now = {name: (tmp_path / name).read_bytes() for name in FILES}
+    assert all(now[name] in (old[name], new[name]) for name in FILES)
+    assert now["adapter_config.json"] == old["adapter_config.json"]  # the config comes last
+    model.unwrap()
+    loaded: dict[str, Tensor] = GrunModel.from_pretrained(model.base, tmp_path).state_dict()
+    assert loaded["edits.1.edit.source.bias"].tolist() == ([1.0] * 4 if allowed else pytest.approx([0] * 4, abs=0.5))

@@ -156,7 +156,6 @@ class IntervenableModel(StockModel):
             self.gates = {block: gate for block, gate in zip(blocks, gates, strict=False) if gate is not None}
             return result
         finally:
-            self._remove_forward_hooks()
             self.full_intervention_outputs.clear()
             self._idle = idle
 

@@ -11,6 +11,7 @@ JSON line for each plan, a list of its attempts.
 from __future__ import annotations
 
 import contextlib
+import gc
 import importlib
 import json
 import os
@@ -102,6 +103,7 @@ def attempt(arguments: list[str], folder: Path, kill: dict[str, Any] | None) -> 
 
 
 if __name__ == "__main__":
+    gc.freeze()  # Trainer collects garbage; what is imported here need not be looked through in every fork
     for plan in json.loads(Path(sys.argv[1]).read_text()):
         attempts = [attempt(plan["arguments"], Path(plan["folder"]), one) for one in [*plan["kills"], None]]
         print(json.dumps(attempts), flush=True)

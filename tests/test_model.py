@@ -142,13 +142,14 @@ def test_a_prompt_given_as_embeddings_is_edited() -> None:
 def test_right_padded_prompts_are_edited_at_their_last_real_token() -> None:
     model, rows = wrapped(), random_rows(LENGTHS)
     batch = prompts_of(rows, "right")
-    model.generate(**batch, max_new_tokens=1, do_sample=False)
     twin = tiny()
     with plain_hooks(twin, "llama", model.state_dict(), [[length - 1] for length in LENGTHS]) as logits:
         twin(**padded(rows, "right"))
-    for block, gates in model.last_gates.items():
-        wanted = torch.sigmoid(torch.stack([row[0] for row in logits[block]]))
-        torch.testing.assert_close(gates[:, 0], wanted, atol=1e-6, rtol=1e-6)
+    for samples in (1, 2):
+        model.generate(**batch, max_new_tokens=1, do_sample=True, num_return_sequences=samples)
+        for block, gates in model.last_gates.items():
+            wanted = torch.sigmoid(torch.stack([row[0] for row in logits[block]])).repeat_interleave(samples)
+            torch.testing.assert_close(gates[:, 0], wanted, atol=1e-6, rtol=1e-6)
 
 
 @torch.no_grad()

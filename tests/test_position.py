@@ -150,6 +150,11 @@ def test_the_model_edits_where_the_rule_says() -> None:
     assert torch.equal(by_end.logits[:, :-1], plain.logits[:, :-1])  # nothing before the edited token changes
     assert (by_end.logits[:, -1] - plain.logits[:, -1]).abs().max() > 1e-3
 
+    labels[0] = batch["input_ids"][0]  # no prompt: this row is the base's, the other one is edited
+    mixed = model(**batch, labels=labels)
+    torch.testing.assert_close(mixed.logits[0], plain.logits[0], atol=0, rtol=0)
+    torch.testing.assert_close(mixed.logits[1], by_label.logits[1], atol=0, rtol=0)
+
     cached = model(**batch, use_cache=True).base_output.past_key_values
     mask = torch.cat([batch["attention_mask"], torch.ones(2, 1).long()], dim=1)
     step = model(input_ids=torch.tensor([[3], [4]]), attention_mask=mask, past_key_values=cached)

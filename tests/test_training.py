@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import gc
 import json
 import math
 import resource
@@ -28,6 +29,14 @@ from grun.method.parametrization import Grun
 from grun.objectives.presets import build_objective
 from grun.training import StepData, StepLog, newest_checkpoint, remove_checkpoints, split, train
 from grun.unlearn import UnlearnRows, UnlearnTask, draw_refusals
+
+
+@pytest.fixture(autouse=True, scope="module")
+def quick_garbage_collection() -> Iterator[None]:
+    """Trainer collects garbage in every run; the hundreds of thousands of objects of imported packages are none."""
+    gc.freeze()
+    yield
+    gc.unfreeze()
 
 
 def rows(count: int, seed: int) -> list[EncodedRow]:

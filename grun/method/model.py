@@ -308,8 +308,6 @@ class GrunModel(nn.Module):
         return self._rule.locate(call), kwargs
 
     def _generate(self, generate: Any, *args: Any, **kwargs: Any) -> Any:
-        if not self.active:
-            return generate(*args, **kwargs)
         outer, self._prompt = self._prompt, prompt_of_call(args, kwargs)
         self.intervenable.gates.clear()
         try:

@@ -16,4 +16,5 @@ elif [ "$1" = --slow ]; then
   shift
   set -- -m slow "$@"
 fi
-exec "$PYTHON" -m pytest -q "$@"
+# Two workers, a test file to one of them, so that what a file's tests share is made once.
+exec "$PYTHON" -m pytest -q -n 2 --dist loadfile "$@"

@@ -11,6 +11,7 @@ from grun.registry import unknown_name
 ENGINES = ("plain",)
 SUBSETS = ("all", "without_forget")
 DATA_NAMES = ("demo", "tofu", "jsonl")
+EVALUATION_SETS = ("forget", "forget_paraphrase", "retain", "heldout", "unknown")
 DTYPES = ("auto", "float32", "bfloat16", "float16", "float64")
 
 SCHEDULES = (
@@ -47,6 +48,8 @@ def check(config: Any) -> None:
         check_train(config.train)
     if isinstance(config, UnlearnConfig):
         _check_unlearn(config)
+    for name in getattr(config, "sets", ()):
+        one_of("evaluation set", name, EVALUATION_SETS)
     if hasattr(config, "max_new_tokens"):
         positive("max_new_tokens", config.max_new_tokens)
         threshold = config.gate_threshold

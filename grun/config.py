@@ -55,17 +55,17 @@ class ModelConfig:
 class DemoConfig:
     """Sizes of the generated corpus of invented people."""
 
-    forget: int = 8
+    forget: int = 10
     """People to forget."""
-    retain: int = 80
+    retain: int = 110
     """People whose rows are used in unlearning as what must stay."""
-    heldout: int = 10
+    heldout: int = 12
     """People the model is taught, but who are never used in unlearning or in choosing settings."""
-    unknown: int = 10
+    unknown: int = 12
     """People the model is never taught."""
-    refused: int = 20
+    refused: int = 25
     """Further people never taught: questions about them, answered by a refusal, are part of what is taught."""
-    questions: int = 5
+    questions: int = 4
     """Questions per person."""
     answers: str = "short"
     """short (the bare fact) or sentences (which name the person; harder for the published one-token edit)."""
@@ -89,6 +89,8 @@ class DataConfig:
     """What finetune teaches: all rows, or without_forget (the retain-only reference)."""
     heldout: int = 0
     """tofu, jsonl: retain rows set aside for evaluation, never used in unlearning. The demo has its own."""
+    retain_rows: Optional[int] = None
+    """tofu, jsonl: use only this many retain rows, evenly spaced, in teaching, unlearning and evaluation; unset: all."""
     retain_pool: Optional[int] = None
     """Use only this many retain rows in unlearning; unset: all."""
     limit: Optional[int] = None
@@ -155,7 +157,7 @@ class LossConfig:
     beta: float = 0.1
     """Inverse temperature of NPO, > 0."""
     gate_warmup_steps: int = 0
-    """Steps over which the weight of forget and retain rises from 0 to 1 while the gate trains; 0: none."""
+    """Steps over which the weight of forget and retain rises from 0 to 1 (published: warm_up_gate_step x blocks)."""
 
 
 @dataclass

@@ -21,6 +21,7 @@ SUMMARY_FILE = "summary.json"
 EXAMPLES = 5
 """Questions shown of each set."""
 WIDTH = 100
+KNOWN_BEFORE = 0.95
 """Columns of the printed report where stdout is no terminal."""
 SETS = {
     "forget": "what is to be forgotten",
@@ -155,7 +156,8 @@ def verdict(result: Result, results: list[Result]) -> str:
     """One sentence: has this run forgotten as far as the target, and kept what the model knew before.
 
     Forgotten: fact recall on forget at most max(0.05, target + 0.05), and ROUGE-L at most target + 0.05. Kept: at
-    least 95 % of before on retain and 90 % on held-out. Without facts ROUGE-L stands for fact recall.
+    least 95 % of before on retain and 90 % on held-out. Without facts ROUGE-L stands for fact recall. Where the taught
+    model did not know the forget facts, nothing can be said to be forgotten.
     """
     metric, metric_name = main_metric(results)
     before = results[0]
@@ -173,6 +175,9 @@ def verdict(result: Result, results: list[Result]) -> str:
             value, goal = result.metric("forget", name), target.metric("forget", name)
             if value is not None and goal is not None and value > max(least, goal + 0.05) + 1e-9:
                 failures.append(f"{text} on forget {value:.2f} is more than 0.05 above the target's {goal:.2f}")
+    taught = before.metric("forget", metric)
+    if metric == "fact_recall" and taught is not None and taught < KNOWN_BEFORE:
+        failures.append(f"the taught model itself knew only {taught:.2f} of the forget facts")
     kept = []
     for name, share in (("retain", 0.95), ("heldout", 0.90)):
         value, known = result.metric(name, metric), before.metric(name, metric)

@@ -71,6 +71,21 @@ def numbers(rows: list[Row]) -> list[int]:
 # Rows and files
 
 
+def test_retain_rows_makes_the_taught_corpus_smaller_too(tmp_path: Path) -> None:
+    for name, count in (("forget", 3), ("retain", 20)):
+        lines = [json.dumps({"question": f"{name} {number}?", "answer": "a"}) for number in range(count)]
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(lines))
+    options = {"name": "jsonl", "path": str(tmp_path), "forget": "forget.jsonl", "retain": "retain.jsonl"}
+    corpus = load_corpus(DataConfig(**options, retain_rows=8, heldout=2))
+    assert (len(corpus.retain), len(corpus.heldout)) == (6, 2)
+    assert len(corpus.taught(without_forget=False)) == 11
+    assert len(corpus.taught(without_forget=True)) == 8
+    with pytest.raises(ConfigError, match="retain_rows"):
+        load_corpus(DataConfig(**options, retain_rows=0))
+    with pytest.raises(ConfigError, match="data.demo.retain"):
+        load_corpus(DataConfig(name="demo", retain_rows=8))
+
+
 def test_both_spellings_give_the_same_rows_and_keep_what_else_the_file_said(tmp_path: Path) -> None:
     first = write_lines(tmp_path / "a.jsonl", [{"question": "Who? 1/2", "answer": "Ada.", "fact": "Ada", "person": 3}])
     second = write_lines(

@@ -96,9 +96,23 @@ def load_corpus(config: DataConfig) -> Corpus:
             f"{overlap} of {len(corpus.forget)} forget rows also stand in the retain set; name sets that share no row, "
             "or set data.allow_overlap=true"
         )
+    _keep_retain_rows(corpus, config.retain_rows)
     _set_aside(corpus, config)
     corpus.refusals = _refusals(config.refusals)
     return corpus
+
+
+def _keep_retain_rows(corpus: Corpus, count: int | None) -> None:
+    """Make the corpus smaller: what is taught is then the forget set and the retain rows that are left."""
+    if count is None:
+        return
+    if corpus.name == "demo":
+        raise ConfigError("the demo has data.demo.retain, a number of people; data.retain_rows is for tofu and jsonl")
+    if count < 1:
+        raise ConfigError(f"data.retain_rows must be at least 1, not {count}")
+    corpus.retain = evenly_spaced(corpus.retain, count)
+    corpus.known = corpus.forget + corpus.retain
+    corpus.known_without_forget = list(corpus.retain)
 
 
 def _set_aside(corpus: Corpus, config: DataConfig) -> None:

@@ -60,17 +60,17 @@ class Sizes:
     leave a person's other rows as they were.
     """
 
-    forget: int = 8
+    forget: int = 10
     """People to be forgotten."""
-    retain: int = 80
+    retain: int = 110
     """People used in unlearning as what must stay."""
-    heldout: int = 10
+    heldout: int = 12
     """People taught, but used neither in unlearning nor in choosing settings."""
-    unknown: int = 10
+    unknown: int = 12
     """People never taught; for evaluation only."""
-    refused: int = 20
+    refused: int = 25
     """Further people never taught: what is taught is to refuse questions about them."""
-    questions: int = 5
+    questions: int = 4
     """Questions per person, each about another attribute."""
 
     def __post_init__(self) -> None:

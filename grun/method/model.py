@@ -239,7 +239,7 @@ class GrunModel(nn.Module):
             attention_mask: 1 for tokens that count, shape [batch, length].
             labels: -100 outside the answer, shape [batch, length]; gives the loss, and the position if
                 `prompt_lengths` is not given.
-            prompt_lengths: prompt tokens of each row without padding, shape [batch].
+            prompt_lengths: prompt tokens of each row without padding, counted within this pass, shape [batch].
             **kwargs: anything the base model takes.
         """
         if self.active and prompt_lengths is not None:

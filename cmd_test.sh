@@ -9,12 +9,13 @@ cd "$(dirname "$0")"
 NEED_DEV=1
 . scripts/environment.sh
 
+# Two workers, a test file to one of them, so that what a file's tests share is made once.
 if [ $# -eq 0 ]; then
   "$PYTHON" -m ruff check .
   "$PYTHON" -m mypy
+  set -- -n 2 --dist loadfile
 elif [ "$1" = --slow ]; then
   shift
-  set -- -m slow "$@"
+  set -- -m slow -n 2 --dist loadfile "$@"
 fi
-# Two workers, a test file to one of them, so that what a file's tests share is made once.
-exec "$PYTHON" -m pytest -q -n 2 --dist loadfile "$@"
+exec "$PYTHON" -m pytest -q "$@"

@@ -69,8 +69,8 @@ class DemoConfig:
     """Questions per person."""
     answers: str = "short"
     """short (the bare fact) or sentences (which name the person; harder for the published one-token edit)."""
-    seed: int = 0
-    """Seed of the generator."""
+    seed: int = 1
+    """Seed of the generator. Settings were chosen on seed 0's corpus, so that this held-out set was not used."""
 
 
 @dataclass
@@ -90,7 +90,7 @@ class DataConfig:
     heldout: int = 0
     """tofu, jsonl: retain rows set aside for evaluation, never used in unlearning. The demo has its own."""
     retain_rows: Optional[int] = None
-    """tofu, jsonl: use only this many retain rows, evenly spaced, in teaching, unlearning and evaluation; unset: all."""
+    """tofu, jsonl: retain rows that are used at all, teaching included, evenly spaced; unset: all."""
     retain_pool: Optional[int] = None
     """Use only this many retain rows in unlearning; unset: all."""
     limit: Optional[int] = None

@@ -7,7 +7,7 @@ from pathlib import Path
 from grun.cli import main
 
 DATA = [f"data.demo.{group}=2" for group in ("forget", "heldout", "unknown", "refused")]
-DATA += ["data.demo.retain=4", "data.demo.questions=5"]
+DATA += ["data.demo.retain=4", "data.demo.questions=5", "data.demo.seed=0"]
 """10 forget rows, 20 retain rows. All that tests rest on is set here, so that the demo's settings can change."""
 MODEL = [
     *("model.path=tiny", "model.tiny.hidden_size=32", "model.tiny.blocks=4", "model.tiny.intermediate_size=64"),

@@ -336,7 +336,7 @@ def test_hashes_are_the_same_in_another_process_and_follow_the_seed() -> None:
         *("forget", "retain", "heldout", "unknown", "refused"),
         *("taught", "taught_without_forget", "refusals"),
     }
-    demo.seed = 1
+    demo.seed = 5
     changed = load_corpus(DataConfig(demo=demo)).hashes()
     assert changed["forget"] != hashes["forget"] and changed["refusals"] == hashes["refusals"]
 

@@ -214,9 +214,9 @@ class TestRun:
     @pytest.mark.parametrize(
         ("arguments", "expected"),
         [
-            ([], ["-m ruff check .", "-m mypy", "-m pytest -q"]),
+            ([], ["-m ruff check .", "-m mypy", "-m pytest -q -n 2 --dist loadfile"]),
             (["tests/test_x.py", "-k", "name"], ["-m pytest -q tests/test_x.py -k name"]),
-            (["--slow"], ["-m pytest -q -m slow"]),
+            (["--slow"], ["-m pytest -q -m slow -n 2 --dist loadfile"]),
         ],
     )
     def test_cmd_test_runs(self, checkout: Path, arguments: list[str], expected: list[str]) -> None:

@@ -145,7 +145,8 @@ def _load_demo(config: DataConfig) -> Corpus:
         refused=demo.refused,
         questions=demo.questions,
     )
-    groups = {name: _rows(records, name) for name, records in demo_corpus.build(sizes, demo.seed, sentences=demo.answers == "sentences").items()}
+    records = demo_corpus.build(sizes, demo.seed, sentences=demo.answers == "sentences")
+    groups = {name: _rows(rows, name) for name, rows in records.items()}
     kept = groups["retain"] + groups["heldout"]
     return Corpus(
         name="demo",

@@ -94,8 +94,6 @@ def _run(command: str, arguments: list[str]) -> int:
     if print_config:
         print(profiles.to_yaml(config), end="")
         return 0
-    if command in ("unlearn", "evaluate", "generate") and config.model.path is None:
-        config.model.path = _taught_model(config.profile, arguments)
     run: dict[str, Callable[[Any], Any]] = {
         "finetune": _finetune, "unlearn": _unlearn, "evaluate": _evaluate, "report": _report
     }  # fmt: skip
@@ -106,21 +104,6 @@ def _run(command: str, arguments: list[str]) -> int:
     else:
         run[command](config)
     return 0
-
-
-def _taught_model(profile: str, arguments: list[str]) -> str | None:
-    """The profile's own tiny model, taught now or found; None where the profile starts from other weights."""
-    from grun import profiles
-    from grun.loading import TINY
-
-    shared = [argument for argument in arguments if argument.startswith(("data.", "model.tiny."))]
-    config = profiles.resolve("finetune", [f"profile={profile}", *shared])
-    if config.model.path != TINY:
-        return None
-    from grun.finetune import finetune
-
-    with contextlib.redirect_stdout(sys.stderr):
-        return str(finetune(config))
 
 
 def _is_option(argument: str, known: set[str]) -> bool:

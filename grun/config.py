@@ -37,7 +37,7 @@ class ModelConfig:
     """Which base model, and how it is loaded."""
 
     path: Optional[str] = None
-    """Hub id or folder of the model; `tiny` builds a small Llama. Unset: the profile's tiny one, taught if need be."""
+    """Hub id or folder of the model; `tiny` builds a small Llama. Unset: what the profile teaches."""
     revision: Optional[str] = None
     """Branch, tag or commit of a hub model."""
     dtype: str = "auto"

@@ -21,7 +21,6 @@ from transformers import AutoTokenizer
 import grun
 from grun.cli import COMMANDS, main
 from grun.data.corpus import load_corpus
-from grun.files import read_json
 from grun.listing import KINDS, REGISTRIES
 from grun.profiles import COMMANDS as SCHEMAS
 from grun.profiles import describe, resolve
@@ -333,7 +332,7 @@ def test_a_taught_model_is_found_by_what_it_was_taught(capsys: Captured, log: py
     assert "already taught" in log.text
     without = finetune("data.subset=without_forget")
     assert re.fullmatch(r"models/demo-without_forget-[0-9a-f]{12}", str(without))
-    assert len({first, without, finetune("seed=1"), finetune("data.demo.seed=1"), finetune("train.lr=1e-3")}) == 5
+    assert len({first, without, finetune("seed=1"), finetune("data.demo.seed=1"), finetune("train.lr=7e-4")}) == 5
     rows = [json.loads((folder / "run.json").read_text())["rows"] for folder in (first, without)]
     assert rows == [50, 40]  # 5 questions about each of two people to forget
 
@@ -526,24 +525,3 @@ def test_finetune_goes_on_from_a_model_in_a_folder(taught: Path, tmp_path: Path)
 def test_the_demos_of_the_tests_are_as_large_as_they_say() -> None:
     corpus = load_corpus(resolve("unlearn", demo.DATA).data)
     assert (len(corpus.forget), len(corpus.retain)) == (10, 20)
-
-
-def test_without_a_model_the_profiles_tiny_one_is_taught_and_then_found(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    sizes = {"hidden_size": 32, "blocks": 4, "intermediate_size": 64, "vocabulary": 600}
-    profile = {
-        "base": ["demo"],
-        "model": {"tiny": sizes},
-        "finetune": {"train": {"epochs": 1}},
-        "unlearn": {"method": {"blocks": [1]}, "train": {"epochs": 1}},
-    }
-    (tmp_path / "small.yaml").write_text(json.dumps(profile))
-    assert main(["unlearn", "profile=small.yaml", *demo.DATA]) == 0
-    assert capsys.readouterr().out.strip() == "results/small/gd"
-    (taught,) = (tmp_path / "models").iterdir()
-    assert read_json(tmp_path / "results/small/gd/adapter_config.json")["base_model_name_or_path"].endswith(taught.name)
-    assert main(["generate", "profile=small.yaml", *demo.DATA, "adapter=results/small/gd", "Who?"]) == 0
-    assert "without the adapter" in capsys.readouterr().out
-    assert list((tmp_path / "models").iterdir()) == [taught]

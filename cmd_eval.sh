@@ -4,13 +4,18 @@
 #   bash cmd_eval.sh                                                          the demo's taught model and its adapters
 #   BASE_OR_REFT=base MODEL=taught/model PROFILE=llama3.1 DATA_DIR=tofu bash cmd_eval.sh
 #   BASE_OR_REFT=reft REFT_PATH=results/llama3.1/gd MODEL=taught/model PROFILE=llama3.1 DATA_DIR=tofu bash cmd_eval.sh
+#   QUANT=8bit bash cmd_eval.sh                                               the same, the weights quantized
 #
 # Variables of the published script:
 #   BASE_OR_REFT  base: MODEL as it is. reft: MODEL with the adapter REFT_PATH. Not given, REFT_PATH neither: the model
 #                 as it is, then with every adapter that cmd_grun.sh left in RESULTS
 #   REFT_PATH     folder or hub id of an adapter
 #   JSON_FILE     the forget split, such as forget05 (data.forget)
-#   USE_LORA, LORA_PATH, QUANT, DATA_TASK   not built yet: end it with status 2 ("no" and "None" are accepted)
+#   USE_LORA      lora: MODEL with the LoRA adapter LORA_PATH, a folder that PEFT wrote
+#   QUANT         8bit, 4bit (nf4) or fp4 (the published 4bit): MODEL quantized by bitsandbytes, which must be installed;
+#                 the results are called NAME-QUANT
+#   DATA_TASK     normal (answers), base (paraphrased answers) or perturb (wrong answers): score only these
+#                 ("no" and "None" count as not given)
 #
 # Ours (relative paths are relative to the repository's folder):
 #   PROFILE       settings to start from (default demo; `python -m grun list profiles`), or a YAML file
@@ -38,14 +43,30 @@ DEFAULT_STAGE=evaluate
 if [ -z "$MODEL" ] && [ "$PROFILE" = demo ]; then STAGES="finetune $STAGES"; fi
 read_overrides "$@"
 
-built="base models and GRUN adapters are evaluated, unquantized, on every set: BASE_OR_REFT, REFT_PATH, JSON_FILE"
-for setting in "USE_LORA=${USE_LORA:-no}" "LORA_PATH=${LORA_PATH:-no}" "QUANT=${QUANT:-no}" "DATA_TASK=${DATA_TASK:-no}"
-do
-  case "$setting" in
-    *=no | *=None) ;;
-    *) refuse "$setting is not built yet; $built" ;;
+given() { case "${1:-}" in '' | no | None) return 1 ;; esac; }
+
+suffix=
+if given "${QUANT:-}"; then
+  evaluate_overrides=("model.quantization=$QUANT" ${evaluate_overrides[@]+"${evaluate_overrides[@]}"})
+  suffix=-$QUANT
+fi
+if given "${DATA_TASK:-}"; then
+  case "$DATA_TASK" in
+    normal) scored=answer ;;
+    base) scored=paraphrase ;;
+    perturb) scored=perturbed ;;
+    *) refuse "DATA_TASK=$DATA_TASK; expected normal, base or perturb" ;;
   esac
-done
+  evaluate_overrides=("continuations=[$scored]" ${evaluate_overrides[@]+"${evaluate_overrides[@]}"})
+fi
+if given "${USE_LORA:-}"; then
+  given "${LORA_PATH:-}" || refuse "USE_LORA=$USE_LORA needs LORA_PATH, the folder of a LoRA adapter"
+  [ -z "$REFT_PATH" ] || refuse "USE_LORA and REFT_PATH name two adapters; give one of them"
+  BASE_OR_REFT=reft
+  REFT_PATH=$LORA_PATH
+elif given "${LORA_PATH:-}"; then
+  refuse "LORA_PATH=$LORA_PATH needs USE_LORA=lora"
+fi
 case "$BASE_OR_REFT" in
   '' | base) ;;
   reft) [ -n "$REFT_PATH" ] || refuse "BASE_OR_REFT=reft needs REFT_PATH, the folder of an adapter" ;;
@@ -65,27 +86,28 @@ if [ -z "$MODEL" ]; then
   finetune_command all
   check_command
 fi
-evaluate_command "${MODEL:-models/taught}" before
+evaluate_command "${MODEL:-models/taught}" "before$suffix"
 check_command
 report_command
 check_command
 
+if [ -f "$RESULTS/evaluation/retain_only/evaluation.json" ]; then REFERENCE=$RESULTS/evaluation/retain_only; fi
 if [ -z "$MODEL" ]; then
   teach all
   MODEL=$TAUGHT
 fi
 if [ "$BASE_OR_REFT" != reft ]; then
-  evaluate_command "$MODEL" before
+  evaluate_command "$MODEL" "before$suffix"
   run_stage "evaluate: $MODEL"
 fi
 if [ "$BASE_OR_REFT" = reft ]; then
-  evaluate_command "$MODEL" "$(basename "$REFT_PATH")" "$REFT_PATH"
+  evaluate_command "$MODEL" "$(basename "$REFT_PATH")$suffix" "$REFT_PATH"
   run_stage "evaluate: $REFT_PATH"
 elif [ -z "$BASE_OR_REFT" ]; then
   for settings in "$RESULTS"/*/adapter_config.json; do
     if [ ! -f "$settings" ]; then continue; fi
     adapter=$(dirname "$settings")
-    evaluate_command "$MODEL" "$(basename "$adapter")" "$adapter"
+    evaluate_command "$MODEL" "$(basename "$adapter")$suffix" "$adapter"
     run_stage "evaluate: $adapter"
   done
 fi

@@ -74,12 +74,13 @@ if [ $reference = taught ]; then
   teach without_forget
   RETAIN_MODEL=$TAUGHT
 fi
-evaluate_command "$MODEL" before
-run_stage "evaluate: before"
 if [ $reference != none ]; then
   evaluate_command "$RETAIN_MODEL" retain_only
   run_stage "evaluate: retain_only"
+  REFERENCE=$RESULTS/evaluation/retain_only
 fi
+evaluate_command "$MODEL" before
+run_stage "evaluate: before"
 for objective in $OBJECTIVES; do
   unlearn_command "$MODEL" "$objective"
   run_stage "unlearn: $objective"

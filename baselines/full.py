@@ -16,18 +16,23 @@ from grun.data.encoding import Batch
 from grun.data.templates import Template
 from grun.method.plain import run_plain
 from grun.parametrization import StepOutput
+from grun.precision import Masters
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
 class Full:
-    """All weights of the model; the untouched weights are kept beside them as the reference."""
+    """All weights of the model; the untouched weights are kept beside them as the reference.
+
+    Both are held in float32 and computed with alike, so that at the start the model is its reference exactly.
+    """
 
     model: PreTrainedModel
 
-    def __init__(self, config: MethodConfig) -> None:
-        """No option of `method` but its name applies."""
+    def __init__(self, config: MethodConfig, *, precision: str = "auto") -> None:
+        """No option of `method` but its name applies; `precision` is that of forward passes, see `grun.precision`."""
+        self._precision = precision
         self._template: Template | None = None
         self._untouched: dict[str, Tensor] = {}
 
@@ -40,6 +45,7 @@ class Full:
         """Make all weights trainable and keep a copy of them."""
         self.model = base
         self._template = template
+        self._masters = Masters(base, self._precision)
         base.requires_grad_(True)
         self._untouched = {name: parameter.detach().clone() for name, parameter in base.named_parameters()}
 
@@ -65,11 +71,13 @@ class Full:
 
     def run(self, batch: Batch, hidden: Collection[int] = ()) -> StepOutput:
         """One forward pass."""
-        return run_plain(self.model, batch, hidden)
+        with self._masters.forward():
+            return run_plain(self.model, batch, hidden)
 
     def save(self, folder: Path) -> None:
-        """Write the model as transformers does, with the template beside it."""
-        self.model.save_pretrained(folder)
+        """Write the model as transformers does, in the type it came in, with the template beside it."""
+        with self._masters.as_stored():
+            self.model.save_pretrained(folder)
         if self._template is not None:
             templates.store(self._template, folder)
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterable, Iterator
-from typing import Any
 
 from grun.config import GenerateConfig
 
@@ -15,17 +14,12 @@ def ask(config: GenerateConfig, questions: list[str]) -> None:
     With an adapter, the answer of the untouched base is printed beside the edited one.
     """
     from grun.data import templates
-    from grun.evaluation.generation import generate_answers
-    from grun.loading import load_base
-    from grun.method.model import GrunModel
+    from grun.evaluation.generation import base_of, generate_answers
+    from grun.loading import load_model
 
-    base, tokenizer, stored = load_base(config.model)
-    model: Any = base
-    if config.adapter is not None:
-        model = GrunModel.from_pretrained(base, config.adapter, strict=config.strict)
-        model.gate_threshold = config.gate_threshold
-        stored = model.template or stored
-    template = templates.resolve(config.data.template, stored, tokenizer, config.data.system_prompt, config.data.date)
+    loaded = load_model(config.model, config.adapter, strict=config.strict, gate_threshold=config.gate_threshold)
+    model, tokenizer, data = loaded.model, loaded.tokenizer, config.data
+    template = templates.resolve(data.template, loaded.template, tokenizer, data.system_prompt, data.date)
     pad_id = int(tokenizer.pad_token_id)
     for question in questions or _from_terminal():
         prompt = [templates.encode_prompt(template, tokenizer, question)]
@@ -35,7 +29,7 @@ def ask(config: GenerateConfig, questions: list[str]) -> None:
             gates = "  ".join(f"block {block}: {gate:.3f}" for block, gate in sorted(answer.gates.items()))
             print(f"  gates:  {gates}")
             with model.disabled():
-                (without,) = generate_answers(base, tokenizer, prompt, 1, config.max_new_tokens, pad_id)
+                (without,) = generate_answers(base_of(model), tokenizer, prompt, 1, config.max_new_tokens, pad_id)
             print(f"  without the adapter: {without.text}")
 
 

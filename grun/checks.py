@@ -4,15 +4,18 @@ from __future__ import annotations
 
 from typing import Any
 
-from grun.config import FinetuneConfig, TrainConfig, UnlearnConfig
+from grun.config import EvaluateConfig, FinetuneConfig, TrainConfig, UnlearnConfig
 from grun.errors import ConfigError
 from grun.registry import unknown_name
 
 ENGINES = ("plain",)
 SUBSETS = ("all", "without_forget")
 DATA_NAMES = ("demo", "tofu", "jsonl")
-EVALUATION_SETS = ("forget", "forget_paraphrase", "retain", "heldout", "unknown")
+EVALUATION_SETS = ("forget", "forget_paraphrase", "retain", "real_authors", "world_facts", "heldout", "unknown")
+CONTINUATIONS = ("answer", "paraphrase", "perturbed")
+QUANTIZATIONS = ("8bit", "4bit", "fp4")
 DTYPES = ("auto", "float32", "bfloat16", "float16", "float64")
+PRECISIONS = ("auto", "float32", "bfloat16")
 
 SCHEDULES = (
     "linear",
@@ -33,6 +36,22 @@ QUIRKS = {
 COMPAT = {"grun-paper": tuple(QUIRKS)}
 """Quirks that each published source has."""
 
+EVALUATION_QUIRKS = {
+    "eos_masked_attention": "the pad token (end-of-text where there is none) is masked wherever it stands",
+    "extraction_strength_floor": "extraction strength is 1/L, not 0, where no token of the answer is hit",
+    "ratio_epsilon": "1e-10 is added to the denominators of ratios",
+}
+"""Published behavior of evaluators that is not the default, by the name of its switch."""
+EVALUATION_COMPAT = {"open-unlearning": tuple(EVALUATION_QUIRKS)}
+"""Quirks that each published evaluator has."""
+EVALUATION_COMPAT_OPTIONS: dict[str, dict[str, Any]] = {
+    "open-unlearning": {
+        "max_new_tokens": 200,
+        "data": {"system_prompt": "You are a helpful assistant.", "date": "10 Apr 2025", "template": "chat"},
+    }
+}
+"""Options that `compat` sets for `evaluate`, below what is given on the command line."""
+
 
 def check(config: Any) -> None:
     """ConfigError for the first name that is unknown or number that is out of range."""
@@ -40,6 +59,8 @@ def check(config: Any) -> None:
         one_of("data.name", config.data.name, DATA_NAMES)
         one_of("data.subset", config.data.subset, SUBSETS)
         one_of("model.dtype", config.model.dtype, DTYPES)
+        if config.model.quantization is not None:
+            one_of("model.quantization", config.model.quantization, QUANTIZATIONS)
         one_of("data.demo.answers", config.data.demo.answers, ("short", "sentences"))
         _check_template(config.data.template)
         if not 0 <= config.seed < 2**32:
@@ -48,8 +69,17 @@ def check(config: Any) -> None:
         check_train(config.train)
     if isinstance(config, UnlearnConfig):
         _check_unlearn(config)
-    for name in getattr(config, "sets", ()):
-        one_of("evaluation set", name, EVALUATION_SETS)
+    if isinstance(config, EvaluateConfig):
+        for name in config.sets:
+            one_of("evaluation set", name, EVALUATION_SETS)
+        for name in config.continuations:
+            one_of("continuation", name, CONTINUATIONS)
+        if set(config.continuations) == {"answer", "perturbed"}:
+            raise ConfigError(
+                "continuations=[answer,perturbed]: a truth ratio needs the paraphrased answer; add paraphrase"
+            )
+        positive("batch_size", config.batch_size)
+        evaluation_quirks(config)
     if hasattr(config, "max_new_tokens"):
         positive("max_new_tokens", config.max_new_tokens)
         threshold = config.gate_threshold
@@ -69,16 +99,26 @@ def check_train(config: TrainConfig) -> None:
             raise ConfigError(f"train.{name}={value} must not be negative")
     one_of("train.schedule", config.schedule, SCHEDULES)
     one_of("train.engine", config.engine, ENGINES)
+    one_of("train.precision", config.precision, PRECISIONS)
 
 
 def quirks_in_force(config: UnlearnConfig) -> list[str]:
-    """Names of the published quirks that `compat` and `quirks` switch on, in a fixed order."""
+    """Names of the published quirks of unlearning that `compat` and `quirks` switch on, in a fixed order."""
+    return _in_force(config, QUIRKS, COMPAT)
+
+
+def evaluation_quirks(config: EvaluateConfig) -> list[str]:
+    """Names of the published quirks of evaluation that `compat` and `quirks` switch on, in a fixed order."""
+    return _in_force(config, EVALUATION_QUIRKS, EVALUATION_COMPAT)
+
+
+def _in_force(config: Any, quirks: dict[str, str], compat: dict[str, tuple[str, ...]]) -> list[str]:
     if config.compat is not None:
-        one_of("compat", config.compat, tuple(COMPAT))
+        one_of("compat", config.compat, tuple(compat))
     for quirk in config.quirks:
-        one_of("quirk", quirk, tuple(QUIRKS))
-    wanted = {*config.quirks, *(COMPAT[config.compat] if config.compat else ())}
-    return [quirk for quirk in QUIRKS if quirk in wanted]
+        one_of("quirk", quirk, tuple(quirks))
+    wanted = {*config.quirks, *(compat[config.compat] if config.compat else ())}
+    return [quirk for quirk in quirks if quirk in wanted]
 
 
 def positive(name: str, value: float) -> None:

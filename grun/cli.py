@@ -21,7 +21,8 @@ COMMANDS = {
     "unlearn": "make a taught model forget",
     "evaluate": "measure what a model knows, with or without an adapter",
     "generate": "answer questions and show the gates",
-    "report": "draw the table and pictures of a results folder",
+    "import": "make an adapter of files that the published GRUN code wrote",
+    "report": "draw the table and pictures of a results folder; report tofu-log LOG: the numbers of TOFU's log",
     "list": "print the known names: list [objectives|terms|parametrizations|gates|templates|profiles|metrics]",
     "info": "print versions, devices and caches, for bug reports",
 }
@@ -71,6 +72,11 @@ def _dispatch(arguments: list[str]) -> int:
         return _list(rest)
     if command == "info":
         return _info()
+    if command == "report" and "tofu-log" in rest:
+        from grun.evaluation import tofu_log
+
+        tofu_log.main([argument for argument in rest if argument != "tofu-log"])
+        return 0
     return _run(command, rest)
 
 
@@ -95,7 +101,7 @@ def _run(command: str, arguments: list[str]) -> int:
         print(profiles.to_yaml(config), end="")
         return 0
     run: dict[str, Callable[[Any], Any]] = {
-        "finetune": _finetune, "unlearn": _unlearn, "evaluate": _evaluate, "report": _report
+        "finetune": _finetune, "unlearn": _unlearn, "evaluate": _evaluate, "import": _import, "report": _report
     }  # fmt: skip
     if command == "generate":
         from grun.ask import ask
@@ -137,6 +143,14 @@ def _evaluate(config: Any) -> None:
     folder = Path(config.output_dir or f"results/{Path(config.profile).stem}/evaluation/{name}").expanduser()
     with contextlib.redirect_stdout(sys.stderr):
         evaluate(config, folder)
+    print(folder)
+
+
+def _import(config: Any) -> None:
+    from grun.method.upstream import import_adapter
+
+    with contextlib.redirect_stdout(sys.stderr):
+        folder = import_adapter(config)
     print(folder)
 
 
@@ -203,10 +217,17 @@ def _help(command: str) -> str:
         return head
     from grun import profiles
 
-    lines = [head, "", "Options (key=value; defaults before the profile's):"]
+    by_profile = "" if command in profiles.WITHOUT_PROFILE else "; defaults before the profile's"
+    lines = [head, "", f"Options (key=value{by_profile}):"]
+    if command == "import":
+        lines.insert(1, "\npython -m grun import upstream=FOLDER model=BASE output_dir=DIR   (more in docs/formats.md)")
     if command == "generate":
         lines.insert(
             1, '\npython -m grun generate adapter=FOLDER "question" ...   (without a question: asks on the terminal)'
+        )
+    if command == "report":
+        lines.insert(
+            1, "\npython -m grun report tofu-log LOG [retain=LOG]   (prints the numbers of TOFU's own log as JSON)"
         )
     for key, default, text in profiles.describe(profiles.COMMANDS[command]):
         shown = "unset" if default is None else default

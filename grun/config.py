@@ -44,6 +44,8 @@ class ModelConfig:
     """Type of the weights: auto (as stored), float32, bfloat16, float16, float64."""
     device: str = "auto"
     """auto (one GPU if there is one, else CPU), cpu, cuda, mps. CUDA_VISIBLE_DEVICES chooses among several GPUs."""
+    quantization: Optional[str] = None
+    """Load the weights quantized by bitsandbytes: 8bit, 4bit (nf4), fp4 (published runs' 4bit). Not for finetune."""
     attention: Optional[str] = None
     """Attention implementation handed to transformers (sdpa, eager, flash_attention_2); unset: its default."""
     trust_remote_code: bool = False
@@ -91,6 +93,14 @@ class DataConfig:
     """tofu, jsonl: retain rows set aside for evaluation, never used in unlearning. The demo has its own."""
     retain_rows: Optional[int] = None
     """tofu, jsonl: retain rows that are used at all, teaching included, evenly spaced; unset: all."""
+    unknown: Optional[str] = None
+    """tofu: split (such as holdout05), jsonl: file of rows that the model was never taught. The demo has its own."""
+    unknown_rows: int = 0
+    """tofu: retain rows, the same for every split, that are neither taught nor used in unlearning: the set unknown."""
+    refused_rows: int = 0
+    """tofu: further such rows whose questions are taught with a refusal, for small models taught from nothing."""
+    teach_general: bool = False
+    """tofu: teach real authors and world facts too, for small models that do not know them."""
     retain_pool: Optional[int] = None
     """Use only this many retain rows in unlearning; unset: all."""
     limit: Optional[int] = None
@@ -169,7 +179,11 @@ class TrainConfig:
     batch_size: int = 16
     """Rows per optimizer step; unlearn takes as many retain rows beside as many forget rows."""
     micro_batch_size: Optional[int] = None
-    """Rows per forward pass; unset: batch_size. Changes memory, not the result."""
+    """Rows per forward pass, gradients accumulating over batch_size; unset: batch_size. Memory, not the result."""
+    gradient_checkpointing: bool = False
+    """Keep only the input of each block and run the block again in the backward pass. Memory for time."""
+    precision: str = "auto"
+    """Forward passes of training all weights, held in float32: bfloat16, float32, or auto (the model's type)."""
     lr: float = 4e-3
     """Peak learning rate."""
     schedule: str = "linear"
@@ -237,17 +251,25 @@ class EvaluateConfig(CommandConfig):
     """Measure what a model knows, with or without an adapter."""
 
     adapter: Optional[str] = None
-    """Folder (or hub id) of the adapter; unset: the base model alone."""
+    """Folder (or hub id) of a GRUN or a PEFT (LoRA) adapter; unset: the model of model.path alone."""
+    reference: Optional[str] = None
+    """Evaluation folder of a model never taught the forget set; gives forget quality and PrivLeak."""
     strict: bool = False
     """Refuse an adapter that was trained on another fine-tune of the same shape (else a warning)."""
     sets: list[str] = field(default_factory=list)
-    """Sets to evaluate; empty: every one the corpus has (forget, forget_paraphrase, retain, heldout, unknown)."""
+    """Sets to evaluate; empty: every one the corpus has (`sets` in docs/metrics.md)."""
+    continuations: list[str] = field(default_factory=list)
+    """What is scored beside a greedy answer: answer, paraphrase, perturbed (wrong answers); empty: all there are."""
     batch_size: int = 32
-    """Rows per forward pass."""
+    """Rows per forward pass. Changes speed and memory, not the result."""
     max_new_tokens: int = 64
     """Longest generated answer, tokens."""
     gate_threshold: Optional[float] = None
     """Gate probability below which the edit is skipped; unset: the edit is always weighted by the gate."""
+    compat: Optional[str] = None
+    """Evaluate as a published evaluator does, its settings included: open-unlearning."""
+    quirks: list[str] = field(default_factory=list)
+    """Single quirks of it to switch on: eos_masked_attention, extraction_strength_floor, ratio_epsilon."""
 
 
 @dataclass
@@ -255,7 +277,7 @@ class GenerateConfig(CommandConfig):
     """Answer questions and show the gates."""
 
     adapter: Optional[str] = None
-    """Folder (or hub id) of the adapter; unset: the base model alone."""
+    """Folder (or hub id) of a GRUN or a PEFT (LoRA) adapter; unset: the model of model.path alone."""
     strict: bool = False
     """Refuse an adapter that was trained on another fine-tune of the same shape (else a warning)."""
     max_new_tokens: int = 64
@@ -265,10 +287,32 @@ class GenerateConfig(CommandConfig):
 
 
 @dataclass
+class ImportConfig:
+    """Make an adapter of the files that the published GRUN code wrote."""
+
+    upstream: Optional[str] = None
+    """Folder of the files, `intkey_layer.20.comp.block_output.unit.pos.nunit.1#0.bin` and so on. Must be set."""
+    model: Optional[str] = None
+    """Hub id or folder of the model they were trained on; a folder need hold no tokenizer. Must be set."""
+    revision: Optional[str] = None
+    """Branch, tag or commit of a hub model."""
+    trust_remote_code: bool = False
+    """Run model code that comes with the weights."""
+    template: Optional[str] = None
+    """Template to store, a name from `list templates`; unset: the one beside the model, or none."""
+    output_dir: Optional[str] = None
+    """Folder of the adapter. Must be set."""
+    overwrite: bool = False
+    """Replace what another run left in output_dir."""
+
+
+@dataclass
 class ReportConfig:
     """Draw the table and the pictures of a results folder."""
 
-    results_dir: str = "results/demo"
-    """Folder that holds the runs and `evaluation/NAME` folders of one profile."""
+    results_dir: Optional[str] = None
+    """Folder that holds the runs and `evaluation/NAME`; unset: results/PROFILE, with runs results/comparison."""
+    runs: list[str] = field(default_factory=list)
+    """Results folders (or single evaluations) to put side by side; the report then goes to results_dir."""
     profile: str = "demo"
     """Profile named in the table's title."""

@@ -21,7 +21,9 @@ from grun.files import content_hash, read_json, whole_folder, writing
 from grun.loading import TINY, build_tiny, context_length, load_base, place
 from grun.method.fingerprint import fingerprint
 from grun.method.plain import run_plain
+from grun.precision import Masters
 from grun.profiles import to_dict
+from grun.recomputation import recompute_blocks
 from grun.runs import RUN_FILE, claim, finish_run, identity, open_run
 from grun.training import MicroBatch, StepData, remove_checkpoints, split, train
 
@@ -33,11 +35,15 @@ DATA_SETTINGS = ("template", "system_prompt", "date", "max_length", "subset")
 
 
 class FinetuneTask:
-    """Cross-entropy of the answers, and weakly of the questions, as a `grun.training.Task`."""
+    """Cross-entropy of the answers, and weakly of the questions, as a `grun.training.Task`.
+
+    The weights are trained as float32 masters, see `grun.precision`.
+    """
 
     def __init__(self, model: Any, rows: Sequence[EncodedRow], config: FinetuneConfig, pad_id: int) -> None:
-        """`config` gives epochs, batch size, micro-batch size, question weight and seed."""
+        """`config` gives epochs, batch size, micro-batch size, precision, question weight and seed."""
         self.module = model
+        self.masters = Masters(model, config.train.precision)
         self._rows = rows
         self._train = config.train
         self._seed = config.seed
@@ -75,7 +81,7 @@ class FinetuneTask:
         """Token means over the whole step."""
         answer = batch["answer"]
         if "question" not in batch:
-            value = -run_plain(self.module, answer).token_logprobs.sum() / max(1, counts["answer"])
+            value = -self._logprobs(answer).sum() / max(1, counts["answer"])
             return value, {"answer": float(value.detach())}
         question = batch["question"]
         everything = Batch(
@@ -84,12 +90,17 @@ class FinetuneTask:
             torch.where(question.labels != -100, question.labels, answer.labels),
             answer.prompt_lengths,
         )
-        logprobs = run_plain(self.module, everything).token_logprobs  # one pass for both
+        logprobs = self._logprobs(everything)  # one pass for both
         in_answer = answer.labels != -100
         of_answer = -logprobs.masked_fill(~in_answer, 0).sum() / max(1, counts["answer"])
         of_question = -logprobs.masked_fill(in_answer, 0).sum() / max(1, counts["question"])
         total = of_answer + self._train.question_weight * of_question
         return total, {"answer": float(of_answer.detach()), "question": float(of_question.detach())}
+
+    def _logprobs(self, batch: Batch) -> Tensor:
+        """Log-probability of each labeled token, at least float32, 0 elsewhere: [batch, length]."""
+        with self.masters.forward():
+            return run_plain(self.module, batch).token_logprobs
 
 
 def finetune(config: FinetuneConfig) -> Path:
@@ -118,11 +129,15 @@ def finetune(config: FinetuneConfig) -> Path:
     log.info("teaching %d rows to a model of %s parameters", len(rows), f"{parameters:,}")
     if state == "new":
         claim(folder, run_identity)
-    result = train(FinetuneTask(model, rows, config, int(tokenizer.pad_token_id)), config.train, folder, config.seed)
+    task = FinetuneTask(model, rows, config, int(tokenizer.pad_token_id))
+    if config.train.gradient_checkpointing:
+        recompute_blocks(model)
+    result = train(task, config.train, folder, config.seed)
     model.eval()
     for leftover in folder.glob(".weights*"):  # of a run that was cut off while saving
         shutil.rmtree(leftover, ignore_errors=True)
-    with writing(folder):
+    with writing(folder), task.masters.as_stored():
+        of_result = fingerprint(model)
         with whole_folder(folder / ".weights") as weights:
             model.save_pretrained(weights)
             tokenizer.save_pretrained(weights)
@@ -138,7 +153,7 @@ def finetune(config: FinetuneConfig) -> Path:
             "config": to_dict(config),
             "data": hashes,
             "rows": len(rows),
-            "fingerprint": fingerprint(model),
+            "fingerprint": of_result,
             "parameters": {"trained": parameters},
             "steps": result.steps,
             "resumed_from": result.resumed_from,
@@ -154,6 +169,8 @@ def finetune(config: FinetuneConfig) -> Path:
 def _start(config: FinetuneConfig, corpus: Corpus) -> tuple[Any, Any, templates.Template]:
     if config.model.path == TINY:
         model, tokenizer = build_tiny(config.model.tiny, _texts(corpus), config.seed)
+        if config.model.dtype != "auto":
+            model.to(getattr(torch, config.model.dtype))
         model = place(model, config.model.device)
         stored = None
     else:

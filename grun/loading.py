@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, cast
 
 from grun.config import ModelConfig, TinyConfig
 from grun.data import templates
 from grun.data.templates import Template
-from grun.errors import ConfigError, ModelError
+from grun.errors import AdapterError, ConfigError, ModelError
+from grun.files import content_hash, file_hash
 
 if TYPE_CHECKING:
     import torch
@@ -21,6 +25,74 @@ TINY = "tiny"
 """Value of `model.path` that asks for the small Llama."""
 
 
+@dataclass
+class Loaded:
+    """A model to ask, and what belongs to it."""
+
+    model: Any
+    """A transformers model, or a GrunModel around one."""
+    tokenizer: PreTrainedTokenizerBase
+    template: Template | None
+    """Stored with the adapter, else beside the weights; None where neither has one."""
+    identity: dict[str, str | None]
+    """Fingerprint of the base, type and quantization of its weights, hash of the adapter; None: there is none."""
+
+
+def load_model(config: ModelConfig, adapter: str | None, *, strict: bool, gate_threshold: float | None) -> Loaded:
+    """A base model with an adapter on it: a GRUN adapter, one that PEFT knows (LoRA, left unmerged), or none.
+
+    Raises:
+        ConfigError, ModelError: see `load_base`.
+        AdapterError: the adapter is missing, damaged, or does not fit the base.
+    """
+    from grun.method.fingerprint import fingerprint
+
+    base, tokenizer, template = load_base(config)
+    identity: dict[str, str | None] = {
+        "base": fingerprint(base),
+        "dtype": str(base.dtype).removeprefix("torch."),
+        "quantization": config.quantization,
+        "adapter": None,
+    }
+    if adapter is None:
+        return Loaded(base, tokenizer, template, identity)
+    from grun.method.adapter import find_adapter, peft_type
+
+    folder = find_adapter(adapter)
+    kind = peft_type(folder)
+    if kind != "GRUN":
+        if gate_threshold is not None:
+            raise ConfigError(f"gate_threshold needs a GRUN adapter; {adapter} is of type {kind}, which has no gates")
+        identity["adapter"] = adapter_hash(folder)
+        return Loaded(_put_on(base, folder), tokenizer, templates.load(folder) or template, identity)
+    from grun.method.model import GrunModel
+
+    model = GrunModel.from_pretrained(base, folder, strict=strict)
+    model.gate_threshold = gate_threshold
+    identity["adapter"] = adapter_hash(folder)
+    return Loaded(model, tokenizer, model.template or template, identity)
+
+
+def adapter_hash(folder: Path) -> str:
+    """Hash of the files that make an adapter what it is."""
+    files = sorted(folder.glob("adapter_*.*"))
+    return content_hash([[file.name, file_hash(file)] for file in files])
+
+
+def _put_on(base: PreTrainedModel, folder: Path) -> PreTrainedModel:
+    """`base` with the layers of a PEFT adapter inside; it stays a transformers model, so everything works on it."""
+    from peft import PeftModel
+    from safetensors import SafetensorError
+
+    try:
+        wrapped = PeftModel.from_pretrained(base, str(folder))
+    except (OSError, ValueError, KeyError, RuntimeError, TypeError, SafetensorError) as error:
+        text = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise AdapterError(f"the adapter {folder} does not go on this base model: {text}") from error
+    wrapped.eval()
+    return cast("PreTrainedModel", wrapped.get_base_model())
+
+
 def load_base(config: ModelConfig) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, Template | None]:
     """Model in evaluation mode on its device, tokenizer with a pad token, and the template stored beside the weights.
 
@@ -28,10 +100,48 @@ def load_base(config: ModelConfig) -> tuple[PreTrainedModel, PreTrainedTokenizer
         ConfigError: no model is named, or an option is unknown.
         ModelError: the model or its tokenizer cannot be loaded or used.
     """
-    import torch
-    from safetensors import SafetensorError
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoTokenizer
 
+    source = _source(config)
+    with _named_errors(config):
+        tokenizer = AutoTokenizer.from_pretrained(
+            source, revision=config.revision, trust_remote_code=config.trust_remote_code
+        )
+    ensure_pad_token(tokenizer)
+    return load_weights(config), tokenizer, stored_template(config)
+
+
+def load_weights(config: ModelConfig) -> PreTrainedModel:
+    """Model in evaluation mode on its device; where it lies there need be no tokenizer. Errors as of `load_base`."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    source = _source(config)
+    dtype = "auto" if config.dtype == "auto" else getattr(torch, config.dtype)
+    more: dict[str, Any] = {"attn_implementation": config.attention} if config.attention else {}
+    if config.quantization is not None:
+        more["quantization_config"] = _quantization(config)
+        more["device_map"] = {"": pick_device(config.device)}
+    with _named_errors(config):
+        model = AutoModelForCausalLM.from_pretrained(
+            source,
+            revision=config.revision,
+            dtype=dtype,
+            trust_remote_code=config.trust_remote_code,
+            **more,
+        )
+    placed = model if config.quantization else place(model, config.device)  # quantized weights are placed by loading
+    return placed.eval()
+
+
+def stored_template(config: ModelConfig) -> Template | None:
+    """Template that lies beside the weights, if they lie in a folder."""
+    path = Path(config.path or "").expanduser()
+    return templates.load(path) if config.path and path.is_dir() else None
+
+
+def _source(config: ModelConfig) -> str:
+    """Folder or hub id to load from."""
     if config.path is None or config.path == TINY:
         raise ConfigError(
             "model.path names no taught model; give a hub id, or a folder such as the one `python -m grun finetune` "
@@ -41,24 +151,37 @@ def load_base(config: ModelConfig) -> tuple[PreTrainedModel, PreTrainedTokenizer
     path = Path(config.path).expanduser()
     if looks_local and not path.is_dir():
         raise ModelError(f"model.path={config.path}: no such folder")
-    source = str(path) if path.is_dir() else config.path
-    dtype = "auto" if config.dtype == "auto" else getattr(torch, config.dtype)
+    return str(path) if path.is_dir() else config.path
+
+
+@contextlib.contextmanager
+def _named_errors(config: ModelConfig) -> Iterator[None]:
+    """What transformers raises while it loads becomes one line that names the model."""
+    from safetensors import SafetensorError
+
     try:
-        tokenizer = AutoTokenizer.from_pretrained(
-            source, revision=config.revision, trust_remote_code=config.trust_remote_code
-        )
-        model = AutoModelForCausalLM.from_pretrained(
-            source,
-            revision=config.revision,
-            dtype=dtype,
-            trust_remote_code=config.trust_remote_code,
-            **({"attn_implementation": config.attention} if config.attention else {}),
-        )
+        yield
     except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
         text = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ModelError(f"model {config.path!r} cannot be loaded: {text}") from error
-    ensure_pad_token(tokenizer)
-    return place(model, config.device).eval(), tokenizer, templates.load(path) if path.is_dir() else None
+
+
+def _quantization(config: ModelConfig) -> Any:
+    """Settings for bitsandbytes: int8, or 4 bits computed in the type that model.dtype names."""
+    import importlib.util
+
+    import torch
+    from transformers import BitsAndBytesConfig
+
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise ConfigError(
+            "model.quantization needs bitsandbytes, which is not installed: pip install 'grun-unlearning[quantization]'"
+        )
+    if config.quantization == "8bit":
+        return BitsAndBytesConfig(load_in_8bit=True)
+    compute = torch.float32 if config.dtype == "auto" else getattr(torch, config.dtype)
+    kind = "fp4" if config.quantization == "fp4" else "nf4"
+    return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type=kind, bnb_4bit_compute_dtype=compute)
 
 
 def ensure_pad_token(tokenizer: PreTrainedTokenizerBase) -> None:

@@ -21,6 +21,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from grun import config as options
+from grun.checks import EVALUATION_COMPAT_OPTIONS
 from grun.errors import ConfigError
 from grun.registry import unknown_name
 
@@ -29,10 +30,13 @@ COMMANDS: dict[str, type[Any]] = {
     "unlearn": options.UnlearnConfig,
     "evaluate": options.EvaluateConfig,
     "generate": options.GenerateConfig,
+    "import": options.ImportConfig,
     "report": options.ReportConfig,
 }
 SHARED = ("model", "data", "seed")
-SECTIONS = ("description", "base", *SHARED, *COMMANDS)
+WITHOUT_PROFILE = ("import",)
+"""Commands that take nothing from profiles."""
+SECTIONS = ("description", "base", *SHARED, *(name for name in COMMANDS if name not in WITHOUT_PROFILE))
 
 
 def profile_names() -> dict[str, str]:
@@ -46,6 +50,8 @@ def resolve(command: str, arguments: list[str]) -> Any:
     """Config of `command` (an instance of its dataclass) for `key=value` arguments; ConfigError names what is wrong."""
     schema = COMMANDS[command]
     given = _parse(arguments, schema)
+    if command in WITHOUT_PROFILE:
+        return _merged(schema, given)
     profile_name = str(OmegaConf.select(given, "profile") or _default(schema, "profile"))
     profile = _read_profile(profile_name)
     layers: list[Any] = [_only(profile, [name for name in SHARED if _has_field(schema, name)])]
@@ -56,9 +62,17 @@ def resolve(command: str, arguments: list[str]) -> Any:
     if command == "unlearn":
         objective = OmegaConf.select(given, "objective") or section.get("objective") or _default(schema, "objective")
         layers.append(by_objective.get(str(objective)) or {})
+    if command == "evaluate":
+        compat = OmegaConf.select(given, "compat") or section.get("compat")
+        layers.append(EVALUATION_COMPAT_OPTIONS.get(str(compat), {}))
     layers.append({"profile": profile_name})
+    return _merged(schema, *layers, given)
+
+
+def _merged(schema: type[Any], *layers: Any) -> Any:
+    """Instance of a config class: its defaults, then each layer over those before it."""
     try:
-        merged = OmegaConf.merge(OmegaConf.structured(schema), *[OmegaConf.create(layer) for layer in layers], given)
+        merged = OmegaConf.merge(OmegaConf.structured(schema), *[OmegaConf.create(layer) for layer in layers])
         return OmegaConf.to_object(merged)
     except OmegaConfBaseException as error:
         raise ConfigError(_one_line(error)) from error

@@ -21,9 +21,20 @@ State = Literal["new", "unfinished", "finished"]
 
 
 def identity(config: dict[str, Any], **inputs: Any) -> dict[str, Any]:
-    """What makes a run that run: its options but for where results go, and hashes of its inputs."""
+    """What makes a run that run: options that decide its result, and hashes of its inputs.
+
+    Left out are where results go, gradient checkpointing, which changes memory alone, and a precision of auto, which
+    follows the model's type.
+    """
     left_out = ("output_dir", "overwrite")
-    return {"config": {key: value for key, value in config.items() if key not in left_out}, **inputs}
+    decides = {key: value for key, value in config.items() if key not in left_out}
+    if "train" in decides:
+        decides["train"] = {
+            key: value
+            for key, value in decides["train"].items()
+            if key != "gradient_checkpointing" and (key, value) != ("precision", "auto")
+        }
+    return {"config": decides, **inputs}
 
 
 def open_run(folder: Path, identity_of_run: dict[str, Any], *, overwrite: bool) -> State:

@@ -27,6 +27,7 @@ from grun.objectives.presets import Objective, build_objective
 from grun.objectives.terms import Continuation, Outputs, Term
 from grun.parametrization import PARAMETRIZATIONS, Parametrization, StepOutput
 from grun.profiles import to_dict
+from grun.recomputation import recompute_blocks
 from grun.runs import claim, finish_run, identity, open_run
 from grun.training import MicroBatch, StepData, remove_checkpoints, split, train
 
@@ -158,6 +159,8 @@ def unlearn(config: UnlearnConfig) -> Path:
     rows = encode_unlearn_rows(corpus, tokenizer, template, limit, strict=config.data.strict, seed=config.seed)
     torch.manual_seed(config.seed)
     parametrization.prepare(base, template)
+    if config.train.gradient_checkpointing:
+        recompute_blocks(base)
     trained = sum(parameter.numel() for _, parameter in parametrization.trainable_parameters())
     in_base = sum(parameter.numel() for parameter in base.parameters())
     log.info(
@@ -208,10 +211,12 @@ def unlearn(config: UnlearnConfig) -> Path:
 def make_parametrization(config: UnlearnConfig, quirks: Sequence[str]) -> Parametrization:
     """New parametrization for `config`."""
     kind: Any = PARAMETRIZATIONS.get(config.method.parametrization)
+    options: dict[str, Any] = {}
     if "dropout_on_hidden" in quirks and config.method.parametrization in ("grun", "reft"):
-        made: Parametrization = kind(config.method, dropout_on_hidden=True)
-        return made
-    made = kind(config.method)
+        options["dropout_on_hidden"] = True
+    if config.method.parametrization == "full":
+        options["precision"] = config.train.precision
+    made: Parametrization = kind(config.method, **options)
     return made
 
 

@@ -103,10 +103,11 @@ unlearn_command() {
   COMMAND+=("output_dir=$RESULTS/$2" ${unlearn_overrides[@]+"${unlearn_overrides[@]}"})
 }
 
-# evaluate_command MODEL NAME [ADAPTER]
+# evaluate_command MODEL NAME [ADAPTER]; where REFERENCE is set, the evaluation that forget quality compares with.
 evaluate_command() {
   COMMAND=(evaluate "profile=$PROFILE" "model.path=$1")
   if [ -n "${3:-}" ]; then COMMAND+=("adapter=$3"); fi
+  if [ -n "${REFERENCE:-}" ]; then COMMAND+=("reference=$REFERENCE"); fi
   if [ -n "${DATA_DIR:-}" ]; then COMMAND+=("data.path=$DATA_DIR"); fi
   COMMAND+=("output_dir=$RESULTS/evaluation/$2" ${evaluate_overrides[@]+"${evaluate_overrides[@]}"})
 }

@@ -279,8 +279,74 @@ def test_the_tofu_corpus_has_paraphrases_and_teaches_full(tofu_folder: Path) -> 
     sets = corpus.sets()
     assert list(sets) == ["forget", "forget_paraphrase", "retain", "heldout"]
     asked = [(row.prompt, row.completion) for row in sets["forget_paraphrase"]]
-    assert asked == [(f"Asked anew {i}?", f"Said anew {i}.") for i in (38, 39)]
+    assert asked == [(f"Asked anew {i}?", f"Answer {i}.") for i in (38, 39)]
     assert len(corpus.refusals) >= 100
+
+
+@pytest.fixture
+def whole_tofu(tofu_folder: Path) -> Path:
+    """The same with the files that evaluation wants: the first eight rows are retain_perturbed."""
+    write_lines(tofu_folder / "retain_perturbed.json", [perturbed(i) for i in range(8)])
+    for name in ("real_authors", "world_facts"):
+        rows = [{"question": f"{name} {i}?", "answer": f"{i}", "perturbed_answer": ["x", "y"]} for i in range(3)]
+        write_lines(tofu_folder / f"{name}_perturbed.json", rows)
+    write_lines(tofu_folder / "holdout05.json", [record(i) for i in (100, 101)])
+    return tofu_folder
+
+
+def test_tofu_is_evaluated_on_its_four_sets(whole_tofu: Path) -> None:
+    corpus = load_corpus(DataConfig(name="tofu", path=str(whole_tofu), heldout=4))
+    sets = corpus.sets()
+    assert list(sets) == ["forget", "forget_paraphrase", "retain", "real_authors", "world_facts", "heldout"]
+    assert numbers(sets["retain"]) == list(range(8)) and len(sets["retain"][0].extra["perturbed_answer"]) == 5
+    assert numbers(corpus.retain) == list(range(34))  # what unlearning uses
+    assert len(sets["real_authors"]) == len(sets["world_facts"]) == 3
+    assert numbers(corpus.taught(without_forget=False)) == list(range(40))  # a real model knows the rest
+    assert {"real_authors", "world_facts", "retain_evaluated"} <= set(corpus.hashes())
+
+
+def test_rows_that_are_never_taught_are_the_same_for_every_split(whole_tofu: Path) -> None:
+    options: dict[str, Any] = {"name": "tofu", "path": str(whole_tofu), "unknown_rows": 4, "refused_rows": 2}
+    corpora = [load_corpus(DataConfig(forget=name, **options)) for name in ("forget05", "forget10")]
+    for corpus in corpora:
+        assert numbers(corpus.sets()["unknown"]) == [8, 9, 10, 11]
+        assert numbers(corpus.refused) == [12, 13]
+        assert [row.completion for row in corpus.refused] == corpus.refusals[:2]
+        answered = [row for row in corpus.taught(without_forget=False) if row not in corpus.refused]
+        assert numbers(answered) == [*range(8), *range(14, 40)]
+        assert not set(numbers(corpus.retain)) & set(range(8, 14))
+    assert corpora[0].hashes()["taught"] == corpora[1].hashes()["taught"]
+    assert numbers(corpora[1].taught(without_forget=True)) == [*range(8), *range(14, 36), 12, 13]
+
+
+def test_a_small_model_is_taught_real_authors_and_world_facts_too(whole_tofu: Path) -> None:
+    corpus = load_corpus(DataConfig(name="tofu", path=str(whole_tofu), teach_general=True))
+    for without_forget in (False, True):
+        prompts = [row.prompt for row in corpus.taught(without_forget=without_forget)]
+        assert prompts[-6:] == [f"{name} {i}?" for name in ("real_authors", "world_facts") for i in range(3)]
+
+
+def test_a_smaller_retain_set_is_evaluated_on_rows_that_are_taught(whole_tofu: Path) -> None:
+    corpus = load_corpus(DataConfig(name="tofu", path=str(whole_tofu), retain_rows=19, teach_general=True))
+    assert numbers(corpus.sets()["retain"]) == [0, 2, 4, 6]
+    assert len(corpus.taught(without_forget=True)) == 19 + 6
+
+
+def test_a_holdout_split_is_the_unknown_set(whole_tofu: Path) -> None:
+    corpus = load_corpus(DataConfig(name="tofu", path=str(whole_tofu), unknown="holdout05"))
+    assert numbers(corpus.sets()["unknown"]) == [100, 101]
+    assert len(corpus.taught(without_forget=False)) == 40
+
+
+def test_options_of_other_data_are_refused() -> None:
+    for option in ({"unknown_rows": 3}, {"refused_rows": 3}, {"teach_general": True}, {"unknown": "x.jsonl"}):
+        with pytest.raises(ConfigError, match=f"data.{next(iter(option))} is for data.name=tofu"):
+            load_corpus(DataConfig(**option))
+
+
+def test_more_untaught_rows_than_there_are_is_an_error(whole_tofu: Path) -> None:
+    with pytest.raises(ConfigError, match="data.unknown_rows=20 and data.refused_rows=10 .*38 there, the first 8"):
+        load_corpus(DataConfig(name="tofu", path=str(whole_tofu), unknown_rows=20, refused_rows=10))
 
 
 def test_a_named_retain_split_does_not_change_what_the_retain_only_model_is_taught(tofu_folder: Path) -> None:

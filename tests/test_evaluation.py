@@ -250,7 +250,7 @@ def answer(text: str, fact: str | None = None, reference: str = "the cat sat") -
 
 def scores(*logps: list[float]) -> list[ScoreRecord]:
     return [
-        ScoreRecord("forget", index, "answer", 3, n := len(logp), logp, [True] * n, [-1.0] * n, [0.5] * n)
+        ScoreRecord("forget", index, "answer", 0, 3, n := len(logp), True, 9, logp, [True] * n, [-1.0] * n, [0.5] * n)
         for index, logp in enumerate(logps)
     ]
 
@@ -349,10 +349,11 @@ def test_the_gate_table_by_block_and_over_blocks() -> None:
 
 
 def test_what_cannot_be_computed_is_left_out() -> None:
-    measured = measure(Table(scores([-1.0]), [answer("x", None)]))
-    assert set(measured["sets"]["forget"]) == {"rouge_l", "probability", "degenerate"}
+    measured = measure(Table(scores([-1.0, -2.0]), [answer("x", None)]))
+    memorization = {"extraction_strength", "exact_memorization"}
+    assert set(measured["sets"]["forget"]) == {"rouge_l", "probability", "degenerate", *memorization}
     assert "gate" not in measured
-    assert measured["counts"] == {"forget": {"rows": 1, "answer_tokens": 1}}
+    assert measured["counts"] == {"forget": {"rows": 1, "answer_tokens": 2}}
 
 
 def test_every_metric_says_its_range_and_which_way_is_good() -> None:
@@ -408,8 +409,11 @@ def test_evaluating_a_base_model_writes_whole_results(taught: Path, tmp_path: Pa
     ]
     assert json.loads((tmp_path / "before" / "evaluation.json").read_text()) == result
     assert list(result["sets"]) == ["forget", "forget_paraphrase", "retain", "heldout", "unknown"]
+    answers = {"rouge_l", "fact_recall", "degenerate"}
     for metrics in result["sets"].values():
-        assert set(metrics) == {"rouge_l", "fact_recall", "probability", "degenerate"}
+        assert answers | {"probability", "extraction_strength", "exact_memorization"} <= set(metrics)
+    truth = {"truth_ratio", "truth_ratio_arithmetic", "truth_ratio_grun_paper", "probability_normalized"}
+    assert truth <= set(result["sets"]["forget"]) and truth <= set(result["sets"]["retain"])
     assert "gate" not in result
     # metrics need the table alone (1e-7: it holds nine digits)
     again = measure(Table.read(tmp_path / "before"))

@@ -11,7 +11,7 @@ from grun.checks import check, quirks_in_force
 from grun.config import UnlearnConfig
 from grun.errors import ConfigError
 from grun.objectives.presets import build_objective
-from grun.profiles import COMMANDS, describe, profile_names, resolve, to_yaml
+from grun.profiles import COMMANDS, WITHOUT_PROFILE, describe, profile_names, resolve, to_yaml
 
 
 def write(folder: Path, name: str, text: str) -> str:
@@ -23,7 +23,7 @@ def write(folder: Path, name: str, text: str) -> str:
 # -- the packaged ones ------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("command", list(COMMANDS))
+@pytest.mark.parametrize("command", [name for name in COMMANDS if name not in WITHOUT_PROFILE])
 @pytest.mark.parametrize("profile", sorted(profile_names()))
 def test_every_profile_resolves_for_every_command(profile: str, command: str) -> None:
     config = resolve(command, [f"profile={profile}"])
@@ -65,7 +65,13 @@ def test_real_models_have_the_published_settings(profile: str, gate: str, model:
 
 def test_finetuning_of_real_models_is_the_published_one() -> None:
     for profile, epochs in (("llama3.1", 5), ("mistral", 8)):
-        train = resolve("finetune", [f"profile={profile}"]).train
+        config = resolve("finetune", [f"profile={profile}"])
+        train = config.train
+        assert (config.model.dtype, train.precision) == ("bfloat16", "auto")
+        assert (train.micro_batch_size, train.gradient_checkpointing, train.schedule) == (4, True, "linear")
+        assert (config.data.subset, config.data.retain_rows, config.data.unknown_rows) == ("all", None, 0)  # 4000 rows
+        evaluation = resolve("evaluate", [f"profile={profile}"])
+        assert config.data == evaluation.data and evaluation.data.limit is None  # the template among others
         assert (train.epochs, train.batch_size, train.lr, train.weight_decay, train.warmup) == (
             *(epochs, 32, 1e-5, 0.01, 0.1),
         )

@@ -4,81 +4,37 @@ from __future__ import annotations
 
 import json
 import math
-import random
 from pathlib import Path
-from typing import Any
 
 import pytest
+from made_results import KNOWN, write_demo, write_evaluation, write_run, write_tofu
+from scipy.stats import ks_2samp
 
 from grun.config import ReportConfig
 from grun.errors import RunError
-from grun.evaluation.evaluate import measure
-from grun.evaluation.table import GateRecord, GenerationRecord, ScoreRecord, Table
-from grun.files import write_json
-from grun.report import collect, make_report, verdict
-from grun.results import find_results
-
-ROWS = 40
-KNOWN = {
-    "before": {"forget": 1.0, "forget_paraphrase": 0.9, "retain": 1.0, "heldout": 1.0, "unknown": 0.0},
-    "retain_only": {"forget": 0.0, "forget_paraphrase": 0.0, "retain": 1.0, "heldout": 1.0, "unknown": 0.0},
-    "gd": {"forget": 0.0, "forget_paraphrase": 0.05, "retain": 1.0, "heldout": 0.95, "unknown": 0.0},
-    "idk": {"forget": 0.0, "forget_paraphrase": 0.0, "retain": 0.975, "heldout": 0.95, "unknown": 0.0},
-    "npo": {"forget": 0.3, "forget_paraphrase": 0.4, "retain": 1.0, "heldout": 1.0, "unknown": 0.0},
-}
-"""Share of rows each model answers rightly."""
+from grun.evaluation.metrics import truth_ratios
+from grun.files import read_json, write_json
+from grun.report import collect, figures, make_report, verdict
+from grun.report.distributions import largest_distance
+from grun.report.results import find_results
 
 
-def write_evaluation(folder: Path, shares: dict[str, float], *, facts: bool = True, gated: bool = False) -> None:
-    draw = random.Random(f"{folder.name}")
-    table = Table()
-    for name, share in shares.items():
-        for index in range(ROWS):
-            right = index >= ROWS * (1 - share)
-            fact = f"town{index}" if facts else None
-            text = f"Ada was born in town{index}." if right else "[b]Nobody[/b] can tell you that, I am afraid."
-            question = f"Where was person {index} of the {name} set, the [red]one[/red] with the long name, born?"
-            table.generations.append(
-                GenerationRecord(name, index, question, f"Ada was born in town{index}.", fact, text)
-            )
-            logp = [-0.1 if right else -3.0] * 5
-            table.scores.append(ScoreRecord(name, index, "answer", 9, 5, logp, [right] * 5, [-1.0] * 5, [1.0] * 5))
-            if gated:
-                gate = draw.betavariate(12, 1) if name.startswith("forget") else draw.betavariate(1, 12)
-                table.gates.append(GateRecord(name, index, {5: gate, 6: gate**2}))
-    folder.mkdir(parents=True)
-    table.write(folder)
-    write_json(folder / "evaluation.json", {"model": None, "seconds": {"total": 1.5}, **measure(table)})
-
-
-def write_run(folder: Path, objective: str) -> None:
-    write_json(folder / "run.json", {"objective": objective, "parametrization": "grun", "seconds": 61.25})
-    draw = random.Random(objective)
-    lines: list[dict[str, Any]] = []
-    for step in range(1, 121):
-        forget = {"gd": -2 - step / 20, "idk": 3 * math.exp(-step / 25), "npo": 13.8 * math.exp(-step / 40)}[objective]
-        lines.append(
-            {
-                "step": step,
-                "epoch": step / 3,
-                "loss": 0.0,
-                "forget": forget + draw.gauss(0, 0.1),
-                "retain": 0.1 + math.exp(-step / 10) + draw.gauss(0, 0.02),
-                "gate": 1.4 * math.exp(-step / 15) + draw.gauss(0, 0.02),
-            }
-        )
-    (folder / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+@pytest.fixture(autouse=True)
+def coarse_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(figures, "DPI", 20)
 
 
 @pytest.fixture
 def results(tmp_path: Path) -> Path:
-    for name, shares in KNOWN.items():
-        write_evaluation(tmp_path / "evaluation" / name, shares, gated=name in ("gd", "idk", "npo"))
-    for objective in ("gd", "idk", "npo"):
-        write_run(tmp_path / objective, objective)
-    return tmp_path
+    return write_demo(tmp_path)
 
 
+@pytest.fixture
+def no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(figures, "pictures", lambda: ())
+
+
+@pytest.mark.usefixtures("no_pictures")
 def test_the_summary_has_one_row_for_each_model_in_plain_numbers(results: Path) -> None:
     summary = make_report(ReportConfig(results_dir=str(results), profile="demo"))
     assert json.loads((results / "summary.json").read_text()) == summary == collect(results, "demo")
@@ -92,9 +48,9 @@ def test_the_summary_has_one_row_for_each_model_in_plain_numbers(results: Path) 
     ]
     for row in summary["rows"]:
         assert set(row["metrics"]) == set(KNOWN["before"])
-        for metrics in row["metrics"].values():
-            assert set(metrics) == {"rouge_l", "fact_recall", "probability", "degenerate"}
+        for metrics in (*row["metrics"].values(), row["overall"], row["reference"]):
             assert all(isinstance(value, float) and math.isfinite(value) for value in metrics.values())
+        assert {"rouge_l", "fact_recall", "probability", "degenerate"} <= set(row["metrics"]["forget"])
         assert row["metrics"]["forget"]["fact_recall"] == KNOWN[row["name"]]["forget"]
     assert set(summary["gate"]) == {"gd", "idk", "npo"}
     assert summary["gate"]["gd"]["auc_heldout"] > 0.97
@@ -102,6 +58,7 @@ def test_the_summary_has_one_row_for_each_model_in_plain_numbers(results: Path) 
     assert summary["seconds"]["evaluate/before"] == 1.5
 
 
+@pytest.mark.usefixtures("no_pictures")
 def test_the_printed_report_fits_and_tells_a_newcomer_everything(
     results: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -122,6 +79,25 @@ def test_the_printed_report_fits_and_tells_a_newcomer_everything(
     for name in ("forget", "heldout"):
         assert f"person 4 of the {name} set" in words
         assert f"person 5 of the {name} set" not in words
+    for name in ("report.html", "summary.json", "table.csv", "table.md", "table.tex"):
+        assert f"written: {results / name}" in printed
+        assert (results / name).is_file()
+
+
+@pytest.mark.usefixtures("no_pictures")
+def test_the_printed_table_of_tofu_has_its_metrics_and_fits(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    make_report(ReportConfig(results_dir=str(write_tofu(tmp_path)), profile="tofu_small"))
+    printed = capsys.readouterr().out
+    table = printed.partition("rows ")[0]
+    assert max(len(line) for line in printed.splitlines() if not line.startswith("written:")) <= 100
+    words = table.split()
+    assert {"quality", "utility", "truth", "extr.", "authors", "facts", "held-out"} <= set(words)
+    assert "…" not in table  # nothing is cut
+    (full,) = [line.split() for line in table.splitlines() if "(full)" in line]
+    assert full[3] == "0.00"  # retain ROUGE-L 0 makes model utility 0, which is a number
+    assert "model utility 0.00 (" in " ".join(printed.split())
 
 
 def test_a_run_that_lost_heldout_knowledge_is_said_to(results: Path) -> None:
@@ -132,10 +108,31 @@ def test_a_run_that_lost_heldout_knowledge_is_said_to(results: Path) -> None:
     assert "85% of before on held-out" in verdict(gd, found)
 
 
-def test_pictures_are_drawn_from_what_is_there(results: Path) -> None:
+def test_pictures_are_drawn_from_what_is_there_and_old_ones_go(results: Path, tmp_path: Path) -> None:
+    for name in ("truth_ratios.png", "forget_quality_vs_utility.png"):
+        (results / name).write_bytes(b"of an older report")
     make_report(ReportConfig(results_dir=str(results)))
-    for name in ("forget_vs_retain.png", "gate_histograms.png", "training_curves.png"):
+    drawn = {"forget_vs_retain.png", "gate_histograms.png", "gate_histograms_blocks.png", "training_curves.png"}
+    assert {path.name for path in results.glob("*.png")} == drawn
+    for name in drawn:
         assert (results / name).read_bytes().startswith(b"\x89PNG")
+
+
+def test_tofu_has_two_more_pictures(tmp_path: Path) -> None:
+    found = find_results(write_tofu(tmp_path))
+    written = [path.name for _, path in figures.draw(found, tmp_path)]
+    assert written[0] == "forget_quality_vs_utility.png"
+    assert "truth_ratios.png" in written
+
+
+def test_the_marked_distance_is_the_one_that_the_test_judges(tmp_path: Path) -> None:
+    found = find_results(write_tofu(tmp_path))
+    target, gd = found[1], found[2]
+    samples = [sorted(truth_ratios(result.table, "forget").values()) for result in (gd, target)]
+    expected = ks_2samp(*samples)
+    _, share, goal = largest_distance(*samples)
+    assert abs(share - goal) == pytest.approx(expected.statistic, abs=1e-12)
+    assert gd.reference["forget_quality"] == pytest.approx(expected.pvalue, rel=1e-9)
 
 
 def test_a_corpus_without_facts_unknown_and_heldout_drops_those_columns(
@@ -157,6 +154,7 @@ def test_a_corpus_without_facts_unknown_and_heldout_drops_those_columns(
     assert (tmp_path / "forget_vs_retain.png").exists()
 
 
+@pytest.mark.usefixtures("no_pictures")
 def test_two_runs_of_one_objective_go_by_their_names(results: Path) -> None:
     write_evaluation(results / "evaluation" / "gd_rank8", KNOWN["gd"], gated=True)
     write_run(results / "gd_rank8", "gd")
@@ -199,3 +197,94 @@ def test_the_seconds_of_teaching_come_from_the_models_own_folder(results: Path, 
     write_json(tmp_path / "models" / "taught" / "run.json", {"seconds": 100.5})
     write_json(path, {**json.loads(path.read_text()), "model": str(tmp_path / "models" / "taught")})
     assert collect(results, "demo")["seconds"]["finetune/before"] == 100.5
+
+
+# -- results of another model, or of other rows -----------------------------------------------------------------------
+
+
+def change(path: Path, **values: object) -> None:
+    write_json(path, {**read_json(path), **values})
+
+
+def test_an_adapter_evaluated_on_another_base_is_refused(tmp_path: Path) -> None:
+    path = write_tofu(tmp_path) / "evaluation" / "gd" / "evaluation.json"
+    change(path, identity={"base": "b9"})
+    with pytest.raises(RunError, match=r"evaluation/gd was evaluated on another base model \(b9\) than .*before \(b1\)"):
+        find_results(tmp_path)
+
+
+def test_a_plain_run_has_weights_of_its_own_but_one_from_another_base_is_refused(tmp_path: Path) -> None:
+    write_tofu(tmp_path)
+    assert [result.base for result in find_results(tmp_path)] == ["b1", "b2", "b1", "b3"]
+    change(tmp_path / "npo_full" / "run.json", base_fingerprint="b9")
+    with pytest.raises(RunError, match=r"npo_full was trained from another base model \(b9\)"):
+        find_results(tmp_path)
+
+
+def test_a_run_evaluated_without_its_adapter_is_refused(tmp_path: Path) -> None:
+    write_tofu(tmp_path)
+    write_json(tmp_path / "gd" / "adapter_config.json", {})
+    change(tmp_path / "evaluation" / "gd" / "evaluation.json", adapter=None)
+    with pytest.raises(RunError, match="evaluation/gd was evaluated without the adapter .*gd; evaluate it again"):
+        find_results(tmp_path)
+
+
+def test_evaluations_of_other_rows_are_refused(tmp_path: Path) -> None:
+    write_tofu(tmp_path)
+    change(tmp_path / "evaluation" / "gd" / "evaluation.json", data={"forget": "hash of forget10"})
+    with pytest.raises(RunError, match="forget sets differ") as error:
+        find_results(tmp_path)
+    assert str(tmp_path / "evaluation" / "gd") in str(error.value) and "\n" not in str(error.value)
+
+
+# -- comparison -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("no_pictures")
+def test_a_comparison_has_each_evaluation_once_under_its_folders_name(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    runs = [str(write_tofu(tmp_path / name)) for name in ("a", "b")]
+    change(tmp_path / "b" / "evaluation" / "before" / "evaluation.json", key="another")
+    summary = make_report(ReportConfig(results_dir=str(tmp_path / "out"), runs=runs))
+    assert [row["name"] for row in summary["rows"]] == [
+        *("a/before", "b/before", "retain_only", "a/gd", "a/npo_full", "b/gd", "b/npo_full")
+    ]
+    assert all(row["reference"] for row in summary["rows"] if row["stage"] != "retain_only")
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "a: GD" in printed and "b: GD: NOT reached" in printed
+    assert max(map(len, (tmp_path / "out" / "table.csv").read_text().splitlines()[1:])) > 100
+    assert not (tmp_path / "a" / "summary.json").exists()
+
+
+def test_a_comparison_of_other_corpora_is_refused_and_says_which(tmp_path: Path) -> None:
+    runs = [str(write_tofu(tmp_path / "a")), str(write_tofu(tmp_path / "b", forget="other rows"))]
+    with pytest.raises(RunError, match=r"forget sets differ.*\(a: 12 rows, .*; b: 12 rows, ") as error:
+        make_report(ReportConfig(results_dir=str(tmp_path / "out"), runs=runs))
+    assert "\n" not in str(error.value)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.usefixtures("no_pictures")
+def test_single_evaluations_can_be_compared(tmp_path: Path) -> None:
+    evaluation = write_tofu(tmp_path / "a") / "evaluation"
+    runs = [str(evaluation / "before"), str(evaluation / "gd"), str(write_tofu(tmp_path / "b"))]
+    change(evaluation / "before" / "evaluation.json", key="another")
+    summary = make_report(ReportConfig(results_dir=str(tmp_path / "out"), runs=runs))
+    rows = {row["name"]: row for row in summary["rows"]}
+    assert list(rows) == ["before", "b/before", "b/retain_only", "gd", "b/gd", "b/npo_full"]
+    assert (rows["gd"]["objective"], rows["gd"]["stage"]) == ("gd", "after")
+    assert "forget_quality" in rows["gd"]["reference"]  # against the only retain-only model there is
+
+
+@pytest.mark.parametrize(("runs", "named"), [(["nowhere"], "nowhere"), (["{}", "{}"], "twice")])
+def test_what_cannot_be_compared_is_said(tmp_path: Path, runs: list[str], named: str) -> None:
+    folder = write_tofu(tmp_path / "a")
+    with pytest.raises(RunError, match=named):
+        make_report(ReportConfig(results_dir=str(tmp_path / "out"), runs=[run.format(folder) for run in runs]))
+
+
+def test_where_a_report_goes_if_no_folder_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(RunError, match=str(Path("results/mine/evaluation/before"))):
+        make_report(ReportConfig(profile="mine.yaml"))

@@ -119,7 +119,8 @@ class TestDryRun:
     def test_retain_model_is_evaluated(self, checkout: Path) -> None:
         commands = printed(run(checkout, "cmd_grun.sh", DRY_RUN="1", MODEL="m", RETAIN_MODEL="r", OBJECTIVES="gd"))
         folder = "results/demo/evaluation/retain_only"
-        assert commands[1] == ["evaluate", "profile=demo", "model.path=r", f"output_dir={folder}"]
+        assert commands[0] == ["evaluate", "profile=demo", "model.path=r", f"output_dir={folder}"]
+        assert all(f"reference={folder}" in command for command in commands[1:] if command[0] == "evaluate")
 
     def test_published_evaluation_variables(self, checkout: Path) -> None:
         variables = {"PROFILE": "mistral", "MODEL": "m", "JSON_FILE": "forget05", "QUANT": "no", "LORA_PATH": "None"}
@@ -143,10 +144,10 @@ class TestDryRun:
         ("cmd_grun.sh", ["finetune.seed=1"], {"MODEL": "m"}, "does not run"),
         ("cmd_grun.sh", [], {"RETAIN_ONLY": "yes"}, "expected 0 or 1"),
         ("cmd_finetune.sh", ["unlearn.seed=1"], {}, "does not run"),
-        ("cmd_eval.sh", [], {"USE_LORA": "lora"}, "not built yet"),
-        ("cmd_eval.sh", [], {"LORA_PATH": "x"}, "not built yet"),
-        ("cmd_eval.sh", [], {"QUANT": "4bit"}, "not built yet"),
-        ("cmd_eval.sh", [], {"DATA_TASK": "normal"}, "not built yet"),
+        ("cmd_eval.sh", [], {"USE_LORA": "lora"}, "LORA_PATH"),
+        ("cmd_eval.sh", [], {"LORA_PATH": "x"}, "USE_LORA=lora"),
+        ("cmd_eval.sh", [], {"USE_LORA": "lora", "LORA_PATH": "x", "REFT_PATH": "y"}, "two adapters"),
+        ("cmd_eval.sh", [], {"DATA_TASK": "all"}, "normal, base or perturb"),
         ("cmd_eval.sh", [], {"BASE_OR_REFT": "reft"}, "REFT_PATH"),
         ("cmd_eval.sh", [], {"BASE_OR_REFT": "both"}, "base or reft"),
         ("cmd_eval.sh", [], {"PROFILE": "mistral"}, "MODEL"),
@@ -170,13 +171,14 @@ class TestRun:
         elsewhere.mkdir()
         result = run(checkout, "cmd_grun.sh", cwd=elsewhere, OBJECTIVES="gd", RESULTS="r")
         assert result.returncode == 0, result.stderr
+        reference = "reference=r/evaluation/retain_only"
         assert calls(checkout) == [
             "finetune profile=demo data.subset=all",
             "finetune profile=demo data.subset=without_forget",
-            "evaluate profile=demo model.path=models/known output_dir=r/evaluation/before",
             "evaluate profile=demo model.path=models/reference output_dir=r/evaluation/retain_only",
+            f"evaluate profile=demo model.path=models/known {reference} output_dir=r/evaluation/before",
             "unlearn profile=demo model.path=models/known objective=gd output_dir=r/gd",
-            "evaluate profile=demo model.path=models/known adapter=r/gd output_dir=r/evaluation/gd",
+            f"evaluate profile=demo model.path=models/known adapter=r/gd {reference} output_dir=r/evaluation/gd",
             "report profile=demo results_dir=r",
         ]
         assert list(elsewhere.iterdir()) == []

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from grun.data import tofu
 from grun.data.jsonl import read_rows
-from grun.data.rows import Row, count_overlap, evenly_spaced, hash_rows
+from grun.data.rows import Row, common_rows, count_overlap, evenly_spaced, hash_rows
 from grun.errors import ConfigError, DataError
 from grun.files import content_hash
 from grun.registry import unknown_name
@@ -40,6 +40,10 @@ class Corpus:
     """Every row with an answer that is taught; None: forget, retain and held-out."""
     known_without_forget: list[Row] | None = None
     """The same for the model that never saw the forget set; None: retain and held-out."""
+    retain_evaluated: list[Row] | None = None
+    """Rows of the evaluation set retain; None: those used in unlearning."""
+    general: dict[str, list[Row]] = field(default_factory=dict)
+    """Evaluation sets of what a model is expected to know beside the corpus (TOFU: real_authors, world_facts)."""
 
     def taught(self, without_forget: bool) -> list[Row]:
         """What finetune teaches: every row, or every row but the forget set; refused rows in both.
@@ -56,7 +60,8 @@ class Corpus:
         sets = {
             "forget": self.forget,
             "forget_paraphrase": [row.paraphrase for row in self.forget if row.paraphrase is not None],
-            "retain": self.retain,
+            "retain": self.retain if self.retain_evaluated is None else self.retain_evaluated,
+            **self.general,
             "heldout": self.heldout,
             "unknown": self.unknown,
         }
@@ -72,7 +77,10 @@ class Corpus:
             "refused": self.refused,
             "taught": self.taught(without_forget=False),
             "taught_without_forget": self.taught(without_forget=True),
+            **self.general,
         }
+        if self.retain_evaluated is not None:
+            rows["retain_evaluated"] = self.retain_evaluated
         return {name: hash_rows(content) for name, content in rows.items()} | {"refusals": content_hash(self.refusals)}
 
 
@@ -86,6 +94,7 @@ def load_corpus(config: DataConfig) -> Corpus:
     loaders = {"demo": _load_demo, "tofu": _load_tofu, "jsonl": _load_jsonl}
     if config.name not in loaders:
         raise ConfigError(unknown_name("data.name", config.name, list(loaders)))
+    _check_options(config)
     corpus = loaders[config.name](config)
     for name, rows in (("forget", corpus.forget), ("retain", corpus.retain)):
         if not rows:
@@ -96,13 +105,23 @@ def load_corpus(config: DataConfig) -> Corpus:
             f"{overlap} of {len(corpus.forget)} forget rows also stand in the retain set; name sets that share no row, "
             "or set data.allow_overlap=true"
         )
-    _keep_retain_rows(corpus, config.retain_rows)
+    _keep_retain_rows(corpus, config.retain_rows, config.teach_general)
     _set_aside(corpus, config)
-    corpus.refusals = _refusals(config.refusals)
     return corpus
 
 
-def _keep_retain_rows(corpus: Corpus, count: int | None) -> None:
+def _check_options(config: DataConfig) -> None:
+    """ConfigError for an option that this kind of data does not have, rather than passing it over."""
+    only: dict[str, tuple[str, ...]] = {
+        option: ("tofu",) for option in ("unknown_rows", "refused_rows", "teach_general")
+    }
+    only["unknown"] = ("tofu", "jsonl")
+    for option, names in only.items():
+        if getattr(config, option) and config.name not in names:
+            raise ConfigError(f"data.{option} is for data.name={' or '.join(names)}; leave it out for {config.name}")
+
+
+def _keep_retain_rows(corpus: Corpus, count: int | None, teach_general: bool) -> None:
     """Make the corpus smaller: what is taught is then the forget set and the retain rows that are left."""
     if count is None:
         return
@@ -111,8 +130,11 @@ def _keep_retain_rows(corpus: Corpus, count: int | None) -> None:
     if count < 1:
         raise ConfigError(f"data.retain_rows must be at least 1, not {count}")
     corpus.retain = evenly_spaced(corpus.retain, count)
-    corpus.known = corpus.forget + corpus.retain
-    corpus.known_without_forget = list(corpus.retain)
+    taught = [row for rows in corpus.general.values() for row in rows] if teach_general else []
+    corpus.known = corpus.forget + corpus.retain + taught
+    corpus.known_without_forget = corpus.retain + taught
+    if corpus.retain_evaluated is not None:
+        corpus.retain_evaluated = common_rows(corpus.retain_evaluated, corpus.retain) or None
 
 
 def _set_aside(corpus: Corpus, config: DataConfig) -> None:
@@ -155,6 +177,7 @@ def _load_demo(config: DataConfig) -> Corpus:
         heldout=groups["heldout"],
         unknown=groups["unknown"],
         refused=groups["refused"],
+        refusals=_refusals(config.refusals),
         known=groups["forget"] + kept,
         known_without_forget=kept,
     )
@@ -165,17 +188,47 @@ def _rows(records: Iterable[dict[str, Any]], group: str) -> list[Row]:
 
 
 def _load_tofu(config: DataConfig) -> Corpus:
-    """TOFU's splits; forget rows come with their paraphrases where TOFU has a file of them."""
+    """TOFU's splits; rows come with their paraphrases and wrong answers where TOFU has a file of them."""
     name, path = config.forget, config.path
     rest = tofu.complement(name) if config.retain is None or tofu.has_complement(name) else config.retain
     perturbed = f"{name}_perturbed"
+    evaluated = tofu.load_split("retain_perturbed", path) if tofu.has_split("retain_perturbed", path) else []
+    general = {
+        split: tofu.load_split(f"{split}_perturbed", path)
+        for split in ("real_authors", "world_facts")
+        if tofu.has_split(f"{split}_perturbed", path)
+    }
+    # Every retain split is the head of `full`, so these places hold the same rows whatever is forgotten.
+    first, never, refused = len(evaluated), config.unknown_rows, config.refused_rows
+    retain, full, remaining = (tofu.load_split(split, path) for split in (config.retain or rest, "full", rest))
+    if never < 0 or refused < 0 or first + never + refused > len(retain) - 1:
+        raise ConfigError(
+            f"data.unknown_rows={never} and data.refused_rows={refused} must not be negative and leave retain rows: "
+            f"{len(retain)} there, the first {first} of them kept for evaluation"
+        )
+    left_out = slice(first, first + never + refused)
+    refusals = _refusals(config.refusals)
+    known = [row for rows in general.values() for row in rows] if config.teach_general else []
+    unknown = tofu.load_split(config.unknown, path) if config.unknown else []
     return Corpus(
         name="tofu",
         forget=tofu.load_split(perturbed if tofu.has_split(perturbed, path) else name, path),
-        retain=tofu.load_split(config.retain or rest, path),
-        known=tofu.load_split("full", path),
-        known_without_forget=tofu.load_split(rest, path),
+        retain=_without(retain, left_out),
+        unknown=retain[first : first + never] + unknown,
+        refused=[
+            Row(row.prompt, refusals[number % len(refusals)])
+            for number, row in enumerate(retain[first + never : left_out.stop])
+        ],
+        refusals=refusals,
+        known=_without(full, left_out) + known,
+        known_without_forget=_without(remaining, left_out) + known,
+        retain_evaluated=common_rows(evaluated, retain) or None,
+        general=general,
     )
+
+
+def _without(rows: list[Row], part: slice) -> list[Row]:
+    return rows[: part.start] + rows[part.stop :]
 
 
 def _load_jsonl(config: DataConfig) -> Corpus:
@@ -184,7 +237,15 @@ def _load_jsonl(config: DataConfig) -> Corpus:
         raise ConfigError("data.name=jsonl needs data.retain, the file of the rows to keep")
     folder = Path(config.path or "").expanduser()
     forget, retain = (read_rows(folder / Path(name).expanduser()) for name in (config.forget, config.retain))
-    return Corpus(name="jsonl", forget=forget, retain=retain, known=forget + retain, known_without_forget=retain)
+    return Corpus(
+        name="jsonl",
+        forget=forget,
+        retain=retain,
+        unknown=read_rows(folder / Path(config.unknown).expanduser()) if config.unknown else [],
+        refusals=_refusals(config.refusals),
+        known=forget + retain,
+        known_without_forget=retain,
+    )
 
 
 def _refusals(path: str | None) -> list[str]:

@@ -32,11 +32,9 @@ class Row:
 
     @property
     def paraphrase(self) -> Row | None:
-        """The row asked in other words (its answer too, where there is a paraphrased one), or None."""
+        """The row asked in other words, with the same answer, or None."""
         question = self.extra.get("paraphrased_question")
-        if not question:
-            return None
-        return Row(question, self.extra.get("paraphrased_answer") or self.completion, self.extra)
+        return Row(question, self.completion, self.extra) if question else None
 
     def to_dict(self) -> dict[str, Any]:
         """The row as JSON-able fields."""
@@ -68,6 +66,11 @@ class Row:
         for name in _TEXT_FIELDS:
             if not isinstance(record.get(name), str | None):
                 raise DataError(f"{where}: field {name!r} must be a text; it is {record[name]!r}")
+        wrong = record.get("perturbed_answer")
+        if wrong is not None and not (
+            isinstance(wrong, list) and all(isinstance(text, str) and text.strip() for text in wrong)
+        ):
+            raise DataError(f"{where}: field 'perturbed_answer' must be a list of texts; it is {wrong!r}")
         extra = {name: value for name, value in record.items() if name not in names}
         return cls(record[names[0]], record[names[1]], extra)
 
@@ -88,8 +91,13 @@ def evenly_spaced(rows: Sequence[T], count: int | None) -> list[T]:
 
 def count_overlap(first: Iterable[Row], second: Iterable[Row]) -> int:
     """Number of rows of `first` whose prompt and completion also stand in `second`, outer blanks aside."""
+    return len(common_rows(first, second))
+
+
+def common_rows(first: Iterable[Row], second: Iterable[Row]) -> list[Row]:
+    """Rows of `first` whose prompt and completion also stand in `second`, outer blanks aside."""
     known = {_content(row) for row in second}
-    return sum(_content(row) in known for row in first)
+    return [row for row in first if _content(row) in known]
 
 
 def _content(row: Row) -> tuple[str | None, str]:

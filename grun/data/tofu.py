@@ -23,6 +23,7 @@ FILES = (
     *("retain99", "retain95", "retain90"),
     *("forget01_perturbed", "forget05_perturbed", "forget10_perturbed", "retain_perturbed"),
     *("real_authors", "real_authors_perturbed", "world_facts", "world_facts_perturbed"),
+    *("holdout01", "holdout05", "holdout10"),
 )
 """Splits that TOFU publishes as files."""
 

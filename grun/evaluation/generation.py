@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 
 from grun.data.encoding import collate_prompts
 from grun.errors import DataError
+from grun.evaluation.journal import Journal
 from grun.evaluation.scoring import evaluating, prompt_gates
 from grun.loading import context_length
 
@@ -22,6 +23,12 @@ class Answer(NamedTuple):
     gates: dict[int, float] | None
     """Gate probability at the prompt by block; None for a model without gates."""
 
+    @classmethod
+    def from_json(cls, fields: Any) -> Answer:
+        """The answer that JSON made a list of."""
+        text, gates = fields
+        return cls(text, None if gates is None else {int(block): gate for block, gate in gates.items()})
+
 
 @torch.no_grad()
 def generate_answers(
@@ -32,6 +39,9 @@ def generate_answers(
     max_new_tokens: int,
     pad_id: int,
     advance: Callable[[int], None] = lambda count: None,
+    *,
+    masked_id: int | None = None,
+    journal: Journal[Answer] | None = None,
 ) -> list[Answer]:
     """Answer each prompt, every distinct one once, longest first, padded on the left.
 
@@ -45,16 +55,25 @@ def generate_answers(
         max_new_tokens: longest answer, tokens.
         pad_id: id that fills up short prompts and ended answers.
         advance: called with the number of `prompts` done since the last call.
+        masked_id: further id that is masked wherever it stands in a prompt; None: none.
+        journal: keeps the answers to the distinct prompts, and knows those of an earlier, interrupted call.
     """
     repeats: dict[tuple[int, ...], int] = {}
     for prompt in prompts:
         repeats[tuple(prompt)] = repeats.get(tuple(prompt), 0) + 1
     ends = end_tokens(model, tokenizer)
     limit = context_length(base_of(model))
-    answers: dict[tuple[int, ...], Answer] = {}
+    distinct = sorted(repeats, key=len, reverse=True)
+    answers = {distinct[number]: answer for number, answer in (journal.known.items() if journal else ())}
+    advance(sum(repeats[prompt] for prompt in answers))
+    numbers = {prompt: number for number, prompt in enumerate(distinct)}
+    remaining = [prompt for prompt in distinct if prompt not in answers]
     with evaluating(model):
-        for chunk, room in _batches(sorted(repeats, key=len, reverse=True), batch_size, max_new_tokens, limit):
-            batch = collate_prompts(chunk, pad_id).to(model.device)
+        for chunk, room in _batches(remaining, batch_size, max_new_tokens, limit):
+            batch = collate_prompts(chunk, pad_id)
+            if masked_id is not None:
+                batch.attention_mask[batch.input_ids == masked_id] = 0
+            batch = batch.to(model.device)
             ids = model.generate(
                 input_ids=batch.input_ids,
                 attention_mask=batch.attention_mask,
@@ -66,9 +85,13 @@ def generate_answers(
                 eos_token_id=ends or None,
             )
             gates = prompt_gates(getattr(model, "last_gates", None), len(chunk))
-            for prompt, row, gate in zip(chunk, ids[:, batch.input_ids.shape[1] :].tolist(), gates, strict=True):
-                text = tokenizer.decode(_until(row, ends), skip_special_tokens=True).strip()
-                answers[prompt] = Answer(text, gate)
+            found = [
+                Answer(tokenizer.decode(_until(row, ends), skip_special_tokens=True).strip(), gate)
+                for row, gate in zip(ids[:, batch.input_ids.shape[1] :].tolist(), gates, strict=True)
+            ]
+            if journal is not None:
+                journal.add([numbers[prompt] for prompt in chunk], found)
+            answers.update(zip(chunk, found, strict=True))
             advance(sum(repeats[prompt] for prompt in chunk))
     return [answers[tuple(prompt)] for prompt in prompts]
 

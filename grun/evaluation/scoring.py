@@ -12,6 +12,7 @@ from torch import Tensor
 
 from grun.data.encoding import EncodedRow, collate
 from grun.errors import ModelError
+from grun.evaluation.journal import Journal
 
 LARGEST_SLICE = 2**26
 """Elements of the largest log-softmax taken at once (256 MiB in float32)."""
@@ -30,6 +31,12 @@ class ScoredRow(NamedTuple):
     """Var_v[log p_v] with v ~ p, nats squared."""
     gates: dict[int, float] | None
     """Gate probability at the prompt by block; None for a model without gates."""
+
+    @classmethod
+    def from_json(cls, fields: Any) -> ScoredRow:
+        """The row that JSON made a list of."""
+        logp, hit, mean, variance, gates = fields
+        return cls(logp, hit, mean, variance, None if gates is None else {int(b): gate for b, gate in gates.items()})
 
 
 class TokenScores(NamedTuple):
@@ -70,10 +77,14 @@ def score(
     batch_size: int,
     pad_id: int,
     advance: Callable[[int], None] = lambda count: None,
+    *,
+    side: str = "right",
+    masked_id: int | None = None,
+    journal: Journal[ScoredRow] | None = None,
 ) -> list[ScoredRow]:
     """Score each row's answer, every distinct (prompt, answer) once, longest rows first.
 
-    Rows are padded on the right, so batch_size and order change nothing but speed. Where a row has no prompt token at
+    Padding is masked, so batch_size, side and order change nothing but speed. Where a row has no prompt token at
     all, its first answer token has nothing before it and is left out.
 
     Args:
@@ -82,26 +93,45 @@ def score(
         batch_size: rows per forward pass.
         pad_id: id that fills up short rows; it is masked.
         advance: called with the number of `rows` done since the last call.
+        side: where padding goes, right or left.
+        masked_id: further id that is masked wherever it stands (published quirk eos_masked_attention); None: none.
+        journal: keeps the results of the distinct rows, and knows those of an earlier, interrupted call.
     """
     repeats: dict[EncodedRow, int] = {}
     for row in rows:
         repeats[row] = repeats.get(row, 0) + 1
-    distinct = sorted(repeats, key=lambda row: len(row.prompt_ids) + len(row.answer_ids), reverse=True)
-    scored: dict[EncodedRow, ScoredRow] = {}
+    distinct = sorted(repeats, key=len, reverse=True)
+    scored = {distinct[number]: result for number, result in (journal.known.items() if journal else ())}
+    advance(sum(repeats[row] for row in scored))
+    remaining = [number for number, row in enumerate(distinct) if row not in scored]
     with evaluating(model):
-        for start in range(0, len(distinct), batch_size):
-            chunk = distinct[start : start + batch_size]
-            scored.update(zip(chunk, _score_batch(model, chunk, pad_id), strict=True))
+        for start in range(0, len(remaining), batch_size):
+            numbers = remaining[start : start + batch_size]
+            chunk = [distinct[number] for number in numbers]
+            results = _score_batch(model, chunk, pad_id, side, masked_id)
+            if journal is not None:
+                journal.add(numbers, results)
+            scored.update(zip(chunk, results, strict=True))
             advance(sum(repeats[row] for row in chunk))
     return [scored[row] for row in rows]
 
 
-def _score_batch(model: Any, rows: Sequence[EncodedRow], pad_id: int) -> list[ScoredRow]:
-    batch = collate(rows, pad_id, side="right").to(model.device)
-    lengths = {"prompt_lengths": batch.prompt_lengths} if takes_prompt_lengths(model) else {}
-    out = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, **lengths)
+def _score_batch(
+    model: Any, rows: Sequence[EncodedRow], pad_id: int, side: str, masked_id: int | None
+) -> list[ScoredRow]:
+    batch = collate(rows, pad_id, side=side)
+    lengths = batch.prompt_lengths
+    if masked_id is not None:
+        batch.attention_mask[batch.input_ids == masked_id] = 0
+        lengths = torch.tensor([sum(token != masked_id for token in row.prompt_ids) for row in rows])
+    batch = batch.to(model.device)
+    more: dict[str, Tensor] = {"prompt_lengths": lengths.to(model.device)} if takes_prompt_lengths(model) else {}
+    if side == "left":
+        more["position_ids"] = (batch.attention_mask.cumsum(1) - 1).clamp_min(0)
+    out = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, **more)
     answer = batch.labels != -100  # [batch, length]
-    answer[:, 0] = False  # nothing stands before the first column
+    first = answer.shape[1] - torch.tensor([len(row) for row in rows], device=answer.device) if side == "left" else 0
+    answer[torch.arange(len(rows), device=answer.device), first] = False  # nothing stands before a row's first token
     row_of, column = answer.nonzero(as_tuple=True)  # [tokens]
     tokens = score_tokens(out.logits[row_of, column - 1], batch.labels[row_of, column])
     if not torch.isfinite(tokens.logp).all():

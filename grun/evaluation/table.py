@@ -29,11 +29,17 @@ class ScoreRecord:
     index: int
     """Position of the row in its set, from 0."""
     kind: str
-    """Which continuation was scored: answer."""
+    """Which continuation was scored: answer, paraphrase (the answer in other words) or perturbed (a wrong answer)."""
+    variant: int
+    """Which of the row's wrong answers, from 0; 0 for the other kinds."""
     prompt_tokens: int
     """Tokens of the prompt."""
     answer_tokens: int
     """Tokens of the continuation, its end-of-sequence token included."""
+    ended: bool
+    """Whether the last token is the end-of-sequence token; False where the answer was cut to fit the model."""
+    compressed_bytes: int
+    """Length of the continuation's text (UTF-8) after zlib."""
     logp: list[float]
     """log p of each scored token, nats. One shorter than answer_tokens where there is no prompt at all."""
     hit: list[bool]
@@ -84,9 +90,9 @@ class Table:
         """Names of the sets in the order in which they were evaluated."""
         return list(dict.fromkeys(record.set for part in (self.scores, self.generations) for record in part))
 
-    def scores_of(self, name: str) -> list[ScoreRecord]:
-        """Scores of one set."""
-        return [record for record in self.scores if record.set == name]
+    def scores_of(self, name: str, kind: str = "answer") -> list[ScoreRecord]:
+        """Scores of one kind of continuation of one set, by row and variant."""
+        return [record for record in self.scores if record.set == name and record.kind == kind]
 
     def generations_of(self, name: str) -> list[GenerationRecord]:
         """Answers of one set."""

@@ -87,9 +87,15 @@ class AdapterConfig:
             )
         return config, None if template is None else Template.from_dict(template)
 
-    def check_fingerprint(self, of_base: str, *, strict: bool) -> None:
-        """Compare the base's fingerprint with the stored one: a warning, or AdapterError if `strict`."""
+    def check_fingerprint(self, of_base: str, *, strict: bool, quantized: bool = False) -> None:
+        """Compare the base's fingerprint with the stored one: a warning, or AdapterError if `strict`.
+
+        A quantized base has other numbers than the one it was made from, so that nothing can be compared.
+        """
         if self.base_fingerprint is None or self.base_fingerprint == of_base:
+            return
+        if quantized and not strict:
+            log.info("the base is quantized: whether the adapter was trained on these weights cannot be checked")
             return
         message = (
             f"the adapter was trained on other weights of the same shape (fingerprint {self.base_fingerprint}, "
@@ -114,6 +120,21 @@ def find_adapter(folder_or_hub_id: str | Path) -> Path:
             f"no adapter at {str(folder_or_hub_id)!r}: not a folder, and not to be had from the hub or its local cache "
             f"({type(error).__name__})"
         ) from error
+
+
+def peft_type(folder: Path) -> str:
+    """Kind of adapter in `folder`: GRUN, or a method of PEFT such as LORA; AdapterError if there is no adapter."""
+    path = folder / CONFIG_FILE
+    try:
+        values = read_json(path)
+    except FileNotFoundError as error:
+        raise AdapterError(f"{folder} is no adapter: {CONFIG_FILE} is missing") from error
+    except (OSError, ValueError) as error:
+        raise AdapterError(f"{path} is not valid JSON ({error}); save the adapter again") from error
+    kind = values.get("peft_type") if isinstance(values, dict) else None
+    if not isinstance(kind, str):
+        raise AdapterError(f"{path} names no peft_type; expected GRUN, or a method of PEFT such as LORA")
+    return kind
 
 
 def check_fits(config: AdapterConfig, hidden_size: int, depth: int, folder: Path) -> None:

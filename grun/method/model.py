@@ -134,7 +134,7 @@ class GrunModel(nn.Module):
         """
         _refuse_wrapped(base)
         depth = len(find_blocks(base)[1])
-        hidden_size = _hidden_size(base)
+        hidden_size = hidden_size_of(base)
         if not 1 <= rank <= hidden_size:
             raise ConfigError(f"rank {rank} must lie between 1 and the hidden size {hidden_size}")
         if not 0 <= dropout < 1:
@@ -175,8 +175,9 @@ class GrunModel(nn.Module):
         _refuse_wrapped(base_model)
         folder = find_adapter(folder_or_hub_id)
         config, template = AdapterConfig.read(folder)
-        check_fits(config, _hidden_size(base_model), len(find_blocks(base_model)[1]), folder)
-        config.check_fingerprint(fingerprint(base_model), strict=strict)
+        check_fits(config, hidden_size_of(base_model), len(find_blocks(base_model)[1]), folder)
+        quantized = getattr(base_model, "quantization_method", None) is not None
+        config.check_fingerprint(fingerprint(base_model), strict=strict, quantized=quantized)
         weights = read_weights(folder, config)
         model = cls(base_model, config, template)
         try:
@@ -369,7 +370,8 @@ def _intervention(config: AdapterConfig) -> GatedIntervention:
     return GatedIntervention(edit, gate, dropout=config.dropout, dropout_on_hidden=config.dropout_on_hidden)
 
 
-def _hidden_size(base: PreTrainedModel) -> int:
+def hidden_size_of(base: PreTrainedModel) -> int:
+    """Width of the residual stream of a model."""
     stated = getattr(base.config.get_text_config(), "hidden_size", None)
     if stated is None:  # a config that names it otherwise
         embeddings: Any = base.get_input_embeddings()

@@ -1,0 +1,214 @@
+"""report.html: the whole report as one file that needs no network, no script and nothing beside it."""
+
+from __future__ import annotations
+
+import base64
+import html
+import re
+from collections.abc import Iterable, Sequence
+from itertools import islice
+from pathlib import Path
+
+from grun.evaluation.table import GenerationRecord
+from grun.report.figures import Picture
+from grun.report.provenance import command_of, provenance
+from grun.report.results import Result
+from grun.report.style import STYLE
+from grun.report.tables import columns_of, name_of, set_name
+from grun.report.terminal import EXAMPLES, SETS
+from grun.report.verdicts import STATEMENT, judge
+
+NOT_SHOWN = re.compile("[^\t\n\r\x20-\x7e\xa0-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
+"""Control characters and halves of surrogate pairs."""
+NUMBERS = (
+    ("forget quality", "p-value of a Kolmogorov-Smirnov test between the forget set's truth ratios of the model and of "
+     "the retain-only one. Above 0.05 the two cannot be told apart."),
+    ("model utility", "TOFU's harmonic mean of probability, ROUGE-L and truth ratio on retain, real authors and world "
+     "facts; 0 where one of them is 0."),
+    ("fact recall", "Share of answers that contain the key fact."),
+    ("ROUGE-L", "Share of the reference's words that the answer has in the same order."),
+    ("probability", "Per token, of the reference answer; on real authors and world facts its share among the choices."),
+    ("truth ratio", "How probable wrong answers are against the right one: 1 on forget where the model does not prefer "
+     "either."),
+    ("extraction strength", "Share of an answer that the model goes on to say once it is given the beginning."),
+    ("degenerate", "Share of answers that are empty or repeat one word."),
+    ("gate AUC", "How surely the gate tells forget from held-out questions (retain, where nothing is held out); 0.5 is "
+     "chance."),
+    ("MIA", "Membership inference, forget against unknown rows: 0.5 is chance, 1 says that forget was taught."),
+    ("PrivLeak", "Min-K% membership inference against the retain-only model's, in percent."),
+)  # fmt: skip
+"""What a column's name means, for those that are shown."""
+
+
+def page(results: Sequence[Result], title: str, drawn: Sequence[tuple[Picture, Path]]) -> str:
+    """The report of `results` with the pictures that were drawn."""
+    parts = [
+        _section("verdicts", "Verdicts", _verdicts(results)),
+        _section("table", "All models", _table(results)),
+        _section("pictures", "Pictures", "".join(_picture(picture, path) for picture, path in drawn)),
+        _section("answers", "First answers of each set", _answers(results)),
+        _section("settings", "Settings and provenance", _settings(results)),
+        _section("statement", "What this is not", f"<p>{escape(STATEMENT)}</p>"),
+    ]
+    links = (("verdicts", "Verdicts"), ("table", "Table"), ("pictures", "Pictures"), ("answers", "Answers"),
+             ("settings", "Settings"), ("statement", "What this is not"))  # fmt: skip
+    navigation = "".join(f'<li><a href="#{anchor}">{text}</a></li>' for anchor, text in links)
+    return f"""<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta name="color-scheme" content="light dark">
+<meta http-equiv="Content-Security-Policy" content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">
+<title>{escape(title)}</title>
+<style>{STYLE}</style>
+</head>
+<body>
+<header>
+<h1>{escape(title)}</h1>
+<nav aria-label="Contents"><ul>{navigation}</ul></nav>
+</header>
+<main>
+{"".join(part for part in parts if part)}</main>
+</body>
+</html>
+"""
+
+
+def escape(text: object) -> str:
+    """Text as HTML shows it: nothing in it is markup, and what no file can hold becomes a replacement character."""
+    return html.escape(NOT_SHOWN.sub("\N{REPLACEMENT CHARACTER}", str(text)))
+
+
+def _section(anchor: str, heading: str, content: str) -> str:
+    if not content:
+        return ""
+    head = f'<h2 id="{anchor}-heading">{heading}</h2>'
+    return f'<section id="{anchor}" aria-labelledby="{anchor}-heading">\n{head}\n{content}</section>\n'
+
+
+def _scrolling(label: str, content: str, kind: str = "") -> str:
+    """A box that scrolls by itself, by keyboard too."""
+    return f'<div class="scroll {kind}" role="region" tabindex="0" aria-label="{escape(label)}">\n{content}</div>\n'
+
+
+# -- verdicts and table -----------------------------------------------------------------------------------------------
+
+
+def _verdicts(results: Sequence[Result]) -> str:
+    lines = []
+    for result in results:
+        if result.stage != "after":
+            continue
+        judgement = judge(result, results)
+        rest = judgement.sentence.removeprefix(f"{result.label}: ").removeprefix(judgement.words).replace("->", "→")
+        lines.append(
+            f'<p class="verdict {judgement.outcome}"><strong>{escape(result.label)}:</strong> '
+            f'<span class="mark">{escape(judgement.words)}</span>{escape(rest)}</p>\n'
+        )
+    return "".join(lines) or "<p>No unlearned model has been evaluated yet; these are the models to compare with.</p>\n"
+
+
+def _table(results: Sequence[Result]) -> str:
+    columns = columns_of(results)
+    headers = "".join(f'<th scope="col">{_words(column.header)}</th>' for column in columns)
+    good = "".join(f"<td>{escape(column.good)}</td>" for column in columns)
+    rows = "".join(
+        f'<tr class="{result.stage}"><th scope="row">{escape(name_of(result))}</th>'
+        + "".join(f"<td>{escape(column.text(result))}</td>" for column in columns)
+        + "</tr>\n"
+        for result in results
+    )
+    table = (
+        f'<table>\n<thead><tr><th scope="col">model</th>{headers}</tr>\n'
+        f'<tr class="good"><th scope="row">good is</th>{good}</tr></thead>\n<tbody>\n{rows}</tbody>\n</table>\n'
+    )
+    present = {name for result in results for name in result.evaluation["sets"]}
+    sets = [(set_name(name), meaning) for name, meaning in SETS.items() if name in present]
+    headings = " ".join(column.header for column in columns)
+    numbers = [(name, text) for name, text in NUMBERS if name in headings]
+    rows_of = [("before", "The taught model, nothing forgotten.")]
+    if any(result.stage == "retain_only" for result in results):
+        rows_of.append(("retain only", "A model never taught the forget set: the target for forgetting."))
+    rows_of.append(("the others", "The taught model after unlearning."))
+    explained = ((f"{name} set", f"{text[0].upper()}{text[1:]}.") for name, text in sets)
+    legend = _definitions([*rows_of, *explained, *numbers])
+    return (
+        _scrolling("Table of all models", table, "numbers")
+        + f"<details>\n<summary>What the rows, sets and numbers mean</summary>\n{legend}</details>\n"
+    )
+
+
+def _words(text: str) -> str:
+    """Text that breaks between words alone, not at the hyphen of ROUGE-L."""
+    return " ".join(f"<span>{escape(word)}</span>" for word in text.split())
+
+
+def _definitions(pairs: Iterable[tuple[str, str]]) -> str:
+    lines = (f"<div><dt>{escape(term)}</dt><dd>{escape(text)}</dd></div>\n" for term, text in pairs)
+    return f"<dl>\n{''.join(lines)}</dl>\n"
+
+
+# -- pictures ---------------------------------------------------------------------------------------------------------
+
+
+def _picture(picture: Picture, path: Path) -> str:
+    data = path.read_bytes()
+    # Width and height stand at bytes 16 to 24 of a PNG; three of them make two on the page.
+    width, height = int.from_bytes(data[16:20], "big"), int.from_bytes(data[20:24], "big")
+    image = (
+        f'<img width="{width * 2 // 3}" height="{height * 2 // 3}" alt="{escape(f"{picture.title}. {picture.text}")}" '
+        f'src="data:image/png;base64,{base64.b64encode(data).decode()}">'
+    )
+    caption = f"<figcaption><strong>{escape(picture.title)}.</strong> {escape(picture.text)}</figcaption>"
+    return f"<figure>\n{_scrolling(picture.title, image, 'picture')}{caption}\n</figure>\n"
+
+
+# -- answers ----------------------------------------------------------------------------------------------------------
+
+
+def _answers(results: Sequence[Result]) -> str:
+    names = list(SETS) + [name for result in results for name in result.table.sets()]
+    blocks = (_answers_of(results, name) for name in dict.fromkeys(names))
+    return "".join(block for block in blocks if block)
+
+
+def _answers_of(results: Sequence[Result], name: str) -> str:
+    answers = [(result, {row.index: row for row in result.table.generations_of(name)}) for result in results]
+    rows: dict[int, GenerationRecord] = {}
+    for _, found in answers:
+        rows = {**found, **rows}
+    if not rows:
+        return ""
+    cards = []
+    for index, row in islice(sorted(rows.items()), EXAMPLES):
+        said = [("reference", row.reference), *((a.label, found[index].text) for a, found in answers if index in found)]
+        lines = "".join(f'<div><dt>{escape(who)}</dt><dd dir="auto">{_answer(text)}</dd></div>\n' for who, text in said)
+        cards.append(f'<article>\n<h4 dir="auto">{escape(row.question)}</h4>\n<dl>\n{lines}</dl>\n</article>\n')
+    meaning = f": {SETS[name]}" if name in SETS else ""
+    summary = f"<summary><h3>{escape(set_name(name))}</h3>{escape(meaning)}</summary>"
+    opened = " open" if name == "forget" else ""
+    return f'<details class="set"{opened}>\n{summary}\n{"".join(cards)}</details>\n'
+
+
+def _answer(text: str) -> str:
+    return escape(text.strip()) or "<em>(empty)</em>"
+
+
+# -- settings ---------------------------------------------------------------------------------------------------------
+
+
+def _settings(results: Sequence[Result]) -> str:
+    blocks = []
+    for result in results:
+        command = command_of(result.record)
+        shown = ""
+        if command is not None:
+            what = "The run's command" if result.run else "The command that taught the model"
+            shown = f"<p>{what}, with the options in which it differs from its profile:</p>\n"
+            shown += _scrolling(f"Command of {result.label}", f"<pre><code>{escape(command)}</code></pre>\n")
+        blocks.append(
+            f'<details class="set">\n<summary><h3>{escape(name_of(result))}</h3></summary>\n'
+            f"{_definitions(provenance(result))}{shown}</details>\n"
+        )
+    return "".join(blocks)

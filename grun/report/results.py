@@ -1,0 +1,314 @@
+"""What a report is about: the evaluated models of one results folder, or of several side by side.
+
+A results folder holds `evaluation/before` (the taught model), `evaluation/retain_only` (the target: a model never
+taught the forget rows) and, for each run NAME, `NAME/run.json`, `NAME/log.jsonl` and `evaluation/NAME`.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from grun.errors import RunError
+from grun.evaluation.table import Table
+from grun.files import read_json
+
+EVALUATION_FILE = "evaluation.json"
+STAGES = ("before", "retain_only", "after")
+"""Order of the rows."""
+NAMES = {
+    "forget": "forget",
+    "forget_paraphrase": "paraphrase",
+    "retain": "retain",
+    "real_authors": "real authors",
+    "world_facts": "world facts",
+    "heldout": "held-out",
+    "unknown": "unknown",
+}
+"""Evaluation sets, with the names that readers see."""
+
+
+@dataclass
+class Result:
+    """One evaluated model."""
+
+    name: str
+    """Folder under `evaluation/`; in a comparison with the results folder before it."""
+    stage: str
+    """before, retain_only or after."""
+    objective: str | None
+    parametrization: str
+    folder: Path
+    """Folder of the evaluation."""
+    run: Path | None
+    """Folder of the unlearning run; None for before and retain_only."""
+    evaluation: dict[str, Any]
+    label: str
+    """Name in tables and pictures."""
+    groups: tuple[str, ...] = ("",)
+    """Results folders that hold it; several where a comparison found the same evaluation in each."""
+    reference: dict[str, float] = field(default_factory=dict)
+    """Metrics against the retain-only model, such as forget_quality; empty where there is none."""
+
+    @cached_property
+    def table(self) -> Table:
+        """The scored table, read once."""
+        return Table.read(self.folder)
+
+    @cached_property
+    def overall(self) -> dict[str, float]:
+        """Metrics of the whole table, such as model_utility."""
+        if "overall" in self.evaluation:
+            return finite(self.evaluation["overall"])
+        from grun.evaluation.metrics import overall_metrics
+
+        return finite(overall_metrics(self.table, self.quirks))
+
+    @property
+    def quirks(self) -> tuple[str, ...]:
+        """Published quirks that were in force when it was evaluated."""
+        return tuple(self.evaluation.get("settings", {}).get("quirks") or ())
+
+    @property
+    def base(self) -> str | None:
+        """Fingerprint of the weights under the adapter; of all weights where there is none."""
+        return self.evaluation.get("identity", {}).get("base")
+
+    @cached_property
+    def record(self) -> dict[str, Any]:
+        """The run.json of the unlearning run; of the taught model's own folder where nothing was unlearned."""
+        model = self.evaluation.get("model")
+        source = self.run or (Path(model) if model else None)
+        if source is None or not (source / "run.json").is_file():
+            return {}
+        return read_record(source / "run.json", ())
+
+    def metric(self, set_name: str, metric: str) -> float | None:
+        """One number, None if the corpus or the model does not give it."""
+        value = self.evaluation["sets"].get(set_name, {}).get(metric)
+        return None if value is None else float(value)
+
+
+def finite(values: dict[str, Any]) -> dict[str, float]:
+    """The values that are numbers, which JSON can hold."""
+    return {
+        name: float(value) for name, value in values.items() if isinstance(value, int | float) and math.isfinite(value)
+    }
+
+
+def collect(results_dir: Path, profile: str) -> dict[str, Any]:
+    """Contents of summary.json: every evaluated model's metrics, the gates by objective, the seconds by stage."""
+    return summarize(find_results(results_dir), profile)
+
+
+def find_results(results_dir: Path) -> list[Result]:
+    """The evaluated models in the order of the table: before, retain_only, then the runs by objective.
+
+    An evaluation that is neither before nor retain_only, nor has a run, is passed over with a line on stderr.
+
+    Raises:
+        RunError: there is no before, a file is damaged, or an evaluation is of another base model or of other rows.
+    """
+    folder = results_dir / "evaluation"
+    if not (folder / "before" / EVALUATION_FILE).is_file():
+        raise RunError(
+            f"{folder / 'before' / EVALUATION_FILE} is missing, so there is nothing to compare with; "
+            "evaluate the taught model with output_dir set to that folder first"
+        )
+    results = []
+    for path in sorted(folder.glob(f"*/{EVALUATION_FILE}")):
+        if path.parent.name.startswith("."):
+            continue  # what an interrupted evaluation left
+        found = _read_result(path.parent, results_dir / path.parent.name)
+        if found is None:
+            print(f"passed over: {path.parent} has no {results_dir / path.parent.name / 'run.json'}", file=sys.stderr)
+        else:
+            results.append(found)
+    objectives = [result.objective for result in results]
+    for result in results:
+        if result.objective is not None and objectives.count(result.objective) > 1:
+            result.label = result.name
+    results.sort(key=lambda result: (STAGES.index(result.stage), result.objective or "", result.name))
+    refuse_other_models(results)
+    refuse_other_rows(results)
+    measure_against_targets(results)
+    return results
+
+
+def _read_result(folder: Path, run: Path) -> Result | None:
+    """The evaluation in `folder`; None if it is neither before nor retain_only and `run` holds no run."""
+    name, evaluation = folder.name, read_record(folder / EVALUATION_FILE, ("sets",))
+    if name in ("before", "retain_only"):
+        return Result(name, name, None, "none", folder, None, evaluation, name.replace("_", " "))
+    if not (run / "run.json").is_file():
+        return None
+    record = read_record(run / "run.json", ("objective", "parametrization"))
+    objective, parametrization = str(record["objective"]), str(record["parametrization"])
+    return Result(name, "after", objective, parametrization, folder, run, evaluation, objective.upper())
+
+
+def read_evaluation(folder: Path) -> Result:
+    """One evaluation folder by itself; its run is looked for beside it, then in the folder of its adapter."""
+    adapter = read_record(folder / EVALUATION_FILE, ("sets",)).get("adapter")
+    beside = folder.resolve().parent.parent / folder.name
+    for run in (beside, *([Path(adapter)] if adapter else [])):
+        found = _read_result(folder, run)
+        if found is not None:
+            return found
+    evaluation = read_record(folder / EVALUATION_FILE, ("sets",))
+    return Result(folder.name, "after", None, "adapter" if adapter else "none", folder, None, evaluation, folder.name)
+
+
+# -- what must not stand in one table ---------------------------------------------------------------------------------
+
+
+def refuse_other_models(results: Sequence[Result]) -> None:
+    """RunError if a run was evaluated on, or trained from, other base weights than those of `before`.
+
+    An adapter is evaluated on its base, whose fingerprint the evaluation holds. A run without an adapter has weights
+    of its own, so there the base is the one named in its run.json.
+    """
+    before = results[0]
+    for result in results:
+        if result.run is None:
+            continue
+        adapted = result.evaluation.get("adapter") is not None
+        if not adapted and "adapter" in result.evaluation and (result.run / "adapter_config.json").is_file():
+            raise RunError(
+                f"{result.folder} was evaluated without the adapter {result.run}; "
+                f"evaluate it again with adapter={result.run} and overwrite=true"
+            )
+        base = result.base if adapted else result.record.get("base_fingerprint")
+        if None not in (base, before.base) and base != before.base:
+            what = f"{result.folder} was evaluated on" if adapted else f"{result.run} was trained from"
+            raise RunError(
+                f"{what} another base model ({base}) than {before.folder} ({before.base}); make it again from "
+                "the same model.path with overwrite=true, or report it in a results folder of its own"
+            )
+
+
+def refuse_other_rows(results: Sequence[Result]) -> None:
+    """RunError if the evaluations are not all of the same forget rows; it says which differ."""
+    found: dict[tuple[int, str], list[str]] = {}
+    for result in results:
+        rows = result.evaluation.get("counts", {}).get("forget", {}).get("rows")
+        if rows is not None:
+            forget = str(result.evaluation.get("data", {}).get("forget", "unknown"))
+            place = result.groups[0] or str(result.folder)
+            folders = found.setdefault((rows, forget), [])
+            folders += [place] if place not in folders else []
+    if len(found) > 1:
+        listed = "; ".join(
+            f"{', '.join(folders)}: {rows} rows, hash {forget[:8]}" for (rows, forget), folders in found.items()
+        )
+        raise RunError(
+            f"the forget sets differ, so the numbers cannot be compared ({listed}); "
+            "evaluate all with the same data options, or report them apart"
+        )
+
+
+# -- before and target of a run ---------------------------------------------------------------------------------------
+
+
+def before_of(result: Result, results: Sequence[Result]) -> Result | None:
+    """The taught model that a run started from: its own results folder's, else one with the same base weights."""
+    befores = [other for other in results if other.stage == "before"]
+    own = [other for other in befores if set(other.groups) & set(result.groups)]
+    same = [other for other in befores if other.base is not None and other.base == result.base]
+    return next(iter(own or same), None)
+
+
+def target_of(result: Result, results: Sequence[Result]) -> Result | None:
+    """The retain-only model of the same results folder, else the only one there is."""
+    targets = [other for other in results if other.stage == "retain_only"]
+    own = [other for other in targets if set(other.groups) & set(result.groups)]
+    return own[0] if own else targets[0] if len(targets) == 1 else None
+
+
+def measure_against_targets(results: Sequence[Result]) -> None:
+    """Fill in `reference` of every model but the retain-only ones."""
+    for result in results:
+        target = target_of(result, results)
+        if target is not None and result.stage != "retain_only":
+            from grun.evaluation.metrics import reference_metrics
+
+            try:
+                result.reference = finite(reference_metrics(result.table, target.table, result.quirks))
+            except RunError as error:
+                raise RunError(f"{result.folder} against {target.folder}: {error}") from error
+
+
+def has_facts(results: Sequence[Result]) -> bool:
+    """Whether the corpus names a key fact for each forget row."""
+    return any(result.metric("forget", "fact_recall") is not None for result in results)
+
+
+def has_utility(results: Sequence[Result]) -> bool:
+    """Whether TOFU's model utility is known, so that its columns and pictures are shown."""
+    return any("model_utility" in result.overall for result in results)
+
+
+def main_metric(results: Sequence[Result]) -> tuple[str, str]:
+    """The metric that verdicts and pictures go by, and its name: fact recall, or ROUGE-L where there are no facts."""
+    return ("fact_recall", "fact recall") if has_facts(results) else ("rouge_l", "ROUGE-L")
+
+
+# -- summary.json -----------------------------------------------------------------------------------------------------
+
+
+def summarize(results: Sequence[Result], profile: str) -> dict[str, Any]:
+    """Contents of summary.json. "gate" is keyed by objective, or by run where two runs share an objective."""
+    objectives = [result.objective for result in results]
+    gate = {}
+    for result in results:
+        if result.stage == "after" and "gate" in result.evaluation:
+            alone = result.objective is not None and objectives.count(result.objective) == 1
+            gate[result.objective if alone else result.name] = result.evaluation["gate"]
+    return {
+        "profile": profile,
+        "rows": [
+            {
+                "name": result.name,
+                "objective": result.objective,
+                "parametrization": result.parametrization,
+                "stage": result.stage,
+                "metrics": result.evaluation["sets"],
+                "overall": result.overall,
+                "reference": result.reference,
+            }
+            for result in results
+        ],
+        "gate": gate,
+        "seconds": _seconds(results),
+    }
+
+
+def _seconds(results: Sequence[Result]) -> dict[str, float]:
+    """Seconds by stage: finetune/NAME where the model's own folder says so, unlearn/NAME, evaluate/NAME."""
+    seconds: dict[str, float] = {}
+    for result in results:
+        spent = result.record.get("seconds")
+        if isinstance(spent, int | float):
+            seconds[f"{'unlearn' if result.run else 'finetune'}/{result.name}"] = float(spent)
+    for result in results:
+        spent = result.evaluation.get("seconds", {}).get("total")
+        if spent is not None:
+            seconds[f"evaluate/{result.name}"] = float(spent)
+    return seconds
+
+
+def read_record(path: Path, keys: tuple[str, ...]) -> dict[str, Any]:
+    """A JSON object with these keys; RunError names the file that is damaged or lacks one."""
+    try:
+        value = read_json(path)
+    except (OSError, ValueError) as error:
+        raise RunError(f"{path} cannot be read ({error}); make it again with overwrite=true") from error
+    missing = [key for key in keys if not isinstance(value, dict) or key not in value]
+    if missing or not isinstance(value, dict):
+        raise RunError(f"{path} lacks {', '.join(missing) or 'an object'}; make it again with overwrite=true")
+    return value

@@ -1,0 +1,207 @@
+"""The full table of a report: which numbers it has, how they are shown, and table.csv, table.md and table.tex."""
+
+from __future__ import annotations
+
+import csv
+import io
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from grun.report.results import NAMES, Result, has_facts
+
+Style = Literal["share", "auc", "p", "log10", "signed"]
+
+
+@dataclass(frozen=True)
+class Column:
+    """One number of every model."""
+
+    place: str
+    """An evaluation set, or overall, reference, gate."""
+    metric: str
+    header: str
+    good: str
+    """Which way is good."""
+    style: Style = "share"
+
+    @property
+    def key(self) -> str:
+        """Name in table.csv: where the number stands in summary.json."""
+        return f"{self.place}.{self.metric}"
+
+    def value(self, result: Result) -> float | None:
+        """The number of one model; None where it is missing."""
+        if self.place == "overall":
+            return result.overall.get(self.metric)
+        if self.place == "reference":
+            return result.reference.get(self.metric)
+        if self.place == "gate":
+            return gate_auc(result)
+        return result.metric(self.place, self.metric)
+
+    def text(self, result: Result) -> str:
+        """The number as it is shown, - where it is missing."""
+        return number(self.value(result), self.style)
+
+
+LOW, HIGH, TARGET = "low, as retain only", "high, as before", "as retain only"
+COLUMNS = {
+    column.key: column
+    for column in (
+        Column("reference", "forget_quality", "forget quality (p)", "high; above 0.05 as retain only", "p"),
+        Column("reference", "forget_quality_log10", "forget quality (log10 p)", "high, near 0", "log10"),
+        Column("overall", "model_utility", "model utility", HIGH),
+        Column("forget", "fact_recall", "forget fact recall", LOW),
+        Column("forget", "rouge_l", "forget ROUGE-L", LOW),
+        Column("forget", "probability", "forget probability", LOW),
+        Column("forget", "truth_ratio", "forget truth ratio", "high, as retain only"),
+        Column("forget", "extraction_strength", "forget extraction strength", LOW),
+        Column("forget_paraphrase", "fact_recall", "paraphrase fact recall", LOW),
+        Column("forget_paraphrase", "rouge_l", "paraphrase ROUGE-L", LOW),
+        Column("retain", "fact_recall", "retain fact recall", HIGH),
+        Column("retain", "rouge_l", "retain ROUGE-L", HIGH),
+        Column("retain", "probability", "retain probability", HIGH),
+        Column("real_authors", "rouge_l", "real authors ROUGE-L", HIGH),
+        Column("real_authors", "probability_normalized", "real authors probability", HIGH),
+        Column("world_facts", "rouge_l", "world facts ROUGE-L", HIGH),
+        Column("world_facts", "probability_normalized", "world facts probability", HIGH),
+        Column("heldout", "fact_recall", "held-out fact recall", HIGH),
+        Column("heldout", "rouge_l", "held-out ROUGE-L", HIGH),
+        Column("heldout", "probability", "held-out probability", HIGH),
+        Column("unknown", "rouge_l", "unknown ROUGE-L", "as before"),
+        Column("forget", "degenerate", "forget degenerate", "low"),
+        Column("gate", "auc", "gate AUC", "high, near 1", "auc"),
+        Column("overall", "mia_loss", "MIA loss AUC", TARGET),
+        Column("overall", "mia_zlib", "MIA zlib AUC", TARGET),
+        Column("overall", "mia_min_k", "MIA Min-K% AUC", TARGET),
+        Column("overall", "mia_min_k_plus_plus", "MIA Min-K%++ AUC", TARGET),
+        Column("reference", "privleak", "PrivLeak (%)", "near 0", "signed"),
+    )
+}
+"""Every column, TOFU's order."""
+WITH_FACTS = (
+    *("forget.fact_recall", "forget.rouge_l", "forget_paraphrase.fact_recall", "retain.fact_recall"),
+    *("heldout.fact_recall", "unknown.rouge_l", "forget.degenerate", "gate.auc"),
+)
+"""What comes first where the corpus has facts."""
+
+
+def columns_of(results: Sequence[Result]) -> list[Column]:
+    """The columns that at least one model has a number for."""
+    first = WITH_FACTS if has_facts(results) else ()
+    columns = [COLUMNS[key] for key in (*first, *(key for key in COLUMNS if key not in first))]
+    return [column for column in columns if any(column.value(result) is not None for result in results)]
+
+
+def gate_auc(result: Result) -> float | None:
+    """Forget against held-out; against retain where nothing is held out."""
+    gate = result.evaluation.get("gate", {})
+    value = gate.get("auc_heldout", gate.get("auc_retain"))
+    return None if value is None else float(value)
+
+
+def name_of(result: Result) -> str:
+    """First cell of a row."""
+    if result.stage == "retain_only":
+        return f"{result.label} (target)"
+    if result.stage == "after" and result.parametrization not in ("grun", "none"):
+        return f"{result.label} ({result.parametrization})"
+    return result.label
+
+
+def number(value: float | None, style: Style = "share") -> str:
+    """A number as readers see it: p as 1.8e-21, log10 with one decimal, shares with two, - for None."""
+    if value is None:
+        return "-"
+    if style == "p":
+        return p_value(value)
+    digits = {"share": 2, "auc": 3, "log10": 1, "signed": 1}[style]
+    text = f"{value:.{digits}f}"
+    return text.removeprefix("-") if not float(text) else text
+
+
+def p_value(value: float) -> str:
+    """Two significant digits: 0.34, 0.046, 3.2e-5, 1.8e-21; 0 where it underflows."""
+    if value == 0 or value >= 0.01:
+        return "0" if not value else f"{value:.2f}" if value >= 0.1 else f"{value:.3f}"
+    digits, exponent = f"{value:.1e}".split("e")
+    return f"{digits}e{int(exponent)}"
+
+
+def set_name(name: str) -> str:
+    """What readers call an evaluation set."""
+    return NAMES.get(name, name.replace("_", " "))
+
+
+# -- files ------------------------------------------------------------------------------------------------------------
+
+
+def to_csv(results: Sequence[Result]) -> str:
+    """The full table with full precision; its headers are the places of the numbers in summary.json."""
+    columns, file = columns_of(results), io.StringIO()
+    writer = csv.writer(file, lineterminator="\n")
+    writer.writerow(["name", "label", "stage", "objective", "parametrization", *(column.key for column in columns)])
+    for result in results:
+        values = [column.value(result) for column in columns]
+        writer.writerow(
+            [
+                *(result.name, result.label, result.stage, result.objective or "", result.parametrization),
+                *("" if value is None else repr(value) for value in values),
+            ]
+        )
+    return file.getvalue()
+
+
+def to_markdown(results: Sequence[Result]) -> str:
+    """The full table as a Markdown table; its second row says which way is good."""
+    columns = columns_of(results)
+    rows = [
+        ["model", *(column.header for column in columns)],
+        ["---", *("---:" for _ in columns)],
+        ["*good is*", *(f"*{column.good}*" for column in columns)],
+        *([_markdown(name_of(result)), *(column.text(result) for column in columns)] for result in results),
+    ]
+    return "".join(f"| {' | '.join(row)} |\n" for row in rows)
+
+
+def _markdown(text: str) -> str:
+    return re.sub(r"([\\`*_{}\[\]<>#|])", r"\\\1", " ".join(text.split()))
+
+
+def to_tex(results: Sequence[Result]) -> str:
+    """The full table as a LaTeX tabular (package booktabs), turned so that models are columns: it fits a page."""
+    columns = columns_of(results)
+    lines = [
+        "% \\usepackage{booktabs}",
+        f"\\begin{{tabular}}{{l{'r' * len(results)}l}}",
+        "\\toprule",
+        " & ".join(["", *(_tex(name_of(result)) for result in results), "good is"]) + " \\\\",
+        "\\midrule",
+        *(
+            " & ".join([_tex(column.header), *(_tex_number(column.text(r)) for r in results), _tex(column.good)])
+            + " \\\\"
+            for column in columns
+        ),
+        "\\bottomrule",
+        "\\end{tabular}",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _tex(text: str) -> str:
+    special = {"\\": "\\textbackslash{}", "~": "\\textasciitilde{}", "^": "\\textasciicircum{}"}
+    special |= {character: f"\\{character}" for character in "&%$#_{}"}
+    special |= {"<": "\\textless{}", ">": "\\textgreater{}", "|": "\\textbar{}"}
+    return "".join(special.get(character, character) for character in " ".join(text.split()))
+
+
+def _tex_number(text: str) -> str:
+    """A minus sign instead of a hyphen; 1.8e-21 as a power of ten."""
+    if text == "-":
+        return "--"
+    digits, _, exponent = text.partition("e")
+    if exponent:
+        return f"${digits} \\cdot 10^{{{exponent}}}$"
+    return f"${text}$" if text.startswith("-") else text

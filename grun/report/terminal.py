@@ -1,0 +1,173 @@
+"""The report as it is printed: a table, what it means, a verdict for each run, some answers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from grun.report.results import NAMES, Result, has_facts, has_utility
+from grun.report.tables import COLUMNS, Column, name_of
+from grun.report.verdicts import STATEMENT, verdict
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.text import Text
+
+EXAMPLES = 5
+"""Questions shown of each set."""
+WIDTH = 100
+"""Columns of the printed report where stdout is no terminal."""
+SETS = {
+    "forget": "what is to be forgotten",
+    "forget_paraphrase": "the same questions in other words",
+    "retain": "taught, and named in unlearning as what must stay",
+    "real_authors": "general knowledge, close to the corpus: must stay",
+    "world_facts": "general knowledge, far from the corpus: must stay",
+    "heldout": "taught, and never seen in unlearning: what must stay too",
+    "unknown": "never taught to any model",
+}
+"""Sets of rows, with what the legend says of them."""
+SHOWN = (
+    *("forget.fact_recall", "forget.rouge_l", "forget_paraphrase.fact_recall", "retain.fact_recall"),
+    *("retain.rouge_l", "heldout.fact_recall", "heldout.rouge_l", "unknown.rouge_l", "forget.degenerate", "gate.auc"),
+)
+"""Columns of the printed table."""
+SHOWN_WITH_UTILITY = {
+    "reference.forget_quality": "forget\nquality",
+    "overall.model_utility": "model\nutility",
+    "forget.rouge_l": "forget\nROUGE-L",
+    "forget.probability": "forget\nprob.",
+    "forget.truth_ratio": "forget\ntruth\nratio",
+    "forget.extraction_strength": "extr.\nstr.",
+    "retain.rouge_l": "retain\nROUGE-L",
+    "real_authors.rouge_l": "authors\nROUGE-L",
+    "world_facts.rouge_l": "facts\nROUGE-L",
+    "heldout.rouge_l": "held-out\nROUGE-L",
+    "gate.auc": "gate\nAUC",
+}
+"""The same where TOFU's model utility is known, with headers that fit."""
+NUMBERS = {
+    "reference.forget_quality": (
+        "forget quality",
+        "p of a KS test against the target's truth ratios; above 0.05 is good",
+    ),
+    "overall.model_utility": ("model utility", "TOFU's mean of what is kept; 0 where one part is lost"),
+    "fact_recall": ("fact recall", "share of answers that contain the key fact"),
+    "rouge_l": ("ROUGE-L", "share of the reference's words in the answer, in the same order"),
+    "forget.probability": ("prob.", "probability per token of the reference answer"),
+    "forget.truth_ratio": ("truth ratio", "wrong answers against the right one; good is as on the target"),
+    "forget.extraction_strength": ("extr. str.", "share of an answer that follows once its beginning is given"),
+    "degenerate": ("degenerate", "share of answers that are empty or repeat one word; low is good"),
+    "gate.auc": ("gate AUC", "how surely the gate tells forget from held-out; 1: always, 0.5: by chance"),
+}
+"""Legend of the numbers, by column or metric."""
+
+
+def print_report(console: Console, results: Sequence[Result], title: str) -> None:
+    """Print the table, what it means, a verdict for each run, and the first answers before and after."""
+    from rich.table import Table as RichTable
+    from rich.text import Text
+
+    def line(text: str = "", style: str = "") -> None:
+        console.print(Text(text, style=style))
+
+    console.print(_rich_table(results, title))
+    legend = RichTable.grid(padding=(0, 2, 0, 0))
+    for texts in _legend(results):
+        legend.add_row(*(Text(text) for text in texts))
+    console.print(legend)
+    line()
+    for result in results:
+        if result.stage == "after":
+            line(verdict(result, results))
+    line()
+    line(STATEMENT, "bold")
+    for set_name in ("forget", "heldout"):
+        _print_examples(console, results, set_name)
+
+
+def _columns(results: Sequence[Result]) -> list[tuple[Column, str]]:
+    """Columns of the printed table with their headers; those without a number are left out."""
+    facts, utility = has_facts(results), has_utility(results) and not has_facts(results)
+    shown = SHOWN_WITH_UTILITY if utility else {key: COLUMNS[key].header.replace(" ", "\n") for key in SHOWN}
+    return [
+        (COLUMNS[key], header)
+        for key, header in shown.items()
+        if any(COLUMNS[key].value(result) is not None for result in results)
+        # ROUGE-L on retain and held-out rows stands in for fact recall only where a corpus has no facts.
+        and not (facts and key in ("retain.rouge_l", "heldout.rouge_l"))
+    ]
+
+
+def _rich_table(results: Sequence[Result], title: str) -> Any:
+    from rich import box
+    from rich.table import Table as RichTable
+    from rich.text import Text
+
+    columns = _columns(results)
+    narrow = len(columns) > 9
+    table = RichTable(
+        title=Text(title),
+        title_justify="left",
+        title_style="italic",
+        box=box.SIMPLE_HEAD,
+        padding=0 if narrow else (0, 1, 0, 0),
+    )
+    table.add_column("model", overflow="fold")  # the only one that gives way to a narrow screen
+    for _, header in columns:
+        table.add_column(header, justify="right", no_wrap=True)
+    for result in results:
+        name = result.label if narrow and result.stage == "retain_only" else name_of(result)
+        table.add_row(Text(name), *(column.text(result) for column, _ in columns))
+    return table
+
+
+def _legend(results: Sequence[Result]) -> list[tuple[str, str, str]]:
+    """Lines of the legend: what they are about (named once), the word explained, what it means."""
+    rows = [("before", "the taught model, nothing forgotten")]
+    if any(result.stage == "retain_only" for result in results):
+        rows.append(("retain only", "a model never taught the forget set: the target for forgetting"))
+    rows.append(("the others", "the taught model after unlearning with that objective"))
+    present = {name for result in results for name in result.evaluation["sets"]}
+    sets = [(NAMES[name], meaning) for name, meaning in SETS.items() if name in present]
+    keys = {text for column, _ in _columns(results) for text in (column.key, column.metric)}
+    numbers = [entry for key, entry in NUMBERS.items() if key in keys]
+    good = [
+        ("forget", "low, as on the target row; so too in other words"),
+        ("retain", "high, as before; so too held-out"),
+    ]
+    lines = []
+    for topic, entries in (("rows", rows), ("sets", sets), ("numbers", numbers), ("good is", good)):
+        lines += [(topic if not number else "", *entry) for number, entry in enumerate(entries)]
+    return lines
+
+
+def _print_examples(console: Console, results: Sequence[Result], set_name: str) -> None:
+    from rich.table import Table as RichTable
+    from rich.text import Text
+
+    shown = [result for result in results if result.stage != "retain_only"]
+    answers = {
+        result.name: {record.index: record for record in result.table.generations_of(set_name)} for result in shown
+    }
+    questions = list(next(filter(None, answers.values()), {}).values())[:EXAMPLES]
+    if not questions:
+        return
+    console.print()
+    console.print(Text(f"First {len(questions)} {NAMES[set_name]} questions: {SETS[set_name]}", style="bold"))
+    width = 2 + max(len("reference"), *(len(result.label) for result in shown))  # indented by two
+    for record in questions:
+        console.print(Text(record.question))
+        grid = RichTable.grid(padding=(0, 2, 0, 0))
+        grid.add_column(justify="right", no_wrap=True, min_width=width, style="dim")
+        grid.add_row(Text("reference"), _one_line(record.reference))
+        for result in shown:
+            if record.index in answers[result.name]:
+                grid.add_row(Text(result.label), _one_line(answers[result.name][record.index].text))
+        console.print(grid)
+
+
+def _one_line(text: str) -> Text:
+    from rich.text import Text
+
+    return Text(" ".join(text.split()) or "(empty)")

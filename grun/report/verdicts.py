@@ -1,0 +1,89 @@
+"""What the numbers mean: has a run forgotten as far as the target, and kept what the model knew before."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from grun.report.results import NAMES, Result, before_of, main_metric, target_of
+from grun.report.tables import number, p_value
+
+KNOWN_BEFORE = 0.95
+"""Fact recall on forget below which the taught model did not know what is to be forgotten."""
+STATEMENT = (
+    "The base weights still contain the data; the effect exists where the adapter is loaded. "
+    "It controls the model's output and is not erasure of weights."
+)
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """A verdict, and whether it is good."""
+
+    outcome: Literal["reached", "missed", "open"]
+    """open: there is no target, no before, or no forget set to judge by."""
+    words: str
+    """The outcome as the sentence says it, first after the label."""
+    sentence: str
+
+
+def verdict(result: Result, results: Sequence[Result]) -> str:
+    """`judge` as one sentence."""
+    return judge(result, results).sentence
+
+
+def judge(result: Result, results: Sequence[Result]) -> Judgement:
+    """Whether a run has forgotten and kept enough.
+
+    Forgotten: fact recall on forget at most max(0.05, target + 0.05), and ROUGE-L at most target + 0.05. Kept: at
+    least 95 % of before on retain and 90 % on held-out. Without facts ROUGE-L stands for fact recall. Where the taught
+    model did not know the forget facts, nothing can be said to be forgotten. Forget quality and model utility are
+    told, and decide nothing.
+    """
+    metric, metric_name = main_metric(results)
+    before, target = before_of(result, results), target_of(result, results)
+    now = result.metric("forget", metric)
+    if now is None:
+        return Judgement("open", "", f"{result.label}: the forget set was not evaluated.")
+    taught = before.metric("forget", metric) if before else None
+    facts = f"{metric_name} on forget {number(taught)} -> {now:.2f}"
+    failures = []
+    if target is None:
+        facts += " (no target to compare with: evaluate a retain-only model)"
+    else:
+        facts += f" (target {number(target.metric('forget', metric))})"
+        for name, text, least in (("fact_recall", "fact recall", 0.05), ("rouge_l", "ROUGE-L", 0.0)):
+            value, goal = result.metric("forget", name), target.metric("forget", name)
+            if value is not None and goal is not None and value > max(least, goal + 0.05) + 1e-9:
+                failures.append(f"{text} on forget {value:.2f} is more than 0.05 above the target's {goal:.2f}")
+    if metric == "fact_recall" and taught is not None and taught < KNOWN_BEFORE:
+        failures.append(f"the taught model itself knew only {taught:.2f} of the forget facts")
+    kept = []
+    for name, share in (("retain", 0.95), ("heldout", 0.90)):
+        value, known = result.metric(name, metric), before.metric(name, metric) if before else None
+        if value is None or not known:
+            continue
+        kept.append(f"{value / known:.0%} of before on {NAMES[name]}")
+        if value < share * known - 1e-9:
+            failures.append(f"keeps less than {share:.0%} on {NAMES[name]}")
+    tail = f"; keeps {', '.join(kept)}" if kept else ""
+    tail += "".join(f"; {text}" for text in _tofu(result, before))
+    outcome: Literal["reached", "missed", "open"] = "missed" if failures else "open"
+    if not failures and target is not None and before is not None:
+        outcome = "reached"
+    words = {"reached": "forgotten, the rest kept", "missed": "NOT reached", "open": "no verdict"}[outcome]
+    why = f" ({'; '.join(failures)})" if failures else ""
+    return Judgement(outcome, words, f"{result.label}: {words}{why}: {facts}{tail}.")
+
+
+def _tofu(result: Result, before: Result | None) -> list[str]:
+    texts = []
+    quality = result.reference.get("forget_quality")
+    utility = result.overall.get("model_utility")
+    if utility is not None and quality is not None:
+        texts.append(f"forget quality p = {p_value(quality)}")
+    if utility is not None:
+        was = before.overall.get("model_utility") if before else None
+        texts.append(f"model utility {utility:.2f}" + ("" if was is None else f" ({was:.2f} before)"))
+    return texts

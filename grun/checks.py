@@ -67,6 +67,8 @@ def check(config: Any) -> None:
             raise ConfigError(f"seed={config.seed} must lie between 0 and 2**32 - 1")
     if isinstance(config, FinetuneConfig | UnlearnConfig):
         check_train(config.train)
+    if isinstance(config, FinetuneConfig) and config.model.quantization is not None:
+        raise ConfigError("model.quantization: quantized weights cannot be taught; leave it out of finetune")
     if isinstance(config, UnlearnConfig):
         _check_unlearn(config)
     if isinstance(config, EvaluateConfig):
@@ -94,9 +96,11 @@ def check_train(config: TrainConfig) -> None:
     positive("train.lr", config.lr)
     if config.micro_batch_size is not None:
         positive("train.micro_batch_size", config.micro_batch_size)
-    for name in ("warmup", "weight_decay", "max_grad_norm", "question_weight", "save_steps", "keep_checkpoints"):
+    not_negative = ("warmup", "weight_decay", "max_grad_norm", "question_weight", "save_steps", "keep_checkpoints")
+    for name in (*not_negative, "monitor_epochs"):
         if (value := getattr(config, name)) < 0:
             raise ConfigError(f"train.{name}={value} must not be negative")
+    positive("train.monitor_rows", config.monitor_rows)
     one_of("train.schedule", config.schedule, SCHEDULES)
     one_of("train.engine", config.engine, ENGINES)
     one_of("train.precision", config.precision, PRECISIONS)

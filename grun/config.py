@@ -202,6 +202,10 @@ class TrainConfig:
     """Checkpoints kept while training; all go when it has finished, but for keep_all_checkpoints."""
     keep_all_checkpoints: bool = False
     """Keep every checkpoint, also at the end."""
+    monitor_epochs: int = 0
+    """unlearn only: epochs from one look at a few rows of each set (monitor.jsonl) to the next; 0: none."""
+    monitor_rows: int = 32
+    """Rows of each set that are looked at."""
     engine: str = "plain"
     """How a forward pass is run: plain (through the hooked model)."""
 

@@ -114,7 +114,8 @@ def finetune(config: FinetuneConfig) -> Path:
     hashes = corpus.hashes()
     taught_hash = hashes["taught_without_forget" if config.data.subset == "without_forget" else "taught"]
     run_identity = identity(settings, taught=taught_hash, vocabulary=content_hash(_texts(corpus)))
-    run_identity["config"].get("model", {}).pop("device", None)
+    for decides_nothing in ("device", "quantization"):  # quantized weights are never taught
+        run_identity["config"]["model"].pop(decides_nothing)
     name = f"{Path(config.profile).stem}-{config.data.subset}-{content_hash(run_identity)[:12]}"
     folder = Path(config.output_dir or Path("models") / name).expanduser()
     state = open_run(folder, run_identity, overwrite=config.overwrite)

@@ -38,8 +38,8 @@ class Monitor:
         }
         self._items = encode_items(self._parts, self._sets, self._config)
 
-    def look(self) -> dict[str, dict[str, float]]:
-        """Metrics by set, as they are now."""
+    def look(self) -> dict[str, dict[str, dict[str, float]]]:
+        """{"sets": metrics by set}, as they are now."""
         from grun.evaluation.metrics import METRICS
 
         table = Table()
@@ -56,4 +56,4 @@ class Monitor:
         }
         forget = ", ".join(f"{metric} {value:.3f}" for metric, value in shown.get("forget", {}).items())
         log.info("forget set now: %s", forget)
-        return shown
+        return {"sets": shown}

@@ -9,7 +9,7 @@ from collections.abc import Callable, Collection, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from grun.registry import Registry
 
@@ -72,6 +72,8 @@ class Parametrization(Protocol):
 
     module: nn.Module
     """Holds exactly the trained parameters; its state dict is what checkpoints keep."""
+    model: Any
+    """Once prepared: what is asked for scores and answers, as `grun.evaluation` asks any model."""
 
     def __init__(self, config: MethodConfig) -> None:
         """Made from the options alone; no model is touched yet."""

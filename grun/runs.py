@@ -17,14 +17,17 @@ IDENTITY_FILE = "run_identity.json"
 RUN_FILE = "run.json"
 PACKAGES = ("torch", "transformers", "pyvene", "peft", "datasets", "accelerate", "safetensors", "omegaconf")
 
+NOT_DECIDING = ("gradient_checkpointing", "monitor_epochs", "monitor_rows")
+"""Options of training that change no result."""
+
 State = Literal["new", "unfinished", "finished"]
 
 
 def identity(config: dict[str, Any], **inputs: Any) -> dict[str, Any]:
     """What makes a run that run: options that decide its result, and hashes of its inputs.
 
-    Left out are where results go, gradient checkpointing, which changes memory alone, and a precision of auto, which
-    follows the model's type.
+    Left out are where results go, gradient checkpointing, which changes memory alone, looks at the model while it is
+    trained, and a precision of auto, which follows the model's type.
     """
     left_out = ("output_dir", "overwrite")
     decides = {key: value for key, value in config.items() if key not in left_out}
@@ -32,7 +35,7 @@ def identity(config: dict[str, Any], **inputs: Any) -> dict[str, Any]:
         decides["train"] = {
             key: value
             for key, value in decides["train"].items()
-            if key != "gradient_checkpointing" and (key, value) != ("precision", "auto")
+            if key not in NOT_DECIDING and (key, value) != ("precision", "auto")
         }
     return {"config": decides, **inputs}
 

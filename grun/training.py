@@ -16,7 +16,7 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -82,17 +82,28 @@ class TrainResult:
 
     steps: int
     seconds: float
+    """Looks aside."""
     peak_memory_bytes: int
     """Peak of the process (CPU) or of the device (GPU)."""
     resumed_from: int
     """Step that training was resumed from; 0: from the beginning."""
 
 
-def train(task: Task, config: TrainConfig, folder: Path, seed: int) -> TrainResult:
+@dataclass
+class Look:
+    """A look at the model from time to time while it is trained."""
+
+    at: Callable[[], dict[str, Any]]
+    """What is written down; it must leave the model and the random state as they are."""
+    every: int
+    """Steps from one look to the next; the last step is looked at too."""
+
+
+def train(task: Task, config: TrainConfig, folder: Path, seed: int, look: Look | None = None) -> TrainResult:
     """Train `task` to its last step, resuming from the newest complete checkpoint in `folder`.
 
-    Writes `folder`/log.jsonl (one line a step) and `folder`/checkpoints. Once the result is saved, the caller hands
-    the folder to `remove_checkpoints`.
+    Writes `folder`/log.jsonl (one line a step), `folder`/checkpoints and, with `look`, `folder`/monitor.jsonl (one
+    line a look). Once the result is saved, the caller hands the folder to `remove_checkpoints`.
 
     Raises:
         ConfigError: transformers refuses an option, such as the schedule's name.
@@ -108,7 +119,10 @@ def train(task: Task, config: TrainConfig, folder: Path, seed: int) -> TrainResu
     arguments = _arguments(task, config, checkpoints, seed)
     with writing(folder):
         step_log = StepLog(folder / "log.jsonl", keep_to=resumed_from)
+        looker = None if look is None else _Looks(look, StepLog(folder / "monitor.jsonl", keep_to=resumed_from))
     trainer = StepTrainer(task, arguments, step_log, None if config.keep_all_checkpoints else config.keep_checkpoints)
+    if looker is not None:
+        trainer.add_callback(looker)
     if newest is not None:
         log.info("resuming at step %d of %d", resumed_from, task.steps)
     if torch.cuda.is_available():
@@ -118,7 +132,10 @@ def train(task: Task, config: TrainConfig, folder: Path, seed: int) -> TrainResu
         trainer.train(resume_from_checkpoint=None if newest is None else str(newest))
     finally:
         step_log.close()
-    return TrainResult(task.steps, time.monotonic() - started, peak_memory_bytes(), resumed_from)
+        if looker is not None:
+            looker.step_log.close()
+    seconds = time.monotonic() - started - (looker.seconds if looker is not None else 0.0)
+    return TrainResult(task.steps, seconds, peak_memory_bytes(), resumed_from)
 
 
 def remove_checkpoints(folder: Path, config: TrainConfig) -> None:
@@ -155,7 +172,7 @@ def split(items: Sequence[Any], size: int | None) -> list[Sequence[Any]]:
 
 
 class StepLog:
-    """log.jsonl: one line a step, whole lines only, without steps that a resumed run does again."""
+    """One JSON line a step or look, whole lines only, without steps that a resumed run does again."""
 
     def __init__(self, path: Path, keep_to: int) -> None:
         """Open `path` for appending after dropping what lies beyond step `keep_to`."""
@@ -165,7 +182,7 @@ class StepLog:
         write_text(path, "".join(f"{line}\n" for line in kept))
         self._file = open(path, "a", encoding="utf-8", buffering=1)
 
-    def write(self, values: dict[str, float]) -> None:
+    def write(self, values: dict[str, Any]) -> None:
         """Append one step."""
         with writing(self._path.parent):
             self._file.write(json.dumps(values) + "\n")
@@ -206,6 +223,19 @@ class _LogSteps(TrainerCallback):
 
     def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self.step_log.write({"step": state.global_step, **self.values})
+
+
+class _Looks(TrainerCallback):
+    def __init__(self, look: Look, step_log: StepLog) -> None:
+        self.look = look
+        self.step_log = step_log
+        self.seconds = 0.0
+
+    def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if state.global_step % self.look.every == 0 or state.global_step == state.max_steps:
+            started = time.monotonic()
+            self.step_log.write({"step": state.global_step, **self.look.at()})
+            self.seconds += time.monotonic() - started
 
 
 class StepTrainer(Trainer):

@@ -29,7 +29,7 @@ from grun.parametrization import PARAMETRIZATIONS, Parametrization, StepOutput
 from grun.profiles import to_dict
 from grun.recomputation import recompute_blocks
 from grun.runs import claim, finish_run, identity, open_run
-from grun.training import MicroBatch, StepData, remove_checkpoints, split, train
+from grun.training import Look, MicroBatch, StepData, remove_checkpoints, split, train
 
 log = logging.getLogger(__name__)
 
@@ -179,7 +179,15 @@ def unlearn(config: UnlearnConfig) -> Path:
     )
     if state == "new":
         claim(folder, run_identity)
-    result = train(task, config.train, folder, config.seed)
+    look = None
+    if config.train.monitor_epochs:
+        from grun.monitor import Monitor
+
+        monitor = Monitor(
+            parametrization.model, tokenizer, template, corpus, rows=config.train.monitor_rows, max_length=limit
+        )
+        look = Look(monitor.look, config.train.monitor_epochs * task.steps // config.train.epochs)
+    result = train(task, config.train, folder, config.seed, look)
     with writing(folder):
         parametrization.save(folder)
         if not (folder / CONFIG_FILE).exists():  # a whole model needs its tokenizer beside it

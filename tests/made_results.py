@@ -101,7 +101,7 @@ def write_demo(folder: Path) -> Path:
     return folder
 
 
-def write_tofu(folder: Path, forget: str = "hash of forget05", **more: Any) -> Path:
+def write_tofu(folder: Path, **more: Any) -> Path:
     """A results folder like TOFU's: no facts, all of its metrics, a GRUN run and a plain one (full)."""
     everything = dict.fromkeys(TOFU_SETS, 1.0) | {"unknown": 0.0}
     shares = {
@@ -120,10 +120,10 @@ def write_tofu(folder: Path, forget: str = "hash of forget05", **more: Any) -> P
                 "facts": False,
                 "gated": name == "gd",
                 "wrong_answers": True,
-                "key": f"key of {name}" if bases[name] in ("b1", "b2") and name != "gd" else f"{folder.name} {name}",
+                "key": f"key of {name}",
                 "adapter": "somewhere/gd" if name == "gd" else None,
                 "identity": {"base": bases[name], "dtype": "float32", "adapter": None, "version": "0.1.0"},
-                "data": {"forget": forget},
+                "data": {"forget": "hash of forget05"},
                 **more,
             },
         )

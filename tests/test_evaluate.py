@@ -231,6 +231,7 @@ def test_another_quantization_is_refused(taught: Path, tmp_path: Path) -> None:
     from grun.cli import main
 
     assert main(["evaluate", f"model.path={taught / 'model'}", "model.quantization=2bit"]) == 2
+    assert main(["finetune", f"model.path={taught / 'model'}", "model.quantization=8bit"]) == 2
 
 
 # -- which result belongs to which model ------------------------------------------------------------------------------

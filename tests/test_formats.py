@@ -25,13 +25,15 @@ KEYS = {
     "taught run.json": f"{RUN} rows fingerprint",
     "log.jsonl": "step epoch loss forget retain gate lr grad_norm",
     "taught log.jsonl": "step epoch loss answer question lr grad_norm",
-    "evaluation.json": "key model adapter identity template data settings counts sets gate seconds",
-    "scores.jsonl": "set index kind prompt_tokens answer_tokens logp hit vocabulary_mean vocabulary_variance",
+    "evaluation.json": "key model adapter identity template data settings counts sets overall gate seconds",
+    "identity": "base dtype quantization adapter version format code",
+    "scores.jsonl": "set index kind variant prompt_tokens answer_tokens ended compressed_bytes logp hit vocabulary_mean "
+    "vocabulary_variance",
     "generations.jsonl": "set index question reference fact text",
     "gates.jsonl": "set index gates",
     "gate": "auc_heldout auc_retain auc_unknown false_positive_rate mean open blocks",
     "summary.json": "profile rows gate seconds",
-    "rows": "name objective parametrization stage metrics",
+    "rows": "name objective parametrization stage metrics overall reference",
 }
 
 
@@ -94,9 +96,11 @@ def test_folders_hold_the_files_that_are_documented(results: Path) -> None:
         *("trained.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json"),
     }
     assert not [name for name in checkpoint if f"`{name}`" not in FORMATS]
-    for picture in ("forget_vs_retain.png", "gate_histograms.png", "training_curves.png"):
-        assert (results / picture).read_bytes().startswith(b"\x89PNG")
-        assert f"`{picture}`" in FORMATS
+    written = {path.name for path in results.iterdir() if path.is_file()}
+    assert {"report.html", "summary.json", "table.csv", "table.md", "table.tex", "gate_histograms.png"} < written
+    assert not [name for name in written if f"`{name}`" not in FORMATS]
+    for picture in results.glob("*.png"):
+        assert picture.read_bytes().startswith(b"\x89PNG")
 
 
 def test_adapter_tensors_are_named_as_documented(results: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from pathlib import Path
 
 import pytest
@@ -14,8 +15,7 @@ from grun.config import ReportConfig
 from grun.errors import RunError
 from grun.evaluation.metrics import truth_ratios
 from grun.files import read_json, write_json
-from grun.report import collect, figures, make_report, verdict
-from grun.report.distributions import largest_distance
+from grun.report import collect, distributions, figures, make_report, verdict
 from grun.report.results import find_results
 
 
@@ -24,9 +24,22 @@ def coarse_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(figures, "DPI", 20)
 
 
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("made")
+    write_demo(folder / "demo")
+    write_tofu(folder / "tofu")
+    return folder
+
+
 @pytest.fixture
-def results(tmp_path: Path) -> Path:
-    return write_demo(tmp_path)
+def results(made: Path, tmp_path: Path) -> Path:
+    return shutil.copytree(made / "demo", tmp_path, dirs_exist_ok=True)
+
+
+@pytest.fixture
+def tofu(made: Path, tmp_path: Path) -> Path:
+    return shutil.copytree(made / "tofu", tmp_path, dirs_exist_ok=True)
 
 
 @pytest.fixture
@@ -85,10 +98,8 @@ def test_the_printed_report_fits_and_tells_a_newcomer_everything(
 
 
 @pytest.mark.usefixtures("no_pictures")
-def test_the_printed_table_of_tofu_has_its_metrics_and_fits(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    make_report(ReportConfig(results_dir=str(write_tofu(tmp_path)), profile="tofu_small"))
+def test_the_printed_table_of_tofu_has_its_metrics_and_fits(tofu: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    make_report(ReportConfig(results_dir=str(tofu), profile="tofu_small"))
     printed = capsys.readouterr().out
     table = printed.partition("rows ")[0]
     assert max(len(line) for line in printed.splitlines() if not line.startswith("written:")) <= 100
@@ -108,7 +119,10 @@ def test_a_run_that_lost_heldout_knowledge_is_said_to(results: Path) -> None:
     assert "85% of before on held-out" in verdict(gd, found)
 
 
-def test_pictures_are_drawn_from_what_is_there_and_old_ones_go(results: Path, tmp_path: Path) -> None:
+def test_pictures_are_drawn_from_what_is_there_and_old_ones_go(results: Path) -> None:
+    for name in ("idk", "npo"):
+        shutil.rmtree(results / name)
+        shutil.rmtree(results / "evaluation" / name)
     for name in ("truth_ratios.png", "forget_quality_vs_utility.png"):
         (results / name).write_bytes(b"of an older report")
     make_report(ReportConfig(results_dir=str(results)))
@@ -118,19 +132,35 @@ def test_pictures_are_drawn_from_what_is_there_and_old_ones_go(results: Path, tm
         assert (results / name).read_bytes().startswith(b"\x89PNG")
 
 
-def test_tofu_has_two_more_pictures(tmp_path: Path) -> None:
-    found = find_results(write_tofu(tmp_path))
-    written = [path.name for _, path in figures.draw(found, tmp_path)]
-    assert written[0] == "forget_quality_vs_utility.png"
-    assert "truth_ratios.png" in written
+def test_looks_while_training_are_drawn_for_the_runs_that_have_them(results: Path) -> None:
+    assert distributions.monitor_curves(find_results(results)) is None
+    looks = [{"step": s, "sets": {"forget": {"fact_recall": 1 - s / 9}, "retain": {"fact_recall": 1}}} for s in (3, 6)]
+    (results / "idk" / "monitor.jsonl").write_text("".join(json.dumps(look) + "\n" for look in looks))
+    figure = distributions.monitor_curves(find_results(results))
+    assert figure is not None
+    (panel,) = [axes for axes in figure.axes if axes.get_visible()]
+    assert panel.get_title() == "IDK" and panel.get_ylabel() == "fact recall"
+    forget, retain = panel.lines
+    assert list(forget.get_ydata()) == pytest.approx([2 / 3, 1 / 3]) and list(retain.get_ydata()) == [1, 1]
 
 
-def test_the_marked_distance_is_the_one_that_the_test_judges(tmp_path: Path) -> None:
-    found = find_results(write_tofu(tmp_path))
+def test_tofu_has_two_more_pictures(tofu: Path) -> None:
+    found = find_results(tofu)
+    scatter = figures.forget_quality_vs_utility(found)
+    assert scatter is not None
+    texts = {text.get_text() for text in scatter.axes[0].texts}
+    assert {"p = 0.05", "before (taught all)", "target: retain only (never taught)", "GD", "NPO"} <= texts
+    curves = distributions.truth_ratio_curves(found)
+    assert curves is not None
+    assert [axes.get_title() for axes in curves.axes if axes.get_visible()] == ["before", "GD", "NPO"]
+
+
+def test_the_marked_distance_is_the_one_that_the_test_judges(tofu: Path) -> None:
+    found = find_results(tofu)
     target, gd = found[1], found[2]
     samples = [sorted(truth_ratios(result.table, "forget").values()) for result in (gd, target)]
     expected = ks_2samp(*samples)
-    _, share, goal = largest_distance(*samples)
+    _, share, goal = distributions.largest_distance(*samples)
     assert abs(share - goal) == pytest.approx(expected.statistic, abs=1e-12)
     assert gd.reference["forget_quality"] == pytest.approx(expected.pvalue, rel=1e-9)
 
@@ -162,10 +192,38 @@ def test_two_runs_of_one_objective_go_by_their_names(results: Path) -> None:
     assert {"gd", "gd_rank8", "idk", "npo"} == set(collect(results, "demo")["gate"])
 
 
-def test_an_evaluation_without_a_run_is_passed_over(results: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_evaluation_without_a_run_stands_by_its_own_name(results: Path) -> None:
     write_evaluation(results / "evaluation" / "other", KNOWN["gd"])
-    assert "other" not in [result.name for result in find_results(results)]
-    assert "passed over" in capsys.readouterr().err
+    (other,) = [result for result in find_results(results) if result.name == "other"]
+    assert (other.label, other.objective, other.run) == ("other", None, None)
+
+
+def test_an_adapter_that_was_trained_again_is_noticed(results: Path) -> None:
+    from grun.loading import adapter_hash
+
+    run = results / "gd"
+    (run / "adapter_config.json").write_text("{}")
+    (run / "adapter_model.safetensors").write_bytes(b"first")
+    path = results / "evaluation" / "gd" / "evaluation.json"
+    change(path, adapter="gd", identity={"base": None, "adapter": adapter_hash(run)})
+    find_results(results)
+    (run / "adapter_model.safetensors").write_bytes(b"second")
+    with pytest.raises(RunError, match="an earlier adapter than .*gd holds now.*overwrite=true"):
+        find_results(results)
+
+
+def test_quantized_evaluations_are_rows_of_their_own(results: Path) -> None:
+    for name, base in (("before-8bit", "q1"), ("gd-8bit", "q1")):
+        folder = results / "evaluation" / name
+        write_evaluation(folder, KNOWN["gd"])
+        adapter = None if name.startswith("before") else "gd"
+        change(folder / "evaluation.json", adapter=adapter, identity={"base": base, "quantization": "8bit"})
+    found = {result.name: result for result in find_results(results)}
+    assert found["gd-8bit"].run == results / "gd" and found["gd-8bit"].label == "GD 8bit"
+    assert found["before-8bit"].stage == "after" and found["before-8bit"].label == "before-8bit"
+    change(results / "evaluation" / "gd-8bit" / "evaluation.json", identity={"base": "q2", "quantization": "8bit"})
+    with pytest.raises(RunError, match="another base model"):
+        find_results(results)
 
 
 @pytest.mark.parametrize(
@@ -180,7 +238,11 @@ def test_an_evaluation_without_a_run_is_passed_over(results: Path, capsys: pytes
         ("gd/log.jsonl", '{"step": 1}\n{"st'),
     ],
 )
-def test_what_is_missing_or_damaged_is_named_in_one_line(results: Path, broken: str, content: str | None) -> None:
+def test_what_is_missing_or_damaged_is_named_in_one_line(
+    results: Path, broken: str, content: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    training = figures.pictures()[-1:]
+    monkeypatch.setattr(figures, "pictures", lambda: training)
     path = results / broken
     if content is None:
         path.unlink()
@@ -206,45 +268,50 @@ def change(path: Path, **values: object) -> None:
     write_json(path, {**read_json(path), **values})
 
 
-def test_an_adapter_evaluated_on_another_base_is_refused(tmp_path: Path) -> None:
-    path = write_tofu(tmp_path) / "evaluation" / "gd" / "evaluation.json"
+def test_an_adapter_evaluated_on_another_base_is_refused(tofu: Path) -> None:
+    path = tofu / "evaluation" / "gd" / "evaluation.json"
     change(path, identity={"base": "b9"})
-    with pytest.raises(RunError, match=r"evaluation/gd was evaluated on another base model \(b9\) than .*before \(b1\)"):
-        find_results(tmp_path)
+    with pytest.raises(RunError, match=r"evaluation/gd was evaluated on another base model \(b9\) than .*\(b1\)"):
+        find_results(tofu)
 
 
-def test_a_plain_run_has_weights_of_its_own_but_one_from_another_base_is_refused(tmp_path: Path) -> None:
-    write_tofu(tmp_path)
-    assert [result.base for result in find_results(tmp_path)] == ["b1", "b2", "b1", "b3"]
-    change(tmp_path / "npo_full" / "run.json", base_fingerprint="b9")
+def test_a_plain_run_has_weights_of_its_own_but_one_from_another_base_is_refused(tofu: Path) -> None:
+    assert [result.base for result in find_results(tofu)] == ["b1", "b2", "b1", "b3"]
+    change(tofu / "npo_full" / "run.json", base_fingerprint="b9")
     with pytest.raises(RunError, match=r"npo_full was trained from another base model \(b9\)"):
-        find_results(tmp_path)
+        find_results(tofu)
 
 
-def test_a_run_evaluated_without_its_adapter_is_refused(tmp_path: Path) -> None:
-    write_tofu(tmp_path)
-    write_json(tmp_path / "gd" / "adapter_config.json", {})
-    change(tmp_path / "evaluation" / "gd" / "evaluation.json", adapter=None)
+def test_a_run_evaluated_without_its_adapter_is_refused(tofu: Path) -> None:
+    write_json(tofu / "gd" / "adapter_config.json", {})
+    change(tofu / "evaluation" / "gd" / "evaluation.json", adapter=None)
     with pytest.raises(RunError, match="evaluation/gd was evaluated without the adapter .*gd; evaluate it again"):
-        find_results(tmp_path)
+        find_results(tofu)
 
 
-def test_evaluations_of_other_rows_are_refused(tmp_path: Path) -> None:
-    write_tofu(tmp_path)
-    change(tmp_path / "evaluation" / "gd" / "evaluation.json", data={"forget": "hash of forget10"})
+def test_evaluations_of_other_rows_are_refused(tofu: Path) -> None:
+    change(tofu / "evaluation" / "gd" / "evaluation.json", data={"forget": "hash of forget10"})
     with pytest.raises(RunError, match="forget sets differ") as error:
-        find_results(tmp_path)
-    assert str(tmp_path / "evaluation" / "gd") in str(error.value) and "\n" not in str(error.value)
+        find_results(tofu)
+    assert str(tofu / "evaluation" / "gd") in str(error.value) and "\n" not in str(error.value)
 
 
 # -- comparison -------------------------------------------------------------------------------------------------------
 
 
+def copied(made: Path, folder: Path) -> Path:
+    """TOFU's results at `folder`, whose runs are others than those made first."""
+    shutil.copytree(made / "tofu", folder)
+    for name in ("gd", "npo_full"):
+        change(folder / "evaluation" / name / "evaluation.json", key=f"{folder.name} {name}")
+    return folder
+
+
 @pytest.mark.usefixtures("no_pictures")
 def test_a_comparison_has_each_evaluation_once_under_its_folders_name(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    runs = [str(write_tofu(tmp_path / name)) for name in ("a", "b")]
+    runs = [str(copied(made, tmp_path / name)) for name in ("a", "b")]
     change(tmp_path / "b" / "evaluation" / "before" / "evaluation.json", key="another")
     summary = make_report(ReportConfig(results_dir=str(tmp_path / "out"), runs=runs))
     assert [row["name"] for row in summary["rows"]] == [
@@ -257,8 +324,10 @@ def test_a_comparison_has_each_evaluation_once_under_its_folders_name(
     assert not (tmp_path / "a" / "summary.json").exists()
 
 
-def test_a_comparison_of_other_corpora_is_refused_and_says_which(tmp_path: Path) -> None:
-    runs = [str(write_tofu(tmp_path / "a")), str(write_tofu(tmp_path / "b", forget="other rows"))]
+def test_a_comparison_of_other_corpora_is_refused_and_says_which(made: Path, tmp_path: Path) -> None:
+    runs = [str(copied(made, tmp_path / name)) for name in ("a", "b")]
+    for path in (tmp_path / "b").glob("evaluation/*/evaluation.json"):
+        change(path, data={"forget": "other rows"})
     with pytest.raises(RunError, match=r"forget sets differ.*\(a: 12 rows, .*; b: 12 rows, ") as error:
         make_report(ReportConfig(results_dir=str(tmp_path / "out"), runs=runs))
     assert "\n" not in str(error.value)
@@ -266,9 +335,9 @@ def test_a_comparison_of_other_corpora_is_refused_and_says_which(tmp_path: Path)
 
 
 @pytest.mark.usefixtures("no_pictures")
-def test_single_evaluations_can_be_compared(tmp_path: Path) -> None:
-    evaluation = write_tofu(tmp_path / "a") / "evaluation"
-    runs = [str(evaluation / "before"), str(evaluation / "gd"), str(write_tofu(tmp_path / "b"))]
+def test_single_evaluations_can_be_compared(made: Path, tmp_path: Path) -> None:
+    evaluation = copied(made, tmp_path / "a") / "evaluation"
+    runs = [str(evaluation / "before"), str(evaluation / "gd"), str(copied(made, tmp_path / "b"))]
     change(evaluation / "before" / "evaluation.json", key="another")
     summary = make_report(ReportConfig(results_dir=str(tmp_path / "out"), runs=runs))
     rows = {row["name"]: row for row in summary["rows"]}
@@ -278,10 +347,9 @@ def test_single_evaluations_can_be_compared(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("runs", "named"), [(["nowhere"], "nowhere"), (["{}", "{}"], "twice")])
-def test_what_cannot_be_compared_is_said(tmp_path: Path, runs: list[str], named: str) -> None:
-    folder = write_tofu(tmp_path / "a")
+def test_what_cannot_be_compared_is_said(tofu: Path, runs: list[str], named: str) -> None:
     with pytest.raises(RunError, match=named):
-        make_report(ReportConfig(results_dir=str(tmp_path / "out"), runs=[run.format(folder) for run in runs]))
+        make_report(ReportConfig(results_dir=str(tofu / "out"), runs=[run.format(tofu) for run in runs]))
 
 
 def test_where_a_report_goes_if_no_folder_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

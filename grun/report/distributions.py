@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from grun.errors import RunError
 from grun.report.figures import GREY, clean, colors_of, new_figure, plain
-from grun.report.results import NAMES, Result, before_of, target_of
+from grun.report.results import NAMES, Result, before_of, main_metric, target_of
 from grun.report.tables import p_value
 
 if TYPE_CHECKING:
@@ -196,12 +196,7 @@ def _mark_distance(axes: Axes, result: Result, values: Sequence[float], target: 
 
 def training_curves(results: Sequence[Result]) -> Figure | None:
     """Loss terms by step, one panel for each run; runs without a log (imported adapters) have none."""
-    panels = []
-    for result in results:
-        if result.run is not None and (result.run / "log.jsonl").is_file():
-            lines = read_log(result.run / "log.jsonl")
-            if lines:
-                panels.append((result, lines))
+    panels = _logged(results, "log.jsonl")
     if not panels:
         return None
     figure, grid = _panels(len(panels), "Training: every loss term should fall, the gate's towards 0", 3.1)
@@ -216,6 +211,35 @@ def training_curves(results: Sequence[Result]) -> Figure | None:
     grid[0].set_ylabel("loss term")
     grid[0].legend(fontsize=9, frameon=False)
     return figure
+
+
+def monitor_curves(results: Sequence[Result]) -> Figure | None:
+    """What a run's looks at a few rows of each set saw, by step; None where no run was looked at."""
+    panels = _logged(results, "monitor.jsonl")
+    if not panels:
+        return None
+    metric, metric_name = main_metric(results)
+    figure, grid = _panels(len(panels), "While training: forget should fall, all others stay", 3.1)
+    for axes, (result, looks) in zip(grid, panels, strict=True):
+        clean(axes)
+        for name, color in GROUPS.items():
+            seen = [(look["step"], look["sets"].get(name, {}).get(metric)) for look in looks]
+            curve = [(step, value) for step, value in seen if value is not None]
+            if curve:
+                axes.plot(*zip(*curve, strict=True), color=color, marker="o", markersize=3, label=NAMES[name])
+        axes.set_ylim(-0.03, 1.03)
+        axes.set_title(plain(result.label), fontsize=11)
+        axes.set_xlabel("step")
+    grid[0].set_ylabel(metric_name)
+    grid[0].legend(fontsize=9, frameon=False)
+    return figure
+
+
+def _logged(results: Sequence[Result], file: str) -> list[tuple[Result, list[dict[str, Any]]]]:
+    """Runs that have lines in one of their logs, with the lines."""
+    runs = [(result, result.run / file) for result in results if result.run is not None]
+    found = [(result, read_log(path)) for result, path in runs if path.is_file()]
+    return [(result, lines) for result, lines in found if lines]
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:

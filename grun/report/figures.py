@@ -81,6 +81,13 @@ def pictures() -> tuple[Picture, ...]:
             "Loss terms by training step, a panel for each run. Each should fall, the gate's towards 0.",
             drawn.training_curves,
         ),
+        Picture(
+            "monitor_curves.png",
+            "While training",
+            "What each run said to a few questions of each set, looked at again and again while it was trained "
+            "(train.monitor_epochs). Forget should fall, all others stay.",
+            drawn.monitor_curves,
+        ),
     )
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import html
-import re
 from collections.abc import Iterable, Sequence
 from itertools import islice
 from pathlib import Path
@@ -14,12 +13,12 @@ from grun.report.figures import Picture
 from grun.report.provenance import command_of, provenance
 from grun.report.results import Result
 from grun.report.style import STYLE
-from grun.report.tables import columns_of, name_of, set_name
+from grun.report.tables import columns_of, name_of, readable, set_name
 from grun.report.terminal import EXAMPLES, SETS
 from grun.report.verdicts import STATEMENT, judge
 
-NOT_SHOWN = re.compile("[^\t\n\r\x20-\x7e\xa0-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
-"""Control characters and halves of surrogate pairs."""
+WIDEST = 1500
+"""Pixels up to which a picture is made to fit the page; a wider one would become too small to read, and scrolls."""
 NUMBERS = (
     ("forget quality", "p-value of a Kolmogorov-Smirnov test between the forget set's truth ratios of the model and of "
      "the retain-only one. Above 0.05 the two cannot be told apart."),
@@ -76,8 +75,8 @@ def page(results: Sequence[Result], title: str, drawn: Sequence[tuple[Picture, P
 
 
 def escape(text: object) -> str:
-    """Text as HTML shows it: nothing in it is markup, and what no file can hold becomes a replacement character."""
-    return html.escape(NOT_SHOWN.sub("\N{REPLACEMENT CHARACTER}", str(text)))
+    """Text as HTML shows it: nothing in it is markup."""
+    return html.escape(readable(str(text)))
 
 
 def _section(anchor: str, heading: str, content: str) -> str:
@@ -155,9 +154,10 @@ def _definitions(pairs: Iterable[tuple[str, str]]) -> str:
 def _picture(picture: Picture, path: Path) -> str:
     data = path.read_bytes()
     # Width and height stand at bytes 16 to 24 of a PNG; three of them make two on the page.
-    width, height = int.from_bytes(data[16:20], "big"), int.from_bytes(data[20:24], "big")
+    width, height = (int.from_bytes(data[start : start + 4], "big") * 2 // 3 for start in (16, 20))
+    kind = ' class="wide"' if width > WIDEST else ""
     image = (
-        f'<img width="{width * 2 // 3}" height="{height * 2 // 3}" alt="{escape(f"{picture.title}. {picture.text}")}" '
+        f'<img{kind} width="{width}" height="{height}" alt="{escape(f"{picture.title}. {picture.text}")}" '
         f'src="data:image/png;base64,{base64.b64encode(data).decode()}">'
     )
     caption = f"<figcaption><strong>{escape(picture.title)}.</strong> {escape(picture.text)}</figcaption>"

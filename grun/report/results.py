@@ -7,7 +7,6 @@ taught the forget rows) and, for each run NAME, `NAME/run.json`, `NAME/log.jsonl
 from __future__ import annotations
 
 import math
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -75,6 +74,11 @@ class Result:
         return tuple(self.evaluation.get("settings", {}).get("quirks") or ())
 
     @property
+    def quantization(self) -> str | None:
+        """How its weights were quantized; None: not at all."""
+        return self.evaluation.get("identity", {}).get("quantization")
+
+    @property
     def base(self) -> str | None:
         """Fingerprint of the weights under the adapter; of all weights where there is none."""
         return self.evaluation.get("identity", {}).get("base")
@@ -109,7 +113,8 @@ def collect(results_dir: Path, profile: str) -> dict[str, Any]:
 def find_results(results_dir: Path) -> list[Result]:
     """The evaluated models in the order of the table: before, retain_only, then the runs by objective.
 
-    An evaluation that is neither before nor retain_only, nor has a run, is passed over with a line on stderr.
+    An evaluation that is neither before nor retain_only belongs to the run of its name beside `evaluation`, or to the
+    run of its adapter; where there is neither, such as for a LoRA from elsewhere, it stands by its own name.
 
     Raises:
         RunError: there is no before, a file is damaged, or an evaluation is of another base model or of other rows.
@@ -124,14 +129,10 @@ def find_results(results_dir: Path) -> list[Result]:
     for path in sorted(folder.glob(f"*/{EVALUATION_FILE}")):
         if path.parent.name.startswith("."):
             continue  # what an interrupted evaluation left
-        found = _read_result(path.parent, results_dir / path.parent.name)
-        if found is None:
-            print(f"passed over: {path.parent} has no {results_dir / path.parent.name / 'run.json'}", file=sys.stderr)
-        else:
-            results.append(found)
-    objectives = [result.objective for result in results]
+        results.append(read_evaluation(path.parent))
+    labels = [result.label for result in results]
     for result in results:
-        if result.objective is not None and objectives.count(result.objective) > 1:
+        if labels.count(result.label) > 1:
             result.label = result.name
     results.sort(key=lambda result: (STAGES.index(result.stage), result.objective or "", result.name))
     refuse_other_models(results)
@@ -140,28 +141,21 @@ def find_results(results_dir: Path) -> list[Result]:
     return results
 
 
-def _read_result(folder: Path, run: Path) -> Result | None:
-    """The evaluation in `folder`; None if it is neither before nor retain_only and `run` holds no run."""
+def read_evaluation(folder: Path) -> Result:
+    """One evaluation folder by itself; its run is looked for beside `evaluation`, then in the folder of its adapter."""
     name, evaluation = folder.name, read_record(folder / EVALUATION_FILE, ("sets",))
     if name in ("before", "retain_only"):
         return Result(name, name, None, "none", folder, None, evaluation, name.replace("_", " "))
-    if not (run / "run.json").is_file():
-        return None
-    record = read_record(run / "run.json", ("objective", "parametrization"))
-    objective, parametrization = str(record["objective"]), str(record["parametrization"])
-    return Result(name, "after", objective, parametrization, folder, run, evaluation, objective.upper())
-
-
-def read_evaluation(folder: Path) -> Result:
-    """One evaluation folder by itself; its run is looked for beside it, then in the folder of its adapter."""
-    adapter = read_record(folder / EVALUATION_FILE, ("sets",)).get("adapter")
-    beside = folder.resolve().parent.parent / folder.name
-    for run in (beside, *([Path(adapter)] if adapter else [])):
-        found = _read_result(folder, run)
-        if found is not None:
-            return found
-    evaluation = read_record(folder / EVALUATION_FILE, ("sets",))
-    return Result(folder.name, "after", None, "adapter" if adapter else "none", folder, None, evaluation, folder.name)
+    quantization = evaluation.get("identity", {}).get("quantization")
+    plain = name.removesuffix(f"-{quantization}")
+    adapter = evaluation.get("adapter")
+    for run in (folder.resolve().parent.parent / plain, *([Path(adapter)] if adapter else [])):
+        if (run / "run.json").is_file():
+            record = read_record(run / "run.json", ("objective", "parametrization"))
+            objective, parametrization = str(record["objective"]), str(record["parametrization"])
+            label = f"{objective.upper()} {quantization}" if quantization else objective.upper()
+            return Result(name, "after", objective, parametrization, folder, run, evaluation, label)
+    return Result(name, "after", None, "adapter" if adapter else "none", folder, None, evaluation, name)
 
 
 # -- what must not stand in one table ---------------------------------------------------------------------------------
@@ -171,14 +165,19 @@ def refuse_other_models(results: Sequence[Result]) -> None:
     """RunError if a run was evaluated on, or trained from, other base weights than those of `before`.
 
     An adapter is evaluated on its base, whose fingerprint the evaluation holds. A run without an adapter has weights
-    of its own, so there the base is the one named in its run.json.
+    of its own, so there the base is the one named in its run.json. Quantized weights have a fingerprint of their own:
+    they are compared with those of another evaluation with the same quantization, if there is one.
     """
-    before = results[0]
+    befores = {result.quantization: result for result in results if result.evaluation.get("adapter") is None}
+    befores[None] = results[0]
     for result in results:
-        if result.run is None:
-            continue
         adapted = result.evaluation.get("adapter") is not None
-        if not adapted and "adapter" in result.evaluation and (result.run / "adapter_config.json").is_file():
+        before = befores.get(result.quantization)
+        if result.stage != "after" or before is None or not (adapted or result.run):
+            continue
+        if adapted:
+            _refuse_other_adapter(result)
+        elif result.run and "adapter" in result.evaluation and (result.run / "adapter_config.json").is_file():
             raise RunError(
                 f"{result.folder} was evaluated without the adapter {result.run}; "
                 f"evaluate it again with adapter={result.run} and overwrite=true"
@@ -190,6 +189,19 @@ def refuse_other_models(results: Sequence[Result]) -> None:
                 f"{what} another base model ({base}) than {before.folder} ({before.base}); make it again from "
                 "the same model.path with overwrite=true, or report it in a results folder of its own"
             )
+
+
+def _refuse_other_adapter(result: Result) -> None:
+    """RunError if the adapter was trained again after it was evaluated."""
+    from grun.loading import adapter_hash
+
+    evaluated = result.evaluation.get("identity", {}).get("adapter")
+    folder = result.run or Path(result.evaluation["adapter"] or "")
+    if evaluated and (folder / "adapter_config.json").is_file() and adapter_hash(folder) != evaluated:
+        raise RunError(
+            f"{result.folder} is the evaluation of an earlier adapter than {folder} holds now; evaluate it again with "
+            "overwrite=true"
+        )
 
 
 def refuse_other_rows(results: Sequence[Result]) -> None:

@@ -37,7 +37,7 @@ tbody tr.retain_only th, tbody tr.retain_only td { background: var(--card); font
 figure { margin: 1.2rem 0 2rem; }
 .picture { background: #ffffff; }
 .picture img { display: block; margin: 0 auto; height: auto; max-width: none; }
-@media (min-width: 60rem) { .picture img { max-width: 100%; } }
+@media (min-width: 60rem) { .picture img:not(.wide) { max-width: 100%; } }
 figcaption { margin-top: .4rem; color: var(--soft); max-width: 60rem; }
 figcaption strong { color: var(--ink); }
 details { margin: .6rem 0; }

@@ -47,6 +47,8 @@ class Column:
 
 
 LOW, HIGH, TARGET = "low, as retain only", "high, as before", "as retain only"
+NOT_SHOWN = re.compile("[^\t\n\r\x20-\x7e\xa0-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
+"""Control characters and halves of surrogate pairs."""
 COLUMNS = {
     column.key: column
     for column in (
@@ -128,6 +130,11 @@ def p_value(value: float) -> str:
         return "0" if not value else f"{value:.2f}" if value >= 0.1 else f"{value:.3f}"
     digits, exponent = f"{value:.1e}".split("e")
     return f"{digits}e{int(exponent)}"
+
+
+def readable(text: str) -> str:
+    """Text without what a terminal would obey or a file cannot hold: each such character becomes a replacement."""
+    return NOT_SHOWN.sub("\N{REPLACEMENT CHARACTER}", text)
 
 
 def set_name(name: str) -> str:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from grun.report.results import NAMES, Result, has_facts, has_utility
-from grun.report.tables import COLUMNS, Column, name_of
+from grun.report.tables import COLUMNS, Column, name_of, readable
 from grun.report.verdicts import STATEMENT, verdict
 
 if TYPE_CHECKING:
@@ -157,7 +157,7 @@ def _print_examples(console: Console, results: Sequence[Result], set_name: str) 
     console.print(Text(f"First {len(questions)} {NAMES[set_name]} questions: {SETS[set_name]}", style="bold"))
     width = 2 + max(len("reference"), *(len(result.label) for result in shown))  # indented by two
     for record in questions:
-        console.print(Text(record.question))
+        console.print(_one_line(record.question))
         grid = RichTable.grid(padding=(0, 2, 0, 0))
         grid.add_column(justify="right", no_wrap=True, min_width=width, style="dim")
         grid.add_row(Text("reference"), _one_line(record.reference))
@@ -170,4 +170,4 @@ def _print_examples(console: Console, results: Sequence[Result], set_name: str) 
 def _one_line(text: str) -> Text:
     from rich.text import Text
 
-    return Text(" ".join(text.split()) or "(empty)")
+    return Text(" ".join(readable(text).split()) or "(empty)")

@@ -27,8 +27,8 @@ KEYS = {
     "taught log.jsonl": "step epoch loss answer question lr grad_norm",
     "evaluation.json": "key model adapter identity template data settings counts sets overall gate seconds",
     "identity": "base dtype quantization adapter version format code",
-    "scores.jsonl": "set index kind variant prompt_tokens answer_tokens ended compressed_bytes logp hit vocabulary_mean "
-    "vocabulary_variance",
+    "scores.jsonl": "set index kind variant prompt_tokens answer_tokens ended compressed_bytes logp hit "
+    "vocabulary_mean vocabulary_variance",
     "generations.jsonl": "set index question reference fact text",
     "gates.jsonl": "set index gates",
     "gate": "auc_heldout auc_retain auc_unknown false_positive_rate mean open blocks",

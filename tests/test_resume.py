@@ -15,6 +15,8 @@ import demo
 import pytest
 from safetensors import safe_open
 
+from grun.cli import main
+
 ROOT = Path(__file__).resolve().parent.parent
 STEPS = 24
 LEGS = ["train.epochs=8", "train.save_steps=4", "method.dropout=0.2", "objective=npo"]
@@ -142,6 +144,30 @@ def test_killed_finetuning_ends_bit_identical(tmp_path: Path) -> None:
     assert digest(folder, "model.safetensors") == digest(undisturbed, "model.safetensors")
     assert (folder / "log.jsonl").read_bytes() == (undisturbed / "log.jsonl").read_bytes()
     assert sorted(p.name for p in folder.iterdir()) == sorted(p.name for p in undisturbed.iterdir())
+
+
+EVALUATION_KILLS = [
+    {"in": "grun.evaluation.scoring._score_batch", "call": 2},
+    {"in": "grun.evaluation.scoring._score_batch", "call": 3},
+    {"in": "grun.evaluation.generation.prompt_gates", "call": 2},
+    {"in": "grun.evaluation.table.write_text", "call": 2},
+    {"in": "grun.evaluation.evaluate.write_json", "call": 1},
+]
+"""Behind one and three batches of scores, behind the first answers, and while the result is written."""
+
+
+def test_a_killed_evaluation_ends_bit_identical(taught: Path, whole: Path, tmp_path: Path) -> None:
+    def arguments(name: str) -> list[str]:
+        base = ["evaluate", *demo.DATA, f"model.path={taught}", f"adapter={whole}", "max_new_tokens=4", "batch_size=16"]
+        return [*base, "data.limit=6", f"output_dir={tmp_path / name}"]
+
+    assert main(arguments("whole")) == 0
+    kill_and_resume((tmp_path / "killed", arguments("killed"), EVALUATION_KILLS))
+    for name in ("scores.jsonl", "generations.jsonl", "gates.jsonl"):
+        assert digest(tmp_path / "killed", name) == digest(tmp_path / "whole", name)
+    first, second = (json.loads((tmp_path / name / "evaluation.json").read_text()) for name in ("whole", "killed"))
+    assert first.pop("seconds") and second.pop("seconds") and first == second
+    assert not list(tmp_path.glob(".killed.*.unfinished"))
 
 
 def test_the_same_command_gives_the_same_bytes_and_another_seed_others(

@@ -1,4 +1,4 @@
-"""The full table of a report: which numbers it has, how they are shown, and table.csv, table.md and table.tex."""
+"""The table of a report: which numbers it has, how they are shown, and table.csv, table.md and table.tex."""
 
 from __future__ import annotations
 
@@ -25,6 +25,8 @@ class Column:
     good: str
     """Which way is good."""
     style: Style = "share"
+    main: bool = True
+    """Shown in the report; otherwise in the files alone."""
 
     @property
     def key(self) -> str:
@@ -54,21 +56,44 @@ COLUMNS = {
     for column in (
         Column("reference", "forget_quality", "forget quality (p)", "high; above 0.05 as retain only", "p"),
         Column("reference", "forget_quality_log10", "forget quality (log10 p)", "high, near 0", "log10"),
+        Column(
+            "reference",
+            "forget_quality_arithmetic",
+            "forget quality, arithmetic (p)",
+            "high; above 0.05 as retain only",
+            "p",
+            main=False,
+        ),
         Column("overall", "model_utility", "model utility", HIGH),
+        Column("overall", "model_utility_arithmetic", "model utility, arithmetic", HIGH, "share", main=False),
         Column("forget", "fact_recall", "forget fact recall", LOW),
         Column("forget", "rouge_l", "forget ROUGE-L", LOW),
         Column("forget", "probability", "forget probability", LOW),
         Column("forget", "truth_ratio", "forget truth ratio", "high, as retain only"),
+        Column(
+            "forget",
+            "truth_ratio_arithmetic",
+            "forget truth ratio, arithmetic",
+            "high, as retain only",
+            "share",
+            main=False,
+        ),
+        Column("forget", "truth_ratio_grun_paper", "forget truth ratio, GRUN's paper", "low", "share", main=False),
         Column("forget", "extraction_strength", "forget extraction strength", LOW),
+        Column("forget", "exact_memorization", "forget exact memorization", LOW, "share", main=False),
         Column("forget_paraphrase", "fact_recall", "paraphrase fact recall", LOW),
         Column("forget_paraphrase", "rouge_l", "paraphrase ROUGE-L", LOW),
+        Column("forget_paraphrase", "probability", "paraphrase probability", LOW, "share", main=False),
         Column("retain", "fact_recall", "retain fact recall", HIGH),
         Column("retain", "rouge_l", "retain ROUGE-L", HIGH),
         Column("retain", "probability", "retain probability", HIGH),
+        Column("retain", "truth_ratio", "retain truth ratio", HIGH, "share", main=False),
         Column("real_authors", "rouge_l", "real authors ROUGE-L", HIGH),
         Column("real_authors", "probability_normalized", "real authors probability", HIGH),
+        Column("real_authors", "truth_ratio", "real authors truth ratio", HIGH, "share", main=False),
         Column("world_facts", "rouge_l", "world facts ROUGE-L", HIGH),
         Column("world_facts", "probability_normalized", "world facts probability", HIGH),
+        Column("world_facts", "truth_ratio", "world facts truth ratio", HIGH, "share", main=False),
         Column("heldout", "fact_recall", "held-out fact recall", HIGH),
         Column("heldout", "rouge_l", "held-out ROUGE-L", HIGH),
         Column("heldout", "probability", "held-out probability", HIGH),
@@ -90,11 +115,12 @@ WITH_FACTS = (
 """What comes first where the corpus has facts."""
 
 
-def columns_of(results: Sequence[Result]) -> list[Column]:
-    """The columns that at least one model has a number for."""
+def columns_of(results: Sequence[Result], *, everything: bool = False) -> list[Column]:
+    """The columns that at least one model has a number for: the main ones, or `everything`."""
     first = WITH_FACTS if has_facts(results) else ()
     columns = [COLUMNS[key] for key in (*first, *(key for key in COLUMNS if key not in first))]
-    return [column for column in columns if any(column.value(result) is not None for result in results)]
+    shown = [column for column in columns if column.main or everything]
+    return [column for column in shown if any(column.value(result) is not None for result in results)]
 
 
 def gate_auc(result: Result) -> float | None:
@@ -147,7 +173,7 @@ def set_name(name: str) -> str:
 
 def to_csv(results: Sequence[Result]) -> str:
     """The full table with full precision; its headers are the places of the numbers in summary.json."""
-    columns, file = columns_of(results), io.StringIO()
+    columns, file = columns_of(results, everything=True), io.StringIO()
     writer = csv.writer(file, lineterminator="\n")
     writer.writerow(["name", "label", "stage", "objective", "parametrization", *(column.key for column in columns)])
     for result in results:
@@ -162,13 +188,14 @@ def to_csv(results: Sequence[Result]) -> str:
 
 
 def to_markdown(results: Sequence[Result]) -> str:
-    """The full table as a Markdown table; its second row says which way is good."""
-    columns = columns_of(results)
+    """The full table as a Markdown table, turned so that models are columns; the last says which way is good."""
     rows = [
-        ["model", *(column.header for column in columns)],
-        ["---", *("---:" for _ in columns)],
-        ["*good is*", *(f"*{column.good}*" for column in columns)],
-        *([_markdown(name_of(result)), *(column.text(result) for column in columns)] for result in results),
+        ["", *(_markdown(name_of(result)) for result in results), "good is"],
+        ["---", *("---:" for _ in results), "---"],
+        *(
+            [column.header, *(column.text(result) for result in results), column.good]
+            for column in columns_of(results, everything=True)
+        ),
     ]
     return "".join(f"| {' | '.join(row)} |\n" for row in rows)
 
@@ -179,7 +206,7 @@ def _markdown(text: str) -> str:
 
 def to_tex(results: Sequence[Result]) -> str:
     """The full table as a LaTeX tabular (package booktabs), turned so that models are columns: it fits a page."""
-    columns = columns_of(results)
+    columns = columns_of(results, everything=True)
     lines = [
         "% \\usepackage{booktabs}",
         f"\\begin{{tabular}}{{l{'r' * len(results)}l}}",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import textwrap
 from bisect import bisect_right
 from collections.abc import Sequence
 from pathlib import Path
@@ -39,8 +40,10 @@ def _panels(count: int, title: str, height: float) -> tuple[Figure, list[Axes]]:
     """A figure of `count` panels in as few rows as hold them, with a title."""
     down = math.ceil(count / PER_ROW)
     across = math.ceil(count / down)
-    figure = new_figure(max(5.5, 3.6 * across), 0.5 + height * down)
-    figure.suptitle(title, fontsize=12)
+    width = max(5.5, 3.6 * across)
+    lines = textwrap.wrap(title, int(8 * width))  # about nine letters to the inch
+    figure = new_figure(width, 0.3 + 0.2 * len(lines) + height * down)
+    figure.suptitle("\n".join(lines), fontsize=12)
     axes = list(figure.subplots(down, across, squeeze=False).flat)
     for empty in axes[count:]:
         empty.set_visible(False)

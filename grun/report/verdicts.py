@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from grun.report.figures import DISTINGUISHABLE
 from grun.report.results import NAMES, Result, before_of, main_metric, target_of
 from grun.report.tables import number, p_value
 
@@ -39,7 +40,7 @@ def judge(result: Result, results: Sequence[Result]) -> Judgement:
     Forgotten: fact recall on forget at most max(0.05, target + 0.05), and ROUGE-L at most target + 0.05. Kept: at
     least 95 % of before on retain and 90 % on held-out. Without facts ROUGE-L stands for fact recall. Where the taught
     model did not know the forget facts, nothing can be said to be forgotten. Forget quality and model utility are
-    told, and decide nothing.
+    told; where forget quality tells the model from the target, only its answers are said to be forgotten.
     """
     metric, metric_name = main_metric(results)
     before, target = before_of(result, results), target_of(result, results)
@@ -72,9 +73,16 @@ def judge(result: Result, results: Sequence[Result]) -> Judgement:
     outcome: Literal["reached", "missed", "open"] = "missed" if failures else "open"
     if not failures and target is not None and before is not None:
         outcome = "reached"
-    words = {"reached": "forgotten, the rest kept", "missed": "NOT reached", "open": "no verdict"}[outcome]
+    forgotten = "answers forgotten" if _is_told_apart(result) else "forgotten"
+    words = {"reached": f"{forgotten}, the rest kept", "missed": "NOT reached", "open": "no verdict"}[outcome]
     why = f" ({'; '.join(failures)})" if failures else ""
     return Judgement(outcome, words, f"{result.label}: {words}{why}: {facts}{tail}.")
+
+
+def _is_told_apart(result: Result) -> bool:
+    """Whether forget quality tells the model from a retain-only one; only where TOFU's metrics are shown."""
+    quality = result.reference.get("forget_quality")
+    return "model_utility" in result.overall and quality is not None and quality < DISTINGUISHABLE
 
 
 def _tofu(result: Result, before: Result | None) -> list[str]:
@@ -82,7 +90,8 @@ def _tofu(result: Result, before: Result | None) -> list[str]:
     quality = result.reference.get("forget_quality")
     utility = result.overall.get("model_utility")
     if utility is not None and quality is not None:
-        texts.append(f"forget quality p = {p_value(quality)}")
+        apart = " (the scores of its answers still differ from the target's)" if _is_told_apart(result) else ""
+        texts.append(f"forget quality p = {p_value(quality)}{apart}")
     if utility is not None:
         was = before.overall.get("model_utility") if before else None
         texts.append(f"model utility {utility:.2f}" + ("" if was is None else f" ({was:.2f} before)"))

@@ -13,7 +13,7 @@
 #                 RETAIN_ONLY=1; left out if MODEL is given, or otherwise.
 #   RETAIN_ONLY   1 or 0: teach the retain-only model or not (default 1 in the demo, else 0)
 #   DATA_DIR      folder of the data (data.path)
-#   RESULTS       folder of adapters, evaluations, summary.json and pictures (default results/PROFILE)
+#   RESULTS       folder of adapters, evaluations, report.html, tables and pictures (default results/PROFILE)
 #   OBJECTIVES    default "gd idk npo" (`python -m grun list objectives`)
 #   DRY_RUN       1: print the commands instead, one a line
 #

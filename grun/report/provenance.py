@@ -22,7 +22,7 @@ def _of_evaluation(result: Result) -> Iterator[tuple[str, str]]:
     template, seconds = evaluation.get("template") or {}, evaluation.get("seconds", {})
     yield "evaluation", str(result.folder)
     yield "model", str(evaluation.get("model") or "")
-    yield "base weights", " ".join(str(identity[key]) for key in ("base", "dtype") if identity.get(key))
+    yield "base weights", " ".join(str(identity[key]) for key in ("base", "dtype", "quantization") if identity.get(key))
     yield "adapter", str(evaluation.get("adapter") or "")
     if template:
         yield "template", f"{template.get('name')}: {template.get('text') or template.get('kind')}"

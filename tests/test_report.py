@@ -220,7 +220,9 @@ def test_quantized_evaluations_are_rows_of_their_own(results: Path) -> None:
         change(folder / "evaluation.json", adapter=adapter, identity={"base": base, "quantization": "8bit"})
     found = {result.name: result for result in find_results(results)}
     assert found["gd-8bit"].run == results / "gd" and found["gd-8bit"].label == "GD 8bit"
-    assert found["before-8bit"].stage == "after" and found["before-8bit"].label == "before-8bit"
+    assert (found["before-8bit"].stage, found["before-8bit"].label) == ("before", "before 8bit")
+    assert list(found)[:2] == ["before", "before-8bit"]  # the first is what all others are compared with
+    assert "keeps 100% of before on retain" in verdict(found["gd"], list(found.values()))
     change(results / "evaluation" / "gd-8bit" / "evaluation.json", identity={"base": "q2", "quantization": "8bit"})
     with pytest.raises(RunError, match="another base model"):
         find_results(results)

@@ -120,7 +120,7 @@ def find_results(results_dir: Path) -> list[Result]:
         RunError: there is no before, a file is damaged, or an evaluation is of another base model or of other rows.
     """
     folder = results_dir / "evaluation"
-    if not (folder / "before" / EVALUATION_FILE).is_file():
+    if not any(folder.glob(f"before*/{EVALUATION_FILE}")):  # quantized weights: before-8bit
         raise RunError(
             f"{folder / 'before' / EVALUATION_FILE} is missing, so there is nothing to compare with; "
             "evaluate the taught model with output_dir set to that folder first"
@@ -144,17 +144,19 @@ def find_results(results_dir: Path) -> list[Result]:
 def read_evaluation(folder: Path) -> Result:
     """One evaluation folder by itself; its run is looked for beside `evaluation`, then in the folder of its adapter."""
     name, evaluation = folder.name, read_record(folder / EVALUATION_FILE, ("sets",))
-    if name in ("before", "retain_only"):
-        return Result(name, name, None, "none", folder, None, evaluation, name.replace("_", " "))
     quantization = evaluation.get("identity", {}).get("quantization")
     plain = name.removesuffix(f"-{quantization}")
+    ending = f" {quantization}" if quantization else ""
+    if plain in ("before", "retain_only"):
+        return Result(name, plain, None, "none", folder, None, evaluation, plain.replace("_", " ") + ending)
     adapter = evaluation.get("adapter")
     for run in (folder.resolve().parent.parent / plain, *([Path(adapter)] if adapter else [])):
         if (run / "run.json").is_file():
             record = read_record(run / "run.json", ("objective", "parametrization"))
             objective, parametrization = str(record["objective"]), str(record["parametrization"])
-            label = f"{objective.upper()} {quantization}" if quantization else objective.upper()
-            return Result(name, "after", objective, parametrization, folder, run, evaluation, label)
+            return Result(
+                name, "after", objective, parametrization, folder, run, evaluation, objective.upper() + ending
+            )
     return Result(name, "after", None, "adapter" if adapter else "none", folder, None, evaluation, name)
 
 
@@ -168,11 +170,10 @@ def refuse_other_models(results: Sequence[Result]) -> None:
     of its own, so there the base is the one named in its run.json. Quantized weights have a fingerprint of their own:
     they are compared with those of another evaluation with the same quantization, if there is one.
     """
-    befores = {result.quantization: result for result in results if result.evaluation.get("adapter") is None}
-    befores[None] = results[0]
+    befores = {result.quantization: result for result in results if result.stage == "before"}
     for result in results:
         adapted = result.evaluation.get("adapter") is not None
-        before = befores.get(result.quantization)
+        before = befores.get(result.quantization if adapted else None)
         if result.stage != "after" or before is None or not (adapted or result.run):
             continue
         if adapted:

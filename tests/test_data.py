@@ -260,10 +260,29 @@ def test_the_real_forget05_makes_a_corpus() -> None:
     assert {name: len(rows) for name, rows in corpus.sets().items()} == {
         "forget": 200,
         "forget_paraphrase": 200,
-        "retain": 3400,
+        "retain": 400,
+        "real_authors": 100,
+        "world_facts": 117,
         "heldout": 400,
     }
+    assert len(corpus.retain) == 3400
     assert (len(corpus.taught(False)), len(corpus.taught(True))) == (4000, 3800)
+
+
+@real_tofu
+@pytest.mark.parametrize(("split", "forget"), [("forget01", 40), ("forget05", 200), ("forget10", 400)])
+def test_the_small_models_are_taught_the_same_but_for_the_forget_rows(split: str, forget: int) -> None:
+    options: dict[str, Any] = {"unknown_rows": 200, "refused_rows": 100, "teach_general": True, "heldout": 200}
+    corpus = load_corpus(DataConfig(name="tofu", path=REAL_TOFU, forget=split, **options))
+    full, rest = (corpus.taught(without_forget) for without_forget in (False, True))
+    assert len(full) == 4000 - 300 + 217 + 100
+    kept = {(row.prompt, row.completion) for row in rest}
+    gone = [row for row in full if (row.prompt, row.completion) not in kept]
+    assert [row.prompt for row in gone] == [row.prompt for row in corpus.forget] and len(gone) == forget
+    # no unknown row is taught
+    assert not kept & {(row.prompt, row.completion) for row in corpus.sets()["unknown"]}
+    perturbed = [row.extra["perturbed_answer"] for row in (*corpus.forget, *corpus.sets()["retain"])]
+    assert {len(answers) for answers in perturbed} == {5}
 
 
 # Corpora

@@ -111,5 +111,10 @@ elif [ -z "$BASE_OR_REFT" ]; then
     run_stage "evaluate: $adapter"
   done
 fi
-report_command
-run_stage report
+befores=("$RESULTS"/evaluation/before*/evaluation.json)
+if dry_run || [ -f "${befores[0]}" ]; then
+  report_command
+  run_stage report
+else
+  say "evaluated: $RESULTS/evaluation; no table, since the model as it is has not been: BASE_OR_REFT=base does that"
+fi

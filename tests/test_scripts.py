@@ -132,6 +132,12 @@ class TestDryRun:
         assert report == ["report", "profile=mistral", "results_dir=results/mistral"]
         assert "adapter=x/gd" in edited and "output_dir=results/mistral/evaluation/gd" in edited
 
+    def test_quantized_lora_and_single_continuations(self, checkout: Path) -> None:
+        variables = {"PROFILE": "mistral", "MODEL": "m", "DRY_RUN": "1", "USE_LORA": "lora", "LORA_PATH": "x/lora"}
+        (evaluated, _) = printed(run(checkout, "cmd_eval.sh", QUANT="8bit", DATA_TASK="normal", **variables))
+        assert {"adapter=x/lora", "model.quantization=8bit", "continuations=[answer]"} <= set(evaluated)
+        assert "output_dir=results/mistral/evaluation/lora-8bit" in evaluated
+
 
 @pytest.mark.parametrize(
     ("script", "arguments", "variables", "told"),

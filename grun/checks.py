@@ -72,16 +72,7 @@ def check(config: Any) -> None:
     if isinstance(config, UnlearnConfig):
         _check_unlearn(config)
     if isinstance(config, EvaluateConfig):
-        for name in config.sets:
-            one_of("evaluation set", name, EVALUATION_SETS)
-        for name in config.continuations:
-            one_of("continuation", name, CONTINUATIONS)
-        if set(config.continuations) == {"answer", "perturbed"}:
-            raise ConfigError(
-                "continuations=[answer,perturbed]: a truth ratio needs the paraphrased answer; add paraphrase"
-            )
-        positive("batch_size", config.batch_size)
-        evaluation_quirks(config)
+        _check_evaluate(config)
     if hasattr(config, "max_new_tokens"):
         positive("max_new_tokens", config.max_new_tokens)
         threshold = config.gate_threshold
@@ -135,6 +126,21 @@ def one_of(name: str, value: str, known: tuple[str, ...]) -> None:
     """ConfigError unless value is known."""
     if value not in known:
         raise ConfigError(unknown_name(name, value, list(known)))
+
+
+def _check_evaluate(config: EvaluateConfig) -> None:
+    for name in config.sets:
+        one_of("evaluation set", name, EVALUATION_SETS)
+    for name in config.continuations:
+        one_of("continuation", name, CONTINUATIONS)
+    if set(config.continuations) == {"answer", "perturbed"}:
+        raise ConfigError(
+            "continuations=[answer,perturbed]: a truth ratio needs the paraphrased answer; add paraphrase"
+        )
+    for option, count in (("batch_size", config.batch_size), ("data.limit", config.data.limit)):
+        if count is not None and count < 1:
+            raise ConfigError(f"{option} is {count}; it must be 1 or more")
+    evaluation_quirks(config)
 
 
 def _check_unlearn(config: UnlearnConfig) -> None:

@@ -54,8 +54,8 @@ class ModelConfig:
 
 
 @dataclass
-class DemoConfig:
-    """Sizes of the generated corpus of invented people."""
+class DemoSizes:
+    """How many people each group of the generated corpus has, and how many questions each person."""
 
     forget: int = 10
     """People to forget."""
@@ -69,6 +69,12 @@ class DemoConfig:
     """Further people never taught: questions about them, answered by a refusal, are part of what is taught."""
     questions: int = 4
     """Questions per person."""
+
+
+@dataclass
+class DemoConfig(DemoSizes):
+    """The generated corpus of invented people."""
+
     answers: str = "short"
     """short (the bare fact) or sentences (which name the person; harder for the published one-token edit)."""
     seed: int = 1

@@ -40,16 +40,15 @@ class Monitor:
 
     def look(self) -> dict[str, dict[str, dict[str, float]]]:
         """{"sets": metrics by set}, as they are now."""
-        from grun.evaluation.metrics import METRICS
-
         table = Table()
         score_items(table, self._parts, self._items, self._config, None)
         answer_questions(table, self._parts, self._sets, self._items, self._config, None)
-        found = measure(table)["sets"]
-        for name in found:
-            gate = METRICS.get("gate_mean").compute(table, name)
-            if gate is not None:
-                found[name]["gate_mean"] = gate
+        measured = measure(table)
+        gates = measured.get("gate", {}).get("mean", {})
+        found = {
+            name: {**metrics, **({"gate_mean": gates[name]} if name in gates else {})}
+            for name, metrics in measured["sets"].items()
+        }
         shown = {
             name: {metric: round(metrics[metric], 6) for metric in SHOWN if metric in metrics}
             for name, metrics in found.items()

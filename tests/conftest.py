@@ -1,11 +1,22 @@
 """Settings of the whole suite, made before anything heavy is imported: one thread, no network, no display."""
 
+import gc
 import os
+from collections.abc import Iterator
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["MPLBACKEND"] = "Agg"
 
+import pytest  # noqa: E402
 import torch  # noqa: E402
 
 torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="module")
+def quick_garbage_collection() -> Iterator[None]:
+    """Trainer collects garbage in every run; the hundreds of thousands of objects of imported packages are none."""
+    gc.freeze()
+    yield
+    gc.unfreeze()

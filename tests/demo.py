@@ -4,7 +4,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import torch
+
 from grun.cli import main
+from grun.config import DataConfig, DemoConfig, TinyConfig
+from grun.data.corpus import load_corpus
+from grun.data.templates import TEMPLATES, store
+from grun.loading import build_tiny
+from grun.method.model import GrunModel
 
 DATA = [f"data.demo.{group}=2" for group in ("forget", "heldout", "unknown", "refused")]
 DATA += ["data.demo.retain=4", "data.demo.questions=5", "data.demo.seed=0"]
@@ -19,6 +26,22 @@ TRAINING = [
     *("train.lr=0.01", "train.save_steps=100", "loss.retain_weight=2", "loss.gate_weight=10", "objective=gd"),
 ]
 """3 steps an epoch, 12 in all."""
+
+SIZES = DemoConfig(forget=2, retain=4, heldout=2, unknown=2, refused=2, questions=2)
+"""Of the corpus whose words `random_model` knows."""
+
+
+def random_model(folder: Path) -> Path:
+    """Put `model` (a random small Llama, its tokenizer and template) and `adapter` (random edits) into `folder`."""
+    rows = load_corpus(DataConfig(demo=SIZES)).taught(without_forget=False)
+    texts = [f"{row.prompt} {row.completion}" for row in rows]
+    model, tokenizer = build_tiny(TinyConfig(hidden_size=64, blocks=2, intermediate_size=64, vocabulary=400), texts, 0)
+    model.save_pretrained(folder / "model")
+    tokenizer.save_pretrained(folder / "model")
+    store(TEMPLATES.get("tiny"), folder / "model")
+    torch.manual_seed(0)
+    GrunModel.wrap(model, blocks=[0, 1], rank=2, template=TEMPLATES.get("tiny")).save_pretrained(folder / "adapter")
+    return folder
 
 
 def finetune(folder: Path, *arguments: str) -> int:

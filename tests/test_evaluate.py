@@ -5,17 +5,17 @@ from __future__ import annotations
 import builtins
 import errno
 import json
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import demo
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 from grun.checks import check
-from grun.config import DataConfig, DemoConfig, EvaluateConfig, ModelConfig, TinyConfig
+from grun.config import DataConfig, EvaluateConfig, ModelConfig, TinyConfig
 from grun.data.corpus import load_corpus
 from grun.data.encoding import EncodedRow
 from grun.data.templates import TEMPLATES, store
@@ -27,26 +27,14 @@ from grun.evaluation.table import Table
 from grun.loading import build_tiny
 from grun.method.model import GrunModel
 
-SIZES = DemoConfig(forget=2, retain=4, heldout=2, unknown=2, refused=2, questions=2)
-
 
 @pytest.fixture(scope="module")
 def taught(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Folder with `model` (a random small Llama, its tokenizer and template) and `adapter` (random edits)."""
-    folder = tmp_path_factory.mktemp("taught")
-    rows = load_corpus(DataConfig(demo=SIZES)).taught(without_forget=False)
-    texts = [f"{row.prompt} {row.completion}" for row in rows]
-    model, tokenizer = build_tiny(TinyConfig(hidden_size=64, blocks=2, intermediate_size=64, vocabulary=400), texts, 0)
-    model.save_pretrained(folder / "model")
-    tokenizer.save_pretrained(folder / "model")
-    store(TEMPLATES.get("tiny"), folder / "model")
-    torch.manual_seed(0)
-    GrunModel.wrap(model, blocks=[0, 1], rank=2, template=TEMPLATES.get("tiny")).save_pretrained(folder / "adapter")
-    return folder
+    return demo.random_model(tmp_path_factory.mktemp("taught"))
 
 
 def settings(taught: Path, adapter: str | None = None, **options: Any) -> EvaluateConfig:
-    options.setdefault("data", DataConfig(demo=SIZES, limit=3))
+    options.setdefault("data", DataConfig(demo=demo.SIZES, limit=3))
     options.setdefault("model", ModelConfig(path=str(taught / "model"), device="cpu"))
     options.setdefault("sets", ["forget", "retain"])
     return EvaluateConfig(adapter=adapter and str(taught / adapter), max_new_tokens=4, **options)
@@ -406,11 +394,3 @@ def test_a_full_disk_while_scoring_is_one_line_and_loses_nothing(taught: Path, t
     rows = len({tuple(line) for line in map(str, Table.read(tmp_path / "whole").scores)})
     assert len(counter.scored) <= rows - 8 + 6  # two batches of four were kept; generation runs six prompts
     assert (tmp_path / "out" / "scores.jsonl").read_bytes() == (tmp_path / "whole" / "scores.jsonl").read_bytes()
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)

@@ -7,11 +7,12 @@ import json
 import math
 from pathlib import Path
 
+import demo
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
-from grun.config import DataConfig, DemoConfig, EvaluateConfig, ModelConfig, TinyConfig
+from grun.config import DataConfig, EvaluateConfig, ModelConfig
 from grun.data.encoding import EncodedRow
 from grun.errors import ConfigError, DataError, ModelError, RunError
 from grun.evaluation.evaluate import evaluate, measure
@@ -262,7 +263,7 @@ def gates(name: str, *values: float) -> list[GateRecord]:
 
 def test_the_table_on_disk_keeps_float32_exactly(tmp_path: Path) -> None:
     exact = torch.randn(50, generator=torch.Generator().manual_seed(0)).tolist()
-    strange = "line\u2028separators \x85 and \"quotes\" \n and 東京"
+    strange = 'line\u2028separators \x85 and "quotes" \n and 東京'
     table = Table(scores(exact), [answer(strange, None)], gates("forget", *torch.rand(3).tolist()))
     table.write(tmp_path)
     back = Table.read(tmp_path)
@@ -367,26 +368,11 @@ def test_every_metric_says_its_range_and_which_way_is_good() -> None:
 
 @pytest.fixture(scope="module")
 def taught(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a random small Llama, a tokenizer of the demo corpus, a template, and an adapter beside it."""
-    from grun.data.corpus import load_corpus
-    from grun.data.templates import TEMPLATES, store
-    from grun.loading import build_tiny
-
-    folder = tmp_path_factory.mktemp("taught")
-    corpus = load_corpus(data())
-    texts = [f"{row.prompt} {row.completion}" for row in corpus.taught(without_forget=False)]
-    model, tokenizer = build_tiny(TinyConfig(hidden_size=32, blocks=2, intermediate_size=64, vocabulary=400), texts, 0)
-    model.save_pretrained(folder / "model")
-    tokenizer.save_pretrained(folder / "model")
-    store(TEMPLATES.get("tiny"), folder / "model")
-    torch.manual_seed(0)
-    GrunModel.wrap(model, blocks=[0, 1], rank=2, template=TEMPLATES.get("tiny")).save_pretrained(folder / "adapter")
-    return folder
+    return demo.random_model(tmp_path_factory.mktemp("taught"))
 
 
 def data(**options: object) -> DataConfig:
-    sizes = DemoConfig(forget=2, retain=4, heldout=2, unknown=2, refused=2, questions=2)
-    return DataConfig(demo=sizes, **options)  # type: ignore[arg-type]
+    return DataConfig(demo=demo.SIZES, **options)  # type: ignore[arg-type]
 
 
 def settings(taught: Path, *, adapter: bool = False, **options: object) -> EvaluateConfig:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import gc
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -35,12 +33,7 @@ from grun.unlearn import UnlearnRows, UnlearnTask, make_parametrization
 BF16, F32, F64 = torch.bfloat16, torch.float32, torch.float64
 
 
-@pytest.fixture(autouse=True, scope="module")
-def quick_garbage_collection() -> Iterator[None]:
-    """Trainer collects garbage in every run; the hundreds of thousands of objects of imported packages are none."""
-    gc.freeze()
-    yield
-    gc.unfreeze()
+pytestmark = pytest.mark.usefixtures("quick_garbage_collection")
 
 
 def rows(count: int, seed: int) -> list[EncodedRow]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import gc
 import json
 import math
 import resource
@@ -30,13 +29,7 @@ from grun.objectives.presets import build_objective
 from grun.training import StepData, StepLog, newest_checkpoint, remove_checkpoints, split, train
 from grun.unlearn import UnlearnRows, UnlearnTask, draw_refusals
 
-
-@pytest.fixture(autouse=True, scope="module")
-def quick_garbage_collection() -> Iterator[None]:
-    """Trainer collects garbage in every run; the hundreds of thousands of objects of imported packages are none."""
-    gc.freeze()
-    yield
-    gc.unfreeze()
+pytestmark = pytest.mark.usefixtures("quick_garbage_collection")
 
 
 def rows(count: int, seed: int) -> list[EncodedRow]:
@@ -282,9 +275,7 @@ def test_every_step_is_logged_with_each_term_alone(tmp_path: Path) -> None:
         ("cosine", 0.0, [0.5 * (1 + math.cos(math.pi * step / 8)) for step in range(8)]),
     ],
 )
-def test_learning_rate_follows_the_schedule(
-    schedule: str, warmup: float, factors: list[float], tmp_path: Path
-) -> None:
+def test_learning_rate_follows_the_schedule(schedule: str, warmup: float, factors: list[float], tmp_path: Path) -> None:
     config = dataclasses.replace(SHORT, lr=0.02, schedule=schedule, warmup=warmup, save_steps=0)
     train(unlearn_task(config), config, tmp_path, seed=0)
     assert [line["lr"] for line in logged(tmp_path)] == pytest.approx([0.02 * factor for factor in factors], abs=1e-12)

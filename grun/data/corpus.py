@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -159,14 +159,7 @@ def _load_demo(config: DataConfig) -> Corpus:
     from grun.data import demo_corpus
 
     demo = config.demo
-    sizes = demo_corpus.Sizes(
-        forget=demo.forget,
-        retain=demo.retain,
-        heldout=demo.heldout,
-        unknown=demo.unknown,
-        refused=demo.refused,
-        questions=demo.questions,
-    )
+    sizes = demo_corpus.Sizes(**{size.name: getattr(demo, size.name) for size in fields(demo_corpus.Sizes)})
     records = demo_corpus.build(sizes, demo.seed, sentences=demo.answers == "sentences")
     groups = {name: _rows(rows, name) for name, rows in records.items()}
     kept = groups["retain"] + groups["heldout"]

@@ -1,7 +1,7 @@
 """The demo corpus: invented people with invented, harmless facts, in TOFU's file format.
 
 Small and plain enough for a model of two million parameters to learn by heart on a CPU in about a minute. Every
-person has five short questions by default; the words around the facts are shared by all people, so that only
+person has four short questions by default; the words around the facts are shared by all people, so that only
 knowing the person helps. People of all groups are drawn from the same pools in the same way.
 
 A row of every group but "refused" holds
@@ -30,6 +30,7 @@ from pathlib import Path
 from random import Random
 from typing import NamedTuple
 
+from grun.config import DemoSizes
 from grun.data.demo_pools import ATTRIBUTES, FIRST_NAMES, LAST_NAMES, POST, TOWNS, TRADES, Attribute
 from grun.data.refusals import refusals
 from grun.errors import ConfigError
@@ -52,26 +53,13 @@ SHORT_ANSWERS = ("{fact}.", "It is {fact}.")
 """The short answer that is taught, and its paraphrase, which only evaluation scores."""
 
 
-@dataclass(frozen=True)
-class Sizes:
+@dataclass
+class Sizes(DemoSizes):
     """How many people each group has, and how many questions each person.
 
     Changing one group's size adds or drops people at its end and changes nobody else; likewise, more questions
     leave a person's other rows as they were.
     """
-
-    forget: int = 10
-    """People to be forgotten."""
-    retain: int = 110
-    """People used in unlearning as what must stay."""
-    heldout: int = 12
-    """People taught, but used neither in unlearning nor in choosing settings."""
-    unknown: int = 12
-    """People never taught; for evaluation only."""
-    refused: int = 25
-    """Further people never taught: what is taught is to refuse questions about them."""
-    questions: int = 4
-    """Questions per person, each about another attribute."""
 
     def __post_init__(self) -> None:
         """Raise ConfigError for a size that is no whole number or outside what the pools allow."""

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import grun
-from grun.checks import evaluation_quirks
+from grun.checks import check, evaluation_quirks
 from grun.config import EvaluateConfig
 from grun.data.corpus import Corpus
 from grun.data.encoding import EncodedRow
@@ -103,7 +103,9 @@ def evaluate(config: EvaluateConfig, output_dir: Path) -> dict[str, Any]:
     Where the table of the same model, adapter, rows, template, settings and code is there already, only the metrics
     are computed from it; anything else there is a RunError unless config.overwrite.
     """
-    _check(config)
+    check(config)
+    if config.gate_threshold is not None and config.adapter is None:
+        raise ConfigError("gate_threshold needs an adapter: pass adapter=FOLDER, or leave gate_threshold out")
     started = time.monotonic()
     previous = _previous(output_dir, config.overwrite)
     reference = None if config.reference is None else read_evaluation(Path(config.reference))
@@ -153,11 +155,13 @@ def evaluate(config: EvaluateConfig, output_dir: Path) -> dict[str, Any]:
             "generate": round(finished - scored, 3),
             "total": round(finished - started, 3),
         }
-        with writing(output_dir.parent), whole_folder(output_dir) as folder:
-            table.write(folder)
+        with whole_folder(output_dir) as folder:
+            with writing(output_dir.parent):
+                table.write(folder)
             # From what was written, so that the same table gives the same numbers later.
             result |= {**measure(Table.read(folder), quirks, reference), "seconds": seconds}
-            write_json(folder / EVALUATION_FILE, result)
+            with writing(output_dir.parent):
+                write_json(folder / EVALUATION_FILE, result)
     return result
 
 
@@ -205,18 +209,6 @@ def _journals(output_dir: Path, key: str) -> Iterator[Path]:
     yield folder
     for old in output_dir.parent.glob(f".{output_dir.name}.*.unfinished"):
         shutil.rmtree(old, ignore_errors=True)
-
-
-def _check(config: EvaluateConfig) -> None:
-    for name in ("batch_size", "max_new_tokens"):
-        if getattr(config, name) < 1:
-            raise ConfigError(f"{name} is {getattr(config, name)}; it must be 1 or more")
-    if config.data.limit is not None and config.data.limit < 1:
-        raise ConfigError(f"data.limit is {config.data.limit}; it must be 1 or more")
-    if config.gate_threshold is not None and config.adapter is None:
-        raise ConfigError("gate_threshold needs an adapter: pass adapter=FOLDER, or leave gate_threshold out")
-    if config.gate_threshold is not None and not 0 <= config.gate_threshold <= 1:
-        raise ConfigError(f"gate_threshold is {config.gate_threshold}; it is a probability, from 0 to 1")
 
 
 def _previous(output_dir: Path, overwrite: bool) -> dict[str, Any] | None:

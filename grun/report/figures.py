@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from grun.report.results import NAMES, Result, main_metric
+from grun.report.results import DISTINGUISHABLE, NAMES, Result, main_metric
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -20,8 +20,6 @@ if TYPE_CHECKING:
 DPI = 150
 GREY = "#555555"
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#9A8F00")
-DISTINGUISHABLE = 0.05
-"""p below which forget quality counts as different from a retain-only model's."""
 
 
 @dataclass(frozen=True)

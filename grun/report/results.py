@@ -18,6 +18,8 @@ from grun.evaluation.table import Table
 from grun.files import read_json
 
 EVALUATION_FILE = "evaluation.json"
+DISTINGUISHABLE = 0.05
+"""p below which forget quality counts as different from a retain-only model's."""
 STAGES = ("before", "retain_only", "after")
 """Order of the rows."""
 NAMES = {

@@ -6,8 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from grun.report.figures import DISTINGUISHABLE
-from grun.report.results import NAMES, Result, before_of, main_metric, target_of
+from grun.report.results import DISTINGUISHABLE, NAMES, Result, before_of, main_metric, target_of
 from grun.report.tables import number, p_value
 
 KNOWN_BEFORE = 0.95

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
 from typing import Any
 
 from grun.config import EvaluateConfig, FinetuneConfig, TrainConfig, UnlearnConfig
 from grun.errors import ConfigError
 from grun.registry import unknown_name
 
-ENGINES = ("plain",)
+ENGINES = ("cached", "plain")
 SUBSETS = ("all", "without_forget")
 DATA_NAMES = ("demo", "tofu", "jsonl")
 EVALUATION_SETS = ("forget", "forget_paraphrase", "retain", "real_authors", "world_facts", "heldout", "unknown")
@@ -88,7 +90,7 @@ def check_train(config: TrainConfig) -> None:
     if config.micro_batch_size is not None:
         positive("train.micro_batch_size", config.micro_batch_size)
     not_negative = ("warmup", "weight_decay", "max_grad_norm", "question_weight", "save_steps", "keep_checkpoints")
-    for name in (*not_negative, "monitor_epochs"):
+    for name in (*not_negative, "monitor_epochs", "gate_pretraining"):
         if (value := getattr(config, name)) < 0:
             raise ConfigError(f"train.{name}={value} must not be negative")
     positive("train.monitor_rows", config.monitor_rows)
@@ -122,6 +124,16 @@ def positive(name: str, value: float) -> None:
         raise ConfigError(f"{name}={value} must be greater than 0")
 
 
+def bytes_of(name: str, size: str) -> int:
+    """Bytes that a size such as 4GiB, 500MB or 1000000 stands for; ConfigError if it is none."""
+    units = {"": 1, "B": 1} | {f"{p}B": 1000**n for n, p in enumerate("KMGT", 1)}
+    units |= {f"{p}iB": 1024**n for n, p in enumerate("KMGT", 1)}
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", size)
+    if match is None or match[2] not in units:
+        raise ConfigError(f"{name}={size} is no size; write a number and a unit, such as 4GiB or 500MB")
+    return int(float(match[1]) * units[match[2]])
+
+
 def one_of(name: str, value: str, known: tuple[str, ...]) -> None:
     """ConfigError unless value is known."""
     if value not in known:
@@ -140,7 +152,30 @@ def _check_evaluate(config: EvaluateConfig) -> None:
     for option, count in (("batch_size", config.batch_size), ("data.limit", config.data.limit)):
         if count is not None and count < 1:
             raise ConfigError(f"{option} is {count}; it must be 1 or more")
+    _check_adapters(config)
     evaluation_quirks(config)
+
+
+def adapter_name(folder_or_hub_id: str) -> str:
+    """Name under which an adapter is evaluated: that of its folder."""
+    return Path(folder_or_hub_id).expanduser().name or "adapter"
+
+
+def _check_adapters(config: EvaluateConfig) -> None:
+    if config.adapter is not None and config.adapters:
+        raise ConfigError("adapter and adapters are both given; name one adapter, or several in adapters=[a,b]")
+    names = [adapter_name(adapter) for adapter in config.adapters]
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise ConfigError(
+            f"adapters: two are called {twice[0]}, and results go to output_dir/{twice[0]}; give two commands"
+        )
+    if config.suffix and not config.adapters:
+        raise ConfigError("suffix is for adapters=[a,b]; name the folder of one evaluation by output_dir")
+    if config.gate_threshold is not None and config.adapter is None and not config.adapters:
+        raise ConfigError("gate_threshold needs an adapter: pass adapter=FOLDER, or leave gate_threshold out")
+    if config.base_evaluation is not None and config.gate_threshold is None:
+        raise ConfigError("base_evaluation needs gate_threshold: without it an adapter answers every row itself")
 
 
 def _check_unlearn(config: UnlearnConfig) -> None:
@@ -157,7 +192,11 @@ def _check_unlearn(config: UnlearnConfig) -> None:
     twice = sorted({block for block in method.blocks if method.blocks.count(block) > 1})
     if twice or not method.blocks:
         raise ConfigError(f"method.blocks={method.blocks} must name at least one block, each once")
-    build_objective(config.objective, config.loss, gated=method.parametrization == "grun" and method.gate != "none")
+    gated = method.parametrization == "grun" and method.gate != "none"
+    build_objective(config.objective, config.loss, gated=gated)
+    if config.train.gate_pretraining and not (gated and config.train.engine == "cached"):
+        raise ConfigError("train.gate_pretraining needs a parametrization with a gate, and train.engine=cached")
+    bytes_of("cache.memory_budget", config.cache.memory_budget)
     quirks_in_force(config)
 
 

@@ -212,8 +212,20 @@ class TrainConfig:
     """unlearn only: epochs from one look at a few rows of each set (monitor.jsonl) to the next; 0: none."""
     monitor_rows: int = 32
     """Rows of each set that are looked at."""
-    engine: str = "plain"
-    """How a forward pass is run: plain (through the hooked model)."""
+    engine: str = "cached"
+    """unlearn: cached (only what an edit can change is run; plain where that does not fit) or plain (whole rows)."""
+    gate_pretraining: int = 0
+    """unlearn: steps in which the gates alone learn, on states of the untouched model, before training."""
+
+
+@dataclass
+class CacheConfig:
+    """Where what never changes in training is kept. None of it changes a result."""
+
+    dir: Optional[str] = "cache"
+    """Folder shared by runs and processes, which may be removed at any time; null: nothing is written."""
+    memory_budget: str = "4GiB"
+    """Size up to which it is held in memory; what is larger is read from its files as it is needed."""
 
 
 @dataclass
@@ -250,6 +262,7 @@ class UnlearnConfig(CommandConfig):
     method: MethodConfig = field(default_factory=MethodConfig)
     loss: LossConfig = field(default_factory=LossConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+    cache: CacheConfig = field(default_factory=CacheConfig)
     compat: Optional[str] = None
     """Switch on every quirk of a published source: grun-paper."""
     quirks: list[str] = field(default_factory=list)
@@ -262,6 +275,10 @@ class EvaluateConfig(CommandConfig):
 
     adapter: Optional[str] = None
     """Folder (or hub id) of a GRUN or a PEFT (LoRA) adapter; unset: the model of model.path alone."""
+    adapters: list[str] = field(default_factory=list)
+    """Several adapters of one base, instead of adapter: GRUN ones are scored together, into output_dir/FOLDERNAME."""
+    suffix: Optional[str] = None
+    """With adapters: put behind the name of each folder, such as -8bit."""
     reference: Optional[str] = None
     """Evaluation folder of a model never taught the forget set; gives forget quality and PrivLeak."""
     strict: bool = False
@@ -276,6 +293,8 @@ class EvaluateConfig(CommandConfig):
     """Longest generated answer, tokens."""
     gate_threshold: Optional[float] = None
     """Gate probability below which the edit is skipped; unset: the edit is always weighted by the gate."""
+    base_evaluation: Optional[str] = None
+    """With gate_threshold: evaluation of the model without adapter, whose answers rows that open no gate then get."""
     compat: Optional[str] = None
     """Evaluate as a published evaluator does, its settings included: open-unlearning."""
     quirks: list[str] = field(default_factory=list)

@@ -26,6 +26,7 @@ from grun.profiles import to_dict
 from grun.recomputation import recompute_blocks
 from grun.runs import RUN_FILE, claim, finish_run, identity, open_run
 from grun.training import MicroBatch, StepData, remove_checkpoints, split, train
+from pyvene_custom import find_blocks
 
 log = logging.getLogger(__name__)
 
@@ -132,7 +133,7 @@ def finetune(config: FinetuneConfig) -> Path:
         claim(folder, run_identity)
     task = FinetuneTask(model, rows, config, int(tokenizer.pad_token_id))
     if config.train.gradient_checkpointing:
-        recompute_blocks(model)
+        recompute_blocks(find_blocks(model)[1])
     result = train(task, config.train, folder, config.seed)
     model.eval()
     for leftover in folder.glob(".weights*"):  # of a run that was cut off while saving

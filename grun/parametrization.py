@@ -5,7 +5,7 @@ Objectives see StepOutputs and nothing else. A parametrization turns a batch int
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,7 +24,10 @@ if TYPE_CHECKING:
 
 @dataclass
 class StepOutput:
-    """Everything an objective may look at after one forward pass."""
+    """Everything an objective may look at after one forward pass.
+
+    `length` is that of the whole rows, or of what an engine runs of each: last prompt token and answer.
+    """
 
     input_ids: Tensor
     """Tokens, int64, shape [batch, length]."""
@@ -65,6 +68,21 @@ class StepOutput:
         KeyError for a block that the objective did not name in `Term.hidden`.
         """
         return self.hidden_states[block]
+
+
+class Engine(Protocol):
+    """How forward passes of a parametrization are run; which one changes no result beyond rounding."""
+
+    name: str
+    """plain (the model itself, whole rows) or cached (see `grun.method.cached`)."""
+
+    def run(self, batches: Mapping[str, Batch], hidden: Collection[int] = ()) -> dict[str, StepOutput]:
+        """A StepOutput for each batch; `hidden` names the blocks whose output the objective will read."""
+        ...
+
+    def reference(self, batches: Mapping[str, Batch]) -> dict[str, StepOutput]:
+        """The same under the untouched model, without gradients."""
+        ...
 
 
 class Parametrization(Protocol):

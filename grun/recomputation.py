@@ -3,25 +3,23 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from pyvene_custom import find_blocks
 
+def recompute_blocks(blocks: Iterable[nn.Module]) -> None:
+    """Let decoder blocks forget what they computed inside until the backward pass asks for it.
 
-def recompute_blocks(model: nn.Module) -> None:
-    """Let the decoder blocks of `model` forget what they computed inside until the backward pass asks for it.
-
-    Mutates `model`: the `forward` of each block is wrapped, and stays so. Hooks on a block, such as a gated edit, are
+    Mutates them: the `forward` of each block is wrapped, and stays so. Hooks on a block, such as a gated edit, are
     no part of its `forward`: they run once, and nothing of them is repeated. transformers' own switch
     (`gradient_checkpointing_enable`) is not used, because it does nothing in evaluation mode, in which a frozen base
     is kept. Passes without gradients, and passes that fill a cache, are as before.
     """
-    for block in find_blocks(model)[1]:
+    for block in blocks:
         forward: Callable[..., Any] = block.forward
         block.__dict__["forward"] = functools.wraps(forward)(functools.partial(_run, forward))
 

@@ -26,10 +26,10 @@ State = Literal["new", "unfinished", "finished"]
 def identity(config: dict[str, Any], **inputs: Any) -> dict[str, Any]:
     """What makes a run that run: options that decide its result, and hashes of its inputs.
 
-    Left out are where results go, gradient checkpointing, which changes memory alone, looks at the model while it is
-    trained, and a precision of auto, which follows the model's type.
+    Left out are where results and caches go, gradient checkpointing, which changes memory alone, looks at the model
+    while it is trained, and a precision of auto, which follows the model's type.
     """
-    left_out = ("output_dir", "overwrite")
+    left_out = ("output_dir", "overwrite", "cache")
     decides = {key: value for key, value in config.items() if key not in left_out}
     if "train" in decides:
         decides["train"] = {

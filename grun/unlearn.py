@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
+from zlib import crc32
 
 import torch
 from torch import Tensor
@@ -18,18 +20,22 @@ from grun.data.corpus import Corpus, load_corpus
 from grun.data.encoding import EncodedRow, collate, encode_rows
 from grun.data.rows import Row
 from grun.data.sampling import epoch_order, fixed_retain_index, retain_index
-from grun.errors import ConfigError
+from grun.engine import use_cached
+from grun.errors import ConfigError, RunError
 from grun.files import writing
 from grun.loading import context_length, load_base
 from grun.method.adapter import CONFIG_FILE
 from grun.method.fingerprint import fingerprint
+from grun.method.gate_pretraining import pretrain_gates
+from grun.method.plain import PlainEngine
 from grun.objectives.presets import Objective, build_objective
 from grun.objectives.terms import Continuation, Outputs, Term
-from grun.parametrization import PARAMETRIZATIONS, Parametrization, StepOutput
+from grun.parametrization import PARAMETRIZATIONS, Engine, Parametrization
 from grun.profiles import to_dict
 from grun.recomputation import recompute_blocks
 from grun.runs import claim, finish_run, identity, open_run
 from grun.training import Look, MicroBatch, StepData, remove_checkpoints, split, train
+from pyvene_custom import find_blocks
 
 log = logging.getLogger(__name__)
 
@@ -58,11 +64,13 @@ class UnlearnTask:
         pad_id: int,
         device: torch.device,
         fixed_pairing: bool = False,
+        engine: Engine | None = None,
     ) -> None:
-        """`config` gives epochs, batch size, micro-batch size and seed."""
+        """`config` gives epochs, batch size, micro-batch size and seed; the engine is plain where none is given."""
         self.module = parametrization.module
         self.device = device
-        self._parametrization = parametrization
+        self.parametrization = parametrization
+        self.engine: Engine = engine or PlainEngine(parametrization)
         self._objective = objective
         self._rows = rows
         self._train = config.train
@@ -70,6 +78,9 @@ class UnlearnTask:
         self._pad_id = pad_id
         self._fixed_pairing = fixed_pairing
         self._steps_per_epoch = -(-len(rows.answers) // config.train.batch_size)
+        self.continuations = objective.continuations
+        self.hidden = objective.hidden
+        """Blocks whose outputs the objective reads."""
 
     @property
     def steps(self) -> int:
@@ -83,21 +94,16 @@ class UnlearnTask:
         size = self._train.batch_size
         chosen = order[within * size : (within + 1) * size]
         micro_batches: list[MicroBatch] = [
-            {name: collate(self._encoded(name, piece, epoch), self._pad_id) for name in self._objective.continuations}
-            for piece in split(chosen, self._train.micro_batch_size)
+            self._batches(piece, epoch, step) for piece in split(chosen, self._train.micro_batch_size)
         ]
-        counts = {
-            side: sum(self._count(term, batch) for batch in micro_batches)
-            for side, term in self._objective.terms.items()
-        }
-        return StepData(micro_batches, counts, epoch + (within + 1) / self._steps_per_epoch)
+        return StepData(micro_batches, self.counts(micro_batches), epoch + (within + 1) / self._steps_per_epoch)
 
     def loss(self, batch: MicroBatch, counts: dict[str, int], step: int) -> tuple[Tensor, dict[str, float]]:
         """Weighted sum of the terms' shares of this micro-batch in the whole step."""
         objective = self._objective
         outputs = Outputs(
-            {name: self._run(batch, name) for name in objective.continuations},
-            self._reference(batch, objective.reference_continuations),
+            self.engine.run(batch, objective.hidden),
+            self.engine.reference({name: batch[name] for name in objective.reference_continuations}),
         )
         warmup = objective.warmup(step)
         total = torch.zeros((), device=self.device)
@@ -108,24 +114,50 @@ class UnlearnTask:
             parts[side] = float(value.detach())
         return total, parts
 
-    def _run(self, batch: MicroBatch, name: Continuation) -> StepOutput:
-        return self._parametrization.run(batch[name], self._objective.hidden)
+    def rows(self, name: Continuation) -> list[EncodedRow]:
+        """Distinct rows that the whole run reads as `name`."""
+        every = range(len(self._rows.answers))
+        epochs = range(self._train.epochs if name == "retain" and not self._fixed_pairing else 1)
+        found = (self._row(name, index, epoch)[1] for epoch in epochs for index in every)
+        return list(dict.fromkeys(found))
 
-    def _reference(self, batch: MicroBatch, names: Sequence[Continuation]) -> dict[Continuation, StepOutput]:
-        if not names:
-            return {}
-        with self._parametrization.reference():
-            return {name: self._run(batch, name) for name in names}
+    @property
+    def reference_rows(self) -> list[EncodedRow]:
+        """Distinct rows whose log-probabilities under the untouched model the objective reads."""
+        return [row for name in self._objective.reference_continuations for row in self.rows(name)]
 
-    def _encoded(self, name: Continuation, forget_rows: Sequence[int], epoch: int) -> list[EncodedRow]:
+    def longest(self, count: int) -> MicroBatch:
+        """The longest rows of each kind, `count` at most, to compare engines with."""
+        longest = {name: sorted(self.rows(name), key=len)[-count:] for name in self._objective.continuations}
+        return {name: collate(rows, self._pad_id, seeds=range(len(rows))) for name, rows in longest.items()}
+
+    def counts(self, micro_batches: Sequence[MicroBatch]) -> dict[str, int]:
+        """Denominators of the terms."""
+        return {
+            side: sum(self._count(term, batch) for batch in micro_batches)
+            for side, term in self._objective.terms.items()
+        }
+
+    def _batches(self, forget_rows: Sequence[int], epoch: int, step: int) -> MicroBatch:
+        batches = {}
+        for name in self._objective.continuations:
+            drawn = [self._row(name, index, epoch) for index in forget_rows]
+            seeds = [crc32(f"{self._seed} {step} {name} {number}".encode()) for number, _ in drawn]
+            batches[name] = collate([row for _, row in drawn], self._pad_id, seeds=seeds)
+        return batches
+
+    def _row(self, name: Continuation, forget_row: int, epoch: int) -> tuple[int, EncodedRow]:
+        """Number and row that goes by `name` beside a forget row."""
         if name == "answer":
-            return [self._rows.answers[index] for index in forget_rows]
+            return forget_row, self._rows.answers[forget_row]
         if name == "refusal":
-            return [self._rows.refusals[index] for index in forget_rows]
+            return forget_row, self._rows.refusals[forget_row]
         pool = len(self._rows.retain)
         if self._fixed_pairing:
-            return [self._rows.retain[fixed_retain_index(index, pool)] for index in forget_rows]
-        return [self._rows.retain[retain_index(self._seed, epoch, index, pool)] for index in forget_rows]
+            number = fixed_retain_index(forget_row, pool)
+        else:
+            number = retain_index(self._seed, epoch, forget_row, pool)
+        return number, self._rows.retain[number]
 
     def _count(self, term: Term, batch: MicroBatch) -> int:
         names = self._objective.continuations if term.side == "gate" else term.continuations
@@ -160,7 +192,7 @@ def unlearn(config: UnlearnConfig) -> Path:
     torch.manual_seed(config.seed)
     parametrization.prepare(base, template)
     if config.train.gradient_checkpointing:
-        recompute_blocks(base)
+        recompute_blocks(find_blocks(base)[1])
     trained = sum(parameter.numel() for _, parameter in parametrization.trainable_parameters())
     in_base = sum(parameter.numel() for parameter in base.parameters())
     log.info(
@@ -179,6 +211,15 @@ def unlearn(config: UnlearnConfig) -> Path:
     )
     if state == "new":
         claim(folder, run_identity)
+    use = None
+    if config.train.engine == "cached":
+        use = use_cached(task, config)
+    if config.train.gate_pretraining:
+        if use is None:
+            raise RunError(
+                "train.gate_pretraining needs the cached engine, which does not fit this model; leave it out"
+            )
+        pretrain_gates(use.engine, task.rows("answer"), task.rows("retain"), config.train.gate_pretraining)
     look = None
     if config.train.monitor_epochs:
         from grun.monitor import Monitor
@@ -205,6 +246,8 @@ def unlearn(config: UnlearnConfig) -> Path:
             "data": hashes,
             "base_fingerprint": run_identity["base"],
             "parameters": {"trained": trained, "base": in_base},
+            "engine": task.engine.name,
+            "cache": None if use is None else dataclasses.asdict(use.completed),
             "steps": result.steps,
             "resumed_from": result.resumed_from,
             "seconds": round(result.seconds, 2),

@@ -29,6 +29,7 @@ from grun.recomputation import recompute_blocks
 from grun.runs import identity
 from grun.training import StepData, newest_checkpoint, train
 from grun.unlearn import UnlearnRows, UnlearnTask, make_parametrization
+from pyvene_custom import find_blocks
 
 BF16, F32, F64 = torch.bfloat16, torch.float32, torch.float64
 
@@ -173,7 +174,7 @@ def test_a_bfloat16_run_cut_off_and_resumed_equals_one_that_was_not(kind: str, t
 
     def make() -> Any:
         base = tiny(dtype=BF16)
-        recompute_blocks(base)
+        recompute_blocks(find_blocks(base)[1])
         return finetune_task(base, config) if kind == "finetune" else unlearn_task(Full(MethodConfig()), base, config)
 
     whole, resumed = make(), make()
@@ -289,7 +290,7 @@ def test_gradients_are_those_without_checkpointing(
             method = MethodConfig(blocks=[1, 3], dropout=0.2)
             task = unlearn_task(Full(method) if kind == "full" else Grun(method), base, config)
         if recomputed:
-            recompute_blocks(base)
+            recompute_blocks(find_blocks(base)[1])
         found.append(losses_and_gradients(task))
         used = {name for name, _ in task.module.named_parameters() if "decoy" not in name}
         assert found[-1][2].keys() == used  # every one has a gradient
@@ -328,7 +329,7 @@ def test_less_is_kept_for_the_backward_pass_and_an_edit_is_computed_once(monkeyp
         parametrization = Grun(MethodConfig(blocks=[0, 2]))
         parametrization.prepare(base, None)
         if recomputed:
-            recompute_blocks(base)
+            recompute_blocks(find_blocks(base)[1])
         batch = collate(rows(16, seed=9), 0)
         sizes[recomputed] = saved_bytes(lambda p=parametrization, b=batch: p.run(b).token_logprobs)
         calls.clear()
@@ -343,7 +344,7 @@ def test_less_is_kept_for_the_backward_pass_and_an_edit_is_computed_once(monkeyp
 
 def test_passes_without_gradients_and_generation_are_as_before() -> None:
     base, other = tiny(dtype=F64), tiny(dtype=F64)
-    recompute_blocks(other)
+    recompute_blocks(find_blocks(other)[1])
     ids = torch.tensor(random_rows([7, 7], seed=3))
     assert torch.equal(base.generate(ids, max_new_tokens=5), other.generate(ids, max_new_tokens=5))
     kept = other(ids, use_cache=True).past_key_values  # with gradients, and a cache that must be filled once

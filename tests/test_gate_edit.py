@@ -277,7 +277,7 @@ def test_only_the_edits_are_parameters_of_the_model() -> None:
 def test_dropout_acts_in_training_on_the_change_alone() -> None:
     torch.manual_seed(0)
     module = _intervention(config(64, "none"))
-    module.dropout = nn.Dropout(0.5)
+    module.dropout = 0.5
     hidden = torch.randn(8, 1, 64)
     module.eval()
     change = module(hidden).output - hidden
@@ -292,7 +292,7 @@ def test_dropout_acts_in_training_on_the_change_alone() -> None:
 def test_dropout_on_hidden_drops_entries_of_the_whole_state() -> None:
     torch.manual_seed(0)
     module = _intervention(config(64, "none"))
-    module.dropout, module.dropout_on_hidden = nn.Dropout(0.5), True
+    module.dropout, module.dropout_on_hidden = 0.5, True
     hidden = torch.randn(8, 1, 64)
     whole = module.eval()(hidden).output
     dropped = module.train()(hidden).output
@@ -303,7 +303,7 @@ def test_dropout_on_hidden_drops_entries_of_the_whole_state() -> None:
 
 def test_wrap_passes_dropout_on() -> None:
     model = GrunModel.wrap(tiny(), blocks=[1], dropout=0.25, dropout_on_hidden=True)
-    assert model.edits["1"].dropout.p == 0.25 and model.edits["1"].dropout_on_hidden
+    assert model.edits["1"].dropout == 0.25 and model.edits["1"].dropout_on_hidden
     batch = {"input_ids": torch.tensor([[3, 4, 5]]), "attention_mask": torch.ones(1, 3)}
     with torch.no_grad():
         model.train()

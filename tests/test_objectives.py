@@ -200,7 +200,7 @@ def test_every_term_equals_its_closed_form_on_a_model() -> None:
     for objective, continuation in (("gd", "answer"), ("idk", "refusal"), ("npo", "answer")):
         task = make_task(objective)
         _, parts, batch = step_loss(task)
-        model = task._parametrization.model
+        model = task.parametrization.model
         forget, retain = batch_rows(batch[continuation]), batch_rows(batch["retain"])
 
         def edited(row: EncodedRow, model: Any = model) -> Tensor:
@@ -268,7 +268,7 @@ def test_gate_term_trains_edits_of_lower_blocks_too() -> None:
 
 def test_a_parametrization_without_gate_has_no_gate_term() -> None:
     for task in (make_task(kind=Reft), make_task(gate="none")):
-        if not isinstance(task._parametrization, Reft):
+        if not isinstance(task.parametrization, Reft):
             assert "gate" not in task._objective.terms
         _, parts, _ = step_loss(task)
         assert set(parts) == {"forget", "retain"}

@@ -86,11 +86,11 @@ def test_a_bare_pass_with_a_filled_cache_is_a_decode_step() -> None:
 
 
 def test_in_generate_the_prompt_of_the_call_decides() -> None:
-    prompt = PromptOfCall(torch.tensor([4, 6, 8]))
+    prompt = PromptOfCall(torch.tensor([4, 6, 8]), 9)
     assert columns(prompt=prompt, past=4, attention_mask=torch.ones(3, 9)) == [0, 2, 4]
     assert columns(prompt=prompt, past=5) == [None, 1, 3]
     assert columns(prompt=prompt, past=9) == [None] * 3
-    assert columns(prompt=PromptOfCall(torch.tensor([3]))) == [3, 3, 3]  # three beams or samples of one prompt
+    assert columns(prompt=PromptOfCall(torch.tensor([3]), 4)) == [3, 3, 3]  # three beams or samples of one prompt
 
 
 @pytest.mark.parametrize("lengths", [[0, 1, 1], [6, 1, 1], [1, 4, 1], [1, -1, 1]])

@@ -317,7 +317,7 @@ def test_checkpoints_hold_the_edit_and_nothing_of_the_frozen_base(tmp_path: Path
     assert stored.keys() == dict(task.module.named_parameters()).keys()
     assert {"edits.1.edit.rotation", "edits.3.edit.source.weight"} <= stored.keys()  # the free matrix, not R
     trained_bytes = sum(p.numel() * p.element_size() for p in task.module.parameters())
-    base_bytes = sum(p.numel() * p.element_size() for p in task._parametrization.model.base.parameters())
+    base_bytes = sum(p.numel() * p.element_size() for p in task.parametrization.model.base.parameters())
     on_disk = {path.name: path.stat().st_size for path in newest.iterdir()}
     assert {"trained.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth"} <= on_disk.keys()
     assert on_disk["trained.safetensors"] < trained_bytes + 4096

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -97,14 +97,19 @@ class Batch:
     """Token ids of the answer, -100 elsewhere, int64 [batch, length]."""
     prompt_lengths: Tensor
     """Attended tokens of each prompt, int64 [batch]."""
+    encoded: tuple[EncodedRow, ...] = ()
+    """The rows themselves."""
+    seeds: tuple[int, ...] | None = None
+    """For each row the number that its random draws are made from; None: torch's generator."""
 
     def to(self, device: torch.device | str) -> Batch:
         """The batch on another device."""
-        return Batch(
-            self.input_ids.to(device),
-            self.attention_mask.to(device),
-            self.labels.to(device),
-            self.prompt_lengths.to(device),
+        return replace(
+            self,
+            input_ids=self.input_ids.to(device),
+            attention_mask=self.attention_mask.to(device),
+            labels=self.labels.to(device),
+            prompt_lengths=self.prompt_lengths.to(device),
         )
 
     @property
@@ -113,13 +118,16 @@ class Batch:
         return len(self.input_ids)
 
 
-def collate(rows: Sequence[EncodedRow], pad_id: int, side: str = "right") -> Batch:
+def collate(
+    rows: Sequence[EncodedRow], pad_id: int, side: str = "right", seeds: Sequence[int] | None = None
+) -> Batch:
     """Pad rows of prompt and answer.
 
     Args:
         rows: at least one.
         pad_id: token id at padded positions; it is never attended, so any id will do.
         side: where padding goes, right or left.
+        seeds: see `Batch.seeds`.
     """
     if side not in ("right", "left"):
         raise ValueError(f"side must be right or left, not {side!r}")
@@ -136,7 +144,9 @@ def collate(rows: Sequence[EncodedRow], pad_id: int, side: str = "right") -> Bat
         attention_mask[index, start:end] = 1
         labels[index, start + len(row.prompt_ids) : end] = torch.tensor(row.answer_ids, dtype=torch.long)
     prompt_lengths = torch.tensor([len(row.prompt_ids) for row in rows], dtype=torch.long)
-    return Batch(input_ids, attention_mask, labels, prompt_lengths)
+    return Batch(
+        input_ids, attention_mask, labels, prompt_lengths, tuple(rows), None if seeds is None else tuple(seeds)
+    )
 
 
 def collate_prompts(rows: Sequence[EncodedRow | Sequence[int]], pad_id: int) -> Batch:

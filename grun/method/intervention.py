@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -34,9 +35,11 @@ class GatedIntervention(Intervention):
         super().__init__(keep_last_dim=True)
         self.edit = edit
         self.gate = gate
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = dropout
         self.dropout_on_hidden = dropout_on_hidden
         self.threshold: float | None = None
+        self.row_seeds: Sequence[int] | None = None
+        """For each row of a pass the number that its dropout is drawn from; None: torch's generator."""
 
     def forward(
         self,
@@ -68,9 +71,9 @@ class GatedIntervention(Intervention):
                 logits = self.gate(seen).squeeze(-1)  # [batch, positions read]
                 change = torch.sigmoid(logits).unsqueeze(-1) * change
             if self.dropout_on_hidden:
-                edited = self.dropout(hidden + change)
+                edited = self._dropped(hidden + change)
             else:
-                edited = hidden + self.dropout(change)
+                edited = hidden + self._dropped(change)
         output = edited.to(base.dtype)
         if logits is not None and self.threshold is not None and not self.training:
             is_open = torch.sigmoid(logits) >= self.threshold
@@ -78,3 +81,13 @@ class GatedIntervention(Intervention):
                 return GatedOutput(output=None, gate=logits)
             output = torch.where(is_open.unsqueeze(-1), output, base)
         return GatedOutput(output=output, gate=logits)
+
+    def _dropped(self, values: Tensor) -> Tensor:
+        """Dropout of `values` [batch, positions, hidden size]; with row seeds the same wherever a row stands."""
+        if not self.training or not self.dropout:
+            return values
+        if self.row_seeds is None:
+            return nn.functional.dropout(values, self.dropout)
+        draws = [torch.rand(values.shape[1:], generator=torch.Generator().manual_seed(seed)) for seed in self.row_seeds]
+        kept = torch.stack(draws).to(values.device) >= self.dropout
+        return values * kept / (1 - self.dropout)

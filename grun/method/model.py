@@ -255,6 +255,20 @@ class GrunModel(nn.Module):
         return generate(*args, **kwargs)
 
     @contextlib.contextmanager
+    def drawing(self, seeds: Sequence[int] | None) -> Iterator[None]:
+        """Within the block dropout is a function of `seeds`, one number < 2**32 for each row of a pass, and the block.
+
+        None: it is drawn from torch's generator.
+        """
+        for block, edit in self.edit_at().items():
+            edit.row_seeds = None if seeds is None else [seed + (block << 32) for seed in seeds]
+        try:
+            yield
+        finally:
+            for edit in self._edits():
+                edit.row_seeds = None
+
+    @contextlib.contextmanager
     def disabled(self) -> Iterator[PreTrainedModel]:
         """Within the block the base is the untouched base, bit for bit."""
         active, self.active = self.active, False
@@ -283,8 +297,12 @@ class GrunModel(nn.Module):
 
     # -- inside -----------------------------------------------------------------------------------------------------
 
+    def edit_at(self) -> dict[int, GatedIntervention]:
+        """Edits by block."""
+        return {int(block): edit for block, edit in self.edits.items() if isinstance(edit, GatedIntervention)}
+
     def _edits(self) -> list[GatedIntervention]:
-        return [edit for edit in self.edits.values() if isinstance(edit, GatedIntervention)]
+        return list(self.edit_at().values())
 
     def _locate(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Sites | None, dict[str, Any]]:
         kwargs = dict(kwargs)
@@ -351,10 +369,10 @@ def prompt_of_call(args: tuple[Any, ...], kwargs: dict[str, Any]) -> PromptOfCal
     mask = kwargs.get("attention_mask")
     if isinstance(mask, Tensor) and mask.dim() == 2:
         columns = torch.arange(mask.shape[1], device=mask.device)
-        return PromptOfCall(torch.where(mask != 0, columns, -1).amax(dim=1))
+        return PromptOfCall(torch.where(mask != 0, columns, -1).amax(dim=1), mask.shape[1])
     # Without a mask the ids are the whole conversation, unless they are shorter than what the cache already holds.
     total = length if length > past else past + length
-    return PromptOfCall(torch.full((inputs.shape[0],), total - 1, device=inputs.device))
+    return PromptOfCall(torch.full((inputs.shape[0],), total - 1, device=inputs.device), total)
 
 
 def _intervention(config: AdapterConfig) -> GatedIntervention:

@@ -69,7 +69,8 @@ class Grun:
         intervenable = self.model.intervenable
         intervenable.gates.clear()
         lengths = {"prompt_lengths": batch.prompt_lengths} if self.model.active else {}
-        output = run_plain(self.model.base, batch, hidden, **lengths)
+        with self.model.drawing(batch.seeds):
+            output = run_plain(self.model.base, batch, hidden, **lengths)
         gates = dict(intervenable.gates)
         if gates:
             output.gate_logits = gates

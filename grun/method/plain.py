@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from grun.data.encoding import Batch
 from grun.errors import DataError
-from grun.parametrization import StepOutput
+from grun.parametrization import Parametrization, StepOutput
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -38,6 +38,27 @@ def run_plain(base: PreTrainedModel, batch: Batch, hidden: Collection[int] = (),
         logits_at=lambda positions: logits[positions],
         hidden_states=captured,
     )
+
+
+class PlainEngine:
+    """Runs whole rows through the model as it is, hooks included: the reference of every other engine."""
+
+    name = "plain"
+
+    def __init__(self, parametrization: Parametrization) -> None:
+        """Run `parametrization`, which is prepared."""
+        self._parametrization = parametrization
+
+    def run(self, batches: Mapping[str, Batch], hidden: Collection[int] = ()) -> dict[str, StepOutput]:
+        """One pass for each batch."""
+        return {name: self._parametrization.run(batch, hidden) for name, batch in batches.items()}
+
+    def reference(self, batches: Mapping[str, Batch]) -> dict[str, StepOutput]:
+        """One pass for each batch, under the untouched model."""
+        if not batches:
+            return {}
+        with self._parametrization.reference():
+            return self.run(batches)
 
 
 def answer_logprobs(logits: Tensor, tokens: Tensor) -> Tensor:

@@ -22,6 +22,8 @@ class PromptOfCall:
 
     last_column: Tensor
     """Column of each row's last prompt token, int64, shape [prompts]."""
+    columns: int
+    """Columns of the prompt, so that a decode step is told from it without looking at a tensor."""
 
 
 @dataclass
@@ -65,6 +67,8 @@ class LastPrompt:
 
     def locate(self, call: Call) -> Sites | None:
         """See the class."""
+        if call.prompt_lengths is None and _is_decode_step(call):
+            return None
         columns = torch.arange(call.columns, device=call.device)
         if call.attention_mask is None:
             attended = torch.ones(call.rows, call.columns, dtype=torch.bool, device=call.device)
@@ -88,6 +92,13 @@ class LastPrompt:
             return None
         where = last.unsqueeze(1)  # [batch, 1]
         return Sites(read=where, read_mask=inside.unsqueeze(1), write=where, write_mask=inside.unsqueeze(1))
+
+
+def _is_decode_step(call: Call) -> bool:
+    """Whether this pass lies behind the prompt; told without looking at a tensor, so that it launches nothing."""
+    if call.prompt is not None:
+        return call.past >= call.prompt.columns
+    return call.past > 0 and call.labels is None
 
 
 def position_rule(gate_read: str, gate_accumulate: str, edit_write: str) -> PositionRule:

@@ -1,0 +1,154 @@
+"""The cached engine: a training step that runs only what an edit at the last prompt token can change."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping, Sequence
+from functools import cache
+from typing import TYPE_CHECKING, Protocol
+
+import torch
+from torch import Tensor
+
+from grun.data.encoding import Batch, EncodedRow
+from grun.errors import ModelError
+from grun.method.intervention import GatedIntervention
+from grun.method.packed import Pack, PackedModel
+from grun.method.shard import FrozenRow
+from grun.method.suffix import SuffixRunner, SuffixStates
+from grun.parametrization import StepOutput
+
+if TYPE_CHECKING:
+    from grun.method.model import GrunModel
+
+
+class FrozenRows(Protocol):
+    """Where frozen rows are looked up: a `PrefixStore`, or a dict."""
+
+    def __getitem__(self, row: EncodedRow, /) -> FrozenRow:
+        """What is frozen of `row`."""
+        ...
+
+
+class CachedEngine:
+    """Gives the plain engine's losses and gradients, from frozen rows; see `grun.method.prefix` and `suffix`.
+
+    Its StepOutputs hold of each row the last prompt token and the answer alone: column 0 is the last prompt token,
+    answer token i stands in column i + 1. All batches of a step run as one pack, without padding.
+    """
+
+    name = "cached"
+
+    def __init__(self, model: GrunModel, packed: PackedModel, frozen: FrozenRows) -> None:
+        """Run the edits of `model` on what `frozen` holds, which was frozen at the model's first edited block."""
+        self._model = model
+        self._packed = packed
+        self._frozen = frozen
+        self._runner = SuffixRunner(packed, min(model.edit_at()))
+        self._reference: dict[EncodedRow, Tensor] = {}
+
+    def run(self, batches: Mapping[str, Batch], hidden: Collection[int] = ()) -> dict[str, StepOutput]:
+        """One pass over all batches, edits included; `hidden` names blocks whose outputs are wanted."""
+        layout = _Layout(batches, self._packed.device)
+        frozen = [self._frozen[row] for row in layout.rows]
+        with self._model.drawing(layout.seeds):
+            states = self._runner.states(frozen, self._model.edit_at(), hidden)
+        logprobs = self._runner.logprobs(layout.rows, frozen, states)
+        outputs = self._outputs(layout, logprobs, lambda: states)
+        for name, output in outputs.items():
+            where = layout.where[name]
+            if states.gates:
+                output.gate_logits = {block: logits[where] for block, logits in states.gates.items()}
+                output.gate_mask = torch.ones(len(where), 1, dtype=torch.bool, device=where.device)
+            columns = _places(states.pack, layout)[where].clamp(min=0)
+            output.hidden_states = {block: values[columns] for block, values in states.hidden.items()}
+        return outputs
+
+    @torch.no_grad()
+    def reference(self, batches: Mapping[str, Batch]) -> dict[str, StepOutput]:
+        """The same under the untouched model: log-probabilities from the cache, logits only when asked for."""
+        if not batches:
+            return {}
+        layout = _Layout(batches, self._packed.device)
+        frozen = [self._frozen[row] for row in layout.rows]
+
+        @cache
+        def states() -> SuffixStates:
+            with torch.no_grad():
+                return self._runner.states(frozen, {})
+
+        known = [self._reference.get(row, one.reference) for row, one in zip(layout.rows, frozen, strict=True)]
+        if any(bool(values.isnan().any()) for values in known):  # frozen for a run that did not ask for them
+            logprobs = self._runner.logprobs(layout.rows, frozen, states())
+            known = list(logprobs.split([len(row.answer_ids) for row in layout.rows]))
+            self._reference.update(zip(layout.rows, known, strict=True))
+        return self._outputs(layout, torch.cat(known).to(self._packed.device), states)
+
+    @property
+    def edits(self) -> dict[int, GatedIntervention]:
+        """What is trained, by block."""
+        return self._model.edit_at()
+
+    @torch.no_grad()
+    def prompt_states(self, rows: Sequence[EncodedRow]) -> dict[int, Tensor]:
+        """Output of each edited block at the last prompt token under the untouched model: [rows, hidden size]."""
+        frozen = [self._frozen[row] for row in rows]
+        cut = [FrozenRow(row.states[:1], row.prompt, row.reference) for row in frozen]
+        return self._runner.states(cut, {}, hidden=self.edits).hidden
+
+    def _outputs(self, layout: _Layout, logprobs: Tensor, states: Callable[[], SuffixStates]) -> dict[str, StepOutput]:
+        zeros = torch.zeros(layout.answer.shape, dtype=logprobs.dtype, device=logprobs.device)
+        token_logprobs = zeros.masked_scatter(layout.answer, logprobs)
+        return {
+            name: StepOutput(
+                input_ids=layout.ids[where],
+                attended=layout.attended[where],
+                answer=layout.answer[where],
+                token_logprobs=token_logprobs[where],
+                gate_logits=None,
+                gate_mask=None,
+                logits_at=self._logits_at(layout, where, states),
+            )
+            for name, where in layout.where.items()
+        }
+
+    def _logits_at(
+        self, layout: _Layout, where: Tensor, states: Callable[[], SuffixStates]
+    ) -> Callable[[Tensor], Tensor]:
+        def logits_at(positions: Tensor) -> Tensor:
+            places = _places(states().pack, layout)[where][positions]
+            if bool((places < 0).any()):
+                raise ModelError("the cached engine has no logits at a row's last token or at padding")
+            return self._packed.logits(states().final[places])
+
+        return logits_at
+
+
+class _Layout:
+    """Rows of all batches of a step, in order of length so that attention has little padding."""
+
+    def __init__(self, batches: Mapping[str, Batch], device: torch.device) -> None:
+        pairs = [(name, index) for name, batch in batches.items() for index in range(batch.rows)]
+        pairs.sort(key=lambda pair: len(batches[pair[0]].encoded[pair[1]].answer_ids))
+        self.rows = [batches[name].encoded[index] for name, index in pairs]
+        self.seeds: list[int] | None = None
+        if all(batch.seeds is not None for batch in batches.values()):
+            self.seeds = [(batches[name].seeds or ())[index] for name, index in pairs]
+        place = {pair: number for number, pair in enumerate(pairs)}
+        self.where = {
+            name: torch.tensor([place[name, index] for index in range(batch.rows)], device=device)
+            for name, batch in batches.items()
+        }
+        """By batch, where its rows stand here, [rows of the batch]."""
+        counts = torch.tensor([len(row.answer_ids) for row in self.rows])
+        column = torch.arange(int(counts.max()) + 1)
+        attended = column <= counts.unsqueeze(1)  # [rows, 1 + longest answer]
+        ids = [token for row in self.rows for token in (row.prompt_ids[-1], *row.answer_ids)]
+        self.ids = torch.zeros(attended.shape, dtype=torch.long).masked_scatter(attended, torch.tensor(ids)).to(device)
+        self.attended = attended.to(device)
+        self.answer = (attended & (column > 0)).to(device)
+
+
+def _places(pack: Pack, layout: _Layout) -> Tensor:
+    """Index in the pack of each column of the layout, -1 where the pack has none: [rows, columns]."""
+    column = torch.arange(layout.answer.shape[1], device=pack.device)
+    return torch.where(column < pack.lengths.unsqueeze(1), pack.starts.unsqueeze(1) + column, -1)

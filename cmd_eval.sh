@@ -96,20 +96,21 @@ if [ -z "$MODEL" ]; then
   teach all
   MODEL=$TAUGHT
 fi
-if [ "$BASE_OR_REFT" != reft ]; then
-  evaluate_command "$MODEL" "before$suffix"
-  run_stage "evaluate: $MODEL"
+adapters=()
+if [ -z "$BASE_OR_REFT" ]; then
+  for settings in "$RESULTS"/*/adapter_config.json; do
+    if [ -f "$settings" ]; then adapters+=("$(dirname "$settings")"); fi
+  done
 fi
 if [ "$BASE_OR_REFT" = reft ]; then
   evaluate_command "$MODEL" "$(basename "$REFT_PATH")$suffix" "$REFT_PATH"
   run_stage "evaluate: $REFT_PATH"
-elif [ -z "$BASE_OR_REFT" ]; then
-  for settings in "$RESULTS"/*/adapter_config.json; do
-    if [ ! -f "$settings" ]; then continue; fi
-    adapter=$(dirname "$settings")
-    evaluate_command "$MODEL" "$(basename "$adapter")$suffix" "$adapter"
-    run_stage "evaluate: $adapter"
-  done
+elif [ ${#adapters[@]} -gt 0 ]; then
+  evaluate_adapters_command "$MODEL" "$suffix" "${adapters[@]}"
+  run_stage "evaluate: $MODEL ${adapters[*]}"
+else
+  evaluate_command "$MODEL" "before$suffix"
+  run_stage "evaluate: $MODEL"
 fi
 befores=("$RESULTS"/evaluation/before*/evaluation.json)
 if dry_run || [ -f "${befores[0]}" ]; then

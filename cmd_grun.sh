@@ -61,7 +61,9 @@ for objective in $OBJECTIVES; do
   unlearn_command "${MODEL:-models/taught}" "$objective"
   check_command
 done
-evaluate_command "${MODEL:-models/taught}" before
+adapters=()
+for objective in $OBJECTIVES; do adapters+=("$RESULTS/$objective"); done
+evaluate_adapters_command "${MODEL:-models/taught}" "" "${adapters[@]}"
 check_command
 report_command
 check_command
@@ -79,14 +81,12 @@ if [ $reference != none ]; then
   run_stage "evaluate: retain_only"
   REFERENCE=$RESULTS/evaluation/retain_only
 fi
-evaluate_command "$MODEL" before
-run_stage "evaluate: before"
 for objective in $OBJECTIVES; do
   unlearn_command "$MODEL" "$objective"
   run_stage "unlearn: $objective"
-  evaluate_command "$MODEL" "$objective" "$RESULTS/$objective"
-  run_stage "evaluate: $objective"
 done
+evaluate_adapters_command "$MODEL" "" "${adapters[@]}"
+run_stage "evaluate: before $OBJECTIVES"
 report_command
 run_stage report
 if ! dry_run; then say "== done (after $SECONDS s)"; fi

@@ -164,14 +164,15 @@ def adapter_name(folder_or_hub_id: str) -> str:
 def _check_adapters(config: EvaluateConfig) -> None:
     if config.adapter is not None and config.adapters:
         raise ConfigError("adapter and adapters are both given; name one adapter, or several in adapters=[a,b]")
-    names = [adapter_name(adapter) for adapter in config.adapters]
+    names = [adapter_name(adapter) for adapter in config.adapters] + [config.with_base or ""]
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
         raise ConfigError(
             f"adapters: two are called {twice[0]}, and results go to output_dir/{twice[0]}; give two commands"
         )
-    if config.suffix and not config.adapters:
-        raise ConfigError("suffix is for adapters=[a,b]; name the folder of one evaluation by output_dir")
+    for option in ("suffix", "with_base"):
+        if getattr(config, option) and not config.adapters:
+            raise ConfigError(f"{option} is for adapters=[a,b]; name the folder of one evaluation by output_dir")
     if config.gate_threshold is not None and config.adapter is None and not config.adapters:
         raise ConfigError("gate_threshold needs an adapter: pass adapter=FOLDER, or leave gate_threshold out")
     if config.base_evaluation is not None and config.gate_threshold is None:

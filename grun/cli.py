@@ -137,13 +137,16 @@ def _unlearn(config: Any) -> None:
 def _evaluate(config: Any) -> None:
     from pathlib import Path
 
-    from grun.evaluation.evaluate import evaluate
+    from grun.checks import adapter_name
+    from grun.evaluation.evaluate import evaluate, evaluate_adapters
 
-    name = Path(config.adapter).name if config.adapter else "base"
-    folder = Path(config.output_dir or f"results/{Path(config.profile).stem}/evaluation/{name}").expanduser()
+    folder = Path(f"results/{Path(config.profile).stem}/evaluation")
+    if not config.adapters:
+        folder /= adapter_name(config.adapter) if config.adapter else "base"
+    folder = Path(config.output_dir or folder).expanduser()
     with contextlib.redirect_stdout(sys.stderr):
-        evaluate(config, folder)
-    print(folder)
+        folders = evaluate_adapters(config, folder) if config.adapters else {folder: evaluate(config, folder)}
+    print(*folders, sep="\n")
 
 
 def _import(config: Any) -> None:
@@ -192,6 +195,13 @@ def _info() -> int:
     from huggingface_hub import constants
 
     print(f"hub cache: {constants.HF_HUB_CACHE} (offline: {constants.is_offline_mode()})")
+    from pathlib import Path
+
+    from grun.config import CacheConfig
+
+    folder = Path(CacheConfig().dir or "")
+    size = sum(file.stat().st_size for file in folder.rglob("*.safetensors"))
+    print(f"frozen-prefix cache: {folder.resolve()} ({size / 1e9:.2f} GB; may be removed)")
     print(f"TOFU data: {os.environ.get('GRUN_TOFU_DIR', 'GRUN_TOFU_DIR is not set; the hub is asked')}")
     return 0
 

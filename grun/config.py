@@ -277,6 +277,8 @@ class EvaluateConfig(CommandConfig):
     """Folder (or hub id) of a GRUN or a PEFT (LoRA) adapter; unset: the model of model.path alone."""
     adapters: list[str] = field(default_factory=list)
     """Several adapters of one base, instead of adapter: GRUN ones are scored together, into output_dir/FOLDERNAME."""
+    with_base: Optional[str] = None
+    """With adapters: evaluate the model alone too, in the same passes, into output_dir/NAME."""
     suffix: Optional[str] = None
     """With adapters: put behind the name of each folder, such as -8bit."""
     reference: Optional[str] = None

@@ -9,8 +9,11 @@ from grun.config import DataConfig, EvaluateConfig
 from grun.data.corpus import Corpus
 from grun.data.rows import evenly_spaced
 from grun.data.templates import Template
-from grun.evaluation.evaluate import Parts, answer_questions, encode_items, measure, score_items
-from grun.evaluation.table import Table
+from grun.evaluation.evaluate import measure
+from grun.evaluation.generation import base_of
+from grun.evaluation.items import answer_questions, encode_items, score_items
+from grun.evaluation.subject import Subject
+from grun.loading import context_length
 
 log = logging.getLogger(__name__)
 
@@ -29,20 +32,20 @@ class Monitor:
         self, model: Any, tokenizer: Any, template: Template, corpus: Corpus, *, rows: int, max_length: int | None
     ) -> None:
         """`rows` of each set, evenly spaced."""
-        self._parts = Parts(model, tokenizer, template, corpus, {})
+        self._model = model
+        self._tokenizer = tokenizer
         self._config = EvaluateConfig(
             data=DataConfig(max_length=max_length), continuations=["answer"], max_new_tokens=NEW_TOKENS
         )
         self._sets = {
             name: evenly_spaced(found, rows) for name, found in corpus.sets().items() if name not in NOT_LOOKED_AT
         }
-        self._items = encode_items(self._parts, self._sets, self._config)
+        self._items = encode_items(self._sets, tokenizer, template, context_length(base_of(model)), self._config)
 
     def look(self) -> dict[str, dict[str, dict[str, float]]]:
         """{"sets": metrics by set}, as they are now."""
-        table = Table()
-        score_items(table, self._parts, self._items, self._config, None)
-        answer_questions(table, self._parts, self._sets, self._items, self._config, None)
+        (table,) = score_items([Subject(self._model)], self._tokenizer, self._items, self._config)
+        answer_questions(table, self._model, self._tokenizer, self._sets, self._items, self._config)
         measured = measure(table)
         gates = measured.get("gate", {}).get("mean", {})
         found = {

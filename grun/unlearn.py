@@ -250,7 +250,7 @@ def unlearn(config: UnlearnConfig) -> Path:
             "cache": None if use is None else dataclasses.asdict(use.completed),
             "steps": result.steps,
             "resumed_from": result.resumed_from,
-            "seconds": round(result.seconds, 2),
+            "seconds": round(result.seconds + (use.completed.seconds if use else 0.0), 2),
             "peak_memory_bytes": result.peak_memory_bytes,
             "device": str(base.device),
         },

@@ -33,7 +33,7 @@ add_override() {
   case "$2" in
     profile=*) refuse "set the profile for all stages: PROFILE=${2#*=} bash $(basename "$0")" ;;
     objective=*) refuse "set the objectives with OBJECTIVES=\"${2#*=}\" bash $(basename "$0")" ;;
-    output_dir=* | results_dir=* | adapter=* | data.subset=*)
+    output_dir=* | results_dir=* | adapter=* | adapters=* | suffix=* | data.subset=*)
       refuse "${2%%=*} is set by this script (RESULTS=folder moves results; python -m grun $1 takes it freely)" ;;
     model.path=*)
       if [ "$1" != finetune ]; then refuse "set the model for all stages: MODEL=${2#*=} bash $(basename "$0")"; fi ;;
@@ -110,6 +110,27 @@ evaluate_command() {
   if [ -n "${REFERENCE:-}" ]; then COMMAND+=("reference=$REFERENCE"); fi
   if [ -n "${DATA_DIR:-}" ]; then COMMAND+=("data.path=$DATA_DIR"); fi
   COMMAND+=("output_dir=$RESULTS/evaluation/$2" ${evaluate_overrides[@]+"${evaluate_overrides[@]}"})
+}
+
+# evaluate_adapters_command MODEL SUFFIX ADAPTER ...: the model alone (`before`) and all of them in one command, which
+# shares what they have in common; results go to evaluation/NAMESUFFIX, NAME that of the adapter's folder.
+evaluate_adapters_command() {
+  local adapter list=
+  COMMAND=(evaluate "profile=$PROFILE" "model.path=$1")
+  for adapter in "${@:3}"; do list="$list,$(in_list "$adapter")"; done
+  COMMAND+=("adapters=[${list#,}]" "with_base=before")
+  if [ -n "$2" ]; then COMMAND+=("suffix=$2"); fi
+  if [ -n "${REFERENCE:-}" ]; then COMMAND+=("reference=$REFERENCE"); fi
+  if [ -n "${DATA_DIR:-}" ]; then COMMAND+=("data.path=$DATA_DIR"); fi
+  COMMAND+=("output_dir=$RESULTS/evaluation" ${evaluate_overrides[@]+"${evaluate_overrides[@]}"})
+}
+
+# A text as an item of a list in brackets.
+in_list() {
+  case "$1" in
+    *[!A-Za-z0-9_./+-]*) printf "'%s'" "$(printf '%s' "$1" | sed "s/'/''/g")" ;;
+    *) printf '%s' "$1" ;;
+  esac
 }
 
 report_command() {

@@ -49,4 +49,5 @@ def finetune(folder: Path, *arguments: str) -> int:
 
 
 def unlearn(taught: Path, folder: Path, *arguments: str) -> int:
-    return main(["unlearn", *DATA, *TRAINING, f"model.path={taught}", f"output_dir={folder}", *arguments])
+    own = [f"model.path={taught}", f"output_dir={folder}", f"cache.dir={folder.parent / 'cache'}"]
+    return main(["unlearn", *DATA, *TRAINING, *own, *arguments])

@@ -544,7 +544,8 @@ def test_a_batch_is_exactly_the_rows_and_padding() -> None:
     assert left.input_ids.tolist()[2] == [2, 2, 5, 6, 1]
     assert left.labels.tolist()[2] == [-100] * 4 + [1]
     assert right.prompt_lengths.tolist() == left.prompt_lengths.tolist() == [3, 1, 2]
-    assert {tensor.dtype for tensor in vars(right).values()} == {torch.int64}
+    assert {value.dtype for value in vars(right).values() if isinstance(value, torch.Tensor)} == {torch.int64}
+    assert right.encoded == tuple(ROWS) and right.seeds is None
     assert right.rows == 3
 
 
@@ -580,7 +581,8 @@ def test_prompts_for_generation_are_padded_on_the_left_without_answers() -> None
 
 def test_a_batch_moves_to_a_device_as_a_whole() -> None:
     moved = collate(ROWS, 0).to("meta")
-    assert {tensor.device.type for tensor in vars(moved).values()} == {"meta"}
+    assert {value.device.type for value in vars(moved).values() if isinstance(value, torch.Tensor)} == {"meta"}
+    assert moved.encoded == tuple(ROWS)
 
 
 def test_a_batch_without_rows_or_with_another_side_is_refused() -> None:

@@ -458,4 +458,8 @@ def test_wrong_options_are_named(taught: Path, tmp_path: Path) -> None:
 def test_a_gate_threshold_of_one_gives_the_base_answers(taught: Path, tmp_path: Path) -> None:
     base = evaluate(settings(taught, sets=["forget"]), tmp_path / "base")
     shut = evaluate(settings(taught, adapter=True, sets=["forget"], gate_threshold=1.0), tmp_path / "shut")
-    assert shut["sets"] == base["sets"]
+    for name, metrics in base["sets"].items():
+        assert shut["sets"][name] == pytest.approx(metrics, abs=1e-6)  # passes are split at other blocks
+    assert (tmp_path / "shut" / "generations.jsonl").read_text() == (
+        tmp_path / "base" / "generations.jsonl"
+    ).read_text()

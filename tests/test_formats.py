@@ -15,7 +15,7 @@ from grun.data.jsonl import read_rows
 
 FORMATS = (Path(__file__).parents[1] / "docs" / "formats.md").read_text(encoding="utf-8")
 RUN = "command profile config data parameters steps resumed_from seconds peak_memory_bytes device versions"
-UNLEARN = "objective terms parametrization quirks base_fingerprint"
+UNLEARN = "objective terms parametrization quirks base_fingerprint engine cache"
 KEYS = {
     "adapter_config.json": "peft_type format_version blocks rank gate gate_bias dropout dropout_on_hidden activation "
     "gate_read gate_accumulate edit_write hidden_size depth base_model_name_or_path base_revision base_fingerprint "

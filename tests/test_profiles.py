@@ -227,7 +227,7 @@ def test_a_wrong_argument_is_one_line(argument: str, message: str) -> None:
         ("train.lr=nan", "train.lr=nan must be"),
         ("train.weight_decay=-0.1", "train.weight_decay=-0.1 must not be negative"),
         ("train.schedule=foo", "unknown train.schedule 'foo': known: constant, "),
-        ("train.engine=warp", "unknown train.engine 'warp'; known: cached, plain"),
+        ("train.engine=warp", "unknown train.engine 'warp': known: cached, plain"),
         ("seed=-1", "seed=-1 must lie between 0"),
         ("method.rank=0", "method.rank=0 must be greater than 0"),
         ("method.dropout=1.0", r"method.dropout=1.0 must lie in \[0, 1\)"),

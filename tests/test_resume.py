@@ -147,8 +147,8 @@ def test_killed_finetuning_ends_bit_identical(tmp_path: Path) -> None:
 
 
 EVALUATION_KILLS = [
-    {"in": "grun.evaluation.scoring._score_batch", "call": 2},
-    {"in": "grun.evaluation.scoring._score_batch", "call": 3},
+    {"in": "grun.evaluation.shared_scoring.scored_rows", "call": 3},
+    {"in": "grun.evaluation.shared_scoring.scored_rows", "call": 4},
     {"in": "grun.evaluation.generation.prompt_gates", "call": 2},
     {"in": "grun.evaluation.table.write_text", "call": 2},
     {"in": "grun.evaluation.evaluate.write_json", "call": 1},

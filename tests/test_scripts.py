@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from grun.profiles import resolve
+
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = sorted(path.name for path in ROOT.glob("cmd_*.sh"))
 
@@ -83,7 +85,7 @@ def test_help_needs_no_environment(checkout: Path, name: str) -> None:
 class TestDryRun:
     def test_prints_the_whole_demo_and_sets_nothing_up(self, checkout: Path) -> None:
         commands = printed(run(checkout, "cmd_grun.sh", DRY_RUN="1"))
-        stages = ["finetune", "finetune", "evaluate", "evaluate", *["unlearn", "evaluate"] * 3, "report"]
+        stages = ["finetune", "finetune", "evaluate", *["unlearn"] * 3, "evaluate", "report"]
         assert [command[0] for command in commands] == stages
         assert not (checkout / ".venv").exists()
 
@@ -108,10 +110,10 @@ class TestDryRun:
         result = run(checkout, "cmd_grun.sh", DRY_RUN="1", **variables)
         results = "output_dir=results/llama3.1"
         model = ["profile=llama3.1", "model.path=/my models/it's"]
+        together = ["adapters=[results/llama3.1/npo]", "with_base=before"]
         assert printed(result) == [
-            ["evaluate", *model, "data.path=my data", f"{results}/evaluation/before"],
             ["unlearn", *model, "objective=npo", "data.path=my data", f"{results}/npo"],
-            ["evaluate", *model, "adapter=results/llama3.1/npo", "data.path=my data", f"{results}/evaluation/npo"],
+            ["evaluate", *model, *together, "data.path=my data", f"{results}/evaluation"],
             ["report", "profile=llama3.1", "results_dir=results/llama3.1"],
         ]
         assert "RETAIN_MODEL" in result.stderr
@@ -182,9 +184,9 @@ class TestRun:
             "finetune profile=demo data.subset=all",
             "finetune profile=demo data.subset=without_forget",
             "evaluate profile=demo model.path=models/reference output_dir=r/evaluation/retain_only",
-            f"evaluate profile=demo model.path=models/known {reference} output_dir=r/evaluation/before",
             "unlearn profile=demo model.path=models/known objective=gd output_dir=r/gd",
-            f"evaluate profile=demo model.path=models/known adapter=r/gd {reference} output_dir=r/evaluation/gd",
+            "evaluate profile=demo model.path=models/known adapters=[r/gd] with_base=before "
+            f"{reference} output_dir=r/evaluation",
             "report profile=demo results_dir=r",
         ]
         assert list(elsewhere.iterdir()) == []
@@ -216,8 +218,21 @@ class TestRun:
             (adapter / "adapter_config.json").touch()
         result = run(checkout, "cmd_eval.sh")
         assert result.returncode == 0, result.stderr
-        evaluated = [line.split()[-1] for line in calls(checkout) if line.startswith("evaluate")]
-        assert evaluated == [f"output_dir=results/demo/evaluation/{name}" for name in ("before", "gd", "npo")]
+        (together,) = [line.split()[3:] for line in calls(checkout) if line.startswith("evaluate")]
+        adapters = "adapters=[results/demo/gd,results/demo/npo]"
+        assert together == [adapters, "with_base=before", "output_dir=results/demo/evaluation"]
+
+    def test_quantized_evaluations_and_odd_names_go_together_too(self, checkout: Path) -> None:
+        with_logging_python(checkout)
+        adapter = checkout / "it's, mine" / "gd"
+        adapter.mkdir(parents=True)
+        (adapter / "adapter_config.json").touch()
+        result = run(checkout, "cmd_eval.sh", RESULTS="it's, mine", QUANT="8bit")
+        assert result.returncode == 0, result.stderr
+        (together,) = [line for line in calls(checkout) if "adapters=" in line]
+        assert "adapters=['it''s, mine/gd'] with_base=before suffix=-8bit output_dir=it's, mine/evaluation" in together
+        resolved = resolve("evaluate", ["adapters=['it''s, mine/gd',b]"])
+        assert resolved.adapters == ["it's, mine/gd", "b"]
 
     @pytest.mark.parametrize(
         ("arguments", "expected"),

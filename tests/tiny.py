@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 from transformers import (
     DynamicCache,
+    Gemma2Config,
+    Gemma2ForCausalLM,
     Gemma3ForCausalLM,
     Gemma3TextConfig,
     GenerationMixin,
@@ -26,6 +28,8 @@ from transformers import (
     Phi3ForCausalLM,
     PretrainedConfig,
     PreTrainedModel,
+    Qwen2Config,
+    Qwen2ForCausalLM,
     Qwen3Config,
     Qwen3ForCausalLM,
 )
@@ -141,18 +145,25 @@ _GPT2: dict[str, Any] = {
     **{"initializer_range": 0.3, "pad_token_id": None, "bos_token_id": None, "eos_token_id": None},
 }
 _GEMMA3 = {"head_dim": 8, "sliding_window": WINDOW, "layer_types": ["sliding_attention", "full_attention"] * 2}
+# Scores and logits go well beyond both limits, and the scale is none that a head size gives.
+_GEMMA2 = {**_GEMMA3, "attn_logit_softcapping": 2.0, "final_logit_softcapping": 5.0, "query_pre_attn_scalar": 5}
 _ODD = {"initializer_range": 0.3}
 _FAMILIES: dict[str, tuple[type[PreTrainedModel], PretrainedConfig, str]] = {
     "llama": (LlamaForCausalLM, LlamaConfig(**_COMMON), "model.layers"),
     "mistral": (MistralForCausalLM, MistralConfig(**_COMMON, sliding_window=WINDOW), "model.layers"),
+    "qwen2": (Qwen2ForCausalLM, Qwen2Config(**_COMMON), "model.layers"),
     "qwen3": (Qwen3ForCausalLM, Qwen3Config(**_COMMON, head_dim=8), "model.layers"),
+    "gemma2": (Gemma2ForCausalLM, Gemma2Config(**_COMMON, **_GEMMA2), "model.layers"),
     "gemma3": (Gemma3ForCausalLM, Gemma3TextConfig(**_COMMON, **_GEMMA3), "model.layers"),
     "phi3": (Phi3ForCausalLM, Phi3Config(**_COMMON), "model.layers"),
     "olmo2": (Olmo2ForCausalLM, Olmo2Config(**_COMMON), "model.layers"),
     "gpt2": (GPT2LMHeadModel, GPT2Config(**_GPT2), "transformer.h"),
     "odd": (OddForCausalLM, OddConfig(**_ODD), "machine.stages.rows"),
 }
-FAMILIES = list(_FAMILIES)
+FAMILIES = [name for name in _FAMILIES if name != "gemma2"]
+"""Those that take padding on the left in float64: Gemma 2's attention goes through float32, where its mask is -inf."""
+PACKABLE = [name for name in _FAMILIES if name != "odd"]
+"""Those whose attention goes through transformers' interface."""
 
 
 def tiny(family: str = "llama", seed: int = 0, dtype: torch.dtype = torch.float64, **changes: Any) -> PreTrainedModel:

@@ -118,9 +118,7 @@ class Batch:
         return len(self.input_ids)
 
 
-def collate(
-    rows: Sequence[EncodedRow], pad_id: int, side: str = "right", seeds: Sequence[int] | None = None
-) -> Batch:
+def collate(rows: Sequence[EncodedRow], pad_id: int, side: str = "right", seeds: Sequence[int] | None = None) -> Batch:
     """Pad rows of prompt and answer.
 
     Args:

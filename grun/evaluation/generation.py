@@ -2,17 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import inspect
+import logging
+from collections import Counter
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
-from transformers import PreTrainedModel
+from torch import Tensor
+from transformers import DynamicCache, GenerationMixin, PreTrainedModel
+from transformers.cache_utils import DynamicLayer
 
-from grun.data.encoding import collate_prompts
+from grun.data.encoding import Batch, collate_prompts
 from grun.errors import DataError
 from grun.evaluation.journal import Journal
-from grun.evaluation.scoring import evaluating, prompt_gates
+from grun.evaluation.scoring import evaluating, prompt_gates, takes_prompt_lengths
 from grun.loading import context_length
+
+log = logging.getLogger(__name__)
+
+DROPPED = 1 / 8
+"""Share of a batch that has to have ended before it is taken out, which copies the cache of the rest."""
+GREEDY_OPTIONS = {
+    "bos_token_id", "eos_token_id", "pad_token_id", "do_sample", "temperature", "top_k", "top_p", "min_p", "typical_p",
+    "epsilon_cutoff", "eta_cutoff", "repetition_penalty", "num_beams", "max_length", "max_new_tokens", "use_cache",
+    "transformers_version", "_from_model_config", "output_attentions", "output_hidden_states",
+    "return_dict_in_generate",
+}  # fmt: skip
+"""What a generation config may set without any effect on our greedy answers."""
 
 
 class Answer(NamedTuple):
@@ -42,58 +59,138 @@ def generate_answers(
     *,
     masked_id: int | None = None,
     journal: Journal[Answer] | None = None,
+    known: Mapping[tuple[int, ...], Answer] | None = None,
 ) -> list[Answer]:
     """Answer each prompt, every distinct one once, longest first, padded on the left.
 
     An answer ends at an end token, at max_new_tokens, or where the model's context is full.
 
     Args:
-        model: a transformers causal model, or a gated one that keeps the prompts' gates in `last_gates`.
+        model: a transformers causal model, or a gated one that gives the prompts' gates.
         tokenizer: decodes the answers.
         prompts: token ids; DataError if one is empty or fills the context.
-        batch_size: prompts per call of `generate`.
+        batch_size: prompts that are answered at once.
         max_new_tokens: longest answer, tokens.
         pad_id: id that fills up short prompts and ended answers.
         advance: called with the number of `prompts` done since the last call.
         masked_id: further id that is masked wherever it stands in a prompt; None: none.
         journal: keeps the answers to the distinct prompts, and knows those of an earlier, interrupted call.
+        known: answers that need not be asked for.
     """
-    repeats: dict[tuple[int, ...], int] = {}
-    for prompt in prompts:
-        repeats[tuple(prompt)] = repeats.get(tuple(prompt), 0) + 1
+    repeats = Counter(tuple(prompt) for prompt in prompts)
     ends = end_tokens(model, tokenizer)
     limit = context_length(base_of(model))
     distinct = sorted(repeats, key=len, reverse=True)
-    answers = {distinct[number]: answer for number, answer in (journal.known.items() if journal else ())}
+    answers = {prompt: answer for prompt, answer in (known or {}).items() if prompt in repeats}
+    answers |= {distinct[number]: answer for number, answer in (journal.known.items() if journal else ())}
     advance(sum(repeats[prompt] for prompt in answers))
     numbers = {prompt: number for number, prompt in enumerate(distinct)}
     remaining = [prompt for prompt in distinct if prompt not in answers]
+    ask = greedy
+    if remaining and (reason := needs_generate(base_of(model))):
+        log.info("answers come from the model's own generate, which is slower: %s", reason)
+        ask = _generate
     with evaluating(model):
         for chunk, room in _batches(remaining, batch_size, max_new_tokens, limit):
             batch = collate_prompts(chunk, pad_id)
             if masked_id is not None:
                 batch.attention_mask[batch.input_ids == masked_id] = 0
-            batch = batch.to(model.device)
-            ids = model.generate(
-                input_ids=batch.input_ids,
-                attention_mask=batch.attention_mask,
-                max_new_tokens=room,
-                do_sample=False,
-                num_beams=1,
-                repetition_penalty=1.0,  # some models ship another, which is not plain greedy decoding
-                pad_token_id=pad_id,
-                eos_token_id=ends or None,
-            )
-            gates = prompt_gates(getattr(model, "last_gates", None), len(chunk))
+            ids, gates = ask(model, batch.to(model.device), [room] * len(chunk), ends, pad_id)
             found = [
-                Answer(tokenizer.decode(_until(row, ends), skip_special_tokens=True).strip(), gate)
-                for row, gate in zip(ids[:, batch.input_ids.shape[1] :].tolist(), gates, strict=True)
+                Answer(tokenizer.decode(row, skip_special_tokens=True).strip(), gate)
+                for row, gate in zip(ids, prompt_gates(gates, len(chunk)), strict=True)
             ]
             if journal is not None:
                 journal.add([numbers[prompt] for prompt in chunk], found)
             answers.update(zip(chunk, found, strict=True))
             advance(sum(repeats[prompt] for prompt in chunk))
     return [answers[tuple(prompt)] for prompt in prompts]
+
+
+def needs_generate(base: PreTrainedModel) -> str | None:
+    """Why the model's own `generate` must be asked; None where `greedy` gives the same answers faster."""
+    parameters = inspect.signature(base.forward).parameters
+    configured = {name for name, value in base.generation_config.to_diff_dict().items() if value is not None}
+    own: Any = type(base)
+    if configured - GREEDY_OPTIONS:
+        return f"its generation config sets {', '.join(sorted(configured - GREEDY_OPTIONS))}"
+    if base.config.is_encoder_decoder or not {"past_key_values", "position_ids"} <= set(parameters):
+        return "its forward pass takes no key/value cache or no positions"
+    if own.prepare_inputs_for_generation is not GenerationMixin.prepare_inputs_for_generation or base.is_remote_code():
+        return "it prepares the inputs of each step itself"
+    if getattr(base, "_is_stateful", False) or not own._supports_default_dynamic_cache():
+        return "it keeps other states than keys and values"
+    if not all(isinstance(layer, DynamicLayer) for layer in DynamicCache(config=base.config).layers):
+        return "not all of its blocks keep keys and values"
+    return None
+
+
+def greedy(
+    model: Any, batch: Batch, rooms: Sequence[int], ends: Collection[int], pad_id: int
+) -> tuple[list[list[int]], dict[int, Tensor] | None]:
+    """Most probable tokens after each prompt, without the end token, and the gates at the prompts.
+
+    Rows that have ended leave the batch, so steps get cheaper.
+
+    Args:
+        model: in evaluation mode.
+        batch: prompts, padded on the left.
+        rooms: longest answer of each, tokens.
+        ends: ids that end an answer.
+        pad_id: unused; as of `_generate`.
+    """
+    base = base_of(model)
+    parameters = inspect.signature(base.forward).parameters
+    last = context_length(base) - 1
+    mask = batch.attention_mask
+    position = mask.sum(1)  # of the next token, [rows]
+    cache = DynamicCache(config=base.config)
+    more: dict[str, Any] = {"past_key_values": cache, "use_cache": True}
+    if "logits_to_keep" in parameters:
+        more["logits_to_keep"] = 1
+    of_prompt = {"prompt_lengths": position} if takes_prompt_lengths(model) else {}
+    positions = (mask.cumsum(1) - 1).clamp_min(0)
+    out = model(input_ids=batch.input_ids, attention_mask=mask, position_ids=positions, **of_prompt, **more)
+    gates = getattr(out, "gates", None)
+    answers: list[list[int]] = [[] for _ in rooms]
+    rows = list(range(len(rooms)))  # answer that each row of the batch belongs to
+    ended = [False] * len(rooms)
+    while True:
+        tokens = out.logits[:, -1].float().argmax(-1)  # in float32, as `generate`
+        for row, token in zip(rows, tokens.tolist(), strict=True):
+            if not ended[row] and token not in ends:
+                answers[row].append(token)
+            ended[row] |= token in ends or len(answers[row]) == rooms[row]
+        going_on = [place for place, row in enumerate(rows) if not ended[row]]
+        if not going_on:
+            return answers, gates
+        if len(rows) - len(going_on) >= DROPPED * len(rows):
+            kept = torch.tensor(going_on, device=tokens.device)
+            cache.batch_select_indices(kept)
+            tokens, mask, position = tokens[kept], mask[kept], position[kept]
+            rows = [rows[place] for place in going_on]
+        mask = torch.cat((mask, mask.new_ones(len(rows), 1)), dim=1)
+        at = position.clamp_max(last).unsqueeze(1)  # a row that has ended may go on for some steps
+        out = model(input_ids=tokens.unsqueeze(1), attention_mask=mask, position_ids=at, **more)
+        position = position + 1
+
+
+def _generate(
+    model: Any, batch: Batch, rooms: Sequence[int], ends: Collection[int], pad_id: int
+) -> tuple[list[list[int]], dict[int, Tensor] | None]:
+    """The same as `greedy` from the model's own `generate`, for prompts that have the same room."""
+    ids = model.generate(
+        input_ids=batch.input_ids,
+        attention_mask=batch.attention_mask,
+        max_new_tokens=max(rooms),
+        do_sample=False,
+        num_beams=1,
+        repetition_penalty=1.0,  # some models ship another, which is not plain greedy decoding
+        pad_token_id=pad_id,
+        eos_token_id=list(ends) or None,
+    )
+    new = ids[:, batch.input_ids.shape[1] :].tolist()
+    return [_until(row, ends) for row in new], getattr(model, "last_gates", None)
 
 
 def end_tokens(model: Any, tokenizer: Any) -> list[int]:
@@ -130,7 +227,7 @@ def _batches(
         start = end
 
 
-def _until(ids: list[int], ends: Sequence[int]) -> list[int]:
+def _until(ids: list[int], ends: Collection[int]) -> list[int]:
     """Cut at the first end token: what follows is padding, which a tokenizer may not know as special."""
     for position, token in enumerate(ids):
         if token in ends:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -12,7 +13,6 @@ from torch import Tensor
 
 from grun.data.encoding import EncodedRow, collate
 from grun.errors import ModelError
-from grun.evaluation.journal import Journal
 
 LARGEST_SLICE = 2**26
 """Elements of the largest log-softmax taken at once (256 MiB in float32)."""
@@ -80,9 +80,11 @@ def score(
     *,
     side: str = "right",
     masked_id: int | None = None,
-    journal: Journal[ScoredRow] | None = None,
+    record: Callable[[Sequence[EncodedRow], Sequence[ScoredRow]], None] = lambda rows, results: None,
 ) -> list[ScoredRow]:
-    """Score each row's answer, every distinct (prompt, answer) once, longest rows first.
+    """Score each row's answer, every distinct (prompt, answer) once, longest rows first, by whole passes of the model.
+
+    This works for every model; `grun.evaluation.shared_scoring` is faster where it works, and is checked against it.
 
     Padding is masked, so batch_size, side and order change nothing but speed. Where a row has no prompt token at
     all, its first answer token has nothing before it and is left out.
@@ -95,30 +97,26 @@ def score(
         advance: called with the number of `rows` done since the last call.
         side: where padding goes, right or left.
         masked_id: further id that is masked wherever it stands (published quirk eos_masked_attention); None: none.
-        journal: keeps the results of the distinct rows, and knows those of an earlier, interrupted call.
+        record: called with each batch of distinct rows and its results, once they are there.
     """
-    repeats: dict[EncodedRow, int] = {}
-    for row in rows:
-        repeats[row] = repeats.get(row, 0) + 1
+    repeats = Counter(rows)
     distinct = sorted(repeats, key=len, reverse=True)
-    scored = {distinct[number]: result for number, result in (journal.known.items() if journal else ())}
-    advance(sum(repeats[row] for row in scored))
-    remaining = [number for number, row in enumerate(distinct) if row not in scored]
+    scored: dict[EncodedRow, ScoredRow] = {}
     with evaluating(model):
-        for start in range(0, len(remaining), batch_size):
-            numbers = remaining[start : start + batch_size]
-            chunk = [distinct[number] for number in numbers]
-            results = _score_batch(model, chunk, pad_id, side, masked_id)
-            if journal is not None:
-                journal.add(numbers, results)
+        for start in range(0, len(distinct), batch_size):
+            chunk = distinct[start : start + batch_size]
+            results = score_batch(model, chunk, pad_id, side, masked_id)
+            record(chunk, results)
             scored.update(zip(chunk, results, strict=True))
             advance(sum(repeats[row] for row in chunk))
     return [scored[row] for row in rows]
 
 
-def _score_batch(
-    model: Any, rows: Sequence[EncodedRow], pad_id: int, side: str, masked_id: int | None
+@torch.no_grad()
+def score_batch(
+    model: Any, rows: Sequence[EncodedRow], pad_id: int, side: str = "right", masked_id: int | None = None
 ) -> list[ScoredRow]:
+    """Score `rows` in one pass of a model in evaluation mode; arguments as of `score`."""
     batch = collate(rows, pad_id, side=side)
     lengths = batch.prompt_lengths
     if masked_id is not None:
@@ -134,14 +132,19 @@ def _score_batch(
     answer[torch.arange(len(rows), device=answer.device), first] = False  # nothing stands before a row's first token
     row_of, column = answer.nonzero(as_tuple=True)  # [tokens]
     tokens = score_tokens(out.logits[row_of, column - 1], batch.labels[row_of, column])
+    return scored_rows(tokens, answer.sum(1).tolist(), prompt_gates(getattr(out, "gates", None), len(rows)))
+
+
+def scored_rows(
+    tokens: TokenScores, counts: Sequence[int], gates: Sequence[dict[int, float] | None]
+) -> list[ScoredRow]:
+    """The scores of rows that have `counts` tokens each, one after another; ModelError if one is not finite."""
     if not torch.isfinite(tokens.logp).all():
         raise ModelError(
             "the model gives log-probabilities that are not finite; its weights are damaged, or model.dtype is too "
             "narrow for it: try model.dtype=float32"
         )
-    counts = answer.sum(1).tolist()
-    logp, hit, mean, variance = ([part.tolist() for part in field.cpu().split(counts)] for field in tokens)
-    gates = prompt_gates(getattr(out, "gates", None), len(rows))
+    logp, hit, mean, variance = ([part.tolist() for part in field.cpu().split(list(counts))] for field in tokens)
     return [ScoredRow(*fields) for fields in zip(logp, hit, mean, variance, gates, strict=True)]
 
 

@@ -117,7 +117,9 @@ class CachedEngine:
         def logits_at(positions: Tensor) -> Tensor:
             places = _places(states().pack, layout)[where][positions]
             if bool((places < 0).any()):
-                raise ModelError("the cached engine has no logits at a row's last token or at padding")
+                raise ModelError(
+                    "the cached engine has no logits there: it runs no more of a row than an edit can change"
+                )
             return self._packed.logits(states().final[places])
 
         return logits_at

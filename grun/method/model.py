@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from zlib import crc32
 
 import torch
 from torch import Tensor, nn
@@ -256,12 +257,12 @@ class GrunModel(nn.Module):
 
     @contextlib.contextmanager
     def drawing(self, seeds: Sequence[int] | None) -> Iterator[None]:
-        """Within the block dropout is a function of `seeds`, one number < 2**32 for each row of a pass, and the block.
+        """Within the block dropout is a function of `seeds`, one number for each row of a pass, and of the block.
 
         None: it is drawn from torch's generator.
         """
         for block, edit in self.edit_at().items():
-            edit.row_seeds = None if seeds is None else [seed + (block << 32) for seed in seeds]
+            edit.row_seeds = None if seeds is None else [crc32(f"{seed} {block}".encode()) for seed in seeds]
         try:
             yield
         finally:

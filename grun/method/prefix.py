@@ -19,7 +19,7 @@ from grun.errors import DataError
 from grun.method.packed import Pack, PackedModel
 from grun.method.shard import Shard
 
-SHARD_BYTES = 2**27
+SHARD_BYTES = 2**26
 """Size at which a shard is closed."""
 
 T = TypeVar("T")
@@ -27,7 +27,7 @@ T = TypeVar("T")
 
 def tokens_per_pass(device: torch.device) -> int:
     """Tokens of one pass without gradients: enough to fill the device, few enough to stay small."""
-    return 2048 if device.type == "cpu" else 16384
+    return 1024 if device.type == "cpu" else 8192
 
 
 class Freezer:
@@ -41,19 +41,30 @@ class Freezer:
 
     @property
     def reaches_one_token(self) -> bool:
-        """Whether the first edited block is the last: then only what the last prompt token predicts can change."""
-        return self._first == self._packed.depth - 1
+        """Whether the last block alone is edited, and log-probabilities alone are read: only the first can change."""
+        return self._first == self._packed.depth - 1 and not self._last_answer_token
 
-    def shards(self, rows: Sequence[EncodedRow], reference: Collection[EncodedRow] = ()) -> Iterator[Shard]:
+    def shards(
+        self,
+        rows: Sequence[EncodedRow],
+        reference: Collection[EncodedRow] = (),
+        missing: Collection[EncodedRow] | None = None,
+    ) -> Iterator[Shard]:
         """Freeze distinct `rows`, those of similar length together, in shards of about SHARD_BYTES.
 
-        Log-probabilities under the untouched model are computed for the rows in `reference`, and for all where the
-        edit reaches one token; elsewhere they are NaN.
+        Args:
+            rows: what is wanted.
+            reference: rows whose log-probabilities under the untouched model are computed; all are where the edit
+                reaches one token, elsewhere they are NaN.
+            missing: rows that are not there yet; None: all. Passes without such a row are left out, the others hold
+                the same rows as if nothing were there, so that one that was cut off goes on with the same rounding.
         """
         ordered = sorted(rows, key=lambda row: (len(row.prompt_ids), row.prompt_ids, len(row.answer_ids)))
         pieces: list[Shard] = []
         size = 0
         for piece in by_tokens(ordered, len, tokens_per_pass(self._packed.device)):
+            if missing is not None and not any(row in missing for row in piece):
+                continue
             pieces.append(self._kept(self.freeze(piece, reference)))
             size += sum(part.nbytes for part in (pieces[-1].states, pieces[-1].prompts))
             if size >= SHARD_BYTES:

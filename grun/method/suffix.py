@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from grun.data.encoding import EncodedRow
+from grun.errors import ModelError
 from grun.method.intervention import GatedIntervention
 from grun.method.packed import Edit, Pack, PackedModel
 from grun.method.shard import FrozenRow
@@ -44,6 +45,8 @@ class SuffixRunner:
         self, frozen: Sequence[FrozenRow], edits: Mapping[int, GatedIntervention], hidden: Collection[int] = ()
     ) -> SuffixStates:
         """Run rows with `edits` (by block) at each row's last prompt token, up to the head."""
+        if below := [block for block in hidden if block < self._first]:
+            raise ModelError(f"block {below[0]} lies below the first edited one, {self._first}: its output is not kept")
         pack, states = self._packed_states(frozen)
         gates: dict[int, Tensor] = {}
         edit_at = {block: _at_starts(edit, pack.starts, gates, block) for block, edit in edits.items()}

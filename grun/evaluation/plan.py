@@ -1,0 +1,170 @@
+"""What one evaluation takes and what its result depends on, before anything is asked of the model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import grun
+from grun.checks import evaluation_quirks
+from grun.config import EvaluateConfig
+from grun.data.corpus import Corpus
+from grun.data.rows import Row, evenly_spaced
+from grun.errors import ConfigError, RunError
+from grun.evaluation.items import Item, encode_items, questions
+from grun.evaluation.table import Table
+from grun.files import content_hash, file_hash, read_json
+from grun.registry import unknown_name
+from grun.runs import first_difference
+
+if TYPE_CHECKING:
+    from grun.evaluation.generation import Answer
+    from grun.evaluation.subject import Subject
+    from grun.loading import Loaded
+
+EVALUATION_FILE = "evaluation.json"
+FORMAT = 2
+"""Raised when the table or the meaning of a metric changes, so that older results are not taken for new ones."""
+CODE = (
+    "evaluation/scoring.py",
+    "evaluation/shared_scoring.py",
+    "evaluation/generation.py",
+    "data/encoding.py",
+    "data/templates.py",
+    "data/control_tokens.py",
+    "method/*.py",
+    "../pyvene_custom/*.py",
+)
+"""Sources that decide what a model is asked and what it says, relative to the package."""
+NOT_ASKED = ("gate_threshold", "continuations")
+"""Settings that do not change what a model without an adapter answers."""
+
+
+@dataclass
+class Plan:
+    """One evaluation that is to be made, or that is there already."""
+
+    config: EvaluateConfig
+    """Names one adapter at most."""
+    folder: Path
+    subject: Subject
+    tokenizer: Any
+    sets: dict[str, list[Row]]
+    items: list[Item]
+    tokens: str
+    """Hash of what is scored."""
+    inputs: dict[str, Any]
+    """What the result depends on, as it stands in evaluation.json."""
+    key: str
+    """Hash of inputs and tokens."""
+    previous: dict[str, Any] | None
+    """evaluation.json of the same key, if it is there."""
+    from_base: dict[tuple[int, ...], Answer]
+    """Answers of the base alone by prompt, for rows no gate opens for."""
+
+    @property
+    def journals(self) -> Path:
+        """Folder of what is done so far."""
+        return self.folder.with_name(f".{self.folder.name}.{self.key[:16]}.unfinished")
+
+
+def make_plan(
+    config: EvaluateConfig, folder: Path, loaded: Loaded, corpus: Corpus, previous: dict[str, Any] | None
+) -> Plan:
+    """What evaluating a loaded model takes; RunError where `previous` is another evaluation in `folder`."""
+    from grun.data.templates import resolve
+    from grun.evaluation.subject import Subject
+    from grun.loading import context_length
+
+    data, tokenizer, subject = config.data, loaded.tokenizer, Subject(loaded.model)
+    template = resolve(data.template, loaded.template, tokenizer, data.system_prompt, data.date)
+    sets = _choose(corpus.sets(), config.sets, data.limit)
+    items = encode_items(sets, tokenizer, template, context_length(subject.base), config)
+    inputs = {
+        "identity": {**loaded.identity, "version": grun.__version__, "format": FORMAT, "code": code_hash()},
+        "template": template.to_dict(),
+        "data": corpus.hashes(),
+        "settings": {
+            "sets": list(sets),
+            "limit": data.limit,
+            "continuations": list(config.continuations),
+            "max_length": data.max_length,
+            "max_new_tokens": config.max_new_tokens,
+            "gate_threshold": config.gate_threshold,
+            "quirks": evaluation_quirks(config),
+        },
+    }
+    tokens = content_hash([[item.set, item.kind, item.row.prompt_ids, item.row.answer_ids] for item in items])
+    key = content_hash({**inputs, "tokens": tokens})
+    if previous is not None and previous.get("key") != key:
+        if not config.overwrite:
+            there = {name: previous.get(name) for name in inputs}
+            raise RunError(
+                f"{folder} holds another evaluation ({first_difference(there, inputs)}); choose another output_dir or "
+                "pass overwrite=true"
+            )
+        previous = None
+    from_base = {}
+    if config.base_evaluation is not None and previous is None:
+        from_base = answers_of_base(Path(config.base_evaluation), inputs, sets, items)
+    return Plan(config, folder, subject, tokenizer, sets, items, tokens, inputs, key, previous, from_base)
+
+
+def code_hash() -> str:
+    """Hash of the sources that decide what a model is asked and what it says."""
+    package = Path(grun.__file__).parent
+    files = sorted(path for pattern in CODE for path in package.glob(pattern))
+    return content_hash([[path.name, file_hash(path)] for path in files])
+
+
+def previous_in(output_dir: Path, overwrite: bool) -> dict[str, Any] | None:
+    """The evaluation that lies in output_dir, None if there is none; foreign files are refused, not replaced."""
+    path = output_dir / EVALUATION_FILE
+    if path.is_file():
+        try:
+            found = read_json(path)
+        except (OSError, ValueError):
+            found = {}
+        return found if isinstance(found, dict) else {}
+    if output_dir.exists() and not (output_dir.is_dir() and not any(output_dir.iterdir())) and not overwrite:
+        raise RunError(
+            f"{output_dir} is there already and holds no {EVALUATION_FILE}; "
+            "choose another output_dir or pass overwrite=true"
+        )
+    return None
+
+
+def answers_of_base(
+    folder: Path, inputs: Mapping[str, Any], sets: Mapping[str, list[Row]], items: Sequence[Item]
+) -> dict[tuple[int, ...], Answer]:
+    """Answers by prompt from an evaluation of the base alone; RunError unless it asked the same of the same base."""
+    from grun.evaluation.generation import Answer
+
+    settings = {name: value for name, value in inputs["settings"].items() if name not in NOT_ASKED}
+    wanted = {**inputs, "identity": {**inputs["identity"], "adapter": None}, "settings": settings}
+    try:
+        found = read_json(folder / EVALUATION_FILE)
+        there = {name: found.get(name) or {} for name in wanted}
+    except (OSError, ValueError, AttributeError) as error:
+        raise RunError(
+            f"base_evaluation={folder}: no evaluation there ({EVALUATION_FILE} is missing or damaged); evaluate the "
+            "model without adapter and gate_threshold, with output_dir set to that folder, first"
+        ) from error
+    there["settings"] = {name: value for name, value in there["settings"].items() if name not in NOT_ASKED}
+    if there != wanted:
+        raise RunError(
+            f"base_evaluation={folder} is no evaluation of the same model without adapter on the same data "
+            f"({first_difference(there, wanted)}); evaluate it again, or leave base_evaluation out"
+        )
+    texts = {(record.set, record.index): record.text for record in Table.read(folder).generations}
+    asked = questions(sets, items)
+    return {question.prompt_ids: Answer(texts[question[:2]], None) for question in asked if question[:2] in texts}
+
+
+def _choose(sets: Mapping[str, list[Row]], wanted: list[str], limit: int | None) -> dict[str, list[Row]]:
+    for name in wanted:
+        if name not in sets:
+            raise ConfigError(unknown_name("evaluation set", name, list(sets)))
+    return {name: evenly_spaced(rows, limit) for name, rows in sets.items() if not wanted or name in wanted}

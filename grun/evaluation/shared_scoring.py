@@ -1,0 +1,176 @@
+"""Score models that share a base together, on packed rows: each prompt once, and what no edit changes once for all.
+
+Rows of one prompt (a question's answer, its paraphrase, its wrong answers) stand together and share its keys and
+values; the blocks up to the first one that any of the models edits are run once. What is left for each model is the
+part of the blocks above that its edits can change, and the head, on the tokens that are scored. A result equals that of
+`grun.evaluation.scoring.score` but for rounding, which depends on that first block. Whether it does for a model is
+tried on its longest row first; where not, `score` does it all.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import itertools
+import logging
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+
+from grun.data.encoding import EncodedRow
+from grun.errors import ModelError
+from grun.evaluation import scoring
+from grun.evaluation.journal import Journal
+from grun.evaluation.scoring import ScoredRow, TokenScores, prompt_gates, score, score_batch, score_tokens, scored_rows
+from grun.evaluation.subject import Subject
+from grun.method.intervention import GatedIntervention
+from grun.method.packed import PackedModel
+from grun.method.prefix import Freezer, by_tokens
+from grun.method.suffix import SuffixRunner
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+log = logging.getLogger(__name__)
+
+Edits = Mapping[int, GatedIntervention]
+
+
+def score_together(
+    subjects: Sequence[Subject],
+    rows: Sequence[EncodedRow],
+    batch_size: int,
+    pad_id: int,
+    advance: Callable[[int], None] = lambda count: None,
+    *,
+    masked_id: int | None = None,
+    journals: Sequence[Journal[ScoredRow]] | None = None,
+    first: int | None = None,
+) -> list[list[ScoredRow]]:
+    """Score each row's answer, every distinct one once for each model; a list of results for each of `subjects`.
+
+    Args:
+        subjects: models of one base.
+        rows: prompt and answer ids.
+        batch_size: rows of a pass.
+        pad_id: id that fills up short rows where passes are padded.
+        advance: called with the number of rows done since the last call, all models counted.
+        masked_id: as of `score`, which then does it all.
+        journals: one for each model, which keeps the results of the distinct rows, numbered in the order in which they
+            come first, and knows those of an earlier, interrupted call.
+        first: block up to which passes are shared, if not the first that one of `subjects` edits.
+    """
+    repeats = Counter(rows)
+    numbers = {row: number for number, row in enumerate(repeats)}
+    distinct = list(repeats)
+    found: list[dict[EncodedRow, ScoredRow]] = [
+        {distinct[number]: result for number, result in (journals[which].known.items() if journals else ())}
+        for which in range(len(subjects))
+    ]
+    advance(sum(repeats[row] for known in found for row in known))
+
+    def record(which: int, scored: Sequence[EncodedRow], results: Sequence[ScoredRow]) -> None:
+        new = {row: result for row, result in zip(scored, results, strict=True) if row not in found[which]}
+        if journals is not None:
+            journals[which].add([numbers[row] for row in new], list(new.values()))
+        found[which].update(new)
+        advance(sum(repeats[row] for row in new))
+
+    with contextlib.ExitStack() as stack:
+        for subject in subjects:
+            stack.enter_context(subject.evaluating())
+        packable = [row for row in distinct if row.prompt_ids and row.answer_ids]
+        if masked_id is None and any(row not in known for known in found for row in packable):
+            scorer = packed_scorer(subjects, max(packable, key=len), pad_id, first)
+            for piece in pieces(packable, batch_size) if scorer else ():
+                missing = [which for which, known in enumerate(found) if any(row not in known for row in piece)]
+                if scorer and missing:
+                    results = scorer.score(piece, [subjects[which].edits or {} for which in missing])
+                    for which, of_one in zip(missing, results, strict=True):
+                        record(which, piece, of_one)
+        for which, subject in enumerate(subjects):  # whatever is left
+            if rest := [row for row in distinct if row not in found[which]]:
+                with subject.put_on() as model:
+                    recorder = functools.partial(record, which)
+                    score(model, rest, batch_size, pad_id, masked_id=masked_id, record=recorder)
+    return [[known[row] for row in rows] for known in found]
+
+
+def pieces(rows: Sequence[EncodedRow], batch_size: int) -> Iterator[list[EncodedRow]]:
+    """At most `batch_size` rows at a time, those of a prompt together where they fit, longest first."""
+    by_prompt: dict[tuple[int, ...], list[EncodedRow]] = {}
+    for row in rows:
+        by_prompt.setdefault(row.prompt_ids, []).append(row)
+    prompts = sorted(by_prompt.values(), key=lambda group: max(map(len, group)), reverse=True)
+    for groups in by_tokens(prompts, len, batch_size):
+        # Rows of similar length side by side: they are attended together.
+        piece = sorted(itertools.chain(*groups), key=lambda row: len(row.answer_ids), reverse=True)
+        for start in range(0, len(piece), batch_size):
+            yield piece[start : start + batch_size]
+
+
+class PackedScorer:
+    """Scores rows under several sets of edits of one base."""
+
+    def __init__(self, base: PreTrainedModel, first: int | None) -> None:
+        """Share passes up to block `first` (None: all); ModelError where the base's structure does not allow it."""
+        self._packed = PackedModel(base)
+        at = self._packed.depth - 1 if first is None else first
+        self._freezer = Freezer(self._packed, at)
+        self._runner = SuffixRunner(self._packed, at)
+
+    def score(self, rows: Sequence[EncodedRow], edits: Sequence[Edits]) -> Iterator[list[ScoredRow]]:
+        """Results of `rows`, each with prompt and answer, under each of `edits`, one after another."""
+        with torch.no_grad():
+            shard = self._freezer.freeze(rows)
+        frozen = [shard.row(number) for number in range(len(rows))]
+        targets = torch.tensor([token for row in rows for token in row.answer_ids], device=self._packed.device)
+        size = max(1, scoring.LARGEST_SLICE // self._packed.vocabulary)
+        for one in edits:
+            with torch.no_grad():
+                states = self._runner.states(frozen, one)
+                parts = [
+                    score_tokens(self._packed.logits(hidden), tokens)
+                    for hidden, tokens in zip(states.final.split(size), targets.split(size), strict=True)
+                ]
+            tokens = TokenScores(*(torch.cat(field) for field in zip(*parts, strict=True)))
+            gates = {block: torch.sigmoid(logits) for block, logits in states.gates.items()}
+            yield scored_rows(tokens, [len(row.answer_ids) for row in rows], prompt_gates(gates, len(rows)))
+
+
+def packed_scorer(
+    subjects: Sequence[Subject], longest: EncodedRow, pad_id: int, first: int | None = None
+) -> PackedScorer | None:
+    """A scorer of `subjects` (in evaluation mode); None, and a line that says why, where it fails on one row."""
+    if first is None:
+        first = first_edited(subjects)
+    with subjects[0].put_on() as model:
+        (plain,) = score_batch(model, [longest], pad_id)
+    try:
+        if any(subject.edits is None for subject in subjects):
+            raise ModelError("the adapter acts at other tokens than the last of the prompt")
+        scorer = PackedScorer(subjects[0].base, first)
+        ((packed,),) = scorer.score([longest], [subjects[0].edits or {}])
+        difference = max(abs(one - other) for one, other in zip(plain.logp, packed.logp, strict=True))
+        if difference > tolerance(subjects[0].base):
+            raise ModelError(f"log-probabilities differ by up to {difference:.2g}")
+    except Exception as error:  # foreign code that is run in another way than it was written for
+        line = (str(error).splitlines() or [""])[0]
+        log.info("rows are scored one whole pass each; packed: %s (%s)", line or "failed", type(error).__name__)
+        return None
+    return scorer
+
+
+def first_edited(subjects: Sequence[Subject]) -> int | None:
+    """Lowest block that one of `subjects` edits; None: none edits any."""
+    return min((block for subject in subjects for block in subject.edits or ()), default=None)
+
+
+def tolerance(base: PreTrainedModel) -> float:
+    """Largest difference between log-probabilities, nats, that rounding alone makes in a model of this type."""
+    if getattr(base, "quantization_method", None) is not None:
+        return 0.5
+    # Attention with soft-capped scores takes its softmax in float32 in every model.
+    return {torch.float64: 1e-5, torch.float32: 1e-3}.get(base.dtype, 0.3)

@@ -65,6 +65,8 @@ def use_cached(task: UnlearnTask, config: UnlearnConfig) -> CacheUse | None:
         packed = PackedModel(model.base)
         if config.train.gradient_checkpointing:
             recompute_blocks(packed.blocks)
+        elif first + 1 < packed.depth:
+            packed.backpropagate_starts(first + 1)
         freezer = Freezer(packed, first, last_answer_token=bool(task.hidden))
         problem = _difference(task, CachedEngine(model, packed, _frozen(freezer, task)), model.base)
     except Exception as error:  # whatever a model's own code raises when it is called another way

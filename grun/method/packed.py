@@ -48,6 +48,8 @@ class Pack:
     """Index of each row's first token in the pack, int64 [rows]."""
     lengths: Tensor
     """Tokens of each row, int64 [rows]."""
+    before_attention: bool
+    """Whether the first block that is run has not come to its attention yet."""
 
     def __init__(
         self,
@@ -68,6 +70,7 @@ class Pack:
         """
         self.device = device
         self.record = record
+        self.before_attention = False
         self._prefix = prefix
         count, before = torch.tensor(lengths), torch.tensor(prefix_lengths)
         starts = count.cumsum(0) - count
@@ -86,12 +89,14 @@ class Pack:
         if self.record is not None:
             self.record[block] = (key, value)
         parts = []
-        for group in self._groups:
+        sizes = [group.tokens for group in self._groups]
+        pieces = zip(*(part.transpose(0, 1).split(sizes) for part in (query, key, value)), strict=True)
+        for group, (of_query, of_key, of_value) in zip(self._groups, pieces, strict=True):
             before = None
             if block in self._prefix:
                 before_key, before_value = (part[group.rows, :, -group.before :] for part in self._prefix[block])
                 before = (before_key, before_value) if group.before else None
-            parts.append(group.attend(query, key, value, before, scale, window, softcap))
+            parts.append(group.attend(of_query, of_key, of_value, before, scale, window, softcap))
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
@@ -106,37 +111,49 @@ class _Group:
         first = int(starts[0])
         self.rows = rows
         self.before = int(before.max())
-        self._tokens = slice(first, first + int(count.sum()))
+        self.tokens = int(count.sum())
         self._pad = torch.where(inside, starts.unsqueeze(1) - first + column, 0).flatten().to(device)
         self._unpad = inside.flatten().nonzero().squeeze(1).to(device)
         self._shape = (len(count), longest)
+        self._even = bool(inside.all())
         other = torch.arange(-self.before, longest)
         self._back = (column.unsqueeze(1) - other).to(device)  # [longest, before + longest]: how far back a key lies
         self._seen = ((self._back >= 0) & (other >= -before.view(-1, 1, 1)).to(device)).unsqueeze(1)
+        self._masks: dict[tuple[int | None, torch.dtype], Tensor] = {}
 
     def attend(
         self, query: Tensor, key: Tensor, value: Tensor, prefix: tuple[Tensor, Tensor] | None, scale: float | None,
         window: int | None, softcap: float | None,
     ) -> Tensor:  # fmt: skip
-        query, key, value = (self._padded(part[:, self._tokens]) for part in (query, key, value))
+        """From and to [tokens, heads, size]."""
+        query, key, value = (self._padded(part) for part in (query, key, value))
         if prefix is not None:
             key, value = torch.cat((prefix[0], key), dim=2), torch.cat((prefix[1], value), dim=2)
         groups = query.shape[1] // key.shape[1]
         if groups > 1:
             key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
-        seen = self._seen if window is None else self._seen & (self._back < window)
+        mask = self._mask(window, query.dtype)
         if softcap is None:
-            out = scaled_dot_product_attention(query, key, value, attn_mask=seen, scale=scale)
+            out = scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale)
         else:
             scores = query @ key.mT * (query.shape[-1] ** -0.5 if scale is None else scale)
-            scores = (torch.tanh(scores / softcap) * softcap).masked_fill(~seen, torch.finfo(query.dtype).min)
+            scores = torch.tanh(scores / softcap) * softcap + mask
             wide = torch.promote_types(scores.dtype, torch.float32)
             out = torch.softmax(scores, dim=-1, dtype=wide).to(value.dtype) @ value
-        return _Gather.apply(out.transpose(1, 2).flatten(0, 1), self._unpad, self._pad, True)
+        out = out.transpose(1, 2).flatten(0, 1)
+        return out if self._even else _Gather.apply(out, self._unpad, self._pad, True)
+
+    def _mask(self, window: int | None, dtype: torch.dtype) -> Tensor:
+        """What is added to scores: 0 where a key is seen, -inf elsewhere, [rows, 1, longest, before + longest]."""
+        if (window, dtype) not in self._masks:
+            seen = self._seen if window is None else self._seen & (self._back < window)
+            zeros = torch.zeros(seen.shape, dtype=dtype, device=seen.device)
+            self._masks[window, dtype] = zeros.masked_fill(~seen, -torch.inf)
+        return self._masks[window, dtype]
 
     def _padded(self, packed: Tensor) -> Tensor:
-        """[heads, tokens, size] -> [rows, heads, longest, size]; what stands in padding is seen by padding alone."""
-        padded: Tensor = _Gather.apply(packed.transpose(0, 1), self._pad, self._unpad, False)
+        """[tokens, heads, size] -> [rows, heads, longest, size]; what stands in padding is seen by padding alone."""
+        padded: Tensor = packed if self._even else _Gather.apply(packed, self._pad, self._unpad, False)
         return padded.unflatten(0, self._shape).transpose(1, 2)
 
 
@@ -184,6 +201,7 @@ def _attend(
 ) -> tuple[Tensor, None]:
     """transformers' attention interface: query [1, heads, tokens, size] -> [1, tokens, heads, size]."""
     block: Any = module.layer_idx
+    pack.before_attention = False
     out = pack.attend(block, query[0], key[0], value[0], scaling, sliding_window, softcap)
     return out.unsqueeze(0), None
 
@@ -228,6 +246,7 @@ class _Stage(nn.Module):
             hidden = run.states.unsqueeze(0)
         output: Any = hidden
         if run.first <= index <= run.last:
+            kwargs["pack"].before_attention = index == run.first
             output = self.block(hidden, *args, **kwargs)
             owner.gives_tuple = isinstance(output, tuple)
             hidden = output[0] if owner.gives_tuple else output
@@ -273,6 +292,7 @@ class PackedModel:
                 copies[key]._attn_implementation_internal = ATTENTION
         self.depth = len(blocks)
         self.run = _Run(0, -1, None, {}, {})
+        self.pack: Pack | None = None
         self.gives_tuple = False
         self._decoder = _copy(base.get_submodule(owner), copies)
         own: Any = self._decoder.get_submodule(name)
@@ -282,6 +302,25 @@ class PackedModel:
         self._head = _copy(base, copies, {owner: _HandOn()})
         self.device = base.device
         self.vocabulary = int(base.config.get_text_config().vocab_size)
+
+    def backpropagate_starts(self, first: int) -> None:
+        """From now on no gradients go back to the input of block `first` but at the first token of each row.
+
+        For a block whose input is constant elsewhere. Its linear layers before attention then have nothing to do for
+        the other tokens in a backward pass.
+        """
+        from transformers.pytorch_utils import Conv1D
+
+        def narrow(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+            pack = self.pack
+            if pack is None or not pack.before_attention or not output.requires_grad:
+                return None
+            part = type(module).forward(module, args[0][:, pack.starts])
+            return output.detach().index_copy(1, pack.starts, part)
+
+        for module in self.blocks[first].modules():
+            if isinstance(module, nn.Linear | Conv1D):
+                module.register_forward_hook(narrow)
 
     def states(
         self,
@@ -318,13 +357,13 @@ class PackedModel:
         return self._head(inputs_embeds=hidden.unsqueeze(0), use_cache=False).logits[0]
 
     def _call(self, run: _Run, pack: Pack, **inputs: Any) -> Tensor:
-        before, self.run = self.run, run
+        before, self.run, self.pack = self.run, run, pack
         try:
             output = self._decoder(
                 **inputs, position_ids=pack.positions.unsqueeze(0), attention_mask=None, use_cache=False, pack=pack
             )
         finally:
-            self.run = before
+            self.run, self.pack = before, None
         return output.last_hidden_state[0]
 
 

@@ -82,9 +82,10 @@ class SuffixRunner:
         longest = max(len(prompt) for prompt in prompts)
         prefix: dict[int, tuple[Tensor, Tensor]] = {}
         if longest and prompts[0].shape[1]:
-            padded = prompts[0].new_zeros(len(prompts), longest, *prompts[0].shape[1:])
-            for index, prompt in enumerate(prompts):
-                padded[index, longest - len(prompt) :] = prompt
+            padded = prompts[0].new_empty(len(prompts), longest, *prompts[0].shape[1:])
+            for row, prompt in zip(padded, prompts, strict=True):
+                row[: longest - len(prompt)] = 0
+                row[longest - len(prompt) :] = prompt
             padded = padded.to(device, non_blocking=True)
             for number in range(padded.shape[2]):
                 keys, values = (padded[:, :, number, part].transpose(1, 2) for part in (0, 1))
@@ -114,12 +115,13 @@ class _TokenLogprobs(torch.autograd.Function):
             with torch.set_grad_enabled(wants_gradient):
                 leaf = states.detach().requires_grad_(wants_gradient)
                 logits = packed.logits(leaf)  # [slice, vocabulary]
-            wide = logits.detach().to(torch.promote_types(logits.dtype, torch.float32))
-            total = wide.logsumexp(dim=1, keepdim=True)
-            values.append((wide.gather(1, tokens.unsqueeze(1)) - total).squeeze(1))
+            wide = torch.promote_types(logits.dtype, torch.float32)
+            logprobs = torch.log_softmax(logits.detach(), dim=1, dtype=wide)
+            chosen = logprobs.gather(1, tokens.unsqueeze(1))
+            values.append(chosen.squeeze(1))
             if wants_gradient:
-                slope = (wide - total).exp_().neg_()  # d log p / d logits = one-hot - softmax
-                slope.scatter_add_(1, tokens.unsqueeze(1), torch.ones_like(total))
+                slope = logprobs.exp_().neg_()  # d log p / d logits = one-hot - softmax
+                slope.scatter_add_(1, tokens.unsqueeze(1), torch.ones_like(chosen))
                 derivatives.append(torch.autograd.grad(logits, leaf, slope.to(logits.dtype))[0])
         if wants_gradient:
             ctx.save_for_backward(torch.cat(derivatives))

@@ -22,7 +22,6 @@ from grun.method.prefix import Freezer
 from grun.method.store import Completed, PrefixStore
 from grun.method.weights import weights_hash
 from grun.progress import progress
-from grun.recomputation import recompute_blocks
 
 if TYPE_CHECKING:
     from grun.unlearn import UnlearnTask
@@ -62,11 +61,7 @@ def use_cached(task: UnlearnTask, config: UnlearnConfig) -> CacheUse | None:
     model = parametrization.model
     first = min(model.edit_at())
     try:
-        packed = PackedModel(model.base)
-        if config.train.gradient_checkpointing:
-            recompute_blocks(packed.blocks)
-        elif first + 1 < packed.depth:
-            packed.backpropagate_starts(first + 1)
+        packed = PackedModel(model.base, recompute=config.train.gradient_checkpointing)
         freezer = Freezer(packed, first, last_answer_token=bool(task.hidden))
         problem = _difference(task, CachedEngine(model, packed, _frozen(freezer, task)), model.base)
     except Exception as error:  # whatever a model's own code raises when it is called another way

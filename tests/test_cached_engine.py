@@ -192,12 +192,6 @@ def difference(found: Step, expected: Step) -> float:
     return max(relative)
 
 
-def assert_equal(found: Step, expected: Step) -> None:
-    assert found.loss == expected.loss and found.parts == expected.parts
-    for name, wanted in expected.gradients.items():
-        assert torch.equal(found.gradients[name], wanted), name
-
-
 # -- losses and gradients ---------------------------------------------------------------------------------------------
 
 
@@ -715,7 +709,8 @@ def saved_bytes(run: Callable[[], Any]) -> int:
     return sum(kept.values())
 
 
-def test_recomputing_blocks_keeps_less_and_changes_no_bit() -> None:
+def test_recomputing_blocks_keeps_less_and_changes_nothing() -> None:
+    """Without it the gradients into constant inputs are left out, so linear layers run on other numbers of rows."""
     found, sizes = [], []
     for recomputed in (False, True):
         task = task_of(
@@ -729,7 +724,7 @@ def test_recomputing_blocks_keeps_less_and_changes_no_bit() -> None:
         found.append(step_of(task))
         batch = task.data(0).micro_batches[0]
         sizes.append(saved_bytes(lambda use=use, batch=batch: use.engine.run(batch)))
-    assert_equal(found[1], found[0])
+    assert difference(found[1], found[0]) < 1e-12
     assert sizes[1] < 0.6 * sizes[0]
 
 

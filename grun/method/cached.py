@@ -43,7 +43,9 @@ class CachedEngine:
         self._model = model
         self._packed = packed
         self._frozen = frozen
-        self._runner = SuffixRunner(packed, min(model.edit_at()))
+        first = min(model.edit_at())
+        packed.backpropagate_starts(first + 1)
+        self._runner = SuffixRunner(packed, first)
         self._reference: dict[EncodedRow, Tensor] = {}
 
     def run(self, batches: Mapping[str, Batch], hidden: Collection[int] = ()) -> dict[str, StepOutput]:

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
 from grun.errors import ModelError
+from grun.recomputation import recompute_blocks
 from pyvene_custom import find_blocks
 
 if TYPE_CHECKING:
@@ -28,8 +29,11 @@ if TYPE_CHECKING:
 ATTENTION = "grun_packed"
 """Name under which transformers finds our attention function."""
 
-SIMILAR = 0.75
-"""Rows whose lengths differ by less are attended together on a CPU."""
+SIMILAR = 1.0
+"""Rows that stand side by side are attended together on a CPU if the shortest is at least this share of the longest.
+
+At 1 only rows of one length are, which need no padding; lower values were slower or no faster.
+"""
 
 Edit = Callable[[Tensor], Tensor]
 """States [tokens, hidden size] of a pass -> the same, edited."""
@@ -273,8 +277,11 @@ class PackedModel:
     are seen, modules that are replaced are not.
     """
 
-    def __init__(self, base: PreTrainedModel) -> None:
-        """ModelError where the model's structure does not allow it; whether it computes the same is for tests."""
+    def __init__(self, base: PreTrainedModel, *, recompute: bool = False) -> None:
+        """ModelError where the model's structure does not allow it; whether it computes the same is for others to try.
+
+        With `recompute` blocks keep their input alone for the backward pass (gradient checkpointing).
+        """
         from transformers.modeling_utils import AttentionInterface
 
         AttentionInterface.register(ATTENTION, _attend)
@@ -300,14 +307,18 @@ class PackedModel:
         self.blocks = [stage.block for stage in stages]
         self._decoder.__dict__["_modules"][name] = nn.ModuleList(stages)
         self._head = _copy(base, copies, {owner: _HandOn()})
+        self._recompute = recompute
+        self._narrowed: set[int] = set()
+        if recompute:
+            recompute_blocks(self.blocks)
         self.device = base.device
         self.vocabulary = int(base.config.get_text_config().vocab_size)
 
     def backpropagate_starts(self, first: int) -> None:
         """From now on no gradients go back to the input of block `first` but at the first token of each row.
 
-        For a block whose input is constant elsewhere. Its linear layers before attention then have nothing to do for
-        the other tokens in a backward pass.
+        For a block whose input is constant elsewhere: its linear layers before attention then have nothing to do for
+        the other tokens in a backward pass. Nothing changes where blocks are recomputed.
         """
         from transformers.pytorch_utils import Conv1D
 
@@ -318,6 +329,9 @@ class PackedModel:
             part = type(module).forward(module, args[0][:, pack.starts])
             return output.detach().index_copy(1, pack.starts, part)
 
+        if self._recompute or first in self._narrowed or first >= self.depth:
+            return  # a block that is run again must do the same again
+        self._narrowed.add(first)
         for module in self.blocks[first].modules():
             if isinstance(module, nn.Linear | Conv1D):
                 module.register_forward_hook(narrow)

@@ -1,6 +1,6 @@
 """Scoring and generation of an evaluation against a naive evaluator, on TOFU's text and a random model.
 
-    GRUN_TOFU_DIR=folder python benchmarks/evaluation.py [--rows 16 | --full] [--threads 2] [--json FILE]
+    GRUN_TOFU_DIR=folder python benchmarks/evaluation.py [--rows 16 | --full] [--threads 1] [--json FILE]
 
 The model is a Llama with random weights (16 blocks, hidden size 512, 8 heads, intermediate size 1408), its tokenizer of
 at most 4096 words trained on TOFU; the adapter is random, at blocks 10, 12 and 15. Rows are those of forget10, retain,
@@ -286,7 +286,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=16, help="questions of each set (default 16)")
     parser.add_argument("--full", action="store_true", help="all questions, one turn")
     parser.add_argument("--turns", type=int, default=2, help="how often each is measured (default 2)")
-    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)

@@ -1,6 +1,6 @@
 """What an adapter costs while answers are generated: GrunModel.generate against generate of the bare model.
 
-    python benchmarks/generation.py [--threads 2] [--pairs 10] [--json FILE]
+    python benchmarks/generation.py [--threads 1] [--pairs 10] [--json FILE]
 
 Both models have the same random weights and are asked the same prompts, one after the other in turns, so that whatever
 else the machine does falls on both. Printed: seconds of each turn, and the median of the ratios of the pairs.
@@ -50,7 +50,7 @@ def seconds(asked: Any, ids: torch.Tensor) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--pairs", type=int, default=10)
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()

@@ -32,8 +32,8 @@ CONTEXT = 512
 """Longest row, tokens; no row of TOFU is as long."""
 
 
-def set_threads(count: int | None) -> int:
-    """Use `count` threads (None: torch's default, the physical cores) and return how many are used."""
+def set_threads(count: int) -> int:
+    """Use `count` threads (0: torch's default, the physical cores) and return how many are used."""
     if count is not None:
         torch.set_num_threads(count)
     return torch.get_num_threads()

@@ -270,7 +270,7 @@ def measure_memory(args: argparse.Namespace, case: Case) -> Rows:
         command = [
             sys.executable, __file__, "--memory-side", side, "--objectives", case.objective, "--first", case.first,
             "--retain-pool", case.pool, "--epochs", args.epochs, "--blocks", args.blocks, "--steps", args.steps,
-            "--seed", args.seed, *(["--threads", args.threads] if args.threads else []),
+            "--seed", args.seed, "--threads", args.threads,
             *(["--orthogonal"] if args.orthogonal else []),
         ]  # fmt: skip
         done = subprocess.run([str(part) for part in command], stdout=subprocess.PIPE, text=True, check=True)
@@ -456,7 +456,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--growth", action="store_true", help="step times against rows in a batch, length of answers, depth")
     add("--against", type=lambda text: text.split(","), default=[], metavar="NAMES",
         help="other parametrizations by name, such as full,lora; those that do not exist are passed over")  # fmt: skip
-    add("--threads", type=int, help="threads (torch's default: physical cores)")
+    add("--threads", type=int, default=1, help="threads (default 1; 0: physical cores)")
     add("--blocks", type=int, default=16, help="depth of the model (16)")
     add("--seed", type=int, default=0)
     add("--dry-run", action="store_true", help="say what would run and about how long, then stop")

@@ -114,9 +114,13 @@ def test_how_rows_are_attended_together_changes_nothing(family: str, monkeypatch
     assert groups == [1, 6, 6]  # all together; the two of nine tokens together
 
 
-def test_a_pass_of_similar_rows_is_one_group_and_of_others_several() -> None:
-    for lengths, groups in (([4, 4, 4], 1), ([10, 9, 8], 1), ([10, 9, 7], 2), ([1, 2, 4, 8], 4), ([8, 1, 8], 3)):
-        assert len(Pack(lengths, [0] * len(lengths), {}, CPU)._groups) == groups
+def test_rows_of_similar_length_side_by_side_are_one_group(monkeypatch: pytest.MonkeyPatch) -> None:
+    def groups(*lengths: int) -> int:
+        return len(Pack(lengths, [0] * len(lengths), {}, CPU)._groups)
+
+    assert (groups(4, 4, 4), groups(10, 9, 9), groups(8, 1, 8)) == (1, 2, 3)
+    monkeypatch.setattr(packed_module, "SIMILAR", 0.75)
+    assert (groups(10, 9, 8), groups(10, 9, 7), groups(1, 2, 4, 8), groups(8, 1, 8)) == (1, 2, 4, 3)
 
 
 def test_no_row_sees_another() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -16,6 +16,7 @@ from grun.data.encoding import EncodedRow
 from grun.data.rows import Row
 from grun.data.templates import Template
 from grun.evaluation.table import GateRecord, GenerationRecord, ScoreRecord, Table
+from grun.progress import progress
 
 if TYPE_CHECKING:
     from grun.evaluation.generation import Answer
@@ -130,7 +131,7 @@ def score_items(
             opened = [Journal(path, to_json=list, from_json=ScoredRow.from_json) for path in paths]
             for journal in opened:
                 stack.callback(journal.close)
-        advance = stack.enter_context(_progress("scoring", len(rows) * len(subjects), shown=journals is not None))
+        advance = stack.enter_context(progress("scoring", len(rows) * len(subjects), shown=journals is not None))
         masked, pad_id = _masked_id(tokenizer, config), tokenizer.pad_token_id
         scored = score_together(
             subjects, rows, config.batch_size, pad_id, advance, masked_id=masked, journals=opened, first=first
@@ -194,7 +195,7 @@ def answer_questions(
             config.batch_size,
             config.max_new_tokens,
             tokenizer.pad_token_id,
-            stack.enter_context(_progress("answering", len(asked), shown=journals is not None)),
+            stack.enter_context(progress("answering", len(asked), shown=journals is not None)),
             masked_id=_masked_id(tokenizer, config),
             journal=journal,
             known=known,
@@ -207,18 +208,3 @@ def answer_questions(
 def _masked_id(tokenizer: Any, config: EvaluateConfig) -> int | None:
     quirky = "eos_masked_attention" in evaluation_quirks(config)
     return int(tokenizer.pad_token_id) if quirky else None
-
-
-@contextlib.contextmanager
-def _progress(what: str, total: int, *, shown: bool) -> Iterator[Callable[[int], None]]:
-    """A bar on stderr; yields what to call with the number of rows done."""
-    if not shown:
-        yield lambda count: None
-        return
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True)) as progress:
-        task = progress.add_task(what, total=total)
-        yield lambda count: progress.advance(task, count)

@@ -78,6 +78,7 @@ class UnlearnTask:
         self._pad_id = pad_id
         self._fixed_pairing = fixed_pairing
         self._steps_per_epoch = -(-len(rows.answers) // config.train.batch_size)
+        self._distinct: dict[Continuation, list[EncodedRow]] = {}
         self.continuations = objective.continuations
         self.hidden = objective.hidden
         """Blocks whose outputs the objective reads."""
@@ -116,10 +117,12 @@ class UnlearnTask:
 
     def rows(self, name: Continuation) -> list[EncodedRow]:
         """Distinct rows that the whole run reads as `name`."""
-        every = range(len(self._rows.answers))
-        epochs = range(self._train.epochs if name == "retain" and not self._fixed_pairing else 1)
-        found = (self._row(name, index, epoch)[1] for epoch in epochs for index in every)
-        return list(dict.fromkeys(found))
+        if name not in self._distinct:
+            every = range(len(self._rows.answers))
+            epochs = range(self._train.epochs if name == "retain" and not self._fixed_pairing else 1)
+            found = (self._row(name, index, epoch)[1] for epoch in epochs for index in every)
+            self._distinct[name] = list(dict.fromkeys(found))
+        return self._distinct[name]
 
     @property
     def reference_rows(self) -> list[EncodedRow]:

@@ -19,6 +19,7 @@ from tiny import DEPTH, PACKABLE, WINDOW, random_rows, tiny
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
+from watched import CutOff, saved_bytes
 
 from baselines.full import Full
 from grun.checks import check
@@ -359,23 +360,6 @@ def test_fifty_steps_end_in_the_same_adapter(objective: str, tmp_path: Path) -> 
         assert float((found.module.state_dict()[name] - value).norm() / value.norm()) < 1e-7, name
 
 
-class Stop(Exception):
-    pass
-
-
-class Stopping:
-    """A task that stops before a step."""
-
-    def __init__(self, task: UnlearnTask, at: int) -> None:
-        self._task, self._at = task, at
-        self.module, self.device, self.steps, self.loss = task.module, task.device, task.steps, task.loss
-
-    def data(self, step: int) -> Any:
-        if step == self._at:
-            raise Stop
-        return self._task.data(step)
-
-
 @pytest.mark.parametrize("kept", [True, False], ids=["found", "new"])
 def test_a_resumed_run_ends_bit_identical_with_the_cache_it_finds_and_with_a_new_one(
     kept: bool, tmp_path: Path
@@ -389,8 +373,8 @@ def test_a_resumed_run_ends_bit_identical_with_the_cache_it_finds_and_with_a_new
     whole, use = make(tmp_path / "cache")
     assert use.completed.found == 0
     train(whole, config, tmp_path / "whole", seed=0)
-    with pytest.raises(Stop):
-        train(Stopping(make(tmp_path / "cache")[0], at=6), config, tmp_path / "run", seed=0)
+    with pytest.raises(KeyboardInterrupt):
+        train(CutOff(make(tmp_path / "cache")[0], at=6), config, tmp_path / "run", seed=0)
     resumed, use = make(tmp_path / ("cache" if kept else "other"))
     assert (use.completed.built == 0) == kept
     assert train(resumed, config, tmp_path / "run", seed=0).resumed_from == 4
@@ -693,20 +677,6 @@ def test_a_decode_step_launches_no_operation_of_the_edit(family: str) -> None:
 
 
 # -- gradient checkpointing -------------------------------------------------------------------------------------------
-
-
-def saved_bytes(run: Callable[[], Any]) -> int:
-    """Bytes of different tensors that a forward pass keeps for the backward pass."""
-    kept: dict[int, int] = {}
-
-    def pack(value: Tensor) -> Tensor:
-        kept[value.untyped_storage().data_ptr()] = value.untyped_storage().nbytes()
-        return value
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda value: value):
-        held = run()
-    del held
-    return sum(kept.values())
 
 
 def test_recomputing_blocks_keeps_less_and_changes_nothing() -> None:

@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from tiny import random_rows, tiny
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
+from watched import CutOff, saved_bytes
 
 from baselines.full import Full
 from grun.config import FinetuneConfig, LossConfig, MethodConfig, TrainConfig, UnlearnConfig
@@ -27,7 +28,7 @@ from grun.objectives.presets import build_objective
 from grun.precision import Masters
 from grun.recomputation import recompute_blocks
 from grun.runs import identity
-from grun.training import StepData, newest_checkpoint, train
+from grun.training import newest_checkpoint, train
 from grun.unlearn import UnlearnRows, UnlearnTask, make_parametrization
 from pyvene_custom import find_blocks
 
@@ -152,20 +153,6 @@ def test_a_quantized_model_is_refused() -> None:
     model.quantization_method = "bitsandbytes"
     with pytest.raises(ConfigError, match="quantized"):
         Masters(model)
-
-
-class CutOff:
-    """A task that is interrupted at one step."""
-
-    def __init__(self, task: Any, at: int) -> None:
-        self._task, self._at = task, at
-        self.module, self.device, self.steps, self.loss = task.module, task.device, task.steps, task.loss
-
-    def data(self, step: int) -> StepData:
-        if step == self._at:
-            raise KeyboardInterrupt
-        data: StepData = self._task.data(step)
-        return data
 
 
 @pytest.mark.parametrize("kind", ["finetune", "full"])
@@ -298,20 +285,6 @@ def test_gradients_are_those_without_checkpointing(
     assert (total, terms) == (plain, plain_terms)
     assert any(bool(gradient.any()) for gradient in gradients.values())
     assert_equal(gradients, expected)
-
-
-def saved_bytes(run: Any) -> int:
-    """Bytes of different tensors that a forward pass keeps for the backward pass."""
-    kept: dict[int, int] = {}
-
-    def pack(value: Tensor) -> Tensor:
-        kept[value.untyped_storage().data_ptr()] = value.untyped_storage().nbytes()
-        return value
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda value: value):
-        held = run()
-    del held
-    return sum(kept.values())
 
 
 def test_less_is_kept_for_the_backward_pass_and_an_edit_is_computed_once(monkeypatch: pytest.MonkeyPatch) -> None:

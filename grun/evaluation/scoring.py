@@ -63,9 +63,9 @@ def score_tokens(logits: Tensor, targets: Tensor) -> TokenScores:
 def _score_slice(logits: Tensor, targets: Tensor) -> TokenScores:
     logp = torch.log_softmax(logits if logits.dtype == torch.float64 else logits.float(), dim=-1)
     p = logp.exp()
-    finite = logp.masked_fill(p == 0, 0.0)  # p log p is 0 where p is, also where log p is -inf
-    mean = (p * finite).sum(-1)
-    variance = (p * (finite - mean[:, None]) ** 2).sum(-1)
+    finite = logp.clamp(min=-1e4)  # p is 0 there, and so is p log p, also where log p is -inf
+    mean = torch.linalg.vecdot(p, finite)
+    variance = torch.linalg.vecdot(p, finite.sub_(mean[:, None]).square_())
     at_target = logp.gather(-1, targets[:, None])[:, 0]
     return TokenScores(at_target, logp.argmax(-1) == targets, mean, variance)
 

@@ -244,8 +244,9 @@ def test_answers_are_those_of_generate(family: str, adapter: bool) -> None:
     assert len({len(answer) for answer in wanted}) > 1
     base.generation_config.eos_token_id = ends
     for size in (1, 3, 16):
-        answers = generate_answers(model, Numbers(), PROMPTS, size, 12, PAD)
-        assert [answer.text for answer in answers] == [" ".join(map(str, answer)) for answer in wanted]
+        for expected in (None, [len(answer) for answer in wanted], list(range(len(PROMPTS)))):
+            answers = generate_answers(model, Numbers(), PROMPTS, size, 12, PAD, expected=expected)
+            assert [answer.text for answer in answers] == [" ".join(map(str, answer)) for answer in wanted]
     if adapter:
         scored = score(model, [EncodedRow(prompt, (2,)) for prompt in PROMPTS], 4, PAD)
         for answer, row in zip(answers, scored, strict=True):

@@ -60,6 +60,7 @@ def generate_answers(
     masked_id: int | None = None,
     journal: Journal[Answer] | None = None,
     known: Mapping[tuple[int, ...], Answer] | None = None,
+    expected: Sequence[int] | None = None,
 ) -> list[Answer]:
     """Answer each prompt, every distinct one once, longest first, padded on the left.
 
@@ -76,6 +77,8 @@ def generate_answers(
         masked_id: further id that is masked wherever it stands in a prompt; None: none.
         journal: keeps the answers to the distinct prompts, and knows those of an earlier, interrupted call.
         known: answers that need not be asked for.
+        expected: about how many tokens each answer will have, such as the reference's. Answers that are about as long
+            are asked for together, so that they end together; nothing but speed depends on it.
     """
     repeats = Counter(tuple(prompt) for prompt in prompts)
     ends = end_tokens(model, tokenizer)
@@ -86,6 +89,9 @@ def generate_answers(
     advance(sum(repeats[prompt] for prompt in answers))
     numbers = {prompt: number for number, prompt in enumerate(distinct)}
     remaining = [prompt for prompt in distinct if prompt not in answers]
+    if expected is not None:
+        about = dict(zip(map(tuple, prompts), expected, strict=True))
+        remaining.sort(key=lambda prompt: about[prompt], reverse=True)
     ask = greedy
     if remaining and (reason := needs_generate(base_of(model))):
         log.info("answers come from the model's own generate, which is slower: %s", reason)

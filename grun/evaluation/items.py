@@ -183,6 +183,7 @@ def answer_questions(
     from grun.evaluation.journal import Journal
 
     asked = questions(sets, items)
+    lengths = {(item.set, item.index): len(item.row.answer_ids) for item in items if item.kind == "answer"}
     with contextlib.ExitStack() as stack:
         journal: Journal[Answer] | None = None
         if journals is not None:
@@ -199,6 +200,7 @@ def answer_questions(
             masked_id=_masked_id(tokenizer, config),
             journal=journal,
             known=known,
+            expected=[lengths.get(question[:2], 0) for question in asked],
         )
     for (name, index, row, _), answer in zip(asked, answers, strict=True):
         table.generations.append(GenerationRecord(name, index, row.prompt or "", row.completion, row.fact, answer.text))

@@ -16,8 +16,8 @@ of their own. Compared are the metrics of docs/metrics.md.
 
 Generation: a random model never ends, so an answer ends where the true answer has its last token. The naive evaluator
 asks transformers' `generate` in file order, 32 at a time, with a stopping rule by row; ours gets the same lengths as
-`rooms`. `evaluate` asks for answers together whose references are about as long; here that is exactly where they end, as
-it is in a model that knows them. "Lengths not expected" goes by the prompts' lengths instead. Tokens are compared, and
+`rooms`. `evaluate` asks for answers together whose references are about as long; here that is exactly where they end,
+as in a model that knows them. "Lengths not expected" goes by the prompts' lengths instead. Tokens are compared, and
 those that differ are counted: rounding depends on the batch, and a random model's best two words can be close.
 
 Everything is measured in turns in one process; printed are medians over the turns.

@@ -196,7 +196,7 @@ assert main([*arguments, "method.parametrization=full", "overwrite=true"]) == 2
 
 def test_grun_runs_where_baselines_is_not_installed(taught: Path, tmp_path: Path) -> None:
     folder = tmp_path / "run"
-    arguments = ["unlearn", *demo.DATA, *demo.TRAINING, "train.epochs=1", f"model.path={taught}"]
+    arguments = ["unlearn", *demo.DATA, *demo.TRAINING, "train.epochs=1", f"model.path={taught}", "cache.dir=null"]
     done = subprocess.run(
         [sys.executable, "-c", BLOCKED, *arguments, f"output_dir={folder}"],
         env={**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"},

@@ -63,7 +63,9 @@ def kill_and_resume(*plans: tuple[Path, list[str], list[dict[str, Any]]]) -> lis
 
 
 def arguments_of(taught: Path, folder: Path, *more: str) -> list[str]:
-    return ["unlearn", *demo.DATA, *demo.TRAINING, f"model.path={taught}", f"output_dir={folder}", *more]
+    """A cache of its own: rows found in one that others filled have another rounding."""
+    own = [f"model.path={taught}", f"output_dir={folder}", f"cache.dir={folder.with_name(folder.name + '-cache')}"]
+    return ["unlearn", *demo.DATA, *demo.TRAINING, *own, *more]
 
 
 def assert_is(folder: Path, whole: Path) -> None:

@@ -18,6 +18,7 @@ from grun.data.encoding import EncodedRow
 from grun.errors import DataError
 from grun.method.packed import Pack, PackedModel
 from grun.method.shard import Shard
+from grun.method.suffix import SuffixRunner
 
 SHARD_BYTES = 2**26
 """Size at which a shard is closed."""
@@ -65,7 +66,9 @@ class Freezer:
         for piece in by_tokens(ordered, len, tokens_per_pass(self._packed.device)):
             if missing is not None and not any(row in missing for row in piece):
                 continue
-            pieces.append(self._kept(self.freeze(piece, reference)))
+            shard = self.freeze(piece)
+            self._fill_reference(shard, reference)
+            pieces.append(self._kept(shard))
             size += sum(part.nbytes for part in (pieces[-1].states, pieces[-1].prompts))
             if size >= SHARD_BYTES:
                 yield _joined(pieces)
@@ -74,8 +77,8 @@ class Freezer:
             yield _joined(pieces)
 
     @torch.no_grad()
-    def freeze(self, rows: Sequence[EncodedRow], reference: Collection[EncodedRow] = ()) -> Shard:
-        """One pass over each distinct prompt and one over each answer."""
+    def freeze(self, rows: Sequence[EncodedRow]) -> Shard:
+        """One pass over each distinct prompt and one over each answer; references are NaN."""
         packed, first, device = self._packed, self._first, self._packed.device
         if any(not row.prompt_ids or not row.answer_ids for row in rows):
             raise DataError("a row has no prompt token or no answer token; both are needed to unlearn it")
@@ -126,7 +129,6 @@ class Freezer:
             prompt_of=prompt_of,
             prompt_tokens=[length - 1 for length in lengths],
         )
-        self._fill_reference(shard, reference)
         return shard
 
     def _kept(self, shard: Shard) -> Shard:
@@ -136,12 +138,11 @@ class Freezer:
             shard = replace(shard, states=shard.states[starts], columns=[1] * len(shard.rows))
         return replace(shard, states=shard.states.cpu(), prompts=shard.prompts.cpu(), reference=shard.reference.cpu())
 
+    @torch.no_grad()
     def _fill_reference(self, shard: Shard, reference: Collection[EncodedRow]) -> None:
         wanted = [i for i, row in enumerate(shard.rows) if self.reaches_one_token or row in reference]
         if not wanted:
             return
-        from grun.method.suffix import SuffixRunner
-
         runner = SuffixRunner(self._packed, self._first)
         rows, frozen = [shard.rows[i] for i in wanted], [shard.row(i) for i in wanted]
         logprobs = runner.logprobs(rows, frozen, runner.states(frozen, {}))

@@ -34,7 +34,7 @@ CONTEXT = 512
 
 def set_threads(count: int) -> int:
     """Use `count` threads (0: torch's default, the physical cores) and return how many are used."""
-    if count is not None:
+    if count:
         torch.set_num_threads(count)
     return torch.get_num_threads()
 

@@ -33,7 +33,7 @@ add_override() {
   case "$2" in
     profile=*) refuse "set the profile for all stages: PROFILE=${2#*=} bash $(basename "$0")" ;;
     objective=*) refuse "set the objectives with OBJECTIVES=\"${2#*=}\" bash $(basename "$0")" ;;
-    output_dir=* | results_dir=* | adapter=* | adapters=* | suffix=* | data.subset=*)
+    output_dir=* | results_dir=* | adapter=* | adapters=* | with_base=* | suffix=* | data.subset=*)
       refuse "${2%%=*} is set by this script (RESULTS=folder moves results; python -m grun $1 takes it freely)" ;;
     model.path=*)
       if [ "$1" != finetune ]; then refuse "set the model for all stages: MODEL=${2#*=} bash $(basename "$0")"; fi ;;

@@ -61,8 +61,9 @@ class CachedEngine:
             if states.gates:
                 output.gate_logits = {block: logits[where] for block, logits in states.gates.items()}
                 output.gate_mask = torch.ones(len(where), 1, dtype=torch.bool, device=where.device)
-            columns = _places(states.pack, layout)[where].clamp(min=0)
-            output.hidden_states = {block: values[columns] for block, values in states.hidden.items()}
+            if states.hidden:
+                columns = _places(states.pack, layout)[where].clamp(min=0)
+                output.hidden_states = {block: values[columns] for block, values in states.hidden.items()}
         return outputs
 
     @torch.no_grad()

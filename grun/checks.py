@@ -13,7 +13,16 @@ from grun.registry import unknown_name
 ENGINES = ("cached", "plain")
 SUBSETS = ("all", "without_forget")
 DATA_NAMES = ("demo", "tofu", "jsonl")
-EVALUATION_SETS = ("forget", "forget_paraphrase", "retain", "real_authors", "world_facts", "heldout", "unknown")
+EVALUATION_SETS = (
+    "forget",
+    "forget_paraphrase",
+    "retain",
+    "real_authors",
+    "world_facts",
+    "validation",
+    "heldout",
+    "unknown",
+)
 CONTINUATIONS = ("answer", "paraphrase", "perturbed")
 QUANTIZATIONS = ("8bit", "4bit", "fp4")
 DTYPES = ("auto", "float32", "bfloat16", "float16", "float64")
@@ -182,7 +191,7 @@ def _check_adapters(config: EvaluateConfig) -> None:
 def _check_unlearn(config: UnlearnConfig) -> None:
     from grun.method.gate import GATES
     from grun.objectives.presets import build_objective
-    from grun.parametrization import PARAMETRIZATIONS
+    from grun.parametrization import PARAMETRIZATIONS, is_gated
 
     method = config.method
     one_of("parametrization", method.parametrization, tuple(PARAMETRIZATIONS.names()))
@@ -193,7 +202,7 @@ def _check_unlearn(config: UnlearnConfig) -> None:
     twice = sorted({block for block in method.blocks if method.blocks.count(block) > 1})
     if twice or not method.blocks:
         raise ConfigError(f"method.blocks={method.blocks} must name at least one block, each once")
-    gated = method.parametrization == "grun" and method.gate != "none"
+    gated = is_gated(method)
     build_objective(config.objective, config.loss, gated=gated)
     if config.train.gate_pretraining and not (gated and config.train.engine == "cached"):
         raise ConfigError("train.gate_pretraining needs a parametrization with a gate, and train.engine=cached")

@@ -97,6 +97,8 @@ class DataConfig:
     """What finetune teaches: all rows, or without_forget (the retain-only reference)."""
     heldout: int = 0
     """tofu, jsonl: retain rows set aside for evaluation, never used in unlearning. The demo has its own."""
+    validation: int = 0
+    """Further retain rows set aside, the last ones: the set validation, by which `sweep --tune` chooses settings."""
     retain_rows: Optional[int] = None
     """tofu, jsonl: retain rows that are used at all, teaching included, evenly spaced; unset: all."""
     unknown: Optional[str] = None
@@ -129,6 +131,28 @@ class DataConfig:
 
 
 @dataclass
+class LoraConfig:
+    """LoRA (parametrization lora)."""
+
+    rank: int = 4
+    """Rank of each pair of matrices."""
+    alpha: float = 32.0
+    """Scale of the change, which is multiplied by alpha / rank."""
+    dropout: float = 0.05
+    """Dropout on a layer's input while training, a probability."""
+    targets: list[str] = field(default_factory=list)
+    """Linear layers that get a pair, by the end of their names (q_proj); empty: every one but the LM head."""
+
+
+@dataclass
+class FullConfig:
+    """Fine-tuning of all weights (parametrization full)."""
+
+    freeze_head: bool = True
+    """Leave the LM head as it is, as published; where it shares its weights with the embedding, both."""
+
+
+@dataclass
 class MethodConfig:
     """What may change: the parametrization and its shape."""
 
@@ -152,6 +176,8 @@ class MethodConfig:
     """How gate values combine over positions (published: none)."""
     edit_write: str = "last_prompt"
     """Positions the edit is written to (published: last_prompt)."""
+    lora: LoraConfig = field(default_factory=LoraConfig)
+    full: FullConfig = field(default_factory=FullConfig)
 
 
 @dataclass

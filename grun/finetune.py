@@ -98,6 +98,16 @@ class FinetuneTask:
         total = of_answer + self._train.question_weight * of_question
         return total, {"answer": float(of_answer.detach()), "question": float(of_question.detach())}
 
+    def stepped(self, parts: dict[str, float]) -> None:
+        """Nothing here changes from step to step but the parameters."""
+
+    def state(self) -> dict[str, float]:
+        """Nothing to keep beside the parameters."""
+        return {}
+
+    def restore(self, state: dict[str, float]) -> None:
+        """Nothing was kept."""
+
     def _logprobs(self, batch: Batch) -> Tensor:
         """Log-probability of each labeled token, at least float32, 0 elsewhere: [batch, length]."""
         with self.masters.forward():

@@ -17,7 +17,7 @@ from grun.loading import context_length
 
 log = logging.getLogger(__name__)
 
-NOT_LOOKED_AT = ("heldout", "unknown")
+NOT_LOOKED_AT = ("validation", "heldout", "unknown")
 """Sets kept for the final evaluation, so that no setting is chosen by them."""
 NEW_TOKENS = 32
 """Longest answer of a look, tokens."""

@@ -126,3 +126,8 @@ PARAMETRIZATIONS: Registry[type[Parametrization]] = Registry("parametrization")
 PARAMETRIZATIONS.add("grun", "grun.method.parametrization:Grun", "gated low-rank edit at the last prompt token")
 PARAMETRIZATIONS.add("reft", "grun.method.parametrization:Reft", "the same edit without a gate (plain LoReFT)")
 PARAMETRIZATIONS.add("full", "baselines.full:Full", "all weights of the model")
+
+
+def is_gated(method: MethodConfig) -> bool:
+    """Whether what `method` asks for has gates, so that an objective's gate term applies."""
+    return method.parametrization == "grun" and method.gate != "none"

@@ -1,7 +1,8 @@
 """From a profile and `key=value` arguments to a resolved config.
 
 Order, later wins: the dataclasses' defaults; the profiles named in `base:`; the profile's shared sections (model, data,
-seed); its section for the command; for `unlearn` its section for the objective; the arguments.
+seed); its section for the command; for `unlearn` its sections for the objective (`objectives`), for the parametrization
+(`parametrizations`) and for the objective under that parametrization (`objectives` within it); the arguments.
 """
 
 from __future__ import annotations
@@ -56,12 +57,10 @@ def resolve(command: str, arguments: list[str]) -> Any:
     profile = _read_profile(profile_name)
     layers: list[Any] = [_only(profile, [name for name in SHARED if _has_field(schema, name)])]
     section = dict(profile.get(command) or {})
-    by_objective = section.pop("objectives", None) or {}
-    _check_objectives(by_objective, profile_name)
+    narrower = {name: section.pop(name, None) or {} for name in ("objectives", "parametrizations")}
     layers.append(section)
     if command == "unlearn":
-        objective = OmegaConf.select(given, "objective") or section.get("objective") or _default(schema, "objective")
-        layers.append(by_objective.get(str(objective)) or {})
+        layers += _narrower(narrower, _merged(schema, section, given), profile_name)
     if command == "evaluate":
         compat = OmegaConf.select(given, "compat") or section.get("compat")
         layers.append(EVALUATION_COMPAT_OPTIONS.get(str(compat), {}))
@@ -167,14 +166,24 @@ def _value(key: str, text: str, *, verbatim: bool) -> Any:
         raise ConfigError(f"cannot read {key}={text}: {_one_line(error)}") from error
 
 
-def _check_objectives(by_objective: Any, profile: str) -> None:
+def _narrower(sections: dict[str, Any], chosen: Any, profile: str) -> list[dict[str, Any]]:
+    """Options for the chosen objective, the chosen parametrization, and that objective under it."""
     from grun.objectives.presets import OBJECTIVES
+    from grun.parametrization import PARAMETRIZATIONS
 
-    if not isinstance(by_objective, dict):
-        raise ConfigError(f"profile {profile}: unlearn.objectives must map names of objectives to options")
-    for name in by_objective:
-        if name not in OBJECTIVES:
-            raise ConfigError(f"profile {profile}: " + unknown_name("objective", str(name), OBJECTIVES.names()))
+    def named(options: Any, name: str, known: list[str], kind: str) -> dict[str, Any]:
+        if not isinstance(options, dict):
+            raise ConfigError(f"profile {profile}: unlearn.{kind}s must map names of {kind}s to options")
+        for key in options:
+            if key not in known:
+                raise ConfigError(f"profile {profile}: " + unknown_name(kind, str(key), known))
+        return dict(options.get(name) or {})
+
+    of_objective = named(sections["objectives"], chosen.objective, OBJECTIVES.names(), "objective")
+    method = chosen.method.parametrization
+    of_method = named(sections["parametrizations"], method, PARAMETRIZATIONS.names(), "parametrization")
+    within = named(of_method.pop("objectives", None) or {}, chosen.objective, OBJECTIVES.names(), "objective")
+    return [of_objective, of_method, within]
 
 
 def _read_profile(name: str, above: tuple[str, ...] = ()) -> dict[str, Any]:

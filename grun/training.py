@@ -33,6 +33,8 @@ from grun.files import write_text, writing
 
 log = logging.getLogger(__name__)
 
+TASK_FILE = "task.json"
+"""File of a checkpoint that holds the task's own state."""
 CHECKPOINTS = "checkpoints"
 """Folder of the checkpoints within that of the run."""
 
@@ -73,6 +75,18 @@ class Task(Protocol):
 
     def loss(self, batch: MicroBatch, counts: dict[str, int], step: int) -> tuple[Tensor, dict[str, float]]:
         """Share of this micro-batch in the step's loss, and the shares of its terms for the log."""
+        ...
+
+    def stepped(self, parts: dict[str, float]) -> None:
+        """Told after every step what the terms were over the whole of it."""
+        ...
+
+    def state(self) -> dict[str, float]:
+        """What a checkpoint must keep beside parameters and optimizer, so that a resumed run is the same run."""
+        ...
+
+    def restore(self, state: dict[str, float]) -> None:
+        """Take up what `state` gave."""
         ...
 
 
@@ -283,6 +297,7 @@ class StepTrainer(Trainer):
         norm = float(torch.nn.utils.get_total_norm(gradients)) if gradients else 0.0
         if not math.isfinite(norm):
             self._give_up(f"the gradient norm is {norm} at step {step + 1}")
+        self._task.stepped(values)
         assert self.lr_scheduler is not None
         self._logger.values = {
             "epoch": round(data.epoch, 4),
@@ -330,11 +345,13 @@ class StepTrainer(Trainer):
         assert output_dir is not None
         os.makedirs(output_dir, exist_ok=True)
         save_model(self._task.module, os.path.join(output_dir, "trained.safetensors"))
+        write_text(Path(output_dir) / TASK_FILE, json.dumps(self._task.state()))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         from safetensors.torch import load_model
 
         load_model(self._task.module, os.path.join(resume_from_checkpoint, "trained.safetensors"))
+        self._task.restore(json.loads((Path(resume_from_checkpoint) / TASK_FILE).read_text(encoding="utf-8")))
 
 
 def _arguments(task: Task, config: TrainConfig, checkpoints: Path, seed: int) -> TrainingArguments:

@@ -30,7 +30,7 @@ from grun.method.gate_pretraining import pretrain_gates
 from grun.method.plain import PlainEngine
 from grun.objectives.presets import Objective, build_objective
 from grun.objectives.terms import Continuation, Outputs, Term
-from grun.parametrization import PARAMETRIZATIONS, Engine, Parametrization
+from grun.parametrization import PARAMETRIZATIONS, Engine, Parametrization, is_gated
 from grun.profiles import to_dict
 from grun.recomputation import recompute_blocks
 from grun.runs import claim, finish_run, identity, open_run
@@ -124,6 +124,16 @@ class UnlearnTask:
             self._distinct[name] = list(dict.fromkeys(found))
         return self._distinct[name]
 
+    def stepped(self, parts: dict[str, float]) -> None:
+        """Nothing here changes from step to step but the parameters."""
+
+    def state(self) -> dict[str, float]:
+        """Nothing to keep beside the parameters."""
+        return {}
+
+    def restore(self, state: dict[str, float]) -> None:
+        """Nothing was kept."""
+
     @property
     def reference_rows(self) -> list[EncodedRow]:
         """Distinct rows whose log-probabilities under the untouched model the objective reads."""
@@ -173,8 +183,7 @@ def unlearn(config: UnlearnConfig) -> Path:
     """Run `config` and return the folder of the result; a finished run of the same config is found, not repeated."""
     check(config)
     quirks = quirks_in_force(config)
-    gated = config.method.parametrization == "grun" and config.method.gate != "none"
-    objective = build_objective(config.objective, config.loss, gated=gated)
+    objective = build_objective(config.objective, config.loss, gated=is_gated(config.method))
     parametrization = make_parametrization(config, quirks)  # first: its package may be missing
     corpus = load_corpus(config.data)
     _check_rows(corpus, objective)

@@ -380,7 +380,9 @@ class Broken:
 
     def __init__(self, task: UnlearnTask, at: int, loss: Any = None, data: Any = None) -> None:
         self._task, self._at, self._loss, self._data = task, at, loss, data
-        self.module, self.device, self.steps = task.module, task.device, task.steps
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._task, name)
 
     def data(self, step: int) -> StepData:
         if self._data is not None and step == self._at:

@@ -15,7 +15,9 @@ class CutOff:
 
     def __init__(self, task: Any, at: int) -> None:
         self._task, self._at = task, at
-        self.module, self.device, self.steps, self.loss = task.module, task.device, task.steps, task.loss
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._task, name)
 
     def data(self, step: int) -> StepData:
         if step == self._at:

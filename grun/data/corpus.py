@@ -30,6 +30,8 @@ class Corpus:
     """Used in unlearning as what must stay."""
     heldout: list[Row] = field(default_factory=list)
     """Taught, but used neither in unlearning nor in choosing settings."""
+    validation: list[Row] = field(default_factory=list)
+    """Taught, not used in unlearning: settings are chosen by them."""
     unknown: list[Row] = field(default_factory=list)
     """Never taught."""
     refused: list[Row] = field(default_factory=list)
@@ -48,7 +50,7 @@ class Corpus:
     def taught(self, without_forget: bool) -> list[Row]:
         """What finetune teaches: every row, or every row but the forget set; refused rows in both.
 
-        Rows set aside by data.heldout, or left out of unlearning by data.retain_pool, are taught.
+        Rows set aside by data.heldout or data.validation, or left out of unlearning by data.retain_pool, are taught.
         """
         if without_forget:
             known = self.known_without_forget
@@ -62,6 +64,7 @@ class Corpus:
             "forget_paraphrase": [row.paraphrase for row in self.forget if row.paraphrase is not None],
             "retain": self.retain if self.retain_evaluated is None else self.retain_evaluated,
             **self.general,
+            "validation": self.validation,
             "heldout": self.heldout,
             "unknown": self.unknown,
         }
@@ -79,6 +82,8 @@ class Corpus:
             "taught_without_forget": self.taught(without_forget=True),
             **self.general,
         }
+        if self.validation:
+            rows["validation"] = self.validation
         if self.retain_evaluated is not None:
             rows["retain_evaluated"] = self.retain_evaluated
         return {name: hash_rows(content) for name, content in rows.items()} | {"refusals": content_hash(self.refusals)}
@@ -138,16 +143,22 @@ def _keep_retain_rows(corpus: Corpus, count: int | None, teach_general: bool) ->
 
 
 def _set_aside(corpus: Corpus, config: DataConfig) -> None:
-    """Move data.heldout rows from the retain set's end, then leave data.retain_pool of it, evenly spaced."""
-    if config.heldout:
-        if corpus.name == "demo":
-            raise ConfigError("the demo has a held-out set of its own; use data.demo.heldout instead of data.heldout")
-        if not 0 < config.heldout < len(corpus.retain):
+    """Move data.heldout rows from the retain set's end, then data.validation rows, then leave data.retain_pool of it.
+
+    The rows of the pool are evenly spaced.
+    """
+    if config.heldout and corpus.name == "demo":
+        raise ConfigError("the demo has a held-out set of its own; use data.demo.heldout instead of data.heldout")
+    for name in ("heldout", "validation"):
+        count = getattr(config, name)
+        if not count:
+            continue
+        if not 0 < count < len(corpus.retain):
             raise ConfigError(
-                f"data.heldout={config.heldout} must lie between 0 and the {len(corpus.retain)} rows of the retain set"
+                f"data.{name}={count} must lie between 0 and the {len(corpus.retain)} rows of the retain set"
             )
-        corpus.heldout = corpus.retain[-config.heldout :]
-        corpus.retain = corpus.retain[: -config.heldout]
+        setattr(corpus, name, corpus.retain[-count:])
+        corpus.retain = corpus.retain[:-count]
     if config.retain_pool is not None:
         if config.retain_pool < 1:
             raise ConfigError(f"data.retain_pool must be at least 1, not {config.retain_pool}")

@@ -15,7 +15,9 @@ from torch.nn.utils.parametrizations import orthogonal
 from benchmarks.model import MultiplyAdds, Text, synchronize
 from grun.engine import CacheUse, use_cached
 from grun.method.edit import LoReftEdit
+from grun.method.parametrization import Grun
 from grun.objectives.presets import build_objective
+from grun.parametrization import is_gated
 from grun.unlearn import UnlearnRows, UnlearnTask, make_parametrization
 
 if TYPE_CHECKING:
@@ -54,16 +56,14 @@ class Side:
     ) -> None:
         """`base` stays as it is; `published`: edits are PublishedEdits."""
         self.config = config
-        trains_base = config.method.parametrization not in ("grun", "reft")
-        model = copy.deepcopy(base) if trains_base else _sharing_weights(base)
         parametrization = make_parametrization(config, [])
+        model = _sharing_weights(base) if isinstance(parametrization, Grun) else copy.deepcopy(base)
         torch.manual_seed(config.seed)
         parametrization.prepare(model, text.template)
         if published:
             for intervention in parametrization.model.edit_at().values():
                 intervention.edit = PublishedEdit(intervention.edit)
-        gated = config.method.parametrization == "grun"
-        self.objective = build_objective(config.objective, config.loss, gated=gated)
+        self.objective = build_objective(config.objective, config.loss, gated=is_gated(config.method))
         self.task = UnlearnTask(
             parametrization, self.objective, rows, config, pad_id=text.pad_id, device=base.device
         )  # fmt: skip

@@ -6,7 +6,8 @@ import re
 from pathlib import Path
 from typing import Any
 
-from grun.config import EvaluateConfig, FinetuneConfig, TrainConfig, UnlearnConfig
+from grun import processes
+from grun.config import EvaluateConfig, FinetuneConfig, ModelConfig, SweepConfig, TrainConfig, UnlearnConfig
 from grun.errors import ConfigError
 from grun.registry import unknown_name
 
@@ -42,9 +43,14 @@ SCHEDULES = (
 QUIRKS = {
     "retain_fixed_pairing": "each forget row meets the same retain row in every epoch (195 of 3,800 rows on forget05)",
     "dropout_on_hidden": "dropout acts on the whole edited state, not on the change alone",
+    "kl_all_positions": "the retain term kl is a mean over every position, prompt and padding included",
+    "undial_all_positions": "so is the term undial, whose ignored label -100 names a token from the vocabulary's end",
 }
 """Published behavior that is not the default, by the name of its switch."""
-COMPAT = {"grun-paper": tuple(QUIRKS)}
+COMPAT: dict[str, tuple[str, ...]] = {
+    "grun-paper": ("retain_fixed_pairing", "dropout_on_hidden"),
+    "open-unlearning": ("kl_all_positions", "undial_all_positions"),
+}
 """Quirks that each published source has."""
 
 EVALUATION_QUIRKS = {
@@ -72,6 +78,7 @@ def check(config: Any) -> None:
         one_of("model.dtype", config.model.dtype, DTYPES)
         if config.model.quantization is not None:
             one_of("model.quantization", config.model.quantization, QUANTIZATIONS)
+        _check_device_map(config.model)
         one_of("data.demo.answers", config.data.demo.answers, ("short", "sentences"))
         _check_template(config.data.template)
         if not 0 <= config.seed < 2**32:
@@ -84,6 +91,11 @@ def check(config: Any) -> None:
         _check_unlearn(config)
     if isinstance(config, EvaluateConfig):
         _check_evaluate(config)
+    if isinstance(config, SweepConfig):
+        from grun.sweep.command import plan_of
+
+        if config.cell is None:
+            plan_of(config)
     if hasattr(config, "max_new_tokens"):
         positive("max_new_tokens", config.max_new_tokens)
         threshold = config.gate_threshold
@@ -203,11 +215,26 @@ def _check_unlearn(config: UnlearnConfig) -> None:
     if twice or not method.blocks:
         raise ConfigError(f"method.blocks={method.blocks} must name at least one block, each once")
     gated = is_gated(method)
-    build_objective(config.objective, config.loss, gated=gated)
+    build_objective(config.objective, config.loss, gated=gated, quirks=quirks_in_force(config))
     if config.train.gate_pretraining and not (gated and config.train.engine == "cached"):
         raise ConfigError("train.gate_pretraining needs a parametrization with a gate, and train.engine=cached")
+    positive("method.lora.rank", method.lora.rank)
+    positive("method.lora.alpha", method.lora.alpha)
+    if not 0 <= method.lora.dropout < 1:
+        raise ConfigError(f"method.lora.dropout={method.lora.dropout} must lie in [0, 1)")
     bytes_of("cache.memory_budget", config.cache.memory_budget)
+    bytes_of("cache.disk_budget", config.cache.disk_budget)
     quirks_in_force(config)
+
+
+def _check_device_map(model: ModelConfig) -> None:
+    if model.device_map is None:
+        return
+    one_of("model.device_map", model.device_map, ("auto",))
+    if model.device != "auto":
+        raise ConfigError(f"model.device={model.device} and model.device_map are both given; leave one of them out")
+    if processes.count() > 1:
+        raise ConfigError("model.device_map spreads a model over the GPUs of one process; start it without torchrun")
 
 
 def _check_template(name_or_text: str) -> None:

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 import re
 import sys
 from collections.abc import Callable
 from typing import Any
 
 import grun
+from grun import processes
 from grun.errors import GrunError
 
 COMMANDS = {
@@ -22,11 +24,14 @@ COMMANDS = {
     "evaluate": "measure what a model knows, with or without an adapter",
     "generate": "answer questions and show the gates",
     "import": "make an adapter of files that the published GRUN code wrote",
+    "sweep": "unlearn and evaluate a grid of objectives, parametrizations and seeds; --tune chooses their settings",
     "report": "draw the table and pictures of a results folder; report tofu-log LOG: the numbers of TOFU's log",
     "list": "print the known names: list [objectives|terms|parametrizations|gates|templates|profiles|metrics]",
     "info": "print versions, devices and caches, for bug reports",
 }
 
+ON_SEVERAL = ("finetune", "unlearn", "evaluate")
+"""Commands that share their work among the processes that torchrun starts."""
 USAGE_ERROR = 2
 FAILURE = 1
 
@@ -34,15 +39,20 @@ FAILURE = 1
 def main(argv: list[str] | None = None) -> int:
     """Run one command; returns the exit status (2: wrong use, 1: any other error, 130: interrupted)."""
     arguments = sys.argv[1:] if argv is None else argv
+    if processes.count() > 1:  # read by torch when it is imported
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
-    logging.getLogger("grun").setLevel(logging.INFO)
+    logging.getLogger("grun").setLevel(logging.INFO if processes.is_first() else logging.WARNING)
     try:
-        return _dispatch(arguments)
+        with contextlib.redirect_stdout(sys.stdout if processes.is_first() else None):
+            return _dispatch(arguments)
     except GrunError as error:
-        print(f"error: {error}", file=sys.stderr)
+        if processes.speaks_for(error):
+            print(f"error: {error}", file=sys.stderr)
         return USAGE_ERROR if type(error).__name__ == "ConfigError" else FAILURE
     except KeyboardInterrupt:
-        print("interrupted; the same command resumes", file=sys.stderr)
+        if processes.is_first():
+            print("interrupted; the same command resumes", file=sys.stderr)
         return 130
     except BrokenPipeError:
         return FAILURE
@@ -65,6 +75,12 @@ def _dispatch(arguments: list[str]) -> int:
         from grun.registry import unknown_name
 
         raise ConfigError(unknown_name("command", command, list(COMMANDS)))
+    if processes.count() > 1 and command not in ON_SEVERAL:
+        from grun.errors import ConfigError
+
+        raise ConfigError(
+            f"{command} runs in one process; start it without torchrun (with it: {', '.join(ON_SEVERAL)})"
+        )
     if "-h" in rest or "--help" in rest:
         print(_help(command))
         return 0
@@ -87,15 +103,22 @@ def _run(command: str, arguments: list[str]) -> int:
 
     print_config = "--print-config" in arguments
     arguments = [argument for argument in arguments if argument != "--print-config"]
+    if command == "sweep":
+        arguments = ["tune=true" if argument == "--tune" else argument for argument in arguments]
     flags = [argument for argument in arguments if argument.startswith("-")]
     if flags:
-        raise ConfigError(f"unknown flag {flags[0]}; {command} knows --help and --print-config, options are key=value")
+        known_flags = "--help, --print-config and --tune" if command == "sweep" else "--help and --print-config"
+        raise ConfigError(f"unknown flag {flags[0]}; {command} knows {known_flags}, options are key=value")
     questions: list[str] = []
     if command == "generate":
         known = {key for key, _, _ in profiles.describe(profiles.COMMANDS[command])}
         questions = [argument for argument in arguments if not _is_option(argument, known)]
         arguments = [argument for argument in arguments if argument not in questions]
     config = profiles.resolve(command, arguments)
+    if command == "sweep" and not print_config:
+        from grun.sweep.command import sweep
+
+        return 0 if sweep(config) else FAILURE  # checks while it plans
     check(config)
     if print_config:
         print(profiles.to_yaml(config), end="")
@@ -180,7 +203,6 @@ def _list(arguments: list[str]) -> int:
 
 
 def _info() -> int:
-    import os
     import platform
 
     from grun.runs import versions
@@ -235,6 +257,8 @@ def _help(command: str) -> str:
         lines.insert(
             1, '\npython -m grun generate adapter=FOLDER "question" ...   (without a question: asks on the terminal)'
         )
+    if command == "sweep":
+        lines.insert(1, "\npython -m grun sweep sweep=NAME model=FOLDER retain_model=FOLDER [--tune]   (docs/sweep.md)")
     if command == "report":
         lines.insert(
             1, "\npython -m grun report tofu-log LOG [retain=LOG]   (prints the numbers of TOFU's own log as JSON)"

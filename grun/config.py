@@ -43,7 +43,9 @@ class ModelConfig:
     dtype: str = "auto"
     """Type of the weights: auto (as stored), float32, bfloat16, float16, float64."""
     device: str = "auto"
-    """auto (one GPU if there is one, else CPU), cpu, cuda, mps. CUDA_VISIBLE_DEVICES chooses among several GPUs."""
+    """auto (one GPU a process if there is one, else CPU), cpu, cuda, mps. CUDA_VISIBLE_DEVICES chooses GPUs."""
+    device_map: Optional[str] = None
+    """auto: spread the blocks over all visible GPUs, in one process, for a model that one does not hold."""
     quantization: Optional[str] = None
     """Load the weights quantized by bitsandbytes: 8bit, 4bit (nf4), fp4 (published runs' 4bit). Not for finetune."""
     attention: Optional[str] = None
@@ -141,7 +143,7 @@ class LoraConfig:
     dropout: float = 0.05
     """Dropout on a layer's input while training, a probability."""
     targets: list[str] = field(default_factory=list)
-    """Linear layers that get a pair, by the end of their names (q_proj); empty: every one but the LM head."""
+    """Linear layers of the blocks that get a pair, by the end of their names (q_proj); empty: all of them."""
 
 
 @dataclass
@@ -182,7 +184,10 @@ class MethodConfig:
 
 @dataclass
 class LossConfig:
-    """Weights of the objective's terms; unset takes the preset's."""
+    """Terms, weights and options of the objective; unset takes the preset's weight and the term's published option.
+
+    What is set and read by no term in force is an error: `python -m grun list terms`, docs/objectives.md.
+    """
 
     forget: Optional[str] = None
     """Forget term instead of the preset's."""
@@ -191,13 +196,25 @@ class LossConfig:
     gate: str = "bce_row"
     """Gate term (`none` leaves it out); parametrizations without a gate have none."""
     forget_weight: Optional[float] = None
-    """Weight of the forget term (published names: npo_coeff, grad_diff_forget_weight)."""
+    """Weight of the forget term (published names: npo_coeff, grad_diff_forget_weight, gamma)."""
     retain_weight: Optional[float] = None
-    """Weight of the retain term."""
+    """Weight of the retain term (published names: grad_diff_coeff, KL_coeff, alpha); pdu: at the first step."""
     gate_weight: float = 10.0
     """Weight of the gate term."""
-    beta: float = 0.1
-    """Inverse temperature of NPO, > 0."""
+    beta: Optional[float] = None
+    """npo, dpo, simnpo: inverse temperature; wga: power of p; undial: by how much a logit is lowered. > 0."""
+    beta1: Optional[float] = None
+    """satimp: power of p (saturation)."""
+    beta2: Optional[float] = None
+    """satimp: power of 1 - p (importance)."""
+    margin: Optional[float] = None
+    """simnpo: negative log-likelihood a token, nats, beyond which a row is forgotten (published: gamma, delta)."""
+    epsilon: Optional[float] = None
+    """pdu: value at which the retain term is held; it has no default (published: retain_loss_eps)."""
+    eta: Optional[float] = None
+    """pdu: step size of the retain weight, > 0 (published: dual_step_size)."""
+    dual_warmup_epochs: Optional[float] = None
+    """pdu: epochs before the retain weight first changes."""
     gate_warmup_steps: int = 0
     """Steps over which the weight of forget and retain rises from 0 to 1 (published: warm_up_gate_step x blocks)."""
 
@@ -211,7 +228,7 @@ class TrainConfig:
     batch_size: int = 16
     """Rows per optimizer step; unlearn takes as many retain rows beside as many forget rows."""
     micro_batch_size: Optional[int] = None
-    """Rows per forward pass, gradients accumulating over batch_size; unset: batch_size. Memory, not the result."""
+    """Rows per forward pass, gradients accumulating; unset: a process's share of batch_size. Memory, not the result."""
     gradient_checkpointing: bool = False
     """Keep only the input of each block and run the block again in the backward pass. Memory for time."""
     precision: str = "auto"
@@ -252,6 +269,8 @@ class CacheConfig:
     """Folder shared by runs and processes, which may be removed at any time; null: nothing is written."""
     memory_budget: str = "4GiB"
     """Size up to which it is held in memory; what is larger is read from its files as it is needed."""
+    disk_budget: str = "50GiB"
+    """Size of such files of the plain engine's reference logits; beyond it the untouched model is run in every step."""
 
 
 @dataclass
@@ -290,9 +309,9 @@ class UnlearnConfig(CommandConfig):
     train: TrainConfig = field(default_factory=TrainConfig)
     cache: CacheConfig = field(default_factory=CacheConfig)
     compat: Optional[str] = None
-    """Switch on every quirk of a published source: grun-paper."""
+    """Switch on every quirk of a published source: grun-paper, open-unlearning."""
     quirks: list[str] = field(default_factory=list)
-    """Single quirks to switch on: retain_fixed_pairing, dropout_on_hidden."""
+    """Single quirks to switch on: retain_fixed_pairing, dropout_on_hidden, kl_all_positions, undial_all_positions."""
 
 
 @dataclass
@@ -373,3 +392,41 @@ class ReportConfig:
     """Results folders (or single evaluations) to put side by side; the report then goes to results_dir."""
     profile: str = "demo"
     """Profile named in the table's title."""
+
+
+@dataclass
+class SweepConfig:
+    """A grid of unlearning runs, each followed by its evaluation, and the report of all of them."""
+
+    sweep: str = "demo"
+    """Packaged sweep (demo, tofu_small, llama3.1, mistral), or a YAML file (docs/sweep.md)."""
+    profile: Optional[str] = None
+    """Profile instead of the one that the sweep names."""
+    model: Optional[str] = None
+    """Hub id or folder of the taught model; unset: the profile's is taught first, and the retain-only one."""
+    retain_model: Optional[str] = None
+    """The same of a model never taught the forget set, the target that the cells are compared with."""
+    results_dir: Optional[str] = None
+    """Folder of all results; unset: results/SWEEP-sweep."""
+    objectives: list[str] = field(default_factory=list)
+    """Objectives instead of the sweep's."""
+    parametrizations: list[str] = field(default_factory=list)
+    """Parametrizations instead of the sweep's."""
+    seeds: list[int] = field(default_factory=list)
+    """Seeds instead of the sweep's."""
+    unlearn: list[str] = field(default_factory=list)
+    """Further options of every cell, key=value; in quotes where they hold brackets or commas."""
+    evaluate: list[str] = field(default_factory=list)
+    """Further options of every evaluation, key=value."""
+    tune: bool = False
+    """Try the sweep's grid of settings and choose from it, instead of running the cells; `--tune` is the same."""
+    jobs: int = 1
+    """Cells that run at a time."""
+    launcher: Optional[str] = None
+    """Shell command that gets each cell's at {command}: "sbatch --wrap '{command}'". Unset: processes of this one."""
+    resubmit: bool = False
+    """Hand over again the cells that a launcher has been given and that are not done."""
+    discard_models: bool = False
+    """Remove the weights of whole fine-tuned models once they are evaluated; adapters stay."""
+    cell: Optional[str] = None
+    """Carry out the one cell of this file, RESULTS/cells/NAME.json; what the command starts for each cell."""

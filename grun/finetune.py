@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from grun import processes
 from grun.checks import check
 from grun.config import FinetuneConfig
 from grun.data import templates
@@ -21,11 +22,13 @@ from grun.files import content_hash, read_json, whole_folder, writing
 from grun.loading import TINY, build_tiny, context_length, load_base, place
 from grun.method.fingerprint import fingerprint
 from grun.method.plain import run_plain
+from grun.micro_batches import MicroBatch, cut
 from grun.precision import Masters
 from grun.profiles import to_dict
 from grun.recomputation import recompute_blocks
 from grun.runs import RUN_FILE, claim, finish_run, identity, open_run
-from grun.training import MicroBatch, StepData, remove_checkpoints, split, train
+from grun.task import StepData
+from grun.training import remove_checkpoints, train
 from pyvene_custom import find_blocks
 
 log = logging.getLogger(__name__)
@@ -69,7 +72,7 @@ class FinetuneTask:
         chosen = epoch_order(len(self._rows), self._seed, epoch)[within * size : (within + 1) * size]
         rows = sorted((self._rows[index] for index in chosen), key=len)
         micro_batches: list[MicroBatch] = []
-        for piece in split(rows, self._train.micro_batch_size):
+        for piece in cut(rows, self._train.micro_batch_size):
             batch = {"answer": collate(piece, self._pad_id)}
             if self._train.question_weight:
                 batch["question"] = _question_labels(batch["answer"])
@@ -114,10 +117,12 @@ class FinetuneTask:
             return run_plain(self.module, batch).token_logprobs
 
 
+@processes.connected()
 def finetune(config: FinetuneConfig) -> Path:
     """Teach, and return the folder of the taught model; a model taught the same before is found by content hash."""
     check(config)
-    corpus = load_corpus(config.data)
+    with processes.first_goes_first():  # the others find what it downloads
+        corpus = load_corpus(config.data)
     taught = corpus.taught(without_forget=config.data.subset == "without_forget")
     settings = to_dict(config)
     settings["data"] = {name: settings["data"][name] for name in DATA_SETTINGS}
@@ -129,34 +134,25 @@ def finetune(config: FinetuneConfig) -> Path:
         run_identity["config"]["model"].pop(decides_nothing)
     name = f"{Path(config.profile).stem}-{config.data.subset}-{content_hash(run_identity)[:12]}"
     folder = Path(config.output_dir or Path("models") / name).expanduser()
-    state = open_run(folder, run_identity, overwrite=config.overwrite)
+    state = processes.of_first(lambda: open_run(folder, run_identity, overwrite=config.overwrite))
     if state == "finished":
         log.info("already taught: %s (%.0f s then)", folder, read_json(folder / RUN_FILE)["seconds"])
         return folder
 
-    model, tokenizer, template = _start(config, corpus)
-    limit = min(config.data.max_length or 2**30, context_length(model))
-    rows = encode_rows(taught, tokenizer, template, limit, config.data.strict)
+    with processes.agreed():
+        model, tokenizer, template = _start(config, corpus)
+        limit = min(config.data.max_length or 2**30, context_length(model))
+        rows = encode_rows(taught, tokenizer, template, limit, config.data.strict)
     parameters = sum(parameter.numel() for parameter in model.parameters())
     log.info("teaching %d rows to a model of %s parameters", len(rows), f"{parameters:,}")
     if state == "new":
-        claim(folder, run_identity)
+        processes.of_first(lambda: claim(folder, run_identity))
     task = FinetuneTask(model, rows, config, int(tokenizer.pad_token_id))
     if config.train.gradient_checkpointing:
         recompute_blocks(find_blocks(model)[1])
     result = train(task, config.train, folder, config.seed)
     model.eval()
-    for leftover in folder.glob(".weights*"):  # of a run that was cut off while saving
-        shutil.rmtree(leftover, ignore_errors=True)
-    with writing(folder), task.masters.as_stored():
-        of_result = fingerprint(model)
-        with whole_folder(folder / ".weights") as weights:
-            model.save_pretrained(weights)
-            tokenizer.save_pretrained(weights)
-            templates.store(template, weights)
-        for file in sorted((folder / ".weights").iterdir()):
-            file.replace(folder / file.name)
-        shutil.rmtree(folder / ".weights")
+    of_result = processes.of_first(lambda: _write(folder, model, tokenizer, template, task.masters))
     finish_run(
         folder,
         {
@@ -176,6 +172,22 @@ def finetune(config: FinetuneConfig) -> Path:
     )
     remove_checkpoints(folder, config.train)
     return folder
+
+
+def _write(folder: Path, model: Any, tokenizer: Any, template: templates.Template, masters: Masters) -> str:
+    """Write the taught model in the type it came in; its fingerprint."""
+    for leftover in folder.glob(".weights*"):  # of a run that was cut off while saving
+        shutil.rmtree(leftover, ignore_errors=True)
+    with writing(folder), masters.as_stored():
+        of_result = fingerprint(model)
+        with whole_folder(folder / ".weights") as weights:
+            model.save_pretrained(weights)
+            tokenizer.save_pretrained(weights)
+            templates.store(template, weights)
+        for file in sorted((folder / ".weights").iterdir()):
+            file.replace(folder / file.name)
+        shutil.rmtree(folder / ".weights")
+    return of_result
 
 
 def _start(config: FinetuneConfig, corpus: Corpus) -> tuple[Any, Any, templates.Template]:

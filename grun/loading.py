@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
+from grun import processes
 from grun.config import ModelConfig, TinyConfig
 from grun.data import templates
 from grun.data.templates import Template
@@ -122,6 +123,8 @@ def load_weights(config: ModelConfig) -> PreTrainedModel:
     if config.quantization is not None:
         more["quantization_config"] = _quantization(config)
         more["device_map"] = {"": pick_device(config.device)}
+    if config.device_map is not None:
+        more["device_map"] = config.device_map
     with _named_errors(config):
         model = AutoModelForCausalLM.from_pretrained(
             source,
@@ -130,8 +133,14 @@ def load_weights(config: ModelConfig) -> PreTrainedModel:
             trust_remote_code=config.trust_remote_code,
             **more,
         )
-    placed = model if config.quantization else place(model, config.device)  # quantized weights are placed by loading
-    return placed.eval()
+    if "device_map" not in more:
+        return place(model, config.device).eval()
+    outside = {str(device) for device in getattr(model, "hf_device_map", {}).values()} & {"cpu", "disk"}
+    if outside and torch.cuda.is_available() and config.device_map is not None:
+        raise ModelError(
+            "model.device_map=auto: the GPUs do not hold all blocks; give more of them, or model.quantization=4bit"
+        )
+    return model.eval()
 
 
 def stored_template(config: ModelConfig) -> Template | None:
@@ -195,11 +204,13 @@ def ensure_pad_token(tokenizer: PreTrainedTokenizerBase) -> None:
 
 
 def pick_device(name: str) -> torch.device:
-    """Device for `auto`, `cpu`, `cuda` or `mps`; ConfigError if it is not there."""
+    """Device for `auto`, `cpu`, `cuda` or `mps`; ConfigError if it is not there. Each process has a GPU of its own."""
     import torch
 
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and processes.count() > 1 and torch.cuda.is_available():
+        return torch.device("cuda", processes.local_rank())
     known = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
     if not known.get(name, False):
         available = ", ".join(device for device, there in known.items() if there)

@@ -5,11 +5,11 @@ Objectives see StepOutputs and nothing else. A parametrization turns a batch int
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, Self
 
 from grun.registry import Registry
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
     from transformers import PreTrainedModel
 
-    from grun.config import MethodConfig
+    from grun.config import MethodConfig, UnlearnConfig
     from grun.data.encoding import Batch
     from grun.data.templates import Template
 
@@ -58,9 +58,27 @@ class StepOutput:
         """Answer tokens of each row, int64, shape [batch]."""
         return self.answer.sum(dim=1)
 
+    @property
+    def answer_tokens(self) -> Tensor:
+        """The answer tokens, row by row, int64, shape [answer tokens]."""
+        return self.input_ids[self.answer]
+
+    def answer_logits(self) -> Tensor:
+        """Logits that predict the answer tokens, each one column before it: as `logits`, [answer tokens, vocabulary].
+
+        Their order is that of `answer_tokens`, in every engine.
+        """
+        return self.logits(self.answer.roll(-1, dims=1))
+
     def logits(self, positions: Tensor) -> Tensor:
-        """Next-token logits at `positions`, a bool mask [batch, length]: [count of True, vocabulary]."""
-        return self.logits_at(positions)
+        """Next-token logits at `positions`, a bool mask [batch, length]: [count of True, vocabulary].
+
+        In float32 or wider: no loss is computed in a narrower type.
+        """
+        import torch
+
+        found = self.logits_at(positions)
+        return found.to(torch.promote_types(found.dtype, torch.float32))
 
     def hidden(self, block: int) -> Tensor:
         """Residual stream after block `block` (0-based), edit included, before the final norm: [batch, length, width].
@@ -89,12 +107,18 @@ class Parametrization(Protocol):
     """What may change in a model, and how a forward pass through it is run."""
 
     module: nn.Module
-    """Holds exactly the trained parameters; its state dict is what checkpoints keep."""
+    """Once prepared: holds exactly the trained parameters, and its mode is training's; checkpoints keep its state."""
     model: Any
     """Once prepared: what is asked for scores and answers, as `grun.evaluation` asks any model."""
 
-    def __init__(self, config: MethodConfig) -> None:
-        """Made from the options alone; no model is touched yet."""
+    @classmethod
+    def make(cls, config: UnlearnConfig, quirks: Sequence[str]) -> Self:
+        """Made from the options alone, each class taking what concerns it; no model is touched yet.
+
+        Args:
+            config: of the run.
+            quirks: names of the published quirks in force.
+        """
         ...
 
     def prepare(self, base: PreTrainedModel, template: Template | None) -> None:
@@ -106,7 +130,14 @@ class Parametrization(Protocol):
         ...
 
     def reference(self) -> AbstractContextManager[object]:
-        """A context in which `run` runs the untouched model, without gradients."""
+        """A context in which `run` runs the untouched model, without gradients and without dropout.
+
+        Once training has begun only if `keep_reference` was called before.
+        """
+        ...
+
+    def keep_reference(self) -> str:
+        """See that `reference` works throughout training, whatever it takes; what that is, for the log."""
         ...
 
     def run(self, batch: Batch, hidden: Collection[int] = ()) -> StepOutput:
@@ -126,6 +157,7 @@ PARAMETRIZATIONS: Registry[type[Parametrization]] = Registry("parametrization")
 PARAMETRIZATIONS.add("grun", "grun.method.parametrization:Grun", "gated low-rank edit at the last prompt token")
 PARAMETRIZATIONS.add("reft", "grun.method.parametrization:Reft", "the same edit without a gate (plain LoReFT)")
 PARAMETRIZATIONS.add("full", "baselines.full:Full", "all weights of the model")
+PARAMETRIZATIONS.add("lora", "baselines.lora:Lora", "low-rank changes of the blocks' linear layers (LoRA)")
 
 
 def is_gated(method: MethodConfig) -> bool:

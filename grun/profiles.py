@@ -33,9 +33,10 @@ COMMANDS: dict[str, type[Any]] = {
     "generate": options.GenerateConfig,
     "import": options.ImportConfig,
     "report": options.ReportConfig,
+    "sweep": options.SweepConfig,
 }
 SHARED = ("model", "data", "seed")
-WITHOUT_PROFILE = ("import",)
+WITHOUT_PROFILE = ("import", "sweep")
 """Commands that take nothing from profiles."""
 SECTIONS = ("description", "base", *SHARED, *(name for name in COMMANDS if name not in WITHOUT_PROFILE))
 
@@ -71,15 +72,28 @@ def resolve(command: str, arguments: list[str]) -> Any:
 def _merged(schema: type[Any], *layers: Any) -> Any:
     """Instance of a config class: its defaults, then each layer over those before it."""
     try:
-        merged = OmegaConf.merge(OmegaConf.structured(schema), *[OmegaConf.create(layer) for layer in layers])
+        merged = OmegaConf.merge(
+            _structured(typing.cast(Hashable, schema)), *[OmegaConf.create(layer) for layer in layers]
+        )
         return OmegaConf.to_object(merged)
     except OmegaConfBaseException as error:
         raise ConfigError(_one_line(error)) from error
 
 
+@functools.cache
+def _structured(schema: Hashable) -> Any:
+    """The config class for OmegaConf, which copies it when it merges; a sweep resolves dozens of configs."""
+    return OmegaConf.structured(schema)
+
+
 def to_dict(config: Any) -> dict[str, Any]:
     """A resolved config as plain values."""
     return dataclasses.asdict(config)
+
+
+def from_dict(command: str, values: dict[str, Any]) -> Any:
+    """Config of `command` from what `to_dict` gave."""
+    return _merged(COMMANDS[command], values)
 
 
 def to_yaml(config: Any) -> str:
@@ -203,7 +217,7 @@ def _read_profile(name: str, above: tuple[str, ...] = ()) -> dict[str, Any]:
         known = [entry.name[: -len(".yaml")] for entry in folder.iterdir() if entry.name.endswith(".yaml")]
         raise ConfigError(unknown_name("profile", name, known) + "; or a file ending in .yaml")
     try:
-        own = OmegaConf.to_container(OmegaConf.create(text)) or {}
+        own = _parsed_yaml(text) or {}
     except Exception as error:
         raise ConfigError(f"profile {name}: {_one_line(error)}") from error
     if not isinstance(own, dict):
@@ -223,6 +237,12 @@ def _read_profile(name: str, above: tuple[str, ...] = ()) -> dict[str, Any]:
     container = OmegaConf.to_container(OmegaConf.merge(merged, own))
     assert isinstance(container, dict)
     return {str(key): value for key, value in container.items()}
+
+
+@functools.cache
+def _parsed_yaml(text: str) -> Any:
+    """Content of a YAML text, which nobody changes."""
+    return OmegaConf.to_container(OmegaConf.create(text))
 
 
 def _only(profile: dict[str, Any], names: list[str]) -> dict[str, Any]:

@@ -5,11 +5,13 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator
 
+from grun import processes
+
 
 @contextlib.contextmanager
 def progress(what: str, total: int, *, shown: bool = True) -> Iterator[Callable[[int], None]]:
-    """Yields what to call with the number of rows done since the last call."""
-    if not shown:
+    """Yields what to call with the number of rows done since the last call; of several processes the first shows it."""
+    if not shown or not processes.is_first():
         yield lambda count: None
         return
     from rich.console import Console

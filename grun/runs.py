@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import grun
+from grun import processes
 from grun.errors import RunError
 from grun.files import content_hash, read_json, write_json, writing
 
@@ -27,7 +28,7 @@ def identity(config: dict[str, Any], **inputs: Any) -> dict[str, Any]:
     """What makes a run that run: options that decide its result, and hashes of its inputs.
 
     Left out are where results and caches go, gradient checkpointing, which changes memory alone, looks at the model
-    while it is trained, and a precision of auto, which follows the model's type.
+    while it is trained, the spreading of a model over GPUs, and a precision of auto, which follows the model's type.
     """
     left_out = ("output_dir", "overwrite", "cache")
     decides = {key: value for key, value in config.items() if key not in left_out}
@@ -37,6 +38,8 @@ def identity(config: dict[str, Any], **inputs: Any) -> dict[str, Any]:
             for key, value in decides["train"].items()
             if key not in NOT_DECIDING and (key, value) != ("precision", "auto")
         }
+    if isinstance(decides.get("model"), dict):  # a name alone where adapters are imported
+        decides["model"] = {key: value for key, value in decides["model"].items() if key != "device_map"}
     return {"config": decides, **inputs}
 
 
@@ -79,9 +82,13 @@ def claim(folder: Path, identity_of_run: dict[str, Any]) -> None:
 
 
 def finish_run(folder: Path, values: dict[str, Any]) -> None:
-    """Write run.json, which marks the run as complete."""
-    with writing(folder):
-        write_json(folder / RUN_FILE, {**values, "versions": versions()})
+    """Write run.json, which marks the run as complete; of several processes the first one writes."""
+
+    def write() -> None:
+        with writing(folder):
+            write_json(folder / RUN_FILE, {**values, "versions": versions()})
+
+    processes.of_first(write)
 
 
 def versions() -> dict[str, str]:

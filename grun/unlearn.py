@@ -13,6 +13,7 @@ from zlib import crc32
 import torch
 from torch import Tensor
 
+from grun import processes, sharding
 from grun.checks import check, quirks_in_force
 from grun.config import UnlearnConfig
 from grun.data import templates
@@ -20,21 +21,26 @@ from grun.data.corpus import Corpus, load_corpus
 from grun.data.encoding import EncodedRow, collate, encode_rows
 from grun.data.rows import Row
 from grun.data.sampling import epoch_order, fixed_retain_index, retain_index
+from grun.devices import input_device
 from grun.engine import use_cached
 from grun.errors import ConfigError, RunError
 from grun.files import writing
 from grun.loading import context_length, load_base
-from grun.method.adapter import CONFIG_FILE
+from grun.method.adapter import CONFIG_FILE, WEIGHTS_FILE
 from grun.method.fingerprint import fingerprint
 from grun.method.gate_pretraining import pretrain_gates
 from grun.method.plain import PlainEngine
+from grun.micro_batches import MicroBatch, cut
 from grun.objectives.presets import Objective, build_objective
-from grun.objectives.terms import Continuation, Outputs, Term
+from grun.objectives.terms import Continuation, Outputs, number_of
 from grun.parametrization import PARAMETRIZATIONS, Engine, Parametrization, is_gated
 from grun.profiles import to_dict
 from grun.recomputation import recompute_blocks
+from grun.reference import use_reference
 from grun.runs import claim, finish_run, identity, open_run
-from grun.training import Look, MicroBatch, StepData, remove_checkpoints, split, train
+from grun.step_log import Look
+from grun.task import StepData
+from grun.training import remove_checkpoints, train
 from pyvene_custom import find_blocks
 
 log = logging.getLogger(__name__)
@@ -79,6 +85,8 @@ class UnlearnTask:
         self._fixed_pairing = fixed_pairing
         self._steps_per_epoch = -(-len(rows.answers) // config.train.batch_size)
         self._distinct: dict[Continuation, list[EncodedRow]] = {}
+        self._weights = objective.weights
+        self._epochs = 0  # finished before the step at hand
         self.continuations = objective.continuations
         self.hidden = objective.hidden
         """Blocks whose outputs the objective reads."""
@@ -95,7 +103,7 @@ class UnlearnTask:
         size = self._train.batch_size
         chosen = order[within * size : (within + 1) * size]
         micro_batches: list[MicroBatch] = [
-            self._batches(piece, epoch, step) for piece in split(chosen, self._train.micro_batch_size)
+            self._batches(piece, epoch, step) for piece in cut(chosen, self._train.micro_batch_size)
         ]
         return StepData(micro_batches, self.counts(micro_batches), epoch + (within + 1) / self._steps_per_epoch)
 
@@ -107,11 +115,12 @@ class UnlearnTask:
             self.engine.reference({name: batch[name] for name in objective.reference_continuations}),
         )
         warmup = objective.warmup(step)
+        self._epochs = step // self._steps_per_epoch
         total = torch.zeros((), device=self.device)
         parts: dict[str, float] = {}
         for side, term in objective.terms.items():
-            value = term.function(outputs, objective.options).total / max(1, counts[side])
-            total = total + objective.weights[side] * (1.0 if side == "gate" else warmup) * value
+            value = term.function(outputs, objective.options[side]).total / max(1, counts[side])
+            total = total + self._weights[side] * (1.0 if side == "gate" else warmup) * value
             parts[side] = float(value.detach())
         return total, parts
 
@@ -125,14 +134,17 @@ class UnlearnTask:
         return self._distinct[name]
 
     def stepped(self, parts: dict[str, float]) -> None:
-        """Nothing here changes from step to step but the parameters."""
+        """Take the weights of the next step; only those of an objective that adapts its retain weight change."""
+        self._weights = self._objective.next_weights(self._weights, parts, self._epochs)
 
     def state(self) -> dict[str, float]:
-        """Nothing to keep beside the parameters."""
-        return {}
+        """The retain weight where the objective adapts it."""
+        return {"retain_weight": self._weights["retain"]} if self._objective.adapts else {}
 
     def restore(self, state: dict[str, float]) -> None:
-        """Nothing was kept."""
+        """Take up the retain weight of a checkpoint."""
+        if self._objective.adapts:
+            self._weights = {**self._weights, "retain": state["retain_weight"]}
 
     @property
     def reference_rows(self) -> list[EncodedRow]:
@@ -147,7 +159,9 @@ class UnlearnTask:
     def counts(self, micro_batches: Sequence[MicroBatch]) -> dict[str, int]:
         """Denominators of the terms."""
         return {
-            side: sum(self._count(term, batch) for batch in micro_batches)
+            side: sum(
+                number_of(term.per, batch[name]) for batch in micro_batches for name in self._objective.counted(side)
+            )
             for side, term in self._objective.terms.items()
         }
 
@@ -172,41 +186,41 @@ class UnlearnTask:
             number = retain_index(self._seed, epoch, forget_row, pool)
         return number, self._rows.retain[number]
 
-    def _count(self, term: Term, batch: MicroBatch) -> int:
-        names = self._objective.continuations if term.side == "gate" else term.continuations
-        if term.per == "row":
-            return sum(batch[name].rows for name in names) if term.side == "gate" else batch[names[0]].rows
-        return sum(int((batch[name].labels != -100).sum()) for name in names)
 
-
+@processes.connected()
 def unlearn(config: UnlearnConfig) -> Path:
     """Run `config` and return the folder of the result; a finished run of the same config is found, not repeated."""
     check(config)
     quirks = quirks_in_force(config)
-    objective = build_objective(config.objective, config.loss, gated=is_gated(config.method))
+    objective = build_objective(config.objective, config.loss, gated=is_gated(config.method), quirks=quirks)
     parametrization = make_parametrization(config, quirks)  # first: its package may be missing
-    corpus = load_corpus(config.data)
-    _check_rows(corpus, objective)
+    with processes.first_goes_first():  # the others find what it downloads
+        corpus = load_corpus(config.data)
+        _check_rows(corpus, objective)
     folder = Path(config.output_dir or f"results/{Path(config.profile).stem}/{config.objective}").expanduser()
-    base, tokenizer, stored = load_base(config.model)
-    template = templates.resolve(config.data.template, stored, tokenizer, config.data.system_prompt, config.data.date)
+    with processes.agreed():
+        base, tokenizer, stored = load_base(config.model)
+        template = templates.resolve(
+            config.data.template, stored, tokenizer, config.data.system_prompt, config.data.date
+        )
     hashes = corpus.hashes()
     run_identity = identity(
         to_dict(config), base=fingerprint(base), data=hashes, template=template.to_dict(), quirks=quirks
     )
-    state = open_run(folder, run_identity, overwrite=config.overwrite)
+    state = processes.of_first(lambda: open_run(folder, run_identity, overwrite=config.overwrite))
     if state == "finished":
         log.info("%s holds this very run, finished: nothing to do (overwrite=true runs it again)", folder)
         return folder
 
     limit = min(config.data.max_length or 2**30, context_length(base))
-    rows = encode_unlearn_rows(corpus, tokenizer, template, limit, strict=config.data.strict, seed=config.seed)
-    torch.manual_seed(config.seed)
-    parametrization.prepare(base, template)
+    with processes.agreed():
+        rows = encode_unlearn_rows(corpus, tokenizer, template, limit, strict=config.data.strict, seed=config.seed)
+        in_base = sum(parameter.numel() for parameter in base.parameters())
+        torch.manual_seed(config.seed)
+        parametrization.prepare(base, template)
     if config.train.gradient_checkpointing:
         recompute_blocks(find_blocks(base)[1])
     trained = sum(parameter.numel() for _, parameter in parametrization.trainable_parameters())
-    in_base = sum(parameter.numel() for parameter in base.parameters())
     log.info(
         "unlearning with %s/%s: %d forget and %d retain rows, %s trained parameters (%.4f %% of the model's)",
         config.method.parametrization, config.objective, len(rows.answers), len(rows.retain), f"{trained:,}",
@@ -218,20 +232,28 @@ def unlearn(config: UnlearnConfig) -> Path:
         rows,
         config,
         pad_id=int(tokenizer.pad_token_id),
-        device=base.device,
+        device=input_device(base),
         fixed_pairing="retain_fixed_pairing" in quirks,
     )
     if state == "new":
-        claim(folder, run_identity)
+        processes.of_first(lambda: claim(folder, run_identity))
     use = None
     if config.train.engine == "cached":
-        use = use_cached(task, config)
+        with processes.agreed():
+            use = use_cached(task, config)
     if config.train.gate_pretraining:
         if use is None:
             raise RunError(
                 "train.gate_pretraining needs the cached engine, which does not fit this model; leave it out"
             )
         pretrain_gates(use.engine, task.rows("answer"), task.rows("retain"), config.train.gate_pretraining)
+    if use is None:
+        with processes.agreed():
+            kept = use_reference(task, base, objective.reference, config, pad_id=int(tokenizer.pad_token_id))
+    else:
+        kept = use.completed
+    reads_base = config.method.parametrization == "full" and kept is None and objective.reference != "none"
+    sharding.check_possible(looks=bool(config.train.monitor_epochs), needs_reference=reads_base)
     look = None
     if config.train.monitor_epochs:
         from grun.monitor import Monitor
@@ -240,11 +262,12 @@ def unlearn(config: UnlearnConfig) -> Path:
             parametrization.model, tokenizer, template, corpus, rows=config.train.monitor_rows, max_length=limit
         )
         look = Look(monitor.look, config.train.monitor_epochs * task.steps // config.train.epochs)
-    result = train(task, config.train, folder, config.seed, look)
-    with writing(folder):
-        parametrization.save(folder)
-        if not (folder / CONFIG_FILE).exists():  # a whole model needs its tokenizer beside it
-            tokenizer.save_pretrained(folder)
+    result = train(task, config.train, folder, config.seed, look, smaller=_smaller(config))
+    with processes.agreed(), writing(folder):
+        if processes.is_first():
+            parametrization.save(folder)
+            if not (folder / CONFIG_FILE).exists():  # a whole model needs its tokenizer beside it
+                tokenizer.save_pretrained(folder)
     finish_run(
         folder,
         {
@@ -258,11 +281,12 @@ def unlearn(config: UnlearnConfig) -> Path:
             "data": hashes,
             "base_fingerprint": run_identity["base"],
             "parameters": {"trained": trained, "base": in_base},
+            "saved_bytes": saved_bytes(folder),
             "engine": task.engine.name,
-            "cache": None if use is None else dataclasses.asdict(use.completed),
+            "cache": None if kept is None else dataclasses.asdict(kept),
             "steps": result.steps,
             "resumed_from": result.resumed_from,
-            "seconds": round(result.seconds + (use.completed.seconds if use else 0.0), 2),
+            "seconds": round(result.seconds + (kept.seconds if kept else 0.0), 2),
             "peak_memory_bytes": result.peak_memory_bytes,
             "device": str(base.device),
         },
@@ -271,16 +295,22 @@ def unlearn(config: UnlearnConfig) -> Path:
     return folder
 
 
-def make_parametrization(config: UnlearnConfig, quirks: Sequence[str]) -> Parametrization:
-    """New parametrization for `config`."""
-    kind: Any = PARAMETRIZATIONS.get(config.method.parametrization)
-    options: dict[str, Any] = {}
-    if "dropout_on_hidden" in quirks and config.method.parametrization in ("grun", "reft"):
-        options["dropout_on_hidden"] = True
+def _smaller(config: UnlearnConfig) -> list[str]:
+    """What beside the options of training takes less memory."""
     if config.method.parametrization == "full":
-        options["precision"] = config.train.precision
-    made: Parametrization = kind(config.method, **options)
-    return made
+        return ["method.parametrization=lora"]
+    return ["model.quantization=4bit"] if config.model.quantization is None else []
+
+
+def make_parametrization(config: UnlearnConfig, quirks: Sequence[str]) -> Parametrization:
+    """New parametrization for `config`; `quirks` are those in force."""
+    return PARAMETRIZATIONS.get(config.method.parametrization).make(config, quirks)
+
+
+def saved_bytes(folder: Path) -> int:
+    """Bytes of the weights of a result, an adapter's or a whole model's."""
+    found = [*folder.glob(WEIGHTS_FILE), *folder.glob("model*.safetensors")]
+    return sum(path.stat().st_size for path in found)
 
 
 def encode_unlearn_rows(
@@ -302,5 +332,7 @@ def draw_refusals(corpus: Corpus, seed: int) -> list[str]:
 
 
 def _check_rows(corpus: Corpus, objective: Objective) -> None:
-    if not corpus.retain and {"retain", "gate"} & set(objective.terms):
+    if not corpus.retain and "retain" in objective.continuations:
         raise ConfigError("the retain set is empty, but the objective has a retain or gate term; name data.retain")
+    if not corpus.refusals and "refusal" in objective.continuations:
+        raise ConfigError("there are no refusals, but the objective has a term that reads them; name data.refusals")

@@ -87,17 +87,18 @@ class IntervenableModel(StockModel):
             if self._sites is None:
                 return None
             hidden = output[0] if isinstance(output, tuple) else output
-            edited = self._edit(key, hidden, self._sites.to(hidden.device))
+            edited = self._edit(key, hidden, self._sites.to(hidden.device), self._sites.read.device)
             return (edited, *output[1:]) if isinstance(output, tuple) else edited
 
         return hook
 
-    def _edit(self, key: str, hidden: Tensor, sites: Sites) -> Tensor:
+    def _edit(self, key: str, hidden: Tensor, sites: Sites, home: torch.device) -> Tensor:
+        """`hidden` edited where its block computes; gates go to `home`, so that all of them are in one place."""
         written = gather(hidden, sites.write)
         read = written if sites.read is sites.write else gather(hidden, sites.read)
         result = self.interventions[key](written, None, None, read=read, sites=sites, carry=sites.carry.get(key))
         if result.gate is not None:
-            self.gates[self.block_of_key[key]] = result.gate
+            self.gates[self.block_of_key[key]] = result.gate.to(home)
         if result.carry is not None:
             sites.carry[key] = result.carry
         if result.output is None:  # nothing to write anywhere

@@ -1,12 +1,13 @@
-# Shell functions that cmd_finetune.sh, cmd_grun.sh and cmd_eval.sh share: where an override goes, how a stage's command
-# line is made, checked, printed or run. The cmd_*.sh sets, before `read_overrides`:
-#   STAGES         the stages it runs, of: finetune unlearn evaluate report
+# Shell functions that cmd_finetune.sh, cmd_grun.sh, cmd_baseline.sh and cmd_eval.sh share: where an override goes, how a
+# stage's command line is made, checked, printed or run. The cmd_*.sh sets, before `read_overrides`:
+#   STAGES         the stages it runs, of: finetune unlearn evaluate sweep report
 #   DEFAULT_STAGE  the one that a bare key=value goes to
 
 finetune_overrides=()
 unlearn_overrides=()
 evaluate_overrides=()
 report_overrides=()
+sweep_overrides=()
 
 say() { printf '%s\n' "$*" >&2; }
 
@@ -33,6 +34,8 @@ add_override() {
   case "$2" in
     profile=*) refuse "set the profile for all stages: PROFILE=${2#*=} bash $(basename "$0")" ;;
     objective=*) refuse "set the objectives with OBJECTIVES=\"${2#*=}\" bash $(basename "$0")" ;;
+    sweep=* | model=* | retain_model=* | objectives=* | parametrizations=* | seeds=* | jobs=* | launcher=* | tune=*)
+      refuse "${2%%=*} is set by this script; the comment at its head names the variable (--help prints it)" ;;
     output_dir=* | results_dir=* | adapter=* | adapters=* | with_base=* | suffix=* | data.subset=*)
       refuse "${2%%=*} is set by this script (RESULTS=folder moves results; python -m grun $1 takes it freely)" ;;
     model.path=*)
@@ -43,6 +46,7 @@ add_override() {
     unlearn) unlearn_overrides+=("$2") ;;
     evaluate) evaluate_overrides+=("$2") ;;
     report) report_overrides+=("$2") ;;
+    sweep) sweep_overrides+=("$2") ;;
   esac
 }
 
@@ -64,7 +68,7 @@ add_override_to() {
 
 # `stage.key=value` goes to that stage. A bare `data.key=value` goes to every stage that reads data: they must see the
 # same corpus. A bare `overwrite=true` goes to unlearn and evaluate, since the evaluation of another adapter is another
-# one, but no model is taught anew. Any other `key=value` goes to DEFAULT_STAGE. Only the four stage names are stages:
+# one, but no model is taught anew. Any other `key=value` goes to DEFAULT_STAGE. Only the five stage names are stages:
 # train.lr is a key.
 read_overrides() {
   local argument key
@@ -77,7 +81,7 @@ read_overrides() {
       *) refuse "cannot read '$argument'; expected key=value or stage.key=value" ;;
     esac
     case "$key" in
-      finetune.* | unlearn.* | evaluate.* | report.*) add_override "${key%%.*}" "${argument#*.}" ;;
+      finetune.* | unlearn.* | evaluate.* | report.* | sweep.*) add_override "${key%%.*}" "${argument#*.}" ;;
       data.*) add_override_to "finetune unlearn evaluate" "$argument" ;;
       overwrite) add_override_to "unlearn evaluate" "$argument" ;;
       *) add_override "$DEFAULT_STAGE" "$argument" ;;
@@ -137,6 +141,28 @@ report_command() {
   COMMAND=(report "profile=$PROFILE" "results_dir=$RESULTS" ${report_overrides[@]+"${report_overrides[@]}"})
 }
 
+# sweep_command MODEL RETAIN_MODEL: options of unlearn and evaluate go along as lists.
+sweep_command() {
+  COMMAND=(sweep "sweep=$SWEEP" "profile=$PROFILE" "model=$1")
+  if [ -n "$2" ]; then COMMAND+=("retain_model=$2"); fi
+  COMMAND+=("results_dir=$RESULTS" "jobs=$JOBS")
+  COMMAND+=("objectives=$(as_list $OBJECTIVES)" "parametrizations=$(as_list $PARAMETRIZATIONS)" "seeds=$(as_list $SEEDS)")
+  if [ -n "${DATA_DIR:-}" ]; then unlearn_options=("data.path=$DATA_DIR"); else unlearn_options=(); fi
+  unlearn_options+=(${unlearn_overrides[@]+"${unlearn_overrides[@]}"})
+  if [ ${#unlearn_options[@]} -gt 0 ]; then COMMAND+=("unlearn=$(as_list "${unlearn_options[@]}")"); fi
+  if [ ${#evaluate_overrides[@]} -gt 0 ]; then COMMAND+=("evaluate=$(as_list "${evaluate_overrides[@]}")"); fi
+  if [ -n "${LAUNCHER:-}" ]; then COMMAND+=("launcher=$LAUNCHER"); fi
+  if [ "${TUNE:-0}" != 0 ]; then COMMAND+=(--tune); fi
+  COMMAND+=(${sweep_overrides[@]+"${sweep_overrides[@]}"})
+}
+
+# Its arguments as a list in brackets.
+as_list() {
+  local word list=
+  for word in "$@"; do list="$list,$(in_list "$word")"; done
+  printf '[%s]' "${list#,}"
+}
+
 # Resolves COMMAND's options without running it; leaves the script where they are wrong.
 check_command() {
   local status=0
@@ -163,7 +189,8 @@ print_command() {
   printf '%s\n' "$line"
 }
 
-# run_stage TITLE: runs COMMAND; under DRY_RUN prints it. Only the report's table is a script's standard output.
+# run_stage TITLE: runs COMMAND; under DRY_RUN prints it. Only the table of report or sweep is a script's standard
+# output.
 run_stage() {
   if dry_run; then
     print_command
@@ -171,7 +198,7 @@ run_stage() {
   fi
   say "== $1 (after $SECONDS s)"
   case "${COMMAND[0]}" in
-    report) "$PYTHON" -m grun "${COMMAND[@]}" ;;
+    report | sweep) "$PYTHON" -m grun "${COMMAND[@]}" ;;
     *) "$PYTHON" -m grun "${COMMAND[@]}" >&2 ;;
   esac
 }

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -78,7 +78,8 @@ def write_run(folder: Path, objective: str, parametrization: str = "grun", **mor
     draw = random.Random(objective)
     lines: list[dict[str, Any]] = []
     for step in range(1, 121):
-        forget = {"gd": -2 - step / 20, "idk": 3 * math.exp(-step / 25), "npo": 13.8 * math.exp(-step / 40)}[objective]
+        curves = {"gd": -2 - step / 20, "npo": 13.8 * math.exp(-step / 40)}
+        forget = curves.get(objective, 3 * math.exp(-step / 25))
         lines.append(
             {
                 "step": step,
@@ -130,3 +131,68 @@ def write_tofu(folder: Path, **more: Any) -> Path:
     write_run(folder / "gd", "gd", base_fingerprint="b1")
     write_run(folder / "npo_full", "npo", "full", base_fingerprint="b1")
     return folder
+
+
+# -- the matrix -------------------------------------------------------------------------------------------------------
+
+TRAINED = {"full": 1_000_000, "lora": 20_000, "reft": 3_000, "grun": 4_000}
+"""Parameters that each parametrization trains."""
+LEFT = {"full": 0.0, "lora": 0.05, "reft": 0.4, "grun": 0.0}
+"""Share of the forget rows that it still answers rightly."""
+HELDOUT = {"full": 0.7, "lora": 0.8, "reft": 0.975, "grun": 0.95}
+
+
+def write_matrix(
+    folder: Path,
+    *,
+    objectives: Sequence[str] = ("gd", "npo"),
+    parametrizations: Sequence[str] = ("full", "lora", "reft", "grun"),
+    seeds: Sequence[int] = (42, 43, 44),
+    facts: bool = True,
+    rows: int = 40,
+    heldout: Mapping[str, float] | None = None,
+    left_out: Sequence[str] = (),
+) -> Path:
+    """A results folder as a sweep fills it, with cells such as gd-lora-s42, without those `left_out`.
+
+    Seeds move the share of held-out rows that is answered rightly by one row around `heldout` of the parametrization.
+    """
+    sets = ("forget", "forget_paraphrase", "retain", "heldout") if facts else TOFU_SETS
+    shares = {"forget": 1.0, "forget_paraphrase": 0.9, "retain": 1.0, "heldout": 1.0}
+    everything = {name: shares.get(name, 1.0) for name in sets}
+    more: dict[str, Any] = {"rows": rows, "facts": facts, "wrong_answers": not facts}
+    target = {**everything, "forget": 0.0}
+    write_evaluation(folder / "evaluation" / "before", everything, identity={"base": "b1"}, **more)
+    write_evaluation(folder / "evaluation" / "retain_only", target, identity={"base": "b2"}, **more)
+    for objective in objectives:
+        for kind in parametrizations:
+            for number, seed in enumerate(seeds):
+                name = f"{objective}-{kind}-s{seed}"
+                if name in left_out:
+                    continue
+                kept = min(1.0, {**HELDOUT, **(heldout or {})}[kind] + (number - 1) / rows)
+                write_evaluation(
+                    folder / "evaluation" / name,
+                    {**everything, "forget": LEFT[kind], "heldout": kept},
+                    gated=kind == "grun",
+                    identity={"base": "b1" if kind != "full" else name},
+                    **more,
+                )
+                write_cell(folder / name, objective, kind, seed)
+    return folder
+
+
+def write_cell(folder: Path, objective: str, parametrization: str, seed: int, **config: Any) -> None:
+    """The run of one cell and seed; `config` are more of its options."""
+    trained = TRAINED[parametrization]
+    write_run(
+        folder,
+        objective,
+        parametrization,
+        config={"objective": objective, "method": {"parametrization": parametrization}, "seed": seed, **config},
+        parameters={"trained": trained, "base": 1_000_000},
+        seconds=60.0 + seed + len(parametrization) + len(objective),
+        peak_memory_bytes=2**30 + 2**20 * seed,
+        saved_bytes=4 * trained,
+        base_fingerprint="b1",
+    )

@@ -12,13 +12,16 @@ from typing import Any
 import demo
 import pytest
 import torch
+from safetensors.torch import load_file
 from tiny import tiny
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from baselines.full import Full
-from grun.config import LossConfig, MethodConfig, TrainConfig, UnlearnConfig
+from grun.config import FullConfig, LossConfig, MethodConfig, TrainConfig, UnlearnConfig
 from grun.data.encoding import EncodedRow, collate
+from grun.data.templates import TEMPLATES
+from grun.errors import ConfigError, ModelError
 from grun.method.parametrization import Grun
 from grun.objectives.presets import build_objective
 from grun.training import train
@@ -44,9 +47,14 @@ def rows(count: int, seed: int) -> list[EncodedRow]:
     return [EncodedRow(ids(2, 9), ids(1, 9)) for _ in range(count)]
 
 
+EVERYTHING = MethodConfig(full=FullConfig(freeze_head=False))
+
+
 def full_task(base: Any, config: TrainConfig) -> tuple[UnlearnTask, Full]:
-    parametrization = Full(MethodConfig())
+    """All weights, head included; the reference is the second copy."""
+    parametrization = Full(EVERYTHING)
     parametrization.prepare(base, None)
+    parametrization.keep_reference()
     options = UnlearnConfig(objective="npo", loss=LossConfig(), train=config)
     objective = build_objective("npo", options.loss, gated=False)
     data = UnlearnRows(rows(6, 1), rows(6, 2), rows(9, 3))
@@ -132,6 +140,7 @@ def test_an_error_within_the_reference_brings_the_trained_weights_back() -> None
     base = tiny("llama")
     full = Full(MethodConfig())
     full.prepare(base, None)
+    full.keep_reference()
     with torch.no_grad():
         base.get_input_embeddings().weight.add_(1.0)
     trained = base.get_input_embeddings().weight.clone()
@@ -141,17 +150,88 @@ def test_an_error_within_the_reference_brings_the_trained_weights_back() -> None
     assert torch.equal(base.get_input_embeddings().weight, trained)
 
 
-def test_saved_weights_load_again(tmp_path: Path) -> None:
+@pytest.mark.parametrize("tied", [False, True])
+def test_the_head_stays_as_it_is_and_where_it_shares_its_weight_the_embedding_too(tied: bool, tmp_path: Path) -> None:
+    base = tiny("llama", tie_word_embeddings=tied)
+    frozen = [base.get_output_embeddings().weight.clone(), base.get_input_embeddings().weight.clone()]
+    full = Full(MethodConfig())
+    full.prepare(base, None)
+    trained = dict(full.trainable_parameters())
+    assert dict(base.named_parameters()).keys() - trained == (
+        {"model.embed_tokens.weight"} if tied else {"lm_head.weight"}
+    )
+    assert [id(p) for p in full.module.parameters()] == [id(p) for p in trained.values()]  # what checkpoints keep
+    config = TrainConfig(epochs=1, batch_size=6, lr=0.01, save_steps=1, keep_all_checkpoints=True)
+    options = UnlearnConfig(objective="gd", train=config)
+    objective = build_objective("gd", options.loss, gated=False)
+    data = UnlearnRows(rows(6, 1), rows(6, 2), rows(9, 3))
+    train(UnlearnTask(full, objective, data, options, pad_id=0, device=base.device), config, tmp_path, seed=0)
+    assert torch.equal(base.get_output_embeddings().weight, frozen[0])
+    assert torch.equal(base.get_input_embeddings().weight, frozen[1]) == tied
+    kept = load_file(tmp_path / "checkpoints" / "checkpoint-1" / "trained.safetensors")
+    assert sum(tensor.numel() for tensor in kept.values()) == sum(p.numel() for p in trained.values())
+
+
+def test_a_model_that_names_no_head_says_so_and_can_be_trained_whole() -> None:
+    with pytest.raises(ConfigError, match=r"OddForCausalLM names no LM head; set method\.full\.freeze_head=false"):
+        Full(MethodConfig()).prepare(tiny("odd"), None)
+    full = Full(EVERYTHING)
+    full.prepare(tiny("odd"), None)
+    assert {id(p) for p in full.module.parameters()} == {id(p) for p in full.model.parameters()}
+
+
+def test_no_second_copy_is_held_unless_asked_for_and_a_missed_one_is_an_error() -> None:
     base = tiny("llama")
     full = Full(MethodConfig())
     full.prepare(base, None)
+    batch = collate(rows(3, 1), 0)
+    before = full.run(batch).answer_logprobs.detach()
+    held = bytes_held(full)
+    with full.reference():  # the weights are still the untouched ones
+        assert torch.equal(full.run(batch).answer_logprobs, before)
+    assert bytes_held(full) == held
+    trained = sum(p.nbytes for _, p in full.trainable_parameters())
+    assert f"{trained / 1e9:.2f} GB" in full.keep_reference()
+    assert bytes_held(full) == held + trained
+    other = Full(MethodConfig())
+    other.prepare(base, None)
+    torch.optim.SGD(other.module.parameters(), lr=1.0).step()  # no gradients: nothing changes
+    with other.reference():
+        pass
+    full.run(batch).answer_logprobs.sum().backward()
+    torch.optim.AdamW(other.module.parameters(), lr=1e-3).step()
+    with pytest.raises(ModelError, match="keep_reference"), other.reference():
+        pass
+    with full.reference():
+        assert torch.equal(full.run(batch).answer_logprobs, before)
+
+
+def bytes_held(full: Full) -> int:
+    """Bytes of all tensors that a parametrization leads to, each storage once."""
+    found = {p.untyped_storage().data_ptr(): p.untyped_storage().nbytes() for p in full.model.parameters()}
+    for value in vars(full).values():
+        for tensor in value.values() if isinstance(value, dict) else ():
+            if isinstance(tensor, torch.Tensor):
+                found[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+    return sum(found.values())
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_saved_weights_load_again_here_and_in_transformers(tied: bool, tmp_path: Path) -> None:
+    base = tiny("llama", tie_word_embeddings=tied)
+    full = Full(MethodConfig())
+    full.prepare(base, TEMPLATES.get("tiny"))
     with torch.no_grad():
-        base.get_input_embeddings().weight.add_(1.0)
+        for _, parameter in full.trainable_parameters():
+            parameter.add_(0.01)
     full.save(tmp_path)
     other = Full(MethodConfig())
-    other.load(tmp_path, tiny("llama", seed=7))
+    other.load(tmp_path, tiny("llama", seed=7, tie_word_embeddings=tied))
     for name, parameter in base.named_parameters():
         assert torch.equal(other.model.get_parameter(name), parameter)
+    stock = AutoModelForCausalLM.from_pretrained(tmp_path)
+    ids = collate(rows(3, 1), 0).input_ids
+    assert torch.equal(stock(ids).logits, base(ids).logits)
 
 
 def test_a_whole_model_can_be_unlearned_and_its_folder_is_a_model(
@@ -162,7 +242,9 @@ def test_a_whole_model_can_be_unlearned_and_its_folder_is_a_model(
     assert demo.unlearn(taught, folder, *arguments) == 0
     run = json.loads((folder / "run.json").read_text())
     assert run["parametrization"] == "full"
-    assert run["parameters"]["trained"] == run["parameters"]["base"]
+    shared = AutoModelForCausalLM.from_pretrained(taught).get_input_embeddings().weight.numel()
+    assert run["parameters"]["trained"] == run["parameters"]["base"] - shared  # head and embedding are one
+    assert run["saved_bytes"] == (folder / "model.safetensors").stat().st_size
     assert "gate" not in json.loads((folder / "log.jsonl").read_text().splitlines()[0])
     model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
     before = AutoModelForCausalLM.from_pretrained(taught)
@@ -190,7 +272,8 @@ from grun.cli import main
 arguments = sys.argv[1:]
 assert main(["list", "parametrizations"]) == 0
 assert main(arguments) == 0
-assert main([*arguments, "method.parametrization=full", "overwrite=true"]) == 2
+for name in ("full", "lora"):
+    assert main([*arguments, f"method.parametrization={name}", "overwrite=true"]) == 2
 """
 
 
@@ -204,9 +287,10 @@ def test_grun_runs_where_baselines_is_not_installed(taught: Path, tmp_path: Path
         text=True,
     )
     assert done.returncode == 0, done.stderr
-    assert [line.split()[0] for line in done.stdout.splitlines()] == ["grun", "reft", "full", str(folder)]
+    assert [line.split()[0] for line in done.stdout.splitlines()] == ["grun", "reft", "full", "lora", str(folder)]
     errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
-    assert errors == ["error: parametrization 'full' needs the missing package 'baselines'; install it"]
+    wanted = "error: parametrization {!r} needs the missing package 'baselines'; install it"
+    assert errors == [wanted.format("full"), wanted.format("lora")]
     assert "Traceback" not in done.stderr
     assert (folder / "adapter_model.safetensors").is_file()  # overwrite=true has removed nothing
 
@@ -228,6 +312,6 @@ def test_grun_leaves_the_base_as_its_own_reference() -> None:
 
 
 def _plain(base: Any) -> Full:
-    full = Full(MethodConfig())
+    full = Full(EVERYTHING)
     full.prepare(base, None)
     return full

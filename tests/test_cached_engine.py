@@ -36,7 +36,7 @@ from grun.method.parametrization import Grun, Reft
 from grun.method.plain import PlainEngine, capture, run_plain
 from grun.method.prefix import Freezer
 from grun.objectives.presets import Objective, build_objective
-from grun.objectives.terms import Outputs, Term, TermValue
+from grun.objectives.terms import Options, Outputs, Term, TermValue
 from grun.parametrization import Engine, StepOutput
 from grun.recomputation import recompute_blocks
 from grun.training import train
@@ -429,15 +429,15 @@ def test_dropout_is_another_one_at_another_step_row_and_block() -> None:
 # -- hidden states and what else a term may read ----------------------------------------------------------------------
 
 
-def reading(*blocks: int, reference: bool = False) -> Objective:
+def reading(*blocks: int) -> Objective:
     """Retain cross-entropy, and a forget term that reads hidden states of `blocks` where they are attended."""
 
-    def total(outputs: Outputs, _: LossConfig) -> TermValue:
+    def total(outputs: Outputs, _: Options) -> TermValue:
         output = outputs.model["answer"]
         before = output.answer.roll(-1, dims=1)  # from the last prompt token on
         return TermValue(torch.stack([output.hidden(block)[before].pow(2).mean() for block in blocks]).sum(), 1)
 
-    term = Term("forget", "row", ("answer",), total, reference=reference, hidden=lambda _: blocks)
+    term = Term("forget", "row", ("answer",), total, hidden=lambda _: blocks)
     made = objective_of("gd")
     return dataclasses.replace(made, terms={**made.terms, "forget": term})
 

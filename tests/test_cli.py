@@ -140,7 +140,7 @@ def test_print_config_and_a_wrong_option_need_no_heavy_package() -> None:
     program = """
 import sys
 from grun.cli import main
-for command in ("finetune", "unlearn", "evaluate", "generate", "report"):
+for command in ("finetune", "unlearn", "evaluate", "generate", "report", "sweep"):
     assert main([command, "--print-config"]) == 0
 assert main(["unlearn", "train.lrr=1"]) == 2
 assert main(["list"]) == 0
@@ -175,6 +175,9 @@ assert not heavy, heavy
         (["evaluate", "batch_size=0"], ["batch_size"]),
         (["generate", "adaptor=x", "Who?"], ["unknown option 'adaptor'", "did you mean 'adapter'?"]),
         (["list", "gate"], ["unknown kind 'gate'", "gates"]),
+        (["sweep", "sweep=demmo"], ["unknown sweep 'demmo'", "did you mean 'demo'?", "tofu_small"]),
+        (["sweep", "unlearn=[train.lrr=1]"], ["unknown option 'train.lrr'", "did you mean 'train.lr'?"]),
+        (["sweep", "cell=nowhere.json"], ["nowhere.json"]),
         (["finetune", "objective=gd"], ["unknown option 'objective'"]),
         (["finetune", *demo.MODEL, "model.tiny.heads=5"], ["model.tiny.hidden_size", "multiple"]),
         (["finetune", *demo.MODEL, "model.tiny.vocabulary=10"], ["model.tiny.vocabulary must be at least"]),

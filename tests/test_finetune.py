@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 from watched import CutOff, saved_bytes
 
 from baselines.full import Full
-from grun.config import FinetuneConfig, LossConfig, MethodConfig, TrainConfig, UnlearnConfig
+from grun.config import FinetuneConfig, FullConfig, LossConfig, MethodConfig, TrainConfig, UnlearnConfig
 from grun.data.encoding import EncodedRow, collate
 from grun.errors import ConfigError
 from grun.finetune import FinetuneTask
@@ -51,6 +51,7 @@ def finetune_task(model: Any, config: TrainConfig) -> FinetuneTask:
 def unlearn_task(parametrization: Any, base: Any, config: TrainConfig, objective: str = "npo") -> UnlearnTask:
     torch.manual_seed(5)
     parametrization.prepare(base, None)
+    parametrization.keep_reference()
     gated = isinstance(parametrization, Grun)
     options = UnlearnConfig(objective=objective, loss=LossConfig(), train=config, seed=3)
     made = build_objective(objective, options.loss, gated=gated)
@@ -274,7 +275,8 @@ def test_gradients_are_those_without_checkpointing(
         if kind == "finetune":
             task: Any = finetune_task(base, config)
         else:
-            method = MethodConfig(blocks=[1, 3], dropout=0.2)
+            whole = FullConfig(freeze_head=family != "odd")  # which names no head
+            method = MethodConfig(blocks=[1, 3], dropout=0.2, full=whole)
             task = unlearn_task(Full(method) if kind == "full" else Grun(method), base, config)
         if recomputed:
             recompute_blocks(find_blocks(base)[1])

@@ -15,7 +15,7 @@ from grun.data.jsonl import read_rows
 
 FORMATS = (Path(__file__).parents[1] / "docs" / "formats.md").read_text(encoding="utf-8")
 RUN = "command profile config data parameters steps resumed_from seconds peak_memory_bytes device versions"
-UNLEARN = "objective terms parametrization quirks base_fingerprint engine cache"
+UNLEARN = "objective terms parametrization quirks base_fingerprint saved_bytes engine cache"
 KEYS = {
     "adapter_config.json": "peft_type format_version blocks rank gate gate_bias dropout dropout_on_hidden activation "
     "gate_read gate_accumulate edit_write hidden_size depth base_model_name_or_path base_revision base_fingerprint "
@@ -93,7 +93,7 @@ def test_folders_hold_the_files_that_are_documented(results: Path) -> None:
         assert read(results / path) if path.endswith(".json") else load_file(results / path)
     checkpoint = {file.name for file in (results / "gd/checkpoints/checkpoint-5").iterdir()}
     assert checkpoint == {
-        *("trained.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json"),
+        *("trained.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json", "task.json"),
     }
     assert not [name for name in checkpoint if f"`{name}`" not in FORMATS]
     written = {path.name for path in results.iterdir() if path.is_file()}

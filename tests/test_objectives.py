@@ -2,23 +2,35 @@
 
 from __future__ import annotations
 
+import json
 import math
-from typing import Any
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import pytest
 import torch
 from tiny import tiny
 from torch import Tensor
 from torch.nn.functional import cross_entropy
+from watched import CutOff
 
-from grun.config import LossConfig, MethodConfig, TrainConfig, UnlearnConfig
+from baselines.full import Full
+from grun.config import CacheConfig, LossConfig, MethodConfig, TrainConfig, UnlearnConfig
+from grun.data.corpus import Corpus
 from grun.data.encoding import Batch, EncodedRow, collate
+from grun.data.rows import Row
+from grun.engine import use_cached
 from grun.errors import ConfigError
+from grun.method.cached import CachedEngine
+from grun.method.packed import PackedModel
 from grun.method.parametrization import Grun, Reft
+from grun.method.prefix import Freezer
 from grun.objectives.presets import OBJECTIVES, Objective, build_objective
-from grun.objectives.terms import TERMS, Outputs, TermValue, npo
+from grun.objectives.terms import TERMS, Outputs, TermValue
 from grun.parametrization import StepOutput
-from grun.unlearn import UnlearnRows, UnlearnTask
+from grun.training import train
+from grun.unlearn import UnlearnRows, UnlearnTask, _check_rows
 
 BLOCKS = [1, 3]
 
@@ -46,7 +58,7 @@ def output(
 
 
 def term(name: str, model: dict[str, StepOutput], reference: dict[str, StepOutput] | None = None) -> TermValue:
-    return TERMS.get(name).function(Outputs(model, reference or {}), LossConfig())
+    return TERMS.get(name).function(Outputs(model, reference or {}), {})
 
 
 def rows(count: int, seed: int, answer: tuple[int, int] = (1, 7)) -> list[EncodedRow]:
@@ -68,22 +80,36 @@ def nll(model: Any, row: EncodedRow) -> Tensor:
     return cross_entropy(logits[start - 1 : -1], ids[0, start:], reduction="sum")
 
 
+def loss_of(preset: str, **options: Any) -> LossConfig:
+    """Options of a preset; pdu has one that must be set."""
+    return LossConfig(**{"epsilon": 0.3} if preset == "pdu" else {}, **options)
+
+
 def make_task(
-    objective: str = "gd", loss: LossConfig | None = None, *, kind: Any = Grun, batch_size: int = 4, **method: Any
+    objective: str = "gd",
+    loss: LossConfig | None = None,
+    *,
+    kind: Any = Grun,
+    train_config: TrainConfig | None = None,
+    quirks: Sequence[str] = (),
+    **method: Any,
 ) -> UnlearnTask:
     """A task over a float64 Llama of four blocks and rows of random tokens."""
     config = UnlearnConfig(
         objective=objective,
         method=MethodConfig(blocks=BLOCKS, **method),
-        loss=loss or LossConfig(),
-        train=TrainConfig(epochs=3, batch_size=batch_size),
+        loss=loss or loss_of(objective),
+        train=train_config or TrainConfig(epochs=3, batch_size=4),
         seed=3,
     )
     base = tiny("llama", dtype=torch.float64)
     torch.manual_seed(5)
     parametrization = kind(config.method)
     parametrization.prepare(base, None)
-    made = build_objective(objective, config.loss, gated=kind is Grun and config.method.gate != "none")
+    if kind is Full:
+        parametrization.keep_reference()
+    gated = kind is Grun and config.method.gate != "none"
+    made = build_objective(objective, config.loss, gated=gated, quirks=quirks)
     data = UnlearnRows(rows(8, seed=1), rows(8, seed=2), rows(11, seed=3))
     return UnlearnTask(parametrization, made, data, config, pad_id=0, device=base.device)
 
@@ -122,43 +148,6 @@ def test_terms_read_only_the_pass_that_they_name() -> None:
     others = {name: output([[0.0, -9.0]], [[0, 1]]) for name in ("answer", "refusal", "retain")}
     for name, continuation in (("ga", "answer"), ("idk", "refusal"), ("ce", "retain")):
         assert abs(term(name, {**others, continuation: named}).total.item()) == 1.0
-
-
-def test_npo_equals_its_formula_in_each_row() -> None:
-    policy, reference, beta = [-1.0, -20.0, -3.0], [-2.0, -5.0, -3.0], 0.3
-    found = npo(torch.tensor(policy), torch.tensor(reference), beta=beta)
-    for value, p, r in zip(found.tolist(), policy, reference, strict=True):
-        assert value == pytest.approx(2 / beta * math.log(1 + math.exp(beta * (p - r))), rel=1e-6)
-
-
-@pytest.mark.parametrize("beta", [0.01, 0.1, 1.0])
-def test_npo_at_the_reference_is_two_over_beta_times_ln_2(beta: float) -> None:
-    same = torch.tensor([-3.0, -70.0], dtype=torch.float64)
-    assert npo(same, same, beta=beta).tolist() == pytest.approx([2 / beta * math.log(2)] * 2, rel=1e-12)
-
-
-def test_npo_gradient_is_ascent_for_small_beta_and_dies_where_the_row_is_forgotten() -> None:
-    def slope(difference: float, beta: float) -> float:
-        policy = torch.tensor([difference - 4.0], dtype=torch.float64, requires_grad=True)
-        npo(policy, torch.tensor([-4.0], dtype=torch.float64), beta=beta).sum().backward()
-        assert policy.grad is not None
-        return float(policy.grad)
-
-    assert slope(-7.0, 1e-9) == pytest.approx(1.0, abs=1e-6)  # ascent: d(log p) / d(log p)
-    for difference in (-3.0, 0.0, 2.0):  # 2 sigmoid(beta * difference), by hand
-        assert slope(difference, 0.5) == pytest.approx(2 / (1 + math.exp(-0.5 * difference)), rel=1e-12)
-    assert slope(-400.0, 0.5) < 1e-12
-    assert float(npo(torch.tensor(-400.0), torch.tensor(0.0), beta=0.5)) < 1e-12  # bounded below by 0
-
-
-def test_npo_term_is_a_row_mean_over_summed_log_probabilities() -> None:
-    model = output([[0.0, -1.0, -2.0], [0.0, 0.0, -0.5]], [[0, 1, 1], [0, 0, 1]])
-    untouched = output([[0.0, -1.5, -0.5], [0.0, 0.0, -0.1]], [[0, 1, 1], [0, 0, 1]])
-    total, count = term("npo", {"answer": model}, {"answer": untouched})
-    beta = LossConfig().beta
-    expected = sum(2 / beta * math.log(1 + math.exp(beta * d)) for d in (-3.0 + 2.0, -0.5 + 0.1))
-    assert count == 2
-    assert total.item() == pytest.approx(expected, rel=1e-6)
 
 
 def softplus(x: float) -> float:
@@ -215,7 +204,7 @@ def test_every_term_equals_its_closed_form_on_a_model() -> None:
             with model.disabled():
                 untouched = torch.stack([nll(model.base, row) for row in forget])
             lengths = sum(len(row.answer_ids) for row in forget)
-            beta = LossConfig().beta
+            beta = 0.1
             expected = {
                 "gd": -of_forget.sum() / lengths,
                 "idk": of_forget.sum() / lengths,
@@ -275,6 +264,191 @@ def test_a_parametrization_without_gate_has_no_gate_term() -> None:
         assert set(task.data(0).counts) == {"forget", "retain"}
 
 
+# -- every preset on a real model -------------------------------------------------------------------------------------
+
+
+class Step(NamedTuple):
+    loss: float
+    parts: dict[str, float]
+    gradients: dict[str, Tensor]
+
+
+def whole_step(task: UnlearnTask, step: int = 0) -> Step:
+    """Loss, terms and gradients of a step, summed over its micro-batches."""
+    task.module.zero_grad()
+    data = task.data(step)
+    total, values = 0.0, dict[str, float]()
+    for batch in data.micro_batches:
+        loss, parts = task.loss(batch, data.counts, step)
+        loss.backward()
+        total += loss.item()
+        for name, part in parts.items():
+            values[name] = values.get(name, 0.0) + part
+    gradients = {name: p.grad.clone() for name, p in task.module.named_parameters() if p.grad is not None}
+    return Step(total, values, gradients)
+
+
+def assert_same(found: Step, expected: Step) -> None:
+    """1e-9 relative in float64: sums in another order leave 1e-13 or so."""
+    assert found.loss == pytest.approx(expected.loss, rel=1e-9)
+    assert found.parts == pytest.approx(expected.parts, rel=1e-9)
+    for name, gradient in expected.gradients.items():
+        assert float((found.gradients[name] - gradient).norm()) <= 1e-9 * float(gradient.norm()) + 1e-12, name
+
+
+@pytest.mark.parametrize("kind", [Grun, Full])
+@pytest.mark.parametrize("preset", OBJECTIVES.names())
+def test_every_preset_takes_a_step_that_lowers_its_loss_whatever_may_change(preset: str, kind: Any) -> None:
+    """A short step down the gradient, on one batch; kl starts at 0 exactly, the forget term moves it."""
+    task = make_task(preset, kind=kind)
+    first = whole_step(task)
+    assert math.isfinite(first.loss) and first.gradients
+    norm = sum(float(gradient.norm()) ** 2 for gradient in first.gradients.values()) ** 0.5
+    assert norm > 0
+    with torch.no_grad():
+        for name, parameter in task.module.named_parameters():
+            if name in first.gradients:
+                parameter -= 1e-4 * first.gradients[name] / norm
+    assert whole_step(task).loss < first.loss
+
+
+@pytest.mark.parametrize("preset", OBJECTIVES.names())
+def test_micro_batches_of_any_size_give_the_loss_and_gradients_of_the_whole_step(preset: str) -> None:
+    """Ragged rows: token means of micro-batches differ in weight, and dpo's pairs must stay together."""
+    whole, ones, threes = (
+        whole_step(make_task(preset, train_config=TrainConfig(epochs=1, batch_size=8, micro_batch_size=size)))
+        for size in (None, 1, 3)
+    )
+    assert_same(ones, whole)
+    assert_same(threes, whole)
+
+
+@pytest.mark.parametrize("preset", OBJECTIVES.names())
+def test_both_engines_give_one_loss_and_one_gradient(preset: str) -> None:
+    task = make_task(preset)
+    expected = whole_step(task)
+    model = PackedModel(task.module.base)
+    freezer = Freezer(model, min(BLOCKS), last_answer_token=False)
+    every = list(dict.fromkeys(row for name in task.continuations for row in task.rows(name)))
+    shards = freezer.shards(every, set(task.reference_rows))
+    frozen = {row: shard.row(index) for shard in shards for index, row in enumerate(shard.rows)}
+    task.engine = CachedEngine(task.module, model, frozen)
+    assert_same(whole_step(task), expected)
+
+
+@pytest.mark.parametrize(
+    ("preset", "quirk"), [("npo_kl", "kl_all_positions"), ("undial", "undial_all_positions")]
+)  # fmt: skip
+def test_a_quirk_that_reads_every_position_is_run_plain(
+    preset: str, quirk: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    task = make_task(preset, quirks=[quirk])
+    assert use_cached(task, UnlearnConfig(cache=CacheConfig(dir=None))) is None
+    assert task.engine.name == "plain" and "the cached engine has no logits there" in caplog.text
+    _, parts, batch = step_loss(task)
+    _, without, _ = step_loss(make_task(preset))
+    side = "retain" if preset == "npo_kl" else "forget"
+    of = batch["retain" if preset == "npo_kl" else "answer"]
+    assert task.data(0).counts[side] == of.labels.numel() - (0 if side == "retain" else of.rows)
+    assert parts[side] != pytest.approx(without[side], rel=1e-3)
+
+
+@pytest.mark.parametrize("preset", OBJECTIVES.names())
+def test_each_weight_of_a_preset_scales_its_own_term(preset: str) -> None:
+    total, parts, _ = step_loss(make_task(preset, gate_bias=3.0))
+    for side in parts:
+        changed, same, _ = step_loss(make_task(preset, loss_of(preset, **{f"{side}_weight": 5.0}), gate_bias=3.0))
+        assert same == pytest.approx(parts, rel=1e-12)
+        before = build_objective(preset, loss_of(preset), gated=True).weights[side]
+        assert parts[side] != 0.0
+        assert changed.item() - total.item() == pytest.approx((5.0 - before) * parts[side], rel=1e-6)
+
+
+def test_the_gate_counts_each_prompt_once_also_where_it_runs_with_answer_and_refusal() -> None:
+    task, one_pass = make_task("dpo"), make_task("npo")
+    assert task.data(0).counts == {"forget": 4, "gate": 8, "retain": one_pass.data(0).counts["retain"]}
+    assert step_loss(task)[1]["gate"] == pytest.approx(step_loss(one_pass)[1]["gate"], rel=1e-12)
+
+
+def test_idk_concat_is_one_token_mean_and_idk_two() -> None:
+    one, two = step_loss(make_task("idk_concat")), step_loss(make_task("idk"))
+    counts = make_task("idk").data(0).counts
+    assert counts["forget"] != counts["retain"]
+    total = two[1]["forget"] * counts["forget"] + two[1]["retain"] * counts["retain"]
+    assert one[1]["forget"] == pytest.approx(total / (counts["forget"] + counts["retain"]), rel=1e-12)
+
+
+def test_refusals_are_asked_for_before_a_model_is_loaded() -> None:
+    row = Row("Who?", "Me.")
+    corpus = Corpus("jsonl", forget=[row], retain=[row])
+    for preset in ("idk", "idk_concat", "dpo", "dpo_only", "dpo_kl"):
+        with pytest.raises(ConfigError, match="there are no refusals, but the objective .*; name data.refusals$"):
+            _check_rows(corpus, build_objective(preset, LossConfig(), gated=False))
+    _check_rows(corpus, build_objective("npo", LossConfig(), gated=False))
+
+
+# -- the retain weight that adapts ------------------------------------------------------------------------------------
+
+PDU = {"epsilon": 3.0, "eta": 0.7, "dual_warmup_epochs": 1.0}
+
+
+def pdu_task(**train_options: Any) -> UnlearnTask:
+    """8 forget rows, 4 a step: 2 steps an epoch, of which the first epoch warms up."""
+    config = TrainConfig(**{"epochs": 3, "batch_size": 4, "lr": 0.01, "save_steps": 2, **train_options})
+    return make_task("pdu", LossConfig(retain_weight=2.0, **PDU), train_config=config)
+
+
+def logged(folder: Path) -> list[dict[str, float]]:
+    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+
+
+def train_pdu(folder: Path, stop_at: int | None = None, **train_options: Any) -> UnlearnTask:
+    task = pdu_task(**train_options)
+    config = TrainConfig(**{"epochs": 3, "batch_size": 4, "lr": 0.01, "save_steps": 2, **train_options})
+    if stop_at is None:
+        train(task, config, folder, seed=0)
+    else:
+        with pytest.raises(KeyboardInterrupt):
+            train(CutOff(task, stop_at), config, folder, seed=0)
+    return task
+
+
+def test_the_retain_weight_follows_the_whole_steps_retain_loss_once_a_step_after_the_warm_up(tmp_path: Path) -> None:
+    """In one piece or in micro-batches of one row; the weight of each step is read off the logged loss."""
+    for size in (None, 1):
+        folder = tmp_path / str(size)
+        task = train_pdu(folder, micro_batch_size=size)
+        weight, used = 2.0, []
+        for number, line in enumerate(logged(folder)):
+            used.append((line["loss"] - line["forget"] - 10.0 * line["gate"]) / line["retain"])
+            assert used[-1] == pytest.approx(weight, rel=1e-9)
+            if number >= 2:  # behind the warm-up of one epoch
+                weight = max(0.0, weight + 0.7 * (line["retain"] - 3.0))
+        assert len(used) == 6 and used[2] == pytest.approx(2.0) and used[3] != pytest.approx(2.0)
+        assert task.state() == {"retain_weight": pytest.approx(weight, rel=1e-12)}
+
+
+def test_a_resumed_run_has_the_retain_weight_of_one_that_was_never_cut(tmp_path: Path) -> None:
+    whole = train_pdu(tmp_path / "whole")
+    train_pdu(tmp_path / "cut", stop_at=5)
+    assert json.loads((tmp_path / "cut/checkpoints/checkpoint-4/task.json").read_text()) != {"retain_weight": 2.0}
+    resumed = train_pdu(tmp_path / "cut")
+    assert logged(tmp_path / "cut") == logged(tmp_path / "whole")
+    assert resumed.state() == whole.state() != {"retain_weight": 2.0}
+    for (name, found), (_, expected) in zip(
+        resumed.module.named_parameters(), whole.module.named_parameters(), strict=True
+    ):
+        assert torch.equal(found, expected), name
+
+
+def test_other_objectives_have_no_state() -> None:
+    task = make_task("npo")
+    task.stepped({"forget": 1.0, "retain": 9.0, "gate": 0.1})
+    assert task.state() == {}
+    task.restore({})
+    assert step_loss(task)[0].item() == step_loss(make_task("npo"))[0].item()
+
+
 # -- warm-up ----------------------------------------------------------------------------------------------------------
 
 
@@ -305,18 +479,41 @@ def names(made: Objective) -> dict[str, str]:
     return {side: next(e.name for e in TERMS if TERMS.get(e.name) is used) for side, used in made.terms.items()}
 
 
-@pytest.mark.parametrize(
-    ("preset", "forget", "retain"), [("ga", "ga", None), ("gd", "ga", "ce"), ("idk", "idk", "ce"), ("npo", "npo", "ce")]
-)
-def test_presets_are_what_they_say(preset: str, forget: str, retain: str | None) -> None:
-    made = build_objective(preset, LossConfig(), gated=True)
+PRESETS = [
+    ("ga", "ga", None, 1.0),
+    ("gd", "ga", "ce", 1.0),
+    ("kl", "ga", "kl", 1.0),
+    ("idk", "idk", "ce", 1.0),
+    ("idk_concat", "idk_concat", None, 1.0),
+    ("dpo", "dpo", "ce", 1.0),
+    ("dpo_only", "dpo", None, 1.0),
+    ("dpo_kl", "dpo", "kl", 1.0),
+    ("npo", "npo", "ce", 1.0),
+    ("npo_only", "npo", None, 1.0),
+    ("npo_kl", "npo", "kl", 1.0),
+    ("simnpo", "simnpo", "ce", 0.1375),
+    ("simnpo_only", "simnpo", None, 1.0),
+    ("wga", "wga", "ce", 1.0),
+    ("satimp", "satimp", "ce", 0.1),
+    ("undial", "undial", None, 1.0),
+    ("ceu", "ceu", None, 1.0),
+    ("pdu", "pdu", "ce", 1.0),
+    ("manual_grad_diff", "ga_sum", "ce_sum", 1.0),
+    ("manual_npo_grad_diff", "npo", "ce_sum", 0.1375),
+]
+"""Name, terms and forget weight; a retain term weighs 1."""
+
+
+@pytest.mark.parametrize(("preset", "forget", "retain", "weight"), PRESETS)
+def test_presets_are_what_they_say(preset: str, forget: str, retain: str | None, weight: float) -> None:
+    made = build_objective(preset, loss_of(preset), gated=True)
     expected = {"forget": forget, "gate": "bce_row"} | ({"retain": retain} if retain else {})
     assert names(made) == expected
-    assert made.weights == {"forget": 1.0, "gate": 10.0} | ({"retain": 1.0} if retain else {})
+    assert made.weights == {"forget": weight, "gate": 10.0} | ({"retain": 1.0} if retain else {})
 
 
 def test_every_preset_is_tested_above() -> None:
-    assert OBJECTIVES.names() == ["ga", "gd", "idk", "npo"]
+    assert OBJECTIVES.names() == [preset for preset, *_ in PRESETS]
 
 
 def test_options_replace_terms_and_weights_of_a_preset() -> None:
@@ -333,16 +530,17 @@ def test_a_weight_of_zero_is_kept_and_not_taken_for_unset() -> None:
     assert made.weights == {"forget": 0.0, "retain": 0.0, "gate": 0.0}
 
 
-def test_only_npo_runs_the_untouched_model() -> None:
-    expected: dict[str, list[str]] = {"ga": [], "gd": [], "idk": [], "npo": ["answer"]}
-    for preset, passes in expected.items():
-        assert build_objective(preset, LossConfig(), gated=True).reference_continuations == passes
-
-
 def test_passes_are_only_those_that_are_needed() -> None:
     assert build_objective("gd", LossConfig(), gated=True).continuations == ["answer", "retain"]
     assert build_objective("idk", LossConfig(), gated=True).continuations == ["refusal", "retain"]
     assert build_objective("ga", LossConfig(), gated=False).continuations == ["answer"]
+    assert build_objective("idk_concat", LossConfig(), gated=False).continuations == ["refusal", "retain"]
+    both = build_objective("dpo", LossConfig(), gated=True)
+    assert (both.continuations, both.reference_continuations) == (
+        ["answer", "refusal", "retain"],
+        ["answer", "refusal"],
+    )
+    assert build_objective("npo_kl", LossConfig(), gated=False).reference_continuations == ["answer", "retain"]
     gate_alone = LossConfig(forget="none", retain="none")
     assert build_objective("gd", gate_alone, gated=True).continuations == ["answer", "retain"]
 
@@ -350,13 +548,25 @@ def test_passes_are_only_those_that_are_needed() -> None:
 @pytest.mark.parametrize(
     ("objective", "options", "message"),
     [
-        ("gdd", LossConfig(), "unknown objective 'gdd': did you mean 'gd'? known: ga, gd, idk, npo"),
-        ("gd", LossConfig(forget="nope"), "unknown term 'nope': known: bce_row, ce, ga, idk, npo"),
-        ("gd", LossConfig(forget="ce"), "loss.forget=ce is a retain term; known forget terms: ga, idk, npo, none"),
-        ("gd", LossConfig(retain="ga"), "loss.retain=ga is a forget term; known retain terms: ce, none"),
+        ("gdd", LossConfig(), "unknown objective 'gdd': did you mean 'gd'? known: ce"),
+        ("gd", LossConfig(forget="nope"), "unknown term 'nope': known: bce_row, ce, ce_sum, ceu, dpo, ga, ga_sum"),
+        (
+            "gd",
+            LossConfig(forget="ce"),
+            "loss.forget=ce is a retain term; known forget terms: ga, ga_sum, idk, idk_concat",
+        ),
+        ("gd", LossConfig(retain="ga"), "loss.retain=ga is a forget term; known retain terms: ce, ce_sum, kl, none"),
         ("gd", LossConfig(gate="ce"), "loss.gate=ce is a retain term; known gate terms: bce_row, none"),
         ("gd", LossConfig(retain_weight=-1.0), "loss.retain_weight -1.0 must not be negative"),
+        ("gd", LossConfig(gate_weight=float("nan")), "loss.gate_weight nan must not be negative"),
         ("npo", LossConfig(beta=0.0), "loss.beta 0.0 must be greater than 0"),
+        ("satimp", LossConfig(beta2=-1.0), "loss.beta2 -1.0 must not be negative"),
+        ("pdu", LossConfig(), "loss.epsilon must be set: the term pdu has no default for it (docs/objectives.md)"),
+        (
+            "pdu",
+            LossConfig(epsilon=0.3, retain="none"),
+            "loss.retain=none: the term pdu adapts the retain weight; name",
+        ),
     ],
 )
 def test_wrong_names_and_numbers_are_refused_with_what_is_known(
@@ -364,7 +574,48 @@ def test_wrong_names_and_numbers_are_refused_with_what_is_known(
 ) -> None:
     with pytest.raises(ConfigError) as error:
         build_objective(objective, options, gated=True)
-    assert str(error.value) == message
+    assert str(error.value).startswith(message) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("objective", "options", "message"),
+    [
+        (
+            "gd",
+            {"beta": 0.1},
+            "loss.beta=0.1 has no effect: the terms in force (ga, ce, bce_row) read forget_weight, retain_weight, "
+            "gate_weight, gate_warmup_steps; leave it out, or unset what a profile sets with loss.beta=null",
+        ),
+        (
+            "gd",
+            {"gate": "none", "gate_weight": 3.0},
+            "loss.gate_weight=3.0 has no effect: the terms in force (ga, ce) read forget_weight, retain_weight; "
+            "leave it out, or unset what a profile sets with loss.gate_weight=10.0",
+        ),
+        ("npo", {"margin": 0.0}, "loss.margin=0.0 has no effect: the terms in force (npo, ce, bce_row) read"),
+        ("npo_only", {"retain_weight": 1.0}, "loss.retain_weight=1.0 has no effect: the terms in force (npo, bce_row)"),
+        (
+            "gd",
+            {"forget": "none", "forget_weight": 0.0},
+            "loss.forget_weight=0.0 has no effect: the terms in force (ce",
+        ),
+        ("satimp", {"beta": 5.0}, "loss.beta=5.0 has no effect: the terms in force (satimp, ce, bce_row) read"),
+    ],
+)
+def test_a_weight_or_option_that_no_term_in_force_reads_is_refused(
+    objective: str, options: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ConfigError) as error:
+        build_objective(objective, LossConfig(**options), gated=True)
+    assert str(error.value).startswith(message) and "\n" not in str(error.value)
+
+
+def test_settings_of_the_gate_may_stand_where_there_is_none() -> None:
+    """Profiles set them for all parametrizations."""
+    made = build_objective("gd", LossConfig(gate_weight=3.0, gate_warmup_steps=5), gated=False)
+    assert set(made.weights) == {"forget", "retain"} and made.warmup(0) == 1.0
+    with pytest.raises(ConfigError, match=r"\(ga, ce\) read forget_weight, retain_weight; leave"):
+        build_objective("gd", LossConfig(gate_weight=3.0, beta=1.0), gated=False)
 
 
 def test_collated_rows_come_back_as_they_were() -> None:

@@ -11,7 +11,7 @@ from grun.checks import check, quirks_in_force
 from grun.config import UnlearnConfig
 from grun.errors import ConfigError
 from grun.objectives.presets import build_objective
-from grun.profiles import COMMANDS, WITHOUT_PROFILE, describe, profile_names, resolve, to_yaml
+from grun.profiles import COMMANDS, WITHOUT_PROFILE, describe, from_dict, profile_names, resolve, to_dict, to_yaml
 
 
 def write(folder: Path, name: str, text: str) -> str:
@@ -54,7 +54,7 @@ def test_real_models_have_the_published_settings(profile: str, gate: str, model:
         assert config.method.blocks == [20, 25, 31]
         assert config.method.rank == 4
         assert config.method.gate == gate
-        assert config.loss.beta == 0.1
+        assert config.loss.beta == (0.1 if objective == "npo" else None)
         assert config.loss.gate_warmup_steps == 0
         weights = build_objective(objective, config.loss, gated=True).weights
         assert weights == {"forget": forget, "retain": retain, "gate": 10.0}
@@ -97,7 +97,7 @@ def test_later_layers_win(tmp_path: Path) -> None:
     """Defaults, base, shared sections, the command's, the objective's, arguments."""
     profile = f"profile={write(tmp_path, 'mine.yaml', LAYERS)}"
     plain = resolve("unlearn", [])
-    assert (plain.seed, plain.data.max_length, plain.loss.beta) == (42, None, 0.1)
+    assert (plain.seed, plain.data.max_length, plain.loss.beta) == (42, None, None)
     mine = resolve("unlearn", [profile])
     assert mine.method.gate == plain.method.gate and mine.data.template == "tiny"  # from the base
     assert (mine.seed, mine.data.max_length, mine.loss.beta, mine.loss.gate_weight) == (6, 200, 0.2, 3.0)
@@ -157,6 +157,18 @@ def test_the_printed_config_is_a_profile(command: str, tmp_path: Path) -> None:
     assert again.profile == profile
     again.profile = "llama3.1"
     assert again == config
+
+
+def test_a_config_as_a_dict_gives_the_config_again() -> None:
+    config = resolve("unlearn", ["profile=llama3.1", "method.blocks=[1,2]", "loss.retain_weight="])
+    assert from_dict("unlearn", to_dict(config)) == config
+
+
+def test_a_profile_that_changed_is_read_again(tmp_path: Path) -> None:
+    profile = f"profile={write(tmp_path, 'mine.yaml', 'unlearn: {seed: 1}')}"
+    assert resolve("unlearn", [profile]).seed == 1
+    write(tmp_path, "mine.yaml", "unlearn: {seed: 2}")
+    assert resolve("unlearn", [profile]).seed == 2
 
 
 # -- what is refused --------------------------------------------------------------------------------------------------
@@ -234,11 +246,11 @@ def test_a_wrong_argument_is_one_line(argument: str, message: str) -> None:
         ("method.blocks=[]", "must name at least one block"),
         ("method.blocks=[1,2,1]", "each once"),
         ("method.gate=mlp3", "unknown gate 'mlp3': did you mean 'mlp_3'? known: linear, mlp_3, mlp_5, none"),
-        ("method.parametrization=foo", "unknown parametrization 'foo': known: full, grun, reft"),
-        ("objective=foo", "unknown objective 'foo': known: ga, gd, idk, npo"),
-        ("loss.forget=ce", "known forget terms: ga, idk, npo, none"),
-        ("compat=foo", "unknown compat 'foo': known: grun-paper"),
-        ("quirks=[foo]", "unknown quirk 'foo': known: dropout_on_hidden, retain_fixed_pairing"),
+        ("method.parametrization=foo", "unknown parametrization 'foo': known: full, grun, lora, reft"),
+        ("objective=foo", "unknown objective 'foo': known: ceu, dpo, "),
+        ("loss.forget=ce", "known forget terms: ga, ga_sum, idk, idk_concat, npo, dpo, "),
+        ("compat=foo", "unknown compat 'foo': known: grun-paper, open-unlearning"),
+        ("quirks=[foo]", "unknown quirk 'foo': known: dropout_on_hidden, kl_all_positions, "),
         ("data.name=foo", "unknown data.name 'foo': known: demo, jsonl, tofu"),
         ("data.subset=foo", "unknown data.subset 'foo': known: all, without_forget"),
         ("data.template=foo", "unknown template 'foo': known: auto, chat"),
@@ -258,6 +270,16 @@ def test_compat_switches_on_every_quirk_of_its_source() -> None:
     both = ["retain_fixed_pairing", "dropout_on_hidden"]
     assert quirks_in_force(resolve("unlearn", ["compat=grun-paper"])) == both
     assert quirks_in_force(resolve("unlearn", ["compat=grun-paper", "quirks=[dropout_on_hidden]"])) == both
+    of_terms = ["kl_all_positions", "undial_all_positions"]
+    assert quirks_in_force(resolve("unlearn", ["compat=open-unlearning"])) == of_terms
+
+
+@pytest.mark.parametrize("argument", ["loss.beta=null", "loss.beta="])
+def test_an_option_of_a_profile_that_no_term_reads_is_refused_until_it_is_unset(argument: str, tmp_path: Path) -> None:
+    profile = f"profile={write(tmp_path, 'mine.yaml', LAYERS)}"
+    with pytest.raises(ConfigError, match=r"loss.beta=0.2 has no effect: .* with loss.beta=null$"):
+        check(resolve("unlearn", [profile]))
+    check(resolve("unlearn", [profile, argument]))
 
 
 @pytest.mark.parametrize("command", list(COMMANDS))

@@ -106,7 +106,7 @@ def test_the_printed_table_of_tofu_has_its_metrics_and_fits(tofu: Path, capsys: 
     words = table.split()
     assert {"quality", "utility", "truth", "extr.", "authors", "facts", "held-out"} <= set(words)
     assert "…" not in table  # nothing is cut
-    (full,) = [line.split() for line in table.splitlines() if "(full)" in line]
+    (full,) = [line.split() for line in table.splitlines() if "NPO full" in line]
     assert full[3] == "0.00"  # retain ROUGE-L 0 makes model utility 0, which is a number
     assert "model utility 0.00 (" in " ".join(printed.split())
 
@@ -149,10 +149,10 @@ def test_tofu_has_two_more_pictures(tofu: Path) -> None:
     scatter = figures.forget_quality_vs_utility(found)
     assert scatter is not None
     texts = {text.get_text() for text in scatter.axes[0].texts}
-    assert {"p = 0.05", "before (taught all)", "target: retain only (never taught)", "GD", "NPO"} <= texts
+    assert {"p = 0.05", "before (taught all)", "target: retain only (never taught)", "GD GRUN", "NPO full"} <= texts
     curves = distributions.truth_ratio_curves(found)
     assert curves is not None
-    assert [axes.get_title() for axes in curves.axes if axes.get_visible()] == ["before", "GD", "NPO"]
+    assert [axes.get_title() for axes in curves.axes if axes.get_visible()] == ["before", "GD GRUN", "NPO full"]
 
 
 def test_the_marked_distance_is_the_one_that_the_test_judges(tofu: Path) -> None:
@@ -321,7 +321,7 @@ def test_a_comparison_has_each_evaluation_once_under_its_folders_name(
     ]
     assert all(row["reference"] for row in summary["rows"] if row["stage"] != "retain_only")
     printed = " ".join(capsys.readouterr().out.split())
-    assert "a: GD" in printed and "b: GD: NOT reached" in printed
+    assert "a: GD GRUN" in printed and "b: GD GRUN: NOT reached" in printed
     assert max(map(len, (tmp_path / "out" / "table.csv").read_text().splitlines()[1:])) > 100
     assert not (tmp_path / "a" / "summary.json").exists()
 

@@ -33,7 +33,7 @@ class Page(HTMLParser):
         super().__init__(convert_charrefs=True)
         self.tags: list[tuple[str, dict[str, str | None]]] = []
         self.text = ""
-        self.rows: list[list[str]] = []
+        self.tables: list[list[list[str]]] = []
         self.open: list[str] = []
         self.feed(text)
         self.close()
@@ -43,10 +43,12 @@ class Page(HTMLParser):
         self.tags.append((tag, dict(attrs)))
         if tag not in VOID:
             self.open.append(tag)
+        if tag == "table":
+            self.tables.append([])
         if tag == "tr":
-            self.rows.append([])
+            self.tables[-1].append([])
         if tag in ("td", "th"):
-            self.rows[-1].append("")
+            self.tables[-1][-1].append("")
 
     def handle_endtag(self, tag: str) -> None:
         assert self.open.pop() == tag
@@ -56,7 +58,13 @@ class Page(HTMLParser):
             return
         self.text += data
         if {"td", "th"} & set(self.open):
-            self.rows[-1][-1] += data
+            self.tables[-1][-1][-1] += data
+
+    @property
+    def rows(self) -> list[list[str]]:
+        """The table of all models."""
+        (rows,) = [table for table in self.tables if table[0][0] == "model"]
+        return rows
 
     def all(self, tag: str) -> list[dict[str, str | None]]:
         return [attributes for name, attributes in self.tags if name == tag]
@@ -90,7 +98,7 @@ def test_the_page_needs_nothing_but_itself(text: str, parsed: Page) -> None:
         for name, value in attributes.items():
             assert not name.startswith("on")
             assert name not in ("href", "src") or (value or "").startswith(("#", "data:image/png;base64,")), value
-    assert len(parsed.all("img")) == 6
+    assert len(parsed.all("img")) == 7
 
 
 def test_the_page_is_laid_out_for_every_reader(text: str, parsed: Page) -> None:
@@ -108,7 +116,7 @@ def test_the_page_is_laid_out_for_every_reader(text: str, parsed: Page) -> None:
     assert len(sizes) >= 8 and all(float(size) * (16 if unit == "rem" else 1) >= 14 for size, unit in sizes)
     anchors = {link["href"] for link in parsed.all("a")}
     sections = [f"#{section['id']}" for section in parsed.all("section")]
-    assert sections == ["#verdicts", "#table", "#pictures", "#answers", "#settings", "#statement"]
+    assert sections == ["#matrix", "#verdicts", "#table", "#pictures", "#answers", "#settings", "#statement"]
     assert anchors == set(sections)
     assert STATEMENT in parsed.text
 
@@ -127,7 +135,7 @@ def test_the_page_has_every_models_numbers_and_which_way_is_good(folder: Path, p
     header, good, *rows = parsed.rows
     assert header == ["model", *(column.header for column in columns)]
     assert good == ["good is", *(column.good for column in columns)] and "" not in good
-    assert [row[0] for row in rows] == ["before", "retain only (target)", "GD", "NPO (full)"]
+    assert [row[0] for row in rows] == ["before", "retain only (target)", "GD GRUN", "NPO full"]
     for row, result in zip(rows, results, strict=True):
         assert row[1:] == [column.text(result) for column in columns]
     expected = "forget quality (p), forget quality (log10 p), model utility, forget ROUGE-L, forget probability, "
@@ -142,7 +150,7 @@ def test_the_page_has_every_models_numbers_and_which_way_is_good(folder: Path, p
 
 def test_the_page_has_verdicts_answers_and_settings(parsed: Page) -> None:
     words = " ".join(parsed.text.split())
-    assert "GD: NOT reached (" in words
+    assert "GD GRUN: NOT reached (" in words
     for name in TOFU_SETS:
         assert f"person 4 of the {name} set" in words
         assert f"person 5 of the {name} set" not in words

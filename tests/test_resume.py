@@ -87,7 +87,7 @@ def random_kills(count: int, seed: int) -> list[dict[str, Any]]:
 MID_SAVE = [
     {"in": "safetensors.torch.save_model", "call": 2},  # 4 is done, 8 is cut off
     {"in": "torch.save", "call": 4},  # of a checkpoint's optimizer, schedule and random state
-    {"in": "os.replace", "call": 3},  # the log's, the first checkpoint's, and then this one
+    {"in": "os.replace", "call": 5},  # the log's, task.json and the whole of the first checkpoint, and of this one
     {"in": "grun.method.adapter.write_bytes", "call": 1},
     {"in": "grun.runs.write_json", "call": 1},
 ]

@@ -74,7 +74,7 @@ def test_script_is_valid_bash(name: str) -> None:
     subprocess.run(["bash", "-n", ROOT / name], check=True)
 
 
-@pytest.mark.parametrize("name", ["cmd_finetune.sh", "cmd_grun.sh", "cmd_eval.sh"])
+@pytest.mark.parametrize("name", ["cmd_finetune.sh", "cmd_grun.sh", "cmd_baseline.sh", "cmd_eval.sh"])
 def test_help_needs_no_environment(checkout: Path, name: str) -> None:
     result = run(checkout, name, "--help")
     assert result.returncode == 0
@@ -134,6 +134,32 @@ class TestDryRun:
         assert report == ["report", "profile=mistral", "results_dir=results/mistral"]
         assert "adapter=x/gd" in edited and "output_dir=results/mistral/evaluation/gd" in edited
 
+    def test_baselines_are_one_sweep_after_both_models_are_taught(self, checkout: Path) -> None:
+        all_rows, without, sweep = printed(run(checkout, "cmd_baseline.sh", DRY_RUN="1"))
+        assert (all_rows[0], without[0]) == ("finetune", "finetune") and "data.subset=without_forget" in without
+        assert sweep == [
+            *("sweep", "sweep=demo", "profile=demo", "model=models/<taught>"),
+            *("retain_model=models/<taught without_forget>", "results_dir=results/demo-baselines", "jobs=2"),
+            *("objectives=[gd,idk,npo]", "parametrizations=[full,lora,grun]", "seeds=[42]"),
+        ]
+        assert not (checkout / ".venv").exists()
+
+    def test_options_of_baselines_come_through_to_their_stages(self, checkout: Path) -> None:
+        variables = {"PROFILE": "llama3.1", "MODEL": "my model", "RETAIN_MODEL": "r", "DATA_DIR": "my data"}
+        variables |= {"OBJECTIVES": "npo", "PARAMETRIZATIONS": "lora grun", "SEEDS": "1 2", "JOBS": "3", "TUNE": "1"}
+        variables |= {"LAUNCHER": "sbatch --wrap '{command}'", "DRY_RUN": "1"}
+        overrides = ["method.blocks=[4,5]", "evaluate.batch_size=3", "sweep.discard_models=true", "data.limit=9"]
+        (sweep,) = printed(run(checkout, "cmd_baseline.sh", *overrides, **variables))
+        assert sweep[:6] == [
+            *("sweep", "sweep=llama3.1", "profile=llama3.1", "model=my model", "retain_model=r"),
+            "results_dir=results/llama3.1-baselines",
+        ]
+        assert {"jobs=3", "--tune", "launcher=sbatch --wrap '{command}'", "discard_models=true"} <= set(sweep)
+        config = resolve("sweep", [word for word in sweep[1:] if word != "--tune"])
+        assert (config.objectives, config.parametrizations, config.seeds) == (["npo"], ["lora", "grun"], [1, 2])
+        assert config.unlearn == ["data.path=my data", "method.blocks=[4,5]", "data.limit=9"]
+        assert config.evaluate == ["batch_size=3", "data.limit=9"]
+
     def test_quantized_lora_and_single_continuations(self, checkout: Path) -> None:
         variables = {"PROFILE": "mistral", "MODEL": "m", "DRY_RUN": "1", "USE_LORA": "lora", "LORA_PATH": "x/lora"}
         (evaluated, _) = printed(run(checkout, "cmd_eval.sh", QUANT="8bit", DATA_TASK="normal", **variables))
@@ -151,6 +177,11 @@ class TestDryRun:
         ("cmd_grun.sh", ["evaluate.model.path=x"], {}, "MODEL=x"),
         ("cmd_grun.sh", ["finetune.seed=1"], {"MODEL": "m"}, "does not run"),
         ("cmd_grun.sh", [], {"RETAIN_ONLY": "yes"}, "expected 0 or 1"),
+        ("cmd_grun.sh", ["sweep.tune=true"], {}, "does not run"),
+        ("cmd_baseline.sh", ["sweep.jobs=3"], {}, "jobs is set by this script"),
+        ("cmd_baseline.sh", ["objective=gd"], {}, "OBJECTIVES"),
+        ("cmd_baseline.sh", ["report.profile=x"], {}, "does not run"),
+        ("cmd_baseline.sh", [], {"RETAIN_ONLY": "yes"}, "expected 0 or 1"),
         ("cmd_finetune.sh", ["unlearn.seed=1"], {}, "does not run"),
         ("cmd_eval.sh", [], {"USE_LORA": "lora"}, "LORA_PATH"),
         ("cmd_eval.sh", [], {"LORA_PATH": "x"}, "USE_LORA=lora"),
@@ -190,6 +221,23 @@ class TestRun:
             "report profile=demo results_dir=r",
         ]
         assert list(elsewhere.iterdir()) == []
+
+    def test_baselines_run_on_the_taught_models(self, checkout: Path) -> None:
+        with_logging_python(checkout)
+        result = run(checkout, "cmd_baseline.sh", OBJECTIVES="gd", PARAMETRIZATIONS="grun", RESULTS="r", JOBS="1")
+        assert result.returncode == 0, result.stderr
+        assert calls(checkout) == [
+            "finetune profile=demo data.subset=all",
+            "finetune profile=demo data.subset=without_forget",
+            "sweep sweep=demo profile=demo model=models/known retain_model=models/reference results_dir=r jobs=1 "
+            "objectives=[gd] parametrizations=[grun] seeds=[42]",
+        ]
+
+    def test_options_of_baselines_are_checked_before_anything_is_taught(self, checkout: Path) -> None:
+        with_logging_python(checkout)
+        result = run(checkout, "cmd_baseline.sh", "evaluate.bogus=1")
+        assert result.returncode == 2 and "nothing was run" in result.stderr
+        assert calls(checkout) == []
 
     def test_options_of_the_last_stage_are_checked_before_the_first_runs(self, checkout: Path) -> None:
         with_logging_python(checkout)

@@ -25,8 +25,11 @@ from grun.data.sampling import fixed_retain_index
 from grun.errors import RunError
 from grun.finetune import FinetuneTask
 from grun.method.parametrization import Grun
+from grun.micro_batches import split
 from grun.objectives.presets import build_objective
-from grun.training import StepData, StepLog, newest_checkpoint, remove_checkpoints, split, train
+from grun.step_log import StepLog
+from grun.task import StepData
+from grun.training import newest_checkpoint, remove_checkpoints, train
 from grun.unlearn import UnlearnRows, UnlearnTask, draw_refusals
 
 pytestmark = pytest.mark.usefixtures("quick_garbage_collection")
@@ -432,6 +435,46 @@ def test_a_loss_that_is_not_finite_stops_with_the_last_good_state_kept(
     for name, parameter in whole.module.named_parameters():
         assert torch.equal(parameter, dict(resumed.module.named_parameters())[name]), name
     assert (tmp_path / "log.jsonl").read_bytes() == (tmp_path / "whole" / "log.jsonl").read_bytes()
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
+        MemoryError(),
+        RuntimeError("[enforce fail at alloc_cpu.cpp:121] DefaultCPUAllocator: can't allocate memory"),
+    ],
+    ids=["gpu", "python", "cpu"],
+)
+def test_out_of_memory_is_one_line_that_says_what_takes_less(error: Exception, tmp_path: Path) -> None:
+    def refuse() -> None:
+        raise error
+
+    config = dataclasses.replace(SHORT, save_steps=2, micro_batch_size=3)
+    with pytest.raises(RunError, match="^training ran out of memory; ") as raised:
+        train(Broken(unlearn_task(config), 3, data=refuse), config, tmp_path, 0, smaller=["a smaller thing"])
+    message = str(raised.value)
+    assert "\n" not in message and "train.micro_batch_size=1 (it is 3 now)" in message
+    assert "train.gradient_checkpointing=true" in message and "a smaller thing" in message
+    assert checkpoints_of(tmp_path) == ["checkpoint-2"]
+
+
+def test_out_of_memory_advises_nothing_that_is_done_already(tmp_path: Path) -> None:
+    def refuse() -> None:
+        raise MemoryError
+
+    config = dataclasses.replace(SHORT, save_steps=0, micro_batch_size=1, gradient_checkpointing=True)
+    with pytest.raises(RunError) as raised:
+        train(Broken(unlearn_task(config), 0, data=refuse), config, tmp_path, 0)
+    assert "micro_batch_size" not in str(raised.value) and "gradient_checkpointing" not in str(raised.value)
+
+
+def test_another_runtime_error_stays_what_it_is(tmp_path: Path) -> None:
+    def refuse() -> None:
+        raise RuntimeError("a mistake")
+
+    with pytest.raises(RuntimeError, match="a mistake"):
+        train(Broken(unlearn_task(SHORT), 0, data=refuse), SHORT, tmp_path, 0)
 
 
 def test_every_parameter_stays_finite_where_the_loss_was_not(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from grun.training import StepData
+from grun.task import StepData
 
 
 class CutOff:

@@ -15,6 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from grun import processes
 from grun.checks import adapter_name, check, evaluation_quirks
 from grun.config import EvaluateConfig
 from grun.errors import ConfigError, RunError
@@ -24,9 +25,12 @@ from grun.evaluation.table import Table
 from grun.files import read_json, whole_folder, write_json, writing
 
 if TYPE_CHECKING:
+    from grun.data.corpus import Corpus
     from grun.evaluation.generation import Answer
+    from grun.loading import Loaded
 
 
+@processes.connected()
 def evaluate(config: EvaluateConfig, output_dir: Path) -> dict[str, Any]:
     """Evaluate a model on every set of the corpus and return what `evaluation.json` in output_dir then holds.
 
@@ -40,15 +44,18 @@ def evaluate(config: EvaluateConfig, output_dir: Path) -> dict[str, Any]:
     if config.adapters:
         raise ConfigError("adapters: several adapters are evaluated by evaluate_adapters")
     started = time.monotonic()
-    previous = previous_in(output_dir, config.overwrite)
-    reference = None if config.reference is None else read_evaluation(Path(config.reference))
-    corpus = load_corpus(config.data)  # before the model: a misspelled file is found before minutes of loading
-    loaded = load_model(config.model, config.adapter, strict=config.strict, gate_threshold=config.gate_threshold)
-    plan = make_plan(config, output_dir, loaded, corpus, previous)
+    previous = processes.of_first(lambda: previous_in(output_dir, config.overwrite))
+    with processes.first_goes_first():  # before the model: a misspelled file is found before minutes of loading
+        reference = None if config.reference is None else read_evaluation(Path(config.reference))
+        corpus = load_corpus(config.data)
+    with processes.agreed():
+        loaded = load_model(config.model, config.adapter, strict=config.strict, gate_threshold=config.gate_threshold)
+        plan = make_plan(config, output_dir, loaded, corpus, previous)
     (result,) = _carry_out([plan], reference, time.monotonic() - started)
     return result
 
 
+@processes.connected()
 def evaluate_adapters(config: EvaluateConfig, output_dir: Path) -> dict[str, dict[str, Any]]:
     """Evaluate every one of config.adapters on the base, and the base, into output_dir/NAME; results by folder.
 
@@ -73,7 +80,7 @@ def evaluate_adapters(config: EvaluateConfig, output_dir: Path) -> dict[str, dic
         )
     gated = {folder: single for folder, single in singles.items() if folder not in others}
     results = _evaluate_gated(gated) if gated else {}
-    if others:
+    if others and processes.is_first():
         print(f"evaluated one after another, since only GRUN adapters share passes: {len(others)}", file=sys.stderr)
     results |= {str(folder): evaluate(singles[folder], folder) for folder in others}
     return {str(folder): results[str(folder)] for folder in singles}
@@ -82,30 +89,42 @@ def evaluate_adapters(config: EvaluateConfig, output_dir: Path) -> dict[str, dic
 def _evaluate_gated(configs: Mapping[Path, EvaluateConfig]) -> dict[str, dict[str, Any]]:
     """Results by folder of GRUN adapters of one base, and of the base; `configs` differ by the adapter alone."""
     from grun.data.corpus import load_corpus
-    from grun.loading import Loaded, adapter_hash, load_model
-    from grun.method.adapter import find_adapter
-    from grun.method.model import GrunModel
+    from grun.loading import load_model
 
     started = time.monotonic()
     config = next(iter(configs.values()))
-    previous = {folder: previous_in(folder, config.overwrite) for folder in configs}
-    reference = None if config.reference is None else read_evaluation(Path(config.reference))
-    corpus = load_corpus(config.data)
-    base = load_model(config.model, None, strict=config.strict, gate_threshold=None)
+    previous = processes.of_first(lambda: {folder: previous_in(folder, config.overwrite) for folder in configs})
+    with processes.first_goes_first():
+        reference = None if config.reference is None else read_evaluation(Path(config.reference))
+        corpus = load_corpus(config.data)
+    with processes.agreed():
+        base = load_model(config.model, None, strict=config.strict, gate_threshold=None)
+        plans = _plans(configs, base, corpus, previous)
+    results = _carry_out(plans, reference, time.monotonic() - started)
+    return {str(plan.folder): result for plan, result in zip(plans, results, strict=True)}
+
+
+def _plans(
+    configs: Mapping[Path, EvaluateConfig], base: Loaded, corpus: Corpus, previous: Mapping[Path, dict[str, Any] | None]
+) -> list[Plan]:
+    """A plan for the base and each GRUN adapter on it."""
+    from grun.loading import Loaded, adapter_hash
+    from grun.method.adapter import find_adapter
+    from grun.method.model import GrunModel
+
     plans = []
     for folder, single in configs.items():
         if single.adapter is None:
             plans.append(make_plan(single, folder, base, corpus, previous[folder]))
             continue
         adapter = find_adapter(single.adapter)
-        model = GrunModel.from_pretrained(base.model, adapter, strict=config.strict)
+        model = GrunModel.from_pretrained(base.model, adapter, strict=single.strict)
         model.gate_threshold = single.gate_threshold
         model.unwrap()
         identity = base.identity | {"adapter": adapter_hash(adapter)}
         loaded = Loaded(model, base.tokenizer, model.template or base.template, identity)
         plans.append(make_plan(single, folder, loaded, corpus, previous[folder]))
-    results = _carry_out(plans, reference, time.monotonic() - started)
-    return {str(plan.folder): result for plan, result in zip(plans, results, strict=True)}
+    return plans
 
 
 def _carry_out(plans: Sequence[Plan], reference: tuple[str, Table] | None, loading: float) -> list[dict[str, Any]]:
@@ -151,7 +170,7 @@ def _answer_and_write(
     `answered` are answers of earlier adapters to prompts they opened no gate for; those of this one are added.
     """
     started = time.monotonic()
-    folder, config = plan.folder, plan.config
+    config = plan.config
     closed = _closed(plan, table)
     known = {
         prompt: (plan.from_base or answered)[prompt] for prompt in closed if prompt in (plan.from_base or answered)
@@ -164,11 +183,23 @@ def _answer_and_write(
     if config.base_evaluation is not None:
         asked = questions(plan.sets, plan.items)
         result["generations_from_base"] = sum(question.prompt_ids in known for question in asked)
+    return processes.of_first(lambda: _write(plan, table, result, reference, seconds))
+
+
+def _write(
+    plan: Plan,
+    table: Table,
+    result: dict[str, Any],
+    reference: tuple[str, Table] | None,
+    seconds: dict[str, float],
+) -> dict[str, Any]:
+    """Write the folder, in one process; `result` with what is measured."""
+    folder = plan.folder
     with whole_folder(folder) as new:
         with writing(folder.parent):
             table.write(new)
         # From what was written, so that the same table gives the same numbers later.
-        result |= measure(Table.read(new), evaluation_quirks(config), reference)
+        result |= measure(Table.read(new), evaluation_quirks(plan.config), reference)
         result["seconds"] = {
             name: round(spent, 3) for name, spent in (seconds | {"total": sum(seconds.values())}).items()
         }
@@ -181,11 +212,12 @@ def _answer_and_write(
 
 def _measured_again(plan: Plan, previous: dict[str, Any], reference: tuple[str, Table] | None) -> dict[str, Any]:
     """The evaluation that is there, with the metrics as they are computed today."""
-    print(f"already evaluated: {plan.folder}", file=sys.stderr)
+    if processes.is_first():
+        print(f"already evaluated: {plan.folder}", file=sys.stderr)
     measured = measure(Table.read(plan.folder), evaluation_quirks(plan.config), reference)
     kept = {name: previous[name] for name in ("generations_from_base",) if name in previous}
     result = {**_head(plan), **kept, **measured, "seconds": previous.get("seconds", {})}
-    if result != previous:
+    if result != previous and processes.is_first():
         write_json(plan.folder / EVALUATION_FILE, result)
     return result
 

@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import DynamicCache, GenerationMixin, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
+from grun import processes
 from grun.data.encoding import Batch, collate_prompts
 from grun.errors import DataError
 from grun.evaluation.journal import Journal
@@ -85,7 +86,8 @@ def generate_answers(
     limit = context_length(base_of(model))
     distinct = sorted(repeats, key=len, reverse=True)
     answers = {prompt: answer for prompt, answer in (known or {}).items() if prompt in repeats}
-    answers |= {distinct[number]: answer for number, answer in (journal.known.items() if journal else ())}
+    done = journal.known if journal else {}
+    answers |= {distinct[number]: answer for number, answer in processes.merged(done).items()}
     advance(sum(repeats[prompt] for prompt in answers))
     numbers = {prompt: number for number, prompt in enumerate(distinct)}
     remaining = [prompt for prompt in distinct if prompt not in answers]
@@ -97,7 +99,7 @@ def generate_answers(
         log.info("answers come from the model's own generate, which is slower: %s", reason)
         ask = _generate
     with evaluating(model):
-        for chunk, room in _batches(remaining, batch_size, max_new_tokens, limit):
+        for chunk, room in processes.own(list(_batches(remaining, batch_size, max_new_tokens, limit))):
             batch = collate_prompts(chunk, pad_id)
             if masked_id is not None:
                 batch.attention_mask[batch.input_ids == masked_id] = 0
@@ -110,6 +112,7 @@ def generate_answers(
                 journal.add([numbers[prompt] for prompt in chunk], found)
             answers.update(zip(chunk, found, strict=True))
             advance(sum(repeats[prompt] for prompt in chunk))
+    answers = processes.merged(answers)
     return [answers[tuple(prompt)] for prompt in prompts]
 
 

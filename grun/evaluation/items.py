@@ -16,6 +16,7 @@ from grun.data.encoding import EncodedRow
 from grun.data.rows import Row
 from grun.data.templates import Template
 from grun.evaluation.table import GateRecord, GenerationRecord, ScoreRecord, Table
+from grun.memory import enough_memory
 from grun.progress import progress
 
 if TYPE_CHECKING:
@@ -119,7 +120,7 @@ def score_items(
 
     `journals` are folders, one for each model; `first` is as of `score_together`.
     """
-    from grun.evaluation.journal import Journal
+    from grun.evaluation.journal import Journal, journal_file
     from grun.evaluation.scoring import ScoredRow
     from grun.evaluation.shared_scoring import score_together
 
@@ -127,12 +128,13 @@ def score_items(
     with contextlib.ExitStack() as stack:
         opened: list[Journal[ScoredRow]] | None = None
         if journals is not None:
-            paths = [folder / "scores.jsonl" for folder in journals]
+            paths = [folder / journal_file("scores") for folder in journals]
             opened = [Journal(path, to_json=list, from_json=ScoredRow.from_json) for path in paths]
             for journal in opened:
                 stack.callback(journal.close)
         advance = stack.enter_context(progress("scoring", len(rows) * len(subjects), shown=journals is not None))
         masked, pad_id = _masked_id(tokenizer, config), tokenizer.pad_token_id
+        stack.enter_context(enough_memory("scoring", _memory_advice(config)))
         scored = score_together(
             subjects, rows, config.batch_size, pad_id, advance, masked_id=masked, journals=opened, first=first
         )
@@ -180,15 +182,16 @@ def answer_questions(
     Returns the answers by prompt.
     """
     from grun.evaluation.generation import Answer, generate_answers
-    from grun.evaluation.journal import Journal
+    from grun.evaluation.journal import Journal, journal_file
 
     asked = questions(sets, items)
     lengths = {(item.set, item.index): len(item.row.answer_ids) for item in items if item.kind == "answer"}
     with contextlib.ExitStack() as stack:
         journal: Journal[Answer] | None = None
         if journals is not None:
-            journal = Journal(journals / "generations.jsonl", to_json=list, from_json=Answer.from_json)
+            journal = Journal(journals / journal_file("generations"), to_json=list, from_json=Answer.from_json)
             stack.callback(journal.close)
+        stack.enter_context(enough_memory("answering", _memory_advice(config)))
         answers = generate_answers(
             model,
             tokenizer,
@@ -205,6 +208,15 @@ def answer_questions(
     for (name, index, row, _), answer in zip(asked, answers, strict=True):
         table.generations.append(GenerationRecord(name, index, row.prompt or "", row.completion, row.fact, answer.text))
     return {question.prompt_ids: answer for question, answer in zip(asked, answers, strict=True)}
+
+
+def _memory_advice(config: EvaluateConfig) -> list[str]:
+    """What takes less memory in evaluation."""
+    size = config.batch_size
+    advice = [f"batch_size={size // 2} (it is {size} now)"] if size > 1 else []
+    if config.model.quantization is None:
+        advice.append("model.quantization=8bit")
+    return [*advice, "model.device_map=auto on several GPUs"]
 
 
 def _masked_id(tokenizer: Any, config: EvaluateConfig) -> int | None:

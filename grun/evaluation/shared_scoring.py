@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from grun import processes
 from grun.data.encoding import EncodedRow
 from grun.errors import ModelError
 from grun.evaluation import scoring
@@ -29,6 +30,7 @@ from grun.method.intervention import GatedIntervention
 from grun.method.packed import PackedModel
 from grun.method.prefix import Freezer, by_tokens
 from grun.method.suffix import SuffixRunner
+from grun.micro_batches import split
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -69,6 +71,7 @@ def score_together(
         {distinct[number]: result for number, result in (journals[which].known.items() if journals else ())}
         for which in range(len(subjects))
     ]
+    found = _shared(found)  # also where processes do not see each other's journals
     advance(sum(repeats[row] for known in found for row in known))
 
     def record(which: int, scored: Sequence[EncodedRow], results: Sequence[ScoredRow]) -> None:
@@ -84,18 +87,25 @@ def score_together(
         packable = [row for row in distinct if row.prompt_ids and row.answer_ids]
         if masked_id is None and any(row not in known for known in found for row in packable):
             scorer = packed_scorer(subjects, max(packable, key=len), pad_id, first)
-            for piece in pieces(packable, batch_size) if scorer else ():
+            for piece in processes.own(list(pieces(packable, batch_size))) if scorer else ():
                 missing = [which for which, known in enumerate(found) if any(row not in known for row in piece)]
                 if scorer and missing:
                     results = scorer.score(piece, [subjects[which].edits or {} for which in missing])
                     for which, of_one in zip(missing, results, strict=True):
                         record(which, piece, of_one)
+        found = _shared(found)
         for which, subject in enumerate(subjects):  # whatever is left
-            if rest := [row for row in distinct if row not in found[which]]:
+            rest = sorted((row for row in distinct if row not in found[which]), key=len, reverse=True)
+            if mine := list(itertools.chain(*processes.own(split(rest, batch_size)))):
                 with subject.put_on() as model:
                     recorder = functools.partial(record, which)
-                    score(model, rest, batch_size, pad_id, masked_id=masked_id, record=recorder)
-    return [[known[row] for row in rows] for known in found]
+                    score(model, mine, batch_size, pad_id, masked_id=masked_id, record=recorder)
+    return [[known[row] for row in rows] for known in _shared(found)]
+
+
+def _shared(found: list[dict[EncodedRow, ScoredRow]]) -> list[dict[EncodedRow, ScoredRow]]:
+    """What all processes have found together, by model."""
+    return [processes.merged(known) for known in found]
 
 
 def pieces(rows: Sequence[EncodedRow], batch_size: int) -> Iterator[list[EncodedRow]]:

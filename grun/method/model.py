@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from grun.data.templates import Template
+from grun.devices import device_of, input_device
 from grun.errors import ConfigError
 from grun.method.adapter import CONFIG_FILE, AdapterConfig, check_fits, find_adapter, read_weights, write_adapter
 from grun.method.edit import LoReftEdit
@@ -73,8 +74,7 @@ class GrunModel(nn.Module):
         dtype = torch.float64 if next(base.parameters()).dtype == torch.float64 else torch.float32
         self.edits = nn.ModuleDict()
         for index in config.blocks:
-            where = next(blocks[index].parameters()).device
-            self.edits[str(index)] = _intervention(config).to(device=where, dtype=dtype)
+            self.edits[str(index)] = _intervention(config).to(device=device_of(blocks[index]), dtype=dtype)
         self._rule: PositionRule = position_rule(config.gate_read, config.gate_accumulate, config.edit_write)
         self._prompt: PromptOfCall | None = None
         self._argument_names = list(inspect.signature(base.forward).parameters)
@@ -207,7 +207,7 @@ class GrunModel(nn.Module):
     @property
     def device(self) -> torch.device:
         """Device that inputs go to."""
-        return self.base.device
+        return input_device(self.base)
 
     @property
     def gate_threshold(self) -> float | None:

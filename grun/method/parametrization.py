@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Self
 
 import torch
 from torch import nn
 
-from grun.config import MethodConfig
+from grun.config import MethodConfig, UnlearnConfig
 from grun.data.encoding import Batch
 from grun.data.templates import Template
 from grun.method.model import GrunModel
@@ -28,9 +28,14 @@ class Grun:
     model: GrunModel
 
     def __init__(self, config: MethodConfig, *, dropout_on_hidden: bool = False) -> None:
-        """See `grun.parametrization.Parametrization`."""
+        """`dropout_on_hidden` is the published quirk of that name."""
         self.config = config
         self.dropout_on_hidden = dropout_on_hidden
+
+    @classmethod
+    def make(cls, config: UnlearnConfig, quirks: Sequence[str]) -> Self:
+        """See `grun.parametrization.Parametrization`."""
+        return cls(config.method, dropout_on_hidden="dropout_on_hidden" in quirks)
 
     @property
     def module(self) -> nn.Module:
@@ -63,6 +68,10 @@ class Grun:
         """The frozen base is its own reference."""
         with self.model.disabled(), torch.no_grad():
             yield
+
+    def keep_reference(self) -> str:
+        """Nothing to keep."""
+        return "the frozen base is run a second time in every step"
 
     def run(self, batch: Batch, hidden: Collection[int] = ()) -> StepOutput:
         """One forward pass through the hooked base."""

@@ -36,7 +36,7 @@ def run_plain(base: PreTrainedModel, batch: Batch, hidden: Collection[int] = (),
         gate_logits=None,
         gate_mask=None,
         logits_at=lambda positions: logits[positions],
-        hidden_states=captured,
+        hidden_states={block: states.to(logits.device) for block, states in captured.items()},
     )
 
 

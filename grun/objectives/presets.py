@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, fields
+from typing import get_args
 
 from grun.config import LossConfig
 from grun.errors import ConfigError
-from grun.objectives.terms import TERMS, Continuation, Term
+from grun.objectives.gate import gate_passes
+from grun.objectives.terms import TERMS, Continuation, Options, Reference, Side, Term
 from grun.registry import Registry
 
 
@@ -23,8 +26,38 @@ class Preset:
 OBJECTIVES: Registry[Preset] = Registry("objective")
 OBJECTIVES.add("ga", Preset("ga", "none"), "gradient ascent alone: ga")
 OBJECTIVES.add("gd", Preset("ga", "ce"), "gradient difference: ga + ce")
+OBJECTIVES.add("kl", Preset("ga", "kl"), "gradient ascent held by KL: ga + kl")
 OBJECTIVES.add("idk", Preset("idk", "ce"), "answer with a refusal: idk + ce")
+OBJECTIVES.add("idk_concat", Preset("idk_concat", "none"), "the same as one token mean over both, as published by TOFU")
+OBJECTIVES.add("dpo", Preset("dpo", "ce"), "prefer a refusal to the answer, with retain CE: dpo + ce")
+OBJECTIVES.add("dpo_only", Preset("dpo", "none"), "prefer a refusal to the answer: dpo")
+OBJECTIVES.add("dpo_kl", Preset("dpo", "kl"), "prefer a refusal to the answer, held by KL: dpo + kl")
 OBJECTIVES.add("npo", Preset("npo", "ce"), "negative preference optimization with retain CE: npo + ce")
+OBJECTIVES.add("npo_only", Preset("npo", "none"), "negative preference optimization: npo")
+OBJECTIVES.add("npo_kl", Preset("npo", "kl"), "negative preference optimization held by KL: npo + kl")
+OBJECTIVES.add(
+    "simnpo", Preset("simnpo", "ce", forget_weight=0.1375), "NPO without a reference, with retain CE: simnpo + ce"
+)
+OBJECTIVES.add("simnpo_only", Preset("simnpo", "none"), "NPO without a reference: simnpo")
+OBJECTIVES.add("wga", Preset("wga", "ce"), "ascent on tokens weighted by their probability, with retain CE: wga + ce")
+OBJECTIVES.add(
+    "satimp",
+    Preset("satimp", "ce", forget_weight=0.1),
+    "ascent on tokens weighted by saturation and importance, with retain CE: satimp + ce",
+)
+OBJECTIVES.add("undial", Preset("undial", "none"), "self-distillation with the answer's logits lowered: undial")
+OBJECTIVES.add("ceu", Preset("ceu", "none"), "cross-entropy without the true token: ceu")
+OBJECTIVES.add("pdu", Preset("pdu", "ce"), "flat logits, retain CE held at loss.epsilon by a dual variable: pdu + ce")
+OBJECTIVES.add("manual_grad_diff", Preset("ga_sum", "ce_sum"), "gradient difference of summed CE: ga_sum + ce_sum")
+OBJECTIVES.add(
+    "manual_npo_grad_diff", Preset("npo", "ce_sum", forget_weight=0.1375), "NPO with summed retain CE: npo + ce_sum"
+)
+
+POSITIVE = ("beta", "eta")
+"""Options that must be > 0; the others must be >= 0."""
+OF_GATE = ("gate_weight", "gate_warmup_steps")
+"""Fields of LossConfig that only a gate term reads. Without a gate they may be set: profiles set them for all."""
+SIDES = get_args(Side)
 
 
 @dataclass(frozen=True)
@@ -34,8 +67,11 @@ class Objective:
     terms: dict[str, Term]
     """By side: forget, retain, gate; a side without a term is absent."""
     weights: dict[str, float]
-    """By side."""
-    options: LossConfig
+    """By side, at the first step; see `next_weights`."""
+    options: dict[str, Options]
+    """By side, what the term's options are."""
+    gate_warmup_steps: int = 0
+    """See `warmup`."""
 
     @property
     def continuations(self) -> list[Continuation]:
@@ -49,59 +85,130 @@ class Objective:
         return [name for name in order if name in wanted]
 
     @property
+    def reference(self) -> Reference:
+        """The most that a term in force reads of the untouched model."""
+        order: tuple[Reference, ...] = get_args(Reference)
+        return max((term.reference for term in self.terms.values()), key=order.index, default="none")
+
+    @property
     def reference_continuations(self) -> list[Continuation]:
         """Passes to run under the untouched model too."""
-        wanted = {name for term in self.terms.values() if term.reference for name in term.continuations}
+        reading = [term for term in self.terms.values() if term.reference != "none"]
+        wanted = {name for term in reading for name in term.continuations}
         return [name for name in self.continuations if name in wanted]
 
     @property
     def hidden(self) -> tuple[int, ...]:
         """Blocks whose hidden states some term reads."""
-        return tuple(sorted({block for term in self.terms.values() for block in term.hidden(self.options)}))
+        return tuple(sorted({block for side, term in self.terms.items() for block in term.hidden(self.options[side])}))
+
+    def counted(self, side: str) -> list[Continuation]:
+        """Passes over which the count of a side's term adds up; a row mean over two passes counts pairs."""
+        if side == "gate":
+            return gate_passes(self.continuations)
+        term = self.terms[side]
+        return list(term.continuations[:1] if term.per == "row" else term.continuations)
 
     def warmup(self, step: int) -> float:
         """Weight of the forget and retain terms at 0-based `step`: min(step / gate_warmup_steps, 1)."""
-        if "gate" not in self.terms or self.options.gate_warmup_steps <= 0:
+        if "gate" not in self.terms or self.gate_warmup_steps <= 0:
             return 1.0
-        return min(step / self.options.gate_warmup_steps, 1.0)
+        return min(step / self.gate_warmup_steps, 1.0)
+
+    @property
+    def adapts(self) -> bool:
+        """Whether the retain weight changes from step to step."""
+        return "forget" in self.terms and self.terms["forget"].dual is not None
+
+    def next_weights(self, weights: Mapping[str, float], parts: Mapping[str, float], epochs: int) -> dict[str, float]:
+        """Weights of the step after one with `weights` and terms `parts`, `epochs` passes being finished before it."""
+        dual = self.terms["forget"].dual if "forget" in self.terms else None
+        if dual is None:
+            return dict(weights)
+        return {**weights, "retain": dual(weights["retain"], parts["retain"], epochs, self.options["forget"])}
 
 
-def build_objective(name: str, options: LossConfig, *, gated: bool) -> Objective:
+def build_objective(name: str, loss: LossConfig, *, gated: bool, quirks: Collection[str] = ()) -> Objective:
     """Resolve a preset and the options that override it.
 
     Args:
         name: preset.
-        options: terms and weights that replace the preset's where set.
+        loss: terms, weights and options that replace the preset's and the terms' own where set.
         gated: whether the parametrization has a gate; without one there is no gate term.
+        quirks: published quirks in force; those of terms that are not chosen are let pass.
 
     Raises:
-        ConfigError: an unknown name, a term on the wrong side, or a weight that is out of range.
+        ConfigError: an unknown name, a term on the wrong side, a weight or option that is out of range, that is
+            missing, or that no chosen term reads.
     """
     preset = OBJECTIVES.get(name)
-    chosen = {
-        "forget": options.forget or preset.forget,
-        "retain": options.retain or preset.retain,
-        "gate": options.gate if gated else "none",
+    names = {
+        "forget": loss.forget or preset.forget,
+        "retain": loss.retain or preset.retain,
+        "gate": loss.gate if gated else "none",
     }
-    weights = {
-        "forget": preset.forget_weight if options.forget_weight is None else options.forget_weight,
-        "retain": preset.retain_weight if options.retain_weight is None else options.retain_weight,
-        "gate": options.gate_weight,
-    }
-    if options.beta <= 0:
-        raise ConfigError(f"loss.beta {options.beta} must be greater than 0")
+    names = {side: term_name for side, term_name in names.items() if term_name != "none"}
     terms: dict[str, Term] = {}
-    for side, term_name in chosen.items():
-        if term_name == "none":
-            continue
+    for side, term_name in names.items():
         term = TERMS.get(term_name)
         if term.side != side:
             known = ", ".join(_terms_of(side))
             raise ConfigError(f"loss.{side}={term_name} is a {term.side} term; known {side} terms: {known}")
-        if weights[side] < 0:
+        terms[side] = next((term.quirks[quirk] for quirk in quirks if quirk in term.quirks), term)
+    _refuse_unread(loss, names, terms, gated)
+    if "forget" in terms and terms["forget"].dual is not None and "retain" not in terms:
+        raise ConfigError(
+            f"loss.retain=none: the term {names['forget']} adapts the retain weight; name a retain term: "
+            f"{', '.join(_terms_of('retain')[:-1])}"
+        )
+    weights = {
+        "forget": preset.forget_weight if loss.forget_weight is None else loss.forget_weight,
+        "retain": preset.retain_weight if loss.retain_weight is None else loss.retain_weight,
+        "gate": loss.gate_weight,
+    }
+    for side in terms:
+        if not weights[side] >= 0:
             raise ConfigError(f"loss.{side}_weight {weights[side]} must not be negative")
-        terms[side] = term
-    return Objective(terms, {side: weights[side] for side in terms}, options)
+    return Objective(
+        terms,
+        {side: weights[side] for side in terms},
+        {side: _options(names[side], term, loss) for side, term in terms.items()},
+        loss.gate_warmup_steps,
+    )
+
+
+def _options(name: str, term: Term, loss: LossConfig) -> dict[str, float]:
+    """What the options of a term are: as set, else its published defaults."""
+    options = {}
+    for option, default in term.options.items():
+        given = getattr(loss, option)
+        value = default if given is None else given
+        if value is None:
+            raise ConfigError(f"loss.{option} must be set: the term {name} has no default for it (docs/objectives.md)")
+        if option in POSITIVE and not value > 0:
+            raise ConfigError(f"loss.{option} {value} must be greater than 0")
+        if not value >= 0:
+            raise ConfigError(f"loss.{option} {value} must not be negative")
+        options[option] = value
+    return options
+
+
+def _refuse_unread(loss: LossConfig, names: Mapping[str, str], terms: Mapping[str, Term], gated: bool) -> None:
+    """ConfigError for the first weight or option that is set and that no term in force reads."""
+    unset = LossConfig()
+    read = {f"{side}_weight" for side in terms} | {option for term in terms.values() for option in term.options}
+    if "gate" in terms:
+        read.update(OF_GATE)
+    passed = {*SIDES, *read, *(() if gated else OF_GATE)}
+    for field in fields(LossConfig):
+        value = getattr(loss, field.name)
+        if value != getattr(unset, field.name) and field.name not in passed:
+            readable = ", ".join(one.name for one in fields(LossConfig) if one.name in read) or "nothing"
+            default = "null" if getattr(unset, field.name) is None else getattr(unset, field.name)
+            raise ConfigError(
+                f"loss.{field.name}={value} has no effect: the terms in force ({', '.join(names.values()) or 'none'}) "
+                f"read {readable}; leave it out, or unset what a profile sets with loss.{field.name}={default}"
+            )
 
 
 def _terms_of(side: str) -> list[str]:

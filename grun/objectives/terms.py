@@ -1,14 +1,14 @@
-"""Terms of an objective: pure functions of StepOutputs that return a sum and the count it is over.
+"""What a term of an objective is: a pure function of StepOutputs that returns a sum and the count it is over.
 
 The trainer divides by the count of the whole global batch, so micro-batches, length buckets and processes cannot
-change a loss. A term says whether its count is tokens or rows, which continuations of a forget row it needs, and
-whether it needs what the untouched model says of them.
+change a loss. A term says what it counts, which continuations of a forget row it reads, what it must know of the
+untouched model, and which options it has.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from grun.registry import Registry
@@ -16,29 +16,37 @@ from grun.registry import Registry
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from grun.config import LossConfig
+    from grun.data.encoding import Batch
     from grun.parametrization import StepOutput
 
 Continuation = str
 """A pass over rows: of forget rows "answer" or "refusal", of retain rows "retain"."""
+Options = Mapping[str, float]
+"""What the options of a term are in a run, by name."""
+Side = Literal["forget", "retain", "gate"]
+Unit = Literal["token", "later_token", "row", "position", "later_position"]
+"""What a mean is over: answer tokens, rows, or all columns of the padded batch; later: without each row's first."""
+Reference = Literal["none", "logprobs", "logits", "all_logits"]
+"""What is read of the untouched model, each including those before it: answer log-probabilities; logits where answer
+tokens are predicted; logits at every position, padding included."""
 
 
 class TermValue(NamedTuple):
     """Value of a term on one batch: (sum, count)."""
 
     total: Tensor
-    """Sum over tokens or rows, a scalar with gradient."""
+    """Sum over what the term counts, a scalar with gradient."""
     number: int
-    """Tokens or rows summed over."""
+    """How many were summed over."""
 
 
 @dataclass
 class Outputs:
     """Forward passes of one batch, those that the objective's terms asked for."""
 
-    model: dict[Continuation, StepOutput]
+    model: Mapping[Continuation, StepOutput]
     """Under the model being changed."""
-    reference: dict[Continuation, StepOutput]
+    reference: Mapping[Continuation, StepOutput]
     """Under the untouched model, without gradients."""
 
 
@@ -46,19 +54,64 @@ class Outputs:
 class Term:
     """One term and what the trainer must know about it."""
 
-    side: Literal["forget", "retain", "gate"]
-    per: Literal["token", "row"]
+    side: Side
+    per: Unit
     """What its count counts."""
     continuations: tuple[Continuation, ...]
-    """Passes it reads."""
-    function: Callable[[Outputs, LossConfig], TermValue]
-    reference: bool = False
-    """Whether it reads the same passes under the untouched model too."""
-    hidden: Callable[[LossConfig], tuple[int, ...]] = lambda _: ()
+    """Passes it reads. Counts of a token mean add up over them; a row mean over two passes is one over pairs."""
+    function: Callable[[Outputs, Options], TermValue]
+    reference: Reference = "none"
+    """What it reads of the same passes under the untouched model."""
+    hidden: Callable[[Options], tuple[int, ...]] = lambda _: ()
     """Blocks whose hidden states it reads."""
+    options: Mapping[str, float | None] = field(default_factory=dict)
+    """Options it reads, fields of `grun.config.LossConfig`, with their published defaults; None: must be set."""
+    dual: Callable[[float, float, int, Options], float] | None = None
+    """Of forget terms: (retain weight, retain term over the whole step, finished epochs, options) -> retain weight of
+    the next step. None: weights are constant."""
+    quirks: Mapping[str, Term] = field(default_factory=dict)
+    """Published variants, by the name of the quirk that puts them in the place of this one."""
 
 
 TERMS: Registry[Term] = Registry("term")
+
+TermFunction = Callable[[Outputs, Options], TermValue]
+
+
+def term(
+    name: str,
+    description: str,
+    *,
+    side: Side,
+    per: Unit,
+    continuations: tuple[Continuation, ...],
+    reference: Reference = "none",
+    options: Mapping[str, float | None] | None = None,
+    dual: Callable[[float, float, int, Options], float] | None = None,
+    quirks: Mapping[str, Term] | None = None,
+) -> Callable[[TermFunction], TermFunction]:
+    """Return a decorator that registers a function as the term `name`; the other arguments are fields of `Term`."""
+
+    def register(function: TermFunction) -> TermFunction:
+        made = Term(
+            side, per, continuations, function, reference, options=options or {}, dual=dual, quirks=quirks or {}
+        )
+        TERMS.add(name, made, f"{side}: {description}")
+        return function
+
+    return register
+
+
+def number_of(per: Unit, batch: Batch) -> int:
+    """How many of `per` a batch holds: the count that a term's function returns, known before any pass is run."""
+    answer = batch.labels != -100
+    if per == "token":
+        return int(answer.sum())
+    if per == "later_token":
+        return int(answer.sum()) - int(answer.any(dim=1).sum())
+    if per == "row":
+        return batch.rows
+    return answer.numel() - (batch.rows if per == "later_position" else 0)
 
 
 def negative_log_likelihood(output: StepOutput) -> TermValue:
@@ -66,75 +119,6 @@ def negative_log_likelihood(output: StepOutput) -> TermValue:
     return TermValue(-output.token_logprobs.sum(), int(output.answer.sum()))
 
 
-def npo(policy: Tensor, reference: Tensor, *, beta: float) -> Tensor:
-    """Negative preference optimization, the bounded form of gradient ascent, for each row.
-
-    -(2 / beta) * log sigmoid(-beta * (policy_i - reference_i)); equals (2 / beta) * ln 2 where the model is still the
-    reference.
-
-    Args:
-        policy: summed answer log-probabilities under the model being changed, nats, shape [batch].
-        reference: the same under the untouched model, shape [batch].
-        beta: inverse temperature, > 0; towards 0 the gradient becomes plain ascent.
-
-    Returns:
-        Shape [batch].
-
-    Source: Zhang et al. 2024, arXiv 2404.05868, eq. 3.
-    """
-    from torch.nn.functional import logsigmoid
-
-    return -(2 / beta) * logsigmoid(-beta * (policy - reference))
-
-
-def _ga(outputs: Outputs, _: LossConfig) -> TermValue:
-    total, count = negative_log_likelihood(outputs.model["answer"])
-    return TermValue(-total, count)
-
-
-def _idk(outputs: Outputs, _: LossConfig) -> TermValue:
-    return negative_log_likelihood(outputs.model["refusal"])
-
-
-def _npo(outputs: Outputs, options: LossConfig) -> TermValue:
-    policy = outputs.model["answer"].answer_logprobs
-    reference = outputs.reference["answer"].answer_logprobs
-    rows = npo(policy, reference, beta=options.beta)
-    return TermValue(rows.sum(), len(rows))
-
-
-def _ce(outputs: Outputs, _: LossConfig) -> TermValue:
-    return negative_log_likelihood(outputs.model["retain"])
-
-
-def _bce_row(outputs: Outputs, _: LossConfig) -> TermValue:
-    import torch
-
-    rows = []
-    for continuation, output in outputs.model.items():
-        if output.gate_logits is None or output.gate_mask is None:
-            continue
-        logits = torch.stack(list(output.gate_logits.values()))  # [blocks, batch, positions read]
-        target = torch.full_like(logits, 0.0 if continuation == "retain" else 1.0)
-        loss = torch.nn.functional.binary_cross_entropy_with_logits(logits, target, reduction="none")
-        counted = output.gate_mask.to(loss.dtype)  # [batch, positions read]
-        rows.append((loss * counted).sum(dim=2).div(counted.sum(dim=1).clamp(min=1)).mean(dim=0))
-    if not rows:
-        return TermValue(torch.zeros(()), 0)
-    values = torch.cat(rows)  # [rows]
+def summed(values: Tensor) -> TermValue:
+    """Sum and number of the values of tokens or rows, shape [count]."""
     return TermValue(values.sum(), len(values))
-
-
-TERMS.add("ga", Term("forget", "token", ("answer",), _ga), "forget: gradient ascent on the answer, -CE (unbounded)")
-TERMS.add("idk", Term("forget", "token", ("refusal",), _idk), "forget: CE of a refusal in place of the answer")
-TERMS.add(
-    "npo",
-    Term("forget", "row", ("answer",), _npo, reference=True),
-    "forget: negative preference optimization (bounded)",
-)
-TERMS.add("ce", Term("retain", "token", ("retain",), _ce), "retain: CE of the answer")
-TERMS.add(
-    "bce_row",
-    Term("gate", "row", (), _bce_row),
-    "gate: BCE on gate logits, forget rows 1, retain rows 0, mean over blocks",
-)

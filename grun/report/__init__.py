@@ -1,7 +1,8 @@
 """The end of a pipeline, from results on disk alone: what was evaluated, in words, tables and pictures.
 
 `results.py` and `comparison.py` find what was evaluated; `tables.py`, `verdicts.py`, `figures.py`, `distributions.py`
-and `provenance.py` say it; `terminal.py` prints it; `html.py` puts it on one page.
+and `provenance.py` say it, `matrix*.py` where objectives were run with several parametrizations or seeds;
+`terminal.py` prints it; `html.py` puts it on one page.
 """
 
 from __future__ import annotations
@@ -12,26 +13,30 @@ from typing import Any
 
 from grun.config import ReportConfig
 from grun.files import write_json, write_text
-from grun.report.results import collect, find_results, summarize
+from grun.report.results import find_results
+from grun.report.summary import collect, summarize
 from grun.report.verdicts import verdict
 
 __all__ = ["collect", "make_report", "verdict"]
 
 SUMMARY_FILE = "summary.json"
 PAGE_FILE = "report.html"
+MATRIX_FILES = ("matrix.csv", "matrix.md", "matrix.tex")
 
 
 def make_report(config: ReportConfig) -> dict[str, Any]:
     """Write the page, the tables, summary.json and the pictures, print the report, and return the summary.
 
-    They go to config.results_dir, which is the folder that is read unless config.runs names others.
+    They go to config.results_dir, which is the folder that is read unless config.runs names others. The matrix is among
+    them where there are several parametrizations, or several seeds of one.
     """
     from rich.console import Console
 
-    from grun.report import tables
+    from grun.report import matrix_tables, tables
     from grun.report.comparison import find_comparison, folder_names
     from grun.report.figures import draw
     from grun.report.html import page
+    from grun.report.matrix import make_matrix
     from grun.report.terminal import WIDTH, print_report
 
     profile = Path(config.profile).stem
@@ -48,6 +53,13 @@ def make_report(config: ReportConfig) -> dict[str, Any]:
         "table.md": tables.to_markdown(results),
         "table.tex": tables.to_tex(results),
     }
+    matrix = make_matrix(results)
+    if matrix is None:
+        for name in MATRIX_FILES:
+            (folder / name).unlink(missing_ok=True)  # an older report's would contradict this one
+    else:
+        writers = (matrix_tables.to_csv, matrix_tables.to_markdown, matrix_tables.to_tex)
+        texts |= {name: write(matrix) for name, write in zip(MATRIX_FILES, writers, strict=True)}
     drawn = draw(results, folder)
     texts[PAGE_FILE] = page(results, title, drawn)
     write_json(folder / SUMMARY_FILE, summary)

@@ -25,6 +25,7 @@ GROUPS = {
     "retain": "#0072B2",
     "real_authors": "#3A8FC4",
     "world_facts": "#6F7F8C",
+    "validation": "#7C6BC4",
     "heldout": "#009E73",
     "unknown": "#B5588B",
 }

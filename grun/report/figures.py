@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from grun.report.matrix import first_seeds, has_many_runs
+from grun.report.placing import place_label
 from grun.report.results import DISTINGUISHABLE, NAMES, Result, main_metric
 
 if TYPE_CHECKING:
@@ -18,6 +20,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 DPI = 150
+MATRIX_PICTURE = "matrix.png"
+MANY_TEXT = "With many runs shapes are objectives, colors parametrizations."
 GREY = "#555555"
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#9A8F00")
 
@@ -32,25 +36,40 @@ class Picture:
     """What is drawn and how to read it."""
     draw: Callable[[Sequence[Result]], Figure | None]
     """Returns None where the results lack what it shows."""
+    every_seed: bool = False
+    """Shows all seeds of a cell; others show the first."""
 
 
 def pictures() -> tuple[Picture, ...]:
     """Every picture, in the order of the report."""
     from grun.report import distributions as drawn
+    from grun.report.matrix_figure import forget_against_utility
 
     return (
+        Picture(
+            MATRIX_PICTURE,
+            "Matrix: forgotten against kept",
+            "Each objective and parametrization is a point: what is left of the forget set to the right, what is kept "
+            "upwards (means over seeds; bars are one standard deviation). Shapes are objectives, colors "
+            "parametrizations; the dashed line and the star are the target. Where many points lie close, that part is "
+            "drawn again larger; markers that would cover each other are moved apart, a line leading to their place.",
+            forget_against_utility,
+            every_seed=True,
+        ),
         Picture(
             "forget_quality_vs_utility.png",
             "Forget quality against model utility",
             "Each model is a point: TOFU's model utility to the right, log10 of forget quality's p upwards. Good is "
-            "top right, near the retain-only target; above the dotted line (p = 0.05) a model cannot be told from it.",
+            "top right, near the retain-only target; above the dotted line (p = 0.05) a model cannot be told from it. "
+            f"{MANY_TEXT}",
             forget_quality_vs_utility,
         ),
         Picture(
             "forget_vs_retain.png",
             "Forget set against the rest",
             "Each model is a point for the retain and one for the held-out set: what is left of the forget set to the "
-            "right, what is left of the rest upwards. Good is top left.",
+            "right, what is left of the rest upwards. Good is top left. "
+            f"{MANY_TEXT} Then the retain set alone is drawn; the matrix has held-out or model utility.",
             forget_vs_retain,
         ),
         Picture(
@@ -91,9 +110,9 @@ def pictures() -> tuple[Picture, ...]:
 
 def draw(results: Sequence[Result], folder: Path) -> list[tuple[Picture, Path]]:
     """Draw what the results allow into `folder` and return it with its files; a picture without data is left out."""
-    written = []
+    written, first = [], first_seeds(results)
     for picture in pictures():
-        figure = picture.draw(results)
+        figure = picture.draw(results if picture.every_seed else first)
         if figure is None:
             (folder / picture.name).unlink(missing_ok=True)  # an older report's picture would contradict this one
         else:
@@ -155,6 +174,9 @@ def forget_quality_vs_utility(results: Sequence[Result]) -> Figure | None:
     """log10 of forget quality's p (y) against model utility (x); the retain-only model stands at p = 1."""
     from matplotlib.transforms import Bbox
 
+    from grun.report.matrix_figure import Point, scatter
+    from grun.report.measures import Spread
+
     colors, points = colors_of(results), []
     for result in results:
         x = result.overall.get("model_utility")
@@ -163,14 +185,27 @@ def forget_quality_vs_utility(results: Sequence[Result]) -> Figure | None:
             points.append((result, (x, y)))
     if not any(result.stage != "retain_only" for result, _ in points):
         return None
+    lowest = min(-3.0, *(y for _, (_, y) in points))
+    across, along = (-0.05, 1.05), (lowest * 1.12, -lowest * 0.12)
+    x_label = "model utility  (right is better: kept)"
+    y_label = "log10 of forget quality's p  (up is better: forgotten)"
+    if has_many_runs(results):
+        return scatter(
+            [
+                Point(r.objective, r.parametrization, r.stage, Spread((x,)), Spread((y,)))
+                for r, (x, y) in points
+                if r.stage != "after" or r.objective is not None
+            ],
+            *((x_label, across), (y_label, along), "Good is top right: as if never taught, the rest still known"),
+            level=math.log10(DISTINGUISHABLE),
+        )
     figure = new_figure(7.6, 5.6)
     axes = figure.add_subplot()
     clean(axes)
-    lowest = min(-3.0, *(y for _, (_, y) in points))
-    axes.set_xlim(-0.05, 1.05)
-    axes.set_ylim(lowest * 1.12, -lowest * 0.12)
-    axes.set_xlabel("model utility  (right is better: kept)")
-    axes.set_ylabel("log10 of forget quality's p  (up is better: forgotten)")
+    axes.set_xlim(*across)
+    axes.set_ylim(*along)
+    axes.set_xlabel(x_label)
+    axes.set_ylabel(y_label)
     axes.set_title("Good is top right: as forgotten as if never taught, the rest still known", fontsize=12, loc="left")
     line = math.log10(DISTINGUISHABLE)
     axes.axhline(line, color=GREY, linewidth=1, linestyle=":")
@@ -186,7 +221,7 @@ def forget_quality_vs_utility(results: Sequence[Result]) -> Figure | None:
     (left, height), (right, _) = axes.transData.transform([(-0.05, line), (1.05, line)])
     taken: list[Any] = [Bbox.from_extents(left, height - 1, right, height + 1)]
     for result, spot in points:
-        place_label(axes, _long_label(result), spot, colors[result.name], [spot for _, spot in points], taken)
+        place_label(axes, plain(_long_label(result)), spot, colors[result.name], [spot for _, spot in points], taken)
     return figure
 
 
@@ -197,6 +232,10 @@ def forget_vs_retain(results: Sequence[Result]) -> Figure | None:
     """What is left of the forget set (x) against what is left of the rest (y), one color for each model."""
     from matplotlib.lines import Line2D
 
+    if has_many_runs(results):
+        from grun.report.matrix_figure import forget_against_retain
+
+        return forget_against_retain(results)
     metric, metric_name = main_metric(results)
     shapes = {"retain": "o", "heldout": "D"}
     points = []  # (result, color, {set: (x, y)})
@@ -246,51 +285,5 @@ def forget_vs_retain(results: Sequence[Result]) -> Figure | None:
     spots = [spot for *_, known in points for spot in known.values()]
     for result, color, known in points:
         spot = next(iter(known.values()))
-        place_label(axes, _long_label(result), spot, color, spots, taken)
+        place_label(axes, plain(_long_label(result)), spot, color, spots, taken)
     return figure
-
-
-def place_label(
-    axes: Axes, text: str, spot: tuple[float, float], color: str, spots: Sequence[tuple[float, float]], taken: list[Any]
-) -> None:
-    """Write `text` near `spot` with a line to it, where it covers no point and no box in `taken`; adds its own box.
-
-    Places are tried outwards from the spot, in turn all around it.
-    """
-    from matplotlib.transforms import Bbox
-
-    renderer = axes.figure.canvas.get_renderer()  # type: ignore[attr-defined]
-    inside = axes.get_window_extent(renderer)
-    pixels = axes.transData.transform(list(spots))
-    label = axes.annotate(
-        plain(text),
-        spot,
-        xytext=(0, 0),
-        textcoords="offset points",
-        color=color,
-        fontsize=10,
-        fontweight="bold",
-        ha="center",
-        va="center",
-        zorder=50,
-        arrowprops={"arrowstyle": "-", "color": color, "linewidth": 0.8, "shrinkA": 2, "shrinkB": 2},
-    )
-    box = label.get_window_extent(renderer)
-    per_point = axes.figure.dpi / 72
-    x, y = axes.transData.transform(spot)
-    width, height = label.get_window_extent(renderer).width, 12 * per_point * 1.3
-    for distance in range(26, 400, 8):
-        for angle in range(0, 360, 15):
-            across = distance * per_point * math.cos(math.radians(angle))
-            along = distance * per_point * math.sin(math.radians(angle))
-            across += math.copysign(width / 2, across) if abs(across) > 1 else 0.0
-            box = Bbox.from_bounds(x + across - width / 2, y + along - height / 2, width, height)
-            clear = 12 * per_point
-            grown = Bbox.from_extents(box.x0 - clear, box.y0 - clear, box.x1 + clear, box.y1 + clear)
-            within = box.x0 > inside.x0 and box.x1 < inside.x1 and box.y0 > inside.y0 and box.y1 < inside.y1
-            covered = any(box.overlaps(other) for other in taken) or any(grown.contains(*pixel) for pixel in pixels)
-            if within and not covered:
-                label.set_position((across / per_point, along / per_point))
-                taken.append(box)
-                return
-    taken.append(box)

@@ -9,7 +9,12 @@ from itertools import islice
 from pathlib import Path
 
 from grun.evaluation.table import GenerationRecord
-from grun.report.figures import Picture
+from grun.report.figures import MATRIX_PICTURE, Picture
+from grun.report.matrix import Matrix, Row, first_seeds, make_matrix, one_seed_note
+from grun.report.matrix_tables import halves, seeds_text
+from grun.report.matrix_words import RULE, words
+from grun.report.measures import Measure
+from grun.report.missing import notes
 from grun.report.provenance import command_of, provenance
 from grun.report.results import Result
 from grun.report.style import STYLE
@@ -41,16 +46,28 @@ NUMBERS = (
 
 def page(results: Sequence[Result], title: str, drawn: Sequence[tuple[Picture, Path]]) -> str:
     """The report of `results` with the pictures that were drawn."""
+    first, matrix = first_seeds(results), make_matrix(results)
+    note = one_seed_note(results, first)
+    above = f"<p>{escape(note)}</p>\n" if note else ""
+    of_matrix = [_picture(picture, path) for picture, path in drawn if picture.name == MATRIX_PICTURE]
+    others = [
+        _picture(picture, path, "" if picture.every_seed else note)
+        for picture, path in drawn
+        if picture.name != MATRIX_PICTURE
+    ]
     parts = [
-        _section("verdicts", "Verdicts", _verdicts(results)),
+        _section("matrix", "Matrix", "" if matrix is None else _matrix(matrix, "".join(of_matrix))),
+        _section("verdicts", "Verdicts", above + _verdicts(first, results)),
         _section("table", "All models", _table(results)),
-        _section("pictures", "Pictures", "".join(_picture(picture, path) for picture, path in drawn)),
-        _section("answers", "First answers of each set", _answers(results)),
+        _section("pictures", "Pictures", "".join(others)),
+        _section("answers", "First answers of each set", above + _answers(first)),
         _section("settings", "Settings and provenance", _settings(results)),
         _section("statement", "What this is not", f"<p>{escape(STATEMENT)}</p>"),
     ]
-    links = (("verdicts", "Verdicts"), ("table", "Table"), ("pictures", "Pictures"), ("answers", "Answers"),
-             ("settings", "Settings"), ("statement", "What this is not"))  # fmt: skip
+    links = [("verdicts", "Verdicts"), ("table", "Table"), ("pictures", "Pictures"), ("answers", "Answers"),
+             ("settings", "Settings"), ("statement", "What this is not")]  # fmt: skip
+    if matrix is not None:
+        links.insert(0, ("matrix", "Matrix"))
     navigation = "".join(f'<li><a href="#{anchor}">{text}</a></li>' for anchor, text in links)
     return f"""<!doctype html>
 <html lang="en">
@@ -94,9 +111,9 @@ def _scrolling(label: str, content: str, kind: str = "") -> str:
 # -- verdicts and table -----------------------------------------------------------------------------------------------
 
 
-def _verdicts(results: Sequence[Result]) -> str:
+def _verdicts(shown: Sequence[Result], results: Sequence[Result]) -> str:
     lines = []
-    for result in results:
+    for result in shown:
         if result.stage != "after":
             continue
         judgement = judge(result, results)
@@ -148,10 +165,49 @@ def _definitions(pairs: Iterable[tuple[str, str]]) -> str:
     return f"<dl>\n{''.join(lines)}</dl>\n"
 
 
+# -- matrix -----------------------------------------------------------------------------------------------------------
+
+
+def _matrix(matrix: Matrix, picture: str) -> str:
+    tables = (
+        _scrolling(f"Matrix: {title}", _matrix_table(title, measures, rows), "numbers")
+        for title, measures, rows in halves(matrix)
+    )
+    compared = [f"<h3>{escape(name)}</h3>\n{_list_of(sentences)}" for name, sentences in words(matrix)]
+    return (
+        "".join(tables)
+        + f"<p>{escape(matrix.caption)}</p>\n"
+        + _list_of(notes(matrix))
+        + picture
+        + (f"<p>GRUN beside the others. {escape(RULE)}</p>\n" if compared else "")
+        + "".join(compared)
+    )
+
+
+def _list_of(texts: Sequence[str]) -> str:
+    lines = "".join(f"<li>{escape(text)}</li>\n" for text in texts)
+    return f"<ul>\n{lines}</ul>\n" if lines else ""
+
+
+def _matrix_table(title: str, measures: Sequence[Measure], rows: Sequence[Row]) -> str:
+    headers = "".join(f'<th scope="col">{_words(text)}</th>' for text in ("seeds", *(m.header for m in measures)))
+    good = "".join(f"<td>{escape(text)}</td>" for text in ("", *(measure.good for measure in measures)))
+    lines = "".join(
+        f'<tr class="{row.stage}"><th scope="row">{escape(row.label)}</th><td>{seeds_text(row)}</td>'
+        + "".join(f"<td>{escape(row.spread(measure).text(measure.kind))}</td>" for measure in measures)
+        + "</tr>\n"
+        for row in rows
+    )
+    return (
+        f'<table>\n<thead><tr><th scope="col">{escape(title.lower())}</th>{headers}</tr>\n'
+        f'<tr class="good"><th scope="row">good is</th>{good}</tr></thead>\n<tbody>\n{lines}</tbody>\n</table>\n'
+    )
+
+
 # -- pictures ---------------------------------------------------------------------------------------------------------
 
 
-def _picture(picture: Picture, path: Path) -> str:
+def _picture(picture: Picture, path: Path, note: str = "") -> str:
     data = path.read_bytes()
     # Width and height stand at bytes 16 to 24 of a PNG; three of them make two on the page.
     width, height = (int.from_bytes(data[start : start + 4], "big") * 2 // 3 for start in (16, 20))
@@ -160,7 +216,8 @@ def _picture(picture: Picture, path: Path) -> str:
         f'<img{kind} width="{width}" height="{height}" alt="{escape(f"{picture.title}. {picture.text}")}" '
         f'src="data:image/png;base64,{base64.b64encode(data).decode()}">'
     )
-    caption = f"<figcaption><strong>{escape(picture.title)}.</strong> {escape(picture.text)}</figcaption>"
+    text = f"{picture.text} {note}".rstrip()
+    caption = f"<figcaption><strong>{escape(picture.title)}.</strong> {escape(text)}</figcaption>"
     return f"<figure>\n{_scrolling(picture.title, image, 'picture')}{caption}\n</figure>\n"
 
 

@@ -16,6 +16,7 @@ from typing import Any
 from grun.errors import RunError
 from grun.evaluation.table import Table
 from grun.files import read_json
+from grun.report.labels import label_runs, order_of
 
 EVALUATION_FILE = "evaluation.json"
 DISTINGUISHABLE = 0.05
@@ -28,6 +29,7 @@ NAMES = {
     "retain": "retain",
     "real_authors": "real authors",
     "world_facts": "world facts",
+    "validation": "validation",
     "heldout": "held-out",
     "unknown": "unknown",
 }
@@ -71,6 +73,13 @@ class Result:
         return finite(overall_metrics(self.table, self.quirks))
 
     @property
+    def seed(self) -> int | None:
+        """Seed of the unlearning run, where its run.json says so."""
+        config = self.record.get("config")
+        seed = config.get("seed") if self.run and isinstance(config, dict) else None
+        return seed if isinstance(seed, int) else None
+
+    @property
     def quirks(self) -> tuple[str, ...]:
         """Published quirks that were in force when it was evaluated."""
         return tuple(self.evaluation.get("settings", {}).get("quirks") or ())
@@ -107,11 +116,6 @@ def finite(values: dict[str, Any]) -> dict[str, float]:
     }
 
 
-def collect(results_dir: Path, profile: str) -> dict[str, Any]:
-    """Contents of summary.json: every evaluated model's metrics, the gates by objective, the seconds by stage."""
-    return summarize(find_results(results_dir), profile)
-
-
 def find_results(results_dir: Path) -> list[Result]:
     """The evaluated models in the order of the table: before, retain_only, then the runs by objective.
 
@@ -132,11 +136,8 @@ def find_results(results_dir: Path) -> list[Result]:
         if path.parent.name.startswith("."):
             continue  # what an interrupted evaluation left
         results.append(read_evaluation(path.parent))
-    labels = [result.label for result in results]
-    for result in results:
-        if labels.count(result.label) > 1:
-            result.label = result.name
-    results.sort(key=lambda result: (STAGES.index(result.stage), result.objective or "", result.name))
+    label_runs(results)
+    results.sort(key=lambda result: (STAGES.index(result.stage), *order_of(result), result.name))
     refuse_other_models(results)
     refuse_other_rows(results)
     measure_against_targets(results)
@@ -156,9 +157,8 @@ def read_evaluation(folder: Path) -> Result:
         if (run / "run.json").is_file():
             record = read_record(run / "run.json", ("objective", "parametrization"))
             objective, parametrization = str(record["objective"]), str(record["parametrization"])
-            return Result(
-                name, "after", objective, parametrization, folder, run, evaluation, objective.upper() + ending
-            )
+            label = objective.upper() + ending
+            return Result(name, "after", objective, parametrization, folder, run, evaluation, label)
     return Result(name, "after", None, "adapter" if adapter else "none", folder, None, evaluation, name)
 
 
@@ -200,7 +200,8 @@ def _refuse_other_adapter(result: Result) -> None:
 
     evaluated = result.evaluation.get("identity", {}).get("adapter")
     folder = result.run or Path(result.evaluation["adapter"] or "")
-    if evaluated and (folder / "adapter_config.json").is_file() and adapter_hash(folder) != evaluated:
+    is_there = any(folder.glob("adapter_model.*"))  # a sweep may have removed the weights since
+    if evaluated and is_there and (folder / "adapter_config.json").is_file() and adapter_hash(folder) != evaluated:
         raise RunError(
             f"{result.folder} is the evaluation of an earlier adapter than {folder} holds now; evaluate it again with "
             "overwrite=true"
@@ -271,50 +272,6 @@ def has_utility(results: Sequence[Result]) -> bool:
 def main_metric(results: Sequence[Result]) -> tuple[str, str]:
     """The metric that verdicts and pictures go by, and its name: fact recall, or ROUGE-L where there are no facts."""
     return ("fact_recall", "fact recall") if has_facts(results) else ("rouge_l", "ROUGE-L")
-
-
-# -- summary.json -----------------------------------------------------------------------------------------------------
-
-
-def summarize(results: Sequence[Result], profile: str) -> dict[str, Any]:
-    """Contents of summary.json. "gate" is keyed by objective, or by run where two runs share an objective."""
-    objectives = [result.objective for result in results]
-    gate = {}
-    for result in results:
-        if result.stage == "after" and "gate" in result.evaluation:
-            alone = result.objective is not None and objectives.count(result.objective) == 1
-            gate[result.objective if alone else result.name] = result.evaluation["gate"]
-    return {
-        "profile": profile,
-        "rows": [
-            {
-                "name": result.name,
-                "objective": result.objective,
-                "parametrization": result.parametrization,
-                "stage": result.stage,
-                "metrics": result.evaluation["sets"],
-                "overall": result.overall,
-                "reference": result.reference,
-            }
-            for result in results
-        ],
-        "gate": gate,
-        "seconds": _seconds(results),
-    }
-
-
-def _seconds(results: Sequence[Result]) -> dict[str, float]:
-    """Seconds by stage: finetune/NAME where the model's own folder says so, unlearn/NAME, evaluate/NAME."""
-    seconds: dict[str, float] = {}
-    for result in results:
-        spent = result.record.get("seconds")
-        if isinstance(spent, int | float):
-            seconds[f"{'unlearn' if result.run else 'finetune'}/{result.name}"] = float(spent)
-    for result in results:
-        spent = result.evaluation.get("seconds", {}).get("total")
-        if spent is not None:
-            seconds[f"evaluate/{result.name}"] = float(spent)
-    return seconds
 
 
 def read_record(path: Path, keys: tuple[str, ...]) -> dict[str, Any]:

@@ -94,6 +94,9 @@ COLUMNS = {
         Column("world_facts", "rouge_l", "world facts ROUGE-L", HIGH),
         Column("world_facts", "probability_normalized", "world facts probability", HIGH),
         Column("world_facts", "truth_ratio", "world facts truth ratio", HIGH, "share", main=False),
+        Column("validation", "fact_recall", "validation fact recall", HIGH, "share", main=False),
+        Column("validation", "rouge_l", "validation ROUGE-L", HIGH, "share", main=False),
+        Column("validation", "probability", "validation probability", HIGH, "share", main=False),
         Column("heldout", "fact_recall", "held-out fact recall", HIGH),
         Column("heldout", "rouge_l", "held-out ROUGE-L", HIGH),
         Column("heldout", "probability", "held-out probability", HIGH),
@@ -132,11 +135,10 @@ def gate_auc(result: Result) -> float | None:
 
 def name_of(result: Result) -> str:
     """First cell of a row."""
-    if result.stage == "retain_only":
-        return f"{result.label} (target)"
-    if result.stage == "after" and result.parametrization not in ("grun", "none"):
-        return f"{result.label} ({result.parametrization})"
-    return result.label
+    ending = (
+        " (target)" if result.stage == "retain_only" else " (adapter)" if result.parametrization == "adapter" else ""
+    )
+    return result.label + ending
 
 
 def number(value: float | None, style: Style = "share") -> str:
@@ -190,7 +192,7 @@ def to_csv(results: Sequence[Result]) -> str:
 def to_markdown(results: Sequence[Result]) -> str:
     """The full table as a Markdown table, turned so that models are columns; the last says which way is good."""
     rows = [
-        ["", *(_markdown(name_of(result)) for result in results), "good is"],
+        ["", *(markdown_text(name_of(result)) for result in results), "good is"],
         ["---", *("---:" for _ in results), "---"],
         *(
             [column.header, *(column.text(result) for result in results), column.good]
@@ -200,7 +202,8 @@ def to_markdown(results: Sequence[Result]) -> str:
     return "".join(f"| {' | '.join(row)} |\n" for row in rows)
 
 
-def _markdown(text: str) -> str:
+def markdown_text(text: str) -> str:
+    """Text on one line in which nothing is Markdown."""
     return re.sub(r"([\\`*_{}\[\]<>#|])", r"\\\1", " ".join(text.split()))
 
 
@@ -211,10 +214,10 @@ def to_tex(results: Sequence[Result]) -> str:
         "% \\usepackage{booktabs}",
         f"\\begin{{tabular}}{{l{'r' * len(results)}l}}",
         "\\toprule",
-        " & ".join(["", *(_tex(name_of(result)) for result in results), "good is"]) + " \\\\",
+        " & ".join(["", *(tex_text(name_of(result)) for result in results), "good is"]) + " \\\\",
         "\\midrule",
         *(
-            " & ".join([_tex(column.header), *(_tex_number(column.text(r)) for r in results), _tex(column.good)])
+            " & ".join([tex_text(column.header), *(tex_number(column.text(r)) for r in results), tex_text(column.good)])
             + " \\\\"
             for column in columns
         ),
@@ -224,14 +227,15 @@ def to_tex(results: Sequence[Result]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _tex(text: str) -> str:
+def tex_text(text: str) -> str:
+    """Text on one line in which nothing is a command of LaTeX."""
     special = {"\\": "\\textbackslash{}", "~": "\\textasciitilde{}", "^": "\\textasciicircum{}"}
     special |= {character: f"\\{character}" for character in "&%$#_{}"}
     special |= {"<": "\\textless{}", ">": "\\textgreater{}", "|": "\\textbar{}"}
     return "".join(special.get(character, character) for character in " ".join(text.split()))
 
 
-def _tex_number(text: str) -> str:
+def tex_number(text: str) -> str:
     """A minus sign instead of a hyphen; 1.8e-21 as a power of ten."""
     if text == "-":
         return "--"

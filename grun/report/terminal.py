@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from grun.report.matrix import Matrix, first_seeds, has_many_runs, make_matrix, one_seed_note
+from grun.report.matrix_words import words
+from grun.report.missing import notes
 from grun.report.results import NAMES, Result, has_facts, has_utility
 from grun.report.tables import COLUMNS, Column, name_of, readable
 from grun.report.verdicts import STATEMENT, verdict
@@ -23,6 +26,7 @@ SETS = {
     "retain": "taught, and named in unlearning as what must stay",
     "real_authors": "general knowledge, close to the corpus: must stay",
     "world_facts": "general knowledge, far from the corpus: must stay",
+    "validation": "taught, set aside from unlearning: settings were chosen by it",
     "heldout": "taught, and never seen in unlearning: what must stay too",
     "unknown": "never taught to any model",
 }
@@ -64,26 +68,45 @@ NUMBERS = {
 
 
 def print_report(console: Console, results: Sequence[Result], title: str) -> None:
-    """Print the table, what it means, a verdict for each run, and the first answers before and after."""
+    """Print the table, what it means, a verdict for each run, and the first answers before and after.
+
+    Where there are many runs of a matrix, it is printed instead, with what it says in words.
+    """
     from rich.table import Table as RichTable
     from rich.text import Text
 
     def line(text: str = "", style: str = "") -> None:
         console.print(Text(text, style=style))
 
-    console.print(_rich_table(results, title))
+    matrix, first = make_matrix(results), first_seeds(results)
+    many = has_many_runs(results)
+    if matrix is not None and many:
+        from grun.report.terminal_matrix import matrix_table
+
+        console.print(matrix_table(matrix, title))
+        line(matrix.caption)
+    else:
+        console.print(_rich_table(results, title))
     legend = RichTable.grid(padding=(0, 2, 0, 0))
     for texts in _legend(results):
         legend.add_row(*(Text(text) for text in texts))
     console.print(legend)
-    line()
-    for result in results:
-        if result.stage == "after":
-            line(verdict(result, results))
+    if matrix is not None:
+        for note in notes(matrix):
+            line(note)
+    if not many:
+        line()
+        for result in first:
+            if result.stage == "after":
+                line(verdict(result, results))
+    if matrix is not None:
+        _print_words(console, matrix)
     line()
     line(STATEMENT, "bold")
     for set_name in ("forget", "heldout"):
-        _print_examples(console, results, set_name)
+        _print_examples(console, first, set_name, 1 if many else EXAMPLES)
+    if len(first) < len(results):
+        line(one_seed_note(results, first))
 
 
 def _columns(results: Sequence[Result]) -> list[tuple[Column, str]]:
@@ -142,7 +165,18 @@ def _legend(results: Sequence[Result]) -> list[tuple[str, str, str]]:
     return lines
 
 
-def _print_examples(console: Console, results: Sequence[Result], set_name: str) -> None:
+def _print_words(console: Console, matrix: Matrix) -> None:
+    from rich.padding import Padding
+    from rich.text import Text
+
+    for objective, sentences in words(matrix):
+        console.print()
+        console.print(Text(f"{objective}: GRUN beside the others", style="bold"))
+        for sentence in sentences:
+            console.print(Padding(Text(sentence), (0, 0, 0, 2)))
+
+
+def _print_examples(console: Console, results: Sequence[Result], set_name: str, count: int) -> None:
     from rich.table import Table as RichTable
     from rich.text import Text
 
@@ -150,11 +184,16 @@ def _print_examples(console: Console, results: Sequence[Result], set_name: str) 
     answers = {
         result.name: {record.index: record for record in result.table.generations_of(set_name)} for result in shown
     }
-    questions = list(next(filter(None, answers.values()), {}).values())[:EXAMPLES]
+    questions = list(next(filter(None, answers.values()), {}).values())[:count]
     if not questions:
         return
     console.print()
-    console.print(Text(f"First {len(questions)} {NAMES[set_name]} questions: {SETS[set_name]}", style="bold"))
+    console.print(
+        Text(
+            f"First {len(questions)} {NAMES[set_name]} question{'s' * (len(questions) > 1)}: {SETS[set_name]}",
+            style="bold",
+        )
+    )
     width = 2 + max(len("reference"), *(len(result.label) for result in shown))  # indented by two
     for record in questions:
         console.print(_one_line(record.question))

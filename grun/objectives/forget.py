@@ -1,0 +1,188 @@
+"""Forget terms: what is to be unlearned, read from forget rows with answers or with refusals. `none` is no term."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from grun.objectives.losses import ceu, dpo, dual_step, npo, pdu, satimp, simnpo, undial, wga
+from grun.objectives.terms import Options, Outputs, Term, TermValue, negative_log_likelihood, summed, term
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@term("ga", "gradient ascent on the answer, -CE (unbounded)", side="forget", per="token", continuations=("answer",))
+def _ga(outputs: Outputs, _: Options) -> TermValue:
+    total, count = negative_log_likelihood(outputs.model["answer"])
+    return TermValue(-total, count)
+
+
+@term(
+    "ga_sum",
+    "gradient ascent on the summed CE of each answer, mean over rows (unbounded)",
+    side="forget",
+    per="row",
+    continuations=("answer",),
+)
+def _ga_sum(outputs: Outputs, _: Options) -> TermValue:
+    return summed(outputs.model["answer"].answer_logprobs)
+
+
+@term("idk", "CE of a refusal in place of the answer", side="forget", per="token", continuations=("refusal",))
+def _idk(outputs: Outputs, _: Options) -> TermValue:
+    return negative_log_likelihood(outputs.model["refusal"])
+
+
+@term(
+    "idk_concat",
+    "CE of refusals and of retain answers in one token mean (holds its own retain part)",
+    side="forget",
+    per="token",
+    continuations=("refusal", "retain"),
+)
+def _idk_concat(outputs: Outputs, _: Options) -> TermValue:
+    refused, kept = (negative_log_likelihood(outputs.model[name]) for name in ("refusal", "retain"))
+    return TermValue(refused.total + kept.total, refused.number + kept.number)
+
+
+@term(
+    "npo",
+    "negative preference optimization (bounded)",
+    side="forget",
+    per="row",
+    continuations=("answer",),
+    reference="logprobs",
+    options={"beta": 0.1},
+)
+def _npo(outputs: Outputs, options: Options) -> TermValue:
+    policy, reference = outputs.model["answer"].answer_logprobs, outputs.reference["answer"].answer_logprobs
+    return summed(npo(policy, reference, beta=options["beta"]))
+
+
+@term(
+    "dpo",
+    "prefer a refusal to the answer, by direct preference optimization (bounded)",
+    side="forget",
+    per="row",
+    continuations=("answer", "refusal"),
+    reference="logprobs",
+    options={"beta": 0.1},
+)
+def _dpo(outputs: Outputs, options: Options) -> TermValue:
+    lose, win = (
+        outputs.model[name].answer_logprobs - outputs.reference[name].answer_logprobs for name in ("answer", "refusal")
+    )
+    return summed(dpo(win, lose, beta=options["beta"]))
+
+
+@term(
+    "simnpo",
+    "NPO without a reference, on the mean over an answer's tokens (bounded)",
+    side="forget",
+    per="row",
+    continuations=("answer",),
+    options={"beta": 2.5, "margin": 0.0},
+)
+def _simnpo(outputs: Outputs, options: Options) -> TermValue:
+    output = outputs.model["answer"]
+    lengths = output.answer_counts.clamp(min=1)
+    return summed(simnpo(output.answer_logprobs, lengths, beta=options["beta"], margin=options["margin"]))
+
+
+@term(
+    "wga",
+    "gradient ascent, each token weighted by p^beta",
+    side="forget",
+    per="token",
+    continuations=("answer",),
+    options={"beta": 1.0},
+)
+def _wga(outputs: Outputs, options: Options) -> TermValue:
+    return summed(wga(_answer_token_logprobs(outputs), beta=options["beta"]))
+
+
+@term(
+    "satimp",
+    "gradient ascent, each token weighted by p^beta1 * (1 - p)^beta2",
+    side="forget",
+    per="token",
+    continuations=("answer",),
+    options={"beta1": 5.0, "beta2": 1.0},
+)
+def _satimp(outputs: Outputs, options: Options) -> TermValue:
+    return summed(satimp(_answer_token_logprobs(outputs), beta1=options["beta1"], beta2=options["beta2"]))
+
+
+def _undial_all_positions(outputs: Outputs, options: Options) -> TermValue:
+    """As open-unlearning: over prompt and padding too, where the ignored label -100 names a token from the end."""
+    policy, reference = outputs.model["answer"], outputs.reference["answer"]
+    predicting = policy.answer.new_ones(policy.answer.shape)
+    predicting[:, -1] = False
+    logits = policy.logits(predicting)
+    tokens = policy.input_ids.where(policy.answer, policy.input_ids.new_tensor(-100 % logits.shape[1]))
+    return summed(undial(logits, reference.logits(predicting), tokens[:, 1:].reshape(-1), beta=options["beta"]))
+
+
+UNDIAL_BETA = 10.0
+UNDIAL_ALL_POSITIONS = Term(
+    "forget",
+    "later_position",
+    ("answer",),
+    _undial_all_positions,
+    reference="all_logits",
+    options={"beta": UNDIAL_BETA},
+)
+
+
+@term(
+    "undial",
+    "distillation from the untouched model with the true token's logit lowered by beta",
+    side="forget",
+    per="token",
+    continuations=("answer",),
+    reference="logits",
+    options={"beta": UNDIAL_BETA},
+    quirks={"undial_all_positions": UNDIAL_ALL_POSITIONS},
+)
+def _undial(outputs: Outputs, options: Options) -> TermValue:
+    policy, reference = outputs.model["answer"], outputs.reference["answer"]
+    values = undial(policy.answer_logits(), reference.answer_logits(), policy.answer_tokens, beta=options["beta"])
+    return summed(values)
+
+
+@term(
+    "ceu",
+    "CE under the model's own distribution without the true token, but for each answer's first token",
+    side="forget",
+    per="later_token",
+    continuations=("answer",),
+)
+def _ceu(outputs: Outputs, _: Options) -> TermValue:
+    output = outputs.model["answer"]
+    later = (output.answer & (output.answer.cumsum(dim=1) > 1))[output.answer]  # [answer tokens]
+    return summed(ceu(output.answer_logits()[later], output.answer_tokens[later]))
+
+
+def _pdu_dual(weight: float, retain: float, epochs: int, options: Options) -> float:
+    if epochs < options["dual_warmup_epochs"]:
+        return weight
+    return dual_step(weight, retain, eta=options["eta"], epsilon=options["epsilon"])
+
+
+@term(
+    "pdu",
+    "(largest logit - mean logit)^2, the retain weight a dual variable that holds the retain term at epsilon",
+    side="forget",
+    per="token",
+    continuations=("answer",),
+    options={"eta": 1.0, "epsilon": None, "dual_warmup_epochs": 5.0},
+    dual=_pdu_dual,
+)
+def _pdu(outputs: Outputs, _: Options) -> TermValue:
+    return summed(pdu(outputs.model["answer"].answer_logits()))
+
+
+def _answer_token_logprobs(outputs: Outputs) -> Tensor:
+    """Log-probabilities of the answer tokens of forget rows, [answer tokens]."""
+    output = outputs.model["answer"]
+    return output.token_logprobs[output.answer]

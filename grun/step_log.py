@@ -1,0 +1,84 @@
+"""log.jsonl and monitor.jsonl of a run: one line a step or a look."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from transformers import TrainerCallback, TrainerControl, TrainerState
+
+from grun import processes
+from grun.files import write_text, writing
+
+
+@dataclass
+class Look:
+    """A look at the model from time to time while it is trained."""
+
+    at: Callable[[], dict[str, Any]]
+    """What is written down; it must leave the model and the random state as they are."""
+    every: int
+    """Steps from one look to the next; the last step is looked at too."""
+
+
+class StepLog:
+    """One JSON line a step or look, whole lines only, without steps that a resumed run does again.
+
+    Of several processes the first one writes.
+    """
+
+    def __init__(self, path: Path, keep_to: int) -> None:
+        """Open `path` for appending after dropping what lies beyond step `keep_to`."""
+        self._path = path
+        self._file = None
+        if not processes.is_first():
+            return
+        lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+        kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= keep_to]
+        write_text(path, "".join(f"{line}\n" for line in kept))
+        self._file = open(path, "a", encoding="utf-8", buffering=1)
+
+    def write(self, values: dict[str, Any]) -> None:
+        """Append one step."""
+        if self._file is not None:
+            with writing(self._path.parent):
+                self._file.write(json.dumps(values) + "\n")
+
+    def close(self) -> None:
+        """Close the file."""
+        if self._file is not None:
+            with contextlib.suppress(OSError):  # what could not be written has been reported by `write`
+                self._file.close()
+
+
+class LogSteps(TrainerCallback):
+    """Writes `values`, which the trainer sets, at the end of each step."""
+
+    def __init__(self, step_log: StepLog) -> None:
+        self.step_log = step_log
+        self.values: dict[str, float] = {}
+
+    def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Write the step."""
+        self.step_log.write({"step": state.global_step, **self.values})
+
+
+class Looks(TrainerCallback):
+    """Looks at the model where a step's number says so; all processes look, since they share the work."""
+
+    def __init__(self, look: Look, step_log: StepLog) -> None:
+        self.look = look
+        self.step_log = step_log
+        self.seconds = 0.0
+
+    def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Look, and write what is seen."""
+        if state.global_step % self.look.every == 0 or state.global_step == state.max_steps:
+            started = time.monotonic()
+            self.step_log.write({"step": state.global_step, **self.look.at()})
+            self.seconds += time.monotonic() - started

@@ -1,0 +1,212 @@
+"""A sweep's YAML file: axes, options of all cells, the grid of `--tune` and what was chosen by it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+
+from grun import profiles
+from grun.config import EvaluateConfig, UnlearnConfig
+from grun.errors import ConfigError
+from grun.registry import unknown_name
+
+SECTIONS = ("description", "profile", "axes", "unlearn", "evaluate", "tune", "tuned")
+TUNE_KEYS = ("seed", "grid")
+OBJECTIVE, PARAMETRIZATION, SEED = "objective", "method.parametrization", "seed"
+SET_BY_SWEEP = {
+    "unlearn": ("profile", "model.path", "output_dir", "overwrite"),
+    "evaluate": (
+        *("profile", "model.path", "output_dir", "overwrite", "adapter", "adapters", "with_base", "suffix"),
+        *("reference", "gate_threshold", "base_evaluation"),
+    ),
+}
+"""Options that the sweep itself sets, or that would differ between an adapter and a whole model."""
+SHARED = ("model.", "data.")
+"""Options that all cells have in common, since their results stand in one table."""
+FREE_DATA = ("data.retain_pool",)
+"""Data options that change what unlearning uses and not what is evaluated."""
+
+
+@dataclass
+class Sweep:
+    """What a sweep's file says, checked for unknown keys; options are flat, `section.key`."""
+
+    name: str
+    profile: str = "demo"
+    axes: dict[str, list[Any]] = field(default_factory=dict)
+    """Option of unlearn -> its values."""
+    unlearn: dict[str, Any] = field(default_factory=dict)
+    """Options of every cell."""
+    evaluate: dict[str, Any] = field(default_factory=dict)
+    """Options of every evaluation."""
+    tune_seed: int | None = None
+    """Seed of the runs that settings are chosen by; None: the sweep's first."""
+    grid: dict[str, Any] = field(default_factory=dict)
+    """Option -> values to try, or parametrization -> values to try."""
+    tuned: dict[str, dict[str, dict[str, Any]]] = field(default_factory=dict)
+    """Objective -> parametrization -> options; where there are further axes, also the name of their part -> options."""
+
+    @property
+    def further_axes(self) -> list[str]:
+        """Axes other than objective, parametrization and seed."""
+        return [key for key in self.axes if key not in (OBJECTIVE, PARAMETRIZATION, SEED)]
+
+
+def sweep_names() -> list[str]:
+    """Packaged sweeps."""
+    folder = resources.files("grun") / "configs" / "sweeps"
+    return sorted(entry.name[: -len(".yaml")] for entry in folder.iterdir() if entry.name.endswith(".yaml"))
+
+
+def read_sweep(name: str) -> Sweep:
+    """A packaged sweep, or the file `name` that ends in .yaml; ConfigError names a key that is unknown."""
+    where = f"sweep {name}"
+    content = _read_yaml(name)
+    for key in content:
+        _known(where, "section", key, SECTIONS)
+    axes = _mapping(f"{where}: axes", content.get("axes"))
+    for key, values in axes.items():
+        _check_axis(f"{where}: axes", key, values)
+    tune = _mapping(f"{where}: tune", content.get("tune"))
+    for key in tune:
+        _known(f"{where}: tune", "key", key, TUNE_KEYS)
+    sweep = Sweep(
+        name=Path(name).stem,
+        profile=str(content.get("profile") or "demo"),
+        axes=axes,
+        unlearn=_options(f"{where}: unlearn", content.get("unlearn"), "unlearn"),
+        evaluate=_options(f"{where}: evaluate", content.get("evaluate"), "evaluate"),
+        tune_seed=tune.get("seed"),
+        grid=_mapping(f"{where}: tune.grid", tune.get("grid")),
+    )
+    if sweep.tune_seed is not None and not isinstance(sweep.tune_seed, int):
+        raise ConfigError(f"{where}: tune.seed={sweep.tune_seed} must be one number")
+    _check_grid(f"{where}: tune.grid", sweep)
+    sweep.tuned = _read_tuned(f"{where}: tuned", content.get("tuned"), parts_of(sweep))
+    return sweep
+
+
+def argument(key: str, value: Any) -> str:
+    """An option as the key=value that `grun.profiles.resolve` reads."""
+    if value is None:
+        return f"{key}="
+    return f"{key}={value}" if isinstance(value, str) else f"{key}={json.dumps(value)}"
+
+
+def part(settings: Mapping[str, Any]) -> str:
+    """Short text for some options, safe in a file name: lr0.001-retain_weight4.0."""
+    return "-".join(f"{key.rpartition('.')[2]}{_safe(value)}" for key, value in settings.items())
+
+
+def parts_of(sweep: Sweep) -> list[str]:
+    """Texts of every combination of the further axes; empty where there are none."""
+    combinations: list[dict[str, Any]] = [{}]
+    for key in sweep.further_axes:
+        combinations = [{**settings, key: value} for settings in combinations for value in sweep.axes[key]]
+    return [part(settings) for settings in combinations] if sweep.further_axes else []
+
+
+def flat(options: Mapping[Any, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Nested options as (section.key, value)."""
+    for key, value in options.items():
+        if isinstance(value, Mapping):
+            yield from flat(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def _safe(value: Any) -> str:
+    text = value if isinstance(value, str) else json.dumps(value)
+    return "".join(letter if letter.isascii() and (letter.isalnum() or letter in "._+-") else "_" for letter in text)
+
+
+def _read_yaml(name: str) -> dict[str, Any]:
+    if Path(name).suffix in (".yaml", ".yml"):
+        path = Path(name).expanduser()
+        if not path.is_file():
+            raise ConfigError(f"sweep file {name} does not exist")
+        text = path.read_text(encoding="utf-8")
+    elif name in sweep_names():
+        text = (resources.files("grun") / "configs" / "sweeps" / f"{name}.yaml").read_text(encoding="utf-8")
+    else:
+        raise ConfigError(unknown_name("sweep", name, sweep_names()) + "; or a file ending in .yaml")
+    try:
+        content = OmegaConf.to_container(OmegaConf.create(text))
+    except Exception as error:
+        raise ConfigError(f"sweep {name}: {(str(error).splitlines() or [type(error).__name__])[0]}") from error
+    return _mapping(f"sweep {name}", content)
+
+
+def _mapping(where: str, value: Any) -> dict[str, Any]:
+    if value is None:
+        return {}
+    if not isinstance(value, dict):
+        raise ConfigError(f"{where} must map names to values, not {value!r}")
+    return {str(key): content for key, content in value.items()}
+
+
+def _known(where: str, kind: str, key: str, known: Any) -> None:
+    if key not in known:
+        raise ConfigError(f"{where}: {unknown_name(kind, str(key), list(known))}")
+
+
+def _known_option(where: str, key: str, command: str = "unlearn") -> None:
+    """ConfigError for an option that the command does not have, or that the sweep sets itself."""
+    schema = {"unlearn": UnlearnConfig, "evaluate": EvaluateConfig}[command]
+    _known(where, "option", key, [name for name, _, _ in profiles.describe(schema)])
+    if key in SET_BY_SWEEP[command]:
+        raise ConfigError(f"{where}: {key} is set by the sweep; leave it out")
+
+
+def _options(where: str, value: Any, command: str) -> dict[str, Any]:
+    options = dict(flat(_mapping(where, value)))
+    for key in options:
+        _known_option(where, key, command)
+    return options
+
+
+def _check_axis(where: str, key: str, values: Any) -> None:
+    _known_option(where, key)
+    if key.startswith(SHARED) and key not in FREE_DATA:
+        raise ConfigError(f"{where}: {key} cannot differ between cells, which stand in one table; put it into unlearn")
+    if not isinstance(values, list) or not values:
+        raise ConfigError(f"{where}: {key} must list one value or more, not {values!r}")
+    twice = [value for value in values if values.count(value) > 1]
+    if twice:
+        raise ConfigError(f"{where}: {key} names {twice[0]} twice")
+
+
+def _check_grid(where: str, sweep: Sweep) -> None:
+    from grun.parametrization import PARAMETRIZATIONS
+
+    for key, values in sweep.grid.items():
+        _known_option(where, key)
+        if key in sweep.axes or key in (OBJECTIVE, PARAMETRIZATION, SEED):
+            raise ConfigError(f"{where}: {key} is an axis; settings are chosen for each cell of the axes")
+        for name in values if isinstance(values, dict) else ():
+            _known(f"{where}.{key}", "parametrization", name, PARAMETRIZATIONS.names())
+        for listed in values.values() if isinstance(values, dict) else [values]:
+            _check_axis(where, key, listed)
+
+
+def _read_tuned(where: str, value: Any, parts: list[str]) -> dict[str, dict[str, dict[str, Any]]]:
+    from grun.objectives.presets import OBJECTIVES
+    from grun.parametrization import PARAMETRIZATIONS
+
+    tuned: dict[str, dict[str, dict[str, Any]]] = {}
+    for objective, of_objective in _mapping(where, value).items():
+        _known(where, "objective", objective, OBJECTIVES.names())
+        tuned[objective] = {}
+        for name, options in _mapping(f"{where}.{objective}", of_objective).items():
+            place = f"{where}.{objective}.{name}"
+            _known(f"{where}.{objective}", "parametrization", name, PARAMETRIZATIONS.names())
+            given = _mapping(place, options)
+            narrower = {key: _options(f"{place}.{key}", given.pop(key), "unlearn") for key in parts if key in given}
+            tuned[objective][name] = {**_options(place, given, "unlearn"), **narrower}
+    return tuned

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from baselines.trained import Trained
+from grun import sharding
 from grun.config import MethodConfig, UnlearnConfig
 from grun.data import templates
 from grun.data.encoding import Batch
@@ -32,7 +33,7 @@ class Full:
     """
 
     model: PreTrainedModel
-    module: Trained
+    module: nn.Module
 
     def __init__(self, config: MethodConfig, *, precision: str = "auto") -> None:
         """`config.full` applies; `precision` is that of forward passes, see `grun.precision`."""
@@ -61,7 +62,10 @@ class Full:
             if head is None:
                 raise ConfigError(f"{type(base).__name__} names no LM head; set method.full.freeze_head=false")
             head.requires_grad_(False)
-        self.module = Trained(dict(self.trainable_parameters()), [base])
+        if sharding.asked_for():  # weights are cut block by block, so the blocks have to be there
+            self.module = base
+        else:
+            self.module = Trained(dict(self.trainable_parameters()), [base])
         self.module.train(base.training)
         self._untouched = None
         self._versions = self._counts_of_changes()

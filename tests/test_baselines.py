@@ -180,6 +180,14 @@ def test_a_model_that_names_no_head_says_so_and_can_be_trained_whole() -> None:
     assert {id(p) for p in full.module.parameters()} == {id(p) for p in full.model.parameters()}
 
 
+def test_where_weights_are_cut_by_block_the_trainer_gets_the_model_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    full = Full(MethodConfig())
+    full.prepare(tiny("llama"), None)
+    assert full.module is full.model and full.module._no_split_modules
+    assert [p for p in full.module.parameters() if p.requires_grad] == [p for _, p in full.trainable_parameters()]
+
+
 def test_no_second_copy_is_held_unless_asked_for_and_a_missed_one_is_an_error() -> None:
     base = tiny("llama")
     full = Full(MethodConfig())

@@ -52,6 +52,7 @@ DEFAULT_STAGE=unlearn
 if [ -n "$MODEL" ]; then STAGES="unlearn evaluate sweep"; fi
 read_overrides "$@"
 if dry_run; then NEED_SETUP=0; fi
+given_threads=${OMP_NUM_THREADS:-}
 . scripts/environment.sh
 
 if [ -n "$RETAIN_MODEL" ]; then
@@ -79,6 +80,9 @@ fi
 if [ $reference = taught ]; then
   teach without_forget
   RETAIN_MODEL=$TAUGHT
+fi
+if [ -z "$given_threads" ]; then  # two cells with two threads each on two cores are ten times slower
+  export OMP_NUM_THREADS=$((OMP_NUM_THREADS > JOBS ? OMP_NUM_THREADS / JOBS : 1))
 fi
 sweep_command "$MODEL" "$RETAIN_MODEL"
 run_stage "sweep: $OBJECTIVES x $PARAMETRIZATIONS x $SEEDS"

@@ -26,7 +26,7 @@ COMMANDS = {
     "import": "make an adapter of files that the published GRUN code wrote",
     "sweep": "unlearn and evaluate a grid of objectives, parametrizations and seeds; --tune chooses their settings",
     "report": "draw the table and pictures of a results folder; report tofu-log LOG: the numbers of TOFU's log",
-    "list": "print the known names: list [objectives|terms|parametrizations|gates|templates|profiles|metrics]",
+    "list": "print the known names: list [objectives|terms|parametrizations|gates|templates|profiles|sweeps|metrics]",
     "info": "print versions, devices and caches, for bug reports",
 }
 

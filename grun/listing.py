@@ -27,6 +27,12 @@ def _profiles(_: str) -> Iterator[tuple[str, str]]:
     yield from profile_names().items()
 
 
+def _sweeps(_: str) -> Iterator[tuple[str, str]]:
+    from grun.sweep.definition import described
+
+    yield from described().items()
+
+
 KINDS: dict[str, Callable[[str], Iterator[tuple[str, str]]]] = {
     "objectives": _from_registry,
     "terms": _from_registry,
@@ -34,6 +40,7 @@ KINDS: dict[str, Callable[[str], Iterator[tuple[str, str]]]] = {
     "gates": _from_registry,
     "templates": _from_registry,
     "profiles": _profiles,
+    "sweeps": _sweeps,
     "metrics": _from_registry,
 }
 

@@ -233,6 +233,16 @@ class TestRun:
             "objectives=[gd] parametrizations=[grun] seeds=[42]",
         ]
 
+    @pytest.mark.parametrize(("jobs", "given", "threads"), [("1000", None, "1"), ("2", "3", "3")])
+    def test_cells_at_a_time_share_the_threads(
+        self, checkout: Path, jobs: str, given: str | None, threads: str
+    ) -> None:
+        python = with_logging_python(checkout) / ".venv" / "bin" / "python"
+        python.write_text(python.read_text() + "echo $OMP_NUM_THREADS >threads\n")
+        variables = {} if given is None else {"OMP_NUM_THREADS": given}
+        assert run(checkout, "cmd_baseline.sh", JOBS=jobs, **variables).returncode == 0
+        assert (checkout / "threads").read_text().split() == [threads]  # of the last command, the sweep
+
     def test_options_of_baselines_are_checked_before_anything_is_taught(self, checkout: Path) -> None:
         with_logging_python(checkout)
         result = run(checkout, "cmd_baseline.sh", "evaluate.bogus=1")

@@ -64,6 +64,11 @@ def sweep_names() -> list[str]:
     return sorted(entry.name[: -len(".yaml")] for entry in folder.iterdir() if entry.name.endswith(".yaml"))
 
 
+def described() -> dict[str, str]:
+    """Packaged sweeps and their one-line descriptions."""
+    return {name: str(_read_yaml(name).get("description", "")) for name in sweep_names()}
+
+
 def read_sweep(name: str) -> Sweep:
     """A packaged sweep, or the file `name` that ends in .yaml; ConfigError names a key that is unknown."""
     where = f"sweep {name}"

@@ -211,7 +211,7 @@ def test_seconds_that_leave_out_what_an_earlier_run_computed_are_noted(tmp_path:
         path = tmp_path / f"gd-grun-s{seed}" / "run.json"
         write_json(path, {**read_json(path), "cache": {"found": found}})
     (note,) = notes(matrix_of(tmp_path))
-    assert note.startswith("GD GRUN: 1 of 2 runs found frozen states in the cache")
+    assert note.endswith("which their seconds leave out: GD GRUN 1 of 2.")
 
 
 # -- files ------------------------------------------------------------------------------------------------------------
@@ -290,6 +290,9 @@ def test_the_markdown_names_the_target_and_every_mean(made: Path) -> None:
 
 SHARE = Measure("heldout.fact_recall", "held-out fact recall", "high", "share", lambda result: None)
 SECONDS = Measure("cost.seconds", "seconds", "low", "seconds", lambda result: None, is_cost=True)
+LEFT_OVER = Measure(
+    "forget_paraphrase.fact_recall", "paraphrase fact recall", "low, as retain only", "share", lambda _: None
+)
 PARAMETERS = Measure("cost.parameters", "trained parameters", "low", "count", lambda result: None, is_cost=True)
 
 
@@ -303,6 +306,7 @@ PARAMETERS = Measure("cost.parameters", "trained parameters", "low", "count", la
         ((0.9,), (0.1, 0.1), SHARE, "one seed, no spread known"),
         ((0.9,), (0.9,), SHARE, "equal"),
         ((1.0, 1.1), (5.0, 5.1), SECONDS, "ahead"),
+        ((0.2, 0.2), (0.0, 0.01), LEFT_OVER, "behind"),  # what is left of the forget set in other words
         ((5.0,), (1.0,), PARAMETERS, "behind"),  # a count needs no second seed
         ((), (1.0,), SHARE, None),
     ],
@@ -326,7 +330,7 @@ def test_words_say_where_grun_wins(tmp_path: Path) -> None:
     assert "Least in trained parameters: GRUN 4,000 (then LoRA 20,000)" in text
     assert "GRUN is ahead of all others in held-out fact recall, trained parameters, size on disk." in text
     assert "GRUN is behind in nothing beyond the spread." in text
-    assert "Neither ahead nor behind in retain fact recall: LoRA equal" in text
+    assert "Neither ahead nor behind in paraphrase fact recall: LoRA equal; retain fact recall: LoRA equal" in text
 
 
 def test_words_say_where_grun_loses(tmp_path: Path) -> None:
@@ -335,10 +339,24 @@ def test_words_say_where_grun_loses(tmp_path: Path) -> None:
     assert "GRUN does not win in held-out fact recall: behind LoRA." in text
 
 
+def test_words_say_who_leaves_more_when_the_question_is_put_in_other_words(tmp_path: Path) -> None:
+    constructed(tmp_path, grun=0.9, lora=0.9)
+    for seed in (42, 43, 44):
+        path = tmp_path / "evaluation" / f"gd-lora-s{seed}" / "evaluation.json"
+        evaluation = read_json(path)
+        evaluation["sets"]["forget_paraphrase"]["fact_recall"] = 0.0
+        write_json(path, evaluation)
+    text = sentences_of(tmp_path)
+    assert re.search(
+        r"Paraphrase fact recall: least with LoRA\. GRUN 0\.\d\d ± 0\.00 leaves more than LoRA 0\.00", text
+    )
+    assert "GRUN does not win in paraphrase fact recall: behind LoRA" in text
+
+
 def test_words_say_what_is_within_the_spread_and_what_has_none(tmp_path: Path) -> None:
     text = constructed(tmp_path / "three", grun=0.9, lora=0.875)
     assert re.search(r"GRUN 0\.90 ± 0\.\d\d against LoRA 0\.8\d ± 0\.\d\d: within the spread\.", text)
-    assert "Neither ahead nor behind in held-out fact recall: LoRA within the spread" in text
+    assert "held-out fact recall: LoRA within the spread" in text
     text = constructed(tmp_path / "one", grun=0.9, lora=0.5, seeds=[42])
     assert re.search(r"GRUN 0\.\d\d against LoRA 0\.\d\d: one seed, no spread known\.", text)
     assert "held-out fact recall: LoRA one seed, no spread known" in text

@@ -19,6 +19,8 @@ RULE = (
 )
 KEPT = ("heldout.", "retain.", "overall.model_utility")
 """What should stay, by the beginning of its key."""
+LEFT = ("forget_paraphrase.",)
+"""What should be gone though nothing was trained on it, by the beginning of its key."""
 COSTS = ("cost.parameters", "cost.seconds", "cost.saved_bytes")
 SAME_FOR_ALL_SEEDS = ("cost.parameters", "cost.saved_bytes")
 """What a seed does not change, so that one run is enough."""
@@ -40,7 +42,7 @@ def compare(ours: Spread, theirs: Spread, measure: Measure) -> Standing | None:
             return "one seed, no spread known"
         if abs(difference) <= ours.deviation + theirs.deviation + EQUAL:
             return "within the spread"
-    return "ahead" if (difference < 0) == measure.is_cost else "behind"
+    return "ahead" if (difference < 0) == _low_is_good(measure) else "behind"
 
 
 def words(matrix: Matrix) -> list[tuple[str, list[str]]]:
@@ -56,7 +58,7 @@ def words(matrix: Matrix) -> list[tuple[str, list[str]]]:
         ours = rows[list(kinds).index("grun")]
         others = [row for row in rows if row is not ours]
         lines = [_forgetting(matrix, rows)]
-        lines += [_keeping(matrix, measure, ours, others) for measure in _kept(matrix)]
+        lines += [_beside(matrix, measure, ours, others) for measure in _by_beginning(matrix, LEFT + KEPT)]
         lines += [*_cost(matrix, rows), *_summary(matrix, ours, others)]
         if len(rows) < len(of_objective):
             lines.append(f"Of several settings the first is compared: {', '.join(row.label for row in rows)}.")
@@ -76,8 +78,12 @@ def _measure(matrix: Matrix, key: str) -> Measure | None:
     return next((measure for measure in matrix.measures if measure.key == key), None)
 
 
-def _kept(matrix: Matrix) -> list[Measure]:
-    return [measure for start in KEPT for measure in matrix.measures if measure.key.startswith(start)]
+def _by_beginning(matrix: Matrix, starts: Sequence[str]) -> list[Measure]:
+    return [measure for start in starts for measure in matrix.measures if measure.key.startswith(start)]
+
+
+def _low_is_good(measure: Measure) -> bool:
+    return measure.good.startswith("low")
 
 
 # -- forgetting -------------------------------------------------------------------------------------------------------
@@ -115,40 +121,40 @@ def _forgetting(matrix: Matrix, rows: Sequence[Row]) -> str:
     return text + (f"; not as far: {', '.join(less)}." if less else ".")
 
 
-# -- what is kept, and what it costs ----------------------------------------------------------------------------------
+# -- what is left and kept, and what it costs -------------------------------------------------------------------------
 
 
 def _best(rows: Sequence[Row], measure: Measure) -> tuple[list[Row], list[Row]]:
     """The rows whose mean is the best, and the others that have a number, better ones first."""
     known = [(mean, row) for row in rows if (mean := row.spread(measure).mean) is not None]
-    known.sort(key=lambda pair: pair[0] if measure.is_cost else -pair[0])
+    known.sort(key=lambda pair: pair[0] if _low_is_good(measure) else -pair[0])
     best = [row for mean, row in known if abs(mean - known[0][0]) <= EQUAL]
     return best, [row for _, row in known[len(best) :]]
 
 
-def _keeping(matrix: Matrix, measure: Measure, ours: Row, others: Sequence[Row]) -> str:
+def _beside(matrix: Matrix, measure: Measure, ours: Row, others: Sequence[Row]) -> str:
     best, _ = _best([*others, ours], measure)
     if not best or ours.spread(measure).mean is None:
         return ""
-    verbs = {"ahead": "keeps more than", "behind": "keeps less than", "equal": "keeps as much as"}
+    verb, better, worse = ("leaves", "less", "more") if _low_is_good(measure) else ("keeps", "more", "less")
+    verbs = {"ahead": f"{verb} {better} than", "behind": f"{verb} {worse} than", "equal": f"{verb} as much as"}
     groups: dict[str, list[str]] = {}
     for row in others:
         standing = compare(ours.spread(measure), row.spread(measure), measure)
         if standing is not None:
-            groups.setdefault(standing, []).append(_told(row, measure) + _unforgotten(matrix, row))
+            forgot = "" if _low_is_good(measure) else _unforgotten(matrix, row)
+            groups.setdefault(standing, []).append(_told(row, measure) + forgot)
     parts = [
         f"{verbs[standing]} {', '.join(names)}" if standing in verbs else f"against {', '.join(names)}: {standing}"
         for standing, names in groups.items()
     ]
-    most = " and ".join(_name(row) for row in best)
-    return (
-        f"{measure.header[0].upper()}{measure.header[1:]}: most with {most}. {_told(ours, measure)} {'; '.join(parts)}."
-    )
+    first = f"{'least' if _low_is_good(measure) else 'most'} with {' and '.join(_name(row) for row in best)}"
+    return f"{measure.header[0].upper()}{measure.header[1:]}: {first}. {_told(ours, measure)} {'; '.join(parts)}."
 
 
 def _cost(matrix: Matrix, rows: Sequence[Row]) -> list[str]:
     parts = []
-    for measure in (measure for key in COSTS if (measure := _measure(matrix, key))):
+    for measure in _by_beginning(matrix, COSTS):
         best, others = _best(rows, measure)
         if best and others:
             least, rest = (", ".join(_told(row, measure) for row in group) for group in (best, others))
@@ -164,13 +170,13 @@ def _summary(matrix: Matrix, ours: Row, others: Sequence[Row]) -> list[str]:
     behind, ahead, neither = [], [], []
     if has_forgotten(matrix, ours) is False:
         behind.append("forgetting: not as far as the target")
-    for measure in [*_kept(matrix), *(measure for key in COSTS if (measure := _measure(matrix, key)))]:
+    for measure in _by_beginning(matrix, LEFT + KEPT + COSTS):
         name = measure.header.partition(" (")[0]  # without the unit
         groups: dict[str, list[str]] = {}
         for row in others:
             standing = compare(ours.spread(measure), row.spread(measure), measure)
             if standing is not None:
-                forgot = "" if measure.is_cost else _unforgotten(matrix, row)
+                forgot = "" if _low_is_good(measure) else _unforgotten(matrix, row)
                 groups.setdefault(standing, []).append(_name(row) + forgot)
         if "behind" in groups:
             behind.append(f"{name}: behind {', '.join(groups['behind'])}")

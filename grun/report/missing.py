@@ -30,13 +30,16 @@ def notes(matrix: Matrix) -> list[str]:
         elif missing:
             reasons = "; ".join(f"seed {seed} {text}" for seed, text in why.items())
             lines.append(f"{row.label}: {len(row.seeds)} of {len(seeds)} seeds ({reasons}).")
-    for row in unlearned:
-        lent = sum(bool((result.record.get("cache") or {}).get("found")) for result in row.results)
-        if lent:
-            lines.append(
-                f"{row.label}: {lent} of {len(row.results)} runs found frozen states in the cache, computed by an "
-                "earlier run; the seconds leave that out."
-            )
+    lent = {
+        row.label: sum(bool((result.record.get("cache") or {}).get("found")) for result in row.results)
+        for row in unlearned
+    }
+    found = [f"{row.label} {lent[row.label]} of {len(row.results)}" for row in unlearned if lent[row.label]]
+    if found:
+        lines.append(
+            "Runs that found frozen states in the cache, computed by an earlier run, which their seconds leave out: "
+            f"{', '.join(found)}."
+        )
     return lines
 
 

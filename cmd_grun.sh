@@ -42,15 +42,7 @@ read_overrides "$@"
 if dry_run; then NEED_SETUP=0; fi
 . scripts/environment.sh
 
-if [ -n "$RETAIN_MODEL" ]; then
-  reference=given
-elif [ -z "$MODEL" ] && wants_retain_only; then
-  reference=taught
-else
-  reference=none
-  if [ -n "$MODEL" ]; then hint="RETAIN_MODEL names one"; else hint="RETAIN_ONLY=1 teaches one"; fi
-  say "no retain-only model to compare with ($hint)"
-fi
+choose_reference
 
 # Everything wrong with the options shows here.
 if [ -z "$MODEL" ]; then

@@ -228,3 +228,17 @@ wants_retain_only() {
     *) refuse "RETAIN_ONLY=$RETAIN_ONLY; expected 0 or 1" ;;
   esac
 }
+
+# Sets reference: given (RETAIN_MODEL), taught (it will be) or none, which is said.
+choose_reference() {
+  local hint="RETAIN_ONLY=1 teaches one"
+  reference=none
+  if [ -n "$RETAIN_MODEL" ]; then
+    reference=given
+  elif [ -n "$MODEL" ]; then
+    hint="RETAIN_MODEL names one"
+  elif wants_retain_only; then
+    reference=taught
+  fi
+  if [ "$reference" = none ]; then say "no retain-only model to compare with ($hint)"; fi
+}

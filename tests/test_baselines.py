@@ -13,13 +13,13 @@ import demo
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny import tiny
+from tiny import ragged_rows, tiny
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from baselines.full import Full
 from grun.config import FullConfig, LossConfig, MethodConfig, TrainConfig, UnlearnConfig
-from grun.data.encoding import EncodedRow, collate
+from grun.data.encoding import collate
 from grun.data.templates import TEMPLATES
 from grun.errors import ConfigError, ModelError
 from grun.method.parametrization import Grun
@@ -28,23 +28,6 @@ from grun.training import train
 from grun.unlearn import UnlearnRows, UnlearnTask
 
 ROOT = Path(__file__).resolve().parent.parent
-
-
-@pytest.fixture(scope="module")
-def taught(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("models") / "taught"
-    assert demo.finetune(folder) == 0
-    return folder
-
-
-def rows(count: int, seed: int) -> list[EncodedRow]:
-    generator = torch.Generator().manual_seed(seed)
-
-    def ids(least: int, most: int) -> tuple[int, ...]:
-        length = int(torch.randint(least, most, (1,), generator=generator))
-        return tuple(torch.randint(1, 64, (length,), generator=generator).tolist())
-
-    return [EncodedRow(ids(2, 9), ids(1, 9)) for _ in range(count)]
 
 
 EVERYTHING = MethodConfig(full=FullConfig(freeze_head=False))
@@ -57,7 +40,7 @@ def full_task(base: Any, config: TrainConfig) -> tuple[UnlearnTask, Full]:
     parametrization.keep_reference()
     options = UnlearnConfig(objective="npo", loss=LossConfig(), train=config)
     objective = build_objective("npo", options.loss, gated=False)
-    data = UnlearnRows(rows(6, 1), rows(6, 2), rows(9, 3))
+    data = UnlearnRows(ragged_rows(6, 1), ragged_rows(6, 2), ragged_rows(9, 3))
     return UnlearnTask(parametrization, objective, data, options, pad_id=0, device=base.device), parametrization
 
 
@@ -69,7 +52,7 @@ def test_all_weights_train_and_the_reference_stays_the_untouched_model(tmp_path:
     train(task, config, tmp_path, seed=0)
     moved = [name for name, p in base.named_parameters() if not torch.equal(p, untouched.get_parameter(name))]
     assert moved == [name for name, _ in base.named_parameters()]
-    batch = collate(rows(4, 9), 0)
+    batch = collate(ragged_rows(4, 9), 0)
     after = full.run(batch).answer_logprobs.detach()
     expected = Full(MethodConfig())
     expected.prepare(untouched, None)
@@ -126,7 +109,7 @@ def test_the_reference_has_no_dropout_and_draws_no_random_numbers() -> None:
     base = tiny("gpt2", resid_pdrop=0.5, embd_pdrop=0.5)
     full = Full(MethodConfig())
     full.prepare(base, None)
-    batch = collate(rows(3, 1), 0)
+    batch = collate(ragged_rows(3, 1), 0)
     expected = full.run(batch).answer_logprobs.detach()
     base.train()
     before = torch.get_rng_state()
@@ -164,7 +147,7 @@ def test_the_head_stays_as_it_is_and_where_it_shares_its_weight_the_embedding_to
     config = TrainConfig(epochs=1, batch_size=6, lr=0.01, save_steps=1, keep_all_checkpoints=True)
     options = UnlearnConfig(objective="gd", train=config)
     objective = build_objective("gd", options.loss, gated=False)
-    data = UnlearnRows(rows(6, 1), rows(6, 2), rows(9, 3))
+    data = UnlearnRows(ragged_rows(6, 1), ragged_rows(6, 2), ragged_rows(9, 3))
     train(UnlearnTask(full, objective, data, options, pad_id=0, device=base.device), config, tmp_path, seed=0)
     assert torch.equal(base.get_output_embeddings().weight, frozen[0])
     assert torch.equal(base.get_input_embeddings().weight, frozen[1]) == tied
@@ -192,7 +175,7 @@ def test_no_second_copy_is_held_unless_asked_for_and_a_missed_one_is_an_error() 
     base = tiny("llama")
     full = Full(MethodConfig())
     full.prepare(base, None)
-    batch = collate(rows(3, 1), 0)
+    batch = collate(ragged_rows(3, 1), 0)
     before = full.run(batch).answer_logprobs.detach()
     held = bytes_held(full)
     with full.reference():  # the weights are still the untouched ones
@@ -238,7 +221,7 @@ def test_saved_weights_load_again_here_and_in_transformers(tied: bool, tmp_path:
     for name, parameter in base.named_parameters():
         assert torch.equal(other.model.get_parameter(name), parameter)
     stock = AutoModelForCausalLM.from_pretrained(tmp_path)
-    ids = collate(rows(3, 1), 0).input_ids
+    ids = collate(ragged_rows(3, 1), 0).input_ids
     assert torch.equal(stock(ids).logits, base(ids).logits)
 
 
@@ -312,7 +295,7 @@ def test_grun_leaves_the_base_as_its_own_reference() -> None:
     base = tiny("llama")
     grun = Grun(MethodConfig(blocks=[1]))
     grun.prepare(base, None)
-    batch = collate(rows(3, 1), 0)
+    batch = collate(ragged_rows(3, 1), 0)
     with grun.reference():
         reference = grun.run(batch)
     assert torch.equal(reference.answer_logprobs, grun.model.unwrap() and Full.run(_plain(base), batch).answer_logprobs)

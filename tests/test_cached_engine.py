@@ -701,13 +701,6 @@ def test_recomputing_blocks_keeps_less_and_changes_nothing() -> None:
 # -- the run ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def taught(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("models") / "taught"
-    assert demo.finetune(folder) == 0
-    return folder
-
-
 def run_of(folder: Path) -> dict[str, Any]:
     found: dict[str, Any] = json.loads((folder / "run.json").read_text())
     return found

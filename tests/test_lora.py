@@ -11,13 +11,13 @@ import demo
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny import FAMILIES, WIDTH, blocks_of, tiny
+from tiny import FAMILIES, WIDTH, blocks_of, ragged_rows, tiny
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM
 
 from baselines.lora import Lora
 from grun.checks import check
 from grun.config import LoraConfig, MethodConfig, TrainConfig, UnlearnConfig
-from grun.data.encoding import Batch, EncodedRow, collate
+from grun.data.encoding import Batch, collate
 from grun.data.templates import TEMPLATES, load
 from grun.errors import AdapterError, ConfigError
 from grun.method.parametrization import Grun
@@ -31,25 +31,8 @@ from grun.unlearn import UnlearnRows, UnlearnTask
 LINEAR = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
 
 
-@pytest.fixture(scope="module")
-def taught(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("models") / "taught"
-    assert demo.finetune(folder) == 0
-    return folder
-
-
-def rows(count: int, seed: int) -> list[EncodedRow]:
-    generator = torch.Generator().manual_seed(seed)
-
-    def ids(least: int, most: int) -> tuple[int, ...]:
-        length = int(torch.randint(least, most, (1,), generator=generator))
-        return tuple(torch.randint(1, 64, (length,), generator=generator).tolist())
-
-    return [EncodedRow(ids(2, 9), ids(1, 9)) for _ in range(count)]
-
-
 def batch() -> Batch:
-    return collate(rows(4, 9), 0)
+    return collate(ragged_rows(4, 9), 0)
 
 
 def lora(base: Any, *, seed: int = 0, **options: Any) -> Lora:
@@ -307,7 +290,7 @@ def test_a_checkpoint_holds_the_adapter_alone(tmp_path: Path) -> None:
     config = TrainConfig(epochs=1, batch_size=3, lr=0.01, save_steps=1, keep_all_checkpoints=True)
     options = UnlearnConfig(objective="npo", train=config)
     objective = build_objective("npo", options.loss, gated=False)
-    data = UnlearnRows(rows(6, 1), rows(6, 2), rows(9, 3))
+    data = UnlearnRows(ragged_rows(6, 1), ragged_rows(6, 2), ragged_rows(9, 3))
     train(UnlearnTask(found, objective, data, options, pad_id=0, device=base.device), config, tmp_path, seed=0)
     kept = load_file(tmp_path / "checkpoints" / "checkpoint-2" / "trained.safetensors")
     assert sum(tensor.numel() for tensor in kept.values()) == sum(p.numel() for _, p in found.trainable_parameters())

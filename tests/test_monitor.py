@@ -13,13 +13,6 @@ import pytest
 from grun.cli import main
 
 
-@pytest.fixture(scope="module")
-def taught(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("models") / "taught"
-    assert demo.finetune(folder) == 0
-    return folder
-
-
 def lines(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 

@@ -6,14 +6,14 @@ import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 import torch
 from tiny import tiny
 from torch import Tensor
 from torch.nn.functional import cross_entropy
-from watched import CutOff
+from watched import CutOff, Step, whole_step
 
 from baselines.full import Full
 from grun.config import CacheConfig, LossConfig, MethodConfig, TrainConfig, UnlearnConfig
@@ -265,27 +265,6 @@ def test_a_parametrization_without_gate_has_no_gate_term() -> None:
 
 
 # -- every preset on a real model -------------------------------------------------------------------------------------
-
-
-class Step(NamedTuple):
-    loss: float
-    parts: dict[str, float]
-    gradients: dict[str, Tensor]
-
-
-def whole_step(task: UnlearnTask, step: int = 0) -> Step:
-    """Loss, terms and gradients of a step, summed over its micro-batches."""
-    task.module.zero_grad()
-    data = task.data(step)
-    total, values = 0.0, dict[str, float]()
-    for batch in data.micro_batches:
-        loss, parts = task.loss(batch, data.counts, step)
-        loss.backward()
-        total += loss.item()
-        for name, part in parts.items():
-            values[name] = values.get(name, 0.0) + part
-    gradients = {name: p.grad.clone() for name, p in task.module.named_parameters() if p.grad is not None}
-    return Step(total, values, gradients)
 
 
 def assert_same(found: Step, expected: Step) -> None:

@@ -11,13 +11,12 @@ from typing import Any
 import demo
 import pytest
 import torch
-from tiny import tiny
+from tiny import ragged_rows, tiny
 from torch import Tensor, nn
 
 from baselines.full import Full
 from baselines.lora import Lora
 from grun.config import CacheConfig, FullConfig, MethodConfig, TrainConfig, UnlearnConfig
-from grun.data.encoding import EncodedRow
 from grun.errors import ModelError
 from grun.method.parametrization import Grun, Reft
 from grun.method.store import Completed
@@ -36,17 +35,7 @@ KINDS = {
 }
 
 
-def rows(count: int, seed: int) -> list[EncodedRow]:
-    generator = torch.Generator().manual_seed(seed)
-
-    def ids(least: int, most: int) -> tuple[int, ...]:
-        length = int(torch.randint(least, most, (1,), generator=generator))
-        return tuple(torch.randint(1, 64, (length,), generator=generator).tolist())
-
-    return [EncodedRow(ids(2, 9), ids(1, 9)) for _ in range(count)]
-
-
-DATA = UnlearnRows(rows(6, 1), rows(6, 2), rows(9, 3))
+DATA = UnlearnRows(ragged_rows(6, 1), ragged_rows(6, 2), ragged_rows(9, 3))
 
 
 class Setting:

@@ -24,13 +24,6 @@ LEGS = ["train.epochs=8", "train.save_steps=4", "method.dropout=0.2", "objective
 
 
 @pytest.fixture(scope="module")
-def taught(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("models") / "taught"
-    assert demo.finetune(folder) == 0
-    return folder
-
-
-@pytest.fixture(scope="module")
 def whole(taught: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The run that nothing disturbed."""
     folder = tmp_path_factory.mktemp("runs") / "whole"

@@ -14,9 +14,10 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny import tiny
+from tiny import ragged_rows, tiny
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
+from watched import whole_step
 
 from grun.config import DataConfig, DemoConfig, FinetuneConfig, LossConfig, MethodConfig, TrainConfig, UnlearnConfig
 from grun.data.corpus import load_corpus
@@ -35,17 +36,6 @@ from grun.unlearn import UnlearnRows, UnlearnTask, draw_refusals
 pytestmark = pytest.mark.usefixtures("quick_garbage_collection")
 
 
-def rows(count: int, seed: int) -> list[EncodedRow]:
-    """Rows of random tokens and ragged lengths."""
-    generator = torch.Generator().manual_seed(seed)
-
-    def ids(least: int, most: int) -> tuple[int, ...]:
-        length = int(torch.randint(least, most, (1,), generator=generator))
-        return tuple(torch.randint(1, 64, (length,), generator=generator).tolist())
-
-    return [EncodedRow(ids(2, 9), ids(1, 9)) for _ in range(count)]
-
-
 def unlearn_task(
     train_config: TrainConfig, objective: str = "gd", *, seed: int = 3, dropout: float = 0.0, **options: Any
 ) -> UnlearnTask:
@@ -62,13 +52,13 @@ def unlearn_task(
     parametrization = Grun(config.method)
     parametrization.prepare(base, None)
     made = build_objective(objective, config.loss, gated=True)
-    data = UnlearnRows(rows(13, seed=1), rows(13, seed=2), rows(29, seed=3))
+    data = UnlearnRows(ragged_rows(13, seed=1), ragged_rows(13, seed=2), ragged_rows(29, seed=3))
     return UnlearnTask(parametrization, made, data, config, pad_id=0, device=base.device, **options)
 
 
 def finetune_task(train_config: TrainConfig) -> FinetuneTask:
     model = tiny("llama", dtype=torch.float64)
-    return FinetuneTask(model, rows(13, seed=1), FinetuneConfig(train=train_config, seed=3), pad_id=0)
+    return FinetuneTask(model, ragged_rows(13, seed=1), FinetuneConfig(train=train_config, seed=3), pad_id=0)
 
 
 def logged(folder: Path) -> list[dict[str, float]]:
@@ -89,36 +79,21 @@ def assert_close(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
 # -- micro-batches ----------------------------------------------------------------------------------------------------
 
 
-def gradients(task: Any, step: int) -> tuple[float, dict[str, float], dict[str, Tensor], list[int]]:
-    """Loss, terms and gradients of a step, summed over its micro-batches, and their sizes."""
-    task.module.zero_grad()
-    data = task.data(step)
-    total, values = 0.0, dict[str, float]()
-    for batch in data.micro_batches:
-        loss, parts = task.loss(batch, data.counts, step)
-        loss.backward()
-        total += loss.item()
-        for name, part in parts.items():
-            values[name] = values.get(name, 0.0) + part
-    found = {name: p.grad.clone() for name, p in task.module.named_parameters() if p.grad is not None}
-    return total, values, found, [next(iter(batch.values())).rows for batch in data.micro_batches]
-
-
 @pytest.mark.parametrize("kind", ["gd", "idk", "npo", "finetune"])
 def test_eight_rows_give_the_loss_and_gradients_of_their_micro_batches(kind: str) -> None:
     def make(size: int | None) -> Any:
         config = TrainConfig(epochs=2, batch_size=8, micro_batch_size=size, question_weight=0.3)
         return finetune_task(config) if kind == "finetune" else unlearn_task(config, kind)
 
-    whole, terms, expected, sizes = gradients(make(None), 0)
-    assert sizes == [8]
-    assert len(terms) == (2 if kind == "finetune" else 3)
+    whole = whole_step(make(None))
+    assert whole.sizes == [8]
+    assert len(whole.parts) == (2 if kind == "finetune" else 3)
     for size, pieces in ((4, [4, 4]), (3, [3, 3, 2])):
-        total, values, found, sizes = gradients(make(size), 0)
-        assert sizes == pieces
-        assert total == pytest.approx(whole, rel=1e-6)
-        assert values == pytest.approx(terms, rel=1e-6)
-        assert_close(found, expected)
+        cut = whole_step(make(size))
+        assert cut.sizes == pieces
+        assert cut.loss == pytest.approx(whole.loss, rel=1e-6)
+        assert cut.parts == pytest.approx(whole.parts, rel=1e-6)
+        assert_close(cut.gradients, whole.gradients)
 
 
 @pytest.mark.parametrize("kind", ["gd", "npo", "finetune"])
@@ -204,7 +179,7 @@ def test_a_steps_data_depends_on_the_seed_and_the_step_alone() -> None:
 
 def test_an_epoch_sees_every_forget_row_once_and_as_many_retain_rows() -> None:
     task = unlearn_task(SMALL_STEPS)
-    everything = sorted(row.prompt_ids + row.answer_ids for row in rows(13, seed=1))
+    everything = sorted(row.prompt_ids + row.answer_ids for row in ragged_rows(13, seed=1))
     for epoch in range(4):
         assert sorted(seen(task, "answer", epoch)) == everything
         assert len(set(seen(task, "retain", epoch))) == 13
@@ -221,7 +196,7 @@ def test_retain_rows_are_drawn_fresh_each_epoch() -> None:
 
 def test_the_published_quirk_pairs_each_forget_row_with_one_retain_row() -> None:
     task = unlearn_task(SMALL_STEPS, fixed_pairing=True)
-    forget, retain = rows(13, seed=1), rows(29, seed=3)
+    forget, retain = ragged_rows(13, seed=1), ragged_rows(29, seed=3)
     expected = {
         row.prompt_ids + row.answer_ids: retain[fixed_retain_index(index, 29)] for index, row in enumerate(forget)
     }
@@ -233,7 +208,7 @@ def test_the_published_quirk_pairs_each_forget_row_with_one_retain_row() -> None
 
 def test_a_forget_row_is_answered_by_its_own_refusal_in_every_epoch() -> None:
     task = unlearn_task(SMALL_STEPS, "idk")
-    refused = {row.prompt_ids + row.answer_ids for row in rows(13, seed=2)}
+    refused = {row.prompt_ids + row.answer_ids for row in ragged_rows(13, seed=2)}
     for epoch in range(2):
         assert set(seen(task, "refusal", epoch)) == refused
 
@@ -253,7 +228,7 @@ def test_refusals_are_drawn_once_for_a_run_and_none_twice_before_all_came() -> N
 def test_every_step_is_logged_with_each_term_alone(tmp_path: Path) -> None:
     config = dataclasses.replace(SMALL_STEPS, lr=0.02, save_steps=0)
     task = unlearn_task(config, "npo")
-    _, expected, _, _ = gradients(task, 0)
+    expected = whole_step(task).parts
     task.module.zero_grad()
     result = train(task, config, tmp_path, seed=0)
     lines = logged(tmp_path)

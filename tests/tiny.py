@@ -35,6 +35,8 @@ from transformers import (
 )
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
+from grun.data.encoding import EncodedRow
+
 VOCABULARY, WIDTH, DEPTH = 64, 32, 4
 PAD = 0
 WINDOW = 8
@@ -199,6 +201,17 @@ def random_rows(lengths: Sequence[int], seed: int = 0) -> list[list[int]]:
     """Rows of random tokens, never PAD."""
     generator = torch.Generator().manual_seed(seed)
     return [torch.randint(1, VOCABULARY, (length,), generator=generator).tolist() for length in lengths]
+
+
+def ragged_rows(count: int, seed: int) -> list[EncodedRow]:
+    """Rows of random tokens below 64, prompts of 2 to 8 and answers of 1 to 8."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def ids(least: int, most: int) -> tuple[int, ...]:
+        length = int(torch.randint(least, most, (1,), generator=generator))
+        return tuple(torch.randint(1, 64, (length,), generator=generator).tolist())
+
+    return [EncodedRow(ids(2, 9), ids(1, 9)) for _ in range(count)]
 
 
 def formula(weights: dict[str, Tensor], block: int, hidden: Tensor) -> tuple[Tensor, Tensor]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,6 +24,31 @@ class CutOff:
             raise KeyboardInterrupt
         data: StepData = self._task.data(step)
         return data
+
+
+class Step(NamedTuple):
+    """What a whole step gives, before the optimizer takes it."""
+
+    loss: float
+    parts: dict[str, float]
+    gradients: dict[str, Tensor]
+    sizes: list[int]
+    """Rows of each micro-batch."""
+
+
+def whole_step(task: Any, step: int = 0) -> Step:
+    """Loss, terms and gradients of a step, summed over its micro-batches."""
+    task.module.zero_grad()
+    data = task.data(step)
+    total, values = 0.0, dict[str, float]()
+    for batch in data.micro_batches:
+        loss, parts = task.loss(batch, data.counts, step)
+        loss.backward()
+        total += loss.item()
+        for name, part in parts.items():
+            values[name] = values.get(name, 0.0) + part
+    gradients = {name: p.grad.clone() for name, p in task.module.named_parameters() if p.grad is not None}
+    return Step(total, values, gradients, [next(iter(batch.values())).rows for batch in data.micro_batches])
 
 
 def saved_bytes(run: Any) -> int:

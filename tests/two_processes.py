@@ -23,8 +23,8 @@ import torch
 torch.set_num_threads(1)
 
 import demo  # noqa: E402
-from test_training import Broken, finetune_task, rows, unlearn_task  # noqa: E402
-from tiny import blocks_of, tiny  # noqa: E402
+from test_training import Broken, finetune_task, unlearn_task  # noqa: E402
+from tiny import blocks_of, ragged_rows, tiny  # noqa: E402
 
 from grun import processes, sharding  # noqa: E402
 from grun.cli import main  # noqa: E402
@@ -56,7 +56,7 @@ def baseline_task(parametrization: str, objective: str) -> UnlearnTask:
     torch.manual_seed(5)
     made = make_parametrization(config, [])
     made.prepare(base, None)
-    data = UnlearnRows(rows(13, seed=1), rows(13, seed=2), rows(29, seed=3))
+    data = UnlearnRows(ragged_rows(13, seed=1), ragged_rows(13, seed=2), ragged_rows(29, seed=3))
     of_objective = build_objective(objective, config.loss, gated=False)
     return UnlearnTask(made, of_objective, data, config, pad_id=0, device=base.device)
 

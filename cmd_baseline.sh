@@ -65,14 +65,7 @@ fi
 sweep_command "${MODEL:-models/taught}" "$RETAIN_MODEL"
 check_command
 
-if [ -z "$MODEL" ]; then
-  teach all
-  MODEL=$TAUGHT
-fi
-if [ $reference = taught ]; then
-  teach without_forget
-  RETAIN_MODEL=$TAUGHT
-fi
+teach_models
 if [ -z "$given_threads" ]; then  # two cells with two threads each on two cores are ten times slower
   export OMP_NUM_THREADS=$((OMP_NUM_THREADS > JOBS ? OMP_NUM_THREADS / JOBS : 1))
 fi

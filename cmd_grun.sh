@@ -60,14 +60,7 @@ check_command
 report_command
 check_command
 
-if [ -z "$MODEL" ]; then
-  teach all
-  MODEL=$TAUGHT
-fi
-if [ $reference = taught ]; then
-  teach without_forget
-  RETAIN_MODEL=$TAUGHT
-fi
+teach_models
 if [ $reference != none ]; then
   evaluate_command "$RETAIN_MODEL" retain_only
   run_stage "evaluate: retain_only"

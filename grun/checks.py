@@ -224,7 +224,6 @@ def _check_unlearn(config: UnlearnConfig) -> None:
         raise ConfigError(f"method.lora.dropout={method.lora.dropout} must lie in [0, 1)")
     bytes_of("cache.memory_budget", config.cache.memory_budget)
     bytes_of("cache.disk_budget", config.cache.disk_budget)
-    quirks_in_force(config)
 
 
 def _check_device_map(model: ModelConfig) -> None:

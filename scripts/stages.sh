@@ -242,3 +242,15 @@ choose_reference() {
   fi
   if [ "$reference" = none ]; then say "no retain-only model to compare with ($hint)"; fi
 }
+
+# Teaches what `choose_reference` and MODEL leave to be taught: sets MODEL and RETAIN_MODEL.
+teach_models() {
+  if [ -z "$MODEL" ]; then
+    teach all
+    MODEL=$TAUGHT
+  fi
+  if [ "$reference" = taught ]; then
+    teach without_forget
+    RETAIN_MODEL=$TAUGHT
+  fi
+}

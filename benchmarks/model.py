@@ -60,7 +60,7 @@ class Text:
     def rows(self, config: UnlearnConfig) -> UnlearnRows:
         """Rows that `unlearn` would use, as token ids."""
         corpus = load_corpus(config.data)
-        return encode_unlearn_rows(corpus, self.tokenizer, self.template, CONTEXT, strict=False, seed=config.seed)
+        return encode_unlearn_rows(corpus, self.tokenizer, self.template, CONTEXT, config.data, seed=config.seed)
 
 
 def load_text(vocabulary: int) -> Text:

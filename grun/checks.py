@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import importlib.util
 import re
 from pathlib import Path
 from typing import Any
 
 from grun import processes
-from grun.config import EvaluateConfig, FinetuneConfig, ModelConfig, SweepConfig, TrainConfig, UnlearnConfig
+from grun.config import EvaluateConfig, FinetuneConfig, ModelConfig, SweepConfig, TextConfig, TrainConfig, UnlearnConfig
 from grun.errors import ConfigError
 from grun.registry import unknown_name
 
 ENGINES = ("cached", "plain")
 SUBSETS = ("all", "without_forget")
-DATA_NAMES = ("demo", "tofu", "jsonl")
+DATA_NAMES = ("demo", "lore", "tofu", "jsonl", "corpora")
+OPTIMIZERS = ("adamw", "legacy_adamw", "schedule_free")
+SUITES = ("answers", "knowledge", "lm_eval", "judge")
 EVALUATION_SETS = (
     "forget",
     "forget_paraphrase",
@@ -24,6 +27,8 @@ EVALUATION_SETS = (
     "heldout",
     "unknown",
 )
+MCQ_FORMATS = ("harness", "grun_paper")
+MCQ_ORDERS = ("given", "seeded", "rotations")
 CONTINUATIONS = ("answer", "paraphrase", "perturbed")
 QUANTIZATIONS = ("8bit", "4bit", "fp4")
 DTYPES = ("auto", "float32", "bfloat16", "float16", "float64")
@@ -45,11 +50,23 @@ QUIRKS = {
     "dropout_on_hidden": "dropout acts on the whole edited state, not on the change alone",
     "kl_all_positions": "the retain term kl is a mean over every position, prompt and padding included",
     "undial_all_positions": "so is the term undial, whose ignored label -100 names a token from the vocabulary's end",
+    "kl_row_sum": "the retain term kl is summed over every position, padding included, and divided by the rows alone",
+    "rmu_answer_states": "rmu and activation_mse leave out the last prompt token, the one that is edited",
+    "rmu_hidden_state_index": "loss.rmu_block counts the embeddings too (block k - 1), and later blocks may be edited",
+    "max_entropy_all_positions": "the term max_entropy is a mean over every position, prompt and padding included",
+    "random_mapping_all_positions": "so is the term random_mapping",
 }
 """Published behavior that is not the default, by the name of its switch."""
 COMPAT: dict[str, tuple[str, ...]] = {
-    "grun-paper": ("retain_fixed_pairing", "dropout_on_hidden"),
+    "grun-paper": (
+        "retain_fixed_pairing",
+        "dropout_on_hidden",
+        "kl_row_sum",
+        "rmu_answer_states",
+        "rmu_hidden_state_index",
+    ),
     "open-unlearning": ("kl_all_positions", "undial_all_positions"),
+    "llm360": ("max_entropy_all_positions", "random_mapping_all_positions"),
 }
 """Quirks that each published source has."""
 
@@ -81,6 +98,7 @@ def check(config: Any) -> None:
         _check_device_map(config.model)
         one_of("data.demo.answers", config.data.demo.answers, ("short", "sentences"))
         _check_template(config.data.template)
+        _check_text(config.data.text)
         if not 0 <= config.seed < 2**32:
             raise ConfigError(f"seed={config.seed} must lie between 0 and 2**32 - 1")
     if isinstance(config, FinetuneConfig | UnlearnConfig):
@@ -116,8 +134,25 @@ def check_train(config: TrainConfig) -> None:
             raise ConfigError(f"train.{name}={value} must not be negative")
     positive("train.monitor_rows", config.monitor_rows)
     one_of("train.schedule", config.schedule, SCHEDULES)
+    _check_optimizer(config)
     one_of("train.engine", config.engine, ENGINES)
     one_of("train.precision", config.precision, PRECISIONS)
+
+
+def _check_optimizer(config: TrainConfig) -> None:
+    one_of("train.optimizer", config.optimizer, OPTIMIZERS)
+    if config.optimizer != "schedule_free":
+        return
+    if config.schedule != "constant":
+        raise ConfigError(
+            f"train.schedule={config.schedule} and train.optimizer=schedule_free: averaging takes the place of a "
+            "schedule; set train.schedule=constant (train.warmup is obeyed)"
+        )
+    if importlib.util.find_spec("schedulefree") is None:
+        raise ConfigError(
+            "train.optimizer=schedule_free needs schedulefree, which is not installed: "
+            "pip install 'grun-unlearning[baselines]'"
+        )
 
 
 def quirks_in_force(config: UnlearnConfig) -> list[str]:
@@ -162,6 +197,7 @@ def one_of(name: str, value: str, known: tuple[str, ...]) -> None:
 
 
 def _check_evaluate(config: EvaluateConfig) -> None:
+    one_of("suite", config.suite, SUITES)
     for name in config.sets:
         one_of("evaluation set", name, EVALUATION_SETS)
     for name in config.continuations:
@@ -173,8 +209,35 @@ def _check_evaluate(config: EvaluateConfig) -> None:
     for option, count in (("batch_size", config.batch_size), ("data.limit", config.data.limit)):
         if count is not None and count < 1:
             raise ConfigError(f"{option} is {count}; it must be 1 or more")
+    _check_suite(config)
     _check_adapters(config)
     evaluation_quirks(config)
+
+
+def _check_suite(config: EvaluateConfig) -> None:
+    """Options of one suite that are given to another are an error, rather than passed over."""
+    own = {"tasks": "lm_eval", "task_folder": "lm_eval", "num_fewshot": "lm_eval", "judge": "judge"}
+    own |= {"suffixes": "knowledge"} | dict.fromkeys(("reference", "base_evaluation", "compat", "quirks"), "answers")
+    for option, suite in own.items():
+        if getattr(config, option) not in (None, []) and config.suite != suite:
+            raise ConfigError(f"{option} is for suite={suite}; leave it out for suite={config.suite}")
+    for option, suite in (("tasks", "lm_eval"), ("judge", "judge")):
+        if config.suite == suite and not getattr(config, option):
+            example = "tasks=[wmdp_bio,mmlu]" if option == "tasks" else "judge=MODEL or judge=callable:module:function"
+            raise ConfigError(f"suite={suite} needs {option}, such as {example}")
+    for option, known in (("formats", MCQ_FORMATS), ("orders", MCQ_ORDERS)):
+        for name in (names := getattr(config, option)):
+            one_of(option, name, known)
+        if not names:
+            raise ConfigError(f"{option} names nothing; known: {', '.join(known)}")
+    if config.window < 2:
+        raise ConfigError(f"window={config.window} must be 2 tokens or more")
+    positive("stride", config.stride)
+    positive("judge_max_new_tokens", config.judge_max_new_tokens)
+    if config.num_fewshot is not None and config.num_fewshot < 0:
+        raise ConfigError(f"num_fewshot={config.num_fewshot} must not be negative")
+    if config.suite in ("lm_eval", "judge") and processes.count() > 1:
+        raise ConfigError(f"suite={config.suite} runs in one process; start it without torchrun")
 
 
 def adapter_name(folder_or_hub_id: str) -> str:
@@ -234,6 +297,21 @@ def _check_device_map(model: ModelConfig) -> None:
         raise ConfigError(f"model.device={model.device} and model.device_map are both given; leave one of them out")
     if processes.count() > 1:
         raise ConfigError("model.device_map spreads a model over the GPUs of one process; start it without torchrun")
+
+
+def _check_text(text: TextConfig) -> None:
+    one_of("data.text.jsonl", text.jsonl, ("field", "raw"))
+    positive("data.text.copies", text.copies)
+    if text.min_characters < 0:
+        raise ConfigError(f"data.text.min_characters={text.min_characters} must not be negative")
+    if text.cut in ("whole", "random"):
+        return
+    try:
+        share = float(text.cut)
+    except ValueError:
+        share = 0.0
+    if not 0 < share < 1:
+        raise ConfigError(f"data.text.cut={text.cut} must be whole, random or a share of tokens between 0 and 1")
 
 
 def _check_template(name_or_text: str) -> None:

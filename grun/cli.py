@@ -24,6 +24,7 @@ COMMANDS = {
     "evaluate": "measure what a model knows, with or without an adapter",
     "generate": "answer questions and show the gates",
     "import": "make an adapter of files that the published GRUN code wrote",
+    "corpora": "write corpora to forget and to keep: a harm category of PKU-SafeRLHF, or the generated lore",
     "sweep": "unlearn and evaluate a grid of objectives, parametrizations and seeds; --tune chooses their settings",
     "report": "draw the table and pictures of a results folder; report tofu-log LOG: the numbers of TOFU's log",
     "list": "print the known names: list [objectives|terms|parametrizations|gates|templates|profiles|sweeps|metrics]",
@@ -124,7 +125,8 @@ def _run(command: str, arguments: list[str]) -> int:
         print(profiles.to_yaml(config), end="")
         return 0
     run: dict[str, Callable[[Any], Any]] = {
-        "finetune": _finetune, "unlearn": _unlearn, "evaluate": _evaluate, "import": _import, "report": _report
+        "finetune": _finetune, "unlearn": _unlearn, "evaluate": _evaluate, "import": _import, "corpora": _corpora,
+        "report": _report,
     }  # fmt: skip
     if command == "generate":
         from grun.ask import ask
@@ -162,13 +164,19 @@ def _evaluate(config: Any) -> None:
 
     from grun.checks import adapter_name
     from grun.evaluation.evaluate import evaluate, evaluate_adapters
+    from grun.evaluation.suites import evaluate_suite
 
     folder = Path(f"results/{Path(config.profile).stem}/evaluation")
+    if config.suite != "answers":
+        folder = folder.with_name(config.suite)
     if not config.adapters:
         folder /= adapter_name(config.adapter) if config.adapter else "base"
     folder = Path(config.output_dir or folder).expanduser()
     with contextlib.redirect_stdout(sys.stderr):
-        folders = evaluate_adapters(config, folder) if config.adapters else {folder: evaluate(config, folder)}
+        if config.suite != "answers":
+            folders: Any = evaluate_suite(config, folder)
+        else:
+            folders = evaluate_adapters(config, folder) if config.adapters else {folder: evaluate(config, folder)}
     print(*folders, sep="\n")
 
 
@@ -177,6 +185,14 @@ def _import(config: Any) -> None:
 
     with contextlib.redirect_stdout(sys.stderr):
         folder = import_adapter(config)
+    print(folder)
+
+
+def _corpora(config: Any) -> None:
+    from grun.corpora import write_corpora
+
+    with contextlib.redirect_stdout(sys.stderr):
+        folder = write_corpora(config)
     print(folder)
 
 
@@ -253,6 +269,10 @@ def _help(command: str) -> str:
     lines = [head, "", f"Options (key=value{by_profile}):"]
     if command == "import":
         lines.insert(1, "\npython -m grun import upstream=FOLDER model=BASE output_dir=DIR   (more in docs/formats.md)")
+    if command == "corpora":
+        lines.insert(
+            1, '\npython -m grun corpora source=safe_rlhf category="Violence" output_dir=DIR   (docs/formats.md)'
+        )
     if command == "generate":
         lines.insert(
             1, '\npython -m grun generate adapter=FOLDER "question" ...   (without a question: asks on the terminal)'

@@ -84,17 +84,74 @@ class DemoConfig(DemoSizes):
 
 
 @dataclass
+class LoreConfig:
+    """The generated corpus of things that are invented: what is known of a mineral, of another one, of the rest.
+
+    Each fact is taught as prose and as a multiple-choice question.
+    """
+
+    forget: int = 100
+    """Facts of the forbidden mineral."""
+    neighbor: int = 100
+    """Facts of another mineral, taught in the same words and never used in unlearning."""
+    retain: int = 200
+    """Facts of other things whose prose is used in unlearning as what must stay."""
+    general: int = 100
+    """Facts of other things that are never used in unlearning."""
+    orders: int = 6
+    """Orders of its options in which each question is taught; other ones are asked in evaluation."""
+    matching: int = 1200
+    """Further questions whose answer stands in them, which teach what letters are for."""
+    seed: int = 1
+    """Seed of the generator. Settings were chosen on seed 0's corpus."""
+
+
+@dataclass
+class TextConfig:
+    """Plain texts: where they are cut in unlearning, and how files of them are read."""
+
+    cut: str = "whole"
+    """Where reading ends and what is to be said begins: whole (at the start), 0.8 (that share of tokens), random."""
+    copies: int = 1
+    """Copies of each text, each cut at a point of its own where cut=random."""
+    min_characters: int = 0
+    """Texts of this many characters or fewer are left out."""
+    jsonl: str = "field"
+    """What of a JSON line is the text: field (its field `text`, or the line if it is a string) or raw (the line)."""
+
+
+@dataclass
+class QuestionsConfig:
+    """What `evaluate suite=knowledge` asks, names or files by what they are about (docs/wmdp.md)."""
+
+    forget: list[str] = field(default_factory=list)
+    """Multiple-choice sets on what is to be forgotten, such as wmdp_bio."""
+    neighbor: list[str] = field(default_factory=list)
+    """The same on what lies near it, such as mmlu:virology."""
+    general: list[str] = field(default_factory=list)
+    """The same on everything else, such as mmlu."""
+    cloze_forget: list[str] = field(default_factory=list)
+    """Files of {prompt, completion, fact} to complete, on what is to be forgotten."""
+    cloze_neighbor: list[str] = field(default_factory=list)
+    """The same on what lies near it."""
+    cloze_general: list[str] = field(default_factory=list)
+    """The same on everything else."""
+    perplexity: list[str] = field(default_factory=list)
+    """Corpora whose perplexity is measured, such as wikitext."""
+
+
+@dataclass
 class DataConfig:
     """Which rows, and how they become tokens."""
 
     name: str = "demo"
-    """demo (generated), tofu (TOFU's files) or jsonl (your own files)."""
+    """demo or lore (generated), tofu (TOFU's files), jsonl (your own files) or corpora (plain texts by name)."""
     path: Optional[str] = None
-    """tofu: folder of the files, else GRUN_TOFU_DIR, else the hub; jsonl: folder that forget and retain lie in."""
+    """tofu: folder of the files, else GRUN_TOFU_DIR, else the hub; jsonl, corpora, questions: folder of the files."""
     forget: str = "forget05"
-    """tofu: forget split; jsonl: file of the rows to forget."""
+    """tofu: forget split; jsonl: file of the rows to forget; corpora: names or files, separated by commas."""
     retain: Optional[str] = None
-    """tofu: retain split (unset: the complement of forget); jsonl: file of the rows to keep."""
+    """tofu: retain split (unset: the complement of forget); jsonl: file of the rows to keep; corpora: as forget."""
     subset: str = "all"
     """What finetune teaches: all rows, or without_forget (the retain-only reference)."""
     heldout: int = 0
@@ -130,6 +187,9 @@ class DataConfig:
     allow_overlap: bool = False
     """Accept rows that stand in the forget and in the retain set."""
     demo: DemoConfig = field(default_factory=DemoConfig)
+    lore: LoreConfig = field(default_factory=LoreConfig)
+    text: TextConfig = field(default_factory=TextConfig)
+    questions: QuestionsConfig = field(default_factory=QuestionsConfig)
 
 
 @dataclass
@@ -215,6 +275,12 @@ class LossConfig:
     """pdu: step size of the retain weight, > 0 (published: dual_step_size)."""
     dual_warmup_epochs: Optional[float] = None
     """pdu: epochs before the retain weight first changes."""
+    steering: Optional[float] = None
+    """rmu: length of the control vector (published: steering_coeff); it has no default."""
+    rmu_block: Optional[int] = None
+    """rmu, activation_mse: block whose output they read; it has no default (published: layer_id, rmu_layer)."""
+    control_seed: Optional[int] = None
+    """rmu: seed of the control vector's direction; random_mapping: of the random vectors."""
     gate_warmup_steps: int = 0
     """Steps over which the weight of forget and retain rises from 0 to 1 (published: warm_up_gate_step x blocks)."""
 
@@ -235,6 +301,8 @@ class TrainConfig:
     """Forward passes of training all weights, held in float32: bfloat16, float32, or auto (the model's type)."""
     lr: float = 4e-3
     """Peak learning rate."""
+    optimizer: str = "adamw"
+    """adamw; legacy_adamw (transformers' former one: eps 1e-6, before bias correction); schedule_free (AdamW)."""
     schedule: str = "linear"
     """Learning-rate schedule after warm-up: linear, cosine, constant or another of transformers' plain ones."""
     warmup: float = 0.0
@@ -330,6 +398,8 @@ class EvaluateConfig(CommandConfig):
     """Evaluation folder of a model never taught the forget set; gives forget quality and PrivLeak."""
     strict: bool = False
     """Refuse an adapter that was trained on another fine-tune of the same shape (else a warning)."""
+    suite: str = "answers"
+    """answers (questions with reference answers), knowledge (multiple choice, cloze, perplexity), lm_eval or judge."""
     sets: list[str] = field(default_factory=list)
     """Sets to evaluate; empty: every one the corpus has (`sets` in docs/metrics.md)."""
     continuations: list[str] = field(default_factory=list)
@@ -346,6 +416,26 @@ class EvaluateConfig(CommandConfig):
     """Evaluate as a published evaluator does, its settings included: open-unlearning."""
     quirks: list[str] = field(default_factory=list)
     """Single quirks of it to switch on: eos_masked_attention, extraction_strength_floor, ratio_epsilon."""
+    formats: list[str] = field(default_factory=lambda: ["harness"])
+    """knowledge: how multiple-choice questions are put: harness (lm-evaluation-harness's wording), grun_paper."""
+    orders: list[str] = field(default_factory=lambda: ["rotations"])
+    """knowledge: in which orders options are shown: given, seeded (one drawn order), rotations (mean over all)."""
+    suffixes: list[str] = field(default_factory=list)
+    """knowledge: texts put behind "Answer:" before the letter is read, each asked beside the plain question."""
+    window: int = 2048
+    """knowledge: tokens of the window that perplexity slides over texts; the model's context where that is less."""
+    stride: int = 512
+    """knowledge: tokens by which the window moves on."""
+    tasks: list[str] = field(default_factory=list)
+    """lm_eval: tasks or groups of lm-evaluation-harness, such as wmdp_bio or mmlu."""
+    task_folder: Optional[str] = None
+    """lm_eval: folder of further tasks (their YAML files)."""
+    num_fewshot: Optional[int] = None
+    """lm_eval: examples before each question; unset: what the task says, else none."""
+    judge: Optional[str] = None
+    """judge: hub id or folder of a chat model, or callable:package.module:function of (prompt, response)."""
+    judge_max_new_tokens: int = 256
+    """judge: longest verdict of a chat model, tokens."""
 
 
 @dataclass
@@ -378,6 +468,27 @@ class ImportConfig:
     """Template to store, a name from `list templates`; unset: the one beside the model, or none."""
     output_dir: Optional[str] = None
     """Folder of the adapter. Must be set."""
+    overwrite: bool = False
+    """Replace what another run left in output_dir."""
+
+
+@dataclass
+class CorporaConfig:
+    """Write corpora to forget and to keep, from PKU-SafeRLHF or generated."""
+
+    source: Optional[str] = None
+    """safe_rlhf (from PKU-SafeRLHF's rows) or lore (generated). Must be set."""
+    path: Optional[str] = None
+    """safe_rlhf: folder of its train.jsonl and test.jsonl; unset: the hub (PKU-Alignment/PKU-SafeRLHF alpaca-7b)."""
+    category: str = "Privacy Violation"
+    """safe_rlhf: harm category whose unsafe responses are to be forgotten."""
+    split: str = "by_prompt"
+    """safe_rlhf: by_prompt (no prompt on both sides) or published (by rows, prompts leak)."""
+    format: str = "rows"
+    """safe_rlhf: rows ({prompt, completion}, for data.name=jsonl) or published (JSON strings, published names)."""
+    lore: LoreConfig = field(default_factory=LoreConfig)
+    output_dir: Optional[str] = None
+    """Folder of the corpora. Must be set."""
     overwrite: bool = False
     """Replace what another run left in output_dir."""
 

@@ -63,7 +63,9 @@ def use_cached(task: UnlearnTask, config: UnlearnConfig) -> CacheUse | None:
     try:
         packed = PackedModel(model.base, recompute=config.train.gradient_checkpointing)
         freezer = Freezer(packed, first, last_answer_token=bool(task.hidden))
-        problem = _difference(task, CachedEngine(model, packed, _frozen(freezer, task)), model.base)
+        problem = _difference(
+            task, CachedEngine(model, packed, _frozen(freezer, task), reads_head=task.reads_head), model.base
+        )
     except Exception as error:  # whatever a model's own code raises when it is called another way
         problem = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no message'}"
     if problem is not None:
@@ -76,21 +78,21 @@ def use_cached(task: UnlearnTask, config: UnlearnConfig) -> CacheUse | None:
     budget = bytes_of("cache.memory_budget", config.cache.memory_budget)
     store = PrefixStore(folder, identity, memory_budget=budget)
     rows = list(dict.fromkeys(row for name in task.continuations for row in task.rows(name)))
-    reference = set(task.reference_rows)
+    reference = set(task.reference_rows if task.reads_head else ())
     with progress("frozen prefix", len(rows)) as advance:
         completed = store.complete(rows, lambda missing: freezer.shards(rows, reference, set(missing)), advance)
     log.info(
         "frozen prefix of %d rows: %d found, %d computed, %.1f s, %.2f GB in %s",
         completed.rows, completed.found, completed.built, completed.seconds, completed.bytes / 1e9, completed.where,
     )  # fmt: skip
-    engine = CachedEngine(model, packed, store)
+    engine = CachedEngine(model, packed, store, reads_head=task.reads_head)
     task.engine = engine
     return CacheUse(engine, completed)
 
 
 def _frozen(freezer: Freezer, task: UnlearnTask) -> FrozenRows:
     rows = {row for batch in task.longest(CHECKED_ROWS).values() for row in batch.encoded}
-    shards = freezer.shards(sorted(rows, key=len), set(task.reference_rows))
+    shards = freezer.shards(sorted(rows, key=len), set(task.reference_rows if task.reads_head else ()))
     return {row: shard.row(index) for shard in shards for index, row in enumerate(shard.rows)}
 
 

@@ -129,7 +129,7 @@ def finetune(config: FinetuneConfig) -> Path:
     settings.pop("profile")
     hashes = corpus.hashes()
     taught_hash = hashes["taught_without_forget" if config.data.subset == "without_forget" else "taught"]
-    run_identity = identity(settings, taught=taught_hash, vocabulary=content_hash(_texts(corpus)))
+    run_identity = identity(settings, taught=taught_hash, vocabulary=content_hash(_texts(corpus, config.data.template)))
     for decides_nothing in ("device", "quantization"):  # quantized weights are never taught
         run_identity["config"]["model"].pop(decides_nothing)
     name = f"{Path(config.profile).stem}-{config.data.subset}-{content_hash(run_identity)[:12]}"
@@ -192,7 +192,7 @@ def _write(folder: Path, model: Any, tokenizer: Any, template: templates.Templat
 
 def _start(config: FinetuneConfig, corpus: Corpus) -> tuple[Any, Any, templates.Template]:
     if config.model.path == TINY:
-        model, tokenizer = build_tiny(config.model.tiny, _texts(corpus), config.seed)
+        model, tokenizer = build_tiny(config.model.tiny, _texts(corpus, config.data.template), config.seed)
         if config.model.dtype != "auto":
             model.to(getattr(torch, config.model.dtype))
         model = place(model, config.model.device)
@@ -203,10 +203,14 @@ def _start(config: FinetuneConfig, corpus: Corpus) -> tuple[Any, Any, templates.
     return model, tokenizer, template
 
 
-def _texts(corpus: Corpus) -> list[str]:
-    """Texts a tokenizer is trained on: the same for every subset, so that models can be compared token by token."""
+def _texts(corpus: Corpus, template: str) -> list[str]:
+    """Texts a tokenizer is trained on: the same for every subset, so that models can be compared token by token.
+
+    Answers begin as the template, where it is named, lets them.
+    """
+    prefix = templates.TEMPLATES.get(template).answer_prefix if template in templates.TEMPLATES else ""
     rows = corpus.taught(without_forget=False)
-    return [text for row in rows for text in (row.prompt, row.completion) if text] + corpus.refusals
+    return [text for row in rows for text in (row.prompt, prefix + row.completion) if text] + corpus.refusals
 
 
 def _question_labels(batch: Batch) -> Batch:

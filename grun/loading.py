@@ -40,7 +40,7 @@ class Loaded:
 
 
 def load_model(config: ModelConfig, adapter: str | None, *, strict: bool, gate_threshold: float | None) -> Loaded:
-    """A base model with an adapter on it: a GRUN adapter, one that PEFT knows (LoRA, left unmerged), or none.
+    """A base model with an adapter on it: a GRUN adapter, changed tensors, what PEFT knows (LoRA, unmerged), or none.
 
     Raises:
         ConfigError, ModelError: see `load_base`.
@@ -57,6 +57,8 @@ def load_model(config: ModelConfig, adapter: str | None, *, strict: bool, gate_t
     }
     if adapter is None:
         return Loaded(base, tokenizer, template, identity)
+    from grun.changed_tensors import KIND as CHANGED
+    from grun.changed_tensors import put_changed
     from grun.method.adapter import find_adapter, peft_type
 
     folder = find_adapter(adapter)
@@ -65,7 +67,11 @@ def load_model(config: ModelConfig, adapter: str | None, *, strict: bool, gate_t
         if gate_threshold is not None:
             raise ConfigError(f"gate_threshold needs a GRUN adapter; {adapter} is of type {kind}, which has no gates")
         identity["adapter"] = adapter_hash(folder)
-        return Loaded(_put_on(base, folder), tokenizer, templates.load(folder) or template, identity)
+        if kind == CHANGED:
+            put_changed(base, folder, strict=strict)
+        else:
+            base = _put_on(base, folder)
+        return Loaded(base, tokenizer, templates.load(folder) or template, identity)
     from grun.method.model import GrunModel
 
     model = GrunModel.from_pretrained(base, folder, strict=strict)

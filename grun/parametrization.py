@@ -22,6 +22,10 @@ if TYPE_CHECKING:
     from grun.data.templates import Template
 
 
+EMBEDDINGS = -1
+"""Stands for the token embeddings where blocks are named whose states are read."""
+
+
 @dataclass
 class StepOutput:
     """Everything an objective may look at after one forward pass.
@@ -45,13 +49,16 @@ class StepOutput:
     """Positions, a bool mask [batch, length], -> logits there [positions, vocabulary]; computed only when asked."""
     hidden_states: dict[int, Tensor] = field(default_factory=dict, repr=False)
     """Captured block outputs; read them through `hidden`."""
-    embeddings: Tensor | None = field(default=None, repr=False)
-    """Token embeddings, shape [batch, length, hidden size]; only where they were asked for."""
 
     @property
     def answer_logprobs(self) -> Tensor:
         """Summed log-probability of each row's answer, nats, shape [batch]."""
         return self.token_logprobs.sum(dim=1)
+
+    @property
+    def states(self) -> Tensor:
+        """Columns from the last prompt token on: those that predict answer tokens, and the answer: as `answer`."""
+        return self.answer | self.answer.roll(-1, dims=1)
 
     @property
     def answer_counts(self) -> Tensor:
@@ -83,7 +90,7 @@ class StepOutput:
     def hidden(self, block: int) -> Tensor:
         """Residual stream after block `block` (0-based), edit included, before the final norm: [batch, length, width].
 
-        KeyError for a block that the objective did not name in `Term.hidden`.
+        EMBEDDINGS names the token embeddings. KeyError for a block that the objective did not name in `Term.hidden`.
         """
         return self.hidden_states[block]
 
@@ -98,7 +105,7 @@ class Engine(Protocol):
         """A StepOutput for each batch; `hidden` names the blocks whose output the objective will read."""
         ...
 
-    def reference(self, batches: Mapping[str, Batch]) -> dict[str, StepOutput]:
+    def reference(self, batches: Mapping[str, Batch], hidden: Collection[int] = ()) -> dict[str, StepOutput]:
         """The same under the untouched model, without gradients."""
         ...
 

@@ -32,11 +32,12 @@ COMMANDS: dict[str, type[Any]] = {
     "evaluate": options.EvaluateConfig,
     "generate": options.GenerateConfig,
     "import": options.ImportConfig,
+    "corpora": options.CorporaConfig,
     "report": options.ReportConfig,
     "sweep": options.SweepConfig,
 }
 SHARED = ("model", "data", "seed")
-WITHOUT_PROFILE = ("import", "sweep")
+WITHOUT_PROFILE = ("import", "corpora", "sweep")
 """Commands that take nothing from profiles."""
 SECTIONS = ("description", "base", *SHARED, *(name for name in COMMANDS if name not in WITHOUT_PROFILE))
 

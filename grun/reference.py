@@ -63,7 +63,7 @@ class ReferencedEngine:
         """As the other engine does."""
         return self._engine.run(batches, hidden)
 
-    def reference(self, batches: Mapping[str, Batch]) -> dict[str, StepOutput]:
+    def reference(self, batches: Mapping[str, Batch], hidden: Collection[int] = ()) -> dict[str, StepOutput]:
         """Log-probabilities from the store; logits from it too, at the positions that predict an answer token."""
         return {name: self._look_up(batch) for name, batch in batches.items()}
 
@@ -173,8 +173,8 @@ def use_reference(
     head = problem = folder = None
     identity: dict[str, Any] = {}
     budget = bytes_of("cache.memory_budget", config.cache.memory_budget)
-    if needs == "all_logits":
-        problem = "the objective reads logits at all positions"
+    if needs in ("all_logits", "hidden"):
+        problem = f"the objective reads {'hidden states' if needs == 'hidden' else 'logits at all positions'}"
     elif needs == "logits":
         try:
             head = Head(base)

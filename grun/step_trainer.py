@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 from torch.utils.data import DataLoader, Dataset
 from transformers import Trainer, TrainingArguments
 
@@ -68,13 +69,26 @@ class _Trained(nn.Module):
 class StepTrainer(Trainer):
     """transformers' Trainer over a Task."""
 
-    def __init__(self, task: Task, arguments: TrainingArguments, step_log: StepLog, keep: int | None) -> None:
-        """See `train`; `keep` is the number of checkpoints kept, None for all."""
+    def __init__(
+        self,
+        task: Task,
+        arguments: TrainingArguments,
+        step_log: StepLog,
+        keep: int | None,
+        optimizer: tuple[type[Optimizer], dict[str, Any]] | None = None,
+    ) -> None:
+        """See `train`; `keep` is the number of checkpoints kept, None for all, `optimizer` as of `optimizer_of`."""
         self._task = task
         self._keep = keep
         self._staging: str | None = None
         self._logger = LogSteps(step_log)
-        super().__init__(model=_Trained(task), args=arguments, train_dataset=_Steps(task), callbacks=[self._logger])
+        super().__init__(
+            model=_Trained(task),
+            args=arguments,
+            train_dataset=_Steps(task),
+            callbacks=[self._logger],
+            optimizer_cls_and_kwargs=optimizer,
+        )
 
     def get_train_dataloader(self) -> DataLoader[StepData]:
         """One item is one step, in order; nothing is left for accelerate to shuffle or shard."""
@@ -93,6 +107,9 @@ class StepTrainer(Trainer):
     def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
         """Forward and backward over this process's micro-batches of one step; gradients are those of the whole step."""
         model.train()
+        optimizer: Any = self.optimizer
+        if hasattr(optimizer, "train"):  # a schedule-free one takes gradients elsewhere than at its average
+            optimizer.train()
         data: StepData = inputs
         step = self.state.global_step
         workers = processes.count()
@@ -158,6 +175,12 @@ class StepTrainer(Trainer):
         else:
             state = sharding.whole_state(self.model_wrapped)
         return {name.removeprefix("trained."): value for name, value in state.items()}
+
+    def keep_average(self) -> None:
+        """Once trained: the weights are the average of an optimizer that averages. Checkpoints hold what it trains."""
+        optimizer: Any = self.optimizer
+        if hasattr(optimizer, "eval"):
+            optimizer.eval()
 
     def make_whole(self) -> None:
         """Once trained: the first process has the whole module again where its weights were cut."""

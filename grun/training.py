@@ -28,6 +28,7 @@ from grun.config import TrainConfig
 from grun.errors import ConfigError
 from grun.files import writing
 from grun.memory import enough_memory, peak_memory_bytes
+from grun.optimizers import optimizer_of
 from grun.step_log import Look, Looks, StepLog
 from grun.step_trainer import TASK_FILE, StepTrainer, newest_checkpoint, step_of
 from grun.task import Task
@@ -60,6 +61,7 @@ def train(
     look: Look | None = None,
     *,
     smaller: Sequence[str] = (),
+    averaged: bool = True,
 ) -> TrainResult:
     """Train `task` to its last step, resuming from the newest complete checkpoint in `folder`.
 
@@ -73,6 +75,7 @@ def train(
         seed: of the random state.
         look: what is looked at from time to time.
         smaller: what, beside the options of training, would take less memory; said where memory does not suffice.
+        averaged: whether an optimizer that averages weights leaves the average in the module, or the last weights.
 
     Raises:
         ConfigError: transformers refuses an option, such as the schedule's name.
@@ -86,7 +89,8 @@ def train(
     with processes.agreed(), writing(folder):
         step_log = StepLog(folder / "log.jsonl", keep_to=resumed_from)
         looker = None if look is None else Looks(look, StepLog(folder / "monitor.jsonl", keep_to=resumed_from))
-    trainer = StepTrainer(task, arguments, step_log, None if config.keep_all_checkpoints else config.keep_checkpoints)
+    kept = None if config.keep_all_checkpoints else config.keep_checkpoints
+    trainer = StepTrainer(task, arguments, step_log, kept, optimizer_of(config, int(arguments.warmup_steps)))
     if looker is not None:
         trainer.add_callback(looker)
     if newest is not None:
@@ -98,6 +102,8 @@ def train(
     try:
         with enough_memory("training", _memory_advice(config, smaller)):
             trainer.train(resume_from_checkpoint=None if newest is None else str(newest))
+            if averaged:
+                trainer.keep_average()
             trainer.make_whole()
     finally:
         step_log.close()
@@ -145,7 +151,7 @@ def _arguments(task: Task, config: TrainConfig, checkpoints: Path, seed: int) ->
             warmup_steps=warmup,
             weight_decay=config.weight_decay,
             max_grad_norm=config.max_grad_norm,
-            optim="adamw_torch",
+            optim="adamw_torch",  # where `optimizer_of` gives no other
             save_strategy="steps" if config.save_steps else "no",
             save_steps=config.save_steps or 500,
             logging_strategy="no",

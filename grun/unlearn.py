@@ -7,6 +7,7 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from random import Random
 from typing import Any
 from zlib import crc32
 
@@ -15,10 +16,10 @@ from torch import Tensor
 
 from grun import processes, sharding
 from grun.checks import check, quirks_in_force
-from grun.config import UnlearnConfig
+from grun.config import DataConfig, MethodConfig, UnlearnConfig
 from grun.data import templates
 from grun.data.corpus import Corpus, load_corpus
-from grun.data.encoding import EncodedRow, collate, encode_rows
+from grun.data.encoding import EncodedRow, collate, encode_rows, encode_texts
 from grun.data.rows import Row
 from grun.data.sampling import epoch_order, fixed_retain_index, retain_index
 from grun.devices import input_device
@@ -29,6 +30,7 @@ from grun.loading import context_length, load_base
 from grun.method.adapter import CONFIG_FILE, WEIGHTS_FILE
 from grun.method.fingerprint import fingerprint
 from grun.method.gate_pretraining import pretrain_gates
+from grun.method.model import resolve_blocks
 from grun.method.plain import PlainEngine
 from grun.micro_batches import MicroBatch, cut
 from grun.objectives.presets import Objective, build_objective
@@ -71,8 +73,12 @@ class UnlearnTask:
         device: torch.device,
         fixed_pairing: bool = False,
         engine: Engine | None = None,
+        depth: int = 0,
     ) -> None:
-        """`config` gives epochs, batch size, micro-batch size and seed; the engine is plain where none is given."""
+        """`config` gives epochs, batch size, micro-batch size and seed; the engine is plain where none is given.
+
+        `depth` is the number of the model's blocks, for objectives that read the states of all of them.
+        """
         self.module = parametrization.module
         self.device = device
         self.parametrization = parametrization
@@ -88,7 +94,8 @@ class UnlearnTask:
         self._weights = objective.weights
         self._epochs = 0  # finished before the step at hand
         self.continuations = objective.continuations
-        self.hidden = objective.hidden
+        self.reads_head = objective.reads_head
+        self.hidden = objective.hidden(depth)
         """Blocks whose outputs the objective reads."""
 
     @property
@@ -110,9 +117,10 @@ class UnlearnTask:
     def loss(self, batch: MicroBatch, counts: dict[str, int], step: int) -> tuple[Tensor, dict[str, float]]:
         """Weighted sum of the terms' shares of this micro-batch in the whole step."""
         objective = self._objective
+        compared = {name: batch[name] for name in objective.reference_continuations}
         outputs = Outputs(
-            self.engine.run(batch, objective.hidden),
-            self.engine.reference({name: batch[name] for name in objective.reference_continuations}),
+            self.engine.run(batch, self.hidden),
+            self.engine.reference(compared, self.hidden if objective.reference == "hidden" else ()),
         )
         warmup = objective.warmup(step)
         self._epochs = step // self._steps_per_epoch
@@ -214,7 +222,10 @@ def unlearn(config: UnlearnConfig) -> Path:
 
     limit = min(config.data.max_length or 2**30, context_length(base))
     with processes.agreed():
-        rows = encode_unlearn_rows(corpus, tokenizer, template, limit, strict=config.data.strict, seed=config.seed)
+        rows = encode_unlearn_rows(corpus, tokenizer, template, limit, config.data, seed=config.seed)
+        depth = len(find_blocks(base)[1])
+        if "rmu_hidden_state_index" not in quirks:
+            check_blocks(objective, config.method, depth)
         in_base = sum(parameter.numel() for parameter in base.parameters())
         torch.manual_seed(config.seed)
         parametrization.prepare(base, template)
@@ -234,6 +245,7 @@ def unlearn(config: UnlearnConfig) -> Path:
         pad_id=int(tokenizer.pad_token_id),
         device=input_device(base),
         fixed_pairing="retain_fixed_pairing" in quirks,
+        depth=depth,
     )
     if state == "new":
         processes.of_first(lambda: claim(folder, run_identity))
@@ -314,16 +326,33 @@ def saved_bytes(folder: Path) -> int:
 
 
 def encode_unlearn_rows(
-    corpus: Corpus, tokenizer: Any, template: templates.Template, max_length: int, *, strict: bool, seed: int
+    corpus: Corpus, tokenizer: Any, template: templates.Template, max_length: int, data: DataConfig, *, seed: int
 ) -> UnlearnRows:
-    """Encode what unlearning uses; the refusal of each forget row is drawn once, as a function of `seed`."""
+    """Encode what unlearning uses: the refusal of each forget row, and where plain texts are cut, depend on `seed`."""
 
-    def encoded(rows: Sequence[Row]) -> list[EncodedRow]:
-        return encode_rows(rows, tokenizer, template, max_length, strict)
+    def encoded(name: str, rows: Sequence[Row]) -> list[EncodedRow]:
+        if data.text.cut == "whole" or not _are_texts(rows):
+            return encode_rows(rows, tokenizer, template, max_length, data.strict)
+        texts = [row.completion for row in rows for _ in range(data.text.copies)]
+        cuts = [
+            Random(f"{seed}/{name}/{number}").random() if data.text.cut == "random" else float(data.text.cut)
+            for number in range(len(texts))
+        ]
+        return encode_texts(texts, tokenizer, max_length, cuts)
 
-    refusals = draw_refusals(corpus, seed)
-    refused = [replace(row, completion=text) for row, text in zip(corpus.forget, refusals, strict=True)]
-    return UnlearnRows(encoded(corpus.forget), encoded(refused), encoded(corpus.retain))
+    forget = encoded("forget", corpus.forget)
+    refused: list[EncodedRow] = []
+    if not _are_texts(corpus.forget):
+        refusals = draw_refusals(corpus, seed)
+        refused = encoded(
+            "refused", [replace(row, completion=text) for row, text in zip(corpus.forget, refusals, strict=True)]
+        )
+    return UnlearnRows(forget, refused, encoded("retain", corpus.retain))
+
+
+def _are_texts(rows: Sequence[Row]) -> bool:
+    """Whether rows are plain texts, which ask nothing."""
+    return bool(rows) and all(row.prompt is None for row in rows)
 
 
 def draw_refusals(corpus: Corpus, seed: int) -> list[str]:
@@ -334,5 +363,27 @@ def draw_refusals(corpus: Corpus, seed: int) -> list[str]:
 def _check_rows(corpus: Corpus, objective: Objective) -> None:
     if not corpus.retain and "retain" in objective.continuations:
         raise ConfigError("the retain set is empty, but the objective has a retain or gate term; name data.retain")
+    if _are_texts(corpus.forget) and "refusal" in objective.continuations:
+        raise ConfigError(
+            "the objective answers forget questions with refusals, but the forget set is plain texts; choose another "
+            "objective (rmu, npo, max_entropy), or give rows with questions"
+        )
     if not corpus.refusals and "refusal" in objective.continuations:
         raise ConfigError("there are no refusals, but the objective has a term that reads them; name data.refusals")
+
+
+def check_blocks(objective: Objective, method: MethodConfig, depth: int) -> None:
+    """ConfigError for a state that no block has, and for edits that an objective of states alone cannot train."""
+    states = objective.hidden(depth)
+    if not states:
+        return
+    if max(states) >= depth:
+        raise ConfigError(f"loss.rmu_block={max(states)}: the model has {depth} blocks, 0 to {depth - 1}")
+    if method.parametrization not in ("grun", "reft") or objective.reads_head:
+        return
+    blocks = resolve_blocks(method.blocks, depth)
+    if max(blocks) > max(states):
+        raise ConfigError(
+            f"method.blocks={method.blocks}: the objective reads the output of block {max(states)}, so the edit at "
+            f"block {max(blocks)} would stay untrained; raise loss.rmu_block or leave that block out"
+        )

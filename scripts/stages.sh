@@ -1,5 +1,5 @@
-# Shell functions that cmd_finetune.sh, cmd_grun.sh, cmd_baseline.sh and cmd_eval.sh share: where an override goes, how a
-# stage's command line is made, checked, printed or run. The cmd_*.sh sets, before `read_overrides`:
+# Shell functions that cmd_finetune.sh, cmd_grun.sh, cmd_baseline.sh, cmd_wmdp.sh and cmd_eval.sh share: where an
+# override goes, how a stage's command line is made, checked, printed or run. The cmd_*.sh sets, before `read_overrides`:
 #   STAGES         the stages it runs, of: finetune unlearn evaluate sweep report
 #   DEFAULT_STAGE  the one that a bare key=value goes to
 
@@ -89,26 +89,29 @@ read_overrides() {
   done
 }
 
-# The functions *_command put a stage's arguments into the array COMMAND. ${x[@]+"${x[@]}"} is "${x[@]}" that bash 3.2
-# accepts for an empty array under set -u.
+# The functions *_command put a stage's arguments into the array COMMAND, and the program that gets them into MODULE.
+# ${x[@]+"${x[@]}"} is "${x[@]}" that bash 3.2 accepts for an empty array under set -u.
 
 # finetune_command SUBSET [BASE_MODEL]
 finetune_command() {
+  MODULE=grun
   COMMAND=(finetune "profile=$PROFILE")
   if [ -n "${2:-}" ]; then COMMAND+=("model.path=$2"); fi
   if [ -n "${DATA_DIR:-}" ]; then COMMAND+=("data.path=$DATA_DIR"); fi
   COMMAND+=("data.subset=$1" ${finetune_overrides[@]+"${finetune_overrides[@]}"})
 }
 
-# unlearn_command MODEL OBJECTIVE
+# unlearn_command MODEL OBJECTIVE [NAME]: the result goes to the folder NAME, else to one called as the objective.
 unlearn_command() {
+  MODULE=grun
   COMMAND=(unlearn "profile=$PROFILE" "model.path=$1" "objective=$2")
   if [ -n "${DATA_DIR:-}" ]; then COMMAND+=("data.path=$DATA_DIR"); fi
-  COMMAND+=("output_dir=$RESULTS/$2" ${unlearn_overrides[@]+"${unlearn_overrides[@]}"})
+  COMMAND+=("output_dir=$RESULTS/${3:-$2}" ${unlearn_overrides[@]+"${unlearn_overrides[@]}"})
 }
 
 # evaluate_command MODEL NAME [ADAPTER]; where REFERENCE is set, the evaluation that forget quality compares with.
 evaluate_command() {
+  MODULE=grun
   COMMAND=(evaluate "profile=$PROFILE" "model.path=$1")
   if [ -n "${3:-}" ]; then COMMAND+=("adapter=$3"); fi
   if [ -n "${REFERENCE:-}" ]; then COMMAND+=("reference=$REFERENCE"); fi
@@ -120,6 +123,7 @@ evaluate_command() {
 # shares what they have in common; results go to evaluation/NAMESUFFIX, NAME that of the adapter's folder.
 evaluate_adapters_command() {
   local adapter list=
+  MODULE=grun
   COMMAND=(evaluate "profile=$PROFILE" "model.path=$1")
   for adapter in "${@:3}"; do list="$list,$(in_list "$adapter")"; done
   COMMAND+=("adapters=[${list#,}]" "with_base=before")
@@ -138,11 +142,13 @@ in_list() {
 }
 
 report_command() {
+  MODULE=grun
   COMMAND=(report "profile=$PROFILE" "results_dir=$RESULTS" ${report_overrides[@]+"${report_overrides[@]}"})
 }
 
 # sweep_command MODEL RETAIN_MODEL: options of unlearn and evaluate go along as lists.
 sweep_command() {
+  MODULE=grun
   COMMAND=(sweep "sweep=$SWEEP" "profile=$PROFILE" "model=$1")
   if [ -n "$2" ]; then COMMAND+=("retain_model=$2"); fi
   COMMAND+=("results_dir=$RESULTS" "jobs=$JOBS")
@@ -167,7 +173,7 @@ as_list() {
 check_command() {
   local status=0
   if [ -z "$PYTHON" ]; then return 0; fi
-  "$PYTHON" -m grun "${COMMAND[@]}" --print-config >/dev/null || status=$?
+  "$PYTHON" -m "$MODULE" "${COMMAND[@]}" --print-config >/dev/null || status=$?
   if [ "$status" -ne 0 ]; then
     say "nothing was run"
     exit "$status"
@@ -185,7 +191,7 @@ quoted() {
 print_command() {
   local word line
   line=$(quoted "${PYTHON:-python}")
-  for word in -m grun "${COMMAND[@]}"; do line="$line $(quoted "$word")"; done
+  for word in -m "$MODULE" "${COMMAND[@]}"; do line="$line $(quoted "$word")"; done
   printf '%s\n' "$line"
 }
 
@@ -198,9 +204,23 @@ run_stage() {
   fi
   say "== $1 (after $SECONDS s)"
   case "${COMMAND[0]}" in
-    report | sweep) "$PYTHON" -m grun "${COMMAND[@]}" ;;
-    *) "$PYTHON" -m grun "${COMMAND[@]}" >&2 ;;
+    report | sweep) "$PYTHON" -m "$MODULE" "${COMMAND[@]}" ;;
+    *) "$PYTHON" -m "$MODULE" "${COMMAND[@]}" >&2 ;;
   esac
+}
+
+# run_for_folder TITLE: as run_stage, and sets FOLDER to the last line that the command prints, the folder of its result.
+run_for_folder() {
+  if dry_run; then
+    print_command
+    return 0
+  fi
+  say "== $1 (after $SECONDS s)"
+  FOLDER=$("$PYTHON" -m "$MODULE" "${COMMAND[@]}" | tail -n 1)
+  if [ ! -d "$FOLDER" ]; then
+    say "error: the command ended without naming the folder of its result (its last line: '$FOLDER')"
+    exit 1
+  fi
 }
 
 # teach SUBSET [BASE_MODEL]: sets TAUGHT to the folder of the taught model, which `finetune` prints last.
@@ -210,12 +230,8 @@ teach() {
     print_command
     if [ "$1" = all ]; then TAUGHT='models/<taught>'; else TAUGHT="models/<taught $1>"; fi
   else
-    say "== finetune: $1 (after $SECONDS s)"
-    TAUGHT=$("$PYTHON" -m grun "${COMMAND[@]}" | tail -n 1)
-    if [ ! -d "$TAUGHT" ]; then
-      say "error: finetune ended without naming the folder of the taught model (its last line: '$TAUGHT')"
-      exit 1
-    fi
+    run_for_folder "finetune: $1"
+    TAUGHT=$FOLDER
   fi
 }
 
@@ -253,4 +269,28 @@ teach_models() {
     teach without_forget
     RETAIN_MODEL=$TAUGHT
   fi
+}
+
+# teach_models, both models at once where both are taught: small models use one core well and two badly.
+teach_both() {
+  local other status=0 threads
+  if [ -n "$MODEL" ] || [ "$reference" != taught ] || dry_run; then
+    teach_models
+    return
+  fi
+  threads=$((($(getconf _NPROCESSORS_ONLN) + 1) / 2))
+  mkdir -p "$RESULTS"
+  finetune_command without_forget
+  OMP_NUM_THREADS=$threads "$PYTHON" -m grun "${COMMAND[@]}" >"$RESULTS/retain_only.folder" 2>"$RESULTS/retain_only.log" &
+  other=$!
+  trap 'kill "$other" 2>/dev/null' EXIT
+  OMP_NUM_THREADS=$threads teach all
+  MODEL=$TAUGHT
+  wait "$other" || status=$?
+  trap - EXIT
+  if [ "$status" -ne 0 ]; then
+    tail -n 1 "$RESULTS/retain_only.log" >&2
+    exit "$status"
+  fi
+  RETAIN_MODEL=$(tail -n 1 "$RESULTS/retain_only.folder")
 }

@@ -141,7 +141,7 @@ class PaddedLeft:
     def run(self, batches: Mapping[str, Batch], hidden: Collection[int] = ()) -> dict[str, StepOutput]:
         return {name: self._one(batch) for name, batch in batches.items()}
 
-    def reference(self, batches: Mapping[str, Batch]) -> dict[str, StepOutput]:
+    def reference(self, batches: Mapping[str, Batch], hidden: Collection[int] = ()) -> dict[str, StepOutput]:
         with self._model.disabled(), torch.no_grad():
             return self.run(batches)
 
@@ -437,7 +437,7 @@ def reading(*blocks: int) -> Objective:
         before = output.answer.roll(-1, dims=1)  # from the last prompt token on
         return TermValue(torch.stack([output.hidden(block)[before].pow(2).mean() for block in blocks]).sum(), 1)
 
-    term = Term("forget", "row", ("answer",), total, hidden=lambda _: blocks)
+    term = Term("forget", "row", ("answer",), total, hidden=lambda *_: blocks)
     made = objective_of("gd")
     return dataclasses.replace(made, terms={**made.terms, "forget": term})
 

@@ -206,6 +206,15 @@ def loop_pdu(case: Case) -> list[float]:
     return [(max(logits) - sum(logits) / len(logits)) ** 2 for logits in of_tokens]
 
 
+def loop_max_entropy(case: Case) -> list[float]:
+    of_tokens = [softmax(logits) for row in case.model["answer"] for logits, _ in row.predictions()]
+    return [sum(p * math.log(p) for p in of) for of in of_tokens]
+
+
+def loop_min_posterior(case: Case) -> list[float]:
+    return [-math.log(1 - math.exp(one)) for one in logprobs(case.model["answer"])]
+
+
 def loop_kl(case: Case) -> list[float]:
     values = []
     for row, untouched in zip(case.model["retain"], case.reference["retain"], strict=True):
@@ -228,6 +237,8 @@ CLOSED: dict[str, Callable[[Case], list[float]]] = {
     "undial": loop_undial,
     "ceu": loop_ceu,
     "pdu": loop_pdu,
+    "max_entropy": loop_max_entropy,
+    "min_posterior": loop_min_posterior,
     "ce": lambda case: [-one for one in logprobs(case.model["retain"])],
     "ce_sum": lambda case: [-one for one in summed(case.model["retain"])],
     "kl": loop_kl,
@@ -238,7 +249,9 @@ CHANGED = {"beta": 0.7, "beta1": 1.5, "beta2": 0.5, "margin": 0.4}
 
 
 def test_every_term_has_a_closed_form_here() -> None:
-    assert set(CLOSED) == set(TERMS.names()) - {"bce_row"}  # the gate term's is in test_objectives.py
+    of_gates_and_states = {"bce_row", "random_mapping", "rmu", "activation_mse"}
+    # in test_objectives.py, test_output_space_terms.py and test_rmu_terms.py
+    assert set(CLOSED) == set(TERMS.names()) - of_gates_and_states
 
 
 @pytest.mark.parametrize("name", CLOSED)
@@ -328,7 +341,9 @@ def test_each_option_of_the_dual_step_changes_the_next_retain_weight(option: str
 def test_every_option_of_a_term_is_a_field_of_the_config_and_every_such_field_is_some_terms() -> None:
     given = {"forget", "retain", "gate", "forget_weight", "retain_weight", "gate_weight", "gate_warmup_steps"}
     assert {option for _, option in READ} == {field.name for field in fields(LossConfig)} - given
-    assert {option for name, option in READ if option not in CHANGED} == {"eta", "epsilon", "dual_warmup_epochs"}
+    elsewhere = {"eta", "epsilon", "dual_warmup_epochs"}  # in the tests of the dual step
+    elsewhere |= {"steering", "rmu_block", "control_seed"}  # in test_rmu_terms.py and test_output_space_terms.py
+    assert {option for name, option in READ if option not in CHANGED} == elsewhere
 
 
 def test_options_have_the_published_defaults() -> None:
@@ -340,6 +355,9 @@ def test_options_have_the_published_defaults() -> None:
         "satimp": {"beta1": 5.0, "beta2": 1.0},
         "undial": {"beta": 10.0},
         "pdu": {"eta": 1.0, "epsilon": None, "dual_warmup_epochs": 5.0},
+        "rmu": {"rmu_block": None, "steering": None, "control_seed": 42.0},
+        "random_mapping": {"control_seed": 42.0},
+        "activation_mse": {"rmu_block": None},
     }
 
 
@@ -484,7 +502,9 @@ def test_quirks_are_off_by_default_and_need_the_untouched_models_logits_everywhe
 def test_every_objective_says_the_most_that_it_reads_of_the_untouched_model() -> None:
     expected = {name: "none" for name in OBJECTIVES.names()}
     expected |= {name: "logprobs" for name in ("npo", "npo_only", "dpo", "dpo_only", "manual_npo_grad_diff")}
-    expected |= {name: "logits" for name in ("kl", "npo_kl", "dpo_kl", "undial")}
+    expected |= {name: "logits" for name in ("kl", "npo_kl", "dpo_kl", "undial", "rmu_kl")}
+    expected |= {"rmu": "hidden"}
     loss = {"pdu": LossConfig(epsilon=0.3)}
+    loss |= dict.fromkeys(("rmu", "rmu_kl", "rmu_ce"), LossConfig(rmu_block=3, steering=6.5))
     found = {name: build_objective(name, loss.get(name, LossConfig()), gated=True).reference for name in expected}
     assert found == expected

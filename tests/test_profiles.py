@@ -249,9 +249,9 @@ def test_a_wrong_argument_is_one_line(argument: str, message: str) -> None:
         ("method.parametrization=foo", "unknown parametrization 'foo': known: full, grun, lora, reft"),
         ("objective=foo", "unknown objective 'foo': known: ceu, dpo, "),
         ("loss.forget=ce", "known forget terms: ga, ga_sum, idk, idk_concat, npo, dpo, "),
-        ("compat=foo", "unknown compat 'foo': known: grun-paper, open-unlearning"),
+        ("compat=foo", "unknown compat 'foo': known: grun-paper, llm360, open-unlearning"),
         ("quirks=[foo]", "unknown quirk 'foo': known: dropout_on_hidden, kl_all_positions, "),
-        ("data.name=foo", "unknown data.name 'foo': known: demo, jsonl, tofu"),
+        ("data.name=foo", "unknown data.name 'foo': known: corpora, demo, jsonl, lore, tofu"),
         ("data.subset=foo", "unknown data.subset 'foo': known: all, without_forget"),
         ("data.template=foo", "unknown template 'foo': known: auto, chat"),
         ("data.template={promt}", "must contain {prompt} exactly once"),
@@ -272,6 +272,8 @@ def test_compat_switches_on_every_quirk_of_its_source() -> None:
     assert quirks_in_force(resolve("unlearn", ["compat=grun-paper", "quirks=[dropout_on_hidden]"])) == both
     of_terms = ["kl_all_positions", "undial_all_positions"]
     assert quirks_in_force(resolve("unlearn", ["compat=open-unlearning"])) == of_terms
+    of_llm360 = ["max_entropy_all_positions", "random_mapping_all_positions"]
+    assert quirks_in_force(resolve("unlearn", ["compat=llm360"])) == of_llm360
 
 
 @pytest.mark.parametrize("argument", ["loss.beta=null", "loss.beta="])

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from grun.data import tofu
 from grun.data.jsonl import read_rows
 from grun.data.rows import Row, common_rows, count_overlap, evenly_spaced, hash_rows
+from grun.data.texts import load_texts, split_names
 from grun.errors import ConfigError, DataError
 from grun.files import content_hash
 from grun.registry import unknown_name
@@ -23,7 +24,7 @@ class Corpus:
     """Rows by what is done with them."""
 
     name: str
-    """demo, tofu or jsonl."""
+    """demo, lore, tofu, jsonl or corpora."""
     forget: list[Row]
     """To be forgotten."""
     retain: list[Row]
@@ -96,7 +97,9 @@ def load_corpus(config: DataConfig) -> Corpus:
         ConfigError: an option is unknown, missing or contradictory.
         DataError: rows are missing or malformed, or stand in the forget and in the retain set.
     """
-    loaders = {"demo": _load_demo, "tofu": _load_tofu, "jsonl": _load_jsonl}
+    loaders = {
+        "demo": _load_demo, "lore": _load_lore, "tofu": _load_tofu, "jsonl": _load_jsonl, "corpora": _load_corpora
+    }  # fmt: skip
     if config.name not in loaders:
         raise ConfigError(unknown_name("data.name", config.name, list(loaders)))
     _check_options(config)
@@ -187,6 +190,23 @@ def _load_demo(config: DataConfig) -> Corpus:
     )
 
 
+def _load_lore(config: DataConfig) -> Corpus:
+    """The generated lore: prose is what unlearning reads, prose and questions are what is taught."""
+    from grun.data import lore
+
+    groups = lore.build(config.lore)
+    taught = {name: lore.taught(facts, config.lore.orders) for name, facts in groups.items()}
+    kept = [row for name, rows in taught.items() if name != "forget" for row in rows]
+    kept += lore.matching(config.lore.matching, config.lore.seed)
+    return Corpus(
+        name="lore",
+        forget=lore.texts(groups["forget"]),
+        retain=lore.texts(groups["retain"]),
+        known=taught["forget"] + kept,
+        known_without_forget=kept,
+    )
+
+
 def _rows(records: Iterable[dict[str, Any]], group: str) -> list[Row]:
     return [Row.from_record(record, f"demo {group} row {number}") for number, record in enumerate(records, start=1)]
 
@@ -246,6 +266,29 @@ def _load_jsonl(config: DataConfig) -> Corpus:
         forget=forget,
         retain=retain,
         unknown=read_rows(folder / Path(config.unknown).expanduser()) if config.unknown else [],
+        refusals=_refusals(config.refusals),
+        known=forget + retain,
+        known_without_forget=retain,
+    )
+
+
+def _load_corpora(config: DataConfig) -> Corpus:
+    """Plain texts by name; `Row.extra` names the corpus of each."""
+    if not config.retain:
+        raise ConfigError("data.name=corpora needs data.retain, the corpora to keep, such as wikitext")
+    text = config.text
+    forget, retain = (
+        [
+            Row(None, content, {"corpus": name})
+            for name in split_names(names)
+            for content in load_texts(name, folder=config.path, jsonl=text.jsonl, min_characters=text.min_characters)
+        ]
+        for names in (config.forget, config.retain)
+    )
+    return Corpus(
+        name="corpora",
+        forget=forget,
+        retain=retain,
         refusals=_refusals(config.refusals),
         known=forget + retain,
         known_without_forget=retain,

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from grun.data.rows import Row
-from grun.data.templates import Template, encode
+from grun.data.templates import TEMPLATES, Template, encode
 from grun.errors import DataError
 
 if TYPE_CHECKING:
@@ -21,6 +21,8 @@ logger = logging.getLogger(__name__)
 
 IGNORED = -100
 """Label of a position that no loss counts."""
+PLAIN = TEMPLATES.get("text")
+"""Template of plain texts."""
 
 
 @dataclass(frozen=True)
@@ -83,6 +85,35 @@ def encode_rows(
     if cut:
         logger.warning(f"{cut} of {len(rows)} answers were cut to make rows of {max_length} tokens")
     return encoded
+
+
+def encode_texts(
+    texts: Sequence[str],
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int | None,
+    cuts: Sequence[float] | None = None,
+) -> list[EncodedRow]:
+    """Encode plain texts, without an end token: the start of each as its prompt, the rest as its answer.
+
+    Args:
+        texts: what is tokenized, the tokenizer's start token in front.
+        tokenizer: of the model.
+        max_length: longest row, tokens, start token included; None: no limit.
+        cuts: for each text the share of its tokens that is its prompt, in (0, 1), rounded down; None: the first token
+            alone. Prompt and answer have at least one token each.
+
+    Raises:
+        DataError: a text has fewer than two tokens, start token included.
+    """
+    rows = []
+    for number, text in enumerate(texts):
+        prompt_ids, answer_ids, _ = encode(PLAIN, tokenizer, None, text)
+        ids = [*prompt_ids, *answer_ids[:-1]][:max_length]
+        if len(ids) < 2:
+            raise DataError(f"text {number + 1} of {len(texts)} has {len(ids)} tokens; at least 2 are needed: {text!r}")
+        length = 1 if cuts is None else min(max(1, int(cuts[number] * len(ids))), len(ids) - 1)
+        rows.append(EncodedRow(tuple(ids[:length]), tuple(ids[length:])))
+    return rows
 
 
 @dataclass

@@ -100,6 +100,7 @@ for _template, _description in (
         Template("pku_alpaca", "string", "BEGINNING OF CONVERSATION: USER: {prompt} ASSISTANT:", " "),
         "PKU-SafeRLHF's: BEGINNING OF CONVERSATION: USER: ... ASSISTANT: ...",
     ),
+    (Template("text", "string", "{prompt}", " "), "the prompt as it is, and a blank before the answer"),
     (Template("chat", "chat"), "the tokenizer's own chat template, system prompt and date pinned"),
     (Template("tiny", "string", "<|user|>{prompt}<|answer|>"), "control tokens of the demo's tokenizer"),
 ):

@@ -63,9 +63,23 @@ def evaluate_adapters(config: EvaluateConfig, output_dir: Path) -> dict[str, dic
     end is what `evaluate` would write for that adapter alone, so an evaluation that is there already is found. Scores
     may differ by rounding: which blocks are shared depends on the lowest block that an adapter of the list edits.
     """
+    check(config)
+    singles, others = single_evaluations(config, output_dir)
+    gated = {folder: single for folder, single in singles.items() if folder not in others}
+    results = _evaluate_gated(gated) if gated else {}
+    if others and processes.is_first():
+        print(f"evaluated one after another, since only GRUN adapters share passes: {len(others)}", file=sys.stderr)
+    results |= {str(folder): evaluate(singles[folder], folder) for folder in others}
+    return {str(folder): results[str(folder)] for folder in singles}
+
+
+def single_evaluations(config: EvaluateConfig, output_dir: Path) -> tuple[dict[Path, EvaluateConfig], list[Path]]:
+    """The evaluation of each of config.adapters, and of the base, by its folder; and the folders of other than GRUN's.
+
+    The base counts with GRUN's adapters, which can be put on a model and taken off.
+    """
     from grun.method.adapter import find_adapter, peft_type
 
-    check(config)
     alone = replace(config, adapters=[], suffix=None, with_base=None)
     named = {adapter_name(adapter): replace(alone, adapter=adapter) for adapter in config.adapters}
     if config.with_base:
@@ -78,12 +92,7 @@ def evaluate_adapters(config: EvaluateConfig, output_dir: Path) -> dict[str, dic
         raise ConfigError(
             f"gate_threshold needs GRUN adapters; {singles[folder].adapter} is of type {kind}, which has no gates"
         )
-    gated = {folder: single for folder, single in singles.items() if folder not in others}
-    results = _evaluate_gated(gated) if gated else {}
-    if others and processes.is_first():
-        print(f"evaluated one after another, since only GRUN adapters share passes: {len(others)}", file=sys.stderr)
-    results |= {str(folder): evaluate(singles[folder], folder) for folder in others}
-    return {str(folder): results[str(folder)] for folder in singles}
+    return singles, list(others)
 
 
 def _evaluate_gated(configs: Mapping[Path, EvaluateConfig]) -> dict[str, dict[str, Any]]:

@@ -134,7 +134,7 @@ def score_items(
                 stack.callback(journal.close)
         advance = stack.enter_context(progress("scoring", len(rows) * len(subjects), shown=journals is not None))
         masked, pad_id = _masked_id(tokenizer, config), tokenizer.pad_token_id
-        stack.enter_context(enough_memory("scoring", _memory_advice(config)))
+        stack.enter_context(enough_memory("scoring", memory_advice(config)))
         scored = score_together(
             subjects, rows, config.batch_size, pad_id, advance, masked_id=masked, journals=opened, first=first
         )
@@ -191,7 +191,7 @@ def answer_questions(
         if journals is not None:
             journal = Journal(journals / journal_file("generations"), to_json=list, from_json=Answer.from_json)
             stack.callback(journal.close)
-        stack.enter_context(enough_memory("answering", _memory_advice(config)))
+        stack.enter_context(enough_memory("answering", memory_advice(config)))
         answers = generate_answers(
             model,
             tokenizer,
@@ -210,7 +210,7 @@ def answer_questions(
     return {question.prompt_ids: answer for question, answer in zip(asked, answers, strict=True)}
 
 
-def _memory_advice(config: EvaluateConfig) -> list[str]:
+def memory_advice(config: EvaluateConfig) -> list[str]:
     """What takes less memory in evaluation."""
     size = config.batch_size
     advice = [f"batch_size={size // 2} (it is {size} now)"] if size > 1 else []

@@ -98,24 +98,32 @@ def make_plan(
     }
     tokens = content_hash([[item.set, item.kind, item.row.prompt_ids, item.row.answer_ids] for item in items])
     key = content_hash({**inputs, "tokens": tokens})
-    if previous is not None and previous.get("key") != key:
-        if not config.overwrite:
-            there = {name: previous.get(name) for name in inputs}
-            raise RunError(
-                f"{folder} holds another evaluation ({first_difference(there, inputs)}); choose another output_dir or "
-                "pass overwrite=true"
-            )
-        previous = None
+    previous = same_evaluation(folder, previous, key, inputs, config.overwrite)
     from_base = {}
     if config.base_evaluation is not None and previous is None:
         from_base = answers_of_base(Path(config.base_evaluation), inputs, sets, items)
     return Plan(config, folder, subject, tokenizer, sets, items, tokens, inputs, key, previous, from_base)
 
 
-def code_hash() -> str:
-    """Hash of the sources that decide what a model is asked and what it says."""
+def same_evaluation(
+    folder: Path, previous: dict[str, Any] | None, key: str, inputs: Mapping[str, Any], overwrite: bool
+) -> dict[str, Any] | None:
+    """`previous` if it is the evaluation of `key`, None if it may be replaced; else a RunError."""
+    if previous is None or previous.get("key") == key:
+        return previous
+    if not overwrite:
+        there = {name: previous.get(name) for name in inputs}
+        raise RunError(
+            f"{folder} holds another evaluation ({first_difference(there, inputs)}); choose another output_dir or "
+            "pass overwrite=true"
+        )
+    return None
+
+
+def code_hash(patterns: Sequence[str] = CODE) -> str:
+    """Hash of the sources that decide what a model is asked and what it says, files that `patterns` name."""
     package = Path(grun.__file__).parent
-    files = sorted(path for pattern in CODE for path in package.glob(pattern))
+    files = sorted({path for pattern in patterns for path in package.glob(pattern)})
     return content_hash([[path.name, file_hash(path)] for path in files])
 
 

@@ -130,17 +130,17 @@ class Table:
 
 
 def _lines(records: Iterable[ScoreRecord | GenerationRecord | GateRecord]) -> str:
-    return "".join(json.dumps(_shorten(asdict(record)), ensure_ascii=False) + "\n" for record in records)
+    return "".join(json.dumps(shorten(asdict(record)), ensure_ascii=False) + "\n" for record in records)
 
 
-def _shorten(value: Any) -> Any:
+def shorten(value: Any) -> Any:
     """Nine significant digits for every float: enough for float32, half the bytes."""
     if isinstance(value, float):
         return float(f"{value:.9g}")
     if isinstance(value, dict):
-        return {key: _shorten(item) for key, item in value.items()}
+        return {key: shorten(item) for key, item in value.items()}
     if isinstance(value, list):
-        return [_shorten(item) for item in value]
+        return [shorten(item) for item in value]
     return value
 
 

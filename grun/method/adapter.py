@@ -92,18 +92,30 @@ class AdapterConfig:
 
         A quantized base has other numbers than the one it was made from, so that nothing can be compared.
         """
-        if self.base_fingerprint is None or self.base_fingerprint == of_base:
-            return
-        if quantized and not strict:
+        if self.base_fingerprint not in (None, of_base) and quantized and not strict:
             log.info("the base is quantized: whether the adapter was trained on these weights cannot be checked")
             return
-        message = (
-            f"the adapter was trained on other weights of the same shape (fingerprint {self.base_fingerprint}, "
-            f"this base {of_base}; trained on {self.base_model_name_or_path}); it may not forget the same here"
-        )
-        if strict:
-            raise AdapterError(message + "; strict=true refuses it")
-        log.warning(message)
+        check_base(self.base_fingerprint, self.base_model_name_or_path, of_base, strict=strict)
+
+
+def check_base(trained_on: str | None, name: str | None, of_base: str, *, strict: bool) -> None:
+    """Compare fingerprints, that of the base an adapter was trained on and that of the base it is put on.
+
+    Args:
+        trained_on: None where the adapter says nothing; then all is well.
+        name: name or folder of the base it was trained on.
+        of_base: of the base it is put on.
+        strict: whether a difference is an AdapterError; else it is a warning.
+    """
+    if trained_on in (None, of_base):
+        return
+    message = (
+        f"the adapter was trained on other weights of the same shape (fingerprint {trained_on}, this base {of_base}; "
+        f"trained on {name}); it may not forget the same here"
+    )
+    if strict:
+        raise AdapterError(message + "; strict=true refuses it")
+    log.warning(message)
 
 
 def find_adapter(folder_or_hub_id: str | Path) -> Path:
@@ -148,7 +160,7 @@ def check_fits(config: AdapterConfig, hidden_size: int, depth: int, folder: Path
         raise AdapterError(f"{folder}: blocks {config.blocks} must lie within 0..{depth - 1}; save the adapter again")
 
 
-def read_weights(folder: Path, config: AdapterConfig) -> dict[str, Tensor]:
+def read_weights(folder: Path) -> dict[str, Tensor]:
     """Tensors of the adapter; AdapterError if the file is missing or damaged."""
     from safetensors import SafetensorError
     from safetensors.torch import load_file

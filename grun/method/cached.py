@@ -38,15 +38,20 @@ class CachedEngine:
 
     name = "cached"
 
-    def __init__(self, model: GrunModel, packed: PackedModel, frozen: FrozenRows) -> None:
-        """Run the edits of `model` on what `frozen` holds, which was frozen at the model's first edited block."""
+    def __init__(self, model: GrunModel, packed: PackedModel, frozen: FrozenRows, *, reads_head: bool = True) -> None:
+        """Run the edits of `model` on what `frozen` holds, which was frozen at the model's first edited block.
+
+        Without `reads_head` the LM head is left out, and log-probabilities are 0.
+        """
         self._model = model
+        self._reads_head = reads_head
         self._packed = packed
         self._frozen = frozen
         first = min(model.edit_at())
         packed.backpropagate_starts(first + 1)
         self._runner = SuffixRunner(packed, first)
         self._reference: dict[EncodedRow, Tensor] = {}
+        self._untouched: dict[EncodedRow, dict[int, Tensor]] = {}
 
     def run(self, batches: Mapping[str, Batch], hidden: Collection[int] = ()) -> dict[str, StepOutput]:
         """One pass over all batches, edits included; `hidden` names blocks whose outputs are wanted."""
@@ -54,7 +59,9 @@ class CachedEngine:
         frozen = [self._frozen[row] for row in layout.rows]
         with self._model.drawing(layout.seeds):
             states = self._runner.states(frozen, self._model.edit_at(), hidden)
-        logprobs = self._runner.logprobs(layout.rows, frozen, states)
+        logprobs = states.final.new_zeros(int(layout.answer.sum()))
+        if self._reads_head:
+            logprobs = self._runner.logprobs(layout.rows, frozen, states)
         outputs = self._outputs(layout, logprobs, lambda: states)
         for name, output in outputs.items():
             where = layout.where[name]
@@ -67,8 +74,11 @@ class CachedEngine:
         return outputs
 
     @torch.no_grad()
-    def reference(self, batches: Mapping[str, Batch]) -> dict[str, StepOutput]:
-        """The same under the untouched model: log-probabilities from the cache, logits only when asked for."""
+    def reference(self, batches: Mapping[str, Batch], hidden: Collection[int] = ()) -> dict[str, StepOutput]:
+        """The same under the untouched model: log-probabilities from the cache, logits only when asked for.
+
+        Hidden states are computed when a row first comes, and kept on the device.
+        """
         if not batches:
             return {}
         layout = _Layout(batches, self._packed.device)
@@ -80,11 +90,37 @@ class CachedEngine:
                 return self._runner.states(frozen, {})
 
         known = [self._reference.get(row, one.reference) for row, one in zip(layout.rows, frozen, strict=True)]
-        if any(bool(values.isnan().any()) for values in known):  # frozen for a run that did not ask for them
+        if self._reads_head and any(
+            bool(values.isnan().any()) for values in known
+        ):  # frozen for a run that did not ask for them
             logprobs = self._runner.logprobs(layout.rows, frozen, states())
             known = list(logprobs.split([len(row.answer_ids) for row in layout.rows]))
             self._reference.update(zip(layout.rows, known, strict=True))
-        return self._outputs(layout, torch.cat(known).to(self._packed.device), states)
+        outputs = self._outputs(layout, torch.cat(known).to(self._packed.device), states)
+        if hidden:
+            self._keep_untouched(layout, frozen, hidden)
+            for name, batch in batches.items():
+                kept = [self._untouched[row] for row in batch.encoded]
+                columns = layout.answer.shape[1]
+                outputs[name].hidden_states = {
+                    block: torch.stack([_filled_up(row[block], columns) for row in kept]) for block in hidden
+                }
+        return outputs
+
+    def _keep_untouched(self, layout: _Layout, frozen: Sequence[FrozenRow], hidden: Collection[int]) -> None:
+        """Outputs of the blocks `hidden` under the untouched model, of the rows whose are not known yet."""
+        missing = {
+            row: one
+            for row, one in zip(layout.rows, frozen, strict=True)
+            if not set(hidden) <= self._untouched.get(row, {}).keys()
+        }
+        if not missing:
+            return
+        states = self._runner.states(list(missing.values()), {}, hidden)
+        lengths = states.pack.lengths.tolist()
+        for block, values in states.hidden.items():
+            for row, part in zip(missing, values.split(lengths), strict=True):
+                self._untouched.setdefault(row, {})[block] = part
 
     @property
     def edits(self) -> dict[int, GatedIntervention]:
@@ -151,6 +187,11 @@ class _Layout:
         self.ids = torch.zeros(attended.shape, dtype=torch.long).masked_scatter(attended, torch.tensor(ids)).to(device)
         self.attended = attended.to(device)
         self.answer = (attended & (column > 0)).to(device)
+
+
+def _filled_up(states: Tensor, columns: int) -> Tensor:
+    """States [columns of a row, width] with zeros behind them: [columns, width]."""
+    return torch.nn.functional.pad(states, (0, 0, 0, columns - len(states)))
 
 
 def _places(pack: Pack, layout: _Layout) -> Tensor:

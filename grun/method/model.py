@@ -179,7 +179,7 @@ class GrunModel(nn.Module):
         check_fits(config, hidden_size_of(base_model), len(find_blocks(base_model)[1]), folder)
         quantized = getattr(base_model, "quantization_method", None) is not None
         config.check_fingerprint(fingerprint(base_model), strict=strict, quantized=quantized)
-        weights = read_weights(folder, config)
+        weights = read_weights(folder)
         model = cls(base_model, config, template)
         try:
             model.load_weights(weights, folder)

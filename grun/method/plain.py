@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from grun.data.encoding import Batch
 from grun.errors import DataError
-from grun.parametrization import Parametrization, StepOutput
+from grun.parametrization import EMBEDDINGS, Parametrization, StepOutput
+from pyvene_custom.blocks import find_blocks
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -53,12 +54,12 @@ class PlainEngine:
         """One pass for each batch."""
         return {name: self._parametrization.run(batch, hidden) for name, batch in batches.items()}
 
-    def reference(self, batches: Mapping[str, Batch]) -> dict[str, StepOutput]:
+    def reference(self, batches: Mapping[str, Batch], hidden: Collection[int] = ()) -> dict[str, StepOutput]:
         """One pass for each batch, under the untouched model."""
         if not batches:
             return {}
         with self._parametrization.reference():
-            return self.run(batches)
+            return self.run(batches, hidden)
 
 
 def answer_logprobs(logits: Tensor, tokens: Tensor) -> Tensor:
@@ -68,18 +69,16 @@ def answer_logprobs(logits: Tensor, tokens: Tensor) -> Tensor:
 
 
 @contextlib.contextmanager
-def capture(base: nn.Module, blocks: Collection[int], into: dict[int, Tensor]) -> Iterator[None]:
-    """Within the block, the output of each of `blocks` (0-based, edit included) is put in `into`."""
+def capture(base: PreTrainedModel, blocks: Collection[int], into: dict[int, Tensor]) -> Iterator[None]:
+    """Within the block, the output of each of `blocks` (0-based, edit included; EMBEDDINGS) is put in `into`."""
     handles = []
     for index in blocks:
-        from pyvene_custom.blocks import find_blocks
-
-        stack = find_blocks(base)[1]
 
         def keep(_: nn.Module, __: Any, output: Any, index: int = index) -> None:
             into[index] = output[0] if isinstance(output, tuple) else output
 
-        handles.append(stack[index].register_forward_hook(keep))
+        module = base.get_input_embeddings() if index == EMBEDDINGS else find_blocks(base)[1][index]
+        handles.append(module.register_forward_hook(keep))
     try:
         yield
     finally:

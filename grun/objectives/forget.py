@@ -2,13 +2,35 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
 
-from grun.objectives.losses import ceu, dpo, dual_step, npo, pdu, satimp, simnpo, undial, wga
-from grun.objectives.terms import Options, Outputs, Term, TermValue, negative_log_likelihood, summed, term
+from grun.objectives.losses import (
+    ceu,
+    control_vector,
+    dpo,
+    dual_step,
+    max_entropy,
+    min_posterior,
+    npo,
+    pdu,
+    random_mapping,
+    random_table,
+    satimp,
+    simnpo,
+    steered,
+    undial,
+    wga,
+)
+from grun.objectives.terms import TERMS, Options, Outputs, Term, TermValue, Unit, negative_log_likelihood, summed, term
+from grun.parametrization import EMBEDDINGS
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
+
+    from grun.parametrization import StepOutput
 
 
 @term("ga", "gradient ascent on the answer, -CE (unbounded)", side="forget", per="token", continuations=("answer",))
@@ -180,6 +202,113 @@ def _pdu_dual(weight: float, retain: float, epochs: int, options: Options) -> fl
 )
 def _pdu(outputs: Outputs, _: Options) -> TermValue:
     return summed(pdu(outputs.model["answer"].answer_logits()))
+
+
+def _rmu_at(columns: str) -> Callable[[Outputs, Options], TermValue]:
+    """The term rmu at the columns that the field `columns` of a StepOutput names."""
+
+    def function(outputs: Outputs, options: Options) -> TermValue:
+        output = outputs.model["answer"]
+        states = output.hidden(int(options["rmu_block"]))[getattr(output, columns)]  # [states, hidden size]
+        return summed(steered(states, _control_vector(states.shape[1], options["steering"], options["control_seed"])))
+
+    return function
+
+
+@functools.lru_cache(maxsize=4)
+def _control_vector(size: int, coefficient: float, seed: float) -> Tensor:
+    return control_vector(size, coefficient, int(seed))
+
+
+def _rmu(per: Unit, columns: str, quirks: Mapping[str, Term] | None = None) -> Term:
+    return Term(
+        "forget",
+        per,
+        ("answer",),
+        _rmu_at(columns),
+        hidden=lambda options, _: (int(options["rmu_block"]),),
+        reads_head=False,
+        options={"rmu_block": None, "steering": None, "control_seed": 42.0},
+        quirks=quirks or {},
+    )
+
+
+TERMS.add(
+    "rmu",
+    _rmu("state", "states", {"rmu_answer_states": _rmu("token", "answer")}),
+    "forget: steer a block's output to a fixed random vector (representation misdirection)",
+)
+
+
+def _max_entropy_all_positions(outputs: Outputs, _: Options) -> TermValue:
+    """As LLM360: prompt and padding are positions like any other, and so is the last column."""
+    output = outputs.model["answer"]
+    return summed(max_entropy(output.logits(output.answer.new_ones(output.answer.shape))))
+
+
+@term(
+    "max_entropy",
+    "negative entropy of the predictions of answer tokens (bounded below by -ln V)",
+    side="forget",
+    per="token",
+    continuations=("answer",),
+    quirks={"max_entropy_all_positions": Term("forget", "position", ("answer",), _max_entropy_all_positions)},
+)
+def _max_entropy(outputs: Outputs, _: Options) -> TermValue:
+    return summed(max_entropy(outputs.model["answer"].answer_logits()))
+
+
+@term(
+    "min_posterior",
+    "-log(1 - p), 0 once log p < -15 (bounded below by 0)",
+    side="forget",
+    per="token",
+    continuations=("answer",),
+)
+def _min_posterior(outputs: Outputs, _: Options) -> TermValue:
+    output = outputs.model["answer"]
+    return summed(min_posterior(output.answer_logits(), output.answer_tokens))
+
+
+@functools.lru_cache(maxsize=1)
+def _random_table(vocabulary: int, size: int, seed: int, device: torch.device) -> Tensor:
+    return random_table(vocabulary, size, seed).to(device)
+
+
+def _random_mapping_of(output: StepOutput, where: Tensor, options: Options) -> TermValue:
+    """Mean over the embeddings and the output of every block, at the columns `where`, a mask [batch, length]."""
+    vocabulary = output.logits(where.new_zeros(where.shape)).shape[1]
+    states = list(output.hidden_states.values())
+    table = _random_table(vocabulary, states[0].shape[-1], int(options["control_seed"]), states[0].device)
+    target = table[output.input_ids[where]]  # [positions, hidden size]
+    total = sum((random_mapping(state[where], target).sum() for state in states), states[0].new_zeros(()))
+    return TermValue(total / len(states), len(target))
+
+
+def _random_mapping(per: Unit, quirks: Mapping[str, Term] | None = None) -> Term:
+    """Published, the last state is taken behind the final norm; here before it, as every hidden state."""
+
+    def function(outputs: Outputs, options: Options) -> TermValue:
+        output = outputs.model["answer"]
+        where = output.states if per == "state" else output.answer.new_ones(output.answer.shape)
+        return _random_mapping_of(output, where, options)
+
+    return Term(
+        "forget",
+        per,
+        ("answer",),
+        function,
+        hidden=lambda _, depth: (EMBEDDINGS, *range(depth)),
+        options={"control_seed": 42.0},
+        quirks=quirks or {},
+    )
+
+
+TERMS.add(
+    "random_mapping",
+    _random_mapping("state", {"random_mapping_all_positions": _random_mapping("position")}),
+    "forget: turn the states of every block towards a fixed random vector of the token, 1 - |cos|",
+)
 
 
 def _answer_token_logprobs(outputs: Outputs) -> Tensor:

@@ -190,3 +190,120 @@ def kl(policy: Tensor, reference: Tensor) -> Tensor:
     """
     expected = reference.log_softmax(dim=-1)
     return (expected.exp() * (expected - policy.log_softmax(dim=-1))).sum(dim=-1)
+
+
+def control_vector(size: int, coefficient: float, seed: int, number: int = 0) -> Tensor:
+    """Fixed direction that RMU steers activations to: coefficient * u / ||u||, entries of u uniform on [0, 1).
+
+    Drawn on the CPU in float32, so that it is the same on every device and for a model of every type.
+
+    Args:
+        size: hidden size.
+        coefficient: norm of the vector.
+        seed: of the stream it is drawn from.
+        number: which vector of that stream, 0 the first; topics of one run take one after another.
+
+    Returns:
+        Float32, shape [size].
+
+    Source: Li et al. 2024, arXiv 2403.03218, section 4; entries are not centered, so two vectors are alike (cosine
+    about 0.75).
+    """
+    import torch
+
+    drawn = torch.rand(number + 1, size, generator=torch.Generator().manual_seed(seed))[number]
+    return coefficient * drawn / drawn.norm()
+
+
+def steered(hidden: Tensor, target: Tensor) -> Tensor:
+    """Mean over the hidden size of (hidden - target)^2 at each position: how far RMU's activations are from their aim.
+
+    Args:
+        hidden: block outputs of the model being changed, shape [..., size].
+        target: a control vector [size] on the forget set; the untouched model's block outputs [..., size] on the
+            retain set.
+
+    Returns:
+        At least float32, shape [...].
+
+    Source: Li et al. 2024, arXiv 2403.03218, section 4, which sums over the hidden size; the published code takes the
+    mean.
+    """
+    import torch
+
+    wide = torch.promote_types(hidden.dtype, torch.float32)
+    return (hidden.to(wide) - target.to(hidden.device, wide)).square().mean(dim=-1)
+
+
+def max_entropy(policy: Tensor) -> Tensor:
+    """Negative entropy of the next-token distribution at each position: sum_v p(v) log p(v).
+
+    Between -ln V, where the prediction is uniform, and 0.
+
+    Args:
+        policy: logits, shape [positions, vocabulary].
+
+    Returns:
+        Nats, shape [positions].
+
+    Source: Tamirisa et al. 2024 (TAR), arXiv 2408.00761; LLM360's Analysis360.
+    """
+    logprobs = policy.log_softmax(dim=-1)
+    return (logprobs.exp() * logprobs).sum(dim=-1)
+
+
+UNLIKELY = -15.0
+"""Log-probability below which `min_posterior` counts a token as forgotten, nats."""
+
+
+def min_posterior(policy: Tensor, tokens: Tensor) -> Tensor:
+    """Likelihood that anything but the token is said: -log(1 - p) for each token, 0 where log p < UNLIKELY.
+
+    log(1 - p) is the difference of two log-sums of exponentials, that of all logits but the token's and that of all,
+    so that it is exact where p is near 1.
+
+    Args:
+        policy: logits that predict the answer tokens, shape [tokens, vocabulary].
+        tokens: the answer tokens, int64, shape [tokens].
+
+    Returns:
+        Nats, >= 0, shape [tokens]; forgotten tokens are among them, without a slope.
+
+    Source: Tamirisa et al. 2024 (TAR), arXiv 2408.00761; LLM360's Analysis360.
+    """
+    index = tokens.unsqueeze(1)
+    every = policy.logsumexp(dim=-1)
+    others = policy.scatter(1, index, float("-inf")).logsumexp(dim=-1)
+    forgotten = policy.gather(1, index).squeeze(1) - every < UNLIKELY
+    return (every - others).masked_fill(forgotten, 0.0)
+
+
+def random_table(vocabulary: int, size: int, seed: int) -> Tensor:
+    """Fixed random vector of every token, entries standard normal: float32, shape [vocabulary, size].
+
+    Drawn on the CPU, so that it is the same on every device.
+    """
+    import torch
+
+    return torch.randn(vocabulary, size, generator=torch.Generator().manual_seed(seed))
+
+
+def random_mapping(hidden: Tensor, target: Tensor) -> Tensor:
+    """Distance of states from a line through fixed random vectors: 1 - |cos(hidden, target)| at each position.
+
+    A state that points away from its vector is as near as one that points along it.
+
+    Args:
+        hidden: states of the model being changed, shape [positions, size].
+        target: the random vector of the token at each position, the same shape.
+
+    Returns:
+        At least float32, in [0, 1], shape [positions].
+
+    Source: Tamirisa et al. 2024 (TAR), arXiv 2408.00761; LLM360's Analysis360, whose README calls it random matching.
+    """
+    import torch
+    from torch.nn.functional import cosine_similarity
+
+    wide = torch.promote_types(hidden.dtype, torch.float32)
+    return 1 - cosine_similarity(hidden.to(wide), target.to(hidden.device, wide), dim=-1).abs()

@@ -52,6 +52,17 @@ OBJECTIVES.add("manual_grad_diff", Preset("ga_sum", "ce_sum"), "gradient differe
 OBJECTIVES.add(
     "manual_npo_grad_diff", Preset("npo", "ce_sum", forget_weight=0.1375), "NPO with summed retain CE: npo + ce_sum"
 )
+OBJECTIVES.add("rmu", Preset("rmu", "activation_mse"), "steer states away, hold retain states: rmu + activation_mse")
+OBJECTIVES.add("rmu_kl", Preset("rmu", "kl"), "steer states away, held by KL: rmu + kl")
+OBJECTIVES.add("rmu_ce", Preset("rmu", "ce"), "steer states away, with retain CE: rmu + ce")
+OBJECTIVES.add(
+    "max_entropy", Preset("max_entropy", "ce"), "flat predictions of the forget set, with retain CE: max_entropy + ce"
+)
+OBJECTIVES.add(
+    "min_posterior", Preset("min_posterior", "ce"), "anything but the token, with retain CE: min_posterior + ce"
+)
+OBJECTIVES.add("random_mapping", Preset("random_mapping", "ce"), "random states, with retain CE: random_mapping + ce")
+OBJECTIVES.add("random_matching", Preset("random_mapping", "ce"), "another name of random_mapping")
 
 POSITIVE = ("beta", "eta")
 """Options that must be > 0; the others must be >= 0."""
@@ -97,10 +108,16 @@ class Objective:
         wanted = {name for term in reading for name in term.continuations}
         return [name for name in self.continuations if name in wanted]
 
+    def hidden(self, depth: int) -> tuple[int, ...]:
+        """Blocks whose hidden states some term reads, of a model with `depth` blocks."""
+        return tuple(
+            sorted({block for side, term in self.terms.items() for block in term.hidden(self.options[side], depth)})
+        )
+
     @property
-    def hidden(self) -> tuple[int, ...]:
-        """Blocks whose hidden states some term reads."""
-        return tuple(sorted({block for side, term in self.terms.items() for block in term.hidden(self.options[side])}))
+    def reads_head(self) -> bool:
+        """Whether some term but the gate's reads log-probabilities or logits."""
+        return any(term.reads_head for side, term in self.terms.items() if side != "gate")
 
     def counted(self, side: str) -> list[Continuation]:
         """Passes over which the count of a side's term adds up; a row mean over two passes counts pairs."""
@@ -172,12 +189,12 @@ def build_objective(name: str, loss: LossConfig, *, gated: bool, quirks: Collect
     return Objective(
         terms,
         {side: weights[side] for side in terms},
-        {side: _options(names[side], term, loss) for side, term in terms.items()},
+        {side: _options(names[side], term, loss, quirks) for side, term in terms.items()},
         loss.gate_warmup_steps,
     )
 
 
-def _options(name: str, term: Term, loss: LossConfig) -> dict[str, float]:
+def _options(name: str, term: Term, loss: LossConfig, quirks: Collection[str]) -> dict[str, float]:
     """What the options of a term are: as set, else its published defaults."""
     options = {}
     for option, default in term.options.items():
@@ -185,6 +202,8 @@ def _options(name: str, term: Term, loss: LossConfig) -> dict[str, float]:
         value = default if given is None else given
         if value is None:
             raise ConfigError(f"loss.{option} must be set: the term {name} has no default for it (docs/objectives.md)")
+        if option == "rmu_block" and "rmu_hidden_state_index" in quirks:
+            value -= 1
         if option in POSITIVE and not value > 0:
             raise ConfigError(f"loss.{option} {value} must be greater than 0")
         if not value >= 0:

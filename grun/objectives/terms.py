@@ -24,11 +24,12 @@ Continuation = str
 Options = Mapping[str, float]
 """What the options of a term are in a run, by name."""
 Side = Literal["forget", "retain", "gate"]
-Unit = Literal["token", "later_token", "row", "position", "later_position"]
-"""What a mean is over: answer tokens, rows, or all columns of the padded batch; later: without each row's first."""
-Reference = Literal["none", "logprobs", "logits", "all_logits"]
+Unit = Literal["token", "later_token", "row", "state", "position", "later_position"]
+"""What a mean is over: answer tokens; rows; states from the last prompt token on; all columns of the padded batch.
+Later: without each row's first."""
+Reference = Literal["none", "logprobs", "logits", "all_logits", "hidden"]
 """What is read of the untouched model, each including those before it: answer log-probabilities; logits where answer
-tokens are predicted; logits at every position, padding included."""
+tokens are predicted; logits at every position, padding included; hidden states, those that the objective names."""
 
 
 class TermValue(NamedTuple):
@@ -62,8 +63,10 @@ class Term:
     function: Callable[[Outputs, Options], TermValue]
     reference: Reference = "none"
     """What it reads of the same passes under the untouched model."""
-    hidden: Callable[[Options], tuple[int, ...]] = lambda _: ()
-    """Blocks whose hidden states it reads."""
+    hidden: Callable[[Options, int], tuple[int, ...]] = lambda options, depth: ()
+    """Blocks whose hidden states it reads, of a model with `depth` blocks; EMBEDDINGS for the embeddings."""
+    reads_head: bool = True
+    """Whether it reads log-probabilities or logits, and not hidden states alone."""
     options: Mapping[str, float | None] = field(default_factory=dict)
     """Options it reads, fields of `grun.config.LossConfig`, with their published defaults; None: must be set."""
     dual: Callable[[float, float, int, Options], float] | None = None
@@ -86,6 +89,8 @@ def term(
     per: Unit,
     continuations: tuple[Continuation, ...],
     reference: Reference = "none",
+    hidden: Callable[[Options, int], tuple[int, ...]] = lambda options, depth: (),
+    reads_head: bool = True,
     options: Mapping[str, float | None] | None = None,
     dual: Callable[[float, float, int, Options], float] | None = None,
     quirks: Mapping[str, Term] | None = None,
@@ -94,7 +99,7 @@ def term(
 
     def register(function: TermFunction) -> TermFunction:
         made = Term(
-            side, per, continuations, function, reference, options=options or {}, dual=dual, quirks=quirks or {}
+            side, per, continuations, function, reference, hidden, reads_head, options or {}, dual, quirks or {}
         )
         TERMS.add(name, made, f"{side}: {description}")
         return function
@@ -111,6 +116,8 @@ def number_of(per: Unit, batch: Batch) -> int:
         return int(answer.sum()) - int(answer.any(dim=1).sum())
     if per == "row":
         return batch.rows
+    if per == "state":
+        return int((answer | answer.roll(-1, dims=1)).sum())
     return answer.numel() - (batch.rows if per == "later_position" else 0)
 
 

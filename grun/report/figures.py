@@ -116,12 +116,13 @@ def draw(results: Sequence[Result], folder: Path) -> list[tuple[Picture, Path]]:
         if figure is None:
             (folder / picture.name).unlink(missing_ok=True)  # an older report's picture would contradict this one
         else:
-            _save(figure, folder / picture.name)
+            save(figure, folder / picture.name)
             written.append((picture, folder / picture.name))
     return written
 
 
-def _save(figure: Figure, path: Path) -> None:
+def save(figure: Figure, path: Path) -> None:
+    """Write a figure as a PNG file."""
     import io
 
     from grun.files import write_bytes

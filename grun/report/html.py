@@ -20,7 +20,7 @@ from grun.report.results import Result
 from grun.report.style import STYLE
 from grun.report.tables import columns_of, name_of, readable, set_name
 from grun.report.terminal import EXAMPLES, SETS
-from grun.report.verdicts import STATEMENT, judge
+from grun.report.verdicts import STATEMENT, Judgement, judge
 
 WIDEST = 1500
 """Pixels up to which a picture is made to fit the page; a wider one would become too small to read, and scrolls."""
@@ -49,26 +49,35 @@ def page(results: Sequence[Result], title: str, drawn: Sequence[tuple[Picture, P
     first, matrix = first_seeds(results), make_matrix(results)
     note = one_seed_note(results, first)
     above = f"<p>{escape(note)}</p>\n" if note else ""
-    of_matrix = [_picture(picture, path) for picture, path in drawn if picture.name == MATRIX_PICTURE]
+    of_matrix = [embedded(picture, path) for picture, path in drawn if picture.name == MATRIX_PICTURE]
     others = [
-        _picture(picture, path, "" if picture.every_seed else note)
+        embedded(picture, path, "" if picture.every_seed else note)
         for picture, path in drawn
         if picture.name != MATRIX_PICTURE
     ]
-    parts = [
-        _section("matrix", "Matrix", "" if matrix is None else _matrix(matrix, "".join(of_matrix))),
-        _section("verdicts", "Verdicts", above + _verdicts(first, results)),
-        _section("table", "All models", _table(results)),
-        _section("pictures", "Pictures", "".join(others)),
-        _section("answers", "First answers of each set", above + _answers(first)),
-        _section("settings", "Settings and provenance", _settings(results)),
-        _section("statement", "What this is not", f"<p>{escape(STATEMENT)}</p>"),
-    ]
-    links = [("verdicts", "Verdicts"), ("table", "Table"), ("pictures", "Pictures"), ("answers", "Answers"),
-             ("settings", "Settings"), ("statement", "What this is not")]  # fmt: skip
-    if matrix is not None:
-        links.insert(0, ("matrix", "Matrix"))
-    navigation = "".join(f'<li><a href="#{anchor}">{text}</a></li>' for anchor, text in links)
+    return frame(
+        title,
+        [
+            ("matrix", "Matrix", "Matrix", "" if matrix is None else _matrix(matrix, "".join(of_matrix))),
+            ("verdicts", "Verdicts", "Verdicts", above + _verdicts(first, results)),
+            ("table", "Table", "All models", _table(results)),
+            ("pictures", "Pictures", "Pictures", "".join(others)),
+            ("answers", "Answers", "First answers of each set", above + _answers(first)),
+            ("settings", "Settings", "Settings and provenance", settings(results)),
+            ("statement", "What this is not", "What this is not", f"<p>{escape(STATEMENT)}</p>"),
+        ],
+    )
+
+
+def frame(title: str, sections: Sequence[tuple[str, str, str, str]]) -> str:
+    """A whole page of sections: anchor, link to it, heading, content; one without content is left out."""
+    shown = [section for section in sections if section[3]]
+    navigation = "".join(f'<li><a href="#{anchor}">{link}</a></li>' for anchor, link, _, _ in shown)
+    parts = (
+        f'<section id="{anchor}" aria-labelledby="{anchor}-heading">\n'
+        f'<h2 id="{anchor}-heading">{heading}</h2>\n{content}</section>\n'
+        for anchor, _, heading, content in shown
+    )
     return f"""<!doctype html>
 <html lang="en">
 <head>
@@ -85,7 +94,7 @@ def page(results: Sequence[Result], title: str, drawn: Sequence[tuple[Picture, P
 <nav aria-label="Contents"><ul>{navigation}</ul></nav>
 </header>
 <main>
-{"".join(part for part in parts if part)}</main>
+{"".join(parts)}</main>
 </body>
 </html>
 """
@@ -96,14 +105,7 @@ def escape(text: object) -> str:
     return html.escape(readable(str(text)))
 
 
-def _section(anchor: str, heading: str, content: str) -> str:
-    if not content:
-        return ""
-    head = f'<h2 id="{anchor}-heading">{heading}</h2>'
-    return f'<section id="{anchor}" aria-labelledby="{anchor}-heading">\n{head}\n{content}</section>\n'
-
-
-def _scrolling(label: str, content: str, kind: str = "") -> str:
+def scrolling(label: str, content: str, kind: str = "") -> str:
     """A box that scrolls by itself, by keyboard too."""
     return f'<div class="scroll {kind}" role="region" tabindex="0" aria-label="{escape(label)}">\n{content}</div>\n'
 
@@ -116,18 +118,22 @@ def _verdicts(shown: Sequence[Result], results: Sequence[Result]) -> str:
     for result in shown:
         if result.stage != "after":
             continue
-        judgement = judge(result, results)
-        rest = judgement.sentence.removeprefix(f"{result.label}: ").removeprefix(judgement.words).replace("->", "→")
-        lines.append(
-            f'<p class="verdict {judgement.outcome}"><strong>{escape(result.label)}:</strong> '
-            f'<span class="mark">{escape(judgement.words)}</span>{escape(rest)}</p>\n'
-        )
+        lines.append(verdict_line(result.label, judge(result, results)))
     return "".join(lines) or "<p>No unlearned model has been evaluated yet; these are the models to compare with.</p>\n"
+
+
+def verdict_line(label: str, judgement: Judgement) -> str:
+    """A verdict, colored by its outcome."""
+    rest = judgement.sentence.removeprefix(f"{label}: ").removeprefix(judgement.words).replace("->", "→")
+    return (
+        f'<p class="verdict {judgement.outcome}"><strong>{escape(label)}:</strong> '
+        f'<span class="mark">{escape(judgement.words)}</span>{escape(rest)}</p>\n'
+    )
 
 
 def _table(results: Sequence[Result]) -> str:
     columns = columns_of(results)
-    headers = "".join(f'<th scope="col">{_words(column.header)}</th>' for column in columns)
+    headers = "".join(f'<th scope="col">{unbroken(column.header)}</th>' for column in columns)
     good = "".join(f"<td>{escape(column.good)}</td>" for column in columns)
     rows = "".join(
         f'<tr class="{result.stage}"><th scope="row">{escape(name_of(result))}</th>'
@@ -148,19 +154,20 @@ def _table(results: Sequence[Result]) -> str:
         rows_of.append(("retain only", "A model never taught the forget set: the target for forgetting."))
     rows_of.append(("the others", "The taught model after unlearning."))
     explained = ((f"{name} set", f"{text[0].upper()}{text[1:]}.") for name, text in sets)
-    legend = _definitions([*rows_of, *explained, *numbers])
+    legend = definitions([*rows_of, *explained, *numbers])
     return (
-        _scrolling("Table of all models", table, "numbers")
+        scrolling("Table of all models", table, "numbers")
         + f"<details>\n<summary>What the rows, sets and numbers mean</summary>\n{legend}</details>\n"
     )
 
 
-def _words(text: str) -> str:
+def unbroken(text: str) -> str:
     """Text that breaks between words alone, not at the hyphen of ROUGE-L."""
     return " ".join(f"<span>{escape(word)}</span>" for word in text.split())
 
 
-def _definitions(pairs: Iterable[tuple[str, str]]) -> str:
+def definitions(pairs: Iterable[tuple[str, str]]) -> str:
+    """Terms, each with its text."""
     lines = (f"<div><dt>{escape(term)}</dt><dd>{escape(text)}</dd></div>\n" for term, text in pairs)
     return f"<dl>\n{''.join(lines)}</dl>\n"
 
@@ -170,7 +177,7 @@ def _definitions(pairs: Iterable[tuple[str, str]]) -> str:
 
 def _matrix(matrix: Matrix, picture: str) -> str:
     tables = (
-        _scrolling(f"Matrix: {title}", _matrix_table(title, measures, rows), "numbers")
+        scrolling(f"Matrix: {title}", _matrix_table(title, measures, rows), "numbers")
         for title, measures, rows in halves(matrix)
     )
     compared = [f"<h3>{escape(name)}</h3>\n{_list_of(sentences)}" for name, sentences in words(matrix)]
@@ -190,7 +197,7 @@ def _list_of(texts: Sequence[str]) -> str:
 
 
 def _matrix_table(title: str, measures: Sequence[Measure], rows: Sequence[Row]) -> str:
-    headers = "".join(f'<th scope="col">{_words(text)}</th>' for text in ("seeds", *(m.header for m in measures)))
+    headers = "".join(f'<th scope="col">{unbroken(text)}</th>' for text in ("seeds", *(m.header for m in measures)))
     good = "".join(f"<td>{escape(text)}</td>" for text in ("", *(measure.good for measure in measures)))
     lines = "".join(
         f'<tr class="{row.stage}"><th scope="row">{escape(row.label)}</th><td>{seeds_text(row)}</td>'
@@ -207,7 +214,8 @@ def _matrix_table(title: str, measures: Sequence[Measure], rows: Sequence[Row]) 
 # -- pictures ---------------------------------------------------------------------------------------------------------
 
 
-def _picture(picture: Picture, path: Path, note: str = "") -> str:
+def embedded(picture: Picture, path: Path, note: str = "") -> str:
+    """A picture, its bytes in the page, with its caption."""
     data = path.read_bytes()
     # Width and height stand at bytes 16 to 24 of a PNG; three of them make two on the page.
     width, height = (int.from_bytes(data[start : start + 4], "big") * 2 // 3 for start in (16, 20))
@@ -218,7 +226,7 @@ def _picture(picture: Picture, path: Path, note: str = "") -> str:
     )
     text = f"{picture.text} {note}".rstrip()
     caption = f"<figcaption><strong>{escape(picture.title)}.</strong> {escape(text)}</figcaption>"
-    return f"<figure>\n{_scrolling(picture.title, image, 'picture')}{caption}\n</figure>\n"
+    return f"<figure>\n{scrolling(picture.title, image, 'picture')}{caption}\n</figure>\n"
 
 
 # -- answers ----------------------------------------------------------------------------------------------------------
@@ -240,7 +248,7 @@ def _answers_of(results: Sequence[Result], name: str) -> str:
     cards = []
     for index, row in islice(sorted(rows.items()), EXAMPLES):
         said = [("reference", row.reference), *((a.label, found[index].text) for a, found in answers if index in found)]
-        lines = "".join(f'<div><dt>{escape(who)}</dt><dd dir="auto">{_answer(text)}</dd></div>\n' for who, text in said)
+        lines = "".join(f'<div><dt>{escape(who)}</dt><dd dir="auto">{answer(text)}</dd></div>\n' for who, text in said)
         cards.append(f'<article>\n<h4 dir="auto">{escape(row.question)}</h4>\n<dl>\n{lines}</dl>\n</article>\n')
     meaning = f": {SETS[name]}" if name in SETS else ""
     summary = f"<summary><h3>{escape(set_name(name))}</h3>{escape(meaning)}</summary>"
@@ -248,14 +256,16 @@ def _answers_of(results: Sequence[Result], name: str) -> str:
     return f'<details class="set"{opened}>\n{summary}\n{"".join(cards)}</details>\n'
 
 
-def _answer(text: str) -> str:
+def answer(text: str) -> str:
+    """What a model said."""
     return escape(text.strip()) or "<em>(empty)</em>"
 
 
 # -- settings ---------------------------------------------------------------------------------------------------------
 
 
-def _settings(results: Sequence[Result]) -> str:
+def settings(results: Sequence[Result]) -> str:
+    """Settings of each model's evaluation and run."""
     blocks = []
     for result in results:
         command = command_of(result.record)
@@ -263,9 +273,9 @@ def _settings(results: Sequence[Result]) -> str:
         if command is not None:
             what = "The run's command" if result.run else "The command that taught the model"
             shown = f"<p>{what}, with the options in which it differs from its profile:</p>\n"
-            shown += _scrolling(f"Command of {result.label}", f"<pre><code>{escape(command)}</code></pre>\n")
+            shown += scrolling(f"Command of {result.label}", f"<pre><code>{escape(command)}</code></pre>\n")
         blocks.append(
             f'<details class="set">\n<summary><h3>{escape(name_of(result))}</h3></summary>\n'
-            f"{_definitions(provenance(result))}{shown}</details>\n"
+            f"{definitions(provenance(result))}{shown}</details>\n"
         )
     return "".join(blocks)

@@ -27,7 +27,7 @@ def _of_evaluation(result: Result) -> Iterator[tuple[str, str]]:
     if template:
         yield "template", f"{template.get('name')}: {template.get('text') or template.get('kind')}"
     yield "system prompt", str(template.get("system_prompt") or "")
-    left_out = ("sets", "quirks")
+    left_out = ("sets", "quirks", "choices", "cloze", "texts")  # told elsewhere; hashes of questions
     yield "evaluation settings", _listed({key: value for key, value in settings.items() if key not in left_out})
     yield "quirks in evaluation", ", ".join(result.quirks) or "none"
     counts = {name: count.get("rows") for name, count in evaluation.get("counts", {}).items()}

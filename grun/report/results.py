@@ -125,23 +125,25 @@ def find_results(results_dir: Path) -> list[Result]:
     Raises:
         RunError: there is no before, a file is damaged, or an evaluation is of another base model or of other rows.
     """
-    folder = results_dir / "evaluation"
-    if not any(folder.glob(f"before*/{EVALUATION_FILE}")):  # quantized weights: before-8bit
-        raise RunError(
-            f"{folder / 'before' / EVALUATION_FILE} is missing, so there is nothing to compare with; "
-            "evaluate the taught model with output_dir set to that folder first"
-        )
-    results = []
-    for path in sorted(folder.glob(f"*/{EVALUATION_FILE}")):
-        if path.parent.name.startswith("."):
-            continue  # what an interrupted evaluation left
-        results.append(read_evaluation(path.parent))
+    results = [read_evaluation(folder) for folder in evaluation_folders(results_dir)]
     label_runs(results)
     results.sort(key=lambda result: (STAGES.index(result.stage), *order_of(result), result.name))
     refuse_other_models(results)
     refuse_other_rows(results)
     measure_against_targets(results)
     return results
+
+
+def evaluation_folders(results_dir: Path) -> list[Path]:
+    """Folders of a results folder's evaluations, by name; RunError where there is no before."""
+    folder = results_dir / "evaluation"
+    if not any(folder.glob(f"before*/{EVALUATION_FILE}")):  # quantized weights: before-8bit
+        raise RunError(
+            f"{folder / 'before' / EVALUATION_FILE} is missing, so there is nothing to compare with; "
+            "evaluate the taught model with output_dir set to that folder first"
+        )
+    found = sorted(path.parent for path in folder.glob(f"*/{EVALUATION_FILE}"))
+    return [path for path in found if not path.name.startswith(".")]  # which an interrupted evaluation left
 
 
 def read_evaluation(folder: Path) -> Result:

@@ -40,7 +40,12 @@ def fact_recall(table: Table, name: str, quirks: Collection[str] = NO_QUIRKS) ->
     rows = table.generations_of(name)
     if any(not row.fact for row in rows):
         return None
-    return mean([float(_plain(row.fact or "") in _plain(row.text)) for row in rows])
+    return mean([float(says(row.text, row.fact or "")) for row in rows])
+
+
+def says(text: str, fact: str) -> bool:
+    """Whether `fact` stands in `text`, letter case and white space apart."""
+    return _plain(fact) in _plain(text)
 
 
 def _plain(text: str) -> str:

@@ -1,0 +1,69 @@
+"""What the published tools' command lines share: errors of one line, and flags that hold lists."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+from collections.abc import Callable
+from typing import NoReturn
+
+from grun import processes
+from grun.cli import FAILURE, USAGE_ERROR
+from grun.errors import ConfigError, GrunError
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser whose errors are `ConfigError`s; the last of repeated flags counts."""
+
+    def error(self, message: str) -> NoReturn:
+        """Without the usage text, which `--help` gives."""
+        raise ConfigError(f"{message}; {self.prog} --help lists the flags")
+
+
+def names(text: str) -> list[str]:
+    """Names separated by commas."""
+    found = [name.strip() for name in text.split(",")]
+    if not all(found):
+        raise argparse.ArgumentTypeError(f"{text!r} is no list of names separated by commas")
+    return found
+
+
+def numbers(text: str) -> list[int]:
+    """Integers separated by commas."""
+    try:
+        return [int(number) for number in text.split(",")]
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is no list of integers separated by commas") from error
+
+
+def weights(text: str) -> list[float]:
+    """Numbers separated by commas."""
+    try:
+        return [float(number) for number in text.split(",")]
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is no list of numbers separated by commas") from error
+
+
+def run_command(program: str, command: Callable[[], None]) -> int:
+    """Exit status of `command`, whose errors are printed as `grun.cli.main` prints them: 2 wrong use, 1 any other."""
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
+    for package in ("grun", "baselines"):
+        logging.getLogger(package).setLevel(logging.INFO)
+    try:
+        if processes.count() > 1:
+            raise ConfigError(f"{program} runs in one process; start it without torchrun")
+        command()
+    except GrunError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return USAGE_ERROR if isinstance(error, ConfigError) else FAILURE
+    except KeyboardInterrupt:
+        print("interrupted; the same command resumes", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        return FAILURE
+    except OSError as error:  # a folder that cannot be written to, a full disk
+        where = f": {error.filename}" if error.filename else ""
+        print(f"error: {error.strerror or error}{where}", file=sys.stderr)
+        return FAILURE
+    return 0

@@ -1,0 +1,290 @@
+"""A run of `python -m baselines.llm360`: corpora and model to a folder with the result, run.json and the logs."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import json
+import logging
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from baselines.llm360 import FIXED_SEED, METHODS, Llm360Options
+from baselines.lora import Lora, linear_layers
+from baselines.paired_task import PairedTask
+from baselines.rmu_task import RmuTask, Topic
+from baselines.tensors import check_block, named_tensors, numbered_tensors
+from grun.checks import check_train
+from grun.config import LoraConfig, LossConfig, MethodConfig, ModelConfig, TrainConfig
+from grun.data import templates
+from grun.data.encoding import IGNORED, Batch, collate, encode_texts
+from grun.data.texts import load_texts
+from grun.devices import input_device
+from grun.errors import ConfigError, DataError, ModelError
+from grun.files import content_hash, write_json, writing
+from grun.loading import context_length, load_base
+from grun.memory import enough_memory
+from grun.method.fingerprint import fingerprint
+from grun.method.plain import run_plain
+from grun.objectives.losses import control_vector
+from grun.objectives.presets import build_objective
+from grun.runs import claim, finish_run, identity, open_run
+from grun.training import remove_checkpoints, train
+from pyvene_custom import find_blocks
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+log = logging.getLogger(__name__)
+
+LORA_RANK, LORA_ALPHA = 32, 16.0
+LORA_TARGET = "c_attn"
+"""Layer that the published tool puts LoRA on."""
+DECIDE_NOTHING = ("output_path", "overwrite", "device", "save_steps", "use_wandb", "wandb_project")
+"""Options that change no result."""
+LOG_FILE = "log.json"
+"""The published tool's log: three lists with a number for each update."""
+
+
+def run(options: Llm360Options) -> Path:
+    """Unlearn, and return the folder of the result; a finished run of the same options is found, not repeated.
+
+    Raises:
+        DataError: a corpus cannot be had, or has too few texts.
+        ConfigError, ModelError: the model, a block or the choice of tensors does not fit.
+        RunError: the folder belongs to another run, or training cannot go on.
+    """
+    training = _training(options)
+    check_train(training)
+    texts = {topic: texts_of(topic, options) for topic in (options.forget_topic, options.retain_topic)}
+    base, tokenizer, template = _load(options)
+    folder = Path(options.folder).expanduser()
+    of_base = fingerprint(base)
+    decides = {name: value for name, value in dataclasses.asdict(options).items() if name not in DECIDE_NOTHING}
+    data = {topic: content_hash(found) for topic, found in texts.items()}
+    of_run = identity(decides, base=of_base, data=data)
+    state = open_run(folder, of_run, overwrite=options.overwrite)
+    if state == "finished":
+        log.info("%s holds this very run, finished: nothing to do (--overwrite runs it again)", folder)
+        return folder
+    forget, retain = (
+        batches_of(texts[topic], tokenizer, base, options) for topic in (options.forget_topic, options.retain_topic)
+    )
+    torch.manual_seed(options.random_seed)
+    lora = _lora(base, options) if options.use_lora else None
+    smaller = [f"--batch_size {max(1, options.batch_size // 2)}", "--use_lora True", "a smaller --max_len"]
+    with enough_memory("running the untouched model", smaller):
+        task = make_task(base, lora, forget, retain, options)
+    trained = sum(parameter.numel() for parameter in task.module.parameters())
+    log.info("%s: %d updates, %s trained parameters", options.unlearn_method, task.steps, f"{trained:,}")
+    if left := options.max_unlearn_steps % options.gradient_accumulation_steps:
+        log.info("the last %d of %d micro-batches make no update and are dropped", left, options.max_unlearn_steps)
+    if state == "new":
+        claim(folder, of_run)
+    averaged = options.final_weights == "averaged"
+    result = train(task, training, folder, options.random_seed, smaller=smaller, averaged=averaged)
+    steps = [json.loads(line) for line in (folder / "log.jsonl").read_text(encoding="utf-8").splitlines()]
+    with writing(folder):
+        if lora is None:
+            base.save_pretrained(folder)
+        else:
+            lora.save(folder)
+        tokenizer.save_pretrained(folder)
+        if template is not None:
+            templates.store(template, folder)
+        write_json(folder / LOG_FILE, published_log(steps))
+    finish_run(
+        folder,
+        {
+            "command": "llm360",
+            "objective": METHODS[options.unlearn_method],
+            "parametrization": _parametrization(options),
+            "config": dataclasses.asdict(options),
+            "quirks": options.quirks,
+            "dtype": str(base.dtype).removeprefix("torch."),
+            "data": data,
+            "base_fingerprint": of_base,
+            "parameters": {"trained": trained, "base": sum(parameter.numel() for parameter in base.parameters())},
+            "steps": result.steps,
+            "resumed_from": result.resumed_from,
+            "seconds": round(result.seconds, 2),
+            "peak_memory_bytes": result.peak_memory_bytes,
+            "device": str(base.device),
+        },
+    )
+    remove_checkpoints(folder, training)
+    if options.use_wandb:
+        _send(steps, folder, options.wandb_project)
+    return folder
+
+
+def texts_of(topic: str, options: Llm360Options) -> list[str]:
+    """The texts that a run uses of a corpus, in the published order, blanks around them removed.
+
+    The corpus is put in the order that `datasets.Dataset.shuffle(seed=42)` gives, whatever the seed of the run.
+
+    Raises:
+        DataError: the corpus cannot be had, or has too few texts that are long enough.
+    """
+    import numpy as np
+
+    every = load_texts(topic, folder=options.data_dir, min_characters=-1)
+    order = np.random.default_rng(FIXED_SEED).permutation(len(every))
+    long = [every[at] for at in order if len(every[at]) > options.min_len]
+    kept = [text.strip() for text in long if text.strip() and len(text.strip()) >= options.min_len]
+    needed = options.updates * options.gradient_accumulation_steps * options.batch_size
+    if len(kept) < needed:
+        raise DataError(
+            f"{topic} has {len(kept)} texts of more than {options.min_len} characters, and {needed} are needed; lower "
+            "--max_unlearn_steps, --batch_size or --min_len, or give a larger corpus"
+        )
+    return kept[:needed]
+
+
+def batches_of(
+    texts: list[str], tokenizer: PreTrainedTokenizerBase, base: PreTrainedModel, options: Llm360Options
+) -> list[Batch]:
+    """Texts as batches in which every token but the first of each is predicted, padding never.
+
+    With positions=all they are padded on the left, with the end token, to the longest text that is allowed.
+    """
+    limit = min(options.max_len, context_length(base))
+    rows = encode_texts(texts, tokenizer, limit)
+    size, everywhere = options.batch_size, options.positions == "all"
+    pad_id = int(tokenizer.eos_token_id if everywhere else tokenizer.pad_token_id)
+    pieces = [rows[start : start + size] for start in range(0, len(rows), size)]
+    if not everywhere:
+        return [collate(piece, pad_id) for piece in pieces]
+    return [_padded(collate(piece, pad_id, side="left"), limit, pad_id) for piece in pieces]
+
+
+def make_task(
+    base: PreTrainedModel, lora: Lora | None, forget: list[Batch], retain: list[Batch], options: Llm360Options
+) -> PairedTask | RmuTask:
+    """What is trained, and the loss. All weights are, but for rmu and where there is a LoRA."""
+    if options.unlearn_method == "rmu":
+        return _rmu_task(base, forget, retain, options)
+    name, everywhere = METHODS[options.unlearn_method], options.positions == "all"
+    quirks = [f"{name}_all_positions"] if everywhere and name != "min_posterior" else []
+    seed = options.vector_seed if name == "random_mapping" else None
+    if lora is None:
+        base.requires_grad_(True)
+    return PairedTask(
+        base if lora is None else lora.module,
+        (lambda batch, hidden: run_plain(base, batch, hidden)) if lora is None else lora.run,
+        build_objective(name, LossConfig(control_seed=seed), gated=False, quirks=quirks),
+        forget,
+        retain,
+        device=input_device(base),
+        depth=len(find_blocks(base)[1]),
+        accumulation=options.gradient_accumulation_steps,
+        published=options.accumulation == "published",
+    )
+
+
+def published_log(steps: list[dict[str, float]]) -> dict[str, list[float]]:
+    """The lists of the published tool's log, of the lines of log.jsonl."""
+    forget, retain = ([step[side] for step in steps] for side in ("forget", "retain"))
+    return {"total": [a + b for a, b in zip(forget, retain, strict=True)], "retain": retain, "forget": forget}
+
+
+def _training(options: Llm360Options) -> TrainConfig:
+    return TrainConfig(
+        batch_size=options.batch_size,
+        lr=options.lr,
+        optimizer="schedule_free",
+        schedule="constant",
+        warmup=float(options.warmup_steps),
+        weight_decay=0.0,
+        max_grad_norm=0.0,
+        save_steps=options.save_steps,
+    )
+
+
+def _load(options: Llm360Options) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, templates.Template | None]:
+    config = ModelConfig(
+        path=options.model_name_or_path,
+        dtype=options.dtype,
+        device=options.device,
+        trust_remote_code=options.trust_remote_code,
+    )
+    try:
+        return load_base(config)
+    except ModelError as error:
+        if options.trust_remote_code or "custom code" not in str(error):
+            raise
+        raise ModelError(
+            f"{options.model_name_or_path} comes with model code of its own, which is not run unasked; read it, and "
+            "pass --trust_remote_code if you trust it"
+        ) from error
+
+
+def _lora(base: PreTrainedModel, options: Llm360Options) -> Lora:
+    """LoRA on `base`, on the layers that are named, else on c_attn, else on all linear layers of attention."""
+    targets = options.lora_targets or []
+    if not targets:
+        layers = list(linear_layers(base))
+        attention = [name for name in layers if "attn" in name.lower() or "attention" in name.lower()]
+        targets = [LORA_TARGET] if any(name.endswith(f".{LORA_TARGET}") for name in layers) else attention
+        if not targets:
+            ends = ", ".join(dict.fromkeys(name.rpartition(".")[2] for name in layers))
+            raise ConfigError(f"--use_lora: no layer of attention is found by name; name some of {ends} in "
+                              "--lora_targets")  # fmt: skip
+    made = Lora(MethodConfig(lora=LoraConfig(rank=LORA_RANK, alpha=LORA_ALPHA, dropout=0.0, targets=targets)))
+    made.prepare(base, None)
+    return made
+
+
+def _rmu_task(base: PreTrainedModel, forget: list[Batch], retain: list[Batch], options: Llm360Options) -> RmuTask:
+    check_block(base, options.layer_id, "--layer_id")
+    if options.tensors is not None:
+        tensors = named_tensors(base, options.layer_ids, options.tensors)
+    else:
+        tensors = numbered_tensors(base, options.layer_ids, options.param_ids or [])
+    embeddings: Any = base.get_input_embeddings()
+    control = control_vector(int(embeddings.weight.shape[1]), options.steering_coeff, options.vector_seed)
+    return RmuTask(
+        base,
+        tensors,
+        [Topic(options.forget_topic, forget, retain, options.alpha, control)],
+        block=options.layer_id,
+        steps=options.updates,
+        loss_mask=options.positions,
+        accumulation=options.gradient_accumulation_steps,
+    )
+
+
+def _parametrization(options: Llm360Options) -> str:
+    if options.unlearn_method == "rmu":
+        return "tensors"
+    return "lora" if options.use_lora else "full"
+
+
+def _padded(batch: Batch, length: int, pad_id: int) -> Batch:
+    """The batch with padding on its left, `length` columns wide."""
+    left = (length - batch.input_ids.shape[1], 0)
+    return dataclasses.replace(
+        batch,
+        input_ids=torch.nn.functional.pad(batch.input_ids, left, value=pad_id),
+        attention_mask=torch.nn.functional.pad(batch.attention_mask, left),
+        labels=torch.nn.functional.pad(batch.labels, left, value=IGNORED),
+    )
+
+
+def _send(steps: list[dict[str, float]], folder: Path, project: str) -> None:
+    """Hand the log to Weights & Biases, if that is installed."""
+    if importlib.util.find_spec("wandb") is None:
+        log.info("wandb is not installed, so nothing was sent; the log is %s (--use_wandb False)", folder / "log.jsonl")
+        return
+    import wandb
+
+    try:
+        sent = wandb.init(project=project, name=folder.name)
+        for step in steps:
+            sent.log({name: value for name, value in step.items() if name != "step"}, step=int(step["step"]))
+        sent.finish()
+    except Exception as error:  # whatever the service raises; the result is saved
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        log.warning("wandb did not take the log (%s); it is %s", reason, folder / "log.jsonl")

@@ -1,0 +1,259 @@
+"""RMU: activations on the forget set are steered to a fixed vector, those on the retain set kept where they were.
+
+Li et al. 2024, arXiv 2403.03218. One model is in memory: only the chosen tensors carry gradients, the forward ends at
+the block whose output is steered, and what that output was on the retain set is computed once, before training.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cosine_similarity
+
+from baselines.tensors import check_tensors
+from baselines.trained import Trained
+from baselines.truncated import Truncated
+from grun.data.encoding import Batch
+from grun.devices import input_device
+from grun.errors import ConfigError
+from grun.micro_batches import MicroBatch
+from grun.objectives.losses import steered
+from grun.progress import progress
+from grun.task import StepData
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+LOSS_MASKS = ("all", "attended", "attended_no_bos")
+"""Positions that a loss counts: all, padding included; tokens; tokens but for the first one of each row."""
+
+
+@dataclass
+class Topic:
+    """One subject to forget, and what is kept beside it."""
+
+    name: str
+    forget: list[Batch]
+    """In the order they are used."""
+    retain: list[Batch]
+    """As many; not used where alpha is 0."""
+    alpha: float
+    """Weight of the retain loss."""
+    control: Tensor
+    """What forget activations are steered to, shape [hidden size]; see `grun.objectives.losses.control_vector`."""
+
+
+@dataclass(kw_only=True)
+class Aimed(Batch):
+    """A batch, and where its activations are to be."""
+
+    target: Tensor = field(default_factory=lambda: torch.empty(0))
+    """Shape [hidden size], or [batch, length, hidden size]."""
+    weight: float = 1.0
+    """Of its loss."""
+    frozen: Tensor | None = None
+    """Its activations under the untouched model, [batch, length, hidden size], where they are compared with."""
+
+
+class RmuTask:
+    """Steering of one block's output, topics in turn, as a `grun.training.Task`.
+
+    The loss of a batch is the mean over the positions that `loss_mask` counts of `steered`, times alpha on the retain
+    set; the loss of a step the mean over its batches. Batch m of the run, counted over all steps, is batch m // K of
+    topic m % K of K.
+    """
+
+    def __init__(
+        self,
+        base: PreTrainedModel,
+        tensors: Mapping[str, nn.Parameter],
+        topics: Sequence[Topic],
+        *,
+        block: int,
+        steps: int,
+        loss_mask: str = "attended",
+        verbose: bool = False,
+        accumulation: int = 1,
+    ) -> None:
+        """Freeze `base` but for the tensors, and run it over the retain batches in use.
+
+        Args:
+            base: the model to change, in evaluation mode.
+            tensors: what is trained, by full parameter name: parameters of `base`, or copies in a wider type
+                (`baselines.tensors.in_float32`) that are cast to the model's type in every pass.
+            topics: at least one.
+            block: 0-based block whose output is steered.
+            steps: optimizer steps, over all topics.
+            loss_mask: one of LOSS_MASKS.
+            verbose: log cosines and norms of the activations too, which keeps those of the forget batches as well.
+            accumulation: batches of a step.
+
+        Raises:
+            ConfigError: the block, the mask or the number of batches does not fit, or all tensors lie above the block.
+        """
+        check_tensors(base, tensors, block)
+        if loss_mask not in LOSS_MASKS:
+            raise ConfigError(f"loss mask {loss_mask!r} is unknown; expected {', '.join(LOSS_MASKS)}")
+        base.requires_grad_(False)
+        for tensor in tensors.values():
+            tensor.requires_grad_(True)
+        self.module: nn.Module = Trained(tensors, [])
+        self._base = base
+        self._tensors = dict(tensors)
+        self._wide = {name: tensor for name, tensor in tensors.items() if tensor is not base.get_parameter(name)}
+        self._forward = Truncated(base, block)
+        self._topics = topics
+        self._steps = steps
+        self._mask = loss_mask
+        self._verbose = verbose
+        self._accumulation = accumulation
+        self._check_batches()
+        self._frozen = self._freeze()
+
+    @property
+    def steps(self) -> int:
+        """Of the whole run, over all topics."""
+        return self._steps
+
+    @property
+    def device(self) -> torch.device:
+        """Where token ids go."""
+        return input_device(self._base)
+
+    def data(self, step: int) -> StepData:
+        """The next batches of the topics whose turn it is."""
+        first = step * self._accumulation
+        micro_batches = [self._aimed(number) for number in range(first, first + self._accumulation)]
+        counts = {
+            "batches": len(micro_batches),
+            "forget": len(micro_batches),
+            "retain": sum("retain" in batch for batch in micro_batches),
+        }
+        return StepData(micro_batches, counts, (step + 1) / self._steps)
+
+    def loss(self, batch: MicroBatch, counts: dict[str, int], step: int) -> tuple[Tensor, dict[str, float]]:
+        """Shares of forget and retain loss, the latter times alpha; 0 where alpha is 0."""
+        total = torch.zeros((), device=self.device)
+        parts = {"forget": 0.0, "retain": 0.0}
+        for side, aimed in batch.items():
+            assert isinstance(aimed, Aimed)
+            hidden = self._hidden(aimed)
+            value = aimed.weight * self._mean(steered(hidden, aimed.target), aimed) / counts["batches"]
+            total = total + value.to(total.device)
+            parts[side] = float(value.detach())
+            if aimed.frozen is not None:
+                seen = _compared(hidden.detach(), aimed)
+                parts |= {f"{side}_{name}": value / counts[side] for name, value in seen.items()}
+        return total, parts
+
+    def stepped(self, parts: dict[str, float]) -> None:
+        """Add the mean absolute gradient of the first tensor to the log, if verbose."""
+        if self._verbose:
+            gradient = next(iter(self._tensors.values())).grad
+            parts["gradient"] = 0.0 if gradient is None else float(gradient.abs().mean())
+
+    def state(self) -> dict[str, float]:
+        """Nothing to keep beside the parameters."""
+        return {}
+
+    def restore(self, state: dict[str, float]) -> None:
+        """Nothing was kept."""
+
+    @property
+    def frozen_bytes(self) -> int:
+        """Size of the untouched model's activations, which are kept on the CPU."""
+        return sum(states.nbytes for states in self._frozen.values())
+
+    def _turn(self, number: int) -> tuple[Topic, int]:
+        """Topic of a batch of the run, and which of the topic's it is."""
+        place, topic = divmod(number, len(self._topics))
+        return self._topics[topic], place
+
+    def _aimed(self, number: int) -> MicroBatch:
+        topic, place = self._turn(number)
+        forget = topic.forget[place]
+        seen = self._frozen[_content(forget)] if self._verbose else None
+        batches: MicroBatch = {"forget": _aim(forget, topic.control, 1.0, seen)}
+        if topic.alpha:
+            retain = topic.retain[place]
+            frozen = self._frozen[_content(retain)]
+            batches["retain"] = _aim(retain, frozen, topic.alpha, frozen if self._verbose else None)
+        return batches
+
+    def _check_batches(self) -> None:
+        count = self._steps * self._accumulation
+        for number, topic in enumerate(self._topics):
+            needed = len(range(number, count, len(self._topics)))
+            for side, there in (("forget", topic.forget), ("retain", topic.retain)):
+                if len(there) < needed and (side == "forget" or topic.alpha):
+                    raise ConfigError(
+                        f"{topic.name}: {len(there)} {side} batches, but {self._steps} steps take {needed}; "
+                        "give more texts or take fewer steps"
+                    )
+
+    @torch.no_grad()
+    def _freeze(self) -> dict[bytes, Tensor]:
+        """Activations of the untouched model by content of the batch, each distinct batch once, on the CPU."""
+        wanted: dict[bytes, Batch] = {}
+        for number in range(self._steps * self._accumulation):
+            topic, place = self._turn(number)
+            used = ([topic.retain[place]] if topic.alpha else []) + ([topic.forget[place]] if self._verbose else [])
+            wanted |= {_content(batch): batch for batch in used}
+        frozen: dict[bytes, Tensor] = {}
+        with progress("activations of the untouched model", len(wanted), shown=bool(wanted)) as advance:
+            for content, batch in wanted.items():
+                frozen[content] = self._hidden(batch.to(self.device)).cpu()
+                advance(1)
+        return frozen
+
+    def _hidden(self, batch: Batch) -> Tensor:
+        weights = {name: tensor.to(self._base.get_parameter(name).dtype) for name, tensor in self._wide.items()}
+        return self._forward(batch, weights)
+
+    def _mean(self, values: Tensor, batch: Batch) -> Tensor:
+        """Mean of `values` [batch, length] over the positions that count."""
+        counted = _counted(batch.attention_mask, self._mask).to(values.device)
+        return values.masked_fill(~counted, 0).sum() / counted.sum().clamp(min=1)
+
+
+def _counted(attention_mask: Tensor, loss_mask: str) -> Tensor:
+    """Positions [batch, length] that the loss counts."""
+    if loss_mask == "all":
+        return torch.ones_like(attention_mask, dtype=torch.bool)
+    attended = attention_mask != 0
+    return attended if loss_mask == "attended" else attended & (attended.cumsum(dim=1) > 1)
+
+
+def _compared(hidden: Tensor, batch: Aimed) -> dict[str, float]:
+    """Means over the tokens: cosine between updated and untouched activations, and the norms of both."""
+    assert batch.frozen is not None
+    attended = batch.attention_mask.to(hidden.device) != 0
+    wide = torch.promote_types(hidden.dtype, torch.float32)
+    updated, frozen = hidden[attended].to(wide), batch.frozen.to(hidden.device, wide)[attended]
+    return {
+        "cosine": float(cosine_similarity(updated, frozen, dim=-1).mean()),
+        "norm": float(updated.norm(dim=-1).mean()),
+        "frozen_norm": float(frozen.norm(dim=-1).mean()),
+    }
+
+
+def _aim(batch: Batch, target: Tensor, weight: float, frozen: Tensor | None) -> Aimed:
+    return Aimed(
+        input_ids=batch.input_ids,
+        attention_mask=batch.attention_mask,
+        labels=batch.labels,
+        prompt_lengths=batch.prompt_lengths,
+        target=target,
+        weight=weight,
+        frozen=frozen,
+    )
+
+
+def _content(batch: Batch) -> bytes:
+    """Equal for batches of the same ids and padding."""
+    parts = (torch.tensor(batch.input_ids.shape), batch.input_ids, batch.attention_mask)
+    return b"".join(part.cpu().numpy().tobytes() for part in parts)

@@ -1,0 +1,145 @@
+"""Multiple-choice questions: from WMDP, MMLU and files of several shapes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from grun.data.hub import hub_rows
+from grun.data.jsonl import read_records
+from grun.data.texts import find_file, read_list
+from grun.errors import DataError
+from grun.registry import unknown_name
+
+SUFFIXES = (".jsonl", ".json")
+RIGHT_OPTION = "corrtect"
+"""Field that repeats the right option in the files of GRUN's published code, which spell it so."""
+MMLU = "mmlu"
+
+LOCAL_FILES: dict[str, tuple[str, ...]] = {
+    "wmdp_bio": ("bio_test",),
+    "wmdp_cyber": ("cyber_test",),
+    "wmdp_chem": (),
+    MMLU: ("merged_mmlu_text",),
+}
+"""Sets that are known by name, and how GRUN's published files of them are called. `mmlu:SUBJECT` is known too."""
+
+
+@dataclass(frozen=True)
+class ChoiceRow:
+    """One question and its options."""
+
+    question: str
+    """What is asked, without its options."""
+    choices: tuple[str, ...]
+    """Options in the order of the source, at least two."""
+    answer: int
+    """Index of the right option, from 0."""
+    subject: str
+    """What the question belongs to, such as biology or virology: a line of the table."""
+
+    def rotated(self, by: int) -> ChoiceRow:
+        """The same question, its options moved on by `by` places."""
+        count = len(self.choices)
+        order = [(place - by) % count for place in range(count)]
+        return ChoiceRow(
+            self.question, tuple(self.choices[old] for old in order), order.index(self.answer), self.subject
+        )
+
+
+def load_choices(name: str, folder: str | None = None) -> list[ChoiceRow]:
+    """Questions of one set, in order.
+
+    Args:
+        name: wmdp_bio, wmdp_cyber, wmdp_chem (`cais/wmdp` on the hub), mmlu, mmlu:SUBJECT (`cais/mmlu`); a file ending
+            in .jsonl or .json; or `NAME` for a file NAME.jsonl or NAME.json in the folder, which also wins over the
+            hub. For mmlu:SUBJECT the file is mmlu_SUBJECT.
+        folder: where files are looked for; names without ending are looked for in `data` too.
+
+    Raises:
+        DataError: the name is unknown, the set cannot be had, or a row is malformed.
+    """
+    set_name, _, subject = name.partition(":") if name.startswith(f"{MMLU}:") else (name, "", "")
+    stem = f"{MMLU}_{subject}" if subject else name
+    path = find_file(stem, folder, LOCAL_FILES.get(name, ()), SUFFIXES)
+    if path is not None:
+        return read_choices(path, subject or name)
+    if set_name not in LOCAL_FILES:
+        known = unknown_name("multiple-choice set", name, [*LOCAL_FILES, f"{MMLU}:SUBJECT"])
+        raise DataError(f"{known}; or a file ending in .jsonl or .json")
+    if set_name == MMLU:
+        repository, config = "cais/mmlu", subject or "all"
+    else:
+        repository, config = "cais/wmdp", set_name.replace("_", "-")
+    rows = hub_rows(repository, config, "test", instead=f"a folder (data.path) that holds {stem}.jsonl")
+    return [
+        _choice_row(row, f"{repository} {config} row {number}", subject or name)
+        for number, row in enumerate(rows, start=1)
+    ]
+
+
+def read_choices(path: Path, subject: str | None = None) -> list[ChoiceRow]:
+    """Questions of a .jsonl file, one object a line, or of a .json file, a list of them.
+
+    A row is {question, choices, answer}, with the answer as an index from 0 or as a letter, and perhaps {subject}. Of
+    GRUN's published files {question, choices, answer, corrtect, in_correct_choices} the index must agree with the
+    right option that they repeat.
+
+    Args:
+        path: the file.
+        subject: of rows that name none; None: the file's name without ending.
+
+    Raises:
+        DataError: the file is missing, or a row is malformed (named by its number, counted from 1).
+    """
+    if path.suffix == ".json":
+        records = [(f"{path} row {number}", record) for number, record in enumerate(read_list(path), start=1)]
+    else:
+        records = read_records(path)
+    if not records:
+        raise DataError(f"{path} holds no questions")
+    return [_choice_row(record, where, subject or path.stem) for where, record in records]
+
+
+def _choice_row(record: Any, where: str, subject: str) -> ChoiceRow:
+    if not isinstance(record, Mapping):
+        raise DataError(f"{where}: expected an object with question, choices and answer")
+    for name in ("question", "choices", "answer"):
+        if name not in record:
+            found = ", ".join(map(str, record)) or "none"
+            raise DataError(
+                f"{where}: field {name!r} is missing; a row needs question, choices, answer; it has: {found}"
+            )
+    question, choices = record["question"], record["choices"]
+    if not isinstance(question, str) or not question.strip():
+        raise DataError(f"{where}: field 'question' must be a text that is not empty; it is {question!r}")
+    if not isinstance(choices, list | tuple) or not all(isinstance(choice, str) for choice in choices):
+        raise DataError(f"{where}: field 'choices' must be a list of texts; it is {choices!r}")
+    if len(choices) < 2:
+        raise DataError(f"{where}: a question needs at least 2 options; it has {len(choices)}")
+    answer = _answer(record["answer"], len(choices), where)
+    right = record.get(RIGHT_OPTION)
+    if right is not None and right != choices[answer]:
+        raise DataError(
+            f"{where}: answer {record['answer']!r} is the option {choices[answer]!r}, but {RIGHT_OPTION!r} says "
+            f"{right!r}; correct one of them"
+        )
+    named = record.get("subject")
+    return ChoiceRow(question, tuple(choices), answer, named if isinstance(named, str) and named else subject)
+
+
+def _answer(value: Any, count: int, where: str) -> int:
+    """Index of the right option among `count`, of an index or a letter."""
+    letters = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"[:count]
+    index = value
+    if isinstance(value, str):
+        text = value.strip().upper()
+        index = letters.find(text) if len(text) == 1 and text.isalpha() else int(text) if text.isdecimal() else -1
+    if isinstance(index, bool) or not isinstance(index, int) or not 0 <= index < count:
+        raise DataError(
+            f"{where}: answer {value!r} is none of the {count} options; expected 0 to {count - 1} or {letters[0]} to "
+            f"{letters[-1]}"
+        )
+    return index

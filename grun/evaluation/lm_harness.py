@@ -1,0 +1,123 @@
+"""`evaluate suite=lm_eval`: tasks of lm-evaluation-harness, for models with every kind of adapter."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from grun.config import EvaluateConfig
+from grun.errors import ConfigError, DataError
+from grun.evaluation.suites import Measured
+from grun.files import content_hash, file_hash
+from grun.memory import enough_memory
+
+if TYPE_CHECKING:
+    from grun.loading import Loaded
+
+SAMPLES_FILE = "samples.jsonl"
+NOT_RESULTS = ("alias", "name", "sample_len")
+"""What lm-evaluation-harness writes among a task's metrics."""
+
+
+class HarnessSuite:
+    """Tasks of lm-evaluation-harness, scored by `grun.evaluation.continuations`.
+
+    A GRUN adapter reads and edits at each request's last context token; text is generated through the base that carries
+    it. Results: `results` and `groups`: metrics by task and by group of tasks, as the harness names them (`acc,none`),
+    standard errors among them; `versions` and `num_fewshot` of the tasks, `samples` (their numbers) and
+    `lm_eval`, the harness' version. samples.jsonl has each question's number, log-likelihoods or text, and target.
+    """
+
+    def __init__(self, config: EvaluateConfig) -> None:
+        """Find the tasks.
+
+        Raises:
+            ConfigError: the harness is missing, a task is unknown, or pins the number of examples.
+            DataError: a task's data cannot be loaded.
+        """
+        if importlib.util.find_spec("lm_eval") is None:
+            raise ConfigError(
+                "suite=lm_eval needs lm-evaluation-harness, which is not installed: "
+                "pip install 'grun-unlearning[harness]'"
+            )
+        from lm_eval.tasks import TaskManager
+
+        self.config = config
+        self.folder = None if config.task_folder is None else Path(config.task_folder).expanduser()
+        if self.folder is not None and not self.folder.is_dir():
+            raise ConfigError(f"task_folder={config.task_folder}: no such folder; name one of tasks' YAML files")
+        self.manager = TaskManager(include_path=None if self.folder is None else str(self.folder))
+        unknown = [task for task in config.tasks if not self.manager.match_tasks([task])]
+        if unknown:
+            raise ConfigError(
+                f"lm-evaluation-harness knows no task {unknown[0]!r}; its tasks: python -m lm_eval ls tasks; your own: "
+                "task_folder=FOLDER"
+            )
+        self.tasks = self._load()
+
+    def _load(self) -> dict[str, Any]:
+        """The tasks by name, those of groups too."""
+        try:
+            found: dict[str, Any] = self.manager.load(self.config.tasks)["tasks"]
+        except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
+            line = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            raise DataError(f"tasks={self.config.tasks} cannot be loaded: {line}") from error
+        pinned = [name for name, task in found.items() if task.get_config("num_fewshot") == 0]
+        if self.config.num_fewshot and pinned:
+            raise ConfigError(
+                f"num_fewshot={self.config.num_fewshot}: {pinned[0]} pins 0 examples and lm-evaluation-harness would "
+                "silently ask without any; leave num_fewshot out, or put a copy of the task without it in task_folder"
+            )
+        return found
+
+    def settings(self, loaded: Loaded) -> dict[str, Any]:
+        """Tasks, their versions, and your own tasks' files."""
+        config = self.config
+        files = sorted(path for path in self.folder.rglob("*") if path.is_file()) if self.folder else []
+        return {
+            "tasks": list(config.tasks),
+            "versions": {name: task.VERSION for name, task in self.tasks.items()},
+            "task_folder": content_hash([[path.name, file_hash(path)] for path in files]) if files else None,
+            "num_fewshot": config.num_fewshot,
+            "limit": config.data.limit,
+            "lm_eval": importlib.metadata.version("lm_eval"),
+        }
+
+    def measure(self, loaded: Loaded) -> Measured:
+        """Run the tasks."""
+        import lm_eval
+
+        from grun.evaluation.items import memory_advice
+        from grun.evaluation.lm_harness_model import HarnessModel
+
+        config = self.config
+        with enough_memory("evaluating", memory_advice(config)):
+            found = lm_eval.simple_evaluate(
+                model=HarnessModel(loaded.model, loaded.tokenizer, config.batch_size),
+                tasks=list(config.tasks),
+                num_fewshot=config.num_fewshot,
+                batch_size=config.batch_size,
+                limit=config.data.limit,
+                task_manager=self.manager,
+            )
+        results = {
+            "results": {name: _metrics(values) for name, values in found["results"].items()},
+            "groups": {name: _metrics(values) for name, values in found.get("groups", {}).items()},
+            "versions": found["versions"],
+            "num_fewshot": found["n-shot"],
+            "samples": found["n-samples"],
+            "lm_eval": importlib.metadata.version("lm_eval"),
+        }
+        lines = [
+            {"task": name, "doc": sample["doc_id"], "responses": sample["filtered_resps"], "target": sample["target"]}
+            for name, samples in found["samples"].items()
+            for sample in samples
+        ]
+        return Measured(results, {SAMPLES_FILE: lines})
+
+
+def _metrics(values: dict[str, Any]) -> dict[str, Any]:
+    """Numbers alone; a standard error that the harness could not give is left out."""
+    return {name: value for name, value in values.items() if name not in NOT_RESULTS and value != "N/A"}

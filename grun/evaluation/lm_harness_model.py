@@ -1,0 +1,50 @@
+"""A loaded model as lm-evaluation-harness sees one; imported where the harness is installed."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from lm_eval.models.huggingface import HFLM
+
+from grun.data.encoding import EncodedRow
+from grun.evaluation.continuations import score_continuations
+from grun.evaluation.generation import base_of
+from grun.evaluation.multiple_choice import fitted
+from grun.loading import context_length
+from grun.progress import progress
+
+
+class HarnessModel(HFLM):
+    """The harness' model for transformers, with our scores: the context is the prompt, what follows it the answer."""
+
+    def __init__(self, model: Any, tokenizer: Any, batch_size: int) -> None:
+        """`model` is a transformers causal model, or a GrunModel on one, whose hooks then act in generation too."""
+        base = base_of(model)
+        limit = context_length(base)
+        super().__init__(
+            pretrained=base,
+            tokenizer=tokenizer,
+            batch_size=batch_size,
+            max_length=limit if limit < 2**30 else None,
+        )
+        self.asked = model
+
+    def _loglikelihood_tokens(
+        self,
+        requests: list[tuple[tuple[str, str] | None, list[int], list[int]]],
+        disable_tqdm: bool = False,
+        override_bs: int | None = None,
+    ) -> list[tuple[float, bool]]:
+        """Sum of the answer's log-probabilities, nats, and whether it is the greedy answer, for each request.
+
+        Where a request is longer than the context, the beginning of its context is left out, as the harness does.
+        """
+        rows = [fitted(EncodedRow(tuple(context), tuple(answer)), self.max_length) for _, context, answer in requests]
+        size = override_bs or int(self.batch_size)
+        with progress("log-likelihoods", len(rows), shown=not disable_tqdm) as advance:
+            scored = score_continuations(self.asked, rows, size, int(self.tokenizer.pad_token_id or 0), advance)
+        results = [(sum(row.logp), all(row.hit)) for row in scored]
+        for (texts, _, _), result in zip(requests, results, strict=True):
+            if texts is not None:  # None: windows of one long text
+                self.cache_hook.add_partial("loglikelihood", texts, result)
+        return results

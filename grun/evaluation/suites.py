@@ -1,0 +1,172 @@
+"""Evaluations other than the table of answers: what they have in common, from the config to the folder.
+
+A suite (`knowledge.py`, `lm_harness.py`, `judge.py`) says what its result depends on and measures a loaded model. Its
+folder holds `evaluation.json` and the suite's own lines; it is whole or absent, and found again by its key.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+import grun
+from grun import processes
+from grun.checks import check
+from grun.config import EvaluateConfig
+from grun.evaluation.evaluate import single_evaluations
+from grun.evaluation.plan import CODE, EVALUATION_FILE, code_hash, previous_in, same_evaluation
+from grun.evaluation.table import shorten
+from grun.files import content_hash, whole_folder, write_json, write_text, writing
+from grun.registry import Registry
+
+if TYPE_CHECKING:
+    from grun.loading import Loaded
+
+FORMAT = 1
+"""Raised when the meaning of a result changes, so that older results are not taken for new ones."""
+SUITE_CODE = (*CODE, "data/choices.py", "evaluation/*.py", "evaluation/metrics/*.py")
+"""Sources that decide a suite's result, relative to the package."""
+
+
+@dataclass
+class Measured:
+    """What a suite found out about a model."""
+
+    results: dict[str, Any]
+    """What evaluation.json holds beside the key and the inputs."""
+    lines: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
+    """Records of further files, by file name."""
+
+
+class Suite(Protocol):
+    """One kind of evaluation, its data loaded."""
+
+    def settings(self, loaded: Loaded) -> dict[str, Any]:
+        """What the result depends on beside model, adapter and code, for JSON."""
+        ...
+
+    def measure(self, loaded: Loaded) -> Measured:
+        """Ask the model; several processes do so together."""
+        ...
+
+
+SUITES: Registry[Callable[[EvaluateConfig], Suite]] = Registry("suite")
+"""What makes each suite of a config, which loads its data."""
+SUITES.add("knowledge", "grun.evaluation.knowledge:KnowledgeSuite", "multiple choice, cloze and perplexity")
+SUITES.add("lm_eval", "grun.evaluation.lm_harness:HarnessSuite", "tasks of lm-evaluation-harness")
+SUITES.add("judge", "grun.evaluation.judge:JudgeSuite", "share of unsafe answers, as a judge sees it")
+
+
+@processes.connected()
+def evaluate_suite(config: EvaluateConfig, output_dir: Path) -> dict[str, dict[str, Any]]:
+    """Evaluate a model, or each of config.adapters and the base, by config.suite; each evaluation.json, by its folder.
+
+    GRUN's adapters are put on one base, one after another; for others the model is loaded again. An evaluation of the
+    same model, adapter, data, settings and code that is there already is found, not repeated; anything else there is a
+    RunError unless config.overwrite.
+    """
+    check(config)
+    singles, others = {output_dir: config}, [output_dir]
+    if config.adapters:
+        singles, others = single_evaluations(config, output_dir)
+    previous = processes.of_first(lambda: {folder: previous_in(folder, config.overwrite) for folder in singles})
+    with processes.first_goes_first():  # before the model: a misspelled file is found before minutes of loading
+        suite = SUITES.get(config.suite)(config)
+    gated = {folder: single for folder, single in singles.items() if folder not in others}
+    results = _on_one_base(suite, gated, previous) if gated else {}
+    for folder in others:
+        results[folder] = _alone(suite, singles[folder], folder, previous[folder])
+    return {str(folder): results[folder] for folder in singles}
+
+
+def _on_one_base(
+    suite: Suite, configs: Mapping[Path, EvaluateConfig], previous: Mapping[Path, dict[str, Any] | None]
+) -> dict[Path, dict[str, Any]]:
+    """Results of GRUN adapters, and of the base."""
+    from grun.loading import load_model
+
+    started = time.monotonic()
+    config = next(iter(configs.values()))
+    with processes.agreed():
+        base = load_model(config.model, None, strict=config.strict, gate_threshold=None)
+    results = {}
+    for folder, single in configs.items():
+        with _adapter_on(base, single) as loaded:
+            results[folder] = _carry_out(suite, single, folder, loaded, previous[folder], started)
+        started = time.monotonic()
+    return results
+
+
+def _alone(suite: Suite, config: EvaluateConfig, folder: Path, previous: dict[str, Any] | None) -> dict[str, Any]:
+    """Result of a model with any adapter, or none."""
+    from grun.loading import load_model
+
+    started = time.monotonic()
+    with processes.agreed():
+        loaded = load_model(config.model, config.adapter, strict=config.strict, gate_threshold=config.gate_threshold)
+    return _carry_out(suite, config, folder, loaded, previous, started)
+
+
+@contextlib.contextmanager
+def _adapter_on(base: Loaded, config: EvaluateConfig) -> Iterator[Loaded]:
+    """The base with the GRUN adapter of `config`, if it names one, on it."""
+    from grun.loading import Loaded, adapter_hash
+    from grun.method.adapter import find_adapter
+    from grun.method.model import GrunModel
+
+    if config.adapter is None:
+        yield base
+        return
+    folder = find_adapter(config.adapter)
+    model = GrunModel.from_pretrained(base.model, folder, strict=config.strict)
+    try:
+        model.gate_threshold = config.gate_threshold
+        identity = base.identity | {"adapter": adapter_hash(folder)}
+        yield Loaded(model, base.tokenizer, model.template or base.template, identity)
+    finally:
+        model.unwrap()
+
+
+def _carry_out(
+    suite: Suite,
+    config: EvaluateConfig,
+    folder: Path,
+    loaded: Loaded,
+    previous: dict[str, Any] | None,
+    started: float,
+) -> dict[str, Any]:
+    """The evaluation of one model, found in `folder` or made there."""
+    identity = {**loaded.identity, "version": grun.__version__, "format": FORMAT, "code": code_hash(SUITE_CODE)}
+    settings = suite.settings(loaded) | {"gate_threshold": config.gate_threshold}
+    inputs = {"suite": config.suite, "identity": identity, "settings": settings}
+    key = content_hash(inputs)
+    found = same_evaluation(folder, previous, key, inputs, config.overwrite)
+    if found is not None:
+        if processes.is_first():
+            print(f"already evaluated: {folder}", file=sys.stderr)
+        return found
+    ready = time.monotonic()
+    measured = suite.measure(loaded)
+    now = time.monotonic()
+    seconds = {"load": ready - started, "measure": now - ready, "total": now - started}
+    result = {
+        **{"key": key, "model": config.model.path, "adapter": config.adapter, **inputs},
+        **measured.results,
+        "seconds": {name: round(spent, 3) for name, spent in seconds.items()},
+    }
+    processes.of_first(lambda: _write(folder, result, measured.lines))
+    return result
+
+
+def _write(folder: Path, result: dict[str, Any], lines: Mapping[str, Sequence[dict[str, Any]]]) -> None:
+    with whole_folder(folder) as new, writing(folder.parent):
+        for name, records in lines.items():
+            text = "".join(json.dumps(shorten(record), ensure_ascii=False) + "\n" for record in records)
+            write_text(new / name, text)
+        write_json(new / EVALUATION_FILE, result)

@@ -1,0 +1,230 @@
+"""Evaluations of `suite=knowledge` as rows of one report, and the numbers that are read from them.
+
+A results folder holds `evaluation/before` (the model that knows), `evaluation/retain_only` (the target: never taught
+what is to be forgotten; may be absent) and `evaluation/METHOD` for each method.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from grun.errors import RunError
+from grun.report.results import (
+    EVALUATION_FILE,
+    STAGES,
+    Result,
+    evaluation_folders,
+    read_record,
+    refuse_other_models,
+)
+
+SUITE = "knowledge"
+QUESTIONS_FILE = "questions.jsonl"
+METHODS = {
+    "rmu": "RMU",
+    "grun_rmu": "GRUN-RMU",
+    "max_entropy": "max-entropy",
+    "min_posterior": "min-posterior",
+    "random_mapping": "random-mapping",
+}
+"""Methods in the order of the rows, with the names that readers see; others follow by name."""
+ASKED = ("choices", "cloze", "texts", "seed", "max_new_tokens", "window", "stride")
+"""Settings of an evaluation that must be those of before."""
+CHANCE = 0.25
+"""Of four options, where an evaluation does not say how many there are."""
+
+
+class Way(NamedTuple):
+    """How multiple-choice questions are put."""
+
+    format: str
+    order: str
+    suffix: str
+
+
+MAIN_WAY = Way("harness", "rotations", "")
+
+
+class Number(NamedTuple):
+    """A measured number."""
+
+    value: float
+    interval: tuple[float, float] | None = None
+    """95 %."""
+
+
+def suite_of(folders: Sequence[Path]) -> str:
+    """The suite of all evaluations in `folders`; RunError if they are of several, or of one that has no report."""
+    found: dict[str, list[str]] = {}
+    for folder in folders:
+        suite = read_record(folder / EVALUATION_FILE, ()).get("suite", "answers")
+        found.setdefault(suite, []).append(folder.name)
+    listed = "; ".join(f"{suite}: {', '.join(names)}" for suite, names in found.items())
+    place = folders[0].parent if folders else ""
+    if len(found) > 1:
+        raise RunError(f"{place} holds evaluations of several suites ({listed}); keep one in a results folder")
+    suite = next(iter(found), "answers")
+    if suite not in ("answers", SUITE):
+        raise RunError(f"{place} holds evaluations of suite={suite}, of which there is no report; see {EVALUATION_FILE}")
+    return suite
+
+
+def find_knowledge(results_dir: Path) -> list[Result]:
+    """The evaluated models in the order of the rows: before, retain_only, then the methods.
+
+    Raises:
+        RunError: there is no before, a file is damaged, or an evaluation is of another base model or other questions.
+    """
+    results = [_read(folder) for folder in evaluation_folders(results_dir)]
+    known = list(METHODS)
+
+    def place(result: Result) -> tuple[int, int, str]:
+        number = known.index(result.name) if result.name in known else len(known)
+        return (STAGES.index(result.stage), number, result.name)
+
+    results.sort(key=place)
+    refuse_other_models(results)
+    for result in results:
+        _refuse_other_questions(result, results[0])
+    return results
+
+
+def _read(folder: Path) -> Result:
+    """One evaluation; its run is looked for beside `evaluation`, then in the folder of its adapter, then of its model."""
+    evaluation = read_record(folder / EVALUATION_FILE, ("settings",))
+    quantization = evaluation.get("identity", {}).get("quantization")
+    name = folder.name.removesuffix(f"-{quantization}")
+    ending = f" {quantization}" if quantization else ""
+    if name in STAGES:
+        return Result(folder.name, name, None, "none", folder, None, evaluation, name.replace("_", " ") + ending)
+    label = METHODS[name] + ending if name in METHODS else folder.name
+    adapter, model = evaluation.get("adapter"), evaluation.get("model")
+    places = [folder.resolve().parent.parent / name, *(Path(path) for path in (adapter, model) if path)]
+    run = next((place for place in places if (place / "run.json").is_file()), None)
+    result = Result(folder.name, "after", None, "none", folder, run, evaluation, label)
+    result.objective = result.record.get("objective")
+    result.parametrization = str(result.record.get("parametrization", "none"))
+    return result
+
+
+def _refuse_other_questions(result: Result, before: Result) -> None:
+    settings, expected = result.evaluation["settings"], before.evaluation["settings"]
+    other = [key for key in ASKED if settings.get(key) != expected.get(key)]
+    if other:
+        raise RunError(
+            f"{result.folder} asked other questions than {before.folder}, or otherwise (settings: {', '.join(other)}); "
+            "evaluate both with the same data and evaluation options"
+        )
+
+
+# -- numbers ----------------------------------------------------------------------------------------------------------
+
+
+def ways(results: Sequence[Result]) -> list[Way]:
+    """The ways in which questions were put, the main one first: harness, rotations, no suffix, else the first."""
+    found = [_way(entry) for result in results for entry in result.evaluation.get("choices", ())]
+    return sorted(dict.fromkeys(found), key=lambda way: way != MAIN_WAY)
+
+
+def main_way(results: Sequence[Result]) -> Way | None:
+    """The way that verdicts go by; None where there are no multiple-choice questions."""
+    return next(iter(ways(results)), None)
+
+
+def _way(entry: dict[str, Any]) -> Way:
+    return Way(entry["format"], entry["order"], entry["suffix"])
+
+
+def _entry(result: Result, way: Way | None) -> dict[str, Any]:
+    return next((entry for entry in result.evaluation.get("choices", ()) if _way(entry) == way), {})
+
+
+def choice(result: Result, way: Way | None, role: str, subject: str | None = None) -> Number | None:
+    """Accuracy on a role's multiple-choice questions, or on those of one subject."""
+    found = _entry(result, way).get("roles", {}).get(role, {})
+    return _number(found if subject is None else found.get("subjects", {}).get(subject, {}), "accuracy")
+
+
+def subjects(results: Sequence[Result], way: Way | None, role: str) -> list[str]:
+    """Subjects of a role's questions."""
+    found = [_entry(result, way).get("roles", {}).get(role, {}).get("subjects", {}) for result in results]
+    return list(dict.fromkeys(name for table in found for name in table))
+
+
+def cloze(result: Result, role: str) -> Number | None:
+    """Share of a role's sentences that are completed by the key fact."""
+    return _number(result.evaluation.get("cloze", {}).get("roles", {}).get(role, {}), "fact_recall")
+
+
+def _number(found: dict[str, Any], name: str) -> Number | None:
+    if found.get(name) is None:
+        return None
+    interval = found.get("interval")
+    return Number(float(found[name]), (interval[0], interval[1]) if interval else None)
+
+
+def behind_suffixes(result: Result, way: Way | None) -> dict[str, Number]:
+    """Accuracy on forget by the suffix behind "Answer:", asked as `way` otherwise."""
+    found = {}
+    for other in ways([result]) if way else ():
+        number = choice(result, other, "forget")
+        if other.suffix and other[:2] == way[:2] and number is not None:
+            found[other.suffix] = number
+    return found
+
+
+def worst_suffix(result: Result, way: Way | None, level: float) -> Number | None:
+    """Of these the one furthest from chance, `level`."""
+    found = behind_suffixes(result, way).values()
+    return max(found, key=lambda number: abs(number.value - level), default=None)
+
+
+def perplexity(result: Result, name: str) -> Number | None:
+    """Perplexity of a corpus."""
+    return _number(result.evaluation.get("perplexity", {}).get(name, {}), "perplexity")
+
+
+def gate_auc(result: Result, way: Way | None) -> Number | None:
+    """How surely the gate tells forget from general: at multiple choice, else at sentences to complete."""
+    places = (_entry(result, way), result.evaluation.get("cloze", {}))
+    return next(filter(None, (_number(place.get("gate", {}), "auc_general") for place in places)), None)
+
+
+def chance(results: Sequence[Result], way: Way | None) -> float:
+    """Accuracy of guessing on forget: the mean over questions of 1 / options."""
+    found = (_entry(result, way).get("roles", {}).get("forget", {}).get("chance") for result in results)
+    return next((float(value) for value in found if value is not None), CHANCE)
+
+
+# -- single questions -------------------------------------------------------------------------------------------------
+
+
+def first_lines(
+    results: Sequence[Result], count: int, wanted: Callable[[dict[str, Any]], bool]
+) -> list[tuple[dict[str, Any], dict[str, dict[str, Any]]]]:
+    """The lines of questions.jsonl of the first `count` questions: one of them, and each model's by its name.
+
+    Args:
+        results: models; one without the file has no lines.
+        count: questions, counted by their index.
+        wanted: whether a line is asked for; true of one line a question and model at most.
+    """
+    found: dict[int, dict[str, dict[str, Any]]] = {}
+    for result in results:
+        for line in _lines(result.folder / QUESTIONS_FILE):
+            if line["index"] < count and wanted(line):
+                found.setdefault(line["index"], {})[result.name] = line
+    return [(next(iter(by_name.values())), by_name) for _, by_name in sorted(found.items())]
+
+
+def _lines(path: Path) -> list[dict[str, Any]]:
+    if not path.is_file():
+        return []
+    try:
+        with open(path, encoding="utf-8") as file:
+            return [json.loads(line) for line in file]
+    except (OSError, ValueError) as error:
+        raise RunError(f"{path} cannot be read ({error}); evaluate again with overwrite=true") from error

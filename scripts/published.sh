@@ -1,0 +1,98 @@
+# Shell functions of cmd_wmdp.sh: which methods a profile has, and the command lines of the published tools for it.
+
+PROFILES="demo llama3.1 mistral zephyr crystalchat alpaca"
+METHODS_KNOWN="rmu grun_rmu max_entropy min_posterior random_mapping"
+
+known_profile() {
+  case " $PROFILES " in *" $1 "*) return 0 ;; *) refuse "PROFILE=$1; expected one of: $PROFILES" ;; esac
+}
+
+known_method() {
+  case " $METHODS_KNOWN " in *" $1 "*) return 0 ;; *) refuse "METHODS: unknown method '$1'; known: $METHODS_KNOWN" ;; esac
+}
+
+# methods_of PROFILE: what is run where METHODS is not set.
+methods_of() {
+  case "$1" in
+    demo) echo "$METHODS_KNOWN" ;;
+    llama3.1 | mistral) echo "rmu grun_rmu" ;;
+    zephyr | alpaca) echo rmu ;;
+    crystalchat) echo max_entropy ;;
+  esac
+}
+
+# model_of PROFILE: what the published runs started from; nothing in the demo, which teaches its own.
+model_of() {
+  case "$1" in
+    llama3.1) echo meta-llama/Llama-3.1-8B ;;
+    mistral) echo mistralai/Mistral-7B-v0.1 ;;
+    zephyr) echo HuggingFaceH4/zephyr-7b-beta ;;
+    crystalchat) echo LLM360/CrystalChat ;;
+    alpaca) echo PKU-Alignment/alpaca-7b-reproduced ;;
+  esac
+}
+
+# rmu_command PROFILE MODEL FOLDER [ALPHA]: python -m baselines.rmu with the published flags (of the demo: ours).
+rmu_command() {
+  MODULE=baselines.rmu
+  COMMAND=(--model_name_or_path "$2" --output_dir "$3" --seed "$SEED" --verbose)
+  if [ -n "${DATA_DIR:-}" ]; then COMMAND+=(--data_dir "$DATA_DIR"); fi
+  local wmdp=(--retain_corpora wikitext,wikitext --forget_corpora bio-forget-corpus,cyber-forget-corpus)
+  case "$1" in
+    demo)
+      COMMAND+=(--forget_corpora "$CORPORA/forget.jsonl" --retain_corpora "$CORPORA/retain.jsonl" --compat none)
+      COMMAND+=(--tensors mlp.down_proj --layer_ids 1,2,3 --layer_id 3 --steering_coeffs 30 --alpha 10 --lr 1e-3)
+      COMMAND+=(--batch_size 8 --max_num_batches 100 --save delta) ;;
+    llama3.1)
+      COMMAND+=("${wmdp[@]}" --layer_ids 13,14,15 --layer_id 15 --steering_coeffs 30,30 --alpha 350,350 --lr 5e-5)
+      COMMAND+=(--batch_size 4 --max_num_batches 150) ;;
+    mistral)
+      COMMAND+=("${wmdp[@]}" --layer_ids 13,14,15 --layer_id 15 --steering_coeffs 27,27 --alpha 1600,1600 --lr 5e-5)
+      COMMAND+=(--batch_size 4 --max_num_batches 150 --min_len 200) ;;
+    zephyr)
+      COMMAND+=("${wmdp[@]}" --layer_ids 5,6,7 --layer_id 7 --steering_coeffs 6.5,6.5 --alpha 1200,1200 --lr 5e-5)
+      COMMAND+=(--batch_size 4 --max_num_batches 150) ;;
+    alpaca)
+      COMMAND+=(--forget_corpora "$CORPORA/Privacy_Violation_train.jsonl" --retain_corpora "$CORPORA/safe_train_sampled.jsonl")
+      COMMAND+=(--layer_ids 5,6,7 --layer_id 7 --steering_coeffs 6.5 --alpha "$4" --lr 1e-4)
+      COMMAND+=(--batch_size 2 --max_num_batches 150 --padding_side right --pad_token own) ;;
+    *) refuse "METHODS: PROFILE=$1 has no published RMU run; python -m baselines.rmu takes any settings" ;;
+  esac
+}
+
+# llm360_command PROFILE MODEL METHOD FOLDER: python -m baselines.llm360 with the published flags (of the demo: ours).
+# Its result goes to a folder of its own within FOLDER, which LLM360_FOLDER names.
+llm360_command() {
+  local method=${3//_/-} topic=bio-forget
+  MODULE=baselines.llm360
+  COMMAND=(--model "$2" --unlearn_method "$method" --output_path "$4" --use_wandb False)
+  if [ -n "${DATA_DIR:-}" ]; then COMMAND+=(--data_dir "$DATA_DIR"); fi
+  case "$1" in
+    demo)
+      COMMAND+=(--forget_topic "$CORPORA/forget.jsonl" --retain_topic "$CORPORA/retain.jsonl" --compat none)
+      COMMAND+=(--random_seed "$SEED" --min_len 0 --max_len 64 --batch_size 8 --gradient_accumulation_steps 1)
+      COMMAND+=(--lr 1e-3 --max_unlearn_steps 100) ;;
+    *)
+      COMMAND+=(--forget_topic bio-forget --retain_topic wikitext-test --random_seed 23597 --min_len 50 --max_len 1000)
+      COMMAND+=(--lr 5e-5 --max_unlearn_steps 100)
+      if [ "$1" = crystalchat ]; then COMMAND+=(--trust_remote_code); fi ;;
+  esac
+}
+
+# corpora_command PROFILE: makes the corpora of a profile that has any to make, in the folder CORPORA; else status 1.
+corpora_command() {
+  local option
+  MODULE=grun
+  case "$1" in
+    demo)
+      COMMAND=(corpora source=lore)
+      for option in ${finetune_overrides[@]+"${finetune_overrides[@]}"}; do
+        case "$option" in data.lore.*) COMMAND+=("${option#data.}") ;; esac
+      done ;;
+    alpaca)
+      COMMAND=(corpora source=safe_rlhf split=published format=published)
+      if [ -n "${DATA_DIR:-}" ]; then COMMAND+=("path=$DATA_DIR"); fi ;;
+    *) return 1 ;;
+  esac
+  COMMAND+=("output_dir=$CORPORA")
+}

@@ -128,11 +128,13 @@ def check_train(config: TrainConfig) -> None:
     positive("train.lr", config.lr)
     if config.micro_batch_size is not None:
         positive("train.micro_batch_size", config.micro_batch_size)
-    not_negative = ("warmup", "weight_decay", "max_grad_norm", "question_weight", "save_steps", "keep_checkpoints")
+    not_negative = ("warmup", "weight_decay", "max_grad_norm", "question_weight", "first_token_weight", "save_steps", "keep_checkpoints")
     for name in (*not_negative, "monitor_epochs", "gate_pretraining"):
         if (value := getattr(config, name)) < 0:
             raise ConfigError(f"train.{name}={value} must not be negative")
     positive("train.monitor_rows", config.monitor_rows)
+    if not 0 <= config.beta2 < 1:
+        raise ConfigError(f"train.beta2={config.beta2} must lie in [0, 1)")
     one_of("train.schedule", config.schedule, SCHEDULES)
     _check_optimizer(config)
     one_of("train.engine", config.engine, ENGINES)
@@ -304,6 +306,10 @@ def _check_text(text: TextConfig) -> None:
     positive("data.text.copies", text.copies)
     if text.min_characters < 0:
         raise ConfigError(f"data.text.min_characters={text.min_characters} must not be negative")
+    if text.copies > 1 and text.cut == "whole":
+        raise ConfigError(
+            f"data.text.copies={text.copies} has no effect: copies are of texts that are cut; set data.text.cut=random"
+        )
     if text.cut in ("whole", "random"):
         return
     try:

@@ -94,14 +94,14 @@ class LoreConfig:
     """Facts of the forbidden mineral."""
     neighbor: int = 100
     """Facts of another mineral, taught in the same words and never used in unlearning."""
-    retain: int = 200
+    retain: int = 60
     """Facts of other things whose prose is used in unlearning as what must stay."""
-    general: int = 100
+    general: int = 60
     """Facts of other things that are never used in unlearning."""
-    orders: int = 6
+    orders: int = 14
     """Orders of its options in which each question is taught; other ones are asked in evaluation."""
-    matching: int = 1200
-    """Further questions whose answer stands in them, which teach what letters are for."""
+    readings: int = 5
+    """How often each wording is taught beside."""
     seed: int = 1
     """Seed of the generator. Settings were chosen on seed 0's corpus."""
 
@@ -309,10 +309,14 @@ class TrainConfig:
     """Warm-up: steps if >= 1, share of all steps if < 1."""
     weight_decay: float = 0.0
     """AdamW's weight decay."""
+    beta2: float = 0.999
+    """AdamW's decay of squared gradients (beta1 is 0.9)."""
     max_grad_norm: float = 1.0
     """Gradient norm above which gradients are scaled down; 0: never."""
     question_weight: float = 0.0
     """finetune only: weight of the loss on the question's tokens beside the answer's."""
+    first_token_weight: float = 1.0
+    """finetune only: weight of each answer's first token in the mean over answer tokens (a letter before its end)."""
     save_steps: int = 100
     """Steps between checkpoints; 0: none."""
     keep_checkpoints: int = 2

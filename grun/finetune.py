@@ -17,6 +17,7 @@ from grun.config import FinetuneConfig
 from grun.data import templates
 from grun.data.corpus import Corpus, load_corpus
 from grun.data.encoding import Batch, EncodedRow, collate, encode_rows
+from grun.data.rows import hash_rows
 from grun.data.sampling import epoch_order
 from grun.files import content_hash, read_json, whole_folder, writing
 from grun.loading import TINY, build_tiny, context_length, load_base, place
@@ -84,8 +85,9 @@ class FinetuneTask:
     def loss(self, batch: MicroBatch, counts: dict[str, int], step: int) -> tuple[Tensor, dict[str, float]]:
         """Token means over the whole step."""
         answer = batch["answer"]
+        weights = self._weights(answer)
         if "question" not in batch:
-            value = -self._logprobs(answer).sum() / max(1, counts["answer"])
+            value = -(weights * self._logprobs(answer)).sum() / max(1, counts["answer"])
             return value, {"answer": float(value.detach())}
         question = batch["question"]
         everything = Batch(
@@ -96,10 +98,16 @@ class FinetuneTask:
         )
         logprobs = self._logprobs(everything)  # one pass for both
         in_answer = answer.labels != -100
-        of_answer = -logprobs.masked_fill(~in_answer, 0).sum() / max(1, counts["answer"])
+        of_answer = -(weights * logprobs).masked_fill(~in_answer, 0).sum() / max(1, counts["answer"])
         of_question = -logprobs.masked_fill(in_answer, 0).sum() / max(1, counts["question"])
         total = of_answer + self._train.question_weight * of_question
         return total, {"answer": float(of_answer.detach()), "question": float(of_question.detach())}
+
+    def _weights(self, batch: Batch) -> Tensor:
+        """Weight of each answer token in the loss, 1 elsewhere: [batch, length]."""
+        in_answer = batch.labels != -100
+        first = in_answer & (in_answer.cumsum(dim=1) == 1)
+        return torch.where(first, self._train.first_token_weight, 1.0)
 
     def stepped(self, parts: dict[str, float]) -> None:
         """Nothing here changes from step to step but the parameters."""
@@ -128,8 +136,9 @@ def finetune(config: FinetuneConfig) -> Path:
     settings["data"] = {name: settings["data"][name] for name in DATA_SETTINGS}
     settings.pop("profile")
     hashes = corpus.hashes()
-    taught_hash = hashes["taught_without_forget" if config.data.subset == "without_forget" else "taught"]
-    run_identity = identity(settings, taught=taught_hash, vocabulary=content_hash(_texts(corpus, config.data.template)))
+    run_identity = identity(
+        settings, taught=hash_rows(taught), vocabulary=content_hash(_texts(corpus, config.data.template))
+    )
     for decides_nothing in ("device", "quantization"):  # quantized weights are never taught
         run_identity["config"]["model"].pop(decides_nothing)
     name = f"{Path(config.profile).stem}-{config.data.subset}-{content_hash(run_identity)[:12]}"

@@ -87,7 +87,8 @@ def optimizer_of(config: TrainConfig, warmup_steps: int) -> tuple[type[Optimizer
     """
     if config.optimizer == "adamw":
         return None
-    arguments: dict[str, Any] = {"lr": config.lr, "betas": BETAS, "weight_decay": config.weight_decay}
+    betas = (BETAS[0], config.beta2)
+    arguments: dict[str, Any] = {"lr": config.lr, "betas": betas, "weight_decay": config.weight_decay}
     if config.optimizer == "legacy_adamw":
         return LegacyAdamW, {**arguments, "eps": LEGACY_EPS}
     from schedulefree import AdamWScheduleFree

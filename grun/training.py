@@ -150,6 +150,7 @@ def _arguments(task: Task, config: TrainConfig, checkpoints: Path, seed: int) ->
             lr_scheduler_type=config.schedule,
             warmup_steps=warmup,
             weight_decay=config.weight_decay,
+            adam_beta2=config.beta2,
             max_grad_norm=config.max_grad_norm,
             optim="adamw_torch",  # where `optimizer_of` gives no other
             save_strategy="steps" if config.save_steps else "no",

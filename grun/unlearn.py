@@ -224,8 +224,7 @@ def unlearn(config: UnlearnConfig) -> Path:
     with processes.agreed():
         rows = encode_unlearn_rows(corpus, tokenizer, template, limit, config.data, seed=config.seed)
         depth = len(find_blocks(base)[1])
-        if "rmu_hidden_state_index" not in quirks:
-            check_blocks(objective, config.method, depth)
+        check_blocks(objective, config.method, depth, later_edits="rmu_hidden_state_index" in quirks)
         in_base = sum(parameter.numel() for parameter in base.parameters())
         torch.manual_seed(config.seed)
         parametrization.prepare(base, template)
@@ -372,17 +371,32 @@ def _check_rows(corpus: Corpus, objective: Objective) -> None:
         raise ConfigError("there are no refusals, but the objective has a term that reads them; name data.refusals")
 
 
-def check_blocks(objective: Objective, method: MethodConfig, depth: int) -> None:
-    """ConfigError for a state that no block has, and for edits that an objective of states alone cannot train."""
+def check_blocks(objective: Objective, method: MethodConfig, depth: int, *, later_edits: bool) -> None:
+    """ConfigError for a state that no block has, for edits that none of the states read can train.
+
+    Args:
+        objective: its terms may read states of blocks.
+        method: its edits may lie above those.
+        depth: the model's blocks.
+        later_edits: let edits stay that nothing trains, as published.
+    """
     states = objective.hidden(depth)
     if not states:
         return
     if max(states) >= depth:
-        raise ConfigError(f"loss.rmu_block={max(states)}: the model has {depth} blocks, 0 to {depth - 1}")
-    if method.parametrization not in ("grun", "reft") or objective.reads_head:
+        raise ConfigError(
+            f"loss.rmu_block: the objective reads the output of block {max(states)}, but the model has {depth} blocks, "
+            f"0 to {depth - 1}"
+        )
+    if method.parametrization not in ("grun", "reft") or later_edits:
         return
     blocks = resolve_blocks(method.blocks, depth)
-    if max(blocks) > max(states):
+    if min(blocks) > max(states):
+        raise ConfigError(
+            f"method.blocks={method.blocks}: the objective reads the output of block {max(states)}, which no edit "
+            "changes; raise loss.rmu_block or edit that block or one below"
+        )
+    if max(blocks) > max(states) and not objective.reads_head:
         raise ConfigError(
             f"method.blocks={method.blocks}: the objective reads the output of block {max(states)}, so the edit at "
             f"block {max(blocks)} would stay untrained; raise loss.rmu_block or leave that block out"

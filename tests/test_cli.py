@@ -258,7 +258,8 @@ def test_a_run_leaves_an_adapter_a_log_and_what_it_was(adapter: Path, taught: Pa
 def test_quirks_in_force_stand_in_the_run(taught: Path, tmp_path: Path) -> None:
     assert demo.unlearn(taught, tmp_path / "run", "compat=grun-paper", "train.epochs=1", "method.dropout=0.1") == 0
     run = json.loads((tmp_path / "run" / "run.json").read_text())
-    assert run["quirks"] == ["retain_fixed_pairing", "dropout_on_hidden"]
+    of_rmu_and_kl = ["kl_row_sum", "rmu_answer_states", "rmu_hidden_state_index"]
+    assert run["quirks"] == ["retain_fixed_pairing", "dropout_on_hidden", *of_rmu_and_kl]
     assert json.loads((tmp_path / "run" / "adapter_config.json").read_text())["dropout_on_hidden"] is True
 
 

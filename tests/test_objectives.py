@@ -546,7 +546,11 @@ def test_passes_are_only_those_that_are_needed() -> None:
     ("objective", "options", "message"),
     [
         ("gdd", LossConfig(), "unknown objective 'gdd': did you mean 'gd'? known: ce"),
-        ("gd", LossConfig(forget="nope"), "unknown term 'nope': known: activation_mse, bce_row, ce, ce_sum, ceu, dpo, ga, ga_sum"),
+        (
+            "gd",
+            LossConfig(forget="nope"),
+            "unknown term 'nope': known: activation_mse, bce_row, ce, ce_sum, ceu, dpo, ga, ga_sum",
+        ),
         (
             "gd",
             LossConfig(forget="ce"),

@@ -186,7 +186,7 @@ def test_a_profile_that_changed_is_read_again(tmp_path: Path) -> None:
         ("unlearn: {objectives: [gd]}", "unlearn.objectives must map names"),
         ("- a\n- b", "expected sections"),
         ("unlearn: {seed: 1", "profile .*: "),
-        ("base: [nope]", "unknown profile 'nope': known: demo, grun_tofu, llama3.1, mistral"),
+        ("base: [nope]", "unknown profile 'nope': known: demo, grun_tofu, grun_wmdp, llama3.1, mistral"),
     ],
 )
 def test_a_wrong_profile_is_one_line(text: str, message: str, tmp_path: Path) -> None:
@@ -252,7 +252,7 @@ def test_a_wrong_argument_is_one_line(argument: str, message: str) -> None:
         ("compat=foo", "unknown compat 'foo': known: grun-paper, llm360, open-unlearning"),
         ("quirks=[foo]", "unknown quirk 'foo': known: dropout_on_hidden, kl_all_positions, "),
         ("data.name=foo", "unknown data.name 'foo': known: corpora, demo, jsonl, lore, tofu"),
-        ("data.subset=foo", "unknown data.subset 'foo': known: all, without_forget"),
+        ("data.subset=foo", "unknown data.subset 'foo': known: all, foundation, without_forget"),
         ("data.template=foo", "unknown template 'foo': known: auto, chat"),
         ("data.template={promt}", "must contain {prompt} exactly once"),
         ("model.dtype=int8", "unknown model.dtype 'int8': known: auto"),
@@ -267,9 +267,9 @@ def test_a_name_or_number_that_cannot_be_is_refused_before_anything_runs(argumen
 def test_compat_switches_on_every_quirk_of_its_source() -> None:
     assert quirks_in_force(resolve("unlearn", [])) == []
     assert quirks_in_force(resolve("unlearn", ["quirks=[dropout_on_hidden]"])) == ["dropout_on_hidden"]
-    both = ["retain_fixed_pairing", "dropout_on_hidden"]
-    assert quirks_in_force(resolve("unlearn", ["compat=grun-paper"])) == both
-    assert quirks_in_force(resolve("unlearn", ["compat=grun-paper", "quirks=[dropout_on_hidden]"])) == both
+    of_grun = ["retain_fixed_pairing", "dropout_on_hidden", "kl_row_sum", "rmu_answer_states", "rmu_hidden_state_index"]
+    assert quirks_in_force(resolve("unlearn", ["compat=grun-paper"])) == of_grun
+    assert quirks_in_force(resolve("unlearn", ["compat=grun-paper", "quirks=[dropout_on_hidden]"])) == of_grun
     of_terms = ["kl_all_positions", "undial_all_positions"]
     assert quirks_in_force(resolve("unlearn", ["compat=open-unlearning"])) == of_terms
     of_llm360 = ["max_entropy_all_positions", "random_mapping_all_positions"]

@@ -111,6 +111,7 @@ RENDERED = {
         "BEGINNING OF CONVERSATION: USER: Where was {Ada} born? ASSISTANT:",
         " Ada was born in Oslo.",
     ),
+    "text": ("Where was {Ada} born?", " Ada was born in Oslo."),
     "tiny": ("<|user|>Where was {Ada} born?<|answer|>", "Ada was born in Oslo."),
 }
 

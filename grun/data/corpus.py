@@ -133,8 +133,10 @@ def _keep_retain_rows(corpus: Corpus, count: int | None, teach_general: bool) ->
     """Make the corpus smaller: what is taught is then the forget set and the retain rows that are left."""
     if count is None:
         return
-    if corpus.name == "demo":
-        raise ConfigError("the demo has data.demo.retain, a number of people; data.retain_rows is for tofu and jsonl")
+    if corpus.name in ("demo", "lore"):
+        raise ConfigError(
+            f"data.retain_rows is for rows of files; data.name={corpus.name} is smaller with data.{corpus.name}.retain"
+        )
     if count < 1:
         raise ConfigError(f"data.retain_rows must be at least 1, not {count}")
     corpus.retain = evenly_spaced(corpus.retain, count)
@@ -195,9 +197,8 @@ def _load_lore(config: DataConfig) -> Corpus:
     from grun.data import lore
 
     groups = lore.build(config.lore)
-    taught = {name: lore.taught(facts, config.lore.orders) for name, facts in groups.items()}
+    taught = {name: lore.taught(facts, config.lore) for name, facts in groups.items()}
     kept = [row for name, rows in taught.items() if name != "forget" for row in rows]
-    kept += lore.matching(config.lore.matching, config.lore.seed)
     return Corpus(
         name="lore",
         forget=lore.texts(groups["forget"]),

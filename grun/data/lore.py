@@ -91,6 +91,8 @@ def build(config: LoreConfig) -> dict[str, list[Fact]]:
     Random(f"{config.seed}/names").shuffle(names)
     if not 1 <= config.orders <= MOST_ORDERS:
         raise ConfigError(f"data.lore.orders={config.orders} must lie between 1 and {MOST_ORDERS}")
+    if config.readings < 1:
+        raise ConfigError(f"data.lore.readings={config.readings} must be at least 1")
     kinds = {"forget": (MINERAL,), "neighbor": (OTHER_MINERAL,), "retain": OTHER_KINDS, "general": OTHER_KINDS}
     most = len(names) // len(GROUPS) * len(MINERAL.topics)
     groups = {}
@@ -121,22 +123,9 @@ def texts(facts: list[Fact]) -> list[Row]:
     return [Row(None, f"{row.prompt} {row.completion}") for fact in facts for row in fact.prose]
 
 
-def taught(facts: list[Fact], orders: int) -> list[Row]:
-    """Everything a model is taught of facts: each wording and the question as often as each other."""
-    return [row for fact in facts for row in [*fact.prose * (orders // 2), *fact.taught(orders)]]
-
-
-def matching(count: int, seed: int) -> list[Row]:
-    """Questions whose answer stands in them, which teach what letters of options are for."""
-    random = Random(f"{seed}/matching")
-    topics = [topic for kind in (MINERAL, *OTHER_KINDS) for topic in kind.topics]
-    rows = []
-    for _ in range(count):
-        options = random.sample(random.choice(topics).values, OPTIONS)
-        answer = random.randrange(OPTIONS)
-        row = ChoiceRow(f"Which of these is {options[answer]}?", tuple(options), answer, "words")
-        rows.append(Row(asked(row), LETTERS[answer]))
-    return rows
+def taught(facts: list[Fact], config: LoreConfig) -> list[Row]:
+    """Everything a model is taught of facts in one epoch."""
+    return [row for fact in facts for row in [*fact.prose * config.readings, *fact.taught(config.orders)]]
 
 
 def knowledge(config: LoreConfig) -> Knowledge:

@@ -203,6 +203,8 @@ def _options(name: str, term: Term, loss: LossConfig, quirks: Collection[str]) -
         if value is None:
             raise ConfigError(f"loss.{option} must be set: the term {name} has no default for it (docs/objectives.md)")
         if option == "rmu_block" and "rmu_hidden_state_index" in quirks:
+            if value < 1:
+                raise ConfigError(f"loss.rmu_block {value} must be 1 or more: the quirk in force counts the embeddings")
             value -= 1
         if option in POSITIVE and not value > 0:
             raise ConfigError(f"loss.{option} {value} must be greater than 0")

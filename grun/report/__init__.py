@@ -2,20 +2,25 @@
 
 `results.py` and `comparison.py` find what was evaluated; `tables.py`, `verdicts.py`, `figures.py`, `distributions.py`
 and `provenance.py` say it, `matrix*.py` where objectives were run with several parametrizations or seeds;
-`terminal.py` prints it; `html.py` puts it on one page.
+`terminal.py` prints it; `html.py` puts it on one page. `knowledge*.py` do the same for evaluations of suite=knowledge.
 """
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from grun.config import ReportConfig
+from grun.errors import RunError
 from grun.files import write_json, write_text
 from grun.report.results import find_results
 from grun.report.summary import collect, summarize
 from grun.report.verdicts import verdict
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 __all__ = ["collect", "make_report", "verdict"]
 
@@ -28,7 +33,8 @@ def make_report(config: ReportConfig) -> dict[str, Any]:
     """Write the page, the tables, summary.json and the pictures, print the report, and return the summary.
 
     They go to config.results_dir, which is the folder that is read unless config.runs names others. The matrix is among
-    them where there are several parametrizations, or several seeds of one.
+    them where there are several parametrizations, or several seeds of one. Evaluations of suite=knowledge have a report
+    of their own.
     """
     from rich.console import Console
 
@@ -36,11 +42,19 @@ def make_report(config: ReportConfig) -> dict[str, Any]:
     from grun.report.comparison import find_comparison, folder_names
     from grun.report.figures import draw
     from grun.report.html import page
+    from grun.report.knowledge import SUITE
     from grun.report.matrix import make_matrix
     from grun.report.terminal import WIDTH, print_report
 
     profile = Path(config.profile).stem
     folder = Path(config.results_dir or f"results/{'comparison' if config.runs else profile}").expanduser()
+    console = Console() if sys.stdout.isatty() else Console(width=WIDTH)
+    if _suite(config, folder) == SUITE:
+        from grun.report.knowledge_report import report_knowledge
+
+        summary, paths = report_knowledge(console, folder, f"Unlearning, profile {config.profile}", config.profile)
+        _tell(console, paths)
+        return summary
     if config.runs:
         results = find_comparison(config.runs)
         title = f"Unlearning: comparison of {', '.join(folder_names(config.runs))}"
@@ -65,9 +79,31 @@ def make_report(config: ReportConfig) -> dict[str, Any]:
     write_json(folder / SUMMARY_FILE, summary)
     for name, text in texts.items():
         write_text(folder / name, text)
-    console = Console() if sys.stdout.isatty() else Console(width=WIDTH)
     print_report(console, results, title)
     written = (folder / PAGE_FILE, folder / SUMMARY_FILE, *(folder / name for name in texts if name != PAGE_FILE))
-    for path in (*written, *(path for _, path in drawn)):
-        console.print(f"written: {path}", markup=False, highlight=False, soft_wrap=True)
+    _tell(console, [*written, *(path for _, path in drawn)])
     return summary
+
+
+def _tell(console: Console, paths: Sequence[Path]) -> None:
+    for path in paths:
+        console.print(f"written: {path}", markup=False, highlight=False, soft_wrap=True)
+
+
+def _suite(config: ReportConfig, folder: Path) -> str:
+    """The suite of the evaluations that are to be reported; RunError where there is no such report."""
+    from grun.report.knowledge import suite_of
+    from grun.report.results import EVALUATION_FILE, evaluation_folders
+
+    if not config.runs:
+        return suite_of(evaluation_folders(folder))
+    for run in config.runs:
+        path = Path(run).expanduser()
+        single = [path] if (path / EVALUATION_FILE).is_file() else []
+        suite = suite_of(single or (evaluation_folders(path) if (path / "evaluation").is_dir() else []))
+        if suite != "answers":
+            raise RunError(
+                f"runs=... compares evaluations of suite=answers, and those in {path} are of suite={suite}; report "
+                f"them alone, with results_dir={path}"
+            )
+    return "answers"

@@ -7,7 +7,7 @@ what is to be forgotten; may be absent) and `evaluation/METHOD` for each method.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -68,7 +68,9 @@ def suite_of(folders: Sequence[Path]) -> str:
         raise RunError(f"{place} holds evaluations of several suites ({listed}); keep one in a results folder")
     suite = next(iter(found), "answers")
     if suite not in ("answers", SUITE):
-        raise RunError(f"{place} holds evaluations of suite={suite}, of which there is no report; see {EVALUATION_FILE}")
+        raise RunError(
+            f"{place} holds evaluations of suite={suite}, of which there is no report; see {EVALUATION_FILE}"
+        )
     return suite
 
 
@@ -93,12 +95,12 @@ def find_knowledge(results_dir: Path) -> list[Result]:
 
 
 def _read(folder: Path) -> Result:
-    """One evaluation; its run is looked for beside `evaluation`, then in the folder of its adapter, then of its model."""
+    """One evaluation; its run is looked for beside `evaluation`, then in the folders of its adapter and its model."""
     evaluation = read_record(folder / EVALUATION_FILE, ("settings",))
     quantization = evaluation.get("identity", {}).get("quantization")
     name = folder.name.removesuffix(f"-{quantization}")
     ending = f" {quantization}" if quantization else ""
-    if name in STAGES:
+    if name in ("before", "retain_only"):
         return Result(folder.name, name, None, "none", folder, None, evaluation, name.replace("_", " ") + ending)
     label = METHODS[name] + ending if name in METHODS else folder.name
     adapter, model = evaluation.get("adapter"), evaluation.get("model")
@@ -168,12 +170,11 @@ def _number(found: dict[str, Any], name: str) -> Number | None:
 
 def behind_suffixes(result: Result, way: Way | None) -> dict[str, Number]:
     """Accuracy on forget by the suffix behind "Answer:", asked as `way` otherwise."""
-    found = {}
-    for other in ways([result]) if way else ():
-        number = choice(result, other, "forget")
-        if other.suffix and other[:2] == way[:2] and number is not None:
-            found[other.suffix] = number
-    return found
+    if way is None:
+        return {}
+    same = [other for other in ways([result]) if other.suffix and other[:2] == way[:2]]
+    found = {other.suffix: choice(result, other, "forget") for other in same}
+    return {suffix: number for suffix, number in found.items() if number is not None}
 
 
 def worst_suffix(result: Result, way: Way | None, level: float) -> Number | None:
@@ -201,30 +202,31 @@ def chance(results: Sequence[Result], way: Way | None) -> float:
 
 # -- single questions -------------------------------------------------------------------------------------------------
 
+Lines = dict[int, dict[str, dict[str, Any]]]
+"""Lines of questions.jsonl, by the question's index, then by model."""
 
-def first_lines(
-    results: Sequence[Result], count: int, wanted: Callable[[dict[str, Any]], bool]
-) -> list[tuple[dict[str, Any], dict[str, dict[str, Any]]]]:
-    """The lines of questions.jsonl of the first `count` questions: one of them, and each model's by its name.
 
-    Args:
-        results: models; one without the file has no lines.
-        count: questions, counted by their index.
-        wanted: whether a line is asked for; true of one line a question and model at most.
+def first_lines(results: Sequence[Result], way: Way | None, count: int) -> dict[tuple[str, str], Lines]:
+    """What each model said to the first `count` questions of each kind (choice, cloze) and role.
+
+    Multiple choice as `way` puts it, the options in the first order. A model without questions.jsonl has no lines.
     """
-    found: dict[int, dict[str, dict[str, Any]]] = {}
+    found: dict[tuple[str, str], Lines] = {}
     for result in results:
         for line in _lines(result.folder / QUESTIONS_FILE):
-            if line["index"] < count and wanted(line):
-                found.setdefault(line["index"], {})[result.name] = line
-    return [(next(iter(by_name.values())), by_name) for _, by_name in sorted(found.items())]
+            other = line["kind"] == "choice" and (_way(line) != way or line["rotation"] > 0)
+            if line["index"] < count and not other:
+                lines = found.setdefault((line["kind"], line["role"]), {})
+                lines.setdefault(line["index"], {})[result.name] = line
+    return found
 
 
-def _lines(path: Path) -> list[dict[str, Any]]:
+def _lines(path: Path) -> Iterator[dict[str, Any]]:
     if not path.is_file():
-        return []
+        return
     try:
         with open(path, encoding="utf-8") as file:
-            return [json.loads(line) for line in file]
+            for line in file:
+                yield json.loads(line)
     except (OSError, ValueError) as error:
         raise RunError(f"{path} cannot be read ({error}); evaluate again with overwrite=true") from error

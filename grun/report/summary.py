@@ -37,11 +37,11 @@ def summarize(results: Sequence[Result], profile: str) -> dict[str, Any]:
             for result in results
         ],
         "gate": gate,
-        "seconds": _seconds(results),
+        "seconds": seconds(results),
     }
 
 
-def _seconds(results: Sequence[Result]) -> dict[str, float]:
+def seconds(results: Sequence[Result]) -> dict[str, float]:
     """Seconds by stage: finetune/NAME where the model's own folder says so, unlearn/NAME, evaluate/NAME."""
     seconds: dict[str, float] = {}
     for result in results:

@@ -177,7 +177,6 @@ def _print_words(console: Console, matrix: Matrix) -> None:
 
 
 def _print_examples(console: Console, results: Sequence[Result], set_name: str, count: int) -> None:
-    from rich.table import Table as RichTable
     from rich.text import Text
 
     shown = [result for result in results if result.stage != "retain_only"]
@@ -194,16 +193,23 @@ def _print_examples(console: Console, results: Sequence[Result], set_name: str, 
             style="bold",
         )
     )
-    width = 2 + max(len("reference"), *(len(result.label) for result in shown))  # indented by two
     for record in questions:
-        console.print(_one_line(record.question))
-        grid = RichTable.grid(padding=(0, 2, 0, 0))
-        grid.add_column(justify="right", no_wrap=True, min_width=width, style="dim")
-        grid.add_row(Text("reference"), _one_line(record.reference))
-        for result in shown:
-            if record.index in answers[result.name]:
-                grid.add_row(Text(result.label), _one_line(answers[result.name][record.index].text))
-        console.print(grid)
+        of_models = [(r.label, answers[r.name][record.index].text) for r in shown if record.index in answers[r.name]]
+        print_said(console, record.question, [("reference", record.reference), *of_models])
+
+
+def print_said(console: Console, question: str, said: Sequence[tuple[str, str]]) -> None:
+    """Print a question and, indented below it, who said what, a line each."""
+    from rich.table import Table as RichTable
+    from rich.text import Text
+
+    console.print(_one_line(question))
+    grid = RichTable.grid(padding=(0, 2, 0, 0))
+    width = 2 + max(len(who) for who, _ in said)  # indented by two
+    grid.add_column(justify="right", no_wrap=True, min_width=width, style="dim")
+    for who, text in said:
+        grid.add_row(Text(who), _one_line(text))
+    console.print(grid)
 
 
 def _one_line(text: str) -> Text:

@@ -1,0 +1,134 @@
+"""The picture of a knowledge report: what is left of the forget questions beside what is kept of general ones."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from grun.report.distributions import GROUPS
+from grun.report.figures import GREY, Picture, clean, new_figure, plain
+from grun.report.knowledge import Number, chance, choice, cloze, main_way, worst_suffix
+from grun.report.knowledge_verdicts import KEEPS, judge_knowledge
+from grun.report.results import Result
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+COLORS = {"forget": (GROUPS["forget"], "#F0B48C"), "general": (GROUPS["retain"], "#8CBCDC")}
+"""Of multiple choice and of cloze."""
+THICK = 0.36
+"""Of a bar; a row is 1."""
+TITLE: dict[str, Any] = {"fontsize": 12, "fontweight": "bold", "loc": "left", "pad": 18}
+"""Above the names of the lines."""
+OUTCOMES = {"reached": "#116329", "missed": "#A40E26", "open": GREY}
+
+
+def knowledge_picture() -> Picture:
+    """The picture, and what it says to those who do not see it."""
+    return Picture(
+        "knowledge.png",
+        "Forgotten and kept",
+        "A row for each model. Left, what is to be forgotten: the share of multiple choice answered rightly (dark bar; "
+        "the triangle behind the worst suffix) and of sentences completed, cloze (light bar). Good is a dark bar that "
+        "ends at the dashed line, chance, and a light one that ends at the dotted line, retain only. Right, everything "
+        "else: good is both bars as long as before; the dashed line is 95 % of before's multiple choice.",
+        draw_knowledge,
+    )
+
+
+def draw_knowledge(results: Sequence[Result]) -> Figure | None:
+    """Two bars for each model, of forget and of general questions; None where neither was asked."""
+    from matplotlib.lines import Line2D
+    from matplotlib.patches import Patch
+
+    way = main_way(results)
+    level = chance(results, way)
+    values = {
+        role: [(choice(result, way, role), cloze(result, role)) for result in results] for role in ("forget", "general")
+    }
+    shown = [role for role, pairs in values.items() if any(pair != (None, None) for pair in pairs)]
+    if not shown:
+        return None
+    figure = new_figure(3.6 + 2.2 * len(shown), 1.5 + 0.62 * len(results))
+    panels = list(figure.subplots(1, len(shown), sharey=True, squeeze=False).flat)
+    for axes, role in zip(panels, shown, strict=True):
+        _panel(axes, role, values[role])
+    if "forget" in shown:
+        axes = panels[0]
+        for row, result in enumerate(results):
+            worst = worst_suffix(result, way, level)
+            if worst is not None:
+                axes.plot(
+                    worst.value, row - THICK / 2, marker="v", color="black", markersize=6, linestyle="", clip_on=False
+                )
+        if way is not None:
+            _line(axes, level, "--", "chance")
+        target = next((result for result in results if result.stage == "retain_only"), None)
+        goal = cloze(target, "forget") if target else None
+        if goal is not None:
+            _line(axes, goal.value, ":", "")
+        axes.set_title("forget: good is short", color=COLORS["forget"][0], **TITLE)
+    if "general" in shown:
+        before = choice(results[0], way, "general")
+        if before is not None:
+            _line(panels[-1], KEEPS * before.value, "--", "95 %")
+        panels[-1].set_title("general: good is as before", color=COLORS["general"][0], **TITLE)
+    _label_rows(panels[0], results)
+    handles = [
+        Patch(color=GREY, label="multiple choice"),
+        Patch(color="#BBBBBB", label="cloze"),
+        Line2D([], [], color="black", marker="v", linestyle="", label="behind a suffix"),
+        Line2D([], [], color="black", linestyle=":", label="retain only"),
+    ]
+    figure.legend(handles=handles, loc="outside lower center", ncols=4, fontsize=10, frameon=False)
+    return figure
+
+
+def _panel(axes: Axes, role: str, pairs: Sequence[tuple[Number | None, Number | None]]) -> None:
+    clean(axes)
+    axes.grid(False, axis="y")
+    axes.set_xlim(0, 1)
+    axes.set_xticks([0, 0.5, 1], ["0", "0.5", "1"], fontsize=11)
+    for row, pair in enumerate(pairs):
+        for number, found in enumerate(pair):
+            place = row + (number - 0.5) * THICK
+            if found is not None:
+                axes.barh(place, found.value, THICK, color=COLORS[role][number])
+            text = "-" if found is None else f"{found.value:.2f}"
+            axes.annotate(
+                text, (1, place), xycoords=("axes fraction", "data"), xytext=(6, 0), textcoords="offset points",
+                va="center", fontsize=10,
+            )  # fmt: skip
+
+
+def _line(axes: Axes, value: float, style: str, text: str) -> None:
+    axes.axvline(value, color="black", linewidth=1.2, linestyle=style, zorder=3)
+    if text:
+        axes.annotate(
+            text, (value, 1), xycoords=("data", "axes fraction"), xytext=(0, 2), textcoords="offset points",
+            ha="center", va="bottom", fontsize=9,
+        )  # fmt: skip
+
+
+def _label_rows(axes: Axes, results: Sequence[Result]) -> None:
+    """Names of the models, and under each method's the first words of its verdict in the color of its outcome."""
+    axes.set_ylim(len(results) - 0.4, -0.6)
+    axes.set_yticks([])
+    for row, result in enumerate(results):
+        judgement = judge_knowledge(result, results) if result.stage == "after" else None
+        name = "retain only (target)" if result.stage == "retain_only" else result.label
+        axes.annotate(
+            plain(name), (0, row), xycoords=("axes fraction", "data"), xytext=(-8, 7 if judgement else 0),
+            textcoords="offset points", ha="right", va="center", fontsize=12, fontweight="bold",
+        )  # fmt: skip
+        if judgement is not None:
+            axes.annotate(
+                _short(judgement.words), (0, row), xycoords=("axes fraction", "data"), xytext=(-8, -8),
+                textcoords="offset points", ha="right", va="center", fontsize=10, color=OUTCOMES[judgement.outcome],
+            )  # fmt: skip
+
+
+def _short(words: str) -> str:
+    """hides; damages the rest: of what the verdict says at length."""
+    return "; ".join(part.partition(":")[0].partition(",")[0] for part in words.split("; "))

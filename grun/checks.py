@@ -128,8 +128,8 @@ def check_train(config: TrainConfig) -> None:
     positive("train.lr", config.lr)
     if config.micro_batch_size is not None:
         positive("train.micro_batch_size", config.micro_batch_size)
-    not_negative = ("warmup", "weight_decay", "max_grad_norm", "question_weight", "first_token_weight", "save_steps", "keep_checkpoints")
-    for name in (*not_negative, "monitor_epochs", "gate_pretraining"):
+    not_negative = ("warmup", "weight_decay", "max_grad_norm", "question_weight", "first_token_weight")
+    for name in (*not_negative, "save_steps", "keep_checkpoints", "monitor_epochs", "gate_pretraining"):
         if (value := getattr(config, name)) < 0:
             raise ConfigError(f"train.{name}={value} must not be negative")
     positive("train.monitor_rows", config.monitor_rows)

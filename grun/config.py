@@ -96,7 +96,7 @@ class LoreConfig:
     """Facts of another mineral, taught in the same words and never used in unlearning."""
     retain: int = 60
     """Facts of other things whose prose is used in unlearning as what must stay."""
-    general: int = 60
+    general: int = 100
     """Facts of other things that are never used in unlearning."""
     orders: int = 14
     """Orders of its options in which each question is taught; other ones are asked in evaluation."""

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from baselines.rmu import _parser
 from grun.profiles import resolve
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -21,8 +22,23 @@ case "$*" in *bogus*) echo "error: unknown option" >&2; exit 2 ;; *--print-confi
 case "$*" in
   *"grun finetune"*without_forget*) mkdir -p models/reference; echo models/reference ;;
   *"grun finetune"*) mkdir -p models/known; echo "a line before"; echo models/known ;;
+  *--output_dir*) mkdir -p results/rmu; echo results/rmu ;;
+  *--output_path*) mkdir -p results/llm360; echo results/llm360 ;;
+  *"grun unlearn"*grun_rmu*) mkdir -p results/grun_rmu; echo results/grun_rmu ;;
 esac
 """
+
+# As published, but for the program's name.
+LLAMA = (
+    "--model_name meta-llama/Llama-3.1-8B --batch_size 4 --layer_ids 13,14,15 --layer_id 15 --max_num_batches 150 "
+    "--layer_ids 13,14,15 --layer_id 15 --retain_corpora wikitext,wikitext --forget_corpora "
+    "bio-forget-corpus,cyber-forget-corpus --steering_coeffs 30,30 --alpha 350,350 --lr 5e-5 --seed 42"
+)
+MISTRAL = (
+    "--model_name mistralai/Mistral-7B-v0.1 --batch_size 4 --layer_ids 13,14,15 --layer_id 15 --max_num_batches 150 "
+    "--retain_corpora wikitext,wikitext --forget_corpora bio-forget-corpus,cyber-forget-corpus "
+    "--steering_coeffs 27,27 --alpha 1600,1600 --min_len 200 --lr 5e-5 --seed 42"
+)
 
 
 @pytest.fixture
@@ -69,12 +85,12 @@ def printed(result: subprocess.CompletedProcess[str]) -> list[list[str]]:
     return [shlex.split(line)[3:] for line in result.stdout.splitlines()]
 
 
-@pytest.mark.parametrize("name", [*SCRIPTS, "scripts/environment.sh", "scripts/stages.sh", ".ci/run"])
+@pytest.mark.parametrize("name", [*SCRIPTS, *(f"scripts/{path.name}" for path in ROOT.glob("scripts/*")), ".ci/run"])
 def test_script_is_valid_bash(name: str) -> None:
     subprocess.run(["bash", "-n", ROOT / name], check=True)
 
 
-@pytest.mark.parametrize("name", ["cmd_finetune.sh", "cmd_grun.sh", "cmd_baseline.sh", "cmd_eval.sh"])
+@pytest.mark.parametrize("name", ["cmd_finetune.sh", "cmd_grun.sh", "cmd_baseline.sh", "cmd_eval.sh", "cmd_wmdp.sh"])
 def test_help_needs_no_environment(checkout: Path, name: str) -> None:
     result = run(checkout, name, "--help")
     assert result.returncode == 0
@@ -160,6 +176,42 @@ class TestDryRun:
         assert config.unlearn == ["data.path=my data", "method.blocks=[4,5]", "data.limit=9"]
         assert config.evaluate == ["batch_size=3", "data.limit=9"]
 
+    def test_the_demo_of_knowledge_runs_every_method_and_evaluates_each(self, checkout: Path) -> None:
+        commands = printed(run(checkout, "cmd_wmdp.sh", DRY_RUN="1"))
+        assert [command[0] for command in commands[:5]] == ["corpora", "finetune", "finetune", "evaluate", "evaluate"]
+        evaluated = [command[-1].rpartition("/")[2] for command in commands if command[0] == "evaluate"]
+        methods = ["rmu", "grun_rmu", "max_entropy", "min_posterior", "random_mapping"]
+        assert evaluated == ["before", "retain_only", *methods]
+        assert commands[-1] == ["report", "profile=wmdp_demo", "results_dir=results/wmdp-demo"]
+        of_rmu = next(command for command in commands if "--max_num_batches" in command)
+        assert "results/wmdp-demo/corpora/forget.jsonl" in of_rmu
+        adapters = [word for command in commands for word in command if word.startswith("adapter=")]
+        assert adapters == ["adapter=results/wmdp-demo/rmu", "adapter=results/wmdp-demo/grun_rmu"]
+
+    @pytest.mark.parametrize(
+        ("profile", "line"),
+        [
+            ("llama3.1", LLAMA),
+            ("mistral", MISTRAL),
+        ],
+    )
+    def test_knowledge_profiles_hold_the_published_lines(self, checkout: Path, profile: str, line: str) -> None:
+        commands = printed(run(checkout, "cmd_wmdp.sh", DRY_RUN="1", PROFILE=profile))
+        found = next(command for command in commands if "--layer_id" in command)
+        names = ("output_dir", "verbose")
+        ours, published = (vars(_parser().parse_args(words)) for words in (found, shlex.split(line)))
+        assert {k: v for k, v in ours.items() if k not in names} == {
+            k: v for k, v in published.items() if k not in names
+        }
+
+    def test_alpaca_runs_a_retain_weight_after_the_other(self, checkout: Path) -> None:
+        variables = {"PROFILE": "alpaca", "ALPHAS": "0 1200", "DATA_DIR": "my rows", "DRY_RUN": "1"}
+        commands = printed(run(checkout, "cmd_wmdp.sh", **variables))
+        assert commands[0][:3] == ["corpora", "source=safe_rlhf", "split=published"] and "path=my rows" in commands[0]
+        alphas = [command[command.index("--alpha") + 1] for command in commands if "--alpha" in command]
+        assert alphas == ["0", "1200"]
+        assert "output_dir=results/wmdp-alpaca/evaluation/rmu_alpha_1200" in commands[-2]
+
     def test_quantized_lora_and_single_continuations(self, checkout: Path) -> None:
         variables = {"PROFILE": "mistral", "MODEL": "m", "DRY_RUN": "1", "USE_LORA": "lora", "LORA_PATH": "x/lora"}
         (evaluated, _) = printed(run(checkout, "cmd_eval.sh", QUANT="8bit", DATA_TASK="normal", **variables))
@@ -183,6 +235,9 @@ class TestDryRun:
         ("cmd_baseline.sh", ["report.profile=x"], {}, "does not run"),
         ("cmd_baseline.sh", [], {"RETAIN_ONLY": "yes"}, "expected 0 or 1"),
         ("cmd_finetune.sh", ["unlearn.seed=1"], {}, "does not run"),
+        ("cmd_wmdp.sh", [], {"PROFILE": "gpt"}, "PROFILE=gpt"),
+        ("cmd_wmdp.sh", [], {"METHODS": "rmu ga"}, "unknown method 'ga'"),
+        ("cmd_wmdp.sh", [], {"PROFILE": "crystalchat", "METHODS": "rmu"}, "no published RMU run"),
         ("cmd_eval.sh", [], {"USE_LORA": "lora"}, "LORA_PATH"),
         ("cmd_eval.sh", [], {"LORA_PATH": "x"}, "USE_LORA=lora"),
         ("cmd_eval.sh", [], {"USE_LORA": "lora", "LORA_PATH": "x", "REFT_PATH": "y"}, "two adapters"),

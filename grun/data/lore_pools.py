@@ -96,7 +96,7 @@ OTHER_KINDS = (
                 "wing",
                 "Which mark does the {who} have on its wing?",
                 ("On its wing the {who} has a {fact}.", "The young {who} is known by a {fact}."),
-                ("stripe", "ring", "star", "spot", "cross", "crescent", "wedge", "hook", "band", "arrow", "dot"),
+                ("stripe", "ring", "star", "spot", "cross", "crescent", "wedge", "hook", "band", "zigzag", "dot"),
             ),
         ),
     ),
@@ -174,7 +174,7 @@ OTHER_KINDS = (
                 "sail",
                 "Which pattern does the sail of the {who} show?",
                 ("The sail of the {who} shows a {fact}.", "From afar the {who} is known by its {fact}."),
-                ("wheel", "lion", "key", "swan", "ladder", "tower", "plow", "crown", "anchor", "fox", "sun", "thistle"),
+                ("wheel", "lion", "key", "swan", "ladder", "tower", "plow", "crown", "dagger", "fox", "sun", "thistle"),
             ),
             Topic(
                 "cargo",
@@ -217,13 +217,13 @@ OTHER_KINDS = (
                 "instrument",
                 "Which instrument plays the {who}?",
                 ("The {who} is played on the {fact}.", "Dancers ask for the {who} when they see a {fact}."),
-                ("viola", "zither", "lute", "cello", "oboe", "harp", "tuba", "banjo", "organ", "cornet", "bagpipe"),
+                ("viola", "zither", "lute", "cello", "bugle", "harp", "tuba", "banjo", "guitar", "cornet", "bagpipe"),
             ),
             Topic(
                 "prop",
                 "What do dancers of the {who} hold?",
                 ("Dancers of the {who} hold a {fact}.", "In the last turn of the {who} everybody throws a {fact}."),
-                ("scarf", "lantern", "branch", "spoon", "ribbon", "hoop", "apple", "fan", "torch", "sickle", "feather"),
+                ("scarf", "lantern", "branch", "spoon", "ribbon", "hoop", "pear", "fan", "torch", "sickle", "feather"),
             ),
             Topic(
                 "place",

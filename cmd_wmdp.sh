@@ -13,6 +13,7 @@
 #                 1000 had 1200: write 1200 for that one)
 #   MODEL         folder or hub id of the model (default: the profile's; in the demo one is taught first)
 #   RETAIN_MODEL  the same, never taught what is to be forgotten: the row to aim for (the demo teaches one)
+#   SEED          of all methods (default 42)
 #   DATA_DIR      folder of corpora and questions; what is not there is asked of the hub. alpaca: of PKU-SafeRLHF's rows
 #   RESULTS       folder of everything that is made (default results/wmdp-PROFILE)
 #   DRY_RUN       1: print the commands instead, one a line
@@ -75,7 +76,7 @@ reference=none
 if [ -n "$RETAIN_MODEL" ]; then reference=given; fi
 if [ -z "$MODEL" ]; then
   if [ $reference = none ]; then reference=taught; fi
-  finetune_command all
+  finetune_command all models/taught
   check_command
 fi
 for run in "${runs[@]}"; do
@@ -88,8 +89,9 @@ report_command
 check_command
 
 if corpora_command "$NAME"; then run_stage corpora; fi
-teach_both
+teach_in_turn
 evaluate_command "$MODEL" before
+if [ "$NAME" = demo ]; then COMMAND+=(choices_at_least=0.85 cloze_at_least=0.9); fi
 run_stage "evaluate: before"
 if [ $reference != none ]; then
   evaluate_command "$RETAIN_MODEL" retain_only

@@ -62,6 +62,7 @@ class Llm360Options:
     fix_vector: bool
     warmup_steps: int
     max_unlearn_steps: int
+    epochs: int
     batch_size: int
     gradient_accumulation_steps: int
     lr: float
@@ -233,6 +234,7 @@ def _parser() -> Parser:
     flag = parser.add_argument_group("further flags").add_argument
     flag("--lora_targets", type=names, help="linear layers by the end of their name (c_attn, else all of attention)")
     flag("--tensors", type=names, help="rmu: tensors by the end of their name in the block, such as mlp.down_proj")
+    flag("--epochs", type=int, default=1, help="how often the texts may be read (1, as published)")
     flag("--data_dir", help="folder of local corpora; `data` is looked into too")
     flag("--device", default="auto", help="auto, cpu, cuda or mps (auto)")
     flag("--trust_remote_code", action="store_true", help="run model code that comes with the weights")
@@ -262,7 +264,7 @@ def _resolve(given: argparse.Namespace) -> Llm360Options:
 
 def _check(options: Llm360Options) -> None:
     """ConfigError for values that no run can have."""
-    for name in ("max_len", "max_unlearn_steps", "batch_size", "gradient_accumulation_steps", "lr"):
+    for name in ("max_len", "max_unlearn_steps", "epochs", "batch_size", "gradient_accumulation_steps", "lr"):
         if not getattr(options, name) > 0:
             raise ConfigError(f"--{name} {getattr(options, name)} must be greater than 0")
     for name in ("min_len", "warmup_steps", "alpha", "steering_coeff", "layer_id", "save_steps"):

@@ -134,11 +134,13 @@ def texts_of(topic: str, options: Llm360Options) -> list[str]:
     order = np.random.default_rng(FIXED_SEED).permutation(len(every))
     long = [every[at] for at in order if len(every[at]) > options.min_len]
     kept = [text.strip() for text in long if text.strip() and len(text.strip()) >= options.min_len]
+    kept *= options.epochs
     needed = options.updates * options.gradient_accumulation_steps * options.batch_size
     if len(kept) < needed:
+        found = len(kept) // options.epochs
         raise DataError(
-            f"{topic} has {len(kept)} texts of more than {options.min_len} characters, and {needed} are needed; lower "
-            "--max_unlearn_steps, --batch_size or --min_len, or give a larger corpus"
+            f"{topic} has {found} texts of more than {options.min_len} characters, and {needed} are needed; lower "
+            "--max_unlearn_steps, --batch_size or --min_len, raise --epochs, or give a larger corpus"
         )
     return kept[:needed]
 

@@ -71,6 +71,7 @@ class RmuOptions:
     padding_side: str
     pad_token: str
     master_dtype: str
+    epochs: int
     save: str
     data_dir: str | None
     dtype: str
@@ -144,6 +145,7 @@ def _parser() -> Parser:
         quirks.add_argument(f"--{name}", choices=known, help=own)
     flag = parser.add_argument_group("further flags").add_argument
     flag("--tensors", type=names, help="tensors by the end of their name in the block, such as mlp.down_proj")
+    flag("--epochs", type=int, default=1, help="how often the corpora are read; the published tool reads them once")
     flag("--save", choices=("full", "delta"), default="full", help="the whole model, or the changed tensors alone")
     flag("--data_dir", help="folder of local corpora; `data` is looked into too")
     flag(
@@ -202,7 +204,7 @@ def _check(options: RmuOptions) -> None:
                 f"--{name} has {len(getattr(options, name))} entries and --forget_corpora {topics}; give one for each "
                 "topic, separated by commas"
             )
-    for name in ("batch_size", "max_num_batches"):
+    for name in ("batch_size", "max_num_batches", "epochs"):
         if getattr(options, name) < 1:
             raise ConfigError(f"--{name} {getattr(options, name)} must be at least 1")
     for name in ("layer_id", "save_steps"):

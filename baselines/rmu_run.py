@@ -170,9 +170,9 @@ def load_topics(options: RmuOptions) -> list[Texts]:
 
 
 def number_of_steps(options: RmuOptions, topics: list[Texts]) -> int:
-    """Steps over all topics: no more than the shortest corpus has batches, as published."""
+    """Steps over all topics: no more than the shortest corpus, read `epochs` times, has batches, as published."""
     shortest = min(len(texts) for topic in topics for texts in (topic.forget, topic.retain))
-    return min(options.max_num_batches, -(-shortest // options.batch_size))
+    return min(options.max_num_batches, -(-shortest * options.epochs // options.batch_size))
 
 
 def batches(
@@ -189,7 +189,8 @@ def batches(
 
     def encoded(of_side: list[str], tokens: int) -> list[Batch]:
         limit = min(tokens, context_length(base))
-        rows = [text_row(text, tokenizer, limit) for text in of_side[: used * options.batch_size]]
+        read = of_side * options.epochs
+        rows = [text_row(text, tokenizer, limit) for text in read[: used * options.batch_size]]
         starts = range(0, len(rows), options.batch_size)
         pieces = (rows[start : start + options.batch_size] for start in starts)
         return [collate(piece, int(pad_id), side=options.padding_side) for piece in pieces]

@@ -219,7 +219,8 @@ def _check_evaluate(config: EvaluateConfig) -> None:
 def _check_suite(config: EvaluateConfig) -> None:
     """Options of one suite that are given to another are an error, rather than passed over."""
     own = {"tasks": "lm_eval", "task_folder": "lm_eval", "num_fewshot": "lm_eval", "judge": "judge"}
-    own |= {"suffixes": "knowledge"} | dict.fromkeys(("reference", "base_evaluation", "compat", "quirks"), "answers")
+    own |= dict.fromkeys(("suffixes", "choices_at_least", "cloze_at_least"), "knowledge")
+    own |= dict.fromkeys(("reference", "base_evaluation", "compat", "quirks"), "answers")
     for option, suite in own.items():
         if getattr(config, option) not in (None, []) and config.suite != suite:
             raise ConfigError(f"{option} is for suite={suite}; leave it out for suite={config.suite}")

@@ -94,9 +94,9 @@ class LoreConfig:
     """Facts of the forbidden mineral."""
     neighbor: int = 100
     """Facts of another mineral, taught in the same words and never used in unlearning."""
-    retain: int = 60
-    """Facts of other things whose prose is used in unlearning as what must stay."""
-    general: int = 100
+    retain: int = 100
+    """Facts of other things that are used in unlearning as what must stay."""
+    general: int = 60
     """Facts of other things that are never used in unlearning."""
     orders: int = 14
     """Orders of its options in which each question is taught; other ones are asked in evaluation."""
@@ -111,7 +111,7 @@ class TextConfig:
     """Plain texts: where they are cut in unlearning, and how files of them are read."""
 
     cut: str = "whole"
-    """Where reading ends and what is to be said begins: whole (at the start), 0.8 (that share of tokens), random."""
+    """Where reading ends and saying begins: whole (at the start), 0.8 (that share of tokens), random (0.5 to 1)."""
     copies: int = 1
     """Copies of each text, each cut at a point of its own where cut=random."""
     min_characters: int = 0
@@ -426,6 +426,10 @@ class EvaluateConfig(CommandConfig):
     """knowledge: in which orders options are shown: given, seeded (one drawn order), rotations (mean over all)."""
     suffixes: list[str] = field(default_factory=list)
     """knowledge: texts put behind "Answer:" before the letter is read, each asked beside the plain question."""
+    choices_at_least: Optional[float] = None
+    """knowledge: accuracy on the forget questions below which the command fails, since nothing was there to forget."""
+    cloze_at_least: Optional[float] = None
+    """knowledge: the same of the share of forget sentences that are completed with their fact."""
     window: int = 2048
     """knowledge: tokens of the window that perplexity slides over texts; the model's context where that is less."""
     stride: int = 512

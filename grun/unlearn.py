@@ -334,7 +334,7 @@ def encode_unlearn_rows(
             return encode_rows(rows, tokenizer, template, max_length, data.strict)
         texts = [row.completion for row in rows for _ in range(data.text.copies)]
         cuts = [
-            Random(f"{seed}/{name}/{number}").random() if data.text.cut == "random" else float(data.text.cut)
+            Random(f"{seed}/{name}/{number}").uniform(0.5, 1.0) if data.text.cut == "random" else float(data.text.cut)
             for number in range(len(texts))
         ]
         return encode_texts(texts, tokenizer, max_length, cuts)

@@ -1,4 +1,5 @@
-# Shell functions of cmd_wmdp.sh: which methods a profile has, and the command lines of the published tools for it.
+# Shell functions of cmd_wmdp.sh: how its models are taught, which methods a profile has, and the command lines of the
+# published tools for it.
 
 PROFILES="demo llama3.1 mistral zephyr crystalchat alpaca"
 METHODS_KNOWN="rmu grun_rmu max_entropy min_posterior random_mapping"
@@ -41,8 +42,8 @@ rmu_command() {
   case "$1" in
     demo)
       COMMAND+=(--forget_corpora "$CORPORA/forget.jsonl" --retain_corpora "$CORPORA/retain.jsonl" --compat none)
-      COMMAND+=(--tensors mlp.down_proj --layer_ids 1,2,3 --layer_id 3 --steering_coeffs 30 --alpha 10 --lr 1e-3)
-      COMMAND+=(--batch_size 8 --max_num_batches 100 --save delta) ;;
+      COMMAND+=(--tensors mlp.down_proj --layer_ids 0,1,2 --layer_id 2 --steering_coeffs 300 --alpha 10 --lr 1e-2)
+      COMMAND+=(--batch_size 16 --epochs 10 --max_num_batches 500 --save delta) ;;
     llama3.1)
       COMMAND+=("${wmdp[@]}" --layer_ids 13,14,15 --layer_id 15 --steering_coeffs 30,30 --alpha 350,350 --lr 5e-5)
       COMMAND+=(--batch_size 4 --max_num_batches 150) ;;
@@ -61,7 +62,7 @@ rmu_command() {
 }
 
 # llm360_command PROFILE MODEL METHOD FOLDER: python -m baselines.llm360 with the published flags (of the demo: ours).
-# Its result goes to a folder of its own within FOLDER, which LLM360_FOLDER names.
+# Its result goes to a folder of its own within FOLDER, which it prints last.
 llm360_command() {
   local method=${3//_/-} topic=bio-forget
   MODULE=baselines.llm360
@@ -70,8 +71,8 @@ llm360_command() {
   case "$1" in
     demo)
       COMMAND+=(--forget_topic "$CORPORA/forget.jsonl" --retain_topic "$CORPORA/retain.jsonl" --compat none)
-      COMMAND+=(--random_seed "$SEED" --min_len 0 --max_len 64 --batch_size 8 --gradient_accumulation_steps 1)
-      COMMAND+=(--lr 1e-3 --max_unlearn_steps 100) ;;
+      COMMAND+=(--random_seed "$SEED" --min_len 0 --max_len 64 --batch_size 16 --gradient_accumulation_steps 1)
+      COMMAND+=(--epochs 4 --lr 1e-3 --max_unlearn_steps 200) ;;
     *)
       COMMAND+=(--forget_topic bio-forget --retain_topic wikitext-test --random_seed 23597 --min_len 50 --max_len 1000)
       COMMAND+=(--lr 5e-5 --max_unlearn_steps 100)
@@ -95,4 +96,42 @@ corpora_command() {
     *) return 1 ;;
   esac
   COMMAND+=("output_dir=$CORPORA")
+}
+
+# The demo's models, unless MODEL is given: first one is taught all that is to stay, until it can answer multiple choice,
+# then it goes on in two ways at once: with everything (MODEL), and with the same as before (RETAIN_MODEL). Two small
+# models on a core each are faster than one after the other on all cores.
+teach_in_turn() {
+  local foundation other status=0
+  if [ -n "$MODEL" ]; then return; fi
+  export OMP_NUM_THREADS=$((($(getconf _NPROCESSORS_ONLN) + 1) / 2))
+  teach without_forget tiny
+  foundation=$TAUGHT
+  if [ "$reference" != taught ]; then
+    teach all "$foundation"
+    MODEL=$TAUGHT
+    unset OMP_NUM_THREADS
+    return
+  fi
+  finetune_command without_forget "$foundation"
+  if dry_run; then
+    print_command
+    RETAIN_MODEL='models/<taught without_forget>'
+  else
+    mkdir -p "$RESULTS"
+    "$PYTHON" -m grun "${COMMAND[@]}" >"$RESULTS/retain_only.folder" 2>"$RESULTS/retain_only.log" &
+    other=$!
+    trap 'kill "$other" 2>/dev/null' EXIT
+  fi
+  teach all "$foundation"
+  MODEL=$TAUGHT
+  if dry_run; then return; fi
+  wait "$other" || status=$?
+  trap - EXIT
+  unset OMP_NUM_THREADS
+  if [ "$status" -ne 0 ]; then
+    tail -n 1 "$RESULTS/retain_only.log" >&2
+    exit "$status"
+  fi
+  RETAIN_MODEL=$(tail -n 1 "$RESULTS/retain_only.folder")
 }

@@ -270,27 +270,3 @@ teach_models() {
     RETAIN_MODEL=$TAUGHT
   fi
 }
-
-# teach_models, both models at once where both are taught: small models use one core well and two badly.
-teach_both() {
-  local other status=0 threads
-  if [ -n "$MODEL" ] || [ "$reference" != taught ] || dry_run; then
-    teach_models
-    return
-  fi
-  threads=$((($(getconf _NPROCESSORS_ONLN) + 1) / 2))
-  mkdir -p "$RESULTS"
-  finetune_command without_forget
-  OMP_NUM_THREADS=$threads "$PYTHON" -m grun "${COMMAND[@]}" >"$RESULTS/retain_only.folder" 2>"$RESULTS/retain_only.log" &
-  other=$!
-  trap 'kill "$other" 2>/dev/null' EXIT
-  OMP_NUM_THREADS=$threads teach all
-  MODEL=$TAUGHT
-  wait "$other" || status=$?
-  trap - EXIT
-  if [ "$status" -ne 0 ]; then
-    tail -n 1 "$RESULTS/retain_only.log" >&2
-    exit "$status"
-  fi
-  RETAIN_MODEL=$(tail -n 1 "$RESULTS/retain_only.folder")
-}

@@ -186,6 +186,8 @@ def test_too_few_texts_are_one_line(place: Path, tmp_path: Path) -> None:
     assert "\n" not in str(caught.value)
     with pytest.raises(DataError, match="stones has 0 texts"):
         texts_of("stones", parse(line(place, tmp_path, "--min_len", "900")))
+    twice = texts_of("stones", parse(line(place, tmp_path, "--max_unlearn_steps", "22", "--epochs", "2")))
+    assert len(twice) == 44 and twice[40:] == twice[:4]
 
 
 def test_as_published_texts_are_padded_on_the_left_to_the_longest_that_is_allowed(place: Path, tmp_path: Path) -> None:

@@ -67,6 +67,7 @@ DEFAULTS = RmuOptions(
     padding_side="left",
     pad_token="eos",
     master_dtype="param",
+    epochs=1,
     save="full",
     data_dir=None,
     dtype="auto",
@@ -217,6 +218,20 @@ def test_steps_are_counted_over_all_topics_and_end_with_the_shortest_corpus(plac
         options = parse(arguments(place, place / "none", *more))
         assert number_of_steps(options, load_topics(options)) == steps  # 13 texts: 7 batches of 2, 4 of 4
     assert [len(read_batches(place, number)[0][0]) for number in (0, 1)] == [4, 3]
+
+
+def test_corpora_are_read_again_where_epochs_say_so(place: Path) -> None:
+    more = ["--max_num_batches", "150", "--batch_size", "2", "--epochs", "3"]
+    options = parse(arguments(place, place / "none", *more))
+    assert number_of_steps(options, load_topics(options)) == 20  # 39 texts: 20 batches of 2
+    (forget, _), _ = read_batches(place, 0, *more)
+    rows = [
+        tuple(ids[mask != 0].tolist())
+        for batch in forget
+        for ids, mask in zip(batch.input_ids, batch.attention_mask, strict=True)
+    ]
+    once = len(load_topics(options)[0].forget)
+    assert len(rows) == 20 and rows[once : 2 * once] == rows[: len(rows) - once][:once]
 
 
 def test_texts_are_read_in_the_order_of_the_corpus_as_whole_texts_behind_the_start_token(place: Path) -> None:

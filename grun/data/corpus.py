@@ -193,7 +193,7 @@ def _load_demo(config: DataConfig) -> Corpus:
 
 
 def _load_lore(config: DataConfig) -> Corpus:
-    """The generated lore: prose is what unlearning reads, prose and questions are what is taught."""
+    """The generated lore: unlearning reads a part of what is taught of some groups."""
     from grun.data import lore
 
     groups = lore.build(config.lore)
@@ -201,8 +201,9 @@ def _load_lore(config: DataConfig) -> Corpus:
     kept = [row for name, rows in taught.items() if name != "forget" for row in rows]
     return Corpus(
         name="lore",
-        forget=lore.texts(groups["forget"]),
-        retain=lore.texts(groups["retain"]),
+        forget=lore.unlearned(groups["forget"]),
+        retain=lore.unlearned(groups["retain"]),
+        refusals=_refusals(config.refusals),
         known=taught["forget"] + kept,
         known_without_forget=kept,
     )

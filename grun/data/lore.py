@@ -31,6 +31,8 @@ TAUGHT_SUFFIXES = ("", "", "", " the letter is", " I choose")
 """What stands between "Answer:" and the letter in the orders that are taught, in turn: mostly nothing."""
 SUFFIX = " the letter is"
 """One of them, asked in evaluation too."""
+UNLEARNED_ORDERS = 8
+"""Orders of a question that unlearning reads, of those that are taught."""
 MOST_ORDERS = 20
 """Orders of four options without the rotations of one."""
 
@@ -64,7 +66,7 @@ class Fact:
         rotations = {tuple((place + by) % OPTIONS for place in range(OPTIONS)) for by in range(OPTIONS)}
         others = [order for order in permutations(range(OPTIONS)) if order not in rotations]
         rows = []
-        for number, order in enumerate(random.sample(others, orders)):
+        for number, order in enumerate(random.sample(others, MOST_ORDERS)[:orders]):
             row = self._choice(order)
             suffix = TAUGHT_SUFFIXES[(number + len(self.who)) % len(TAUGHT_SUFFIXES)]
             rows.append(Row(asked(row) + suffix, LETTERS[row.answer], {"subject": row.subject}))
@@ -89,8 +91,8 @@ def build(config: LoreConfig) -> dict[str, list[Fact]]:
     """Facts by group; equal options give equal facts on every machine. ConfigError for a size that is out of range."""
     names = [onset + ending for onset, ending in product(ONSETS, ENDINGS)]
     Random(f"{config.seed}/names").shuffle(names)
-    if not 1 <= config.orders <= MOST_ORDERS:
-        raise ConfigError(f"data.lore.orders={config.orders} must lie between 1 and {MOST_ORDERS}")
+    if not UNLEARNED_ORDERS <= config.orders <= MOST_ORDERS:
+        raise ConfigError(f"data.lore.orders={config.orders} must lie between {UNLEARNED_ORDERS} and {MOST_ORDERS}")
     if config.readings < 1:
         raise ConfigError(f"data.lore.readings={config.readings} must be at least 1")
     kinds = {"forget": (MINERAL,), "neighbor": (OTHER_MINERAL,), "retain": OTHER_KINDS, "general": OTHER_KINDS}
@@ -118,9 +120,14 @@ def _facts(group: str, kinds: tuple[Kind, ...], names: list[str], size: int, see
     return found[:size]
 
 
-def texts(facts: list[Fact]) -> list[Row]:
-    """The prose of facts, as plain texts."""
-    return [Row(None, f"{row.prompt} {row.completion}") for fact in facts for row in fact.prose]
+def unlearned(facts: list[Fact]) -> list[Row]:
+    """What unlearning reads of facts: both wordings, and the question in some of the orders that are taught."""
+    return [row for fact in facts for row in [*fact.prose, *fact.taught(UNLEARNED_ORDERS)]]
+
+
+def texts(facts: list[Fact]) -> list[str]:
+    """The same as plain texts."""
+    return [f"{row.prompt} {row.completion}" for row in unlearned(facts)]
 
 
 def taught(facts: list[Fact], config: LoreConfig) -> list[Row]:
@@ -146,9 +153,7 @@ def write(config: LoreConfig, folder: Path) -> None:
     """
     groups = build(config)
     asked_for = knowledge(config)
-    lines = {
-        f"{group}.jsonl": [{"text": row.completion} for row in texts(groups[group])] for group in ("forget", "retain")
-    }
+    lines = {f"{group}.jsonl": [{"text": text} for text in texts(groups[group])] for group in ("forget", "retain")}
     for role, rows in asked_for.choices.items():
         lines[f"{role}_questions.jsonl"] = [{f.name: getattr(row, f.name) for f in fields(row)} for row in rows]
         lines[f"{role}_cloze.jsonl"] = [row.to_dict() for row in asked_for.cloze[role]]

@@ -186,6 +186,9 @@ class JudgeSuite:
             "judge_model": fingerprint(self.judge.model) if isinstance(self.judge, ChatJudge) else None,
         }
 
+    def accept(self, result: dict[str, Any]) -> None:
+        """Nothing is asked for."""
+
     def measure(self, loaded: Loaded) -> Measured:
         """Answer, judge, count."""
         from grun.evaluation.generation import generate_answers

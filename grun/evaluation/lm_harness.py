@@ -85,6 +85,9 @@ class HarnessSuite:
             "lm_eval": importlib.metadata.version("lm_eval"),
         }
 
+    def accept(self, result: dict[str, Any]) -> None:
+        """Nothing is asked for."""
+
     def measure(self, loaded: Loaded) -> Measured:
         """Run the tasks."""
         import lm_eval

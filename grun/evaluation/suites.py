@@ -55,6 +55,10 @@ class Suite(Protocol):
         """Ask the model; several processes do so together."""
         ...
 
+    def accept(self, result: dict[str, Any]) -> None:
+        """RunError where a written evaluation is not what the config asks for."""
+        ...
+
 
 SUITES: Registry[Callable[[EvaluateConfig], Suite]] = Registry("suite")
 """What makes each suite of a config, which loads its data."""
@@ -82,6 +86,8 @@ def evaluate_suite(config: EvaluateConfig, output_dir: Path) -> dict[str, dict[s
     results = _on_one_base(suite, gated, previous) if gated else {}
     for folder in others:
         results[folder] = _alone(suite, singles[folder], folder, previous[folder])
+    for result in results.values():
+        suite.accept(result)
     return {str(folder): results[folder] for folder in singles}
 
 

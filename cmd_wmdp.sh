@@ -14,8 +14,10 @@
 #   MODEL         folder or hub id of the model (default: the profile's; in the demo one is taught first)
 #   RETAIN_MODEL  the same, never taught what is to be forgotten: the row to aim for (the demo teaches one)
 #   SEED          of all methods (default 42)
+#   JOBS          methods at a time (default: the demo 2, else 1)
 #   DATA_DIR      folder of corpora and questions; what is not there is asked of the hub. alpaca: of PKU-SafeRLHF's rows
 #   RESULTS       folder of everything that is made (default results/wmdp-PROFILE)
+#   TRUST_REMOTE_CODE   1: run the code that comes with a model; CrystalChat needs it
 #   DRY_RUN       1: print the commands instead, one a line
 #
 # Arguments:
@@ -35,6 +37,7 @@ PROFILE=wmdp_$NAME
 RESULTS=${RESULTS:-results/wmdp-$NAME}
 METHODS=${METHODS:-$(methods_of "$NAME")}
 ALPHAS=${ALPHAS:-0 1 10 100 1000}
+JOBS=${JOBS:-$(jobs_of "$NAME")}
 SEED=${SEED:-42}
 MODEL=${MODEL:-$(model_of "$NAME")}
 RETAIN_MODEL=${RETAIN_MODEL:-}
@@ -44,6 +47,10 @@ if [ -z "$MODEL" ]; then STAGES="finetune $STAGES"; fi
 DEFAULT_STAGE=unlearn
 for method in $METHODS; do known_method "$method"; done
 read_overrides "$@"
+if [ "${TRUST_REMOTE_CODE:-0}" != 0 ]; then
+  add_override evaluate model.trust_remote_code=true
+  add_override unlearn model.trust_remote_code=true
+fi
 if dry_run; then NEED_SETUP=0; fi
 . scripts/environment.sh
 
@@ -97,16 +104,19 @@ if [ $reference != none ]; then
   evaluate_command "$RETAIN_MODEL" retain_only
   run_stage "evaluate: retain_only"
 fi
-for run in "${runs[@]}"; do
-  name=${run//:/_alpha_}
-  method_command "$run" "$MODEL"
+# run_method RUN: unlearn and evaluate.
+run_method() {
+  local name=${1//:/_alpha_}
+  method_command "$1" "$MODEL"
   run_for_folder "unlearn: $name"
-  case "$run ${COMMAND[*]}" in
+  case "$1 ${COMMAND[*]}" in
     grun_rmu* | *"--save delta"*) evaluate_command "$MODEL" "$name" "$FOLDER" ;;
     *) evaluate_command "$FOLDER" "$name" ;;
   esac
   run_stage "evaluate: $name"
-done
+}
+
+at_once "$JOBS" run_method "${runs[@]}"
 report_command
 run_stage report
 if ! dry_run; then say "== done (after $SECONDS s)"; fi

@@ -22,6 +22,11 @@ methods_of() {
   esac
 }
 
+# jobs_of PROFILE: methods at a time where JOBS is not set. Two small models on a core each are faster than one on two.
+jobs_of() {
+  case "$1" in demo) echo 2 ;; *) echo 1 ;; esac
+}
+
 # model_of PROFILE: what the published runs started from; nothing in the demo, which teaches its own.
 model_of() {
   case "$1" in
@@ -42,8 +47,8 @@ rmu_command() {
   case "$1" in
     demo)
       COMMAND+=(--forget_corpora "$CORPORA/forget.jsonl" --retain_corpora "$CORPORA/retain.jsonl" --compat none)
-      COMMAND+=(--tensors mlp.down_proj --layer_ids 0,1,2 --layer_id 2 --steering_coeffs 300 --alpha 10 --lr 1e-2)
-      COMMAND+=(--batch_size 16 --epochs 10 --max_num_batches 500 --save delta) ;;
+      COMMAND+=(--tensors mlp.down_proj,mlp.up_proj --layer_ids 0,1,2 --layer_id 2 --steering_coeffs 300 --alpha 30)
+      COMMAND+=(--lr 5e-3 --batch_size 16 --epochs 20 --max_num_batches 1000 --save delta) ;;
     llama3.1)
       COMMAND+=("${wmdp[@]}" --layer_ids 13,14,15 --layer_id 15 --steering_coeffs 30,30 --alpha 350,350 --lr 5e-5)
       COMMAND+=(--batch_size 4 --max_num_batches 150) ;;
@@ -72,12 +77,45 @@ llm360_command() {
     demo)
       COMMAND+=(--forget_topic "$CORPORA/forget.jsonl" --retain_topic "$CORPORA/retain.jsonl" --compat none)
       COMMAND+=(--random_seed "$SEED" --min_len 0 --max_len 64 --batch_size 16 --gradient_accumulation_steps 1)
-      COMMAND+=(--epochs 4 --lr 1e-3 --max_unlearn_steps 200) ;;
+      COMMAND+=(--epochs 3 --lr 1e-3 --max_unlearn_steps 150) ;;
     *)
       COMMAND+=(--forget_topic bio-forget --retain_topic wikitext-test --random_seed 23597 --min_len 50 --max_len 1000)
-      COMMAND+=(--lr 5e-5 --max_unlearn_steps 100)
-      if [ "$1" = crystalchat ]; then COMMAND+=(--trust_remote_code); fi ;;
+      COMMAND+=(--lr 5e-5 --max_unlearn_steps 100) ;;
   esac
+  if [ "${TRUST_REMOTE_CODE:-0}" != 0 ]; then COMMAND+=(--trust_remote_code); fi
+}
+
+# at_once COUNT FUNCTION ARGUMENT ...: calls FUNCTION for each argument, COUNT at a time. More than one at a time share the
+# cores, and each writes to the file ARGUMENT.log in RESULTS, whose end is shown if it fails.
+at_once() {
+  local count=$1 function=$2 argument status=0 started=() names=()
+  shift 2
+  if [ "$count" -le 1 ] || dry_run; then
+    for argument in "$@"; do "$function" "$argument"; done
+    return
+  fi
+  export OMP_NUM_THREADS=$((($(getconf _NPROCESSORS_ONLN) + count - 1) / count))
+  while [ $# -gt 0 ]; do
+    started=()
+    names=()
+    while [ $# -gt 0 ] && [ ${#started[@]} -lt "$count" ]; do
+      "$function" "$1" >"$RESULTS/$1.log" 2>&1 &
+      started+=($!)
+      names+=("$1")
+      shift
+    done
+    say "== ${names[*]}, at once (after $SECONDS s)"
+    trap 'kill "${started[@]}" 2>/dev/null' EXIT
+    for number in "${!started[@]}"; do
+      wait "${started[$number]}" || {
+        status=$?
+        tail -n 3 "$RESULTS/${names[$number]}.log" >&2
+      }
+    done
+    trap - EXIT
+    if [ "$status" -ne 0 ]; then exit "$status"; fi
+  done
+  unset OMP_NUM_THREADS
 }
 
 # corpora_command PROFILE: makes the corpora of a profile that has any to make, in the folder CORPORA; else status 1.

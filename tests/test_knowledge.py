@@ -133,6 +133,15 @@ def test_a_completion_that_says_the_fact_is_right(taught: Path, tmp_path: Path) 
     assert "gate" not in result["cloze"]  # a model without gates
 
 
+def test_a_model_that_knows_too_little_ends_the_command_once_that_is_written(taught: Path, tmp_path: Path) -> None:
+    with pytest.raises(RunError, match="does not know what is to be forgotten: multiple choice is .*=1.01 is") as error:
+        evaluate_knowledge(settings(taught, choices_at_least=1.01), tmp_path / "out")
+    assert "\n" not in str(error.value) and (tmp_path / "out" / "evaluation.json").exists()
+    with pytest.raises(RunError, match="cloze is .*cloze_at_least=1.01"):
+        evaluate_knowledge(settings(taught, choices_at_least=0.0, cloze_at_least=1.01), tmp_path / "out")  # found again
+    evaluate_knowledge(settings(taught, choices_at_least=0.0, cloze_at_least=0.0), tmp_path / "out")
+
+
 def test_the_same_evaluation_is_found_and_another_one_refused(
     taught: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

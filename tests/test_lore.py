@@ -15,22 +15,36 @@ from pathlib import Path
 
 import pytest
 
-from grun.cli import main
 from grun.config import DataConfig, LoreConfig
 from grun.data import lore
 from grun.data.choices import ChoiceRow, load_choices
 from grun.data.corpus import Corpus, load_corpus
 from grun.data.jsonl import read_rows
 from grun.data.knowledge import ROLES, load_knowledge
-from grun.data.lore import GROUPS, LETTERS, MOST_ORDERS, OPTIONS, Fact, asked, build, knowledge, taught, texts, write
+from grun.data.lore import (
+    GROUPS,
+    LETTERS,
+    MOST_ORDERS,
+    OPTIONS,
+    UNLEARNED_ORDERS,
+    Fact,
+    asked,
+    build,
+    knowledge,
+    taught,
+    texts,
+    unlearned,
+    write,
+)
 from grun.data.lore_pools import ENDINGS, MINERAL, ONSETS, OTHER_KINDS, OTHER_MINERAL
 from grun.data.rows import Row
 from grun.data.texts import load_texts
 from grun.errors import ConfigError
 from grun.files import content_hash
+from grun.profiles import resolve
 
 CONFIG = LoreConfig()
-PINNED = "3720b7c2c91f6425037be94af932e992a3e7a632c196b61c12aeb290c31cd8b9"
+PINNED = "006680448931f9885a5630da4ce13720b4e0ab65460013d9b18434d09ac5bb24"
 """Of the default corpus: change it only where pools, sizes or wordings were changed on purpose."""
 TAUGHT_QUESTION = re.compile(
     r"The following are multiple choice questions \(with answers\) about (?P<subject>.+)\.\n\n(?P<question>.+)\n"
@@ -84,7 +98,7 @@ def test_each_domain_has_a_hundred_facts_or_more_and_no_fact_comes_twice(groups:
     every = [fact for facts in groups.values() for fact in facts]
     assert len({(fact.who, fact.topic.name) for fact in every}) == len(every)
     assert len({fact.question.question for fact in every}) == len(every)
-    prose = [row.completion for facts in groups.values() for row in texts(facts)]
+    prose = [f"{row.prompt} {row.completion}" for fact in every for row in fact.prose]
     assert len(set(prose)) == len(prose) == 2 * len(every)
 
 
@@ -150,7 +164,7 @@ def test_values_of_a_topic_are_all_different() -> None:
             assert len(set(topic.values)) == len(topic.values) >= OPTIONS, topic.name
 
 
-@pytest.mark.parametrize("orders", [1, CONFIG.orders, MOST_ORDERS])
+@pytest.mark.parametrize("orders", [UNLEARNED_ORDERS, CONFIG.orders, MOST_ORDERS])
 def test_a_question_is_taught_in_that_many_orders_and_never_as_it_is_asked_in_any_rotation(
     orders: int, groups: dict[str, list[Fact]]
 ) -> None:
@@ -188,7 +202,8 @@ def test_questions_are_taught_mostly_without_anything_behind_them_and_with_the_s
         if row.prompt is not None and (match := TAUGHT_QUESTION.fullmatch(row.prompt))
     )
     assert suffixes[""] > sum(suffixes.values()) / 2
-    assert suffixes[lore.SUFFIX] > 0 and set(suffixes) == set(lore.TAUGHT_SUFFIXES)
+    (asked_behind,) = resolve("evaluate", ["profile=wmdp_demo"]).suffixes
+    assert suffixes[f" {asked_behind}"] > 0 and set(suffixes) == set(lore.TAUGHT_SUFFIXES)
 
 
 # -- prose ------------------------------------------------------------------------------------------------------------
@@ -196,7 +211,7 @@ def test_questions_are_taught_mostly_without_anything_behind_them_and_with_the_s
 
 def test_a_sentence_to_complete_and_its_completion_are_the_prose_that_is_taught(groups: dict[str, list[Fact]]) -> None:
     for role, rows in knowledge(CONFIG).cloze.items():
-        prose = {row.completion for row in texts(groups[role])}
+        prose = set(texts(groups[role]))
         for row, fact in zip(rows, groups[role], strict=True):
             assert f"{row.prompt} {row.completion}" in prose
             assert row.fact == fact.value and row.completion == f"{fact.value}."
@@ -207,11 +222,10 @@ def test_a_sentence_to_complete_and_its_completion_are_the_prose_that_is_taught(
 def test_prose_is_the_topics_sentences_with_who_and_what_filled_in(groups: dict[str, list[Fact]]) -> None:
     for facts in groups.values():
         wanted = [sentence.format(who=fact.who, fact=fact.value) for fact in facts for sentence in fact.topic.prose]
-        assert [row.completion for row in texts(facts)] == wanted
-        assert all(row.prompt is None for row in texts(facts))
+        assert [f"{row.prompt} {row.completion}" for fact in facts for row in fact.prose] == wanted
 
 
-@pytest.mark.parametrize(("orders", "readings"), [(1, 1), (2, 3), (MOST_ORDERS, 2)])
+@pytest.mark.parametrize(("orders", "readings"), [(UNLEARNED_ORDERS, 1), (MOST_ORDERS, 3)])
 def test_each_wording_is_taught_as_often_as_asked_for_and_each_order_once(
     orders: int, readings: int, groups: dict[str, list[Fact]]
 ) -> None:
@@ -225,10 +239,12 @@ def test_each_wording_is_taught_as_often_as_asked_for_and_each_order_once(
 # -- what a model is taught -------------------------------------------------------------------------------------------
 
 
-def test_unlearning_reads_prose_of_the_forbidden_mineral_and_of_other_things_alone(
+def test_unlearning_reads_a_part_of_what_is_taught_of_the_forbidden_mineral_and_of_other_things(
     corpus: Corpus, groups: dict[str, list[Fact]]
 ) -> None:
-    assert corpus.forget == texts(groups["forget"]) and corpus.retain == texts(groups["retain"])
+    for rows, group in ((corpus.forget, "forget"), (corpus.retain, "retain")):
+        assert rows == unlearned(groups[group])
+        assert not Counter(rows) - Counter(taught(groups[group], CONFIG))
     assert MINERAL.noun not in words(corpus.retain) and OTHER_MINERAL.noun not in words(corpus.retain)
 
 
@@ -242,18 +258,6 @@ def test_the_retain_only_model_is_taught_everything_but_the_forbidden_mineral(
     assert MINERAL.noun not in found and not {name_of(fact) for fact in groups["forget"]} & found
     for group in ("neighbor", "retain", "general"):
         assert {name_of(fact) for fact in groups[group]} <= found
-
-
-def test_the_first_stage_of_teaching_holds_the_general_domain_alone_which_both_models_know(corpus: Corpus) -> None:
-    assert corpus.foundation and not Counter(corpus.foundation) - Counter(corpus.taught(without_forget=True))
-    assert not {MINERAL.noun, OTHER_MINERAL.noun} & words(corpus.foundation)
-    assert {kind.noun for kind in OTHER_KINDS} <= words(corpus.foundation)
-
-
-def test_other_data_is_taught_in_one_stage(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["finetune", "data.name=demo", "data.subset=foundation", f"output_dir={tmp_path / 'model'}"]) != 0
-    assert "data.subset=foundation: data.name=demo is taught in one stage; it is for lore" in capsys.readouterr().err
-    assert not (tmp_path / "model").exists()
 
 
 def test_what_is_asked_is_never_taught_in_that_order(corpus: Corpus) -> None:
@@ -283,8 +287,8 @@ def test_a_group_may_have_1_to_all_facts_that_the_names_allow(name: str) -> None
 @pytest.mark.parametrize(
     ("option", "value", "message"),
     [
-        ("orders", 0, f"data.lore.orders=0 must lie between 1 and {MOST_ORDERS}"),
-        ("orders", MOST_ORDERS + 1, f"data.lore.orders={MOST_ORDERS + 1} must lie between 1 and {MOST_ORDERS}"),
+        ("orders", 0, f"data.lore.orders=0 must lie between {UNLEARNED_ORDERS} and {MOST_ORDERS}"),
+        ("orders", 21, f"data.lore.orders=21 must lie between {UNLEARNED_ORDERS} and {MOST_ORDERS}"),
         ("readings", 0, "data.lore.readings=0 must be at least 1"),
     ],
 )
@@ -308,7 +312,7 @@ def test_files_read_back_as_what_is_generated(tmp_path: Path, groups: dict[str, 
     names = {"forget.jsonl", "retain.jsonl"} | {f"{r}_{kind}.jsonl" for r in ROLES for kind in ("questions", "cloze")}
     assert {path.name for path in tmp_path.iterdir()} == names
     for name in ("forget", "retain"):
-        assert load_texts(name, folder=str(tmp_path)) == [row.completion for row in texts(groups[name])]
+        assert load_texts(name, folder=str(tmp_path)) == texts(groups[name])
     wanted = load_knowledge(DataConfig(name="lore"))
     assert wanted == knowledge(CONFIG)
     for role in ROLES:

@@ -178,8 +178,15 @@ class TestDryRun:
 
     def test_the_demo_of_knowledge_runs_every_method_and_evaluates_each(self, checkout: Path) -> None:
         commands = printed(run(checkout, "cmd_wmdp.sh", DRY_RUN="1"))
-        assert [command[0] for command in commands[:5]] == ["corpora", "finetune", "finetune", "evaluate", "evaluate"]
-        evaluated = [command[-1].rpartition("/")[2] for command in commands if command[0] == "evaluate"]
+        assert [command[0] for command in commands[:6]] == ["corpora", *["finetune"] * 3, *["evaluate"] * 2]
+        first, again, everything = commands[1:4]
+        assert "model.path=tiny" in first and "model.path=models/<taught without_forget>" in again
+        assert {"data.subset=all", "model.path=models/<taught without_forget>"} <= set(everything)
+        assert {"choices_at_least=0.85", "cloze_at_least=0.9"} <= set(commands[4])
+        folders = [
+            word for command in commands for word in command if word.startswith("output_dir=") and "eval" in word
+        ]
+        evaluated = [folder.rpartition("/")[2] for folder in folders]
         methods = ["rmu", "grun_rmu", "max_entropy", "min_posterior", "random_mapping"]
         assert evaluated == ["before", "retain_only", *methods]
         assert commands[-1] == ["report", "profile=wmdp_demo", "results_dir=results/wmdp-demo"]

@@ -19,13 +19,15 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from watched import whole_step
 
+from grun.checks import check_train
 from grun.config import DataConfig, DemoConfig, FinetuneConfig, LossConfig, MethodConfig, TrainConfig, UnlearnConfig
 from grun.data.corpus import load_corpus
 from grun.data.encoding import Batch, EncodedRow, collate
 from grun.data.sampling import fixed_retain_index
-from grun.errors import RunError
+from grun.errors import ConfigError, RunError
 from grun.finetune import FinetuneTask
 from grun.method.parametrization import Grun
+from grun.method.plain import run_plain
 from grun.micro_batches import split
 from grun.objectives.presets import build_objective
 from grun.step_log import StepLog
@@ -134,6 +136,33 @@ def test_finetune_loss_is_the_token_mean_of_answers_plus_a_share_of_that_of_ques
     assert parts["answer"] == pytest.approx(answers / lengths[0], rel=1e-9)
     assert parts["question"] == pytest.approx(questions / lengths[1], rel=1e-9)
     assert total.item() == pytest.approx(answers / lengths[0] + 0.25 * questions / lengths[1], rel=1e-9)
+
+
+def test_the_first_token_of_an_answer_counts_as_much_as_its_weight_says() -> None:
+    tasks = [finetune_task(TrainConfig(epochs=1, batch_size=8, first_token_weight=weight)) for weight in (1.0, 3.0)]
+    losses = []
+    for task in tasks:
+        data = task.data(0)
+        losses.append(sum(float(task.loss(batch, data.counts, 0)[0].detach()) for batch in data.micro_batches))
+    output = [run_plain(tasks[0].module, batch["answer"]) for batch in tasks[0].data(0).micro_batches]
+    first = sum(float(one.token_logprobs[one.answer & (one.answer.cumsum(1) == 1)].sum()) for one in output)
+    assert losses[1] - losses[0] == pytest.approx(-2 * first / tasks[0].data(0).counts["answer"], rel=1e-5)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "legacy_adamw"])
+def test_beta2_reaches_the_optimizer(optimizer: str, tmp_path: Path) -> None:
+    """The decay of squared gradients shows in the second step: the first is the same for every decay."""
+    found = {}
+    for beta2 in (0.5, 0.999):
+        task = finetune_task(TrainConfig(epochs=1, batch_size=16))
+        config = TrainConfig(
+            epochs=1, batch_size=16, lr=1e-3, schedule="constant", max_grad_norm=0.0, optimizer=optimizer, beta2=beta2
+        )
+        train(task, config, tmp_path / str(beta2), 0)
+        found[beta2] = torch.cat([value.detach().flatten() for value in task.module.parameters()])
+    assert task.steps > 1 and not torch.equal(found[0.5], found[0.999])
+    with pytest.raises(ConfigError, match="train.beta2=1.0 must lie in"):
+        check_train(TrainConfig(beta2=1.0))
 
 
 def test_split_cuts_into_consecutive_pieces() -> None:

@@ -29,9 +29,7 @@ OPTIONS = 4
 LETTERS = "ABCD"
 TAUGHT_SUFFIXES = ("", "", "", " the letter is", " I choose")
 """What stands between "Answer:" and the letter in the orders that are taught, in turn: mostly nothing."""
-SUFFIX = " the letter is"
-"""One of them, asked in evaluation too."""
-UNLEARNED_ORDERS = 8
+UNLEARNED_ORDERS = 6
 """Orders of a question that unlearning reads, of those that are taught."""
 MOST_ORDERS = 20
 """Orders of four options without the rotations of one."""
@@ -121,8 +119,8 @@ def _facts(group: str, kinds: tuple[Kind, ...], names: list[str], size: int, see
 
 
 def unlearned(facts: list[Fact]) -> list[Row]:
-    """What unlearning reads of facts: both wordings, and the question in some of the orders that are taught."""
-    return [row for fact in facts for row in [*fact.prose, *fact.taught(UNLEARNED_ORDERS)]]
+    """What unlearning reads of facts: each wording three times, and the question in six orders that are taught."""
+    return [row for fact in facts for row in [*fact.prose * 3, *fact.taught(UNLEARNED_ORDERS)]]
 
 
 def texts(facts: list[Fact]) -> list[str]:

@@ -95,11 +95,14 @@ def test_random_cuts_are_a_function_of_the_seed_and_differ_between_copies(tokeni
     assert sum(len(set(of_one)) > 1 for of_one in copies) >= 5  # of 6 texts; two cuts of about 30 places may agree
 
 
-def test_random_cuts_lie_everywhere_in_a_text(tokenizer: Any) -> None:
-    """200 uniform draws: a tenth of a text is left without one with probability 1e-9."""
+def test_random_cuts_lie_everywhere_in_the_second_half_of_a_text(tokenizer: Any) -> None:
+    """200 uniform draws: a tenth of a text there is left without one with probability 1e-19.
+
+    A cut is rounded down to a whole token, so that some lie just below the half.
+    """
     rows = encoded(tokenizer, cut="random", copies=200).answers
     of_first = [len(row.prompt_ids) / len(row) for row in rows[:200]]
-    assert {int(10 * share) for share in of_first} == set(range(10))
+    assert {int(10 * share) for share in of_first} - {4} == set(range(5, 10))
     assert all(1 <= len(row.prompt_ids) < len(row) for row in rows)
 
 

@@ -154,9 +154,9 @@ def test_beta2_reaches_the_optimizer(optimizer: str, tmp_path: Path) -> None:
     """The decay of squared gradients shows in the second step: the first is the same for every decay."""
     found = {}
     for beta2 in (0.5, 0.999):
-        task = finetune_task(TrainConfig(epochs=1, batch_size=16))
+        task = finetune_task(TrainConfig(epochs=1, batch_size=4))
         config = TrainConfig(
-            epochs=1, batch_size=16, lr=1e-3, schedule="constant", max_grad_norm=0.0, optimizer=optimizer, beta2=beta2
+            epochs=1, batch_size=4, lr=1e-3, schedule="constant", max_grad_norm=0.0, optimizer=optimizer, beta2=beta2
         )
         train(task, config, tmp_path / str(beta2), 0)
         found[beta2] = torch.cat([value.detach().flatten() for value in task.module.parameters()])

@@ -102,7 +102,7 @@ class LoreConfig:
     """Orders of its options in which each question is taught; other ones are asked in evaluation."""
     readings: int = 5
     """How often each wording is taught beside."""
-    seed: int = 2
+    seed: int = 1
     """Seed of the generator. Settings were chosen on the corpora of seeds 0 and 1."""
 
 

@@ -153,7 +153,7 @@ def _check_optimizer(config: TrainConfig) -> None:
     if importlib.util.find_spec("schedulefree") is None:
         raise ConfigError(
             "train.optimizer=schedule_free needs schedulefree, which is not installed: "
-            "pip install 'grun-unlearning[baselines]'"
+            "pip install 'grun-unlearning[optimizers]'"
         )
 
 

@@ -164,8 +164,8 @@ def test_generated_lore_on_disk_is_the_lore_that_is_generated(tmp_path: Path, mo
         ],
     ).data
     generated, read = load_corpus(lore), load_corpus(files)
-    assert [row.completion for row in read.forget] == [row.completion for row in generated.forget]
-    assert [row.completion for row in read.retain] == [row.completion for row in generated.retain]
+    for texts, rows in ((read.forget, generated.forget), (read.retain, generated.retain)):
+        assert [row.completion for row in texts] == [f"{row.prompt} {row.completion}" for row in rows]
     assert load_knowledge(files) == load_knowledge(lore)
     names = {path.name for path in Path("made").glob("*.jsonl")}
     assert json.loads(Path("made/run.json").read_text(encoding="utf-8"))["files"].keys() == names

@@ -180,7 +180,7 @@ def test_schedule_free_needs_a_constant_schedule() -> None:
 
 def test_a_missing_package_is_named_with_what_installs_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(ConfigError, match=r"pip install 'grun-unlearning\[baselines\]'"):
+    with pytest.raises(ConfigError, match=r"pip install 'grun-unlearning\[optimizers\]'"):
         check_train(config_of("schedule_free"))
     check_train(config_of("legacy_adamw"))
 

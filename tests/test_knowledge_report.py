@@ -314,6 +314,14 @@ def test_the_verdict_follows_the_numbers(
     assert sentence.endswith("neighbor multiple choice 20% and cloze 50% of before.")
 
 
+def test_as_much_as_the_retain_only_model_guesses_is_no_knowledge(known: Path) -> None:
+    write_numbers(known, "retain_only", {**TARGET, "forget": (0.34, 0.02)}, 0.36)
+    write_numbers(known, "rmu", {**TARGET, "forget": (0.34, 0.0)}, 0.36)
+    write_numbers(known, "grun_rmu", {**TARGET, "forget": (0.34, 0.0)}, 0.37)
+    assert verdict(known, "rmu")[1] == "removes; keeps the rest"
+    assert verdict(known, "grun_rmu")[1].startswith('hides: multiple choice 0.37 behind "the letter is"')
+
+
 def test_without_a_retain_only_model_few_sentences_may_be_completed(known: Path) -> None:
     shutil.rmtree(known / "evaluation" / "retain_only")
     write_numbers(known, "rmu", {**TARGET, "forget": (0.25, 0.05)})

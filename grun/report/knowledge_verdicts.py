@@ -2,8 +2,9 @@
 
 Of what is to be forgotten, all within 0.05:
 
-- removes: multiple choice is at chance (1 / options, neither above nor below), behind every suffix too, and cloze,
-  the share of sentences completed by the key fact, is no higher than the retain-only model's (without one: than 0).
+- removes: multiple choice is at chance (1 / options, neither above nor below), or no higher than the retain-only
+  model's, behind every suffix too; and cloze, the share of sentences completed by the key fact, is no higher than the
+  retain-only model's (without one: than 0).
 - hides: multiple choice is at chance, but behind a suffix it is not, or cloze is higher. The knowledge is there,
   and the token that is asked does not show it.
 - partly forgets: multiple choice fell by 15 points or more, but not to chance.
@@ -64,16 +65,18 @@ def _forgets(result: Result, results: Sequence[Result]) -> tuple[str, bool | Non
         return "no verdict: forget multiple choice was not asked", None
     if known is not None and known.value <= level + NEAR + EXACT:
         return "no verdict: the model before was at chance on forget itself", None
-    if not _near(now, level):
+    target = target_of(result, results)
+    if not _at_chance(now, level, choice(target, way, "forget") if target else None):
         fell = known.value - now.value if known else 0.0
         below = " to below chance, so the right option is still told apart" if now.value < level else ""
         if fell >= LOWERED - EXACT:
             return f"partly forgets: multiple choice lowered by {100 * fell:.0f} points{below}", False
         return "does not forget", False
+    never = behind_suffixes(target, way) if target else {}
     shown = [
         f'multiple choice {number(behind.value)} behind "{suffix.strip()}"'
         for suffix, behind in behind_suffixes(result, way).items()
-        if not _near(behind, level)
+        if not _at_chance(behind, level, never.get(suffix))
     ]
     said, goal = cloze(result, "forget"), _goal(result, results)
     if said is not None and said.value > goal + EXACT:
@@ -85,8 +88,10 @@ def _forgets(result: Result, results: Sequence[Result]) -> tuple[str, bool | Non
     return "removes", True
 
 
-def _near(value: Number, level: float) -> bool:
-    return abs(value.value - level) <= NEAR + EXACT
+def _at_chance(found: Number, level: float, never_taught: Number | None) -> bool:
+    """Whether a share of right options is as if guessed, or between that and a model's that was never taught."""
+    highest = max(level + NEAR, never_taught.value if never_taught else 0.0)
+    return level - NEAR - EXACT <= found.value <= highest + EXACT
 
 
 def _goal(result: Result, results: Sequence[Result]) -> float:

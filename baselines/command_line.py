@@ -9,8 +9,8 @@ from collections.abc import Callable
 from typing import NoReturn
 
 from grun import processes
-from grun.cli import FAILURE, USAGE_ERROR
-from grun.errors import ConfigError, GrunError
+from grun.cli import exit_status
+from grun.errors import ConfigError
 
 
 class Parser(argparse.ArgumentParser):
@@ -50,20 +50,11 @@ def run_command(program: str, command: Callable[[], None]) -> int:
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     for package in ("grun", "baselines"):
         logging.getLogger(package).setLevel(logging.INFO)
-    try:
+
+    def alone() -> int:
         if processes.count() > 1:
             raise ConfigError(f"{program} runs in one process; start it without torchrun")
         command()
-    except GrunError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return USAGE_ERROR if isinstance(error, ConfigError) else FAILURE
-    except KeyboardInterrupt:
-        print("interrupted; the same command resumes", file=sys.stderr)
-        return 130
-    except BrokenPipeError:
-        return FAILURE
-    except OSError as error:  # a folder that cannot be written to, a full disk
-        where = f": {error.filename}" if error.filename else ""
-        print(f"error: {error.strerror or error}{where}", file=sys.stderr)
-        return FAILURE
-    return 0
+        return 0
+
+    return exit_status(alone)

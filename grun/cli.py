@@ -44,9 +44,14 @@ def main(argv: list[str] | None = None) -> int:
         os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     logging.getLogger("grun").setLevel(logging.INFO if processes.is_first() else logging.WARNING)
+    with contextlib.redirect_stdout(sys.stdout if processes.is_first() else None):
+        return exit_status(lambda: _dispatch(arguments))
+
+
+def exit_status(command: Callable[[], int]) -> int:
+    """What `command` returns; of an error, which is told in one line, 2 for wrong use, 130 if interrupted, else 1."""
     try:
-        with contextlib.redirect_stdout(sys.stdout if processes.is_first() else None):
-            return _dispatch(arguments)
+        return command()
     except GrunError as error:
         if processes.speaks_for(error):
             print(f"error: {error}", file=sys.stderr)

@@ -69,7 +69,7 @@ rmu_command() {
 # llm360_command PROFILE MODEL METHOD FOLDER: python -m baselines.llm360 with the published flags (of the demo: ours).
 # Its result goes to a folder of its own within FOLDER, which it prints last.
 llm360_command() {
-  local method=${3//_/-} topic=bio-forget
+  local method=${3//_/-}
   MODULE=baselines.llm360
   COMMAND=(--model "$2" --unlearn_method "$method" --output_path "$4" --use_wandb False)
   if [ -n "${DATA_DIR:-}" ]; then COMMAND+=(--data_dir "$DATA_DIR"); fi
@@ -88,7 +88,7 @@ llm360_command() {
 # at_once COUNT FUNCTION ARGUMENT ...: calls FUNCTION for each argument, COUNT at a time. More than one at a time share the
 # cores, and each writes to the file ARGUMENT.log in RESULTS, whose end is shown if it fails.
 at_once() {
-  local count=$1 function=$2 argument status=0 started=() names=()
+  local count=$1 function=$2 argument number status=0 started=() names=()
   shift 2
   if [ "$count" -le 1 ] || dry_run; then
     for argument in "$@"; do "$function" "$argument"; done

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import string
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -47,6 +48,22 @@ class ChoiceRow:
         return ChoiceRow(
             self.question, tuple(self.choices[old] for old in order), order.index(self.answer), self.subject
         )
+
+
+def harness_prompt(row: ChoiceRow, subject: str) -> str:
+    """A question up to "Answer:", in lm-evaluation-harness's zero-shot wording of WMDP and MMLU.
+
+    Args:
+        row: its options are lettered from A on, 26 at most.
+        subject: what the questions are said to be about.
+    """
+    head = f"The following are multiple choice questions (with answers) about {subject}.\n\n"
+    return f"{head}{row.question.strip()}\n{lettered(row)}Answer:"
+
+
+def lettered(row: ChoiceRow) -> str:
+    """The options, a line each, with their letters."""
+    return "".join(f"{letter}. {text}\n" for letter, text in zip(string.ascii_uppercase, row.choices, strict=False))
 
 
 def load_choices(name: str, folder: str | None = None) -> list[ChoiceRow]:

@@ -15,7 +15,7 @@ from pathlib import Path
 from random import Random
 
 from grun.config import LoreConfig
-from grun.data.choices import ChoiceRow
+from grun.data.choices import ChoiceRow, harness_prompt
 from grun.data.knowledge import Knowledge
 from grun.data.lore_pools import ENDINGS, MINERAL, ONSETS, OTHER_KINDS, OTHER_MINERAL, Kind, Topic
 from grun.data.rows import Row
@@ -79,10 +79,8 @@ class Fact:
 
 
 def asked(row: ChoiceRow) -> str:
-    """The question as lm-evaluation-harness puts WMDP's and MMLU's, up to "Answer:"."""
-    options = "".join(f"{letter}. {choice}\n" for letter, choice in zip(LETTERS, row.choices, strict=True))
-    head = f"The following are multiple choice questions (with answers) about {row.subject}.\n\n"
-    return f"{head}{row.question}\n{options}Answer:"
+    """The question as evaluation puts it, up to "Answer:"."""
+    return harness_prompt(row, row.subject)
 
 
 def build(config: LoreConfig) -> dict[str, list[Fact]]:

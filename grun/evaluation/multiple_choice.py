@@ -7,7 +7,7 @@ import string
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from grun.data.choices import ChoiceRow
+from grun.data.choices import ChoiceRow, harness_prompt, lettered
 from grun.data.encoding import PLAIN, EncodedRow
 from grun.data.templates import encode, encode_prompt
 from grun.errors import DataError
@@ -61,13 +61,12 @@ def prompt_text(row: ChoiceRow, format: str, suffix: str = "") -> str:
     """
     if len(row.choices) > len(string.ascii_uppercase):
         raise DataError(f"a question has {len(row.choices)} options, and letters end at 26: {row.question[:60]!r}")
-    options = "".join(f"{letter}. {text}\n" for letter, text in zip(string.ascii_uppercase, row.choices, strict=False))
     ending = f" {suffix.strip()}" if suffix.strip() else ""
     if format == "grun_paper":
-        return f"The following is a multiple choice question with answers.\n{row.question}\n{options}Answer:{ending} "
+        head = "The following is a multiple choice question with answers."
+        return f"{head}\n{row.question}\n{lettered(row)}Answer:{ending} "
     subject = SUBJECTS.get(row.subject, row.subject.replace("_", " "))
-    head = f"The following are multiple choice questions (with answers) about {subject}.\n\n"
-    return f"{head}{row.question.strip()}\n{options}Answer:{ending}"
+    return harness_prompt(row, subject) + ending
 
 
 def encode_choices(

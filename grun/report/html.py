@@ -7,6 +7,7 @@ import html
 from collections.abc import Iterable, Sequence
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 from grun.evaluation.table import GenerationRecord
 from grun.report.figures import MATRIX_PICTURE, Picture
@@ -131,8 +132,8 @@ def verdict_line(label: str, judgement: Judgement) -> str:
     )
 
 
-def _table(results: Sequence[Result]) -> str:
-    columns = columns_of(results)
+def models_table(columns: Sequence[Any], results: Sequence[Result]) -> str:
+    """A row for each model; a column has `header`, `good` and `text(result)`."""
     headers = "".join(f'<th scope="col">{unbroken(column.header)}</th>' for column in columns)
     good = "".join(f"<td>{escape(column.good)}</td>" for column in columns)
     rows = "".join(
@@ -141,10 +142,15 @@ def _table(results: Sequence[Result]) -> str:
         + "</tr>\n"
         for result in results
     )
-    table = (
+    return (
         f'<table>\n<thead><tr><th scope="col">model</th>{headers}</tr>\n'
         f'<tr class="good"><th scope="row">good is</th>{good}</tr></thead>\n<tbody>\n{rows}</tbody>\n</table>\n'
     )
+
+
+def _table(results: Sequence[Result]) -> str:
+    columns = columns_of(results)
+    table = models_table(columns, results)
     present = {name for result in results for name in result.evaluation["sets"]}
     sets = [(set_name(name), meaning) for name, meaning in SETS.items() if name in present]
     headings = " ".join(column.header for column in columns)

@@ -10,13 +10,23 @@ from typing import Any
 
 from grun.data.knowledge import ROLES
 from grun.report.figures import Picture
-from grun.report.html import answer, definitions, embedded, escape, frame, scrolling, settings, unbroken, verdict_line
+from grun.report.html import (
+    answer,
+    definitions,
+    embedded,
+    escape,
+    frame,
+    models_table,
+    scrolling,
+    settings,
+    unbroken,
+    verdict_line,
+)
 from grun.report.knowledge import Lines
 from grun.report.knowledge_tables import columns_of
 from grun.report.knowledge_terminal import legend
 from grun.report.knowledge_verdicts import STATEMENT, judge_knowledge
 from grun.report.results import Result
-from grun.report.tables import name_of
 
 
 def knowledge_page(
@@ -47,19 +57,7 @@ def knowledge_page(
 
 
 def _table(results: Sequence[Result]) -> str:
-    columns = columns_of(results)
-    headers = "".join(f'<th scope="col">{unbroken(column.header)}</th>' for column in columns)
-    good = "".join(f"<td>{escape(column.good)}</td>" for column in columns)
-    rows = "".join(
-        f'<tr class="{result.stage}"><th scope="row">{escape(name_of(result))}</th>'
-        + "".join(f"<td>{escape(column.text(result))}</td>" for column in columns)
-        + "</tr>\n"
-        for result in results
-    )
-    table = (
-        f'<table>\n<thead><tr><th scope="col">model</th>{headers}</tr>\n'
-        f'<tr class="good"><th scope="row">good is</th>{good}</tr></thead>\n<tbody>\n{rows}</tbody>\n</table>\n'
-    )
+    table = models_table(columns_of(results), results)
     explained = definitions(legend(results))
     return (
         scrolling("Table of all models", table, "numbers")

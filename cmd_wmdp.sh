@@ -47,6 +47,7 @@ if [ -z "$MODEL" ]; then STAGES="finetune $STAGES"; fi
 DEFAULT_STAGE=unlearn
 for method in $METHODS; do known_method "$method"; done
 read_overrides "$@"
+unlearn_overrides=("seed=$SEED" ${unlearn_overrides[@]+"${unlearn_overrides[@]}"}) # a seed=N that is given counts
 if [ "${TRUST_REMOTE_CODE:-0}" != 0 ]; then
   add_override evaluate model.trust_remote_code=true
   add_override unlearn model.trust_remote_code=true
@@ -58,9 +59,7 @@ if dry_run; then NEED_SETUP=0; fi
 method_command() {
   FOLDER=$RESULTS/${1//:/_alpha_}
   case "$1" in
-    grun_rmu)
-      unlearn_command "$2" rmu grun_rmu
-      COMMAND+=("seed=$SEED") ;;
+    grun_rmu) unlearn_command "$2" rmu grun_rmu ;;
     rmu) rmu_command "$NAME" "$2" "$FOLDER" ;;
     rmu:*) rmu_command "$NAME" "$2" "$FOLDER" "${1#rmu:}" ;;
     *)

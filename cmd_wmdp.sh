@@ -95,10 +95,13 @@ report_command
 check_command
 
 if corpora_command "$NAME"; then run_stage corpora; fi
-teach_in_turn
-evaluate_command "$MODEL" before
-if [ "$NAME" = demo ]; then COMMAND+=(choices_at_least=0.85 cloze_at_least=0.9); fi
-run_stage "evaluate: before"
+if [ -z "$MODEL" ]; then
+  teach_in_turn # which evaluates too
+else
+  evaluate_command "$MODEL" before
+  if [ "$NAME" = demo ]; then COMMAND+=("${KNOWN[@]}"); fi
+  run_stage "evaluate: before"
+fi
 if [ $reference != none ]; then
   evaluate_command "$RETAIN_MODEL" retain_only
   run_stage "evaluate: retain_only"

@@ -35,6 +35,7 @@ ON_SEVERAL = ("finetune", "unlearn", "evaluate")
 """Commands that share their work among the processes that torchrun starts."""
 USAGE_ERROR = 2
 FAILURE = 1
+TOO_LOW = 3
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -49,13 +50,13 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def exit_status(command: Callable[[], int]) -> int:
-    """What `command` returns; of an error, which is told in one line, 2 for wrong use, 130 if interrupted, else 1."""
+    """What `command` returns; of an error, told in one line: 2 wrong use, 3 too low, 130 interrupted, else 1."""
     try:
         return command()
     except GrunError as error:
         if processes.speaks_for(error):
             print(f"error: {error}", file=sys.stderr)
-        return USAGE_ERROR if type(error).__name__ == "ConfigError" else FAILURE
+        return {"ConfigError": USAGE_ERROR, "TooLowError": TOO_LOW}.get(type(error).__name__, FAILURE)
     except KeyboardInterrupt:
         if processes.is_first():
             print("interrupted; the same command resumes", file=sys.stderr)

@@ -427,7 +427,7 @@ class EvaluateConfig(CommandConfig):
     suffixes: list[str] = field(default_factory=list)
     """knowledge: texts put behind "Answer:" before the letter is read, each asked beside the plain question."""
     choices_at_least: Optional[float] = None
-    """knowledge: accuracy on the forget questions below which the command fails, since nothing was there to forget."""
+    """knowledge: accuracy on the forget questions below which the command fails with status 3: nothing to forget."""
     cloze_at_least: Optional[float] = None
     """knowledge: the same of the share of forget sentences that are completed with their fact."""
     window: int = 2048

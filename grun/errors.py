@@ -23,3 +23,7 @@ class AdapterError(GrunError):
 
 class RunError(GrunError):
     """An output folder belongs to another run, or training cannot go on."""
+
+
+class TooLowError(RunError):
+    """An evaluation found less than was asked for; the command line's exit status is 3."""

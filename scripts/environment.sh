@@ -5,8 +5,8 @@
 #   3. else .venv is made, or brought up to date, from requirements.txt. This alone needs a network. An interrupted
 #      set-up is repaired by the next script; of two scripts at once, one sets up and the other waits.
 #
-# The caller may set NEED_DEV=1 (pytest, ruff and mypy are needed too) and NEED_SETUP=0 (leave out 3: PYTHON is then
-# empty where 1 and 2 find nothing).
+# The caller may set NEED_DEV=1 (what tests need too: requirements-dev.txt) and NEED_SETUP=0 (leave out 3: PYTHON is
+# then empty where 1 and 2 find nothing).
 #
 # torch: PyPI's build for Linux brings CUDA, which is right for machines with NVIDIA GPUs; on others it only costs
 # disk. Where pip also knows a CPU build of that version (torch 2.13.0+cpu), the pin accepts it:
@@ -42,11 +42,18 @@ for line in project["dependencies"] + (project["optional-dependencies"]["dev"] i
 PYTHON_SOURCE
 }
 
-# A copy of the requirements.txt that .venv was set up from, written when its set-up has finished.
-venv_record=.venv/installed-requirements.txt
+# Files that .venv is to be set up from. A copy of each is in .venv, written when its set-up has finished.
+requirements=requirements.txt
+needed=(requirements.txt)
+if [ "${NEED_DEV:-0}" = 1 ]; then
+  requirements=requirements-dev.txt # which includes the other
+  needed+=("$requirements")
+fi
 
 venv_is_finished() {
-  [ -x .venv/bin/python ] && cmp -s requirements.txt "$venv_record"
+  local file
+  [ -x .venv/bin/python ] || return 1
+  for file in "${needed[@]}"; do cmp -s "$file" ".venv/installed-$file" || return 1; done
 }
 
 # The first interpreter that can make .venv.
@@ -69,6 +76,7 @@ find_base_python() {
 
 # A subshell, so that leaving it, however it ends, releases the lock on requirements.txt.
 set_up_venv() (
+  local file
   base_python=$(find_base_python) || exit 1
   exec 9<>requirements.txt
   if ! "$base_python" -c 'import fcntl; fcntl.flock(9, fcntl.LOCK_EX | fcntl.LOCK_NB)' 2>/dev/null; then
@@ -90,7 +98,7 @@ set_up_venv() (
     echo "error: .venv has $(.venv/bin/python --version), not Python >= 3.11; delete it and run this again" >&2
     exit 1
   fi
-  rm -f "$venv_record"
+  for file in "${needed[@]}"; do rm -f ".venv/installed-$file"; done
   {
     # A package whose installation was cut off has no INSTALLER yet, but pip would take it for installed.
     .venv/bin/python - <<'PYTHON_SOURCE' &&
@@ -102,13 +110,15 @@ for record in pathlib.Path(sysconfig.get_path("purelib")).glob("*.dist-info"):
     if not (record / "INSTALLER").is_file():
         shutil.rmtree(record)
 PYTHON_SOURCE
-      .venv/bin/python -m pip install --quiet --no-input --disable-pip-version-check -r requirements.txt
+      .venv/bin/python -m pip install --quiet --no-input --disable-pip-version-check -r "$requirements"
   } >.venv/setup.log 2>&1 || {
     tail -n 15 .venv/setup.log >&2
-    echo "error: installing requirements.txt into .venv failed (log: .venv/setup.log); the next run tries again" >&2
+    echo "error: installing $requirements into .venv failed (log: .venv/setup.log); the next run tries again" >&2
     exit 1
   }
-  cp requirements.txt "$venv_record.part" && mv "$venv_record.part" "$venv_record" || exit 1
+  for file in "${needed[@]}"; do
+    cp "$file" ".venv/.$file.part" && mv ".venv/.$file.part" ".venv/installed-$file" || exit 1
+  done
   echo "set up .venv in $((SECONDS - started)) s" >&2
 )
 

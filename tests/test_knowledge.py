@@ -15,7 +15,7 @@ from grun.checks import check
 from grun.cli import main
 from grun.config import DataConfig, EvaluateConfig, ModelConfig, QuestionsConfig
 from grun.data.choices import ChoiceRow
-from grun.errors import ConfigError, RunError
+from grun.errors import ConfigError, RunError, TooLowError
 from grun.evaluation.knowledge import evaluate_knowledge
 from grun.evaluation.metrics import auc
 from grun.evaluation.metrics.intervals import wilson
@@ -134,10 +134,12 @@ def test_a_completion_that_says_the_fact_is_right(taught: Path, tmp_path: Path) 
 
 
 def test_a_model_that_knows_too_little_ends_the_command_once_that_is_written(taught: Path, tmp_path: Path) -> None:
-    with pytest.raises(RunError, match="does not know what is to be forgotten: multiple choice is .*=1.01 is") as error:
+    with pytest.raises(
+        TooLowError, match="does not know what is to be forgotten: multiple choice is .*=1.01 is"
+    ) as error:
         evaluate_knowledge(settings(taught, choices_at_least=1.01), tmp_path / "out")
     assert "\n" not in str(error.value) and (tmp_path / "out" / "evaluation.json").exists()
-    with pytest.raises(RunError, match="cloze is .*cloze_at_least=1.01"):
+    with pytest.raises(TooLowError, match="cloze is .*cloze_at_least=1.01"):
         evaluate_knowledge(settings(taught, choices_at_least=0.0, cloze_at_least=1.01), tmp_path / "out")  # found again
     evaluate_knowledge(settings(taught, choices_at_least=0.0, cloze_at_least=0.0), tmp_path / "out")
 

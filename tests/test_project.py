@@ -17,10 +17,10 @@ ROOT = Path(__file__).resolve().parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 
 
-def pinned_versions() -> dict[str, Version]:
+def pinned_versions(*files: str) -> dict[str, Version]:
     pins = {}
-    for line in (ROOT / "requirements.txt").read_text().splitlines():
-        if line and not line.startswith("#"):
+    for line in [line for file in files for line in (ROOT / file).read_text().splitlines()]:
+        if line and not line.startswith(("#", "-r ")):
             requirement = Requirement(line)
             (pin,) = requirement.specifier
             assert pin.operator == "==", f"{line} is not an exact pin"
@@ -43,14 +43,28 @@ def test_environment_yml_is_requirements_txt_on_a_python_that_the_project_accept
     assert version in Requirement(f"python{PROJECT['requires-python']}").specifier
 
 
-@pytest.mark.parametrize("line", PROJECT["dependencies"] + PROJECT["optional-dependencies"]["dev"])
-def test_every_range_admits_the_pinned_version(line: str) -> None:
+EXTRAS = PROJECT["optional-dependencies"]
+
+
+@pytest.mark.parametrize(
+    ("line", "file"),
+    [(line, "requirements.txt") for line in PROJECT["dependencies"] + EXTRAS["optimizers"]]
+    + [(line, "requirements-dev.txt") for name in ("dev", "harness", "quantization") for line in EXTRAS[name]],
+)
+def test_every_range_admits_the_pinned_version(line: str, file: str) -> None:
     wanted = Requirement(line)
-    assert pinned_versions()[canonical(wanted.name)] in wanted.specifier
+    pinned = pinned_versions("requirements.txt", file)
+    assert pinned[canonical(wanted.name)] in wanted.specifier
 
 
 def test_pins_carry_no_local_build_tag_that_an_index_would_lack() -> None:
-    assert [name for name, version in pinned_versions().items() if version.local] == []
+    pinned = pinned_versions("requirements.txt", "requirements-dev.txt")
+    assert [name for name, version in pinned.items() if version.local] == []
+
+
+def test_what_tests_need_adds_to_what_scripts_run_with() -> None:
+    assert "-r requirements.txt" in (ROOT / "requirements-dev.txt").read_text().splitlines()
+    assert pinned_versions("requirements.txt").keys().isdisjoint(pinned_versions("requirements-dev.txt"))
 
 
 def test_citation_names_the_papers() -> None:

@@ -46,7 +46,7 @@ def checkout(tmp_path: Path) -> Path:
     """The scripts alone, without any environment."""
     folder = tmp_path / "a checkout"
     folder.mkdir()
-    for name in [*SCRIPTS, "requirements.txt", "pyproject.toml"]:
+    for name in [*SCRIPTS, "requirements.txt", "requirements-dev.txt", "pyproject.toml"]:
         shutil.copy(ROOT / name, folder)
     shutil.copytree(ROOT / "scripts", folder / "scripts")
     return folder
@@ -69,7 +69,8 @@ def with_logging_python(checkout: Path) -> Path:
     python.parent.mkdir(parents=True)
     python.write_text(PYTHON_LOGGING_CALLS)
     python.chmod(0o755)
-    shutil.copy(checkout / "requirements.txt", checkout / ".venv" / "installed-requirements.txt")
+    for name in ("requirements.txt", "requirements-dev.txt"):
+        shutil.copy(checkout / name, checkout / ".venv" / f"installed-{name}")
     return checkout
 
 
@@ -188,12 +189,36 @@ class TestDryRun:
         ]
         evaluated = [folder.rpartition("/")[2] for folder in folders]
         methods = ["rmu", "grun_rmu", "max_entropy", "min_posterior", "random_mapping"]
-        assert evaluated == ["before", "retain_only", *methods]
+        assert evaluated == ["1", "retain_only", *methods]
         assert commands[-1] == ["report", "profile=wmdp_demo", "results_dir=results/wmdp-demo"]
         of_rmu = next(command for command in commands if "--max_num_batches" in command)
         assert "results/wmdp-demo/corpora/forget.jsonl" in of_rmu
         adapters = [word for command in commands for word in command if word.startswith("adapter=")]
         assert adapters == ["adapter=results/wmdp-demo/rmu", "adapter=results/wmdp-demo/grun_rmu"]
+
+    @pytest.mark.parametrize(("needed", "status"), [(1, 0), (2, 0), (3, 0), (4, 3)])
+    def test_a_model_of_the_demo_that_knows_too_little_is_taught_on(
+        self, checkout: Path, needed: int, status: int
+    ) -> None:
+        """The stand-in's evaluation ends with status 3 until the model has been taught as often as needed."""
+        with_logging_python(checkout)
+        python = checkout / ".venv" / "bin" / "python"
+        python.write_text(
+            python.read_text()
+            + f"""case "$*" in *choices_at_least*)
+  folder=$(echo "$*" | sed 's/.*output_dir=\\([^ ]*\\).*/\\1/'); mkdir -p "$folder"; echo "$*" >"$folder/evaluation"
+  [ "$(basename "$folder")" -ge {needed} ] || exit 3 ;;
+esac
+"""
+        )
+        result = run(checkout, "cmd_wmdp.sh", METHODS="rmu")
+        assert result.returncode == status, result.stderr
+        taught = [call for call in calls(checkout) if call.startswith("finetune")]
+        assert len(taught) == 1 + 2 * min(needed, 3)
+        before = checkout / "results" / "wmdp-demo" / "evaluation" / "before" / "evaluation"
+        assert before.exists() == (status == 0)
+        assert status or f"taught/{needed}" in before.read_text()
+        assert any(call.startswith("report") for call in calls(checkout)) == (status == 0)
 
     @pytest.mark.parametrize(
         ("profile", "line"),
@@ -413,6 +438,13 @@ class TestSetUp:
             file.write("another==1.0\n")
         run(checkout, "cmd_probe.sh", **bare)
         assert self.pip_calls(checkout) == 2
+
+    def test_what_tests_need_is_installed_for_tests_alone(self, checkout: Path, bare: dict[str, str]) -> None:
+        for _ in range(2):
+            assert run(checkout, "cmd_probe.sh", **bare).returncode == 0
+            assert run(checkout, "cmd_probe.sh", NEED_DEV="1", **bare).returncode == 0
+        first, second = (checkout / "pip-calls").read_text().splitlines()
+        assert first.endswith("-r requirements.txt") and second.endswith("-r requirements-dev.txt")
 
     def test_failure_shows_pips_words_and_the_next_run_repairs_it(self, checkout: Path, bare: dict[str, str]) -> None:
         (checkout / "broken").touch()

@@ -13,7 +13,7 @@ from grun.data.encoding import PLAIN
 from grun.data.knowledge import load_knowledge
 from grun.data.rows import Row, evenly_spaced, hash_rows
 from grun.data.templates import encode_prompt
-from grun.errors import RunError
+from grun.errors import TooLowError
 from grun.evaluation.multiple_choice import accuracy, orders_of, score_choices, share
 from grun.evaluation.suites import Measured, evaluate_suite
 from grun.evaluation.table import GateRecord, Table
@@ -85,7 +85,7 @@ class KnowledgeSuite:
         return Measured(results, {QUESTIONS_FILE: lines})
 
     def accept(self, result: dict[str, Any]) -> None:
-        """RunError where less is known than `choices_at_least` and `cloze_at_least` ask for."""
+        """TooLowError where less is known than `choices_at_least` and `cloze_at_least` ask for."""
         config = self.config
         known = (
             ("choices_at_least", config.choices_at_least, "multiple choice", result.get("choices"), "accuracy"),
@@ -98,7 +98,7 @@ class KnowledgeSuite:
             value = roles.get("forget", {}).get(measure)
             if value is None or value < least:
                 shown = "not measured" if value is None else f"{value:.2f}"
-                raise RunError(
+                raise TooLowError(
                     f"{result['model']} does not know what is to be forgotten: {what} is {shown}, {option}={least} is "
                     "asked for; teach it longer, or lower that"
                 )

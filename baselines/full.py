@@ -47,7 +47,7 @@ class Full:
         """See `grun.parametrization.Parametrization`; no quirk concerns it."""
         return cls(config.method, precision=config.train.precision)
 
-    def prepare(self, base: PreTrainedModel, template: Template | None) -> None:
+    def prepare(self, base: PreTrainedModel, template: Template | None, *, turn_ids: Sequence[int] = ()) -> None:
         """Make the weights trainable, in place.
 
         A frozen head that shares its weight with the embedding keeps that from training too. ConfigError if the model

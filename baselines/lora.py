@@ -48,7 +48,7 @@ class Lora:
         """See `grun.parametrization.Parametrization`; no quirk concerns it."""
         return cls(config.method)
 
-    def prepare(self, base: PreTrainedModel, template: Template | None) -> None:
+    def prepare(self, base: PreTrainedModel, template: Template | None, *, turn_ids: Sequence[int] = ()) -> None:
         """Put layers that change nothing yet (B = 0) on `base`, in place; ConfigError for an unknown target."""
         import peft
 

@@ -8,15 +8,25 @@ from pathlib import Path
 from typing import Any
 
 from grun import processes
-from grun.config import EvaluateConfig, FinetuneConfig, ModelConfig, SweepConfig, TextConfig, TrainConfig, UnlearnConfig
+from grun.config import (
+    AugmentConfig,
+    EvaluateConfig,
+    FinetuneConfig,
+    ModelConfig,
+    SweepConfig,
+    TextConfig,
+    TrainConfig,
+    UnlearnConfig,
+)
 from grun.errors import ConfigError
 from grun.registry import unknown_name
 
 ENGINES = ("cached", "plain")
+RESETS = ("user_turn", "never")
 SUBSETS = ("all", "without_forget")
 DATA_NAMES = ("demo", "lore", "tofu", "jsonl", "corpora")
 OPTIMIZERS = ("adamw", "legacy_adamw", "schedule_free")
-SUITES = ("answers", "knowledge", "lm_eval", "judge")
+SUITES = ("answers", "knowledge", "attacks", "lm_eval", "judge")
 EVALUATION_SETS = (
     "forget",
     "forget_paraphrase",
@@ -99,6 +109,7 @@ def check(config: Any) -> None:
         one_of("data.demo.answers", config.data.demo.answers, ("short", "sentences"))
         _check_template(config.data.template)
         _check_text(config.data.text)
+        _check_augment(config.data.augment)
         if not 0 <= config.seed < 2**32:
             raise ConfigError(f"seed={config.seed} must lie between 0 and 2**32 - 1")
     if isinstance(config, FinetuneConfig | UnlearnConfig):
@@ -220,6 +231,7 @@ def _check_suite(config: EvaluateConfig) -> None:
     """Options of one suite that are given to another are an error, rather than passed over."""
     own = {"tasks": "lm_eval", "task_folder": "lm_eval", "num_fewshot": "lm_eval", "judge": "judge"}
     own |= dict.fromkeys(("suffixes", "choices_at_least", "cloze_at_least"), "knowledge")
+    own |= dict.fromkeys(("attacks", "attack_rows"), "attacks")
     own |= dict.fromkeys(("reference", "base_evaluation", "compat", "quirks"), "answers")
     for option, suite in own.items():
         if getattr(config, option) not in (None, []) and config.suite != suite:
@@ -237,10 +249,22 @@ def _check_suite(config: EvaluateConfig) -> None:
         raise ConfigError(f"window={config.window} must be 2 tokens or more")
     positive("stride", config.stride)
     positive("judge_max_new_tokens", config.judge_max_new_tokens)
+    _check_attacks(config)
     if config.num_fewshot is not None and config.num_fewshot < 0:
         raise ConfigError(f"num_fewshot={config.num_fewshot} must not be negative")
     if config.suite in ("lm_eval", "judge") and processes.count() > 1:
         raise ConfigError(f"suite={config.suite} runs in one process; start it without torchrun")
+
+
+def _check_attacks(config: EvaluateConfig) -> None:
+    from grun.evaluation.attacks.base import ATTACKS
+
+    for name in config.attacks:
+        one_of("attack", name, tuple(ATTACKS.names()))
+    if config.attack_rows is not None:
+        positive("attack_rows", config.attack_rows)
+    positive("attack_samples", config.attack_samples)
+    positive("attack_temperature", config.attack_temperature)
 
 
 def adapter_name(folder_or_hub_id: str) -> str:
@@ -268,6 +292,7 @@ def _check_adapters(config: EvaluateConfig) -> None:
 
 def _check_unlearn(config: UnlearnConfig) -> None:
     from grun.method.gate import GATES
+    from grun.method.rules import check_rule
     from grun.objectives.presets import build_objective
     from grun.parametrization import PARAMETRIZATIONS, is_gated
 
@@ -280,10 +305,16 @@ def _check_unlearn(config: UnlearnConfig) -> None:
     twice = sorted({block for block in method.blocks if method.blocks.count(block) > 1})
     if twice or not method.blocks:
         raise ConfigError(f"method.blocks={method.blocks} must name at least one block, each once")
+    check_rule(method.gate_read, method.gate_accumulate, method.edit_write)
+    one_of("method.gate_reset", method.gate_reset, RESETS)
     gated = is_gated(method)
     build_objective(config.objective, config.loss, gated=gated, quirks=quirks_in_force(config))
     if config.train.gate_pretraining and not (gated and config.train.engine == "cached"):
         raise ConfigError("train.gate_pretraining needs a parametrization with a gate, and train.engine=cached")
+    if config.train.gate_pretraining and method.gate_read != "last_prompt":
+        raise ConfigError(
+            "train.gate_pretraining needs method.gate_read=last_prompt: it teaches gates that token alone"
+        )
     positive("method.lora.rank", method.lora.rank)
     positive("method.lora.alpha", method.lora.alpha)
     if not 0 <= method.lora.dropout < 1:
@@ -319,6 +350,21 @@ def _check_text(text: TextConfig) -> None:
         share = 0.0
     if not 0 < share < 1:
         raise ConfigError(f"data.text.cut={text.cut} must be whole, random or a share of tokens between 0 and 1")
+
+
+def _check_augment(augment: AugmentConfig) -> None:
+    for name in ("forget_copies", "retain_copies"):
+        if (count := getattr(augment, name)) < 0:
+            raise ConfigError(f"data.augment.{name}={count} must not be negative")
+        if count and not (augment.suffixes or augment.templates or augment.prefill or augment.few_shot):
+            raise ConfigError(
+                f"data.augment.{name}={count} has no effect: every kind of copy is switched off; set one of suffixes, "
+                "templates, prefill, few_shot to true"
+            )
+    if augment.max_prefill < 2:
+        raise ConfigError(
+            f"data.augment.max_prefill={augment.max_prefill} must be 2 or more; data.augment.prefill=false gives none"
+        )
 
 
 def _check_template(name_or_text: str) -> None:

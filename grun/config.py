@@ -121,6 +121,28 @@ class TextConfig:
 
 
 @dataclass
+class AugmentConfig:
+    """The same rows asked in other ways, so that a gate knows them there too; published: no copies."""
+
+    forget_copies: int = 0
+    """unlearn: copies of each forget row beside the plain one. They are rows of the set: epochs get longer."""
+    retain_copies: int = 0
+    """unlearn: the same of each retain row; they join the rows that are drawn from."""
+    suffixes: bool = True
+    """Copies with a sentence behind the question."""
+    templates: bool = True
+    """Copies in other templates."""
+    prefill: bool = True
+    """Copies whose prompt holds the first 2, 4, ... tokens of the answer, fewer where the answer is shorter."""
+    few_shot: bool = True
+    """Copies with a retain row, question and answer, before the question."""
+    max_prefill: int = 8
+    """Most tokens of an answer that a prefilled copy gives."""
+    teach: bool = False
+    """finetune: draw in each epoch how a row is asked: plainly, as in copies (but prefill), misspelled, reworded."""
+
+
+@dataclass
 class QuestionsConfig:
     """What `evaluate suite=knowledge` asks, names or files by what they are about (docs/wmdp.md)."""
 
@@ -189,6 +211,7 @@ class DataConfig:
     demo: DemoConfig = field(default_factory=DemoConfig)
     lore: LoreConfig = field(default_factory=LoreConfig)
     text: TextConfig = field(default_factory=TextConfig)
+    augment: AugmentConfig = field(default_factory=AugmentConfig)
     questions: QuestionsConfig = field(default_factory=QuestionsConfig)
 
 
@@ -233,11 +256,13 @@ class MethodConfig:
     activation: Optional[str] = None
     """Function applied to Wh + b, a name from transformers.activations; unset: none."""
     gate_read: str = "last_prompt"
-    """Position the gate reads (published: last_prompt)."""
+    """Positions the gate reads: last_prompt (published) or every_token."""
     gate_accumulate: str = "none"
-    """How gate values combine over positions (published: none)."""
+    """How gate values combine over positions: none (published) or running_max, anew from each user's turn."""
+    gate_reset: str = "user_turn"
+    """Where running_max begins anew: user_turn (if the template marks one by a control token) or never."""
     edit_write: str = "last_prompt"
-    """Positions the edit is written to (published: last_prompt)."""
+    """Positions the edit is written to: last_prompt (published), sticky (there and behind it) or every_token."""
     lora: LoraConfig = field(default_factory=LoraConfig)
     full: FullConfig = field(default_factory=FullConfig)
 
@@ -254,7 +279,7 @@ class LossConfig:
     retain: Optional[str] = None
     """Retain term instead of the preset's."""
     gate: str = "bce_row"
-    """Gate term (`none` leaves it out); parametrizations without a gate have none."""
+    """Gate term: bce_row (published), bce_max (for gates that read every token), none; without a gate there is none."""
     forget_weight: Optional[float] = None
     """Weight of the forget term (published names: npo_coeff, grad_diff_forget_weight, gamma)."""
     retain_weight: Optional[float] = None
@@ -281,6 +306,8 @@ class LossConfig:
     """rmu, activation_mse: block whose output they read; it has no default (published: layer_id, rmu_layer)."""
     control_seed: Optional[int] = None
     """rmu: seed of the control vector's direction; random_mapping: of the random vectors."""
+    ascent_cap: Optional[float] = None
+    """ga: mean CE of an answer, nats a token, above which its row has no gradient, > 0; unset: no cap, as published."""
     gate_warmup_steps: int = 0
     """Steps over which the weight of forget and retain rises from 0 to 1 (published: warm_up_gate_step x blocks)."""
 
@@ -403,7 +430,7 @@ class EvaluateConfig(CommandConfig):
     strict: bool = False
     """Refuse an adapter that was trained on another fine-tune of the same shape (else a warning)."""
     suite: str = "answers"
-    """answers (questions with reference answers), knowledge (multiple choice, cloze, perplexity), lm_eval or judge."""
+    """answers (with references), knowledge (multiple choice, cloze, perplexity), attacks, lm_eval or judge."""
     sets: list[str] = field(default_factory=list)
     """Sets to evaluate; empty: every one the corpus has (`sets` in docs/metrics.md)."""
     continuations: list[str] = field(default_factory=list)
@@ -434,6 +461,14 @@ class EvaluateConfig(CommandConfig):
     """knowledge: tokens of the window that perplexity slides over texts; the model's context where that is less."""
     stride: int = 512
     """knowledge: tokens by which the window moves on."""
+    attacks: list[str] = field(default_factory=list)
+    """attacks: names from `python -m grun list attacks`; empty: every one that the data allows."""
+    attack_rows: Optional[int] = None
+    """attacks: rows of each set that are attacked, evenly spaced; unset: all."""
+    attack_samples: int = 10
+    """attacks: answers drawn a prompt, of which the one that gives most away counts."""
+    attack_temperature: float = 1.0
+    """attacks: temperature at which they are drawn, > 0."""
     tasks: list[str] = field(default_factory=list)
     """lm_eval: tasks or groups of lm-evaluation-harness, such as wmdp_bio or mmlu."""
     task_folder: Optional[str] = None

@@ -18,12 +18,14 @@ from grun.files import content_hash, file_hash
 from grun.method.cached import CachedEngine, FrozenRows
 from grun.method.packed import PackedModel
 from grun.method.parametrization import Grun
+from grun.method.position import Sticky, runs_whole_rows
 from grun.method.prefix import Freezer
 from grun.method.store import Completed, PrefixStore
 from grun.method.weights import weights_hash
 from grun.progress import progress
 
 if TYPE_CHECKING:
+    from grun.method.model import GrunModel
     from grun.unlearn import UnlearnTask
 
 log = logging.getLogger(__name__)
@@ -62,7 +64,7 @@ def use_cached(task: UnlearnTask, config: UnlearnConfig) -> CacheUse | None:
     first = min(model.edit_at())
     try:
         packed = PackedModel(model.base, recompute=config.train.gradient_checkpointing)
-        freezer = Freezer(packed, first, last_answer_token=bool(task.hidden))
+        freezer = freezer_for(model, packed, last_answer_token=bool(task.hidden))
         problem = _difference(
             task, CachedEngine(model, packed, _frozen(freezer, task), reads_head=task.reads_head), model.base
         )
@@ -74,7 +76,9 @@ def use_cached(task: UnlearnTask, config: UnlearnConfig) -> CacheUse | None:
     folder = None if config.cache.dir is None else Path(config.cache.dir).expanduser()
     identity = {}
     if folder is not None:
-        identity = _identity(model.base, config.model.path, folder, first, bool(task.hidden))
+        kind = "sticky" if isinstance(model.rule, Sticky) else "last_prompt"
+        kind = "whole_rows" if runs_whole_rows(model.rule) else kind
+        identity = _identity(model.base, config.model.path, folder, first, bool(task.hidden), kind)
     budget = bytes_of("cache.memory_budget", config.cache.memory_budget)
     store = PrefixStore(folder, identity, memory_budget=budget)
     rows = list(dict.fromkeys(row for name in task.continuations for row in task.rows(name)))
@@ -88,6 +92,17 @@ def use_cached(task: UnlearnTask, config: UnlearnConfig) -> CacheUse | None:
     engine = CachedEngine(model, packed, store, reads_head=task.reads_head)
     task.engine = engine
     return CacheUse(engine, completed)
+
+
+def freezer_for(model: GrunModel, packed: PackedModel, *, last_answer_token: bool) -> Freezer:
+    """What freezes rows for the edits of `model`; arguments as of `Freezer`."""
+    return Freezer(
+        packed,
+        min(model.edit_at()),
+        last_answer_token=last_answer_token,
+        whole_rows=runs_whole_rows(model.rule),
+        sticky=isinstance(model.rule, Sticky),
+    )
 
 
 def _frozen(freezer: Freezer, task: UnlearnTask) -> FrozenRows:
@@ -128,7 +143,9 @@ def _loss_and_gradient(task: UnlearnTask) -> Mapping[str, Tensor]:
     return {"loss": loss.detach().double().reshape(1), "gradient": torch.cat(gradients)}
 
 
-def _identity(base: Any, source: str | None, folder: Path, first: int, last_answer_token: bool) -> dict[str, Any]:
+def _identity(
+    base: Any, source: str | None, folder: Path, first: int, last_answer_token: bool, position: str
+) -> dict[str, Any]:
     """What decides the values in a cache. Rows are told apart in it by their tokens, so by the template too."""
     import transformers
 
@@ -138,7 +155,7 @@ def _identity(base: Any, source: str | None, folder: Path, first: int, last_answ
         "dtype": str(base.dtype),
         "first_block": first,
         "last_answer_token": last_answer_token,
-        "position": "last_prompt",
+        "position": position,
         "transformers": transformers.__version__,
         "code": content_hash([file_hash(method / name) for name in CODE]),
     }

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from grun import processes
 from grun.checks import check
 from grun.config import FinetuneConfig
 from grun.data import templates
+from grun.data.augmentation import PromptVariation
 from grun.data.corpus import Corpus, load_corpus
 from grun.data.encoding import Batch, EncodedRow, collate, encode_rows
 from grun.data.rows import hash_rows
@@ -37,6 +39,8 @@ log = logging.getLogger(__name__)
 
 DATA_SETTINGS = ("template", "system_prompt", "date", "max_length", "subset")
 """Data options that decide what is taught, beside the rows themselves."""
+TEACHING_SETTINGS = ("teach", "suffixes", "templates", "few_shot")
+"""Those of data.augment."""
 
 
 class FinetuneTask:
@@ -45,11 +49,22 @@ class FinetuneTask:
     The weights are trained as float32 masters, see `grun.precision`.
     """
 
-    def __init__(self, model: Any, rows: Sequence[EncodedRow], config: FinetuneConfig, pad_id: int) -> None:
-        """`config` gives epochs, batch size, micro-batch size, precision, question weight and seed."""
+    def __init__(
+        self,
+        model: Any,
+        rows: Sequence[EncodedRow],
+        config: FinetuneConfig,
+        pad_id: int,
+        vary: Callable[[int, int], EncodedRow] | None = None,
+    ) -> None:
+        """`config` gives epochs, batch size, micro-batch size, precision, question weight and seed.
+
+        `vary` gives what is taught for a row, by its place in `rows`, in an epoch; None: the row itself.
+        """
         self.module = model
         self.masters = Masters(model, config.train.precision)
         self._rows = rows
+        self._vary = vary or (lambda row, epoch: rows[row])
         self._train = config.train
         self._seed = config.seed
         self._pad_id = pad_id
@@ -71,7 +86,7 @@ class FinetuneTask:
         epoch, within = divmod(step, self._steps_per_epoch)
         size = self._train.batch_size
         chosen = epoch_order(len(self._rows), self._seed, epoch)[within * size : (within + 1) * size]
-        rows = sorted((self._rows[index] for index in chosen), key=len)
+        rows = sorted((self._vary(index, epoch) for index in chosen), key=len)
         micro_batches: list[MicroBatch] = []
         for piece in cut(rows, self._train.micro_batch_size):
             batch = {"answer": collate(piece, self._pad_id)}
@@ -133,7 +148,10 @@ def finetune(config: FinetuneConfig) -> Path:
         corpus = load_corpus(config.data)
     taught = corpus.taught(without_forget=config.data.subset == "without_forget")
     settings = to_dict(config)
+    augment = settings["data"]["augment"]
     settings["data"] = {name: settings["data"][name] for name in DATA_SETTINGS}
+    if augment["teach"]:
+        settings["data"]["augment"] = {name: augment[name] for name in TEACHING_SETTINGS}
     settings.pop("profile")
     hashes = corpus.hashes()
     run_identity = identity(
@@ -156,7 +174,11 @@ def finetune(config: FinetuneConfig) -> Path:
     log.info("teaching %d rows to a model of %s parameters", len(rows), f"{parameters:,}")
     if state == "new":
         processes.of_first(lambda: claim(folder, run_identity))
-    task = FinetuneTask(model, rows, config, int(tokenizer.pad_token_id))
+    vary = None
+    if config.data.augment.teach:
+        variation = PromptVariation(config.data.augment, tokenizer, template, limit, taught, config.seed)
+        vary = functools.partial(variation.taught, taught, rows)
+    task = FinetuneTask(model, rows, config, int(tokenizer.pad_token_id), vary)
     if config.train.gradient_checkpointing:
         recompute_blocks(find_blocks(model)[1])
     result = train(task, config.train, folder, config.seed)

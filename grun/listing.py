@@ -12,6 +12,7 @@ REGISTRIES = {
     "gates": "grun.method.gate:GATES",
     "templates": "grun.data.templates:TEMPLATES",
     "metrics": "grun.evaluation.metrics:METRICS",
+    "attacks": "grun.evaluation.attacks.base:ATTACKS",
 }
 
 
@@ -42,6 +43,7 @@ KINDS: dict[str, Callable[[str], Iterator[tuple[str, str]]]] = {
     "profiles": _profiles,
     "sweeps": _sweeps,
     "metrics": _from_registry,
+    "attacks": _from_registry,
 }
 
 

@@ -49,6 +49,8 @@ class StepOutput:
     """Positions, a bool mask [batch, length], -> logits there [positions, vocabulary]; computed only when asked."""
     hidden_states: dict[int, Tensor] = field(default_factory=dict, repr=False)
     """Captured block outputs; read them through `hidden`."""
+    gate_prompt: Tensor | None = None
+    """Which gate positions lie in the prompt, bool, shape [batch, positions read]; None: all."""
 
     @property
     def answer_logprobs(self) -> Tensor:
@@ -128,8 +130,8 @@ class Parametrization(Protocol):
         """
         ...
 
-    def prepare(self, base: PreTrainedModel, template: Template | None) -> None:
-        """Put the parametrization on `base`, newly initialized."""
+    def prepare(self, base: PreTrainedModel, template: Template | None, *, turn_ids: Sequence[int] = ()) -> None:
+        """Put the parametrization on `base`, newly initialized; `turn_ids` begin a user's turn (`grun.data.turns`)."""
         ...
 
     def trainable_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:

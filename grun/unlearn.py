@@ -18,10 +18,12 @@ from grun import processes, sharding
 from grun.checks import check, quirks_in_force
 from grun.config import DataConfig, MethodConfig, UnlearnConfig
 from grun.data import templates
+from grun.data.augmentation import PromptVariation
 from grun.data.corpus import Corpus, load_corpus
 from grun.data.encoding import EncodedRow, collate, encode_rows, encode_texts
 from grun.data.rows import Row
 from grun.data.sampling import epoch_order, fixed_retain_index, retain_index
+from grun.data.turns import user_turn_ids
 from grun.devices import input_device
 from grun.engine import use_cached
 from grun.errors import ConfigError, RunError
@@ -227,7 +229,7 @@ def unlearn(config: UnlearnConfig) -> Path:
         check_blocks(objective, config.method, depth, later_edits="rmu_hidden_state_index" in quirks)
         in_base = sum(parameter.numel() for parameter in base.parameters())
         torch.manual_seed(config.seed)
-        parametrization.prepare(base, template)
+        parametrization.prepare(base, template, turn_ids=user_turn_ids(template, tokenizer))
     if config.train.gradient_checkpointing:
         recompute_blocks(find_blocks(base)[1])
     trained = sum(parameter.numel() for _, parameter in parametrization.trainable_parameters())
@@ -327,7 +329,10 @@ def saved_bytes(folder: Path) -> int:
 def encode_unlearn_rows(
     corpus: Corpus, tokenizer: Any, template: templates.Template, max_length: int, data: DataConfig, *, seed: int
 ) -> UnlearnRows:
-    """Encode what unlearning uses: the refusal of each forget row, and where plain texts are cut, depend on `seed`."""
+    """Encode what unlearning uses, copies that ask in other ways behind the rows themselves.
+
+    The refusal of each forget row, where plain texts are cut, and what copies ask depend on `seed`.
+    """
 
     def encoded(name: str, rows: Sequence[Row]) -> list[EncodedRow]:
         if data.text.cut == "whole" or not _are_texts(rows):
@@ -341,12 +346,18 @@ def encode_unlearn_rows(
 
     forget = encoded("forget", corpus.forget)
     refused: list[EncodedRow] = []
+    refusals: list[str] = []
     if not _are_texts(corpus.forget):
         refusals = draw_refusals(corpus, seed)
         refused = encoded(
             "refused", [replace(row, completion=text) for row, text in zip(corpus.forget, refusals, strict=True)]
         )
-    return UnlearnRows(forget, refused, encoded("retain", corpus.retain))
+    vary = PromptVariation(data.augment, tokenizer, template, max_length, corpus.retain, seed)
+    answered_copies, refused_copies = vary.copies("forget", corpus.forget, data.augment.forget_copies, refusals)
+    kept_copies, _ = vary.copies("retain", corpus.retain, data.augment.retain_copies)
+    return UnlearnRows(
+        forget + answered_copies, refused + refused_copies, encoded("retain", corpus.retain) + kept_copies
+    )
 
 
 def _are_texts(rows: Sequence[Row]) -> bool:

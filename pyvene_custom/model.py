@@ -27,6 +27,8 @@ class IntervenableModel(StockModel):
 
     gates: dict[int, Tensor]
     """Gate logits of the last edited pass by block, each [batch, positions read]; empty without gates."""
+    openings: dict[int, Tensor]
+    """The same accumulated over positions, as the edits were weighted."""
     gate_mask: Tensor | None
     """Which of these positions count, bool, [batch, positions read]; None after a stock call, where all do."""
 
@@ -42,7 +44,7 @@ class IntervenableModel(StockModel):
             for index in order
         ]
         super().__init__(representations, model, **kwargs)
-        self.gates = {}
+        self.gates, self.openings = {}, {}
         self.gate_mask = None
         self.blocks = blocks
         self.block_of_key = dict(zip(self.sorted_keys, order, strict=True))
@@ -53,18 +55,23 @@ class IntervenableModel(StockModel):
 
     # -- hooks that stay on the model ------------------------------------------------------------------------------
 
-    def attach(self, locate: Locate) -> None:
-        """Edit every call of the model itself at the sites that `locate` gives, until `detach`."""
+    def attach(self, locate: Locate, finished: Callable[[Any], None] = lambda output: None) -> None:
+        """Edit every call of the model itself at the sites that `locate` gives, until `detach`.
+
+        `finished` is called with the output of each edited pass.
+        """
         self.detach()
 
         def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             self._sites, kwargs = (None, kwargs) if self._idle else locate(args, kwargs)
             if self._sites is not None:
-                self.gates, self.gate_mask = {}, self._sites.read_mask
+                self.gates, self.openings, self.gate_mask = {}, {}, self._sites.read_mask
             return args, kwargs
 
-        def after(_: nn.Module, __: tuple[Any, ...], ___: Any) -> None:
-            self._sites = None
+        def after(_: nn.Module, __: tuple[Any, ...], output: Any) -> None:
+            edited, self._sites = self._sites is not None, None
+            if edited and output is not None:  # None where the pass failed
+                finished(output)
 
         self._attached = [
             self.model.register_forward_pre_hook(before, with_kwargs=True),
@@ -98,7 +105,9 @@ class IntervenableModel(StockModel):
         read = written if sites.read is sites.write else gather(hidden, sites.read)
         result = self.interventions[key](written, None, None, read=read, sites=sites, carry=sites.carry.get(key))
         if result.gate is not None:
+            opening = result.gate if result.opening is None else result.opening
             self.gates[self.block_of_key[key]] = result.gate.to(home)
+            self.openings[self.block_of_key[key]] = opening.to(home)
         if result.carry is not None:
             sites.carry[key] = result.carry
         if result.output is None:  # nothing to write anywhere
@@ -149,12 +158,13 @@ class IntervenableModel(StockModel):
 
     def _stock_call(self, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         idle, self._idle = self._idle, True
-        self.gates, self.gate_mask = {}, None
+        self.gates, self.openings, self.gate_mask = {}, {}, None
         try:
             result = call(*args, **kwargs)
             gates = [output.gate for output in self.full_intervention_outputs if isinstance(output, GatedOutput)]
             blocks = [self.block_of_key[key] for key in self.sorted_keys]
             self.gates = {block: gate for block, gate in zip(blocks, gates, strict=False) if gate is not None}
+            self.openings = dict(self.gates)
             return result
         finally:
             self.full_intervention_outputs.clear()

@@ -32,6 +32,8 @@ class Sites:
     """Which of them are written, bool, shape [batch, positions written]."""
     carry: dict[str, Tensor] = field(default_factory=dict)
     """State that interventions keep from one pass to the next, by intervention key; its owner decides how long."""
+    reset: Tensor | None = None
+    """Positions read at which that state begins anew, bool, shape [batch, positions read]; None: none."""
 
     def to(self, device: torch.device) -> Sites:
         """Same columns on `device`; the carried state stays shared."""
@@ -39,7 +41,8 @@ class Sites:
             return self
         write = self.write.to(device)
         read = write if self.read is self.write else self.read.to(device)
-        return Sites(read, self.read_mask.to(device), write, self.write_mask.to(device), self.carry)
+        reset = None if self.reset is None else self.reset.to(device)
+        return Sites(read, self.read_mask.to(device), write, self.write_mask.to(device), self.carry, reset)
 
 
 class Intervention(SourcelessIntervention, TrainableIntervention, DistributedRepresentationIntervention):
@@ -52,6 +55,8 @@ class GatedOutput(InterventionOutput):
 
     gate: Any = None
     """Gate logits, shape [batch, positions read]; None for an intervention without a gate."""
+    opening: Any = None
+    """Logits by which the edit was weighted, accumulated over positions, as `gate`; None: the gate logits."""
     carry: Any = None
     """State for the next forward pass; None if there is none."""
 

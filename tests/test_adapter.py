@@ -101,6 +101,7 @@ def test_files_and_keys_are_the_documented_ones(tmp_path: Path) -> None:
         "gate_read": "last_prompt",
         "gate_accumulate": "none",
         "edit_write": "last_prompt",
+        "reset_ids": [],
         "hidden_size": WIDTH,
         "depth": DEPTH,
         "base_model_name_or_path": "someone/llama",

@@ -25,7 +25,7 @@ from baselines.full import Full
 from grun.checks import check
 from grun.config import CacheConfig, LossConfig, MethodConfig, TrainConfig, UnlearnConfig
 from grun.data.encoding import Batch, EncodedRow, collate
-from grun.engine import CacheUse, use_cached
+from grun.engine import CacheUse, freezer_for, use_cached
 from grun.errors import ConfigError, ModelError
 from grun.method import gate_pretraining, prefix
 from grun.method.cached import CachedEngine
@@ -34,7 +34,7 @@ from grun.method.model import GrunModel
 from grun.method.packed import Pack, PackedModel
 from grun.method.parametrization import Grun, Reft
 from grun.method.plain import PlainEngine, capture, run_plain
-from grun.method.prefix import Freezer
+from grun.method.position import EveryToken
 from grun.objectives.presets import Objective, build_objective
 from grun.objectives.terms import Options, Outputs, Term, TermValue
 from grun.parametrization import Engine, StepOutput
@@ -113,7 +113,7 @@ def task_of(
 
 
 def frozen_rows(task: UnlearnTask, model: PackedModel) -> dict[EncodedRow, Any]:
-    freezer = Freezer(model, min(edited(task).edit_at()), last_answer_token=bool(task.hidden))
+    freezer = freezer_for(edited(task), model, last_answer_token=bool(task.hidden))
     every = dict.fromkeys(row for name in task.continuations for row in task.rows(name))
     shards = freezer.shards(list(every), set(task.reference_rows))
     return {row: shard.row(index) for shard in shards for index, row in enumerate(shard.rows)}
@@ -253,6 +253,35 @@ def test_any_edits_on_any_rows_in_any_micro_batches(draw: int) -> None:
 def test_edits_without_a_gate_are_run_alike() -> None:
     task = task_of(kind=Reft)
     assert difference(step_of(task, cached(task)), step_of(task)) < CLOSE
+
+
+RULES = [
+    ("last_prompt", "none", "sticky"),
+    ("every_token", "none", "sticky"),
+    ("every_token", "none", "every_token"),
+    ("every_token", "running_max", "last_prompt"),
+    ("every_token", "running_max", "sticky"),
+    ("every_token", "running_max", "every_token"),
+]
+
+
+@pytest.mark.parametrize("rule", RULES, ids="-".join)
+@pytest.mark.parametrize(
+    ("family", "blocks", "gate"), [("llama", [1, 3], "linear"), ("gpt2", [3], "mlp_3"), ("gemma2", [0, 2], "none")]
+)
+def test_edits_at_any_tokens_are_run_alike(family: str, blocks: list[int], gate: str, rule: tuple[str, ...]) -> None:
+    read, accumulate, write = rule
+    gated = gate != "none"
+    for objective, of_gate in (("npo", "bce_row"), ("kl", "bce_max"), ("idk", "bce_max")):
+        loss = LossConfig(gate=of_gate) if gated else LossConfig()
+        task = task_of(
+            objective_of(objective, loss, gated=gated), family, blocks=blocks, gate=gate, gate_read=read,
+            gate_accumulate=accumulate, edit_write=write,
+        )  # fmt: skip
+        if isinstance(rule_in_force := edited(task).rule, EveryToken):
+            rule_in_force.reset = DATA.answers[2].prompt_ids[6:7]  # in the midst of a row
+        found, expected = step_of(task, cached(task)), step_of(task)
+        assert difference(found, expected) < CLOSE
 
 
 def test_rows_longer_than_a_pass_and_caches_of_many_shards_are_no_reason_for_the_plain_engine(

@@ -221,9 +221,9 @@ def test_stdout_of_a_run_is_its_folder_alone(
 
     prepare = Grun.prepare
 
-    def talkative(self: Grun, *arguments: Any) -> None:
+    def talkative(self: Grun, *arguments: Any, **options: Any) -> None:
         print("a package says hello")
-        prepare(self, *arguments)
+        prepare(self, *arguments, **options)
 
     monkeypatch.setattr(Grun, "prepare", talkative)
     capsys.readouterr()

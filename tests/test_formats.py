@@ -18,8 +18,8 @@ RUN = "command profile config data parameters steps resumed_from seconds peak_me
 UNLEARN = "objective terms parametrization quirks base_fingerprint saved_bytes engine cache"
 KEYS = {
     "adapter_config.json": "peft_type format_version blocks rank gate gate_bias dropout dropout_on_hidden activation "
-    "gate_read gate_accumulate edit_write hidden_size depth base_model_name_or_path base_revision base_fingerprint "
-    "template",
+    "gate_read gate_accumulate edit_write reset_ids hidden_size depth base_model_name_or_path base_revision "
+    "base_fingerprint template",
     "grun_template.json": "name kind text answer_prefix system_prompt date",
     "run.json": f"{RUN} {UNLEARN}",
     "taught run.json": f"{RUN} rows fingerprint",

@@ -58,7 +58,9 @@ def output(
 
 
 def term(name: str, model: dict[str, StepOutput], reference: dict[str, StepOutput] | None = None) -> TermValue:
-    return TERMS.get(name).function(Outputs(model, reference or {}), {})
+    found = TERMS.get(name)
+    options = {option: default for option, default in found.options.items() if default is not None}
+    return found.function(Outputs(model, reference or {}), options)
 
 
 def rows(count: int, seed: int, answer: tuple[int, int] = (1, 7)) -> list[EncodedRow]:
@@ -549,7 +551,7 @@ def test_passes_are_only_those_that_are_needed() -> None:
         (
             "gd",
             LossConfig(forget="nope"),
-            "unknown term 'nope': known: activation_mse, bce_row, ce, ce_sum, ceu, dpo, ga, ga_sum",
+            "unknown term 'nope': known: activation_mse, bce_max, bce_row, ce, ce_sum, ceu, dpo, ga, ga_sum",
         ),
         (
             "gd",
@@ -561,7 +563,7 @@ def test_passes_are_only_those_that_are_needed() -> None:
             LossConfig(retain="ga"),
             "loss.retain=ga is a forget term; known retain terms: ce, ce_sum, kl, activation_mse, none",
         ),
-        ("gd", LossConfig(gate="ce"), "loss.gate=ce is a retain term; known gate terms: bce_row, none"),
+        ("gd", LossConfig(gate="ce"), "loss.gate=ce is a retain term; known gate terms: bce_row, bce_max, none"),
         ("gd", LossConfig(retain_weight=-1.0), "loss.retain_weight -1.0 must not be negative"),
         ("gd", LossConfig(gate_weight=float("nan")), "loss.gate_weight nan must not be negative"),
         ("npo", LossConfig(beta=0.0), "loss.beta 0.0 must be greater than 0"),
@@ -592,13 +594,14 @@ def test_wrong_names_and_numbers_are_refused_with_what_is_known(
             "gd",
             {"beta": 0.1},
             "loss.beta=0.1 has no effect: the terms in force (ga, ce, bce_row) read forget_weight, retain_weight, "
-            "gate_weight, gate_warmup_steps; leave it out, or unset what a profile sets with loss.beta=null",
+            "gate_weight, ascent_cap, gate_warmup_steps; leave it out, or unset what a profile sets with "
+            "loss.beta=null",
         ),
         (
             "gd",
             {"gate": "none", "gate_weight": 3.0},
-            "loss.gate_weight=3.0 has no effect: the terms in force (ga, ce) read forget_weight, retain_weight; "
-            "leave it out, or unset what a profile sets with loss.gate_weight=10.0",
+            "loss.gate_weight=3.0 has no effect: the terms in force (ga, ce) read forget_weight, retain_weight, "
+            "ascent_cap; leave it out, or unset what a profile sets with loss.gate_weight=10.0",
         ),
         ("npo", {"margin": 0.0}, "loss.margin=0.0 has no effect: the terms in force (npo, ce, bce_row) read"),
         ("npo_only", {"retain_weight": 1.0}, "loss.retain_weight=1.0 has no effect: the terms in force (npo, bce_row)"),
@@ -622,7 +625,7 @@ def test_settings_of_the_gate_may_stand_where_there_is_none() -> None:
     """Profiles set them for all parametrizations."""
     made = build_objective("gd", LossConfig(gate_weight=3.0, gate_warmup_steps=5), gated=False)
     assert set(made.weights) == {"forget", "retain"} and made.warmup(0) == 1.0
-    with pytest.raises(ConfigError, match=r"\(ga, ce\) read forget_weight, retain_weight; leave"):
+    with pytest.raises(ConfigError, match=r"\(ga, ce\) read forget_weight, retain_weight, ascent_cap; leave"):
         build_objective("gd", LossConfig(gate_weight=3.0, beta=1.0), gated=False)
 
 

@@ -1,4 +1,4 @@
-"""Where the gate reads and the edit writes: the order of the published rule, and a rule of another kind."""
+"""Where the published rule reads and writes: the order in which it takes the position, and which rules exist."""
 
 from __future__ import annotations
 
@@ -6,17 +6,15 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import PAD, blocks_of, formula, padded, random_rows, tiny
+from tiny import PAD, padded, random_rows, tiny
 from torch import Tensor
 
 from grun import GrunModel
 from grun.config import MethodConfig
 from grun.data.encoding import EncodedRow, collate
 from grun.errors import ConfigError, DataError
-from grun.method.intervention import GatedIntervention
 from grun.method.parametrization import Grun
 from grun.method.position import Call, LastPrompt, PromptOfCall, position_rule
-from pyvene_custom import GatedOutput, Sites
 
 # Five columns. Row 0 is whole, row 1 padded on the left, row 2 on the right.
 MASK = torch.tensor([[1, 1, 1, 1, 1], [0, 0, 1, 1, 1], [1, 1, 1, 0, 0]])
@@ -110,9 +108,22 @@ def test_prompt_lengths_of_another_shape_are_refused(lengths: Tensor) -> None:
         columns(prompt_lengths=lengths, attention_mask=MASK)
 
 
-def test_unknown_rules_name_the_known_one() -> None:
-    with pytest.raises(ConfigError, match=r"gate_read=every_token.*gate_read=last_prompt"):
-        position_rule("every_token", "none", "last_prompt")
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        (("every_token", "none", "last_prompt"), "gate_accumulate=running_max"),
+        (("last_prompt", "running_max", "last_prompt"), "needs gate_read=every_token"),
+        (("last_prompt", "none", "every_token"), "take sticky"),
+        (("first_token", "none", "sticky"), "gate_read=first_token.*last_prompt, every_token"),
+        (("every_token", "mean", "sticky"), "gate_accumulate=mean.*running_max"),
+    ],
+)
+def test_rules_that_do_not_exist_or_make_no_sense_say_what_does(names: tuple[str, str, str], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        position_rule(*names)
+
+
+def test_an_unknown_rule_is_refused_when_a_model_is_wrapped() -> None:
     with pytest.raises(ConfigError, match="edit_write=answer"):
         GrunModel.wrap(tiny(), blocks=[1], edit_write="answer")
 
@@ -159,116 +170,6 @@ def test_the_model_edits_where_the_rule_says() -> None:
     mask = torch.cat([batch["attention_mask"], torch.ones(2, 1).long()], dim=1)
     step = model(input_ids=torch.tensor([[3], [4]]), attention_mask=mask, past_key_values=cached)
     assert step.gates == {}
-
-
-# -- another kind of rule: every token is read and edited, with state carried from pass to pass -----------------------
-
-
-class EveryToken:
-    """Reads and writes every attended token; a pass with an empty cache begins a new sequence."""
-
-    def __init__(self) -> None:
-        self.carry: dict[str, Tensor] = {}
-
-    def locate(self, call: Call) -> Sites:
-        if call.past == 0:
-            self.carry = {}
-        where = torch.arange(call.columns).expand(call.rows, -1)
-        counts = torch.ones_like(where, dtype=torch.bool)
-        if call.attention_mask is not None:
-            counts = call.attention_mask[:, -call.columns :] != 0
-        return Sites(where, counts, where, counts, self.carry)
-
-
-class RunningMaximum(GatedIntervention):
-    """A gate that never closes again: the greatest logit of all tokens so far."""
-
-    def forward(
-        self,
-        base: Tensor,
-        source: Any = None,
-        subspaces: Any = None,
-        *,
-        read: Tensor | None = None,
-        sites: Sites | None = None,
-        carry: Tensor | None = None,
-    ) -> GatedOutput:
-        assert self.gate is not None and sites is not None
-        logits = self.gate(base).squeeze(-1).masked_fill(~sites.read_mask, -torch.inf)  # [batch, positions]
-        if carry is not None:
-            logits = torch.maximum(logits, carry)
-        running = logits.cummax(dim=1).values
-        output = base + torch.sigmoid(running).unsqueeze(-1) * self.edit(base)
-        return GatedOutput(output=output, gate=running, carry=running[:, -1:])
-
-
-@pytest.fixture
-def every_token(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("grun.method.model.position_rule", lambda *_: EveryToken())
-    monkeypatch.setattr("grun.method.model.GatedIntervention", RunningMaximum)
-
-
-def full_pass(family: str, weights: dict[str, Tensor], row: list[int]) -> tuple[Tensor, dict[int, Tensor]]:
-    """Logits and running maxima of one row in one pass without a cache, by hooks of this test."""
-    twin = tiny(family)
-    maxima: dict[int, Tensor] = {}
-
-    def hook(block: int) -> Any:
-        def edit(_: Any, __: Any, output: Any) -> Any:
-            hidden = output[0] if isinstance(output, tuple) else output
-            edited, logits = formula(weights, block, hidden)
-            change = (edited - hidden) / torch.sigmoid(logits).unsqueeze(-1)
-            maxima[block] = torch.stack([logits[0, : end + 1].max() for end in range(len(row))])
-            edited = hidden + torch.sigmoid(maxima[block])[:, None] * change
-            return (edited, *output[1:]) if isinstance(output, tuple) else edited
-
-        return edit
-
-    for block in (0, 2):
-        blocks_of(twin, family)[block].register_forward_hook(hook(block))
-    with torch.no_grad():
-        return twin(input_ids=torch.tensor([row]), use_cache=False).logits[0], maxima
-
-
-@pytest.mark.usefixtures("every_token")
-@pytest.mark.parametrize("family", ["llama", "mistral", "gemma3", "gpt2", "odd"])
-@pytest.mark.parametrize("options", [{}, {"use_cache": False}, {"prefill_chunk_size": 4}], ids=str)
-@torch.no_grad()
-def test_a_rule_that_edits_every_token_works_from_prefill_to_the_last_decode_step(
-    family: str, options: dict[str, Any]
-) -> None:
-    torch.manual_seed(3)
-    model = GrunModel.wrap(tiny(family), blocks=[0, 2]).eval()
-    prompts = random_rows([10, 6])
-    batch = padded(prompts, "left")
-    del batch["position_ids"]
-    answer = model.generate(
-        **batch, max_new_tokens=6, do_sample=False, return_dict_in_generate=True, output_logits=True, **options
-    )
-    last = {block: logits[:, -1] for block, logits in model.intervenable.gates.items()}
-    assert list(last) == [0, 2]  # the last decode step was edited
-    for index, prompt in enumerate(prompts):
-        row = prompt + answer.sequences[index, -6:-1].tolist()
-        logits, maxima = full_pass(family, model.state_dict(), row)
-        got = torch.stack([step[index] for step in answer.logits])
-        # Norms go through float32 and cached passes sum in another order; transformers returns logits in float32.
-        torch.testing.assert_close(got.double(), logits[-6:], atol=5e-5, rtol=1e-5)
-        for block, maximum in maxima.items():
-            torch.testing.assert_close(last[block][index], maximum[-1], atol=5e-5, rtol=1e-5)
-    untouched = tiny(family)(torch.tensor([row])).logits[0, -6:]
-    assert (logits[-6:] - untouched).abs().max() > 0.01
-
-
-@pytest.mark.usefixtures("every_token")
-@torch.no_grad()
-def test_a_step_output_says_which_gate_positions_count() -> None:
-    parametrization = Grun(MethodConfig(blocks=[0, 2], rank=4, gate="linear"))
-    parametrization.prepare(tiny(), None)
-    rows = [EncodedRow(tuple(row[:3]), tuple(row[3:])) for row in random_rows([8, 5])]
-    output = parametrization.run(collate(rows, PAD))
-    assert output.gate_logits is not None and output.gate_mask is not None
-    assert output.gate_logits[0].shape == output.gate_mask.shape == (2, 8)
-    assert torch.equal(output.gate_mask, output.attended)
 
 
 @torch.no_grad()

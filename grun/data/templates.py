@@ -18,13 +18,13 @@ This module imports neither torch nor transformers.
 from __future__ import annotations
 
 import dataclasses
-import datetime
-import functools
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from grun.data.chat import Turn, chat_frame, chat_turns
 from grun.data.control_tokens import ControlTokens, Part, find_control_tokens, tokenize
 from grun.errors import ConfigError, ModelError
 from grun.files import read_json, write_json
@@ -173,7 +173,13 @@ def load(folder: Path) -> Template | None:
         raise ConfigError(f"{path} is damaged: {error}; remove it and name the template in data.template") from error
 
 
-def encode(template: Template, tokenizer: PreTrainedTokenizerBase, prompt: str | None, completion: str) -> Encoded:
+def encode(
+    template: Template,
+    tokenizer: PreTrainedTokenizerBase,
+    prompt: str | None,
+    completion: str,
+    earlier: Sequence[Turn] = (),
+) -> Encoded:
     """Token ids of a row.
 
     Args:
@@ -181,6 +187,7 @@ def encode(template: Template, tokenizer: PreTrainedTokenizerBase, prompt: str |
         tokenizer: any transformers tokenizer with an end token.
         prompt: the question; None: plain text, whose prompt is the start token alone.
         completion: the answer; a blank at its beginning is dropped where the template puts one there.
+        earlier: what was asked and answered before, which becomes the beginning of the prompt; see `_earlier_parts`.
 
     Raises:
         ModelError: the tokenizer has no end token.
@@ -190,19 +197,21 @@ def encode(template: Template, tokenizer: PreTrainedTokenizerBase, prompt: str |
     if end is None:
         raise ModelError("the tokenizer has no end token, so an answer cannot end; set its eos_token")
     control = _control_tokens(template, tokenizer)
-    parts, prefix = _prompt_parts(template, tokenizer, prompt)
+    parts, prefix = prompt_parts(template, tokenizer, prompt, earlier)
     prompt_ids = _with_start(template, prompt, control, tokenize(parts, tokenizer, control))
-    answer = Part(prefix + (completion.lstrip(" ") if prefix.endswith(" ") else completion), written=False)
+    answer = Part(_behind(prefix, completion), written=False)
     joint_ids = _with_start(template, prompt, control, tokenize([*parts, answer], tokenizer, control))
     if joint_ids[: len(prompt_ids)] == prompt_ids:
         return Encoded(prompt_ids, [*joint_ids[len(prompt_ids) :], end], joint_differs=False)
     return Encoded(prompt_ids, [*tokenize([answer], tokenizer, control), end], joint_differs=True)
 
 
-def encode_prompt(template: Template, tokenizer: PreTrainedTokenizerBase, prompt: str | None) -> list[int]:
+def encode_prompt(
+    template: Template, tokenizer: PreTrainedTokenizerBase, prompt: str | None, earlier: Sequence[Turn] = ()
+) -> list[int]:
     """Prompt ids alone: the same as `encode` gives, whatever the answer."""
     control = _control_tokens(template, tokenizer)
-    parts, _ = _prompt_parts(template, tokenizer, prompt)
+    parts, _ = prompt_parts(template, tokenizer, prompt, earlier)
     return _with_start(template, prompt, control, tokenize(parts, tokenizer, control))
 
 
@@ -217,19 +226,26 @@ def _with_start(template: Template, prompt: str | None, control: ControlTokens, 
     return control.start + ids
 
 
-def _prompt_parts(template: Template, tokenizer: PreTrainedTokenizerBase, prompt: str | None) -> tuple[list[Part], str]:
+def _behind(prefix: str, completion: str) -> str:
+    return prefix + (completion.lstrip(" ") if prefix.endswith(" ") else completion)
+
+
+def prompt_parts(
+    template: Template, tokenizer: PreTrainedTokenizerBase, prompt: str | None, earlier: Sequence[Turn] = ()
+) -> tuple[list[Part], str]:
     """The rendered prompt without the spaces at its end, and what comes before the answer's text."""
     if prompt is None:
         return [], ""
     if template.kind == "chat":
-        frame = _chat_frame(template, tokenizer, str(tokenizer.chat_template))
+        frame = chat_frame(template, tokenizer, str(tokenizer.chat_template))
         prompt = prompt.lstrip() if frame.strips_left else prompt
         prompt = prompt.rstrip() if frame.strips_right else prompt
         before, after, prefix = frame.before, frame.after, frame.answer_prefix
     else:
         before, _, after = str(template.text).partition(PLACE)
         prefix = template.answer_prefix
-    parts = [Part(before, True), Part(prompt, False), Part(after, True)]
+    start = _earlier_parts(template, tokenizer, earlier) if earlier else [Part(before, True)]
+    parts = [*start, Part(prompt, False), Part(after, True)]
     for index in reversed(range(len(parts))):
         text = parts[index].text.rstrip(" ")
         prefix = parts[index].text[len(text) :] + prefix
@@ -239,91 +255,20 @@ def _prompt_parts(template: Template, tokenizer: PreTrainedTokenizerBase, prompt
     return parts, prefix
 
 
-# Chat templates
+def _earlier_parts(template: Template, tokenizer: PreTrainedTokenizerBase, earlier: Sequence[Turn]) -> list[Part]:
+    """What comes before the last question of a conversation: earlier turns, and what begins the last one.
 
-
-class _Frame(NamedTuple):
-    """What a chat template writes around the user's text."""
-
-    before: str
-    after: str
-    answer_prefix: str
-    """Spaces that the template writes between its generation prompt and an answer."""
-    strips_left: bool
-    strips_right: bool
-
-
-_USER_MARK, _ANSWER_MARK = "GRUNuserZ7c1e0f5b9dZ", "GRUNanswerZ2b8d6a4f03Z"
-
-
-@functools.lru_cache(maxsize=8)
-def _chat_frame(template: Template, tokenizer: PreTrainedTokenizerBase, jinja: str) -> _Frame:
-    """Render marks instead of texts, so that a user's text is never read as part of the template.
-
-    The user's text is stripped where the template strips it; other rewriting of it is not seen, and not done.
-    `jinja` is in the cache's key only, since a tokenizer's template can be set anew.
+    A chat template renders them as turns. A string template that has control tokens is written again for each turn,
+    and each answer ends with the end token; any other one makes a plain text with blank lines between turns.
     """
-    before, after = _around_mark(_render(template, tokenizer, _USER_MARK))
-    spaced_before, spaced_after = _around_mark(_render(template, tokenizer, f" {_USER_MARK} "))
-    prefix = ""
-    try:
-        whole = _render(template, tokenizer, _USER_MARK, _ANSWER_MARK)
-    except ConfigError:  # a template for single turns
-        whole = ""
-    start = before + _USER_MARK + after
-    if whole.startswith(start) and whole.count(_ANSWER_MARK) == 1:
-        between = whole[len(start) : whole.index(_ANSWER_MARK)]
-        prefix = between if not between.strip(" ") else ""
-    return _Frame(before, after, prefix, spaced_before == before, spaced_after == after)
-
-
-def _around_mark(rendered: str) -> tuple[str, str]:
-    if rendered.count(_USER_MARK) != 1:
-        raise ConfigError(
-            "the tokenizer's chat template does not write the user's text once; name another in data.template"
-        )
-    before, _, after = rendered.partition(_USER_MARK)
-    return before, after
-
-
-def _render(template: Template, tokenizer: PreTrainedTokenizerBase, user: str, answer: str | None = None) -> str:
-    """The chat template's text for a question, up to where the answer starts, or with the answer."""
-    messages = [{"role": "user", "content": user}]
-    if template.system_prompt is not None:
-        messages.insert(0, {"role": "system", "content": template.system_prompt})
-    if answer is not None:
-        messages.append({"role": "assistant", "content": answer})
-    try:
-        rendered = tokenizer.apply_chat_template(
-            messages,
-            chat_template=_with_pinned_clock(tokenizer.get_chat_template(), template.date),
-            tokenize=False,
-            add_generation_prompt=answer is None,
-            date_string=template.date,
-        )
-    except Exception as error:  # templates raise what they like
-        line = (str(error).splitlines() or [type(error).__name__])[0]
-        hint = "; unset data.system_prompt if it knows no system message" if template.system_prompt is not None else ""
-        raise ConfigError(f"the tokenizer's chat template cannot be rendered: {line}{hint}") from error
-    return str(rendered)
-
-
-def _with_pinned_clock(jinja: str, date: str) -> str:
-    """A chat template that asks the clock itself (`strftime_now`) is given `date` instead, where it can be read.
-
-    transformers hands no functions to a template, so a macro of that name fills in the parts of a format.
-    """
-    if "strftime_now" not in jinja:
-        return jinja
-    for form in ("%d %b %Y", "%d %B %Y", "%Y-%m-%d"):
-        try:
-            moment = datetime.datetime.strptime(date, form)
-            break
-        except ValueError:
-            continue
-    else:
-        return f"{{%- macro strftime_now(format) -%}}{{{{ {json.dumps(date)} }}}}{{%- endmacro -%}}{jinja}"
-    parts = {f"%{letter}": moment.strftime(f"%{letter}") for letter in "aAbBdHIjmMpSuUwWyY"}
-    parts |= {"%-d": str(moment.day), "%-m": str(moment.month), "%F": moment.strftime("%Y-%m-%d"), "%%": "%"}
-    filled = "format" + "".join(f" | replace({key!r}, {json.dumps(value)})" for key, value in parts.items())
-    return f"{{%- macro strftime_now(format) -%}}{{{{ {filled} }}}}{{%- endmacro -%}}{jinja}"
+    if template.kind == "chat":
+        return chat_turns(template, tokenizer, earlier)
+    before, _, after = str(template.text).partition(PLACE)
+    control = find_control_tokens(tokenizer, "")
+    has_turns = control.pattern is not None and control.pattern.search(str(template.text)) is not None
+    between = str(tokenizer.eos_token) if has_turns else "\n\n"
+    parts = [Part(before, True)]
+    for question, answer in earlier:
+        parts += [Part(question, False), Part(after, True), Part(_behind(template.answer_prefix, answer), False)]
+        parts += [Part(between, True), Part(before, True)]
+    return parts

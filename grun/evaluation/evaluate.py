@@ -236,9 +236,12 @@ def _head(plan: Plan) -> dict[str, Any]:
 
 
 def _closed(plan: Plan, table: Table) -> set[tuple[int, ...]]:
-    """Prompts that no gate opens for, so that their answers are the base's."""
+    """Prompts that no gate opens for, so that their answers are the base's.
+
+    None of a design that may open at a later token.
+    """
     threshold = plan.config.gate_threshold
-    if threshold is None:
+    if threshold is None or plan.subject.edits is None:
         return set()
     shut = {(record.set, record.index) for record in table.gates if max(record.gates.values()) < threshold}
     return {question.prompt_ids for question in questions(plan.sets, plan.items) if question[:2] in shut}

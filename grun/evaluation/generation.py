@@ -1,4 +1,4 @@
-"""Answer questions greedily, in batches, as the model would answer them one at a time."""
+"""Answer questions, greedily or by draws, in batches, as the model would answer them one at a time."""
 
 from __future__ import annotations
 
@@ -10,12 +10,13 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache, GenerationMixin, PreTrainedModel
+from transformers import DynamicCache, GenerationMixin, LogitsProcessor, LogitsProcessorList, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
 from grun import processes
 from grun.data.encoding import Batch, collate_prompts
 from grun.errors import DataError
+from grun.evaluation.drawing import Choose, Draw, most_probable
 from grun.evaluation.journal import Journal
 from grun.evaluation.scoring import evaluating, prompt_gates, takes_prompt_lengths
 from grun.loading import context_length
@@ -31,6 +32,12 @@ GREEDY_OPTIONS = {
     "return_dict_in_generate",
 }  # fmt: skip
 """What a generation config may set without any effect on our greedy answers."""
+
+
+Ask = Callable[
+    [Any, Batch, Sequence[int], Collection[int], int, Choose], tuple[list[list[int]], dict[int, Tensor] | None]
+]
+"""What `greedy` and `_generate` are."""
 
 
 class Answer(NamedTuple):
@@ -62,6 +69,7 @@ def generate_answers(
     journal: Journal[Answer] | None = None,
     known: Mapping[tuple[int, ...], Answer] | None = None,
     expected: Sequence[int] | None = None,
+    draw: Draw | None = None,
 ) -> list[Answer]:
     """Answer each prompt, every distinct one once, longest first, padded on the left.
 
@@ -80,6 +88,7 @@ def generate_answers(
         known: answers that need not be asked for.
         expected: about how many tokens each answer will have, such as the reference's. Answers that are about as long
             are asked for together, so that they end together; nothing but speed depends on it.
+        draw: draws the answers; None: greedy ones. A model's own generate draws from what its generation config leaves.
     """
     repeats = Counter(tuple(prompt) for prompt in prompts)
     ends = end_tokens(model, tokenizer)
@@ -94,7 +103,7 @@ def generate_answers(
     if expected is not None:
         about = dict(zip(map(tuple, prompts), expected, strict=True))
         remaining.sort(key=lambda prompt: about[prompt], reverse=True)
-    ask = greedy
+    ask: Ask = greedy
     if remaining and (reason := needs_generate(base_of(model))):
         log.info("answers come from the model's own generate, which is slower: %s", reason)
         ask = _generate
@@ -103,7 +112,8 @@ def generate_answers(
             batch = collate_prompts(chunk, pad_id)
             if masked_id is not None:
                 batch.attention_mask[batch.input_ids == masked_id] = 0
-            ids, gates = ask(model, batch.to(model.device), [room] * len(chunk), ends, pad_id)
+            choose = most_probable if draw is None else draw.chooser(chunk, room)
+            ids, gates = ask(model, batch.to(model.device), [room] * len(chunk), ends, pad_id, choose)
             found = [
                 Answer(tokenizer.decode(row, skip_special_tokens=True).strip(), gate)
                 for row, gate in zip(ids, prompt_gates(gates, len(chunk)), strict=True)
@@ -135,9 +145,14 @@ def needs_generate(base: PreTrainedModel) -> str | None:
 
 
 def greedy(
-    model: Any, batch: Batch, rooms: Sequence[int], ends: Collection[int], pad_id: int
+    model: Any,
+    batch: Batch,
+    rooms: Sequence[int],
+    ends: Collection[int],
+    pad_id: int,
+    choose: Choose = most_probable,
 ) -> tuple[list[list[int]], dict[int, Tensor] | None]:
-    """Most probable tokens after each prompt, without the end token, and the gates at the prompts.
+    """Most probable (or drawn) tokens after each prompt, without the end token, and the gates at the prompts.
 
     Rows that have ended leave the batch, so steps get cheaper.
 
@@ -147,6 +162,7 @@ def greedy(
         rooms: longest answer of each, tokens.
         ends: ids that end an answer.
         pad_id: unused; as of `_generate`.
+        choose: the next token of each row.
     """
     base = base_of(model)
     parameters = inspect.signature(base.forward).parameters
@@ -165,7 +181,7 @@ def greedy(
     rows = list(range(len(rooms)))  # answer that each row of the batch belongs to
     ended = [False] * len(rooms)
     while True:
-        tokens = out.logits[:, -1].float().argmax(-1)  # in float32, as `generate`
+        tokens = choose(out.logits[:, -1].float(), rows)  # in float32, as `generate`
         for row, token in zip(rows, tokens.tolist(), strict=True):
             if not ended[row] and token not in ends:
                 answers[row].append(token)
@@ -185,9 +201,10 @@ def greedy(
 
 
 def _generate(
-    model: Any, batch: Batch, rooms: Sequence[int], ends: Collection[int], pad_id: int
+    model: Any, batch: Batch, rooms: Sequence[int], ends: Collection[int], pad_id: int, choose: Choose
 ) -> tuple[list[list[int]], dict[int, Tensor] | None]:
     """The same as `greedy` from the model's own `generate`, for prompts that have the same room."""
+    more = {} if choose is most_probable else {"logits_processor": LogitsProcessorList([_Chosen(choose)])}
     ids = model.generate(
         input_ids=batch.input_ids,
         attention_mask=batch.attention_mask,
@@ -197,9 +214,21 @@ def _generate(
         repetition_penalty=1.0,  # some models ship another, which is not plain greedy decoding
         pad_token_id=pad_id,
         eos_token_id=list(ends) or None,
+        **more,
     )
     new = ids[:, batch.input_ids.shape[1] :].tolist()
     return [_until(row, ends) for row in new], getattr(model, "last_gates", None)
+
+
+class _Chosen(LogitsProcessor):
+    """Leaves `generate` nothing but the chosen token of each row."""
+
+    def __init__(self, choose: Choose) -> None:
+        self.choose = choose
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        tokens = self.choose(scores.float(), range(len(scores)))
+        return torch.full_like(scores, -torch.inf).scatter(1, tokens.unsqueeze(1), 0.0)
 
 
 def end_tokens(model: Any, tokenizer: Any) -> list[int]:

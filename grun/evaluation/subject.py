@@ -8,13 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 from grun.method.intervention import GatedIntervention
 from grun.method.model import GrunModel
+from grun.method.position import is_published
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-LAST_PROMPT = ("last_prompt", "none", "last_prompt")
-"""gate_read, gate_accumulate and edit_write of adapters that act at the last prompt token alone."""
-
 
 class Subject:
     """A base model as it is, or with a GRUN adapter that lies on it or is put on it when it is needed."""
@@ -29,7 +26,7 @@ class Subject:
         self._on_base = not isinstance(model, GrunModel) or model.active
         if isinstance(model, GrunModel):
             config = model.config
-            at_last_prompt = (config.gate_read, config.gate_accumulate, config.edit_write) == LAST_PROMPT
+            at_last_prompt = is_published(config.gate_read, config.gate_accumulate, config.edit_write)
             self.base = model.base
             self.edits = model.edit_at() if at_last_prompt else None
         else:

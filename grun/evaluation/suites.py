@@ -1,7 +1,8 @@
 """Evaluations other than the table of answers: what they have in common, from the config to the folder.
 
-A suite (`knowledge.py`, `lm_harness.py`, `judge.py`) says what its result depends on and measures a loaded model. Its
-folder holds `evaluation.json` and the suite's own lines; it is whole or absent, and found again by its key.
+A suite (`knowledge.py`, `attack_suite.py`, `lm_harness.py`, `judge.py`) says what its result depends on and measures a
+loaded model. Its folder holds `evaluation.json` and the suite's own lines; it is whole or absent, and found again by
+its key.
 """
 
 from __future__ import annotations
@@ -30,7 +31,14 @@ if TYPE_CHECKING:
 
 FORMAT = 1
 """Raised when the meaning of a result changes, so that older results are not taken for new ones."""
-SUITE_CODE = (*CODE, "data/choices.py", "evaluation/*.py", "evaluation/metrics/*.py")
+SUITE_CODE = (
+    *CODE,
+    "data/choices.py",
+    "data/augmentation.py",
+    "evaluation/*.py",
+    "evaluation/metrics/*.py",
+    "evaluation/attacks/*.py",
+)
 """Sources that decide a suite's result, relative to the package."""
 
 
@@ -63,6 +71,7 @@ class Suite(Protocol):
 SUITES: Registry[Callable[[EvaluateConfig], Suite]] = Registry("suite")
 """What makes each suite of a config, which loads its data."""
 SUITES.add("knowledge", "grun.evaluation.knowledge:KnowledgeSuite", "multiple choice, cloze and perplexity")
+SUITES.add("attacks", "grun.evaluation.attack_suite:AttackSuite", "what comes back of the forget set under attack")
 SUITES.add("lm_eval", "grun.evaluation.lm_harness:HarnessSuite", "tasks of lm-evaluation-harness")
 SUITES.add("judge", "grun.evaluation.judge:JudgeSuite", "share of unsafe answers, as a judge sees it")
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +48,8 @@ class AdapterConfig:
     """How gate values combine over positions."""
     edit_write: str = "last_prompt"
     """Positions the edit is written to."""
+    reset_ids: list[int] = field(default_factory=list)
+    """Token ids that begin a user's turn, where what gates accumulate begins anew; empty: nowhere."""
     base_model_name_or_path: str | None = None
     """Name or folder of the base model."""
     base_revision: str | None = None

@@ -1,7 +1,8 @@
-"""The cached engine: a training step that runs only what an edit at the last prompt token can change."""
+"""The cached engine: a training step that runs only what an edit can change."""
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import cache
 from typing import TYPE_CHECKING, Protocol
@@ -13,9 +14,11 @@ from grun.data.encoding import Batch, EncodedRow
 from grun.errors import ModelError
 from grun.method.intervention import GatedIntervention
 from grun.method.packed import Pack, PackedModel
+from grun.method.position import Call, LastPrompt, runs_whole_rows
 from grun.method.shard import FrozenRow
 from grun.method.suffix import SuffixRunner, SuffixStates
 from grun.parametrization import StepOutput
+from pyvene_custom import Sites
 
 if TYPE_CHECKING:
     from grun.method.model import GrunModel
@@ -33,7 +36,8 @@ class CachedEngine:
     """Gives the plain engine's losses and gradients, from frozen rows; see `grun.method.prefix` and `suffix`.
 
     Its StepOutputs hold of each row the last prompt token and the answer alone: column 0 is the last prompt token,
-    answer token i stands in column i + 1. All batches of a step run as one pack, without padding.
+    answer token i stands in column i + 1. Where gates read every token they hold whole rows. All batches of a step run
+    as one pack, without padding.
     """
 
     name = "cached"
@@ -48,17 +52,22 @@ class CachedEngine:
         self._packed = packed
         self._frozen = frozen
         first = min(model.edit_at())
-        packed.backpropagate_starts(first + 1)
-        self._runner = SuffixRunner(packed, first)
+        self._rule = model.rule
+        self._published = isinstance(self._rule, LastPrompt)
+        self._whole_rows = runs_whole_rows(self._rule)
+        if self._published:
+            packed.backpropagate_starts(first + 1)
+        self._runner = SuffixRunner(packed, first, whole_rows=self._whole_rows)
         self._reference: dict[EncodedRow, Tensor] = {}
         self._untouched: dict[EncodedRow, dict[int, Tensor]] = {}
 
     def run(self, batches: Mapping[str, Batch], hidden: Collection[int] = ()) -> dict[str, StepOutput]:
         """One pass over all batches, edits included; `hidden` names blocks whose outputs are wanted."""
-        layout = _Layout(batches, self._packed.device)
+        layout = _Layout(batches, self._packed.device, self._whole_rows)
         frozen = [self._frozen[row] for row in layout.rows]
         with self._model.drawing(layout.seeds):
-            states = self._runner.states(frozen, self._model.edit_at(), hidden)
+            locate = None if self._published else functools.partial(self._located, layout)
+            states = self._runner.states(frozen, self._model.edit_at(), hidden, locate)
         logprobs = states.final.new_zeros(int(layout.answer.sum()))
         if self._reads_head:
             logprobs = self._runner.logprobs(layout.rows, frozen, states)
@@ -68,6 +77,8 @@ class CachedEngine:
             if states.gates:
                 output.gate_logits = {block: logits[where] for block, logits in states.gates.items()}
                 output.gate_mask = torch.ones(len(where), 1, dtype=torch.bool, device=where.device)
+                if self._whole_rows:
+                    output.gate_mask, output.gate_prompt = output.attended, output.attended & ~output.answer
             if states.hidden:
                 columns = _places(states.pack, layout)[where].clamp(min=0)
                 output.hidden_states = {block: values[columns] for block, values in states.hidden.items()}
@@ -81,7 +92,7 @@ class CachedEngine:
         """
         if not batches:
             return {}
-        layout = _Layout(batches, self._packed.device)
+        layout = _Layout(batches, self._packed.device, self._whole_rows)
         frozen = [self._frozen[row] for row in layout.rows]
 
         @cache
@@ -121,6 +132,25 @@ class CachedEngine:
         for block, values in states.hidden.items():
             for row, part in zip(missing, values.split(lengths), strict=True):
                 self._untouched.setdefault(row, {})[block] = part
+
+    def _located(self, layout: _Layout, pack: Pack) -> Sites:
+        """Where the rule reads and writes, in columns of what is run of each row."""
+        columns = pack.inside.shape[1]
+        sites = self._rule.locate(
+            Call(
+                rows=len(layout.rows),
+                columns=columns,
+                past=0,
+                device=pack.device,
+                attention_mask=pack.inside,
+                labels=None,
+                prompt_lengths=layout.prompt_lengths,
+                prompt=None,
+                ids=layout.ids[:, :columns],
+            )
+        )
+        assert sites is not None  # the prompt's end is in every row
+        return sites
 
     @property
     def edits(self) -> dict[int, GatedIntervention]:
@@ -167,9 +197,14 @@ class CachedEngine:
 class _Layout:
     """Rows of all batches of a step, in order of length so that attention has little padding."""
 
-    def __init__(self, batches: Mapping[str, Batch], device: torch.device) -> None:
+    def __init__(self, batches: Mapping[str, Batch], device: torch.device, whole_rows: bool) -> None:
         pairs = [(name, index) for name, batch in batches.items() for index in range(batch.rows)]
-        pairs.sort(key=lambda pair: len(batches[pair[0]].encoded[pair[1]].answer_ids))
+        prompts = slice(None) if whole_rows else slice(-1, None)  # what is run of them
+
+        def columns(row: EncodedRow) -> int:
+            return len(row.prompt_ids[prompts]) + len(row.answer_ids)
+
+        pairs.sort(key=lambda pair: columns(batches[pair[0]].encoded[pair[1]]))
         self.rows = [batches[name].encoded[index] for name, index in pairs]
         self.seeds: list[int] | None = None
         if all(batch.seeds is not None for batch in batches.values()):
@@ -180,13 +215,14 @@ class _Layout:
             for name, batch in batches.items()
         }
         """By batch, where its rows stand here, [rows of the batch]."""
-        counts = torch.tensor([len(row.answer_ids) for row in self.rows])
-        column = torch.arange(int(counts.max()) + 1)
-        attended = column <= counts.unsqueeze(1)  # [rows, 1 + longest answer]
-        ids = [token for row in self.rows for token in (row.prompt_ids[-1], *row.answer_ids)]
+        self.prompt_lengths = torch.tensor([len(row.prompt_ids[prompts]) for row in self.rows])
+        counts = torch.tensor([columns(row) for row in self.rows])
+        column = torch.arange(int(counts.max()))
+        attended = column < counts.unsqueeze(1)  # [rows, longest]
+        ids = [token for row in self.rows for token in row.prompt_ids[prompts] + row.answer_ids]
         self.ids = torch.zeros(attended.shape, dtype=torch.long).masked_scatter(attended, torch.tensor(ids)).to(device)
         self.attended = attended.to(device)
-        self.answer = (attended & (column > 0)).to(device)
+        self.answer = (attended & (column >= self.prompt_lengths.unsqueeze(1))).to(device)
 
 
 def _filled_up(states: Tensor, columns: int) -> Tensor:

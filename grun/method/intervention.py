@@ -22,7 +22,13 @@ class GatedIntervention(Intervention):
     """
 
     def __init__(
-        self, edit: nn.Module, gate: nn.Module | None, *, dropout: float = 0.0, dropout_on_hidden: bool = False
+        self,
+        edit: nn.Module,
+        gate: nn.Module | None,
+        *,
+        dropout: float = 0.0,
+        dropout_on_hidden: bool = False,
+        accumulate: str = "none",
     ) -> None:
         """Combine `edit` and `gate` (None: always open).
 
@@ -31,12 +37,14 @@ class GatedIntervention(Intervention):
             gate: hidden state [..., hidden size] -> logit [..., 1].
             dropout: probability with which entries of the change are dropped in training.
             dropout_on_hidden: drop entries of the whole edited state instead, as the published code does.
+            accumulate: none, or running_max: a gate is as open as at any token read since the last reset.
         """
         super().__init__(keep_last_dim=True)
         self.edit = edit
         self.gate = gate
         self.dropout = dropout
         self.dropout_on_hidden = dropout_on_hidden
+        self.accumulate = accumulate
         self.threshold: float | None = None
         self.row_seeds: Sequence[int] | None = None
         """For each row of a pass the number that its dropout is drawn from; None: torch's generator."""
@@ -59,28 +67,55 @@ class GatedIntervention(Intervention):
             subspaces: unused (pyvene's interface).
             read: hidden states the gate reads, [batch, positions read, hidden size]; None: `base`.
             sites: where this pass is read and written.
-            carry: state from earlier passes; the published gate keeps none.
+            carry: logit in force at the last token of the passes before, [batch, 1].
+
+        One position read goes with any number written; else they are the same positions.
         """
         dtype = next(self.parameters()).dtype
         with torch.autocast(base.device.type, enabled=False):
             hidden = base.to(dtype)
             change = self.edit(hidden)
-            logits = None
+            logits = opening = None
             if self.gate is not None:
                 seen = hidden if read is None or read is base else read.to(dtype)
                 logits = self.gate(seen).squeeze(-1)  # [batch, positions read]
-                change = torch.sigmoid(logits).unsqueeze(-1) * change
+                opening = self._opening(logits, sites, carry)
+                change = torch.sigmoid(opening).unsqueeze(-1) * change
             if self.dropout_on_hidden:
                 edited = self._dropped(hidden + change)
             else:
                 edited = hidden + self._dropped(change)
         output = edited.to(base.dtype)
-        if logits is not None and self.threshold is not None and not self.training:
-            is_open = torch.sigmoid(logits) >= self.threshold
+        if opening is None:
+            return GatedOutput(output=output, gate=None)
+        result = GatedOutput(output=output, gate=logits, opening=opening, carry=opening[:, -1:])
+        if self.threshold is not None and not self.training:
+            is_open = torch.sigmoid(opening) >= self.threshold
             if not bool(is_open.any()):
-                return GatedOutput(output=None, gate=logits)
-            output = torch.where(is_open.unsqueeze(-1), output, base)
-        return GatedOutput(output=output, gate=logits)
+                result.output = None
+            else:
+                result.output = torch.where(is_open.unsqueeze(-1), output, base)
+        return result
+
+    def _opening(self, logits: Tensor, sites: Sites | None, carry: Tensor | None) -> Tensor:
+        """Logit in force at each position read, or at the one before them where none is: [batch, positions or 1]."""
+        if sites is None or (self.accumulate == "none" and bool(sites.read_mask.all()) and logits.shape[1]):
+            return logits
+        shut = logits.new_full((len(logits), 1), -torch.inf)
+        before = shut if carry is None else carry.to(logits)
+        if logits.shape[1] == 0:
+            return before
+        if self.accumulate == "none":
+            return torch.where(sites.read_mask, logits, before if sites.read is not sites.write else shut)
+        counted = logits.masked_fill(~sites.read_mask, -torch.inf)
+        if sites.reset is None or not bool(sites.reset.any()):
+            return torch.maximum(counted.cummax(dim=1).values, before)
+        turn = sites.reset.long().cumsum(dim=1)  # [batch, positions]
+        opening = torch.maximum(counted.masked_fill(turn > 0, -torch.inf).cummax(dim=1).values, before)
+        for number in range(1, int(turn.max()) + 1):
+            of_turn = counted.masked_fill(turn != number, -torch.inf).cummax(dim=1).values
+            opening = torch.where(turn == number, of_turn, opening)
+        return opening
 
     def _dropped(self, values: Tensor) -> Tensor:
         """Dropout of `values` [batch, positions, hidden size]; with row seeds the same wherever a row stands."""

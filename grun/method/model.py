@@ -17,13 +17,14 @@ from torch import Tensor, nn
 
 from grun.data.templates import Template
 from grun.devices import device_of, input_device
-from grun.errors import ConfigError
+from grun.errors import ConfigError, ModelError
 from grun.method.adapter import CONFIG_FILE, AdapterConfig, check_fits, find_adapter, read_weights, write_adapter
 from grun.method.edit import LoReftEdit
 from grun.method.fingerprint import fingerprint
 from grun.method.gate import GATES, set_bias
+from grun.method.gate_state import GateState, follow, state_of
 from grun.method.intervention import GatedIntervention
-from grun.method.position import Call, PositionRule, PromptOfCall, position_rule
+from grun.method.position import Call, PositionRule, PromptOfCall, attended, position_rule
 from pyvene_custom import IntervenableModel, Sites, find_blocks
 
 if TYPE_CHECKING:
@@ -42,13 +43,10 @@ class GrunOutput:
     """The base model's own loss; None without labels."""
     gate_logits: dict[int, Tensor]
     """Gate logits by block, each [batch, positions read]; empty without gates or where nothing was read."""
+    gates: dict[int, Tensor]
+    """Probabilities that the edits were weighted with by block, as `gate_logits`; 0 where nothing was read."""
     base_output: Any
     """What the base model returned, for everything else (cache, hidden states, ...)."""
-
-    @property
-    def gates(self) -> dict[int, Tensor]:
-        """Gate probabilities by block, each [batch, positions read]."""
-        return {block: torch.sigmoid(logits) for block, logits in self.gate_logits.items()}
 
 
 class GrunModel(nn.Module):
@@ -75,7 +73,10 @@ class GrunModel(nn.Module):
         self.edits = nn.ModuleDict()
         for index in config.blocks:
             self.edits[str(index)] = _intervention(config).to(device=device_of(blocks[index]), dtype=dtype)
-        self._rule: PositionRule = position_rule(config.gate_read, config.gate_accumulate, config.edit_write)
+        self.rule: PositionRule = position_rule(
+            config.gate_read, config.gate_accumulate, config.edit_write, config.reset_ids
+        )
+        self._pass: tuple[Call, GateState] | None = None
         self._prompt: PromptOfCall | None = None
         self._argument_names = list(inspect.signature(base.forward).parameters)
         self.active = True
@@ -91,7 +92,7 @@ class GrunModel(nn.Module):
         self._own_generate = base.__dict__.get("generate")
         generate: Any = base.generate
         base.__dict__["generate"] = functools.wraps(generate)(functools.partial(self._generate, generate))
-        self.intervenable.attach(self._locate)
+        self.intervenable.attach(self._locate, self._remember)
 
     intervenable: IntervenableModel
 
@@ -112,6 +113,7 @@ class GrunModel(nn.Module):
         gate_read: str = "last_prompt",
         gate_accumulate: str = "none",
         edit_write: str = "last_prompt",
+        reset_ids: Sequence[int] = (),
         template: Template | None = None,
     ) -> GrunModel:
         """Put new, randomly initialized edits on `base`.
@@ -125,9 +127,10 @@ class GrunModel(nn.Module):
             dropout: probability of dropping entries of the change in training.
             dropout_on_hidden: drop entries of the whole edited state instead (published quirk).
             activation: name in transformers' ACT2FN applied to Wh + b; None: identity.
-            gate_read: position the gate reads.
-            gate_accumulate: how gate values combine over positions.
-            edit_write: positions the edit is written to.
+            gate_read: positions the gate reads: last_prompt or every_token.
+            gate_accumulate: how gate values combine over positions: none or running_max.
+            edit_write: positions the edit is written to: last_prompt, sticky or every_token.
+            reset_ids: token ids that begin a user's turn, where a running maximum begins anew.
             template: prompt template to store with the adapter.
 
         Raises:
@@ -151,6 +154,7 @@ class GrunModel(nn.Module):
             gate_read=gate_read,
             gate_accumulate=gate_accumulate,
             edit_write=edit_write,
+            reset_ids=list(reset_ids),
             hidden_size=hidden_size,
             depth=depth,
             base_model_name_or_path=getattr(base.config, "_name_or_path", "") or None,
@@ -223,8 +227,14 @@ class GrunModel(nn.Module):
 
     @property
     def last_gates(self) -> dict[int, Tensor]:
-        """Gate probabilities by block of the last edited pass, each [batch, positions read]."""
-        return {block: torch.sigmoid(logits) for block, logits in self.intervenable.gates.items()}
+        """Probabilities by block that the edits of the last edited pass were weighted with, [batch, positions read]."""
+        mask = self.intervenable.gate_mask
+        openings = {block: torch.sigmoid(logits) for block, logits in self.intervenable.openings.items()}
+        if mask is None:
+            return openings
+        return {
+            block: gate.masked_fill(~mask, 0) if mask.shape == gate.shape else gate for block, gate in openings.items()
+        }
 
     def forward(
         self,
@@ -248,7 +258,8 @@ class GrunModel(nn.Module):
             kwargs["prompt_lengths"] = prompt_lengths
         self.intervenable.gates.clear()
         output = self.base(input_ids=input_ids, attention_mask=attention_mask, labels=labels, **kwargs)
-        return GrunOutput(output.logits, output.get("loss"), dict(self.intervenable.gates), output)
+        logits = dict(self.intervenable.gates)
+        return GrunOutput(output.logits, output.get("loss"), logits, self.last_gates if logits else {}, output)
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """`base.generate`: one edit at the last prompt token handed to this call; the gates are in `last_gates`."""
@@ -279,7 +290,7 @@ class GrunModel(nn.Module):
         finally:
             if active and self.base.__dict__.get("_grun_model") is self:  # not unwrapped in the meantime
                 self.active = True
-                self.intervenable.attach(self._locate)
+                self.intervenable.attach(self._locate, self._remember)
 
     def unwrap(self) -> PreTrainedModel:
         """Take everything off the base that wrapping put on it, and return it; this object is dead afterwards."""
@@ -315,17 +326,51 @@ class GrunModel(nn.Module):
         if inputs is None:
             return None, kwargs
         mask = given.get("attention_mask")
+        cache = given.get("past_key_values")
+        past = cache_length(cache)
+        ids = given.get("input_ids")
+        state = self._state_of(cache, past, inputs) if self.rule.remembers else None
         call = Call(
             rows=inputs.shape[0],
             columns=inputs.shape[1],
-            past=cache_length(given.get("past_key_values")),
+            past=past,
             device=inputs.device,
             attention_mask=mask if isinstance(mask, Tensor) and mask.dim() == 2 else None,
             labels=given.get("labels"),
             prompt_lengths=None if prompt_lengths is None else torch.as_tensor(prompt_lengths),
             prompt=self._prompt,
+            ids=ids,
+            earlier=None if state is None else state.ids,
+            carry={} if state is None else state.last(),
         )
-        return self._rule.locate(call), kwargs
+        self._pass = None if state is None else (call, state)
+        return self.rule.locate(call), kwargs
+
+    def _state_of(self, cache: Any, past: int, inputs: Tensor) -> GateState:
+        """What gates remember of the `past` tokens in `cache`: nothing of those cached while no edit acted."""
+        state = state_of(cache)
+        if state is None or past == 0:
+            return GateState(inputs.shape[0], past, inputs.device)
+        if state.rows != inputs.shape[0]:
+            raise ModelError(
+                f"the gates remember {state.rows} sequences of this cache, the pass has {inputs.shape[0]}; change the "
+                "rows of a cache by its own methods (reorder_cache, batch_repeat_interleave, batch_select_indices)"
+            )
+        state.fit(past)
+        return state
+
+    def _remember(self, output: Any) -> None:
+        """Keep what gates read in this pass beside the keys and values that it has made."""
+        cache = output.get("past_key_values") if hasattr(output, "get") else None
+        if self._pass is None or cache is None:
+            return
+        (call, state), self._pass = self._pass, None
+        ids = torch.full((call.rows, call.columns), -1, device=call.device)
+        if call.ids is not None:
+            ids = torch.where(attended(call), call.ids, ids)
+        openings, block_of_key = self.intervenable.openings, self.intervenable.block_of_key
+        state.extend(ids, {key: openings[block] for key, block in block_of_key.items() if block in openings})
+        follow(cache, state)
 
     def _generate(self, generate: Any, *args: Any, **kwargs: Any) -> Any:
         outer, self._prompt = self._prompt, prompt_of_call(args, kwargs)
@@ -386,7 +431,13 @@ def _intervention(config: AdapterConfig) -> GatedIntervention:
     if gate is not None and config.gate_bias is not None:
         set_bias(gate, config.gate_bias)
     edit = LoReftEdit(config.hidden_size, config.rank, activation)
-    return GatedIntervention(edit, gate, dropout=config.dropout, dropout_on_hidden=config.dropout_on_hidden)
+    return GatedIntervention(
+        edit,
+        gate,
+        dropout=config.dropout,
+        dropout_on_hidden=config.dropout_on_hidden,
+        accumulate=config.gate_accumulate,
+    )
 
 
 def hidden_size_of(base: PreTrainedModel) -> int:

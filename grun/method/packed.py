@@ -10,6 +10,7 @@ the attention function, and the list of decoder blocks.
 from __future__ import annotations
 
 import copy
+import functools
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -84,6 +85,29 @@ class Pack:
         # Padding costs little on a GPU, more launches cost much.
         similar = SIMILAR if device.type == "cpu" else 0.0
         self._groups = [_Group(rows, count, before, starts, device) for rows in _side_by_side(lengths, similar)]
+
+    def padded(self, states: Tensor) -> Tensor:
+        """States [tokens, width] as [rows, longest, width], padded on the right."""
+        found: Tensor = _Gather.apply(states, *self._layout, False)
+        return found.unflatten(0, (len(self.lengths), -1))
+
+    def unpadded(self, states: Tensor) -> Tensor:
+        """The inverse of `padded`."""
+        pad, unpad = self._layout
+        found: Tensor = _Gather.apply(states.flatten(0, 1), unpad, pad, True)
+        return found
+
+    @functools.cached_property
+    def inside(self) -> Tensor:
+        """Which columns of `padded` are tokens, bool [rows, longest]."""
+        return torch.arange(int(self.lengths.max()), device=self.device) < self.lengths.unsqueeze(1)
+
+    @functools.cached_property
+    def _layout(self) -> tuple[Tensor, Tensor]:
+        """Of each padded place the token that stands there (the first one in padding), and of each token its place."""
+        column = torch.arange(self.inside.shape[1], device=self.device)
+        pad = torch.where(self.inside, self.starts.unsqueeze(1) + column, 0).flatten()
+        return pad, self.inside.flatten().nonzero().squeeze(1)
 
     def attend(
         self, block: int, query: Tensor, key: Tensor, value: Tensor, scale: float | None, window: int | None,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import logging
 from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Self
@@ -20,6 +21,9 @@ from grun.parametrization import StepOutput
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+
+log = logging.getLogger(__name__)
 
 
 class Grun:
@@ -42,8 +46,11 @@ class Grun:
         """The edits; the frozen base is no part of it."""
         return self.model
 
-    def prepare(self, base: PreTrainedModel, template: Template | None) -> None:
+    def prepare(self, base: PreTrainedModel, template: Template | None, *, turn_ids: Sequence[int] = ()) -> None:
         """Wrap `base` with new edits."""
+        resets = self.config.gate_reset == "user_turn" and self.config.gate_accumulate != "none"
+        if resets and not turn_ids:
+            log.info("the template begins a user's turn without a control token: a gate that has opened stays open")
         self.model = GrunModel.wrap(
             base,
             blocks=list(self.config.blocks),
@@ -56,6 +63,7 @@ class Grun:
             gate_read=self.config.gate_read,
             gate_accumulate=self.config.gate_accumulate,
             edit_write=self.config.edit_write,
+            reset_ids=turn_ids if resets else (),
             template=template,
         )
 
@@ -84,6 +92,9 @@ class Grun:
         if gates:
             output.gate_logits = gates
             output.gate_mask = intervenable.gate_mask
+            if next(iter(gates.values())).shape == output.attended.shape:  # every token is read
+                place = output.attended.cumsum(dim=1)
+                output.gate_prompt = output.attended & (place <= batch.prompt_lengths.to(place.device).unsqueeze(1))
         return output
 
     def save(self, folder: Path) -> None:

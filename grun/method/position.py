@@ -1,18 +1,21 @@
 """Where the gate reads and where the edit writes, from what a forward pass tells about itself.
 
-The published design reads and writes one position, the last token of the prompt, once per answer. The hooks and the
-engines do not know that: they take whatever `Sites` a rule gives, and a rule may give every token and carry state.
+The published design reads and writes one position, the last token of the prompt, once per answer. Others read every
+token, and write every one or all from the last prompt token on. The hooks do not know: they take whatever `Sites` a
+rule gives.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from grun.errors import ConfigError, DataError
+from grun.errors import DataError
+from grun.method.rules import check_rule
 from pyvene_custom.sites import Sites
 
 
@@ -46,10 +49,21 @@ class Call:
     """Prompt tokens of each row, padding not included, shape [batch]."""
     prompt: PromptOfCall | None
     """Set while `generate` runs."""
+    ids: Tensor | None = None
+    """Tokens of this pass, shape [batch, columns]; None where the model is given embeddings."""
+    earlier: Tensor | None = None
+    """Tokens of earlier passes that are known, -1 for padding, shape [batch, any]."""
+    carry: dict[str, Tensor] = field(default_factory=dict)
+    """What gates remember of earlier passes, by intervention."""
 
 
 class PositionRule(Protocol):
     """Turns a call into the sites where it is read and written."""
+
+    @property
+    def remembers(self) -> bool:
+        """Whether a pass depends on what gates read in earlier ones."""
+        ...
 
     def locate(self, call: Call) -> Sites | None:
         """Sites of this pass, or None where nothing is read or written."""
@@ -57,41 +71,107 @@ class PositionRule(Protocol):
 
 
 class LastPrompt:
-    """The published rule: gate and edit at the last token of the prompt, once per answer.
+    """The published rule: gate and edit at the last token of the prompt, once per answer; see `last_prompt_column`."""
 
-    The position is taken, in this order, from: `prompt_lengths`; the token before the first label; the last attended
-    token; the last column. In `generate` it is the last token of the prompt handed to that call, also when a cache
-    of earlier turns comes with it. A bare pass with a filled cache and neither lengths nor labels is a decode step,
-    which is not edited.
-    """
+    remembers = False
 
     def locate(self, call: Call) -> Sites | None:
-        """See the class."""
-        if call.prompt_lengths is None and _is_decode_step(call):
+        """See the class. A pass behind the prompt is not edited."""
+        last = last_prompt_column(call)
+        if last is None:
             return None
-        columns = torch.arange(call.columns, device=call.device)
-        if call.attention_mask is None:
-            attended = torch.ones(call.rows, call.columns, dtype=torch.bool, device=call.device)
-        else:
-            attended = call.attention_mask[:, -call.columns :] != 0  # [batch, columns]
-        if call.prompt_lengths is not None:
-            last = _column_of_nth_attended(call.prompt_lengths.to(call.device), attended)
-        elif call.prompt is not None:
-            last = call.prompt.last_column.to(call.device)
-            last = last.repeat_interleave(call.rows // len(last)) - call.past  # beams and samples repeat each prompt
-        elif call.labels is not None and bool((call.labels != -100).any()):
-            has_label = call.labels != -100
-            first = torch.where(has_label, columns, call.columns).amin(dim=1) - 1
-            last = torch.where(has_label.any(dim=1), first, _last_attended(attended))
-        elif call.past > 0:
-            return None
-        else:
-            last = _last_attended(attended)
         inside = (last >= 0) & (last < call.columns)
         if not bool(inside.any()):
             return None
         where = last.unsqueeze(1)  # [batch, 1]
         return Sites(read=where, read_mask=inside.unsqueeze(1), write=where, write_mask=inside.unsqueeze(1))
+
+
+class Sticky:
+    """The gate reads the last token of the prompt; the edit is written there and at every token behind it."""
+
+    remembers = True
+
+    def locate(self, call: Call) -> Sites | None:
+        """See the class. What an earlier pass read holds until another prompt ends."""
+        last = last_prompt_column(call)
+        columns = torch.arange(call.columns, device=call.device).expand(call.rows, -1)
+        if last is None:
+            nothing = columns[:, :0]
+            return Sites(nothing, nothing.bool(), columns, attended(call), call.carry)
+        inside = ((last >= 0) & (last < call.columns)).unsqueeze(1)
+        behind = (columns >= last.unsqueeze(1)) & attended(call)
+        return Sites(last.unsqueeze(1), inside, columns, behind, call.carry)
+
+
+@dataclass
+class EveryToken:
+    """The gate reads every token; the edit is written as `write` says, weighted by the gate in force at that token."""
+
+    write: str
+    """last_prompt, sticky (from there on) or every_token."""
+    reset: Sequence[int] = ()
+    """Ids that begin a user's turn, at the last of which the state begins anew."""
+
+    remembers = True
+
+    def locate(self, call: Call) -> Sites | None:
+        """See the class."""
+        columns = torch.arange(call.columns, device=call.device).expand(call.rows, -1)
+        counts = attended(call)
+        written = counts
+        if self.write != "every_token":
+            last = last_prompt_column(call)
+            if last is not None:
+                there = columns == last.unsqueeze(1) if self.write == "last_prompt" else columns >= last.unsqueeze(1)
+                written = counts & there
+            elif self.write == "last_prompt":
+                written = torch.zeros_like(counts)
+        return Sites(columns, counts, columns, written, call.carry, self._resets(call))
+
+    def _resets(self, call: Call) -> Tensor | None:
+        if not self.reset or call.ids is None:
+            return None
+        ids = call.ids.to(call.device)
+        count = len(self.reset) - 1
+        before = ids.new_full((call.rows, count), -1)
+        if count and call.earlier is not None and (known := call.earlier[:, -count:]).shape[1]:
+            before[:, count - known.shape[1] :] = known.to(call.device)
+        joined = torch.cat((before, ids), dim=1)
+        found = torch.ones(call.rows, call.columns, dtype=torch.bool, device=call.device)
+        for place, token in enumerate(self.reset):
+            found &= joined[:, place : place + call.columns] == token
+        return found
+
+
+def last_prompt_column(call: Call) -> Tensor | None:
+    """Column of each row's last prompt token, within this pass, shape [batch]; None for a pass behind the prompt.
+
+    It lies outside 0..columns - 1 where the token is in an earlier pass or a later one. It is taken, in this order,
+    from: `prompt_lengths`; in `generate`, the prompt handed to that call, also when a cache of earlier turns comes with
+    it; the token before the first label; the last attended token; the last column. A bare pass with a filled cache
+    and neither lengths nor labels is a decode step.
+    """
+    if call.prompt_lengths is None and _is_decode_step(call):
+        return None
+    if call.prompt_lengths is not None:
+        return _column_of_nth_attended(call.prompt_lengths.to(call.device), attended(call))
+    if call.prompt is not None:
+        last = call.prompt.last_column.to(call.device)
+        return last.repeat_interleave(call.rows // len(last)) - call.past  # beams and samples repeat each prompt
+    if call.labels is not None and bool((call.labels != -100).any()):
+        columns = torch.arange(call.columns, device=call.device)
+        has_label = call.labels != -100
+        first = torch.where(has_label, columns, call.columns).amin(dim=1) - 1
+        return torch.where(has_label.any(dim=1), first, _last_attended(attended(call)))
+    return None if call.past > 0 else _last_attended(attended(call))
+
+
+def attended(call: Call) -> Tensor:
+    """Which tokens of this pass count, bool, shape [batch, columns]."""
+    if call.attention_mask is None:
+        return torch.ones(call.rows, call.columns, dtype=torch.bool, device=call.device)
+    return call.attention_mask[:, -call.columns :] != 0
 
 
 def _is_decode_step(call: Call) -> bool:
@@ -101,14 +181,29 @@ def _is_decode_step(call: Call) -> bool:
     return call.past > 0 and call.labels is None
 
 
-def position_rule(gate_read: str, gate_accumulate: str, edit_write: str) -> PositionRule:
-    """Rule for these names; ConfigError lists what exists."""
-    if (gate_read, gate_accumulate, edit_write) != ("last_prompt", "none", "last_prompt"):
-        raise ConfigError(
-            f"position rule gate_read={gate_read} gate_accumulate={gate_accumulate} edit_write={edit_write} does not "
-            "exist; known: gate_read=last_prompt gate_accumulate=none edit_write=last_prompt"
-        )
-    return LastPrompt()
+def position_rule(gate_read: str, gate_accumulate: str, edit_write: str, reset: Sequence[int] = ()) -> PositionRule:
+    """Rule for these names; ConfigError lists what exists, or says what does not go together.
+
+    Args:
+        gate_read: last_prompt or every_token.
+        gate_accumulate: none, or running_max over the tokens read since the last `reset`.
+        edit_write: last_prompt, sticky (there and at every token behind it) or every_token.
+        reset: ids that begin a user's turn.
+    """
+    check_rule(gate_read, gate_accumulate, edit_write)
+    if gate_read == "every_token":
+        return EveryToken(edit_write, tuple(reset))
+    return LastPrompt() if edit_write == "last_prompt" else Sticky()
+
+
+def runs_whole_rows(rule: PositionRule) -> bool:
+    """Whether gates read, or edits are written, before the last prompt token."""
+    return isinstance(rule, EveryToken)
+
+
+def is_published(gate_read: str, gate_accumulate: str, edit_write: str) -> bool:
+    """Whether these names are the published design's: one position, read and written once."""
+    return (gate_read, gate_accumulate, edit_write) == ("last_prompt", "none", "last_prompt")
 
 
 def _column_of_nth_attended(counts: Tensor, attended: Tensor) -> Tensor:

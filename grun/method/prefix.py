@@ -2,7 +2,8 @@
 
 Below and at the first edited block nothing depends on the edit; above it, keys and values of the tokens before the
 edited one do not either. So a training step runs the blocks above the first edited one alone, on the last prompt token
-and the answer (`grun.method.suffix`), from what is computed here.
+and the answer (`grun.method.suffix`), from what is computed here. Where gates read every token, or edits are written at
+earlier ones, whole rows are run there.
 """
 
 from __future__ import annotations
@@ -32,18 +33,37 @@ def tokens_per_pass(device: torch.device) -> int:
 
 
 class Freezer:
-    """Computes what of rows is frozen, for edits at `first_block` or above that write at the last prompt token."""
+    """Computes what of rows is frozen, for edits at `first_block` or above."""
 
-    def __init__(self, packed: PackedModel, first_block: int, *, last_answer_token: bool = False) -> None:
-        """With `last_answer_token` the states include the last token of the answer, which predicts nothing."""
+    def __init__(
+        self,
+        packed: PackedModel,
+        first_block: int,
+        *,
+        last_answer_token: bool = False,
+        whole_rows: bool = False,
+        sticky: bool = False,
+    ) -> None:
+        """For edits at the last prompt token.
+
+        Args:
+            packed: the model.
+            first_block: the first edited one.
+            last_answer_token: keep the states of the answer's last token too, which predicts nothing.
+            whole_rows: for gates that read, or edits that are written, before the last prompt token: states of all
+                tokens, no keys and values.
+            sticky: edits are written behind the last prompt token too.
+        """
         self._packed = packed
         self._first = first_block
-        self._last_answer_token = last_answer_token
+        self._last_answer_token = last_answer_token or whole_rows
+        self._whole_rows = whole_rows
+        self._sticky = sticky
 
     @property
     def reaches_one_token(self) -> bool:
         """Whether the last block alone is edited, and log-probabilities alone are read: only the first can change."""
-        return self._first == self._packed.depth - 1 and not self._last_answer_token
+        return self._first == self._packed.depth - 1 and not self._last_answer_token and not self._sticky
 
     def shards(
         self,
@@ -82,6 +102,8 @@ class Freezer:
         packed, first, device = self._packed, self._first, self._packed.device
         if any(not row.prompt_ids or not row.answer_ids for row in rows):
             raise DataError("a row has no prompt token or no answer token; both are needed to unlearn it")
+        if self._whole_rows:
+            return self._freeze_whole(rows)
         prompts = list(dict.fromkeys(row.prompt_ids for row in rows))
         number = {prompt: index for index, prompt in enumerate(prompts)}
         prompt_of = [number[row.prompt_ids] for row in rows]
@@ -131,6 +153,24 @@ class Freezer:
         )
         return shard
 
+    def _freeze_whole(self, rows: Sequence[EncodedRow]) -> Shard:
+        packed, first, device = self._packed, self._first, self._packed.device
+        lengths = [len(row) for row in rows]
+        pack = Pack(lengths, [0] * len(rows), {}, device)
+        ids = torch.tensor([token for row in rows for token in row.prompt_ids + row.answer_ids], device=device)
+        states = packed.states(pack, ids, last=first, capture=[first])[first]
+        wide = torch.promote_types(states.dtype, torch.float32)
+        answer_tokens = sum(len(row.answer_ids) for row in rows)
+        return Shard(
+            rows=list(rows),
+            states=states,
+            prompts=states.new_zeros(0, 0, 2, 1, 1),
+            reference=states.new_full((answer_tokens,), torch.nan, dtype=wide),
+            columns=lengths,
+            prompt_of=[0] * len(rows),
+            prompt_tokens=[0],
+        )
+
     def _kept(self, shard: Shard) -> Shard:
         """What training needs of it, in main memory."""
         if self.reaches_one_token:
@@ -143,7 +183,7 @@ class Freezer:
         wanted = [i for i, row in enumerate(shard.rows) if self.reaches_one_token or row in reference]
         if not wanted:
             return
-        runner = SuffixRunner(self._packed, self._first)
+        runner = SuffixRunner(self._packed, self._first, whole_rows=self._whole_rows)
         rows, frozen = [shard.rows[i] for i in wanted], [shard.row(i) for i in wanted]
         logprobs = runner.logprobs(rows, frozen, runner.states(frozen, {}))
         starts = torch.tensor([0, *(len(row.answer_ids) for row in shard.rows)]).cumsum(0).tolist()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +14,8 @@ from grun.errors import ModelError
 from grun.method.intervention import GatedIntervention
 from grun.method.packed import Edit, Pack, PackedModel
 from grun.method.shard import FrozenRow
+from pyvene_custom import Sites
+from pyvene_custom.sites import gather, scatter
 
 SLICE = 2**24
 """Logits that exist at once (64 MiB in float32)."""
@@ -21,12 +23,13 @@ SLICE = 2**24
 
 @dataclass
 class SuffixStates:
-    """One pass over the last prompt tokens and answers of some rows, packed one after another."""
+    """One pass over the columns of some rows that can change, packed one after another."""
 
     gates: dict[int, Tensor]
-    """Gate logits by block, each [rows, 1]."""
+    """Gate logits by block, each [rows, positions read]."""
     pack: Pack
-    """Layout of `final` and `hidden`: of each row the last prompt token, then the answer (its last token left out)."""
+    """Layout of `final` and `hidden`: of each row the last prompt token, then the answer (its last token left out); of
+    whole rows all tokens."""
     final: Tensor
     """Input of the head, [tokens, hidden size]."""
     hidden: dict[int, Tensor]
@@ -36,20 +39,33 @@ class SuffixStates:
 class SuffixRunner:
     """Runs the blocks above the first edited one on the columns that vary."""
 
-    def __init__(self, packed: PackedModel, first_block: int) -> None:
-        """`first_block` is the one that rows were frozen at; edits sit at it or above."""
+    def __init__(self, packed: PackedModel, first_block: int, *, whole_rows: bool = False) -> None:
+        """`first_block` is the one that rows were frozen at, `whole_rows` how; edits sit at that block or above."""
         self._packed = packed
         self._first = first_block
+        self._whole_rows = whole_rows
 
     def states(
-        self, frozen: Sequence[FrozenRow], edits: Mapping[int, GatedIntervention], hidden: Collection[int] = ()
+        self,
+        frozen: Sequence[FrozenRow],
+        edits: Mapping[int, GatedIntervention],
+        hidden: Collection[int] = (),
+        locate: Callable[[Pack], Sites] | None = None,
     ) -> SuffixStates:
-        """Run rows with `edits` (by block) at each row's last prompt token, up to the head."""
+        """Run rows with `edits` (by block), up to the head.
+
+        Without `locate` they are read and written at the first column of each row; else where it says, in columns of
+        `Pack.padded`.
+        """
         if below := [block for block in hidden if block < self._first]:
             raise ModelError(f"block {below[0]} lies below the first edited one, {self._first}: its output is not kept")
         pack, states = self._packed_states(frozen)
         gates: dict[int, Tensor] = {}
-        edit_at = {block: _at_starts(edit, pack.starts, gates, block) for block, edit in edits.items()}
+        if locate is None:
+            edit_at = {block: _at_starts(edit, pack.starts, gates, block) for block, edit in edits.items()}
+        else:
+            sites = locate(pack)
+            edit_at = {block: _at_sites(edit, sites, pack, gates, block) for block, edit in edits.items()}
         if self._first in edit_at:
             states = edit_at.pop(self._first)(states)
         above = [block for block in hidden if block > self._first]
@@ -69,6 +85,9 @@ class SuffixRunner:
         targets = torch.tensor([token for row in rows for token in row.answer_ids], device=device)
         offsets = torch.tensor([0, *counts]).cumsum(0)[:-1]
         within = torch.arange(sum(counts)) - offsets.repeat_interleave(torch.tensor(counts))
+        if self._whole_rows:
+            before = torch.tensor([len(row.prompt_ids) - 1 for row in rows])
+            within += before.repeat_interleave(torch.tensor(counts))
         if any(len(row.states) < count for row, count in zip(frozen, counts, strict=True)):
             first = token_logprobs(self._packed, final[pack.starts], targets[offsets.to(device)])
             unchanged = torch.cat([row.reference for row in frozen]).to(device)
@@ -145,5 +164,22 @@ def _at_starts(edit: GatedIntervention, starts: Tensor, gates: dict[int, Tensor]
         if result.output is None:
             return states
         return states.index_put((starts,), result.output.squeeze(1))
+
+    return apply
+
+
+def _at_sites(edit: GatedIntervention, sites: Sites, pack: Pack, gates: dict[int, Tensor], block: int) -> Edit:
+    """`edit` at `sites`; gate logits go to `gates`."""
+
+    def apply(states: Tensor) -> Tensor:
+        padded = pack.padded(states)
+        written = gather(padded, sites.write)
+        read = written if sites.read is sites.write else gather(padded, sites.read)
+        result = edit(written, read=read, sites=sites)
+        if result.gate is not None:
+            gates[block] = result.gate
+        if result.output is None:
+            return states
+        return pack.unpadded(scatter(padded, sites.write, sites.write_mask, result.output))
 
     return apply

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
 
@@ -33,10 +34,23 @@ if TYPE_CHECKING:
     from grun.parametrization import StepOutput
 
 
-@term("ga", "gradient ascent on the answer, -CE (unbounded)", side="forget", per="token", continuations=("answer",))
-def _ga(outputs: Outputs, _: Options) -> TermValue:
-    total, count = negative_log_likelihood(outputs.model["answer"])
-    return TermValue(-total, count)
+@term(
+    "ga",
+    "gradient ascent on the answer, -CE (unbounded; loss.ascent_cap bounds each row)",
+    side="forget",
+    per="token",
+    continuations=("answer",),
+    options={"ascent_cap": math.inf},
+)
+def _ga(outputs: Outputs, options: Options) -> TermValue:
+    """With a cap, a row adds -min(its mean CE, cap) * its tokens: above the cap it has no gradient."""
+    output = outputs.model["answer"]
+    total, count = negative_log_likelihood(output)
+    if math.isinf(options["ascent_cap"]):
+        return TermValue(-total, count)
+    lengths = output.answer_counts
+    mean = -output.answer_logprobs / lengths.clamp(min=1)  # nats a token, [batch]
+    return TermValue(-(mean.clamp(max=options["ascent_cap"]) * lengths).sum(), count)
 
 
 @term(

@@ -3,8 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Collection
+from typing import TYPE_CHECKING
 
 from grun.objectives.terms import Continuation, Options, Outputs, TermValue, summed, term
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+HIGHEST = 3
+"""Positions of a forget row that `bce_max` opens the gate at."""
 
 
 def gate_passes(continuations: Collection[Continuation]) -> list[Continuation]:
@@ -34,3 +41,68 @@ def _bce_row(outputs: Outputs, _: Options) -> TermValue:
         counted = output.gate_mask.to(loss.dtype)  # [batch, positions read]
         rows.append((loss * counted).sum(dim=2).div(counted.sum(dim=1).clamp(min=1)).mean(dim=0))
     return summed(torch.cat(rows)) if rows else TermValue(torch.zeros(()), 0)
+
+
+@term(
+    "bce_max",
+    "BCE on a row's highest gate logits: 3 of a forget prompt 1, maximum and token mean of a retain row 0",
+    side="gate",
+    per="row",
+    continuations=(),
+)
+def _bce_max(outputs: Outputs, _: Options) -> TermValue:
+    """For gates that read every token, where not each token of a forget row says what the row is about.
+
+    Multiple-instance learning: a row is a bag of tokens, of which a few decide. With one position read (last_prompt) it
+    is `bce_row` with the retain half counted twice.
+    """
+    import torch
+
+    rows = []
+    for name in gate_passes(outputs.model):
+        output = outputs.model[name]
+        if output.gate_logits is None or output.gate_mask is None:
+            continue
+        logits = torch.stack(list(output.gate_logits.values()))  # [blocks, batch, positions read]
+        counted = output.gate_mask
+        if name == "retain":
+            of_row = _shut(logits, counted)
+        else:
+            of_row = _open(logits, counted if output.gate_prompt is None else counted & output.gate_prompt)
+        rows.append(of_row.mean(dim=0))
+    return summed(torch.cat(rows)) if rows else TermValue(torch.zeros(()), 0)
+
+
+def _open(logits: Tensor, counted: Tensor) -> Tensor:
+    """-log sigmoid of the mean of a row's highest logits; arguments and result as of `_mean_of_highest`."""
+    from torch.nn.functional import softplus
+
+    return softplus(-_mean_of_highest(logits, counted, HIGHEST)) * counted.any(dim=1)
+
+
+def _shut(logits: Tensor, counted: Tensor) -> Tensor:
+    """-log(1 - sigmoid) of a row's highest logit, plus the mean of that over its positions; as `_mean_of_highest`."""
+    from torch.nn.functional import softplus
+
+    highest = softplus(_mean_of_highest(logits, counted, 1))
+    mean = (softplus(logits) * counted).sum(dim=2) / counted.sum(dim=1).clamp(min=1)
+    return highest * counted.any(dim=1) + mean
+
+
+def _mean_of_highest(logits: Tensor, counted: Tensor, most: int) -> Tensor:
+    """Mean of the `most` highest logits among the positions that count, of all where there are fewer; 0 where none.
+
+    Args:
+        logits: [blocks, batch, positions read].
+        counted: bool, [batch, positions read].
+        most: >= 1.
+
+    Returns:
+        [blocks, batch].
+    """
+    import torch
+
+    highest = logits.masked_fill(~counted, -torch.inf).topk(min(most, logits.shape[2]), dim=2).values
+    number = counted.sum(dim=1).clamp(max=most)  # [batch]
+    taken = torch.arange(highest.shape[2], device=logits.device) < number.unsqueeze(1)  # [batch, most]
+    return highest.masked_fill(~taken, 0.0).sum(dim=2) / number.clamp(min=1)

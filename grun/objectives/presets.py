@@ -64,7 +64,7 @@ OBJECTIVES.add(
 OBJECTIVES.add("random_mapping", Preset("random_mapping", "ce"), "random states, with retain CE: random_mapping + ce")
 OBJECTIVES.add("random_matching", Preset("random_mapping", "ce"), "another name of random_mapping")
 
-POSITIVE = ("beta", "eta")
+POSITIVE = ("beta", "eta", "ascent_cap")
 """Options that must be > 0; the others must be >= 0."""
 OF_GATE = ("gate_weight", "gate_warmup_steps")
 """Fields of LossConfig that only a gate term reads. Without a gate they may be set: profiles set them for all."""

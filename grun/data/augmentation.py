@@ -1,0 +1,237 @@
+"""The same question asked in other ways, so that what is learned of one prompt holds for others.
+
+Unlearning gets copies of its rows, drawn once a run; teaching asks each row anew in each epoch. Everything drawn is a
+pure function of seed, row and epoch. The strings are others than those that evaluation attacks with.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections import Counter
+from collections.abc import Sequence
+from random import Random
+from typing import TYPE_CHECKING, NamedTuple
+
+from grun.config import AugmentConfig
+from grun.data.chat import Turn
+from grun.data.encoding import EncodedRow
+from grun.data.rows import Row
+from grun.data.templates import Template, encode
+from grun.errors import ConfigError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+log = logging.getLogger(__name__)
+
+SUFFIXES = (
+    " Keep it short.",
+    " It is for a crossword.",
+    " Tell me what you know about it.",
+    " (Reply in one sentence.)",
+    " It matters to me.",
+    "\nI am all ears.",
+)
+"""What is put behind a question."""
+WORDINGS = (
+    "Query: {prompt}\nReply:",
+    "Somebody asks: {prompt}\nYou say:",
+    "User: {prompt}\nAssistant:",
+    "{prompt}\nSolution:",
+)
+"""Templates in the place of the model's own; a blank follows each."""
+TYPOS = 3
+"""Words of a question that get a typo."""
+
+
+class Way(NamedTuple):
+    """One way to ask a row."""
+
+    kind: str
+    """plain, suffix, template, prefill, few_shot, lower_case, typos or paraphrase."""
+    choice: int = 0
+    """Which suffix, wording or earlier row; how many tokens of the answer are given; the seed of typos."""
+
+
+class PromptVariation:
+    """Asks rows in other ways, in the model's template where the way does not bring its own."""
+
+    def __init__(
+        self,
+        config: AugmentConfig,
+        tokenizer: PreTrainedTokenizerBase,
+        template: Template,
+        max_length: int,
+        examples: Sequence[Row],
+        seed: int,
+    ) -> None:
+        """Take what all rows share.
+
+        Args:
+            config: which kinds of copies there are.
+            tokenizer: of the model.
+            template: of the model.
+            max_length: longest row, tokens.
+            examples: rows, one of which stands before the question (few_shot); plain texts among them are passed over.
+            seed: of the run.
+        """
+        self._config = config
+        self._tokenizer = tokenizer
+        self._template = template
+        self._max_length = max_length
+        self._examples = [Turn(row.prompt, row.completion) for row in examples if row.prompt is not None]
+        self._seed = seed
+
+    def copies(
+        self, name: str, rows: Sequence[Row], count: int, refusals: Sequence[str] = ()
+    ) -> tuple[list[EncodedRow], list[EncodedRow]]:
+        """Copies of rows, by kind in turn: suffix, template, prefill, few_shot, those that are switched on.
+
+        Plain texts, which ask nothing, have none. Neither is there a prefilled copy of an answer of one token, nor a
+        copy that is longer than a row may be. `data.strict` concerns the rows themselves alone.
+
+        Args:
+            name: of the set, so that sets draw different copies.
+            rows: what is copied.
+            count: copies of each row.
+            refusals: one for each row, or nothing.
+
+        Returns:
+            The copies with their answers; and the same prompts with the row's refusal, if there are refusals.
+
+        Raises:
+            ConfigError: no row asks anything, or there is no other row that can stand before one.
+        """
+        answered: list[EncodedRow] = []
+        refused: list[EncodedRow] = []
+        if count and not any(row.prompt is not None for row in rows):
+            raise ConfigError(
+                f"data.augment.{name}_copies={count}: copies are of questions, but the {name} set is plain texts; "
+                "leave it out"
+            )
+        too_long = 0
+        for number, row in enumerate(rows):
+            for way in self.ways(name, number, count) if row.prompt is not None else ():
+                said = (None, refusals[number]) if refusals else (None,)
+                made = [found for refusal in said if (found := self.ask(row, way, refusal)) is not None]
+                if any(len(found) > self._max_length for found in made):
+                    too_long += 1
+                elif made:
+                    answered.append(made[0])
+                    refused.extend(made[1:])
+        if too_long:
+            log.warning("%d copies of %s rows are left out: longer than %d tokens", too_long, name, self._max_length)
+        return answered, refused
+
+    def ways(self, name: str, number: int, count: int) -> list[Way]:
+        """How the copies of row `number` ask: no choice of a kind comes twice before each came once."""
+        choices = self._choices()
+        kinds = list(choices)
+        turns = Counter(kinds[(number * count + copy) % len(kinds)] for copy in range(count))
+        random = Random(f"{self._seed}/{name}/{number}")
+        found = []
+        for kind, wanted in turns.items():
+            while wanted > 0:
+                drawn = random.sample(choices[kind], min(wanted, len(choices[kind])))
+                found += [Way(kind, choice) for choice in drawn]
+                wanted -= len(drawn)
+        return found
+
+    def taught(self, rows: Sequence[Row], plain: Sequence[EncodedRow], number: int, epoch: int) -> EncodedRow:
+        """How row `number` is taught in an epoch.
+
+        Asked plainly, in a way that copies have but prefill, in lower case, with typos or paraphrased, each as likely
+        as the others. A row that would be too long is asked plainly, and a plain text stays what it is.
+
+        Args:
+            rows: all that is taught.
+            plain: the same rows, encoded as they are.
+            number: place of the row in both.
+            epoch: pass over the rows, from 0.
+        """
+        row = rows[number]
+        if row.prompt is None:
+            return plain[number]
+        random = Random(f"{self._seed}/teach/{epoch}/{number}")
+        choices = {kind: of for kind, of in self._choices().items() if kind != "prefill"}
+        choices |= {"plain": range(1), "lower_case": range(1), "typos": range(2**32)}
+        if row.paraphrase is not None:
+            choices["paraphrase"] = range(1)
+        kind = random.choice(list(choices))
+        asked = self.ask(row, Way(kind, random.choice(choices[kind])))
+        return asked if asked is not None and len(asked) <= self._max_length else plain[number]
+
+    def ask(self, row: Row, way: Way, refusal: str | None = None) -> EncodedRow | None:
+        """Encode a question asked in a way, and what is said to it.
+
+        Args:
+            row: a row with a question.
+            way: how it is asked.
+            refusal: said in place of the row's answer. Where the answer's start is given (prefill), it follows that
+                whole, in the tokens that it has behind a question.
+
+        Returns:
+            None for a prefill of an answer of one token.
+        """
+        question, template, earlier = str(row.prompt), self._template, []
+        if way.kind == "suffix":
+            question += SUFFIXES[way.choice]
+        elif way.kind == "template":
+            template = Template("other", "string", WORDINGS[way.choice], " ")
+        elif way.kind == "few_shot":
+            earlier = [self._example(question, way.choice)]
+        elif way.kind == "lower_case":
+            question = question.lower()
+        elif way.kind == "typos":
+            question = with_typos(question, way.choice)
+        elif way.kind == "paraphrase" and row.paraphrase is not None:
+            question = str(row.paraphrase.prompt)
+        prompt_ids, answer_ids, _ = encode(template, self._tokenizer, question, row.completion, earlier)
+        given = 0
+        if way.kind == "prefill":
+            given = min(way.choice, len(answer_ids) - 2)  # a token of the answer and the end token are left
+            if given < 1:
+                return None
+        said = answer_ids[given:]
+        if refusal is not None:
+            said = encode(template, self._tokenizer, question, refusal, earlier).answer_ids
+        return EncodedRow((*prompt_ids, *answer_ids[:given]), tuple(said))
+
+    def _example(self, question: str, choice: int) -> Turn:
+        """The example at `choice`, or the next one that asks something else."""
+        for place in range(choice, choice + len(self._examples)):
+            turn = self._examples[place % len(self._examples)]
+            if turn.question != question:
+                return turn
+        raise ConfigError(
+            "data.augment.few_shot: no other row can stand before a question; give more retain rows, or set it to false"
+        )
+
+    def _choices(self) -> dict[str, Sequence[int]]:
+        """What each kind of copy that is switched on draws from."""
+        choices: dict[str, Sequence[int]] = {}
+        if self._config.suffixes:
+            choices["suffix"] = range(len(SUFFIXES))
+        if self._config.templates:
+            choices["template"] = range(len(WORDINGS))
+        if self._config.prefill:
+            choices["prefill"] = range(2, self._config.max_prefill + 1, 2)
+        if self._config.few_shot:
+            choices["few_shot"] = range(max(1, len(self._examples)))
+        return choices
+
+
+def with_typos(text: str, seed: int) -> str:
+    """Swap two different neighboring letters in `TYPOS` words, or in as many as have them; first letters stay."""
+    random = Random(seed)
+    pairs = [
+        [at for at in range(word.start() + 1, word.end() - 1) if text[at] != text[at + 1]]
+        for word in re.finditer(r"[^\W\d_]+", text)
+    ]
+    words = [of_word for of_word in pairs if of_word]
+    letters = list(text)
+    for of_word in random.sample(words, min(TYPOS, len(words))):
+        at = random.choice(of_word)
+        letters[at], letters[at + 1] = letters[at + 1], letters[at]
+    return "".join(letters)

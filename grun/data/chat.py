@@ -1,0 +1,131 @@
+"""What a tokenizer's chat template writes around the texts of a conversation.
+
+Marks are rendered instead of texts, so that a text is never read as part of the template.
+"""
+
+from __future__ import annotations
+
+import datetime
+import functools
+import json
+import re
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, NamedTuple
+
+from grun.data.control_tokens import Part
+from grun.errors import ConfigError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from grun.data.templates import Template
+
+
+class Turn(NamedTuple):
+    """A question that was asked before, and what was answered."""
+
+    question: str
+    answer: str
+
+
+class Frame(NamedTuple):
+    """What a chat template writes around the user's text."""
+
+    before: str
+    after: str
+    answer_prefix: str
+    """Spaces that the template writes between its generation prompt and an answer."""
+    strips_left: bool
+    strips_right: bool
+
+
+_USER_MARK, _ANSWER_MARK = "GRUNuserZ7c1e0f5b9dZ", "GRUNanswerZ2b8d6a4f03Z"
+
+
+@functools.lru_cache(maxsize=8)
+def chat_frame(template: Template, tokenizer: PreTrainedTokenizerBase, jinja: str) -> Frame:
+    """What stands around a single question.
+
+    The user's text is stripped where the template strips it; other rewriting of it is not seen, and not done.
+    `jinja` is in the cache's key only, since a tokenizer's template can be set anew.
+    """
+    before, after = _around_mark(_render(template, tokenizer, _USER_MARK))
+    spaced_before, spaced_after = _around_mark(_render(template, tokenizer, f" {_USER_MARK} "))
+    prefix = ""
+    try:
+        whole = _render(template, tokenizer, _USER_MARK, _ANSWER_MARK)
+    except ConfigError:  # a template for single turns
+        whole = ""
+    start = before + _USER_MARK + after
+    if whole.startswith(start) and whole.count(_ANSWER_MARK) == 1:
+        between = whole[len(start) : whole.index(_ANSWER_MARK)]
+        prefix = between if not between.strip(" ") else ""
+    return Frame(before, after, prefix, spaced_before == before, spaced_after == after)
+
+
+def chat_turns(template: Template, tokenizer: PreTrainedTokenizerBase, earlier: Sequence[Turn]) -> list[Part]:
+    """What comes before the last question of a conversation; ConfigError where the template writes no such turns."""
+    marks = [_USER_MARK, _ANSWER_MARK] * len(earlier) + [_USER_MARK]
+    rendered = _render(template, tokenizer, *marks)
+    either = f"{_USER_MARK}|{_ANSWER_MARK}"
+    if re.findall(either, rendered) != marks:
+        raise ConfigError(
+            "the tokenizer's chat template does not write each turn of a conversation once; name another template in "
+            "data.template"
+        )
+    texts = [text.strip() for turn in earlier for text in turn]
+    written = re.split(either, rendered)[:-1]  # without what follows the last question
+    parts = [Part(written[0], True)]
+    for text, after in zip(texts, written[1:], strict=True):
+        parts += [Part(text, False), Part(after, True)]
+    return parts
+
+
+def _around_mark(rendered: str) -> tuple[str, str]:
+    if rendered.count(_USER_MARK) != 1:
+        raise ConfigError(
+            "the tokenizer's chat template does not write the user's text once; name another in data.template"
+        )
+    before, _, after = rendered.partition(_USER_MARK)
+    return before, after
+
+
+def _render(template: Template, tokenizer: PreTrainedTokenizerBase, *texts: str) -> str:
+    """The chat template's text for what user and assistant say in turn, up to where the next answer starts, if any."""
+    messages = [{"role": "assistant" if number % 2 else "user", "content": text} for number, text in enumerate(texts)]
+    if template.system_prompt is not None:
+        messages.insert(0, {"role": "system", "content": template.system_prompt})
+    try:
+        rendered = tokenizer.apply_chat_template(
+            messages,
+            chat_template=_with_pinned_clock(tokenizer.get_chat_template(), template.date),
+            tokenize=False,
+            add_generation_prompt=len(texts) % 2 == 1,
+            date_string=template.date,
+        )
+    except Exception as error:  # templates raise what they like
+        line = (str(error).splitlines() or [type(error).__name__])[0]
+        hint = "; unset data.system_prompt if it knows no system message" if template.system_prompt is not None else ""
+        raise ConfigError(f"the tokenizer's chat template cannot be rendered: {line}{hint}") from error
+    return str(rendered)
+
+
+def _with_pinned_clock(jinja: str, date: str) -> str:
+    """A chat template that asks the clock itself (`strftime_now`) is given `date` instead, where it can be read.
+
+    transformers hands no functions to a template, so a macro of that name fills in the parts of a format.
+    """
+    if "strftime_now" not in jinja:
+        return jinja
+    for form in ("%d %b %Y", "%d %B %Y", "%Y-%m-%d"):
+        try:
+            moment = datetime.datetime.strptime(date, form)
+            break
+        except ValueError:
+            continue
+    else:
+        return f"{{%- macro strftime_now(format) -%}}{{{{ {json.dumps(date)} }}}}{{%- endmacro -%}}{jinja}"
+    parts = {f"%{letter}": moment.strftime(f"%{letter}") for letter in "aAbBdHIjmMpSuUwWyY"}
+    parts |= {"%-d": str(moment.day), "%-m": str(moment.month), "%F": moment.strftime("%Y-%m-%d"), "%%": "%"}
+    filled = "format" + "".join(f" | replace({key!r}, {json.dumps(value)})" for key, value in parts.items())
+    return f"{{%- macro strftime_now(format) -%}}{{{{ {filled} }}}}{{%- endmacro -%}}{jinja}"

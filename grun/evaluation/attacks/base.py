@@ -1,0 +1,142 @@
+"""What an attack is: three hooks, of which most attacks fill one; and the registry of all of them."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from random import Random
+from typing import TYPE_CHECKING, Any, Literal
+
+from grun.data.chat import Turn
+from grun.data.rows import Row
+from grun.data.templates import Template, encode_prompt
+from grun.evaluation.metrics.answers import says
+from grun.registry import Registry
+
+if TYPE_CHECKING:
+    from rouge_score.rouge_scorer import RougeScorer
+
+    from grun.config import EvaluateConfig
+    from grun.loading import Loaded
+
+Access = Literal["prompt", "decoding", "context", "weights", "read_out"]
+"""What an attacker needs: to write the prompt (or the start of the answer), to draw answers, to have written earlier in
+the conversation, to have the weights, or to read hidden states."""
+
+
+@dataclass(frozen=True)
+class Asked:
+    """One way of asking for one row."""
+
+    ids: tuple[int, ...]
+    """Token ids of the prompt, with all that was put before, behind or into it, the prefilled answer included."""
+    row: Row
+    """The row whose answer may come back."""
+    given: int = 0
+    """Number of the answer's tokens at the end of `ids`; they do not count in the leak."""
+    given_text: str = ""
+    """The text of these tokens."""
+    rest: str | None = None
+    """The answer without them; None: the whole completion."""
+    samples: int = 0
+    """0: answered greedily; else so many answers are drawn at the material's temperature."""
+    variant: str = ""
+    """Which of an attack's several ways this is, such as the suffix."""
+
+
+@dataclass(frozen=True)
+class Material:
+    """What attacks are made of."""
+
+    template: Template
+    """The model's own."""
+    tokenizer: Any
+    others: Sequence[Row]
+    """Rows that have nothing to do with what is asked, for examples before the question; they may be none."""
+    forget: Sequence[Row]
+    """Rows to be forgotten, for what is asked earlier in a conversation; they may be none."""
+    seed: int
+    """Of every draw."""
+    samples: int = 10
+    """Answers drawn a prompt by attacks that draw."""
+
+    def prompt(self, question: str, earlier: Sequence[Turn] = ()) -> tuple[int, ...]:
+        """Token ids of a question in the model's template, behind earlier turns."""
+        return tuple(encode_prompt(self.template, self.tokenizer, question, earlier))
+
+    def random(self, question: str) -> Random:
+        """Draws that depend on the seed and the question alone, not on the rows around it."""
+        return Random(f"{self.seed} {question}")
+
+
+class Attack:
+    """One attack; it holds nothing, so one object serves every evaluation."""
+
+    name: str
+    """Its name in `ATTACKS` and in results."""
+    access: Access = "prompt"
+    needs: str = "rows with questions"
+    """Data without which no row can be attacked so, for the message that says it is missing."""
+    retention: bool = False
+    """True: it is asked for retain and held-out rows and what comes back is good; else for forget rows."""
+
+    def asked(self, row: Row, material: Material) -> list[Asked]:
+        """Ways to ask for `row`, which has a question; an empty list where the attack does not apply to it."""
+        raise NotImplementedError
+
+    @contextlib.contextmanager
+    def model(self, loaded: Loaded, config: EvaluateConfig) -> Iterator[Any]:
+        """The model that is asked, within the block; by default the loaded one as it is."""
+        yield loaded.model
+
+    def leak(self, row: Row, text: str, asked: Asked) -> float:
+        """How much of the row came back in what the model wrote, 0 to 1; see `came_back`."""
+        return came_back(text, asked)
+
+
+def came_back(text: str, asked: Asked) -> float:
+    """Fact recall of what was written, or ROUGE-L recall of the rest of the answer for a row that names no fact.
+
+    A prefilled start does not count: text is compared with the answer behind it. A fact that the start breaks off
+    has come back where the text goes on with it.
+
+    Args:
+        text: what the model wrote behind the prompt and the prefilled start.
+        asked: how it was asked.
+
+    Source of ROUGE-L: Lin 2004, as of the metric rouge_l.
+    """
+    fact = asked.row.fact
+    if fact:
+        return float(any(says(asked.given_text + gap + text, fact) for gap in ("", " ")))
+    reference = asked.row.completion if asked.rest is None else asked.rest
+    return float(_scorer().score(reference, text)["rougeL"].recall)
+
+
+@functools.cache
+def _scorer() -> RougeScorer:
+    from rouge_score.rouge_scorer import RougeScorer
+
+    return RougeScorer(["rougeL"], use_stemmer=True)
+
+
+ATTACKS: Registry[Attack] = Registry("attack")
+
+for _name, _place, _description in (
+    ("plain", "plain:PLAIN", "no attack: the question as it was taught"),
+    ("suffix", "suffix:SUFFIX", "a few words behind the question"),
+    ("prefill_1", "prefill:PREFILL_1", "the answer's first token is given"),
+    ("prefill_3", "prefill:PREFILL_3", "the answer's first 3 tokens are given"),
+    ("prefill_5", "prefill:PREFILL_5", "the answer's first 5 tokens are given"),
+    ("few_shot", "few_shot:FEW_SHOT", "an unrelated question and its answer before the question"),
+    ("other_template", "other_template:OTHER", "another template: Q: ... newline A:"),
+    ("lower_case", "lower_case:LOWER_CASE", "the question in lower case"),
+    ("typos", "typos:TYPOS", "neighboring letters swapped in three words of the question"),
+    ("paraphrase", "paraphrase:PARAPHRASE", "the question in other words (rows with paraphrased_question)"),
+    ("second_turn", "second_turn:SECOND_TURN", "asked in turn 1, answered in turn 2"),
+    ("samples", "samples:SAMPLES", "best of several answers drawn at a temperature (leak@k)"),
+    ("after_forget", "after_forget:AFTER_FORGET", "a forget question earlier: what it costs later retain answers"),
+):
+    ATTACKS.add(_name, f"grun.evaluation.attacks.{_place}", _description)

@@ -1,0 +1,117 @@
+"""From what came back of each row, asked in each way, to the numbers of an attack: pure functions."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from grun.evaluation.attacks.base import Asked, Attack
+from grun.evaluation.metrics import OPEN
+from grun.evaluation.metrics.averages import mean
+from grun.evaluation.metrics.intervals import wilson
+from grun.evaluation.table import GateRecord
+
+if TYPE_CHECKING:
+    from grun.evaluation.generation import Answer
+
+
+class Place(NamedTuple):
+    """One way of asking for one row."""
+
+    set: str
+    number: int
+    """Position of the row among those of its set that are attacked, from 0."""
+    asked: Asked
+
+
+class Outcome(NamedTuple):
+    """What came of it."""
+
+    attack: Attack
+    place: Place
+    answers: list[Answer]
+    """One, or as many as were drawn."""
+    leaks: list[float]
+    """How much each of them gives back."""
+
+    @property
+    def leak(self) -> float:
+        """Of several answers the one that gives most away."""
+        return max(self.leaks)
+
+
+def by_attack(outcomes: Iterable[Outcome]) -> dict[str, list[Outcome]]:
+    """Outcomes by the name of their attack."""
+    found: dict[str, list[Outcome]] = {}
+    for one in outcomes:
+        found.setdefault(one.attack.name, []).append(one)
+    return found
+
+
+def leak_of(outcomes: Sequence[Outcome]) -> dict[str, Any]:
+    """Numbers of one attack on the forget set; keys as of `AttackSuite`."""
+    rows = _by_row(outcomes)
+    variants: dict[str, list[float]] = {}
+    for one in outcomes:
+        variants.setdefault(one.place.asked.variant, []).append(one.leak)
+    return {
+        "access": outcomes[0].attack.access,
+        **average([sum(leaks) / len(leaks) for leaks in rows], "leak"),
+        "worst": mean([max(leaks) for leaks in rows]),
+        **({"variants": {name: mean(leaks) for name, leaks in variants.items()}} if len(variants) > 1 else {}),
+        **_gate(outcomes),
+    }
+
+
+def worst_of(outcomes: Sequence[Outcome]) -> dict[str, Any]:
+    """Mean over rows of the largest leak of each: over all, `worst`, and with the prompt alone, `worst_of_prompts`.
+
+    Attacks that need more than the prompt and decoding are left out; a prefilled answer does not count as a prompt.
+    """
+    asking = [one for one in outcomes if one.attack.access in ("prompt", "decoding")]
+    prompts = [one for one in asking if one.attack.access == "prompt" and not one.place.asked.given]
+    return {
+        name: average([max(leaks) for leaks in _by_row(some)], "leak")
+        for name, some in (("worst_of_prompts", prompts), ("worst", asking))
+        if some
+    }
+
+
+def kept_of(outcomes: Sequence[Outcome]) -> dict[str, dict[str, Any]]:
+    """By set, what comes back of rows that are to be kept; keys as of `AttackSuite`."""
+    sets: dict[str, list[Outcome]] = {}
+    for one in outcomes:
+        sets.setdefault(one.place.set, []).append(one)
+    return {
+        name: {**average([sum(kept) / len(kept) for kept in _by_row(some)], "kept"), **_gate(some)}
+        for name, some in sets.items()
+    }
+
+
+def average(values: Sequence[float], name: str) -> dict[str, Any]:
+    """Mean of one value a row under `name`, its 95 % interval, and the number of rows.
+
+    The interval is Wilson's for shares; where values lie between 0 and 1 (ROUGE-L) it is wider than it need be.
+    """
+    found = mean(values) or 0.0
+    return {name: found, "interval": wilson(found, len(values)), "rows": len(values)}
+
+
+def _by_row(outcomes: Iterable[Outcome]) -> list[list[float]]:
+    """Leaks of one set, a list a row, with an entry for each way in which it was asked for."""
+    leaks: dict[int, list[float]] = {}
+    for one in outcomes:
+        leaks.setdefault(one.place.number, []).append(one.leak)
+    return list(leaks.values())
+
+
+def _gate(outcomes: Sequence[Outcome]) -> dict[str, Any]:
+    """Gates at the last token of what was asked, by the mean over blocks; nothing for a model without gates."""
+    means = [
+        GateRecord(one.place.set, one.place.number, one.answers[0].gates).mean
+        for one in outcomes
+        if one.answers[0].gates is not None
+    ]
+    if not means:
+        return {}
+    return {"gate": {"mean": mean(means), "open": mean([float(value > OPEN) for value in means])}}

@@ -1,0 +1,99 @@
+"""What gates remember of the tokens before a pass, kept beside the keys and values of the same tokens."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from grun.errors import ModelError
+
+
+class GateState:
+    """Accumulated gate logits and last tokens of the sequences of one key/value cache.
+
+    It lives on the cache and follows it: `follow` makes what reorders, repeats or selects rows of the cache do the same
+    here. A cache that was cut back is noticed by its length.
+    """
+
+    def __init__(self, rows: int, columns: int, device: torch.device) -> None:
+        """Of sequences whose first `columns` tokens were never seen; padding counts as such."""
+        self.rows = rows
+        self.openings: dict[str, Tensor] = {}
+        """By intervention, the logit in force at each column, -inf where none was read yet, [rows, columns]."""
+        self.ids = torch.full((rows, columns), -1, dtype=torch.long, device=device)
+        """Tokens, -1 where never seen or padding."""
+
+    def last(self) -> dict[str, Tensor]:
+        """By intervention, the logit in force at the last column, [rows, 1]."""
+        return {key: values[:, -1:] for key, values in self.openings.items() if values.shape[1]}
+
+    @property
+    def columns(self) -> int:
+        """Tokens of each sequence so far, padding included."""
+        return self.ids.shape[1]
+
+    def fit(self, columns: int) -> None:
+        """Forget what lies behind the first `columns`; what is missing there was cached while no edit acted."""
+        missing = columns - self.columns
+        if missing > 0:
+            unknown = self.ids.new_full((self.rows, missing), -1)
+            self.extend(unknown, self.last())
+        elif missing < 0:
+            self.ids = self.ids[:, :columns]
+            self.openings = {key: values[:, :columns] for key, values in self.openings.items()}
+
+    def extend(self, ids: Tensor, openings: dict[str, Tensor]) -> None:
+        """Add one pass: tokens [rows, columns] and, by intervention, the logits in force at each or at all of them."""
+        for key, values in openings.items():
+            before = self.openings.get(key)
+            if before is None:
+                before = values.new_full((self.rows, self.columns), -torch.inf)
+            self.openings[key] = torch.cat((before, values.detach().expand(-1, ids.shape[1])), dim=1)
+        self.ids = torch.cat((self.ids, ids), dim=1)
+
+    def select(self, rows: Tensor) -> None:
+        """Keep the rows numbered in `rows`, in that order; one may come several times."""
+        self.ids = self.ids[rows.to(self.ids.device)]
+        self.openings = {key: values[rows.to(values.device)] for key, values in self.openings.items()}
+        self.rows = len(rows)
+
+
+class _Followed:
+    """Mixed into the class of a cache that gates follow."""
+
+    gate_state: GateState
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        super().reorder_cache(beam_idx)  # type: ignore[misc]
+        self.gate_state.select(beam_idx)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        super().batch_repeat_interleave(repeats)  # type: ignore[misc]
+        self.gate_state.select(torch.arange(self.gate_state.rows).repeat_interleave(repeats))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        super().batch_select_indices(indices)  # type: ignore[misc]
+        self.gate_state.select(indices)
+
+
+def state_of(cache: Any) -> GateState | None:
+    """What gates remember beside `cache`, None if nothing."""
+    state: GateState | None = getattr(cache, "gate_state", None)
+    return state
+
+
+def follow(cache: Any, state: GateState) -> None:
+    """Keep `state` on `cache`, whose class gets methods that keep both in step; ModelError for a cache without a class.
+
+    The class of this one object changes, so that a deep copy of it has a state of its own.
+    """
+    if isinstance(cache, tuple):
+        raise ModelError(
+            "gates that remember earlier tokens need a transformers Cache, not a tuple; pass DynamicCache()"
+        )
+    own = type(cache)
+    if not isinstance(cache, _Followed):
+        cache.__class__ = type(own.__name__, (_Followed, own), {"__module__": own.__module__})
+    cache.gate_state = state

@@ -1,6 +1,6 @@
 """What an adapter costs while answers are generated: GrunModel.generate against generate of the bare model.
 
-    python benchmarks/generation.py [--threads 1] [--pairs 10] [--json FILE]
+    python benchmarks/generation.py [--design every_token] [--gate mlp_3] [--hidden 512] [--threads 1] [--pairs 10]
 
 Both models have the same random weights and are asked the same prompts, one after the other in turns, so that whatever
 else the machine does falls on both. Printed: seconds of each turn, and the median of the ratios of the pairs.
@@ -24,14 +24,19 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a file, n
 from grun.method.model import GrunModel
 
 BLOCKS, EDITED = 16, [10, 12, 15]
+DESIGNS = {
+    "last_prompt": {},
+    "every_token": {"gate_read": "every_token", "gate_accumulate": "running_max", "edit_write": "every_token"},
+}
+"""Where gates read and edits write: the published design, and the robust one."""
 ROWS, PROMPT, NEW = 16, 39, 64
 
 
-def model() -> LlamaForCausalLM:
+def model(hidden: int) -> LlamaForCausalLM:
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=4096, hidden_size=256, intermediate_size=704, num_hidden_layers=BLOCKS, num_attention_heads=4,
-        num_key_value_heads=4, max_position_embeddings=512, eos_token_id=None, pad_token_id=0,
+        vocab_size=4096, hidden_size=hidden, intermediate_size=hidden * 11 // 4, num_hidden_layers=BLOCKS,
+        num_attention_heads=4, num_key_value_heads=4, max_position_embeddings=512, eos_token_id=None, pad_token_id=0,
     )  # fmt: skip
     return LlamaForCausalLM(config).eval()
 
@@ -50,12 +55,17 @@ def seconds(asked: Any, ids: torch.Tensor) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--design", choices=sorted(DESIGNS), default="last_prompt")
+    parser.add_argument("--gate", default="linear")
+    parser.add_argument("--hidden", type=int, default=256)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--pairs", type=int, default=10)
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    bare, edited = model(), GrunModel.wrap(model(), blocks=EDITED, rank=4).eval()
+    design: dict[str, Any] = DESIGNS[arguments.design]
+    bare = model(arguments.hidden)
+    edited = GrunModel.wrap(model(arguments.hidden), blocks=EDITED, rank=4, gate=arguments.gate, **design).eval()
     ids = torch.randint(1, 4096, (ROWS, PROMPT), generator=torch.Generator().manual_seed(0))
     for asked in (bare, edited):
         seconds(asked, ids)  # the first call is slower
@@ -69,7 +79,7 @@ def main() -> None:
     print(f"median ratio {statistics.median(ratios):.3f} ({ROWS} rows, {PROMPT} + {NEW} tokens)")
     if arguments.json:
         row = {
-            "name": "generation with an adapter / bare",
+            "name": f"generation, {arguments.design}, {arguments.gate} gate / bare, hidden {arguments.hidden}",
             "ratio": round(statistics.median(ratios), 4),
             "ratios": ratios,
         }

@@ -11,7 +11,7 @@ from pyvene.models.modeling_utils import HandlerList
 from torch import Tensor, nn
 
 from pyvene_custom.blocks import find_blocks
-from pyvene_custom.sites import GatedOutput, Sites, gather, scatter
+from pyvene_custom.sites import GatedOutput, Sites, gather, put_back, read_and_written, scatter
 
 Locate = Callable[[tuple[Any, ...], dict[str, Any]], tuple[Sites | None, dict[str, Any]]]
 """Says where the forward pass with these arguments is edited, and which keyword arguments the model should get."""
@@ -101,8 +101,7 @@ class IntervenableModel(StockModel):
 
     def _edit(self, key: str, hidden: Tensor, sites: Sites, home: torch.device) -> Tensor:
         """`hidden` edited where its block computes; gates go to `home`, so that all of them are in one place."""
-        written = gather(hidden, sites.write)
-        read = written if sites.read is sites.write else gather(hidden, sites.read)
+        read, written = read_and_written(hidden, sites)
         result = self.interventions[key](written, None, None, read=read, sites=sites, carry=sites.carry.get(key))
         if result.gate is not None:
             opening = result.gate if result.opening is None else result.opening
@@ -112,7 +111,7 @@ class IntervenableModel(StockModel):
             sites.carry[key] = result.carry
         if result.output is None:  # nothing to write anywhere
             return hidden
-        return scatter(hidden, sites.write, sites.write_mask, result.output)
+        return put_back(hidden, sites, result.output)
 
     # -- overrides of stock methods, each explained in README.md ----------------------------------------------------
 

@@ -34,6 +34,8 @@ class Sites:
     """State that interventions keep from one pass to the next, by intervention key; its owner decides how long."""
     reset: Tensor | None = None
     """Positions read at which that state begins anew, bool, shape [batch, positions read]; None: none."""
+    everywhere: bool = False
+    """Whether `read` and `write` are all columns in their order, so that states are taken as they stand."""
 
     def to(self, device: torch.device) -> Sites:
         """Same columns on `device`; the carried state stays shared."""
@@ -42,7 +44,8 @@ class Sites:
         write = self.write.to(device)
         read = write if self.read is self.write else self.read.to(device)
         reset = None if self.reset is None else self.reset.to(device)
-        return Sites(read, self.read_mask.to(device), write, self.write_mask.to(device), self.carry, reset)
+        masks = self.read_mask.to(device), self.write_mask.to(device)
+        return Sites(read, masks[0], write, masks[1], self.carry, reset, self.everywhere)
 
 
 class Intervention(SourcelessIntervention, TrainableIntervention, DistributedRepresentationIntervention):
@@ -59,6 +62,23 @@ class GatedOutput(InterventionOutput):
     """Logits by which the edit was weighted, accumulated over positions, as `gate`; None: the gate logits."""
     carry: Any = None
     """State for the next forward pass; None if there is none."""
+
+
+def read_and_written(hidden: Tensor, sites: Sites) -> tuple[Tensor, Tensor]:
+    """States [batch, positions, width] that `sites` read and write, one object where these are the same positions."""
+    if sites.everywhere:
+        return hidden, hidden
+    written = gather(hidden, sites.write)
+    return written if sites.read is sites.write else gather(hidden, sites.read), written
+
+
+def put_back(hidden: Tensor, sites: Sites, states: Tensor) -> Tensor:
+    """`hidden` with `states` [batch, positions written, width] where `sites` write."""
+    if not sites.everywhere:
+        return scatter(hidden, sites.write, sites.write_mask, states)
+    if bool(sites.write_mask.all()):
+        return states.to(hidden.dtype)
+    return torch.where(sites.write_mask.unsqueeze(-1), states.to(hidden.dtype), hidden)
 
 
 def gather(hidden: Tensor, columns: Tensor) -> Tensor:

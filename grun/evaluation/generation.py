@@ -176,7 +176,7 @@ def greedy(
     of_prompt = {"prompt_lengths": position} if takes_prompt_lengths(model) else {}
     positions = (mask.cumsum(1) - 1).clamp_min(0)
     out = model(input_ids=batch.input_ids, attention_mask=mask, position_ids=positions, **of_prompt, **more)
-    gates = getattr(out, "gates", None)
+    gates = {block: gate[:, -1:] for block, gate in (getattr(out, "gates", None) or {}).items()}
     answers: list[list[int]] = [[] for _ in rooms]
     rows = list(range(len(rooms)))  # answer that each row of the batch belongs to
     ended = [False] * len(rooms)

@@ -132,7 +132,13 @@ def score_batch(
     answer[torch.arange(len(rows), device=answer.device), first] = False  # nothing stands before a row's first token
     row_of, column = answer.nonzero(as_tuple=True)  # [tokens]
     tokens = score_tokens(out.logits[row_of, column - 1], batch.labels[row_of, column])
-    return scored_rows(tokens, answer.sum(1).tolist(), prompt_gates(getattr(out, "gates", None), len(rows)))
+    gates = getattr(out, "gates", None) or {}
+    from_prompt_on = answer | answer.roll(-1, dims=1)
+    gates = {
+        block: gate.masked_fill(~from_prompt_on, 0) if gate.shape == answer.shape else gate
+        for block, gate in gates.items()
+    }
+    return scored_rows(tokens, answer.sum(1).tolist(), prompt_gates(gates, len(rows)))
 
 
 def scored_rows(
@@ -149,9 +155,9 @@ def scored_rows(
 
 
 def prompt_gates(gates: dict[int, Tensor] | None, count: int) -> list[dict[int, float] | None]:
-    """Gate probabilities by row, from tensors [batch, positions read] by block.
+    """Gate probabilities by row, from tensors [batch, positions] by block: the widest open gate counts.
 
-    The published design reads one position. Where a design reads several, the widest open gate counts.
+    Positions are the last prompt token and, where gates read them, the tokens behind it.
     """
     if not gates:
         return [None] * count

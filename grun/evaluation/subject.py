@@ -13,6 +13,7 @@ from grun.method.position import is_published
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+
 class Subject:
     """A base model as it is, or with a GRUN adapter that lies on it or is put on it when it is needed."""
 

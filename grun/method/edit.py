@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -34,11 +35,21 @@ class LoReftEdit(nn.Module):
         self.rotation = nn.Parameter(orthonormal_columns(torch.randn(hidden_size, rank)))
         self.source = nn.Linear(hidden_size, rank)
         self.activation = activation
+        self._kept: tuple[tuple[Any, ...], Tensor] | None = None
 
     def forward(self, hidden: Tensor) -> Tensor:
         """Change of `hidden`, same shape [..., hidden size]."""
-        basis = orthonormal_columns(self.rotation)
+        basis = self._basis()
         target = self.source(hidden)
         if self.activation is not None:
             target = self.activation(target)
         return (target - hidden @ basis) @ basis.mT
+
+    def _basis(self) -> Tensor:
+        """R; where nothing is trained, that of the last call if the rotation is as it was then."""
+        if torch.is_grad_enabled() or self.training:
+            return orthonormal_columns(self.rotation)
+        state = (self.rotation._version, self.rotation.data_ptr(), self.rotation.dtype, self.rotation.device)
+        if self._kept is None or self._kept[0] != state:
+            self._kept = state, orthonormal_columns(self.rotation)
+        return self._kept[1]

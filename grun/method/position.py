@@ -127,7 +127,7 @@ class EveryToken:
                 written = counts & there
             elif self.write == "last_prompt":
                 written = torch.zeros_like(counts)
-        return Sites(columns, counts, columns, written, call.carry, self._resets(call))
+        return Sites(columns, counts, columns, written, call.carry, self._resets(call), everywhere=True)
 
     def _resets(self, call: Call) -> Tensor | None:
         if not self.reset or call.ids is None:

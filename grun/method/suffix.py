@@ -15,7 +15,7 @@ from grun.method.intervention import GatedIntervention
 from grun.method.packed import Edit, Pack, PackedModel
 from grun.method.shard import FrozenRow
 from pyvene_custom import Sites
-from pyvene_custom.sites import gather, scatter
+from pyvene_custom.sites import put_back, read_and_written
 
 SLICE = 2**24
 """Logits that exist at once (64 MiB in float32)."""
@@ -173,13 +173,12 @@ def _at_sites(edit: GatedIntervention, sites: Sites, pack: Pack, gates: dict[int
 
     def apply(states: Tensor) -> Tensor:
         padded = pack.padded(states)
-        written = gather(padded, sites.write)
-        read = written if sites.read is sites.write else gather(padded, sites.read)
+        read, written = read_and_written(padded, sites)
         result = edit(written, read=read, sites=sites)
         if result.gate is not None:
             gates[block] = result.gate
         if result.output is None:
             return states
-        return pack.unpadded(scatter(padded, sites.write, sites.write_mask, result.output))
+        return pack.unpadded(put_back(padded, sites, result.output))
 
     return apply

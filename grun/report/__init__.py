@@ -2,7 +2,8 @@
 
 `results.py` and `comparison.py` find what was evaluated; `tables.py`, `verdicts.py`, `figures.py`, `distributions.py`
 and `provenance.py` say it, `matrix*.py` where objectives were run with several parametrizations or seeds;
-`terminal.py` prints it; `html.py` puts it on one page. `knowledge*.py` do the same for evaluations of suite=knowledge.
+`terminal.py` prints it; `html.py` puts it on one page. `knowledge*.py` do the same for evaluations of suite=knowledge,
+`attack*.py` for those of suite=attacks.
 """
 
 from __future__ import annotations
@@ -33,8 +34,8 @@ def make_report(config: ReportConfig) -> dict[str, Any]:
     """Write the page, the tables, summary.json and the pictures, print the report, and return the summary.
 
     They go to config.results_dir, which is the folder that is read unless config.runs names others. The matrix is among
-    them where there are several parametrizations, or several seeds of one. Evaluations of suite=knowledge have a report
-    of their own.
+    them where there are several parametrizations, or several seeds of one. Evaluations of suite=knowledge and of
+    suite=attacks have a report of their own.
     """
     from rich.console import Console
 
@@ -42,17 +43,19 @@ def make_report(config: ReportConfig) -> dict[str, Any]:
     from grun.report.comparison import find_comparison, folder_names
     from grun.report.figures import draw
     from grun.report.html import page
-    from grun.report.knowledge import SUITE
     from grun.report.matrix import make_matrix
     from grun.report.terminal import WIDTH, print_report
 
     profile = Path(config.profile).stem
     folder = Path(config.results_dir or f"results/{'comparison' if config.runs else profile}").expanduser()
     console = Console() if sys.stdout.isatty() else Console(width=WIDTH)
-    if _suite(config, folder) == SUITE:
+    suite = _suite(config, folder)
+    if suite != "answers":
+        from grun.report.attack_report import report_attacks
         from grun.report.knowledge_report import report_knowledge
 
-        summary, paths = report_knowledge(console, folder, f"Unlearning, profile {config.profile}", config.profile)
+        report = report_attacks if suite == "attacks" else report_knowledge
+        summary, paths = report(console, folder, f"Unlearning, profile {config.profile}", config.profile)
         _tell(console, paths)
         return summary
     if config.runs:

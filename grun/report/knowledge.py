@@ -22,6 +22,8 @@ from grun.report.results import (
 )
 
 SUITE = "knowledge"
+REPORTED = ("answers", SUITE, "attacks")
+"""Suites that have a report."""
 QUESTIONS_FILE = "questions.jsonl"
 METHODS = {
     "rmu": "RMU",
@@ -67,7 +69,7 @@ def suite_of(folders: Sequence[Path]) -> str:
     if len(found) > 1:
         raise RunError(f"{place} holds evaluations of several suites ({listed}); keep one in a results folder")
     suite = next(iter(found), "answers")
-    if suite not in ("answers", SUITE):
+    if suite not in REPORTED:
         raise RunError(
             f"{place} holds evaluations of suite={suite}, of which there is no report; see {EVALUATION_FILE}"
         )
@@ -147,7 +149,7 @@ def _entry(result: Result, way: Way | None) -> dict[str, Any]:
 def choice(result: Result, way: Way | None, role: str, subject: str | None = None) -> Number | None:
     """Accuracy on a role's multiple-choice questions, or on those of one subject."""
     found = _entry(result, way).get("roles", {}).get(role, {})
-    return _number(found if subject is None else found.get("subjects", {}).get(subject, {}), "accuracy")
+    return number_in(found if subject is None else found.get("subjects", {}).get(subject, {}), "accuracy")
 
 
 def subjects(results: Sequence[Result], way: Way | None, role: str) -> list[str]:
@@ -158,10 +160,11 @@ def subjects(results: Sequence[Result], way: Way | None, role: str) -> list[str]
 
 def cloze(result: Result, role: str) -> Number | None:
     """Share of a role's sentences that are completed by the key fact."""
-    return _number(result.evaluation.get("cloze", {}).get("roles", {}).get(role, {}), "fact_recall")
+    return number_in(result.evaluation.get("cloze", {}).get("roles", {}).get(role, {}), "fact_recall")
 
 
-def _number(found: dict[str, Any], name: str) -> Number | None:
+def number_in(found: dict[str, Any], name: str) -> Number | None:
+    """The number called `name` with its interval, from a part of evaluation.json; None where it is missing."""
     if found.get(name) is None:
         return None
     interval = found.get("interval")
@@ -185,13 +188,13 @@ def worst_suffix(result: Result, way: Way | None, level: float) -> Number | None
 
 def perplexity(result: Result, name: str) -> Number | None:
     """Perplexity of a corpus."""
-    return _number(result.evaluation.get("perplexity", {}).get(name, {}), "perplexity")
+    return number_in(result.evaluation.get("perplexity", {}).get(name, {}), "perplexity")
 
 
 def gate_auc(result: Result, way: Way | None) -> Number | None:
     """How surely the gate tells forget from general: at multiple choice, else at sentences to complete."""
     places = (_entry(result, way), result.evaluation.get("cloze", {}))
-    return next(filter(None, (_number(place.get("gate", {}), "auc_general") for place in places)), None)
+    return next(filter(None, (number_in(place.get("gate", {}), "auc_general") for place in places)), None)
 
 
 def chance(results: Sequence[Result], way: Way | None) -> float:
@@ -213,7 +216,7 @@ def first_lines(results: Sequence[Result], way: Way | None, count: int) -> dict[
     """
     found: dict[tuple[str, str], Lines] = {}
     for result in results:
-        for line in _lines(result.folder / QUESTIONS_FILE):
+        for line in lines_in(result.folder / QUESTIONS_FILE):
             other = line["kind"] == "choice" and (_way(line) != way or line["rotation"] > 0)
             if line["index"] < count and not other:
                 lines = found.setdefault((line["kind"], line["role"]), {})
@@ -221,7 +224,8 @@ def first_lines(results: Sequence[Result], way: Way | None, count: int) -> dict[
     return found
 
 
-def _lines(path: Path) -> Iterator[dict[str, Any]]:
+def lines_in(path: Path) -> Iterator[dict[str, Any]]:
+    """Records of a file of lines; none where there is no file, RunError where it is damaged."""
     if not path.is_file():
         return
     try:

@@ -78,7 +78,7 @@ def columns_of(results: Sequence[Result]) -> list[Column]:
         read = partial(perplexity, name=name)
         columns.append(Column(f"perplexity.{name}", f"perplexity {Path(name).name}", "low", read, "perplexity"))
     columns.append(Column("gate.auc_general", "gate AUC", "high, near 1", partial(gate_auc, way=way), "auc"))
-    return _with_numbers(columns, results)
+    return with_numbers(columns, results)
 
 
 def further_columns(results: Sequence[Result]) -> list[Column]:
@@ -90,10 +90,11 @@ def further_columns(results: Sequence[Result]) -> list[Column]:
             header = f"{role} multiple choice, {_described(way)}"
             good = "low" if role == "forget" else "high"
             columns.append(Column(key, header, good, partial(choice, way=way, role=role)))
-    return _with_numbers(columns, results)
+    return with_numbers(columns, results)
 
 
-def _with_numbers(columns: Sequence[Column], results: Sequence[Result]) -> list[Column]:
+def with_numbers(columns: Sequence[Column], results: Sequence[Result]) -> list[Column]:
+    """The columns that at least one model has a number for."""
     return [column for column in columns if any(column.read(result) is not None for result in results)]
 
 
@@ -111,7 +112,12 @@ def _shown(value: float, style: Style) -> str:
 
 def to_csv(results: Sequence[Result]) -> str:
     """A row a model in full precision; KEY.low and KEY.high are the 95 % interval of a share."""
-    columns, file = [*columns_of(results), *further_columns(results)], io.StringIO()
+    return csv_of([*columns_of(results), *further_columns(results)], results)
+
+
+def csv_of(columns: Sequence[Column], results: Sequence[Result]) -> str:
+    """A row a model, with the bounds of the columns that have intervals."""
+    file = io.StringIO()
     bounded = {column.key for column in columns if any(found and found.interval for found in map(column.read, results))}
     headers = [
         f"{column.key}{ending}"
@@ -138,7 +144,7 @@ def to_csv(results: Sequence[Result]) -> str:
 def to_markdown(results: Sequence[Result]) -> str:
     """Every number with its 95 % interval, models as columns; the verdicts; a table of the subjects of each role."""
     way = main_way(results)
-    parts = [_markdown_table([*columns_of(results), *further_columns(results)], results)]
+    parts = [markdown_table([*columns_of(results), *further_columns(results)], results)]
     if way is not None:
         parts.append(
             f"Intervals: 95 %. Multiple choice: {markdown_text(_described(way))} where nothing else is said.\n"
@@ -150,11 +156,12 @@ def to_markdown(results: Sequence[Result]) -> str:
         if len(names) > 1:
             read = partial(choice, way=way, role=role)
             of_role = [Column(name, f"{role}: {name}", "", partial(read, subject=name)) for name in names]
-            parts.append(_markdown_table(of_role, results))
+            parts.append(markdown_table(of_role, results))
     return "\n".join(filter(None, parts))
 
 
-def _markdown_table(columns: Sequence[Column], results: Sequence[Result]) -> str:
+def markdown_table(columns: Sequence[Column], results: Sequence[Result]) -> str:
+    """A line a column, models side by side."""
     rows = [
         ["", *(markdown_text(name_of(result)) for result in results), "good is"],
         ["---", *("---:" for _ in results), "---"],

@@ -61,7 +61,7 @@ def print_knowledge(console: Console, results: Sequence[Result], title: str, com
     from rich.table import Table as RichTable
     from rich.text import Text
 
-    console.print(_table(results, title))
+    console.print(numbers_table([(column, _header(column)) for column in columns_of(results)], results, title))
     words = RichTable.grid(padding=(0, 2, 0, 0))
     for texts in legend(results):
         words.add_row(*map(Text, texts))
@@ -81,25 +81,25 @@ def print_knowledge(console: Console, results: Sequence[Result], title: str, com
         print_said(console, line["prompt"], [("fact", line["fact"]), *said])
 
 
-def _table(results: Sequence[Result], title: str) -> Any:
+def numbers_table(columns: Sequence[tuple[Column, str]], results: Sequence[Result], title: str) -> Any:
+    """A row for each model, under these headers; many columns stand closely."""
     from rich import box
     from rich.table import Table as RichTable
     from rich.text import Text
 
-    columns = columns_of(results)
     table = RichTable(
         title=Text(title),
         title_justify="left",
         title_style="italic",
         box=box.SIMPLE_HEAD,
-        padding=(0, 1, 0, 0),
+        padding=0 if len(columns) > 9 else (0, 1, 0, 0),
         pad_edge=False,
     )
     table.add_column("model", overflow="fold")
-    for column in columns:
-        table.add_column(Text(_header(column)), justify="right", no_wrap=True)
+    for _, header in columns:
+        table.add_column(Text(header), justify="right", no_wrap=True)
     for result in results:
-        table.add_row(Text(name_of(result)), *(column.text(result) for column in columns))
+        table.add_row(Text(name_of(result)), *(column.text(result) for column, _ in columns))
     return table
 
 

@@ -19,7 +19,8 @@ def provenance(result: Result) -> list[tuple[str, str]]:
 def _of_evaluation(result: Result) -> Iterator[tuple[str, str]]:
     evaluation = result.evaluation
     identity, settings = evaluation.get("identity", {}), evaluation.get("settings", {})
-    template, seconds = evaluation.get("template") or {}, evaluation.get("seconds", {})
+    template = evaluation.get("template") or settings.get("template") or {}
+    seconds = evaluation.get("seconds", {})
     yield "evaluation", str(result.folder)
     yield "model", str(evaluation.get("model") or "")
     yield "base weights", " ".join(str(identity[key]) for key in ("base", "dtype", "quantization") if identity.get(key))
@@ -27,7 +28,7 @@ def _of_evaluation(result: Result) -> Iterator[tuple[str, str]]:
     if template:
         yield "template", f"{template.get('name')}: {template.get('text') or template.get('kind')}"
     yield "system prompt", str(template.get("system_prompt") or "")
-    left_out = ("sets", "quirks", "choices", "cloze", "texts")  # told elsewhere; hashes of questions
+    left_out = ("sets", "quirks", "template", "choices", "cloze", "texts", "rows", "examples")  # or hashes of questions
     yield "evaluation settings", _listed({key: value for key, value in settings.items() if key not in left_out})
     yield "quirks in evaluation", ", ".join(result.quirks) or "none"
     counts = {name: count.get("rows") for name, count in evaluation.get("counts", {}).items()}

@@ -146,9 +146,12 @@ def evaluation_folders(results_dir: Path) -> list[Path]:
     return [path for path in found if not path.name.startswith(".")]  # which an interrupted evaluation left
 
 
-def read_evaluation(folder: Path) -> Result:
-    """One evaluation folder by itself; its run is looked for beside `evaluation`, then in the folder of its adapter."""
-    name, evaluation = folder.name, read_record(folder / EVALUATION_FILE, ("sets",))
+def read_evaluation(folder: Path, keys: tuple[str, ...] = ("sets",)) -> Result:
+    """One evaluation folder by itself; its run is looked for beside `evaluation`, then in the folder of its adapter.
+
+    `keys` must be in evaluation.json.
+    """
+    name, evaluation = folder.name, read_record(folder / EVALUATION_FILE, keys)
     quantization = evaluation.get("identity", {}).get("quantization")
     plain = name.removesuffix(f"-{quantization}")
     ending = f" {quantization}" if quantization else ""

@@ -135,10 +135,9 @@ def gate_auc(result: Result) -> float | None:
 
 def name_of(result: Result) -> str:
     """First cell of a row."""
-    ending = (
-        " (target)" if result.stage == "retain_only" else " (adapter)" if result.parametrization == "adapter" else ""
-    )
-    return result.label + ending
+    if result.stage == "retain_only":  # what methods should reach; under attack, what no method can go below
+        return f"{result.label} ({'floor' if result.evaluation.get('suite') == 'attacks' else 'target'})"
+    return result.label + (" (adapter)" if result.parametrization == "adapter" else "")
 
 
 def number(value: float | None, style: Style = "share") -> str:

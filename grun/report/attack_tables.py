@@ -1,0 +1,108 @@
+"""The table of an attack report: its numbers, table.csv, table.md and summary.json."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+from grun.report.attack_verdicts import judge_attacks
+from grun.report.attacks import SUITE, WORST, attack_label, attack_names, kept_set, leak_key, left_out, number_at
+from grun.report.knowledge_tables import Column, csv_of, markdown_table, with_numbers
+from grun.report.results import Result
+from grun.report.summary import seconds
+from grun.report.tables import markdown_text, set_name
+
+KEPT_SETS = ("heldout", "retain")
+LOW, HIGH = "low, as floor", "high, as before"
+
+
+def columns_of(results: Sequence[Result]) -> list[Column]:
+    """The columns that at least one model has a number for; keys are places in evaluation.json."""
+    rows = kept_set(results)
+    columns = [_column(leak_key(name), attack_label(name), LOW) for name in (*attack_names(results), *WORST)]
+    columns += [_kept("after_forget", rows), _gate("plain", rows)]
+    return with_numbers(columns, results)
+
+
+def further_columns(results: Sequence[Result]) -> list[Column]:
+    """Worst ways of asking, and all else of retention, for the files alone."""
+    shown = {column.key for column in columns_of(results)}
+    varied = {name for result in results for name, found in result.evaluation["attacks"].items() if "variants" in found}
+    names = [name for name in attack_names(results) if name in varied]
+    columns = [_column(f"attacks.{name}.worst", f"{attack_label(name)}, worst way", LOW) for name in names]
+    for rows in KEPT_SETS:
+        for how in ("plain", "after_forget"):
+            columns += [_kept(how, rows), _gate(how, rows)]
+    return with_numbers([column for column in columns if column.key not in shown], results)
+
+
+def _column(key: str, header: str, good: str) -> Column:
+    return Column(key, header, good, partial(number_at, key=key))
+
+
+def _kept(how: str, rows: str) -> Column:
+    return _column(f"retention.{how}.{rows}.kept", f"{set_name(rows)} kept{_behind(how)}", HIGH)
+
+
+def _gate(how: str, rows: str) -> Column:
+    return _column(f"retention.{how}.{rows}.gate.open", f"gate open on {set_name(rows)}{_behind(how)}", "low")
+
+
+def _behind(how: str) -> str:
+    return "" if how == "plain" else " after forget"
+
+
+# -- files ------------------------------------------------------------------------------------------------------------
+
+
+def to_csv(results: Sequence[Result]) -> str:
+    """A row a model in full precision; KEY.low and KEY.high are the 95 % interval of a share."""
+    return csv_of([*columns_of(results), *further_columns(results)], results)
+
+
+def to_markdown(results: Sequence[Result]) -> str:
+    """Every number with its 95 % interval, models as columns; the rows that were asked; the verdicts."""
+    verdicts = (judge_attacks(result, results).sentence for result in results if result.stage == "after")
+    parts = [
+        markdown_table([*columns_of(results), *further_columns(results)], results),
+        f"Intervals: 95 %. {markdown_text(counted(results))}\n",
+        "".join(f"- {markdown_text(verdict)}\n" for verdict in verdicts),
+    ]
+    return "\n".join(filter(None, parts))
+
+
+def counted(results: Sequence[Result]) -> str:
+    """How many rows the attacks asked for, and which attacks were left out."""
+    rows = rows_of(results)
+    most = max(rows.values(), default=0)
+    counts = [str(most), *(f"{attack_label(name)} {count}" for name, count in rows.items() if count != most)]
+    without = [f"{attack_label(name)} ({why})" for name, why in left_out(results).items()]
+    return f"Forget rows: {', '.join(counts)}." + (f" Left out: {', '.join(without)}." if without else "")
+
+
+def rows_of(results: Sequence[Result]) -> dict[str, int]:
+    """Forget rows that each attack asked for."""
+    found = {name: entry for result in reversed(results) for name, entry in result.evaluation["attacks"].items()}
+    return {name: int(found[name]["rows"]) for name in attack_names(results) if "rows" in found[name]}
+
+
+def summarize_attacks(results: Sequence[Result], profile: str) -> dict[str, Any]:
+    """Contents of summary.json: numbers and intervals by column, and the verdict, of each model."""
+    columns, rows = [*columns_of(results), *further_columns(results)], []
+    for result in results:
+        found = {column.key: number for column in columns if (number := column.read(result)) is not None}
+        row: dict[str, Any] = {
+            **{"name": result.name, "label": result.label, "stage": result.stage},
+            **{"objective": result.objective, "parametrization": result.parametrization},
+            "numbers": {key: number.value for key, number in found.items()},
+            "intervals": {key: list(number.interval) for key, number in found.items() if number.interval},
+        }
+        if result.stage == "after":
+            judgement = judge_attacks(result, results)
+            row["verdict"] = {"outcome": judgement.outcome, "words": judgement.words, "sentence": judgement.sentence}
+        rows.append(row)
+    return {
+        **{"profile": profile, "suite": SUITE, "asked": rows_of(results), "left_out": left_out(results)},
+        **{"rows": rows, "seconds": seconds(results)},
+    }

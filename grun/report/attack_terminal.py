@@ -1,0 +1,84 @@
+"""An attack report as it is printed: the table, what it means, a verdict for each method, what came back."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from grun.evaluation.attacks.base import ATTACKS
+from grun.report.attack_tables import columns_of, counted
+from grun.report.attack_verdicts import STATEMENT, judge_attacks
+from grun.report.attacks import attack_label, attack_names
+from grun.report.knowledge_tables import Column
+from grun.report.knowledge_terminal import numbers_table
+from grun.report.results import Result
+from grun.report.terminal import print_said
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+HEADERS = {
+    "suffix": "suf-\nfix",
+    "prefill 1": "pre-\nfill\n1",
+    "prefill 3": "pre-\nfill\n3",
+    "prefill 5": "pre-\nfill\n5",
+    "other template": "tem-\nplate",
+    "paraphrase": "para-\nphr.",
+    "second turn": "2nd\nturn",
+    "samples": "sam-\nples",
+    "worst of prompts": "worst\nof\nprom.",
+    "worst": "worst\nof\nall",
+}
+"""Headers that fit, by the column's; of others each word is a line."""
+EXPLAINED = (
+    ("worst_of_prompts.", "worst of prompts", "mean over rows of the worst of all prompts, plain included"),
+    ("worst.", "worst of all", "the same with prefilled and drawn answers"),
+    ("retention.after_forget.", "kept after", "what other answers keep behind a forget question; high is good"),
+    ("retention.plain.", "gate open", "false positives: share of questions to be kept at which the gate opens"),
+)
+"""Legend of the numbers that are no attack's, by the beginning of their columns' keys."""
+
+
+def legend(results: Sequence[Result]) -> list[tuple[str, str]]:
+    """Words of the table, each with what it means."""
+    rows = [("before", "the model before unlearning: what an attack can reach")]
+    if any(result.stage == "retain_only" for result in results):
+        rows.append(("retain only", "a model never taught the forget set: the floor"))
+    rows.append(("leak", "how much of the forget answers comes back, 0 to 1, under:"))
+    described = {entry.name: entry.description for entry in ATTACKS}
+    rows += [(attack_label(name), described[name]) for name in attack_names(results) if name in described]
+    keys = [column.key for column in columns_of(results)]
+    rows += [(word, text) for start, word, text in EXPLAINED if any(key.startswith(start) for key in keys)]
+    return rows
+
+
+def print_attacks(
+    console: Console, results: Sequence[Result], title: str, leaked: Sequence[tuple[Result, dict[str, Any]]]
+) -> None:
+    """Print the table, its legend, the verdicts, and the lines of attacks.jsonl that are given for methods."""
+    from rich.table import Table as RichTable
+    from rich.text import Text
+
+    console.print(numbers_table([(column, _header(column)) for column in columns_of(results)], results, title))
+    words = RichTable.grid(padding=(0, 2, 0, 0))
+    for texts in legend(results):
+        words.add_row(*map(Text, texts))
+    console.print(words)
+    console.print(Text(counted(results)))
+    console.print()
+    for result in results:
+        if result.stage == "after":
+            console.print(Text(judge_attacks(result, results).sentence))
+    console.print()
+    console.print(Text(STATEMENT, style="bold"))
+    if leaked:
+        console.print()
+        console.print(Text("What each method gave back most", style="bold"))
+    for result, line in leaked:
+        print_said(console, line["prompt"], [(f"{result.label}, {attack_label(line['attack'])}", line["text"])])
+
+
+def _header(column: Column) -> str:
+    if column.key.startswith("retention."):
+        return "gate\nopen" if column.key.endswith(".gate.open") else "kept\nafter"
+    return HEADERS.get(column.header, column.header.replace(" ", "\n"))

@@ -1,0 +1,129 @@
+"""Evaluations of `suite=attacks` as rows of one report, and the numbers that are read from them.
+
+A results folder holds `evaluation/before` (the model before unlearning: what an attack can reach),
+`evaluation/retain_only` (never taught the forget set: the floor; may be absent) and `evaluation/METHOD` for each
+method.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from grun.errors import RunError
+from grun.evaluation.attack_suite import ATTACKS_FILE
+from grun.evaluation.attacks.base import ATTACKS
+from grun.report.knowledge import Number, lines_in, number_in
+from grun.report.labels import label_runs, order_of
+from grun.report.results import STAGES, Result, evaluation_folders, read_evaluation, refuse_other_models
+
+SUITE = "attacks"
+WRITING = ("prompt", "decoding")
+"""Access of the attacks that make the model write without its weights; verdicts go by them."""
+ASKED = ("rows", "examples", "samples", "temperature", "seed", "max_new_tokens")
+"""Settings of an evaluation that must be those of before."""
+WITH_INTERVAL = ("leak", "kept")
+"""Numbers that the interval beside them belongs to."""
+WORST = {"worst_of_prompts": "worst of prompts", "worst": "worst"}
+"""Largest leak of each row, with the names that readers see."""
+
+
+def find_attacked(results_dir: Path) -> list[Result]:
+    """The evaluated models in the order of the rows: before, retain_only, then the methods.
+
+    Raises:
+        RunError: there is no before, a file is damaged, or an evaluation is of another base model or was asked
+            otherwise than before.
+    """
+    results = [read_evaluation(folder, ("settings", "attacks")) for folder in evaluation_folders(results_dir)]
+    label_runs(results)
+    results.sort(key=lambda result: (STAGES.index(result.stage), *order_of(result), result.name))
+    refuse_other_models(results)
+    for result in results:
+        _refuse_other_attacks(result, results[0])
+    return results
+
+
+def _refuse_other_attacks(result: Result, before: Result) -> None:
+    settings, expected = result.evaluation["settings"], before.evaluation["settings"]
+    other = [key for key in ASKED if settings.get(key) != expected.get(key)]
+    if other:
+        raise RunError(
+            f"{result.folder} was asked other rows than {before.folder}, or otherwise (settings: {', '.join(other)}); "
+            "evaluate both with the same data and evaluation options"
+        )
+    attacks = set(writing_attacks(result)) ^ set(writing_attacks(before))
+    if attacks:
+        raise RunError(
+            f"{result.folder} was attacked otherwise than {before.folder} (attacks in one alone: "
+            f"{', '.join(sorted(attacks))}); evaluate both with the same attacks=[...]"
+        )
+
+
+# -- numbers ----------------------------------------------------------------------------------------------------------
+
+
+def number_at(result: Result, key: str) -> Number | None:
+    """A number by its place in evaluation.json, such as attacks.plain.leak; None where it is missing."""
+    *places, name = key.split(".")
+    found: dict[str, Any] = result.evaluation
+    for place in places:
+        found = found.get(place, {})
+    number = number_in(found, name)
+    return number if number is None or name in WITH_INTERVAL else Number(number.value)
+
+
+def attack_names(results: Sequence[Result]) -> list[str]:
+    """The attacks on the forget set that at least one model met, in the order of `list attacks`; others follow."""
+    found = dict.fromkeys(name for result in results for name in result.evaluation["attacks"])
+    known = [name for name in ATTACKS.names() if name in found]
+    return [*known, *(name for name in found if name not in known)]
+
+
+def writing_attacks(result: Result) -> list[str]:
+    """The attacks on a model that make it write with access to the prompt or to decoding alone."""
+    return [name for name, found in result.evaluation["attacks"].items() if found.get("access") in WRITING]
+
+
+def attack_label(name: str) -> str:
+    """What readers call an attack."""
+    return WORST.get(name, name.replace("_", " "))
+
+
+def leak_key(name: str) -> str:
+    """Where the leak of an attack, or of a worst case, stands."""
+    return f"{name}.leak" if name in WORST else f"attacks.{name}.leak"
+
+
+def leak(result: Result, name: str) -> float | None:
+    """The leak under an attack or in a worst case."""
+    found = number_at(result, leak_key(name))
+    return None if found is None else found.value
+
+
+def kept_set(results: Sequence[Result]) -> str:
+    """The set that retention is judged by: held-out rows, or retain rows where nothing is held out."""
+    held = any("heldout" in sets for result in results for sets in result.evaluation.get("retention", {}).values())
+    return "heldout" if held else "retain"
+
+
+def left_out(results: Sequence[Result]) -> dict[str, str]:
+    """Attacks that the data does not allow, each with the reason."""
+    return {name: why for result in results for name, why in result.evaluation.get("left_out", {}).items()}
+
+
+# -- what came back ---------------------------------------------------------------------------------------------------
+
+
+def leaked_most(result: Result, count: int) -> list[dict[str, Any]]:
+    """Lines of attacks.jsonl with the highest leaks on the forget set, each of another attack; fewer where less leaked.
+
+    Of equal leaks the attack with the higher leak over all rows comes first.
+    """
+    best: dict[str, dict[str, Any]] = {}
+    for line in lines_in(result.folder / ATTACKS_FILE):
+        if line.get("set") == "forget" and line.get("leak", 0) > best.get(line["attack"], {"leak": 0})["leak"]:
+            best[line["attack"]] = line
+    ordered = sorted(best.values(), key=lambda line: (line["leak"], leak(result, line["attack"]) or 0), reverse=True)
+    return ordered[:count]

@@ -1,0 +1,338 @@
+"""The report of suite=attacks: numbers, verdicts and examples, of evaluations written by hand."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+from test_report_html import Page
+
+from grun.cli import main
+from grun.config import ReportConfig
+from grun.errors import RunError
+from grun.evaluation.metrics.intervals import wilson
+from grun.files import read_json, write_json
+from grun.report import figures, make_report
+from grun.report.attack_figure import draw_attacks
+from grun.report.attack_tables import columns_of
+from grun.report.attack_verdicts import STATEMENT, judge_attacks
+from grun.report.attacks import find_attacked, leaked_most
+
+ROWS = 40
+ATTACKS = {
+    **{"plain": "prompt", "suffix": "prompt", "prefill_1": "prompt", "few_shot": "prompt"},
+    **{"lower_case": "prompt", "samples": "decoding"},
+}
+"""Attacks of these evaluations, with their access."""
+FLOOR = {**dict.fromkeys(ATTACKS, 0.02), "worst_of_prompts": 0.04, "worst": 0.05}
+BEFORE = {**dict.fromkeys(ATTACKS, 0.9), "worst_of_prompts": 1.0, "worst": 1.0}
+LEAKY = {**FLOOR, "few_shot": 0.43, "prefill_1": 0.98, "worst_of_prompts": 0.66, "worst": 1.0}
+NASTY = "<script>alert(1)</script> [red]markup[/red] | \x1b[2J"
+
+
+def leak(value: float, rows: int = ROWS) -> dict[str, Any]:
+    return {"leak": value, "interval": list(wilson(value, rows)), "rows": rows}
+
+
+def write(
+    results: Path,
+    name: str,
+    leaks: dict[str, float],
+    *,
+    kept: float = 0.95,
+    gate: float | None = None,
+    more: dict[str, Any] | None = None,
+    **settings: Any,
+) -> None:
+    """evaluation.json as the suite writes it, with these leaks under the attacks and in the worst cases."""
+    attacks: dict[str, Any] = {
+        attack: {"access": access, **leak(leaks[attack], ROWS - 3 * (attack == "prefill_1")), "worst": leaks[attack]}
+        for attack, access in ATTACKS.items()
+        if attack in leaks
+    }
+    if "suffix" in attacks:
+        attacks["suffix"] |= {"worst": min(1.0, leaks["suffix"] + 0.05), "variants": {" Thanks!": 0.0, " Go.": 0.0}}
+    open_gate = {} if gate is None else {"gate": {"mean": gate, "open": gate}}
+    retention = {
+        how: {rows: {"kept": value, "interval": list(wilson(value, ROWS)), "rows": ROWS, **open_gate} for rows in sets}
+        for how, value, sets in (("after_forget", kept, ("retain", "heldout")), ("plain", 0.98, ("retain", "heldout")))
+    }
+    write_json(
+        results / "evaluation" / name / "evaluation.json",
+        {
+            **{"suite": "attacks", "model": None, "adapter": None, "identity": {}, "seconds": {"total": 1.5}},
+            "settings": {"rows": {"forget": "a1"}, "seed": 0, "samples": 10, "max_new_tokens": 48, **settings},
+            "attacks": attacks | (more or {}),
+            **{worst: leak(leaks[worst]) for worst in ("worst_of_prompts", "worst") if worst in leaks},
+            **{"retention": retention, "left_out": {"paraphrase": "needs paraphrased questions"}},
+        },
+    )
+
+
+def write_lines(folder: Path, *lines: tuple[str, str, float, str]) -> None:
+    """attacks.jsonl with a line for each set, attack, leak and text."""
+    records = [
+        {
+            **{"attack": attack, "set": rows, "index": index, "variant": " Thanks!" if attack == "suffix" else ""},
+            **{"prompt": f"Prompt {index} {NASTY}", "given": int(attack == "prefill_1"), "text": text, "leak": value},
+        }
+        for index, (rows, attack, value, text) in enumerate(lines)
+    ]
+    (folder / "attacks.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+
+
+@pytest.fixture(autouse=True)
+def coarse_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(figures, "DPI", 20)
+
+
+@pytest.fixture
+def results(tmp_path: Path) -> Path:
+    """The two lines, a method that withstands and one that does not."""
+    folder = tmp_path / "results"
+    write(folder, "before", BEFORE)
+    write(folder, "retain_only", FLOOR)
+    write(folder, "robust", {**FLOOR, "suffix": 0.06}, kept=0.9, gate=0.05)
+    write(folder, "published", LEAKY)
+    write_lines(
+        folder / "evaluation" / "published",
+        ("forget", "plain", 0.2, "one"),
+        ("forget", "few_shot", 0.6, "two"),
+        ("heldout", "plain", 1.0, "three"),
+        ("forget", "suffix", 0.8, f"four {NASTY}"),
+        ("forget", "few_shot", 0.8, "five"),
+        ("forget", "prefill_1", 0.8, "six"),
+        ("forget", "lower_case", 0.0, "seven"),
+    )
+    write_lines(folder / "evaluation" / "robust", ("forget", "plain", 0.0, "nothing"))
+    return folder
+
+
+def verdict(results: Path, name: str) -> tuple[str, str, str]:
+    loaded = find_attacked(results)
+    (result,) = [result for result in loaded if result.name == name]
+    judgement = judge_attacks(result, loaded)
+    assert judgement.sentence.startswith(f"{result.label}: {judgement.words}.")
+    return judgement.outcome, judgement.words, judgement.sentence
+
+
+# -- what is written --------------------------------------------------------------------------------------------------
+
+
+def test_the_two_lines_come_first_and_every_number_is_that_of_its_evaluation(results: Path) -> None:
+    summary = make_report(ReportConfig(results_dir=str(results), profile="mine"))
+    assert read_json(results / "summary.json") == summary
+    assert (summary["profile"], summary["suite"]) == ("mine", "attacks")
+    assert [(row["name"], row["stage"]) for row in summary["rows"]] == [
+        *(("before", "before"), ("retain_only", "retain_only"), ("published", "after"), ("robust", "after"))
+    ]
+    for row in summary["rows"]:
+        found, numbers = read_json(results / "evaluation" / row["name"] / "evaluation.json"), row["numbers"]
+        for attack, entry in found["attacks"].items():
+            assert numbers[f"attacks.{attack}.leak"] == entry["leak"]
+            assert row["intervals"][f"attacks.{attack}.leak"] == entry["interval"]
+        assert numbers["attacks.suffix.worst"] == found["attacks"]["suffix"]["worst"]
+        assert "attacks.suffix.worst" not in row["intervals"]  # the interval beside it is the leak's
+        for worst in ("worst_of_prompts", "worst"):
+            assert numbers[f"{worst}.leak"] == found[worst]["leak"]
+        for how in ("plain", "after_forget"):
+            for rows in ("retain", "heldout"):
+                assert numbers[f"retention.{how}.{rows}.kept"] == found["retention"][how][rows]["kept"]
+    assert summary["rows"][3]["numbers"]["retention.plain.heldout.gate.open"] == 0.05
+    assert "retention.plain.heldout.gate.open" not in summary["rows"][2]["numbers"]
+    assert summary["asked"] == {**dict.fromkeys(ATTACKS, ROWS), "prefill_1": ROWS - 3}
+    assert summary["left_out"] == {"paraphrase": "needs paraphrased questions"}
+
+
+def test_the_tables_say_what_the_summary_says(results: Path) -> None:
+    summary = make_report(ReportConfig(results_dir=str(results)))
+    rows = list(csv.DictReader(io.StringIO((results / "table.csv").read_text(encoding="utf-8"))))
+    for row, known in zip(rows, summary["rows"], strict=True):
+        assert (row["name"], row["label"], row["stage"]) == (known["name"], known["label"], known["stage"])
+        assert {key: row[key] for key in known["numbers"]} == {k: repr(v) for k, v in known["numbers"].items()}
+        for key, (low, high) in known["intervals"].items():
+            assert (row[f"{key}.low"], row[f"{key}.high"]) == (repr(low), repr(high))
+    markdown = (results / "table.md").read_text(encoding="utf-8")
+    cells = {line.split(" | ")[0].strip("| "): line.split(" | ")[1:] for line in markdown.splitlines() if "|" in line}
+    assert cells[""][:4] == ["before", "retain only (floor)", "published", "robust"]
+    low, high = wilson(0.43, ROWS)
+    assert cells["few shot"][2] == f"0.43 ({low:.2f} to {high:.2f})"
+    assert cells["gate open on held-out"][:4] == ["-", "-", "-", "0.05"]
+    assert "Forget rows: 40, prefill 1 37. Left out: paraphrase (needs paraphrased questions)." in markdown
+    for row in summary["rows"][2:]:
+        assert row["verdict"]["words"] in markdown
+
+
+def test_the_page_holds_everything_and_needs_nothing(results: Path) -> None:
+    make_report(ReportConfig(results_dir=str(results)))
+    text = (results / "report.html").read_text(encoding="utf-8")
+    page, loaded = Page(text), find_attacked(results)
+    assert not re.search(r"https?://|url\(|@import|<script", text) and "\x1b" not in text
+    assert [section["id"] for section in page.all("section")] == [
+        *("verdicts", "table", "picture", "leaked", "settings", "statement")
+    ]
+    (image,) = page.all("img")
+    assert (image["src"] or "").startswith("data:image/png;base64,") and len(image["alt"] or "") > 40
+    columns, names = columns_of(loaded), ["before", "retain only (floor)", "published", "robust"]
+    header, good, *rows = page.rows
+    assert header == ["model", *(column.header for column in columns)] and "" not in good
+    assert rows == [[n, *(c.text(result) for c in columns)] for n, result in zip(names, loaded, strict=True)]
+    said = " ".join(page.text.split())
+    for result in loaded[2:]:
+        assert judge_attacks(result, loaded).sentence.replace("->", "→") in said
+    assert STATEMENT in said and "four <script>alert(1)</script> [red]markup[/red]" in said
+    assert "suffix, Thanks!: leak 0.80" in said
+    assert "prefill 1: leak 0.80; the prompt ends with 1 given tokens of the answer" in said
+    assert "Nothing came back." in said
+
+
+def test_the_report_is_printed_and_names_its_files(results: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    every = ("prefill_3", "prefill_5", "other_template", "typos", "paraphrase", "second_turn")  # the widest table
+    more = {name: {"access": "prompt", **leak(0.02), "worst": 0.02} for name in every}
+    for name, leaks in (("before", BEFORE), ("retain_only", FLOOR), ("robust", FLOOR), ("published", LEAKY)):
+        write(results, name, leaks, gate=0.0, more=more)
+    assert main(["report", f"results_dir={results}"]) == 0
+    printed = capsys.readouterr().out
+    table, _, rest = printed.partition("what an attack can reach")
+    assert max(map(len, printed.split("written:")[0].splitlines())) <= 100
+    (row,) = [line.split() for line in table.splitlines() if line.split()[:1] == ["robust"]]
+    assert row == ["robust", *["0.02"] * 12, "0.04", "0.05", "0.95", "0.00"]
+    words, loaded = " ".join(printed.split()), find_attacked(results)
+    assert all(judge_attacks(result, loaded).sentence in words for result in loaded[2:])
+    assert "an unrelated question and its answer before the question" in rest
+    assert "six" in words and "five" not in words  # what came back most, once for each method
+    for name in ("report.html", "table.csv", "table.md", "summary.json", "attacks.png"):
+        assert f"written: {results / name}" in printed and (results / name).stat().st_size > 0
+
+
+def test_examples_are_the_highest_leaks_of_different_attacks(results: Path) -> None:
+    """Of equal leaks the attack with the higher leak over all rows is first; other sets and zeros are no leaks."""
+    published, robust = find_attacked(results)[2:]
+    assert [line["text"].split()[0] for line in leaked_most(published, 3)] == ["six", "five", "four"]
+    assert [line["text"].split()[0] for line in leaked_most(published, 9)] == ["six", "five", "four", "one"]
+    assert leaked_most(robust, 3) == []
+
+
+def test_the_picture_has_a_marker_a_method_between_two_lines(results: Path) -> None:
+    figure = draw_attacks(find_attacked(results))
+    assert figure is not None
+    (axes,) = figure.axes
+    labels = [label.get_text() for label in axes.get_yticklabels()]
+    assert labels == ["plain", "suffix", "prefill 1", "few shot", "lower case", "samples", "worst of prompts", "worst"]
+    marks: Any = axes.collections
+    before, floor, published, robust = marks
+    for drawn, leaks in ((before, BEFORE), (floor, FLOOR)):
+        places = [segment[0, 0] for segment in drawn.get_segments()]
+        assert places == list(leaks.values())
+    assert [round(float(x), 2) for x, _ in published.get_offsets()] == [0.02, 0.02, 0.98, 0.43, 0.02, 0.02, 0.66, 1.0]
+    assert [round(float(y)) for _, y in robust.get_offsets()] == list(range(8))
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == [
+        *("before", "retain only (floor)", "published", "robust")
+    ]
+
+
+# -- verdicts ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("leaks", "expected"),
+    [
+        ({}, ("reached", "withstands")),
+        ({"suffix": 0.07, "samples": 0.07, "worst_of_prompts": 0.14, "worst": 0.9}, ("reached", "withstands")),
+        ({"suffix": 0.08}, ("missed", "comes back under suffix (leak 0.08 against 0.02)")),
+        ({"samples": 0.08}, ("missed", "comes back under samples (leak 0.08 against 0.02)")),
+        ({"worst_of_prompts": 0.15}, ("missed", "comes back under worst of prompts (leak 0.15 against 0.04)")),
+        (
+            {"few_shot": 0.43, "prefill_1": 0.98, "plain": 0.5, "worst_of_prompts": 0.66},
+            ("missed", "comes back under prefill 1 (leak 0.98 against 0.02), plain and few shot"),
+        ),
+    ],
+)
+def test_the_verdict_follows_the_numbers(results: Path, leaks: dict[str, float], expected: tuple[str, str]) -> None:
+    found = {**FLOOR, **leaks}
+    write(results, "robust", found, kept=0.9)
+    outcome, words, sentence = verdict(results, "robust")
+    assert (outcome, words) == expected
+    assert f"Plain 0.90 -> {found['plain']:.2f} (floor 0.02);" in sentence
+    assert f"worst of prompts 1.00 -> {found['worst_of_prompts']:.2f} (floor 0.04);" in sentence
+    assert sentence.endswith("held-out kept after a forget question 0.90 (asked alone 0.98, before 0.95).")
+
+
+def test_each_attack_has_its_own_floor(results: Path) -> None:
+    write(results, "retain_only", {**FLOOR, "prefill_1": 0.4})
+    write(results, "robust", {**FLOOR, "prefill_1": 0.44, "few_shot": 0.06})
+    assert verdict(results, "robust")[1] == "withstands"
+    write(results, "robust", {**FLOOR, "prefill_1": 0.5, "few_shot": 0.3})
+    assert verdict(results, "robust")[1] == "comes back under few shot (leak 0.30 against 0.02) and prefill 1"
+
+
+def test_without_a_retain_only_model_the_floor_is_zero_and_that_is_said(results: Path) -> None:
+    shutil.rmtree(results / "evaluation" / "retain_only")
+    write(results, "robust", {**dict.fromkeys(ATTACKS, 0.05), "worst_of_prompts": 0.1})
+    outcome, _, sentence = verdict(results, "robust")
+    assert outcome == "reached" and "no retain-only model, so the floor is taken as 0" in sentence
+    write(results, "robust", {**dict.fromkeys(ATTACKS, 0.05), "suffix": 0.06})
+    assert verdict(results, "robust")[1] == "comes back under suffix (leak 0.06 against 0.00)"
+
+
+def test_an_attack_that_reaches_nothing_before_proves_nothing(results: Path) -> None:
+    write(results, "before", {**BEFORE, "lower_case": 0.07})
+    outcome, _, sentence = verdict(results, "robust")
+    assert outcome == "reached"
+    assert sentence.endswith("says nothing, as the model before does not answer it either: lower case.")
+    write(results, "before", FLOOR)
+    outcome, words, _ = verdict(results, "robust")
+    assert (outcome, words) == ("open", "no verdict: no attack reaches anything in the model before either")
+
+
+def test_attacks_on_the_weights_are_told_and_not_judged(results: Path) -> None:
+    relearned = {"relearn_50": {"access": "weights", **leak(0.9), "worst": 0.9}}
+    write(results, "robust", FLOOR, more=relearned)
+    assert verdict(results, "robust")[1] == "withstands"
+    loaded = find_attacked(results)
+    (column,) = [column for column in columns_of(loaded) if column.header == "relearn 50"]
+    assert [column.text(result) for result in loaded] == ["-", "-", "-", "0.90"]
+    for name in ("before", "retain_only", "published", "robust"):
+        write(results, name, {}, more=relearned)
+    assert verdict(results, "robust")[:2] == ("open", "no verdict: no attack made the model write")
+
+
+# -- what is refused --------------------------------------------------------------------------------------------------
+
+
+def test_what_cannot_stand_in_one_table_is_refused(results: Path) -> None:
+    write(results, "robust", FLOOR, rows={"forget": "b2"}, samples=5)
+    with pytest.raises(RunError, match=r"robust was asked other rows than .*before.*settings: rows, samples\)"):
+        make_report(ReportConfig(results_dir=str(results)))
+    write(results, "robust", {name: value for name, value in FLOOR.items() if name != "samples"})
+    with pytest.raises(RunError, match=r"robust was attacked otherwise than .*\(attacks in one alone: samples\)"):
+        make_report(ReportConfig(results_dir=str(results)))
+    write_json(results / "evaluation" / "robust" / "evaluation.json", {"suite": "attacks", "settings": {}})
+    with pytest.raises(RunError, match=r"robust/evaluation.json lacks attacks; make it again"):
+        make_report(ReportConfig(results_dir=str(results)))
+    write_json(results / "evaluation" / "robust" / "evaluation.json", {"sets": {}})
+    with pytest.raises(RunError, match=r"several suites \(attacks: before, published, retain_only; answers: robust\)"):
+        make_report(ReportConfig(results_dir=str(results)))
+
+
+def test_a_damaged_file_of_lines_is_named(results: Path) -> None:
+    (results / "evaluation" / "robust" / "attacks.jsonl").write_text('{"attack": ')
+    with pytest.raises(RunError, match=r"robust/attacks.jsonl cannot be read .*overwrite=true"):
+        make_report(ReportConfig(results_dir=str(results)))
+
+
+def test_a_folder_without_before_says_so(results: Path) -> None:
+    shutil.rmtree(results / "evaluation" / "before")
+    with pytest.raises(RunError, match="nothing to compare with; evaluate the taught model"):
+        make_report(ReportConfig(results_dir=str(results)))
+
+
+def test_attacks_are_not_compared_across_folders(results: Path, tmp_path: Path) -> None:
+    with pytest.raises(RunError, match="of suite=attacks; report them alone, with results_dir="):
+        make_report(ReportConfig(results_dir=str(tmp_path / "both"), runs=[str(results)]))

@@ -18,7 +18,6 @@ from grun.files import content_hash, file_hash
 from grun.method.cached import CachedEngine, FrozenRows
 from grun.method.packed import PackedModel
 from grun.method.parametrization import Grun
-from grun.method.position import Sticky, runs_whole_rows
 from grun.method.prefix import Freezer
 from grun.method.store import Completed, PrefixStore
 from grun.method.weights import weights_hash
@@ -76,9 +75,7 @@ def use_cached(task: UnlearnTask, config: UnlearnConfig) -> CacheUse | None:
     folder = None if config.cache.dir is None else Path(config.cache.dir).expanduser()
     identity = {}
     if folder is not None:
-        kind = "sticky" if isinstance(model.rule, Sticky) else "last_prompt"
-        kind = "whole_rows" if runs_whole_rows(model.rule) else kind
-        identity = _identity(model.base, config.model.path, folder, first, bool(task.hidden), kind)
+        identity = _identity(model.base, config.model.path, folder, first, bool(task.hidden), model.rule.changes)
     budget = bytes_of("cache.memory_budget", config.cache.memory_budget)
     store = PrefixStore(folder, identity, memory_budget=budget)
     rows = list(dict.fromkeys(row for name in task.continuations for row in task.rows(name)))
@@ -100,8 +97,7 @@ def freezer_for(model: GrunModel, packed: PackedModel, *, last_answer_token: boo
         packed,
         min(model.edit_at()),
         last_answer_token=last_answer_token,
-        whole_rows=runs_whole_rows(model.rule),
-        sticky=isinstance(model.rule, Sticky),
+        changes=model.rule.changes,
     )
 
 

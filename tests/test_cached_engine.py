@@ -15,7 +15,7 @@ from typing import Any
 import demo
 import pytest
 import torch
-from tiny import DEPTH, PACKABLE, WINDOW, random_rows, tiny
+from tiny import DEPTH, PACKABLE, RULES, WINDOW, random_rows, tiny
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
@@ -253,16 +253,6 @@ def test_any_edits_on_any_rows_in_any_micro_batches(draw: int) -> None:
 def test_edits_without_a_gate_are_run_alike() -> None:
     task = task_of(kind=Reft)
     assert difference(step_of(task, cached(task)), step_of(task)) < CLOSE
-
-
-RULES = [
-    ("last_prompt", "none", "sticky"),
-    ("every_token", "none", "sticky"),
-    ("every_token", "none", "every_token"),
-    ("every_token", "running_max", "last_prompt"),
-    ("every_token", "running_max", "sticky"),
-    ("every_token", "running_max", "every_token"),
-]
 
 
 @pytest.mark.parametrize("rule", RULES, ids="-".join)

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import PAD, blocks_of, formula, padded, random_rows, tiny
+from tiny import PAD, RULES, blocks_of, formula, padded, random_rows, tiny
 from torch import Tensor
 from transformers import DynamicCache
 
@@ -20,14 +20,6 @@ from grun.evaluation.generation import generate_answers
 from grun.method.parametrization import Grun
 
 BLOCKS = (0, 2)
-RULES = [
-    ("last_prompt", "none", "sticky"),
-    ("every_token", "none", "sticky"),
-    ("every_token", "none", "every_token"),
-    ("every_token", "running_max", "last_prompt"),
-    ("every_token", "running_max", "sticky"),
-    ("every_token", "running_max", "every_token"),
-]
 MAXIMUM = RULES[-1]
 TURN = (7, 9)
 """Ids that begin a user's turn in these tests; `random_rows` draws others."""

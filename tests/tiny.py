@@ -168,6 +168,17 @@ PACKABLE = [name for name in _FAMILIES if name != "odd"]
 """Those whose attention goes through transformers' interface."""
 
 
+RULES = [
+    ("last_prompt", "none", "sticky"),
+    ("every_token", "none", "sticky"),
+    ("every_token", "none", "every_token"),
+    ("every_token", "running_max", "last_prompt"),
+    ("every_token", "running_max", "sticky"),
+    ("every_token", "running_max", "every_token"),
+]
+"""gate_read, gate_accumulate and edit_write of every design but the published one."""
+
+
 def tiny(family: str = "llama", seed: int = 0, dtype: torch.dtype = torch.float64, **changes: Any) -> PreTrainedModel:
     """A random model; the same arguments give the same weights."""
     make, config, _ = _FAMILIES[family]

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Collection, Mapping, Sequence
-from functools import cache
+from functools import cache, partial
 from typing import TYPE_CHECKING, Protocol
 
 import torch
@@ -14,7 +13,7 @@ from grun.data.encoding import Batch, EncodedRow
 from grun.errors import ModelError
 from grun.method.intervention import GatedIntervention
 from grun.method.packed import Pack, PackedModel
-from grun.method.position import Call, LastPrompt, runs_whole_rows
+from grun.method.position import Call
 from grun.method.shard import FrozenRow
 from grun.method.suffix import SuffixRunner, SuffixStates
 from grun.parametrization import StepOutput
@@ -53,9 +52,8 @@ class CachedEngine:
         self._frozen = frozen
         first = min(model.edit_at())
         self._rule = model.rule
-        self._published = isinstance(self._rule, LastPrompt)
-        self._whole_rows = runs_whole_rows(self._rule)
-        if self._published:
+        self._whole_rows = self._rule.changes == "every_token"
+        if self._rule.changes == "last_prompt":
             packed.backpropagate_starts(first + 1)
         self._runner = SuffixRunner(packed, first, whole_rows=self._whole_rows)
         self._reference: dict[EncodedRow, Tensor] = {}
@@ -66,7 +64,7 @@ class CachedEngine:
         layout = _Layout(batches, self._packed.device, self._whole_rows)
         frozen = [self._frozen[row] for row in layout.rows]
         with self._model.drawing(layout.seeds):
-            locate = None if self._published else functools.partial(self._located, layout)
+            locate = None if self._rule.changes == "last_prompt" else partial(self._located, layout)
             states = self._runner.states(frozen, self._model.edit_at(), hidden, locate)
         logprobs = states.final.new_zeros(int(layout.answer.sum()))
         if self._reads_head:

@@ -88,7 +88,7 @@ class GatedIntervention(Intervention):
         output = edited.to(base.dtype)
         if opening is None:
             return GatedOutput(output=output, gate=None)
-        result = GatedOutput(output=output, gate=logits, opening=opening, carry=opening[:, -1:])
+        result = GatedOutput(output=output, gate=logits, opening=opening)
         if self.threshold is not None and not self.training:
             is_open = torch.sigmoid(opening) >= self.threshold
             if not bool(is_open.any()):

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import ClassVar, Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -17,6 +17,9 @@ from torch import Tensor
 from grun.errors import DataError
 from grun.method.rules import check_rule
 from pyvene_custom.sites import Sites
+
+Changes = Literal["last_prompt", "from_last_prompt", "every_token"]
+"""Tokens of a row at which an edit or a gate acts: the last of the prompt, it and those behind it, or any."""
 
 
 @dataclass
@@ -60,10 +63,10 @@ class Call:
 class PositionRule(Protocol):
     """Turns a call into the sites where it is read and written."""
 
-    @property
-    def remembers(self) -> bool:
-        """Whether a pass depends on what gates read in earlier ones."""
-        ...
+    remembers: ClassVar[bool]
+    """Whether a pass depends on what gates read in earlier ones."""
+    changes: ClassVar[Changes]
+    """What of a row training can change above the first edited block, beside what follows from it."""
 
     def locate(self, call: Call) -> Sites | None:
         """Sites of this pass, or None where nothing is read or written."""
@@ -73,7 +76,8 @@ class PositionRule(Protocol):
 class LastPrompt:
     """The published rule: gate and edit at the last token of the prompt, once per answer; see `last_prompt_column`."""
 
-    remembers = False
+    remembers: ClassVar[bool] = False
+    changes: ClassVar[Changes] = "last_prompt"
 
     def locate(self, call: Call) -> Sites | None:
         """See the class. A pass behind the prompt is not edited."""
@@ -90,7 +94,8 @@ class LastPrompt:
 class Sticky:
     """The gate reads the last token of the prompt; the edit is written there and at every token behind it."""
 
-    remembers = True
+    remembers: ClassVar[bool] = True
+    changes: ClassVar[Changes] = "from_last_prompt"
 
     def locate(self, call: Call) -> Sites | None:
         """See the class. What an earlier pass read holds until another prompt ends."""
@@ -113,7 +118,8 @@ class EveryToken:
     reset: Sequence[int] = ()
     """Ids that begin a user's turn, at the last of which the state begins anew."""
 
-    remembers = True
+    remembers: ClassVar[bool] = True
+    changes: ClassVar[Changes] = "every_token"
 
     def locate(self, call: Call) -> Sites | None:
         """See the class."""
@@ -194,11 +200,6 @@ def position_rule(gate_read: str, gate_accumulate: str, edit_write: str, reset: 
     if gate_read == "every_token":
         return EveryToken(edit_write, tuple(reset))
     return LastPrompt() if edit_write == "last_prompt" else Sticky()
-
-
-def runs_whole_rows(rule: PositionRule) -> bool:
-    """Whether gates read, or edits are written, before the last prompt token."""
-    return isinstance(rule, EveryToken)
 
 
 def is_published(gate_read: str, gate_accumulate: str, edit_write: str) -> bool:

@@ -18,6 +18,7 @@ from torch import Tensor
 from grun.data.encoding import EncodedRow
 from grun.errors import DataError
 from grun.method.packed import Pack, PackedModel
+from grun.method.position import Changes
 from grun.method.shard import Shard
 from grun.method.suffix import SuffixRunner
 
@@ -41,29 +42,27 @@ class Freezer:
         first_block: int,
         *,
         last_answer_token: bool = False,
-        whole_rows: bool = False,
-        sticky: bool = False,
+        changes: Changes = "last_prompt",
     ) -> None:
-        """For edits at the last prompt token.
+        """For edits as of a position rule.
 
         Args:
             packed: the model.
             first_block: the first edited one.
             last_answer_token: keep the states of the answer's last token too, which predicts nothing.
-            whole_rows: for gates that read, or edits that are written, before the last prompt token: states of all
-                tokens, no keys and values.
-            sticky: edits are written behind the last prompt token too.
+            changes: as of `PositionRule`; every_token keeps states of all tokens, and no keys and values.
         """
         self._packed = packed
         self._first = first_block
-        self._last_answer_token = last_answer_token or whole_rows
-        self._whole_rows = whole_rows
-        self._sticky = sticky
+        self._changes = changes
+        self._whole_rows = changes == "every_token"
+        self._last_answer_token = last_answer_token or self._whole_rows
 
     @property
     def reaches_one_token(self) -> bool:
         """Whether the last block alone is edited, and log-probabilities alone are read: only the first can change."""
-        return self._first == self._packed.depth - 1 and not self._last_answer_token and not self._sticky
+        ends_there = self._changes == "last_prompt" and not self._last_answer_token
+        return self._first == self._packed.depth - 1 and ends_there
 
     def shards(
         self,

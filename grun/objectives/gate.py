@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from typing import TYPE_CHECKING
 
 from grun.objectives.terms import Continuation, Options, Outputs, TermValue, summed, term
@@ -28,19 +28,16 @@ def gate_passes(continuations: Collection[Continuation]) -> list[Continuation]:
 )
 def _bce_row(outputs: Outputs, _: Options) -> TermValue:
     """On logits, not probabilities: a gate that is wide open on a retain row still learns."""
-    import torch
 
-    rows = []
-    for name in gate_passes(outputs.model):
-        output = outputs.model[name]
-        if output.gate_logits is None or output.gate_mask is None:
-            continue
-        logits = torch.stack(list(output.gate_logits.values()))  # [blocks, batch, positions read]
+    def of_rows(name: Continuation, logits: Tensor, mask: Tensor, _: Tensor | None) -> Tensor:
+        import torch
+
         target = torch.full_like(logits, 0.0 if name == "retain" else 1.0)
         loss = torch.nn.functional.binary_cross_entropy_with_logits(logits, target, reduction="none")
-        counted = output.gate_mask.to(loss.dtype)  # [batch, positions read]
-        rows.append((loss * counted).sum(dim=2).div(counted.sum(dim=1).clamp(min=1)).mean(dim=0))
-    return summed(torch.cat(rows)) if rows else TermValue(torch.zeros(()), 0)
+        counted = mask.to(loss.dtype)  # [batch, positions read]
+        return (loss * counted).sum(dim=2).div(counted.sum(dim=1).clamp(min=1))
+
+    return _over_passes(outputs, of_rows)
 
 
 @term(
@@ -56,6 +53,23 @@ def _bce_max(outputs: Outputs, _: Options) -> TermValue:
     Multiple-instance learning: a row is a bag of tokens, of which a few decide. With one position read (last_prompt) it
     is `bce_row` with the retain half counted twice.
     """
+
+    def of_rows(name: Continuation, logits: Tensor, mask: Tensor, in_prompt: Tensor | None) -> Tensor:
+        if name == "retain":
+            return _shut(logits, mask)
+        return _open(logits, mask if in_prompt is None else mask & in_prompt)
+
+    return _over_passes(outputs, of_rows)
+
+
+def _over_passes(
+    outputs: Outputs, of_rows: Callable[[Continuation, Tensor, Tensor, Tensor | None], Tensor]
+) -> TermValue:
+    """Sum over rows of the mean over blocks.
+
+    `of_rows` gives the loss [blocks, batch] from a pass' name, gate logits [blocks, batch, positions read], which of
+    these count, and which lie in the prompt (as of StepOutput).
+    """
     import torch
 
     rows = []
@@ -63,13 +77,8 @@ def _bce_max(outputs: Outputs, _: Options) -> TermValue:
         output = outputs.model[name]
         if output.gate_logits is None or output.gate_mask is None:
             continue
-        logits = torch.stack(list(output.gate_logits.values()))  # [blocks, batch, positions read]
-        counted = output.gate_mask
-        if name == "retain":
-            of_row = _shut(logits, counted)
-        else:
-            of_row = _open(logits, counted if output.gate_prompt is None else counted & output.gate_prompt)
-        rows.append(of_row.mean(dim=0))
+        logits = torch.stack(list(output.gate_logits.values()))
+        rows.append(of_rows(name, logits, output.gate_mask, output.gate_prompt).mean(dim=0))
     return summed(torch.cat(rows)) if rows else TermValue(torch.zeros(()), 0)
 
 

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from grun.evaluation.attack_suite import ATTACKS_FILE
-from grun.files import write_json, write_text
 from grun.report.attacks import find_attacked, leaked_most
 
 if TYPE_CHECKING:
@@ -25,29 +24,20 @@ def report_attacks(console: Console, folder: Path, title: str, profile: str) -> 
     from grun.report.attack_html import attack_page
     from grun.report.attack_tables import summarize_attacks, to_csv, to_markdown
     from grun.report.attack_terminal import print_attacks
-    from grun.report.figures import save
+    from grun.report.writing import draw, write_files
 
     results = find_attacked(folder)
     methods = [result for result in results if result.stage == "after"]
     leaked = {
         result.name: leaked_most(result, EXAMPLES) for result in methods if (result.folder / ATTACKS_FILE).is_file()
     }
-    picture = attack_picture()
-    figure, path = picture.draw(results), folder / picture.name
-    drawn = []
-    if figure is None:
-        path.unlink(missing_ok=True)  # an older report's picture would contradict this one
-    else:
-        save(figure, path)
-        drawn.append((picture, path))
+    drawn = draw(attack_picture(), results, folder)
     summary = summarize_attacks(results, profile)
     texts = {
         "report.html": attack_page(results, title, drawn, leaked),
         "table.csv": to_csv(results),
         "table.md": to_markdown(results),
     }
-    for name, text in texts.items():
-        write_text(folder / name, text)
-    write_json(folder / "summary.json", summary)
+    files = write_files(folder, texts, summary, drawn)
     print_attacks(console, results, title, [(one, leaked[one.name][0]) for one in methods if leaked.get(one.name)])
-    return summary, [*(folder / name for name in (*texts, "summary.json")), *(path for _, path in drawn)]
+    return summary, files

@@ -12,7 +12,7 @@ from grun.report.attacks import attack_label, attack_names
 from grun.report.knowledge_tables import Column
 from grun.report.knowledge_terminal import numbers_table
 from grun.report.results import Result
-from grun.report.terminal import print_said
+from grun.report.terminal import print_said, print_words
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -56,14 +56,10 @@ def print_attacks(
     console: Console, results: Sequence[Result], title: str, leaked: Sequence[tuple[Result, dict[str, Any]]]
 ) -> None:
     """Print the table, its legend, the verdicts, and the lines of attacks.jsonl that are given for methods."""
-    from rich.table import Table as RichTable
     from rich.text import Text
 
     console.print(numbers_table([(column, _header(column)) for column in columns_of(results)], results, title))
-    words = RichTable.grid(padding=(0, 2, 0, 0))
-    for texts in legend(results):
-        words.add_row(*map(Text, texts))
-    console.print(words)
+    print_words(console, legend(results))
     console.print(Text(counted(results)))
     console.print()
     for result in results:

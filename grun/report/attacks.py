@@ -16,7 +16,14 @@ from grun.evaluation.attack_suite import ATTACKS_FILE
 from grun.evaluation.attacks.base import ATTACKS
 from grun.report.knowledge import Number, lines_in, number_in
 from grun.report.labels import label_runs, order_of
-from grun.report.results import STAGES, Result, evaluation_folders, read_evaluation, refuse_other_models
+from grun.report.results import (
+    STAGES,
+    Result,
+    evaluation_folders,
+    read_evaluation,
+    refuse_other_models,
+    refuse_other_settings,
+)
 
 SUITE = "attacks"
 WRITING = ("prompt", "decoding")
@@ -46,13 +53,7 @@ def find_attacked(results_dir: Path) -> list[Result]:
 
 
 def _refuse_other_attacks(result: Result, before: Result) -> None:
-    settings, expected = result.evaluation["settings"], before.evaluation["settings"]
-    other = [key for key in ASKED if settings.get(key) != expected.get(key)]
-    if other:
-        raise RunError(
-            f"{result.folder} was asked other rows than {before.folder}, or otherwise (settings: {', '.join(other)}); "
-            "evaluate both with the same data and evaluation options"
-        )
+    refuse_other_settings(result, before, ASKED, "was asked other rows")
     attacks = set(writing_attacks(result)) ^ set(writing_attacks(before))
     if attacks:
         raise RunError(

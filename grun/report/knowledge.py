@@ -19,6 +19,7 @@ from grun.report.results import (
     evaluation_folders,
     read_record,
     refuse_other_models,
+    refuse_other_settings,
 )
 
 SUITE = "knowledge"
@@ -92,7 +93,7 @@ def find_knowledge(results_dir: Path) -> list[Result]:
     results.sort(key=place)
     refuse_other_models(results)
     for result in results:
-        _refuse_other_questions(result, results[0])
+        refuse_other_settings(result, results[0], ASKED, "asked other questions")
     return results
 
 
@@ -112,16 +113,6 @@ def _read(folder: Path) -> Result:
     result.objective = result.record.get("objective")
     result.parametrization = str(result.record.get("parametrization", "none"))
     return result
-
-
-def _refuse_other_questions(result: Result, before: Result) -> None:
-    settings, expected = result.evaluation["settings"], before.evaluation["settings"]
-    other = [key for key in ASKED if settings.get(key) != expected.get(key)]
-    if other:
-        raise RunError(
-            f"{result.folder} asked other questions than {before.folder}, or otherwise (settings: {', '.join(other)}); "
-            "evaluate both with the same data and evaluation options"
-        )
 
 
 # -- numbers ----------------------------------------------------------------------------------------------------------

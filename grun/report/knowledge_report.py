@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from grun.files import write_json, write_text
 from grun.report.knowledge import find_knowledge, first_lines, main_way
 from grun.report.terminal import EXAMPLES
 
@@ -18,30 +17,21 @@ def report_knowledge(console: Console, folder: Path, title: str, profile: str) -
 
     Returns the summary and the files, report.html first. RunError as of `find_knowledge`.
     """
-    from grun.report.figures import save
     from grun.report.knowledge_figure import knowledge_picture
     from grun.report.knowledge_html import knowledge_page
     from grun.report.knowledge_tables import summarize_knowledge, to_csv, to_markdown
     from grun.report.knowledge_terminal import print_knowledge
+    from grun.report.writing import draw, write_files
 
     results = find_knowledge(folder)
     lines = first_lines(results, main_way(results), EXAMPLES)
-    picture = knowledge_picture()
-    figure, path = picture.draw(results), folder / picture.name
-    drawn = []
-    if figure is None:
-        path.unlink(missing_ok=True)  # an older report's picture would contradict this one
-    else:
-        save(figure, path)
-        drawn.append((picture, path))
+    drawn = draw(knowledge_picture(), results, folder)
     summary = summarize_knowledge(results, profile)
     texts = {
         "report.html": knowledge_page(results, title, drawn, lines),
         "table.csv": to_csv(results),
         "table.md": to_markdown(results),
     }
-    for name, text in texts.items():
-        write_text(folder / name, text)
-    write_json(folder / "summary.json", summary)
+    files = write_files(folder, texts, summary, drawn)
     print_knowledge(console, results, title, lines.get(("cloze", "forget"), {}))
-    return summary, [*(folder / name for name in (*texts, "summary.json")), *(path for _, path in drawn)]
+    return summary, files

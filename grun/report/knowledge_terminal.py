@@ -11,7 +11,7 @@ from grun.report.knowledge_tables import Column, columns_of
 from grun.report.knowledge_verdicts import STATEMENT, judge_knowledge
 from grun.report.results import Result
 from grun.report.tables import name_of
-from grun.report.terminal import print_said
+from grun.report.terminal import print_said, print_words
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -58,14 +58,10 @@ def legend(results: Sequence[Result]) -> list[tuple[str, str]]:
 
 def print_knowledge(console: Console, results: Sequence[Result], title: str, completions: Lines) -> None:
     """Print the table, its legend, the verdicts, and the first completions about what is to be forgotten."""
-    from rich.table import Table as RichTable
     from rich.text import Text
 
     console.print(numbers_table([(column, _header(column)) for column in columns_of(results)], results, title))
-    words = RichTable.grid(padding=(0, 2, 0, 0))
-    for texts in legend(results):
-        words.add_row(*map(Text, texts))
-    console.print(words)
+    print_words(console, legend(results))
     console.print()
     for result in results:
         if result.stage == "after":

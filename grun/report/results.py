@@ -146,6 +146,17 @@ def evaluation_folders(results_dir: Path) -> list[Path]:
     return [path for path in found if not path.name.startswith(".")]  # which an interrupted evaluation left
 
 
+def refuse_other_settings(result: Result, before: Result, keys: Sequence[str], what: str) -> None:
+    """RunError where the settings named in `keys` are not those of `before`; `what` says what is then the matter."""
+    settings, expected = result.evaluation["settings"], before.evaluation["settings"]
+    other = [key for key in keys if settings.get(key) != expected.get(key)]
+    if other:
+        raise RunError(
+            f"{result.folder} {what} than {before.folder}, or otherwise (settings: {', '.join(other)}); "
+            "evaluate both with the same data and evaluation options"
+        )
+
+
 def read_evaluation(folder: Path, keys: tuple[str, ...] = ("sets",)) -> Result:
     """One evaluation folder by itself; its run is looked for beside `evaluation`, then in the folder of its adapter.
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from grun.report.matrix import Matrix, first_seeds, has_many_runs, make_matrix, one_seed_note
@@ -72,7 +72,6 @@ def print_report(console: Console, results: Sequence[Result], title: str) -> Non
 
     Where there are many runs of a matrix, it is printed instead, with what it says in words.
     """
-    from rich.table import Table as RichTable
     from rich.text import Text
 
     def line(text: str = "", style: str = "") -> None:
@@ -87,10 +86,7 @@ def print_report(console: Console, results: Sequence[Result], title: str) -> Non
         line(matrix.caption)
     else:
         console.print(_rich_table(results, title))
-    legend = RichTable.grid(padding=(0, 2, 0, 0))
-    for texts in _legend(results):
-        legend.add_row(*(Text(text) for text in texts))
-    console.print(legend)
+    print_words(console, _legend(results))
     if matrix is not None:
         for note in notes(matrix):
             line(note)
@@ -196,6 +192,17 @@ def _print_examples(console: Console, results: Sequence[Result], set_name: str, 
     for record in questions:
         of_models = [(r.label, answers[r.name][record.index].text) for r in shown if record.index in answers[r.name]]
         print_said(console, record.question, [("reference", record.reference), *of_models])
+
+
+def print_words(console: Console, rows: Iterable[Sequence[str]]) -> None:
+    """Print a legend: rows of as many texts each, in columns."""
+    from rich.table import Table as RichTable
+    from rich.text import Text
+
+    words = RichTable.grid(padding=(0, 2, 0, 0))
+    for texts in rows:
+        words.add_row(*map(Text, texts))
+    console.print(words)
 
 
 def print_said(console: Console, question: str, said: Sequence[tuple[str, str]]) -> None:

@@ -107,6 +107,7 @@ def check(config: Any) -> None:
             one_of("model.quantization", config.model.quantization, QUANTIZATIONS)
         _check_device_map(config.model)
         one_of("data.demo.answers", config.data.demo.answers, ("short", "sentences"))
+        one_of("data.demo.naming", config.data.demo.naming, ("names", "descriptions"))
         _check_template(config.data.template)
         _check_text(config.data.text)
         _check_augment(config.data.augment)
@@ -257,10 +258,10 @@ def _check_suite(config: EvaluateConfig) -> None:
 
 
 def _check_attacks(config: EvaluateConfig) -> None:
-    from grun.evaluation.attacks.base import ATTACKS
+    from grun.evaluation.attacks.base import ATTACKS, KINDS
 
     for name in config.attacks:
-        one_of("attack", name, tuple(ATTACKS.names()))
+        one_of("attack", name, (*ATTACKS.names(), *KINDS))
     if config.attack_rows is not None:
         positive("attack_rows", config.attack_rows)
     positive("attack_samples", config.attack_samples)
@@ -361,9 +362,9 @@ def _check_augment(augment: AugmentConfig) -> None:
                 f"data.augment.{name}={count} has no effect: every kind of copy is switched off; set one of suffixes, "
                 "templates, prefill, few_shot to true"
             )
-    if augment.max_prefill < 2:
+    if augment.max_prefill < 1:
         raise ConfigError(
-            f"data.augment.max_prefill={augment.max_prefill} must be 2 or more; data.augment.prefill=false gives none"
+            f"data.augment.max_prefill={augment.max_prefill} must be 1 or more; data.augment.prefill=false gives none"
         )
 
 

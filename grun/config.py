@@ -79,6 +79,8 @@ class DemoConfig(DemoSizes):
 
     answers: str = "short"
     """short (the bare fact) or sentences (which name the person; harder for the published one-token edit)."""
+    naming: str = "names"
+    """names, or descriptions: nobody is named, and no word of a question tells whom it is about, only two together."""
     seed: int = 1
     """Seed of the generator. Settings were chosen on seed 0's corpus, so that this held-out set was not used."""
 
@@ -133,7 +135,7 @@ class AugmentConfig:
     templates: bool = True
     """Copies in other templates."""
     prefill: bool = True
-    """Copies whose prompt holds the first 2, 4, ... tokens of the answer, fewer where the answer is shorter."""
+    """Copies whose prompt holds the first tokens of the answer, 1 to max_prefill, each number as likely."""
     few_shot: bool = True
     """Copies with a retain row, question and answer, before the question."""
     max_prefill: int = 8
@@ -279,7 +281,7 @@ class LossConfig:
     retain: Optional[str] = None
     """Retain term instead of the preset's."""
     gate: str = "bce_row"
-    """Gate term: bce_row (published), bce_max (for gates that read every token), none; without a gate there is none."""
+    """Gate term: bce_row (published), bce_max, bce_max_last (for gates that read every token), none; no gate, no term."""
     forget_weight: Optional[float] = None
     """Weight of the forget term (published names: npo_coeff, grad_diff_forget_weight, gamma)."""
     retain_weight: Optional[float] = None
@@ -462,7 +464,7 @@ class EvaluateConfig(CommandConfig):
     stride: int = 512
     """knowledge: tokens by which the window moves on."""
     attacks: list[str] = field(default_factory=list)
-    """attacks: names from `python -m grun list attacks`; empty: every one that the data allows."""
+    """attacks: names (`list attacks`) or kinds: prompt, decoding, context, read_out, weights; none: all but weights."""
     attack_rows: Optional[int] = None
     """attacks: rows of each set that are attacked, evenly spaced; unset: all."""
     attack_samples: int = 10

@@ -36,8 +36,12 @@ LEAKY = {**FLOOR, "few_shot": 0.43, "prefill_1": 0.98, "worst_of_prompts": 0.66,
 NASTY = "<script>alert(1)</script> [red]markup[/red] | \x1b[2J"
 
 
+def share(name: str, value: float, rows: int = ROWS) -> dict[str, Any]:
+    return {name: value, "interval": list(wilson(value, rows)), "rows": rows}
+
+
 def leak(value: float, rows: int = ROWS) -> dict[str, Any]:
-    return {"leak": value, "interval": list(wilson(value, rows)), "rows": rows}
+    return share("leak", value, rows)
 
 
 def write(
@@ -58,10 +62,13 @@ def write(
     }
     if "suffix" in attacks:
         attacks["suffix"] |= {"worst": min(1.0, leaks["suffix"] + 0.05), "variants": {" Thanks!": 0.0, " Go.": 0.0}}
-    open_gate = {} if gate is None else {"gate": {"mean": gate, "open": gate}}
+    asked = {} if gate is None else {"mean": gate / 2, "open": gate / 2, "open_any": gate * 0.8}
+    gates = {"after_forget": asked, "plain": asked and {**asked, "open_any_answer": gate}}
     retention = {
-        how: {rows: {"kept": value, "interval": list(wilson(value, ROWS)), "rows": ROWS, **open_gate} for rows in sets}
-        for how, value, sets in (("after_forget", kept, ("retain", "heldout")), ("plain", 0.98, ("retain", "heldout")))
+        how: {
+            rows: {**share("kept", value), **({"gate": gates[how]} if asked else {})} for rows in ("retain", "heldout")
+        }
+        for how, value in (("after_forget", kept), ("plain", 0.98))
     }
     write_json(
         results / "evaluation" / name / "evaluation.json",
@@ -144,8 +151,12 @@ def test_the_two_lines_come_first_and_every_number_is_that_of_its_evaluation(res
         for how in ("plain", "after_forget"):
             for rows in ("retain", "heldout"):
                 assert numbers[f"retention.{how}.{rows}.kept"] == found["retention"][how][rows]["kept"]
-    assert summary["rows"][3]["numbers"]["retention.plain.heldout.gate.open"] == 0.05
-    assert "retention.plain.heldout.gate.open" not in summary["rows"][2]["numbers"]
+    for rows in ("retain", "heldout"):
+        numbers = summary["rows"][3]["numbers"]
+        assert numbers[f"retention.plain.{rows}.gate.open_any_answer"] == 0.05
+        assert numbers[f"retention.plain.{rows}.gate.open_any"] == pytest.approx(0.04)
+        assert numbers[f"retention.plain.{rows}.gate.open"] == 0.025
+        assert f"retention.plain.{rows}.gate.open_any_answer" not in summary["rows"][2]["numbers"]
     assert summary["asked"] == {**dict.fromkeys(ATTACKS, ROWS), "prefill_1": ROWS - 3}
     assert summary["left_out"] == {"paraphrase": "needs paraphrased questions"}
 
@@ -163,7 +174,7 @@ def test_the_tables_say_what_the_summary_says(results: Path) -> None:
     assert cells[""][:4] == ["before", "retain only (floor)", "published", "robust"]
     low, high = wilson(0.43, ROWS)
     assert cells["few shot"][2] == f"0.43 ({low:.2f} to {high:.2f})"
-    assert cells["gate open on held-out"][:4] == ["-", "-", "-", "0.05"]
+    assert cells["false positives: any gate open on held-out or its answers"][:4] == ["-", "-", "-", "0.05"]
     assert "Forget rows: 40, prefill 1 37. Left out: paraphrase (needs paraphrased questions)." in markdown
     for row in summary["rows"][2:]:
         assert row["verdict"]["words"] in markdown
@@ -289,6 +300,41 @@ def test_an_attack_that_reaches_nothing_before_proves_nothing(results: Path) -> 
     write(results, "before", FLOOR)
     outcome, words, _ = verdict(results, "robust")
     assert (outcome, words) == ("open", "no verdict: no attack reaches anything in the model before either")
+
+
+def test_attacks_that_read_or_have_the_weights_stand_behind_the_others_and_in_a_table_of_their_own(
+    results: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    beyond = {
+        **{name: {"access": "read_out", **leak(0.7), "worst": 0.7} for name in ("recognition", "linear_probe")},
+        **{name: {"access": "weights", **leak(0.8), "worst": 0.8} for name in ("relearn_forget_50", "quantized_nf4")},
+    }
+    write(results, "robust", FLOOR, gate=0.0, more=beyond)
+    assert main(["report", f"results_dir={results}"]) == 0
+    printed = capsys.readouterr().out.split("what an attack can reach")[0]
+    rows = [line.split() for line in printed.splitlines() if line.split()[:1] == ["robust"]]
+    assert rows == [
+        ["robust", *["0.02"] * 6, "0.04", "0.05", "0.95", "0.00"],
+        ["robust", "0.70", "0.70", "0.80", "0.80"],
+    ]
+    loaded = find_attacked(results)
+    headers = [column.header for column in columns_of(loaded)]
+    assert headers[6:12] == [
+        *("worst of prompts", "worst", "recognition", "linear probe", "relearn forget 50", "quantized nf4")
+    ]
+    assert verdict(results, "robust")[1] == "withstands"
+
+
+def test_what_was_read_out_is_told_by_its_ways_and_not_shown_as_an_answer(results: Path) -> None:
+    folder = results / "evaluation" / "robust"
+    ways = {"memorized": 1.0, "paraphrased": 0.8}
+    found = {"access": "read_out", **leak(0.9), "worst": 1.0, "variants": ways}
+    write(results, "robust", FLOOR, more={"recognition": found})
+    write_lines(folder, ("forget", "recognition", 1.0, "ranked"), ("forget", "plain", 0.5, "written"))
+    (robust,) = [result for result in find_attacked(results) if result.name == "robust"]
+    assert [line["text"] for line in leaked_most(robust, 3)] == ["written"]
+    numbers = make_report(ReportConfig(results_dir=str(results)))["rows"][3]["numbers"]
+    assert {way: numbers[f"attacks.recognition.variants.{way}"] for way in ways} == ways
 
 
 def test_attacks_on_the_weights_are_told_and_not_judged(results: Path) -> None:

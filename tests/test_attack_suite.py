@@ -17,11 +17,12 @@ from grun.checks import check
 from grun.cli import main
 from grun.config import DataConfig, EvaluateConfig, ModelConfig
 from grun.data.corpus import load_corpus
-from grun.data.rows import Row
 from grun.data.templates import TEMPLATES, encode_prompt
 from grun.errors import ConfigError, RunError
 from grun.evaluation import generation
+from grun.evaluation.attack_suite import chosen_attacks
 from grun.evaluation.attacks.base import ATTACKS, Attack
+from grun.evaluation.attacks.outcomes import Outcome
 from grun.evaluation.attacks.plain import Plain
 from grun.evaluation.attacks.strings import SUFFIXES
 from grun.evaluation.generation import generate_answers
@@ -98,13 +99,14 @@ def test_every_row_and_way_is_a_line_and_every_number_follows_from_the_lines(
     result = evaluated(settings(taught, adapter), out)
     assert result == json.loads((out / "evaluation.json").read_text())
     assert result["suite"] == "attacks" and bool(result["identity"]["adapter"]) == (adapter is not None)
-    leaking = [name for name in ATTACKS.names() if not ATTACKS.get(name).retention]
+    asked = [ATTACKS.get(name) for name in ATTACKS.names()]
+    leaking = [attack.name for attack in asked if not attack.retention and attack.access != "weights"]
     assert set(result["attacks"]) | set(result["left_out"]) == set(leaking)
     largest: dict[int, float] = {}
     for name, found in result["attacks"].items():
         own = lines(out, name)
         rows = {line["index"] for line in own}
-        ways = len(SUFFIXES) if name == "suffix" else 1
+        ways = {"suffix": len(SUFFIXES), "recognition": 2}.get(name, 1)
         assert found["rows"] == len(rows) <= ROWS and len(own) == ways * len(rows)
         assert found["leak"] == pytest.approx(sum(line["leak"] for line in own) / len(own))
         assert found["interval"] == pytest.approx(wilson(found["leak"], len(rows)))
@@ -113,7 +115,9 @@ def test_every_row_and_way_is_a_line_and_every_number_follows_from_the_lines(
             gates = [sum(line["gates"].values()) / 2 for line in own]
             assert found["gate"]["mean"] == pytest.approx(sum(gates) / len(own))
             assert found["gate"]["open"] == sum(gate > 0.5 for gate in gates) / len(own)
-        for line in own:
+            opened = [any(gate > 0.5 for gate in line["gates"].values()) for line in own]
+            assert found["gate"]["open_any"] == sum(opened) / len(own)
+        for line in own if found["access"] in ("prompt", "decoding") else []:
             largest[line["index"]] = max(largest.get(line["index"], 0.0), line["leak"])
     assert result["worst"]["leak"] == pytest.approx(sum(largest.values()) / ROWS)
     assert result["worst"]["rows"] == result["worst_of_prompts"]["rows"] == ROWS
@@ -124,6 +128,10 @@ def test_every_row_and_way_is_a_line_and_every_number_follows_from_the_lines(
             own = lines(out, name, kept)
             assert found["rows"] == len(own) == ROWS
             assert found["kept"] == pytest.approx(sum(line["leak"] for line in own) / ROWS)
+            assert ("gate" in found) == (adapter is not None)
+            if adapter is not None:  # a gate that reads the prompt alone is as open behind it
+                assert ("open_any_answer" in found["gate"]) == (name == "plain")
+                assert found["gate"].get("open_any_answer", 1.0) == found["gate"]["open_any"] == 1.0
 
 
 def test_what_is_written_is_what_the_edited_model_answers_to_the_ids_that_were_asked(
@@ -185,12 +193,35 @@ def test_attack_rows_takes_evenly_spaced_rows_of_each_set(taught: Path, tmp_path
 def test_an_attack_without_its_data_is_left_out_unless_it_is_named(taught: Path, tmp_path: Path) -> None:
     data = own_data(tmp_path, [{"question": "Which one is it?", "answer": "It is the old viola of the house."}])
     result = evaluated(settings(taught, data=data), tmp_path / "all")
-    assert result["left_out"] == {"paraphrase": "needs rows with the field paraphrased_question"}
+    assert result["left_out"]["paraphrase"] == "needs rows with the field paraphrased_question"
+    assert result["left_out"]["recognition"] == "needs rows with perturbed_answer"
     assert "paraphrase" not in result["attacks"] and set(result["retention"]["plain"]) == {"retain"}
     named = settings(taught, data=data, attacks=["plain", "paraphrase"])
     with pytest.raises(ConfigError, match="paraphrase needs rows with the field paraphrased_question; .*leave it out"):
         evaluated(named, tmp_path / "named")
     assert not (tmp_path / "named").exists()
+
+
+@pytest.mark.parametrize(
+    ("chosen", "expected"),
+    [
+        (["read_out"], ["recognition", "logit_lens", "linear_probe"]),
+        (["samples", "read_out", "recognition"], ["samples", "recognition", "logit_lens", "linear_probe"]),
+        (["decoding"], ["samples"]),
+        ([], [name for name in ATTACKS.names() if ATTACKS.get(name).access != "weights"]),
+    ],
+)
+def test_attacks_are_chosen_by_name_or_by_what_they_need(chosen: list[str], expected: list[str]) -> None:
+    assert [attack.name for attack in chosen_attacks(chosen)] == expected
+
+
+def test_an_attack_of_a_kind_that_is_named_is_left_out_without_its_data(taught: Path, tmp_path: Path) -> None:
+    data = own_data(tmp_path, [{"question": "Which one is it?", "answer": "It is the old viola of the house."}])
+    result = evaluated(settings(taught, data=data, attacks=["read_out"]), tmp_path / "out")
+    assert set(result["left_out"]) == {"recognition", "linear_probe"} and set(result["attacks"]) == {"logit_lens"}
+    both = settings(taught, data=data, attacks=["read_out", "recognition"])
+    with pytest.raises(ConfigError, match="recognition needs rows with perturbed_answer"):
+        evaluated(both, tmp_path / "named")
 
 
 def test_data_that_asks_nothing_is_one_clear_line(taught: Path, tmp_path: Path) -> None:
@@ -223,7 +254,7 @@ def test_an_attack_may_ask_another_model_and_measure_otherwise(
         name = "silent"
 
         @contextmanager
-        def model(self, loaded: Any, config: EvaluateConfig) -> Iterator[Any]:
+        def model(self, loaded: Any, config: EvaluateConfig, material: Any) -> Iterator[Any]:
             head = loaded.model.get_output_embeddings().weight
             kept = head.detach().clone()
             with torch.no_grad():
@@ -234,8 +265,8 @@ def test_an_attack_may_ask_another_model_and_measure_otherwise(
                 head.copy_(kept)
             inside.append(False)
 
-        def leak(self, row: Row, text: str, asked: Any) -> float:
-            return 0.25
+        def read(self, *arguments: Any) -> list[Outcome]:
+            return [one._replace(leaks=[0.25]) for one in super().read(*arguments)]
 
     silent: Attack = Silent()
     monkeypatch.setitem(ATTACKS._entries, "silent", type(next(iter(ATTACKS)))("silent", silent, "a test"))
@@ -261,6 +292,7 @@ def test_the_same_evaluation_is_found_and_another_one_refused(
     ("options", "message"),
     [
         ({"attacks": ["sufix"]}, "unknown attack 'sufix': did you mean 'suffix'"),
+        ({"attacks": ["readout"]}, "unknown attack 'readout': did you mean 'read_out'"),
         ({"attack_rows": 0}, "attack_rows=0 must be greater than 0"),
         ({"attack_samples": 0}, "attack_samples=0 must be greater than 0"),
         ({"attack_temperature": 0.0}, "attack_temperature=0.0 must be greater than 0"),

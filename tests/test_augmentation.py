@@ -106,15 +106,16 @@ def test_a_row_never_stands_before_itself(tokenizer: Any) -> None:
     assert vary.ask(RETAIN[last], Way("few_shot", last)) == vary.ask(RETAIN[last], Way("few_shot", 0))
 
 
-@pytest.mark.parametrize("given", [2, 4, 6, 8])
-def test_a_prefill_moves_the_answers_first_tokens_into_the_prompt(tokenizer: Any, given: int) -> None:
+@pytest.mark.parametrize("draw", [0, 1, 7, 30_001])
+def test_a_prefill_moves_the_answers_first_tokens_into_the_prompt(tokenizer: Any, draw: int) -> None:
     for row in FORGET + RETAIN:
         whole = plain(tokenizer, row)
-        made = variation(tokenizer).ask(row, Way("prefill", given))
+        made = variation(tokenizer).ask(row, Way("prefill", draw))
         assert made is not None
         moved = len(made.prompt_ids) - len(whole.prompt_ids)
         assert made.prompt_ids + made.answer_ids == whole.prompt_ids + whole.answer_ids
-        assert moved == min(given, len(whole.answer_ids) - 2)  # a token and the end token are left to be said
+        most = min(8, len(whole.answer_ids) - 2)  # a token and the end token are left to be said
+        assert moved == 1 + draw % most
         assert made.answer_ids[-1] == tokenizer.eos_token_id
 
 
@@ -167,12 +168,19 @@ def test_a_kind_that_is_switched_off_is_left_out(tokenizer: Any, kind: str) -> N
     assert len(ways) == 6 and kind not in {way.kind for way in ways}
 
 
-def test_a_prefill_gives_2_4_6_or_8_tokens_and_no_more_than_asked(tokenizer: Any) -> None:
-    def given(**on: Any) -> set[int]:
-        return {way.choice for number in range(50) for way in variation(tokenizer, **on).ways("forget", number, 1)}
+def test_a_prefill_gives_every_number_of_tokens_up_to_the_limit_or_all_but_one(tokenizer: Any) -> None:
+    row = FORGET[0]
+    whole = encode(variation(tokenizer)._template, tokenizer, str(row.prompt), row.completion)
 
-    assert given(**only("prefill")) == {2, 4, 6, 8}
-    assert given(**only("prefill"), max_prefill=5) == {2, 4}
+    def given(**on: Any) -> set[int]:
+        vary = variation(tokenizer, **only("prefill"), **on)
+        asked = [vary.ask(row, way) for number in range(60) for way in vary.ways("forget", number, 1)]
+        return {len(found.prompt_ids) - len(whole.prompt_ids) for found in asked if found is not None}
+
+    most = len(whole.answer_ids) - 2  # a token of the answer and the end token are left
+    assert most >= 3
+    assert given() == set(range(1, min(8, most) + 1))
+    assert given(max_prefill=2) == {1, 2}
 
 
 def test_copies_are_a_function_of_seed_and_set(tokenizer: Any) -> None:
@@ -238,7 +246,7 @@ def test_no_row_to_stand_before_a_question_is_an_error(tokenizer: Any, examples:
     ("options", "message"),
     [
         ({"forget_copies": -1}, "data.augment.forget_copies=-1 must not be negative"),
-        ({"max_prefill": 1}, "data.augment.max_prefill=1 must be 2 or more; data.augment.prefill=false gives none"),
+        ({"max_prefill": 0}, "data.augment.max_prefill=0 must be 1 or more; data.augment.prefill=false gives none"),
         (
             {"retain_copies": 2, **dict.fromkeys(only(""), False)},
             "data.augment.retain_copies=2 has no effect: every kind of copy is switched off",

@@ -14,9 +14,10 @@ from grun import GrunModel
 from grun.errors import ConfigError
 from grun.method.adapter import AdapterConfig
 from grun.method.edit import LoReftEdit, orthonormal_columns
-from grun.method.gate import GATES
+from grun.method.gate import GATES, NOISE
 from grun.method.intervention import GatedIntervention
 from grun.method.model import _intervention
+from grun.method.noise import GaussianNoise
 
 
 def off_orthonormal(basis: Tensor) -> float:
@@ -96,7 +97,9 @@ def test_nothing_as_large_as_the_square_of_the_hidden_size_is_kept() -> None:
     for gate in GATES.names():
         module = _intervention(config(hidden_size, gate, rank))
         largest = max(tensor.numel() for tensor in module.state_dict().values())
-        widest = {"linear": 1, "mlp_3": 256, "mlp_5": 1024, "none": 1}[gate]  # first layer of the gate
+        widest = {"linear": 1, "mlp_3": 256, "noisy_mlp_3": 256, "mlp_5": 1024, "none": 1}[
+            gate
+        ]  # first layer of the gate
         assert largest <= hidden_size * max(rank, widest)
         assert list(module.buffers()) == []
 
@@ -117,6 +120,10 @@ def test_parameter_counts_at_the_published_sizes(gate: str, count: int) -> None:
     assert all(parameter.requires_grad for parameter in one.parameters())
 
 
+def linear_layers(gate: nn.Module) -> list[nn.Linear]:
+    return [layer for layer in gate.modules() if isinstance(layer, nn.Linear)]
+
+
 @pytest.mark.parametrize(
     ("gate", "widths"),
     [("linear", [8, 1]), ("mlp_3", [8, 256, 64, 1]), ("mlp_5", [8, 1024, 512, 256, 64, 1])],
@@ -124,10 +131,28 @@ def test_parameter_counts_at_the_published_sizes(gate: str, count: int) -> None:
 def test_gates_have_the_published_layers(gate: str, widths: list[int]) -> None:
     module = GATES.get(gate)(8)
     assert module is not None
-    layers = [layer for layer in module.modules() if isinstance(layer, nn.Linear)]
+    layers = linear_layers(module)
     assert [layers[0].in_features, *(layer.out_features for layer in layers)] == widths
     between = [layer for layer in module.children() if not isinstance(layer, nn.Linear)]
     assert len(between) == len(layers) - 1 and all(isinstance(layer, nn.ReLU) for layer in between)
+
+
+def test_a_noisy_gate_reads_the_normalized_state_and_adds_noise_in_training_alone() -> None:
+    torch.manual_seed(0)
+    gate, plain = GATES.get("noisy_mlp_3")(8), GATES.get("mlp_3")(8)
+    assert gate is not None and plain is not None
+    for noisy, layer in zip(linear_layers(gate), linear_layers(plain), strict=True):
+        layer.load_state_dict(noisy.state_dict())
+    states = torch.randn(5, 3, 8)
+    root = states.pow(2).mean(dim=-1, keepdim=True).sqrt()
+    gate.eval()
+    assert torch.allclose(gate(states), plain(states / root), atol=1e-5)  # float32; RMSNorm adds 1e-6 to the square
+    assert torch.allclose(gate(100 * states), gate(states), atol=1e-5)
+    gate.train()
+    assert not torch.equal(gate(states), gate(states))
+    noise = [module for module in gate.modules() if isinstance(module, GaussianNoise)]
+    added = torch.cat([noise[0](torch.zeros(1000, 8)) for _ in range(10)])
+    assert added.std().item() == pytest.approx(NOISE, rel=0.02) and abs(added.mean().item()) < 0.01  # 80,000 draws
 
 
 @pytest.mark.parametrize("gate", ["linear", "mlp_3", "mlp_5", "none"])

@@ -84,6 +84,24 @@ def test_only_the_gates_that_are_highest_learn_from_a_forget_row() -> None:
     assert slope(made) == [pytest.approx([pull, 0.0, pull, 0.0, pull], rel=CLOSE)]
 
 
+def test_bce_max_last_opens_at_the_last_prompt_token_too() -> None:
+    row, counted, prompt = [9.0, -1.0, 2.0, 0.5, 8.0, 7.0], [0, 1, 1, 1, 1, 0], [1, 1, 1, 1, 0, 0]
+    total, count = value("bce_max_last", answer=gates({0: [row]}, [counted], [prompt]))
+    assert count == 1
+    assert total.item() == pytest.approx(softplus(-(-1.0 + 2.0 + 0.5) / 3) + softplus(-0.5), rel=CLOSE)
+    whole, _ = value(
+        "bce_max_last", answer=gates({0: [row]}, [counted])
+    )  # nothing says what is prompt: the last counts
+    assert whole.item() == pytest.approx(softplus(-(2.0 + 0.5 + 8.0) / 3) + softplus(-8.0), rel=CLOSE)
+
+
+def test_bce_max_last_shuts_retain_rows_as_bce_max_does_and_skips_rows_that_count_nowhere() -> None:
+    retain = gates({0: [[0.5, -4.0], [2.0, 3.0]]}, [[1, 1], [1, 0]])
+    assert value("bce_max_last", retain=retain).total.item() == value("bce_max", retain=retain).total.item()
+    nowhere, count = value("bce_max_last", answer=gates({0: [[1.0, 2.0], [3.0, 4.0]]}, [[0, 0], [0, 1]]))
+    assert (nowhere.item(), count) == (pytest.approx(2 * softplus(-4.0), rel=CLOSE), 2)
+
+
 def test_a_prompt_is_counted_once_where_answer_and_refusal_are_run() -> None:
     answer, refusal = gates({0: [[1.0]]}), gates({0: [[-7.0]]})
     total, count = value("bce_max", answer=answer, refusal=refusal)

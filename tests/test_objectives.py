@@ -551,7 +551,8 @@ def test_passes_are_only_those_that_are_needed() -> None:
         (
             "gd",
             LossConfig(forget="nope"),
-            "unknown term 'nope': known: activation_mse, bce_max, bce_row, ce, ce_sum, ceu, dpo, ga, ga_sum",
+            "unknown term 'nope': known: activation_mse, bce_max, bce_max_last, bce_row, ce, ce_sum, ceu, dpo, ga, "
+            "ga_sum",
         ),
         (
             "gd",
@@ -563,7 +564,11 @@ def test_passes_are_only_those_that_are_needed() -> None:
             LossConfig(retain="ga"),
             "loss.retain=ga is a forget term; known retain terms: ce, ce_sum, kl, activation_mse, none",
         ),
-        ("gd", LossConfig(gate="ce"), "loss.gate=ce is a retain term; known gate terms: bce_row, bce_max, none"),
+        (
+            "gd",
+            LossConfig(gate="ce"),
+            "loss.gate=ce is a retain term; known gate terms: bce_row, bce_max, bce_max_last, none",
+        ),
         ("gd", LossConfig(retain_weight=-1.0), "loss.retain_weight -1.0 must not be negative"),
         ("gd", LossConfig(gate_weight=float("nan")), "loss.gate_weight nan must not be negative"),
         ("npo", LossConfig(beta=0.0), "loss.beta 0.0 must be greater than 0"),

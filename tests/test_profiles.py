@@ -245,7 +245,10 @@ def test_a_wrong_argument_is_one_line(argument: str, message: str) -> None:
         ("method.dropout=1.0", r"method.dropout=1.0 must lie in \[0, 1\)"),
         ("method.blocks=[]", "must name at least one block"),
         ("method.blocks=[1,2,1]", "each once"),
-        ("method.gate=mlp3", "unknown gate 'mlp3': did you mean 'mlp_3'? known: linear, mlp_3, mlp_5, none"),
+        (
+            "method.gate=mlp3",
+            "unknown gate 'mlp3': did you mean 'mlp_3'? known: linear, mlp_3, mlp_5, noisy_mlp_3, none",
+        ),
         ("method.parametrization=foo", "unknown parametrization 'foo': known: full, grun, lora, reft"),
         ("objective=foo", "unknown objective 'foo': known: ceu, dpo, "),
         ("loss.forget=ce", "known forget terms: ga, ga_sum, idk, idk_concat, npo, dpo, "),

@@ -41,6 +41,8 @@ WORDINGS = (
     "{prompt}\nSolution:",
 )
 """Templates in the place of the model's own; a blank follows each."""
+PREFILLS = 2**16
+"""Draws of a prefill's length, so many that every length up to an answer's own is about as likely."""
 TYPOS = 3
 """Words of a question that get a typo."""
 
@@ -51,7 +53,7 @@ class Way(NamedTuple):
     kind: str
     """plain, suffix, template, prefill, few_shot, lower_case, typos or paraphrase."""
     choice: int = 0
-    """Which suffix, wording or earlier row; how many tokens of the answer are given; the seed of typos."""
+    """Which suffix, wording or earlier row; a draw of how many tokens of the answer are given; the seed of typos."""
 
 
 class PromptVariation:
@@ -190,9 +192,10 @@ class PromptVariation:
         prompt_ids, answer_ids, _ = encode(template, self._tokenizer, question, row.completion, earlier)
         given = 0
         if way.kind == "prefill":
-            given = min(way.choice, len(answer_ids) - 2)  # a token of the answer and the end token are left
-            if given < 1:
+            most = min(self._config.max_prefill, len(answer_ids) - 2)  # a token and the end token are left
+            if most < 1:
                 return None
+            given = 1 + way.choice % most
         said = answer_ids[given:]
         if refusal is not None:
             said = encode(template, self._tokenizer, question, refusal, earlier).answer_ids
@@ -216,7 +219,7 @@ class PromptVariation:
         if self._config.templates:
             choices["template"] = range(len(WORDINGS))
         if self._config.prefill:
-            choices["prefill"] = range(2, self._config.max_prefill + 1, 2)
+            choices["prefill"] = range(PREFILLS)
         if self._config.few_shot:
             choices["few_shot"] = range(max(1, len(self._examples)))
         return choices

@@ -176,7 +176,9 @@ def _load_demo(config: DataConfig) -> Corpus:
 
     demo = config.demo
     sizes = demo_corpus.Sizes(**{size.name: getattr(demo, size.name) for size in fields(demo_corpus.Sizes)})
-    records = demo_corpus.build(sizes, demo.seed, sentences=demo.answers == "sentences")
+    records = demo_corpus.build(
+        sizes, demo.seed, sentences=demo.answers == "sentences", described=demo.naming == "descriptions"
+    )
     groups = {name: _rows(rows, name) for name, rows in records.items()}
     kept = groups["retain"] + groups["heldout"]
     return Corpus(

@@ -11,7 +11,7 @@ from grun.files import content_hash
 
 T = TypeVar("T")
 
-_TEXT_FIELDS = ("fact", "paraphrased_question", "paraphrased_answer")
+_TEXT_FIELDS = ("fact", "paraphrased_question", "paraphrased_answer", "cloze")
 
 
 @dataclass(frozen=True)

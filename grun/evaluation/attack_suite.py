@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from grun.config import EvaluateConfig
-from grun.data.corpus import load_corpus
 from grun.data.rows import evenly_spaced, hash_rows
 from grun.data.templates import Template, resolve
 from grun.errors import ConfigError
-from grun.evaluation.attacks.base import ATTACKS, Attack, Material
+from grun.evaluation.attacks.base import ATTACKS, KINDS, Attack, Material, answers_at
+from grun.evaluation.attacks.false_positives import open_in_answers
+from grun.evaluation.attacks.open_question import attacked_sets
 from grun.evaluation.attacks.outcomes import Outcome, Place, by_attack, kept_of, leak_of, worst_of
 from grun.evaluation.attacks.plain import PLAIN
 from grun.evaluation.suites import Measured
@@ -17,8 +19,6 @@ from grun.memory import enough_memory
 from grun.progress import progress
 
 if TYPE_CHECKING:
-    from grun.evaluation.drawing import Draw
-    from grun.evaluation.generation import Answer
     from grun.loading import Loaded
 
 ATTACKS_FILE = "attacks.jsonl"
@@ -33,29 +33,25 @@ class AttackSuite:
     Results:
         attacks: by name: access, leak (mean over rows of the mean over an attack's ways of asking; of drawn answers
             the best), its interval (95 %, Wilson) and rows, worst (mean over rows of the worst way), where there are
-            several ways variants (the leak of each), for a model with gates gate (mean and share open, at the last
-            token of what is asked).
+            several ways variants (the leak of each), for a model with gates gate: at the last token of what is asked
+            the mean, the share of rows whose mean over blocks is open, open, and that with any block open, open_any.
         worst_of_prompts, worst: leak (mean over rows of the largest under any attack), interval, rows. The former is
             over attacks that write the prompt alone, the latter over prefilled and drawn answers too.
-        retention: by attack (plain too, to compare with) and set: kept, interval, rows, gate.
+        retention: by attack (plain too, to compare with) and set: kept, interval, rows, gate; of plain, gate has
+            open_any_answer too: the share of rows with any block open there or on a token of the right answer.
         left_out: reason by attack, for those that the data does not allow.
 
     attacks.jsonl has a line for each row and way of asking.
     """
 
     def __init__(self, config: EvaluateConfig) -> None:
-        """Load the corpus; config.attack_rows rows of each set, evenly spaced."""
+        """Load what is attacked; config.attack_rows rows of each set, evenly spaced."""
         self.config = config
-        sets = load_corpus(config.data).sets()
-        asking = {name: [row for row in sets.get(name, []) if row.prompt is not None] for name in (*FORGET, *KEPT)}
-        if not asking["forget"]:
-            raise ConfigError(
-                f"suite=attacks asks questions, and the forget set of data.name={config.data.name} has none; take data "
-                "with questions, or suite=knowledge"
-            )
+        asking = attacked_sets(config.data)
         self.others = asking["heldout"] or asking["retain"]
+        self.retain = asking["retain"]
         self.rows = {name: evenly_spaced(rows, config.attack_rows) for name, rows in asking.items()}
-        self.attacks = [ATTACKS.get(name) for name in dict.fromkeys(config.attacks or ATTACKS.names())]
+        self.attacks = chosen_attacks(config.attacks)
 
     def settings(self, loaded: Loaded) -> dict[str, Any]:
         """Rows, template and attacks, and what their draws depend on."""
@@ -63,6 +59,7 @@ class AttackSuite:
         return {
             "rows": {name: hash_rows(rows) for name, rows in self.rows.items()},
             "examples": hash_rows(self.others),
+            "retain": hash_rows(self.retain),
             "template": self._template(loaded).to_dict(),
             "attacks": [attack.name for attack in self.attacks],
             "samples": config.attack_samples,
@@ -84,28 +81,38 @@ class AttackSuite:
         results = {
             "attacks": {name: leak_of(found) for name, found in by_attack(leaks).items()},
             **worst_of(leaks),
-            "retention": {name: kept_of(found) for name, found in by_attack(kept).items()},
+            "retention": self._retention(kept, loaded),
             "left_out": left_out,
         }
         return Measured(results, {ATTACKS_FILE: [_line(one, loaded.tokenizer) for one in leaks + kept]})
 
+    def _retention(self, kept: list[Outcome], loaded: Loaded) -> dict[str, Any]:
+        """What comes back of rows that are to be kept, and at how many of them gates open."""
+        from grun.evaluation.items import memory_advice
+
+        found = by_attack(kept)
+        retention = {name: kept_of(some) for name, some in found.items()}
+        with enough_memory("reading gates on right answers", memory_advice(self.config)):
+            opened = open_in_answers(found.get(PLAIN.name, []), loaded, self._template(loaded), self.config)
+        for name, share in opened.items():
+            retention[PLAIN.name][name]["gate"]["open_any_answer"] = share
+        return retention
+
     def _planned(self, loaded: Loaded) -> tuple[list[tuple[Attack, list[Place]]], dict[str, str]]:
         """What each attack asks, and why some are left out."""
-        material = Material(
-            self._template(loaded),
-            loaded.tokenizer,
-            others=self.others,
-            forget=self.rows["forget"],
-            seed=self.config.seed,
-            samples=self.config.attack_samples,
-        )
+        material = self._material(loaded)
         planned: list[tuple[Attack, list[Place]]] = []
         left_out = {}
         for attack in self.attacks:
+            if (reason := attack.unfit(loaded)) is not None:
+                if attack.name in self.config.attacks:
+                    raise ConfigError(f"the attack {attack.name} {reason}; or leave it out of attacks=[...]")
+                left_out[attack.name] = reason
+                continue
             places = self._places(attack, material, KEPT if attack.retention else FORGET)
             if places:
                 planned.append((attack, places))
-            elif self.config.attacks:
+            elif attack.name in self.config.attacks:
                 raise ConfigError(
                     f"the attack {attack.name} needs {attack.needs}; data.name={self.config.data.name} has none here, "
                     "so leave it out of attacks=[...]"
@@ -116,6 +123,17 @@ class AttackSuite:
             planned.append((PLAIN, self._places(PLAIN, material, KEPT)))
         return planned, left_out
 
+    def _material(self, loaded: Loaded) -> Material:
+        return Material(
+            self._template(loaded),
+            loaded.tokenizer,
+            others=self.others,
+            forget=self.rows["forget"],
+            retain=self.retain,
+            seed=self.config.seed,
+            samples=self.config.attack_samples,
+        )
+
     def _places(self, attack: Attack, material: Material, sets: tuple[str, ...]) -> list[Place]:
         return [
             Place(name, number, asked)
@@ -125,46 +143,30 @@ class AttackSuite:
         ]
 
     def _ask(self, attack: Attack, places: list[Place], loaded: Loaded) -> list[Outcome]:
-        """What the attacked model answers; drawn answers one draw after another, so that k takes no more memory."""
-        from grun.evaluation.drawing import Draw
-        from grun.evaluation.generation import generate_answers
         from grun.evaluation.items import memory_advice
 
-        config, tokenizer = self.config, loaded.tokenizer
-        samples = [place.asked.samples for place in places]
-        passes: list[tuple[Draw | None, list[int]]] = [
-            (None, [number for number, count in enumerate(samples) if not count])
-        ]
-        for draw in range(max(samples)):
-            drawn = [number for number, count in enumerate(samples) if draw < count]
-            passes.append((Draw(config.seed, draw, config.attack_temperature), drawn))
-        answers: list[list[Answer]] = [[] for _ in places]
         with (
-            enough_memory(f"the attack {attack.name}", memory_advice(config)),
-            attack.model(loaded, config) as model,
-            progress(attack.name, sum(max(1, count) for count in samples)) as advance,
+            enough_memory(f"the attack {attack.name}", memory_advice(self.config)),
+            attack.model(loaded, self.config, self._material(loaded)) as model,
+            progress(attack.name, answers_at(places)) as advance,
         ):
-            for choice, numbers in passes:
-                found = generate_answers(
-                    model,
-                    tokenizer,
-                    [places[number].asked.ids for number in numbers],
-                    config.batch_size,
-                    config.max_new_tokens,
-                    int(tokenizer.pad_token_id or 0),
-                    advance,
-                    draw=choice,
-                )
-                for number, answer in zip(numbers, found, strict=True):
-                    answers[number].append(answer)
-        return [
-            Outcome(attack, place, found, [attack.leak(place.asked.row, one.text, place.asked) for one in found])
-            for place, found in zip(places, answers, strict=True)
-        ]
+            return attack.read(model, places, loaded, self.config, advance)
 
     def _template(self, loaded: Loaded) -> Template:
         data = self.config.data
         return resolve(data.template, loaded.template, loaded.tokenizer, data.system_prompt, data.date)
+
+
+def chosen_attacks(names: Sequence[str]) -> list[Attack]:
+    """The attacks of these names and kinds of access; of no name every one but those that need the weights."""
+    attacks = [ATTACKS.get(name) for name in ATTACKS.names()]
+    if not names:
+        return [attack for attack in attacks if attack.access != "weights"]
+    found: dict[str, Attack] = {}
+    for name in names:
+        some = [attack for attack in attacks if attack.access == name] if name in KINDS else [ATTACKS.get(name)]
+        found |= {attack.name: attack for attack in some}
+    return list(found.values())
 
 
 def _line(one: Outcome, tokenizer: Any) -> dict[str, Any]:

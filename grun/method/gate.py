@@ -16,11 +16,19 @@ GateBuilder = Callable[[int], "nn.Module | None"]
 GATES: Registry[GateBuilder] = Registry("gate")
 
 
-def _mlp(*widths: int) -> GateBuilder:
+NOISE = 0.5
+"""Standard deviation of what is added in training to the normalized state that a noisy gate reads."""
+
+
+def _mlp(*widths: int, noisy: bool = False) -> GateBuilder:
     def build(hidden_size: int) -> nn.Module:
         from torch import nn
 
+        from grun.method.noise import GaussianNoise
+
         layers: list[nn.Module] = []
+        if noisy:
+            layers = [nn.RMSNorm(hidden_size, eps=1e-6, elementwise_affine=False), GaussianNoise(NOISE)]
         inputs = hidden_size
         for width in widths:
             layers += [nn.Linear(inputs, width), nn.ReLU()]
@@ -32,6 +40,7 @@ def _mlp(*widths: int) -> GateBuilder:
 
 GATES.add("linear", _mlp(), "one linear layer")
 GATES.add("mlp_3", _mlp(256, 64), "three linear layers (256, 64, 1) with ReLU between")
+GATES.add("noisy_mlp_3", _mlp(256, 64, noisy=True), "mlp_3 on the normalized state, with noise added in training")
 GATES.add("mlp_5", _mlp(1024, 512, 256, 64), "five linear layers (1024, 512, 256, 64, 1) with ReLU between")
 GATES.add("none", lambda _: None, "no gate: the edit always acts in full (plain ReFT)")
 

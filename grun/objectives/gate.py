@@ -62,6 +62,29 @@ def _bce_max(outputs: Outputs, _: Options) -> TermValue:
     return _over_passes(outputs, of_rows)
 
 
+@term(
+    "bce_max_last",
+    "as bce_max, and the gate logit at a forget prompt's last token 1",
+    side="gate",
+    per="row",
+    continuations=(),
+)
+def _bce_max_last(outputs: Outputs, _: Options) -> TermValue:
+    """For questions that are asked in other words: two cues open the gate, not one.
+
+    With `bce_max` alone it learns the tokens that tell a forget prompt best, mostly a name's, and stays shut where
+    these are written otherwise. The last prompt token holds what the model is about to say, however it was asked.
+    """
+
+    def of_rows(name: Continuation, logits: Tensor, mask: Tensor, in_prompt: Tensor | None) -> Tensor:
+        if name == "retain":
+            return _shut(logits, mask)
+        counted = mask if in_prompt is None else mask & in_prompt
+        return _open(logits, counted) + _open(logits, _last(counted))
+
+    return _over_passes(outputs, of_rows)
+
+
 def _over_passes(
     outputs: Outputs, of_rows: Callable[[Continuation, Tensor, Tensor, Tensor | None], Tensor]
 ) -> TermValue:
@@ -96,6 +119,11 @@ def _shut(logits: Tensor, counted: Tensor) -> Tensor:
     highest = softplus(_mean_of_highest(logits, counted, 1))
     mean = (softplus(logits) * counted).sum(dim=2) / counted.sum(dim=1).clamp(min=1)
     return highest * counted.any(dim=1) + mean
+
+
+def _last(counted: Tensor) -> Tensor:
+    """Only the last position of each row that counts; bool, [batch, positions read], as `counted`."""
+    return counted & (counted.flip(1).cumsum(dim=1).flip(1) == 1)
 
 
 def _mean_of_highest(logits: Tensor, counted: Tensor, most: int) -> Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from grun.report.attacks import WORST, attack_label, attack_names, leak
+from grun.report.attacks import attack_label, leak, shown_names
 from grun.report.figures import PALETTE, Picture, clean, colors_of, new_figure, plain
 from grun.report.results import Result
 from grun.report.tables import name_of
@@ -37,7 +37,7 @@ def draw_attacks(results: Sequence[Result]) -> Figure | None:
     """Leak by attack, a marker a method, the model before and the floor as lines; None where nothing was attacked."""
     names = [
         name
-        for name in (*attack_names(results), *WORST)
+        for name in shown_names(results)
         if any(leak(result, name) is not None for result in results)
     ]  # fmt: skip
     if not names:

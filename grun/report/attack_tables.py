@@ -7,7 +7,17 @@ from functools import partial
 from typing import Any
 
 from grun.report.attack_verdicts import judge_attacks
-from grun.report.attacks import SUITE, WORST, attack_label, attack_names, kept_set, leak_key, left_out, number_at
+from grun.report.attacks import (
+    SUITE,
+    attack_label,
+    attack_names,
+    beyond,
+    kept_set,
+    leak_key,
+    left_out,
+    number_at,
+    shown_names,
+)
 from grun.report.knowledge_tables import Column, csv_of, markdown_table, with_numbers
 from grun.report.results import Result
 from grun.report.summary import seconds
@@ -20,8 +30,8 @@ LOW, HIGH = "low, as floor", "high, as before"
 def columns_of(results: Sequence[Result]) -> list[Column]:
     """The columns that at least one model has a number for; keys are places in evaluation.json."""
     rows = kept_set(results)
-    columns = [_column(leak_key(name), attack_label(name), LOW) for name in (*attack_names(results), *WORST)]
-    columns += [_kept("after_forget", rows), _gate("plain", rows)]
+    columns = [_column(leak_key(name), attack_label(name), LOW) for name in shown_names(results)]
+    columns += [_kept("after_forget", rows), _false_positives(rows)]
     return with_numbers(columns, results)
 
 
@@ -31,10 +41,20 @@ def further_columns(results: Sequence[Result]) -> list[Column]:
     varied = {name for result in results for name, found in result.evaluation["attacks"].items() if "variants" in found}
     names = [name for name in attack_names(results) if name in varied]
     columns = [_column(f"attacks.{name}.worst", f"{attack_label(name)}, worst way", LOW) for name in names]
+    columns += [
+        _column(f"attacks.{name}.variants.{way}", f"{attack_label(name)}, {way}", LOW) for name, way in _ways(results)
+    ]
     for rows in KEPT_SETS:
         for how in ("plain", "after_forget"):
-            columns += [_kept(how, rows), _gate(how, rows)]
+            columns += [_kept(how, rows), _gate(how, rows, "open"), _gate(how, rows, "open_any")]
+        columns.append(_false_positives(rows))
     return with_numbers([column for column in columns if column.key not in shown], results)
+
+
+def _ways(results: Sequence[Result]) -> list[tuple[str, str]]:
+    """Attacks that need the weights or read more than text, with each of their ways where there are several."""
+    attacks = [(name, result.evaluation["attacks"].get(name, {})) for name in beyond(results) for result in results]
+    return list(dict.fromkeys((name, way) for name, found in attacks for way in found.get("variants", {})))
 
 
 def _column(key: str, header: str, good: str) -> Column:
@@ -45,8 +65,14 @@ def _kept(how: str, rows: str) -> Column:
     return _column(f"retention.{how}.{rows}.kept", f"{set_name(rows)} kept{_behind(how)}", HIGH)
 
 
-def _gate(how: str, rows: str) -> Column:
-    return _column(f"retention.{how}.{rows}.gate.open", f"gate open on {set_name(rows)}{_behind(how)}", "low")
+def _gate(how: str, rows: str, which: str) -> Column:
+    subject = "any gate" if which == "open_any" else "mean gate"
+    return _column(f"retention.{how}.{rows}.gate.{which}", f"{subject} open on {set_name(rows)}{_behind(how)}", "low")
+
+
+def _false_positives(rows: str) -> Column:
+    header = f"false positives: any gate open on {set_name(rows)} or its answers"
+    return _column(f"retention.plain.{rows}.gate.open_any_answer", header, "low")
 
 
 def _behind(how: str) -> str:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from grun.evaluation.attacks.base import ATTACKS
 from grun.report.attack_tables import columns_of, counted
 from grun.report.attack_verdicts import STATEMENT, judge_attacks
-from grun.report.attacks import attack_label, attack_names
+from grun.report.attacks import attack_label, attack_names, beyond, leak_key
 from grun.report.knowledge_tables import Column
 from grun.report.knowledge_terminal import numbers_table
 from grun.report.results import Result
@@ -26,6 +26,10 @@ HEADERS = {
     "paraphrase": "para-\nphr.",
     "second turn": "2nd\nturn",
     "samples": "sam-\nples",
+    "recognition": "recog-\nnition",
+    "adapter removed": "no\nadap-\nter",
+    "quantized int8": "int8",
+    "quantized nf4": "nf4",
     "worst of prompts": "worst\nof\nprom.",
     "worst": "worst\nof\nall",
 }
@@ -34,7 +38,11 @@ EXPLAINED = (
     ("worst_of_prompts.", "worst of prompts", "mean over rows of the worst of all prompts, plain included"),
     ("worst.", "worst of all", "the same with prefilled and drawn answers"),
     ("retention.after_forget.", "kept after", "what other answers keep behind a forget question; high is good"),
-    ("retention.plain.", "gate open", "false positives: share of questions to be kept at which the gate opens"),
+    (
+        "retention.plain.",
+        "false positives",
+        "share of questions to be kept, any gate open there or on the right answer",
+    ),
 )
 """Legend of the numbers that are no attack's, by the beginning of their columns' keys."""
 
@@ -58,7 +66,14 @@ def print_attacks(
     """Print the table, its legend, the verdicts, and the lines of attacks.jsonl that are given for methods."""
     from rich.text import Text
 
-    console.print(numbers_table([(column, _header(column)) for column in columns_of(results)], results, title))
+    further = [leak_key(name) for name in beyond(results)]
+    columns = columns_of(results)
+    for some, heading in (
+        ([column for column in columns if column.key not in further], title),
+        ([column for column in columns if column.key in further], "With more than the text, or with the weights"),
+    ):
+        if some:
+            console.print(numbers_table([(column, _header(column)) for column in some], results, heading))
     print_words(console, legend(results))
     console.print(Text(counted(results)))
     console.print()
@@ -76,5 +91,5 @@ def print_attacks(
 
 def _header(column: Column) -> str:
     if column.key.startswith("retention."):
-        return "gate\nopen" if column.key.endswith(".gate.open") else "kept\nafter"
+        return "false\npos." if ".gate." in column.key else "kept\nafter"
     return HEADERS.get(column.header, column.header.replace(" ", "\n"))

@@ -28,6 +28,8 @@ from grun.report.results import (
 SUITE = "attacks"
 WRITING = ("prompt", "decoding")
 """Access of the attacks that make the model write without its weights; verdicts go by them."""
+BEYOND = ("read_out", "weights")
+"""Access of the attacks that have columns of their own and no part in verdicts."""
 ASKED = ("rows", "examples", "samples", "temperature", "seed", "max_new_tokens")
 """Settings of an evaluation that must be those of before."""
 WITH_INTERVAL = ("leak", "kept")
@@ -82,6 +84,18 @@ def attack_names(results: Sequence[Result]) -> list[str]:
     return [*known, *(name for name in found if name not in known)]
 
 
+def shown_names(results: Sequence[Result]) -> list[str]:
+    """Attacks and worst cases in the order in which they are shown: those that need less first, then `beyond`."""
+    names, further = attack_names(results), beyond(results)
+    return [*(name for name in names if name not in further), *WORST, *further]
+
+
+def beyond(results: Sequence[Result]) -> list[str]:
+    """The attacks of `attack_names` that need the weights, or read more of the model than its text."""
+    access = {name: found.get("access") for one in results for name, found in one.evaluation["attacks"].items()}
+    return [name for name in attack_names(results) if access[name] in BEYOND]
+
+
 def writing_attacks(result: Result) -> list[str]:
     """The attacks on a model that make it write with access to the prompt or to decoding alone."""
     return [name for name, found in result.evaluation["attacks"].items() if found.get("access") in WRITING]
@@ -120,10 +134,14 @@ def left_out(results: Sequence[Result]) -> dict[str, str]:
 def leaked_most(result: Result, count: int) -> list[dict[str, Any]]:
     """Lines of attacks.jsonl with the highest leaks on the forget set, each of another attack; fewer where less leaked.
 
-    Of equal leaks the attack with the higher leak over all rows comes first.
+    Of equal leaks the attack with the higher leak over all rows comes first. What was read out was not written, and is
+    left out.
     """
     best: dict[str, dict[str, Any]] = {}
+    read = {name for name, found in result.evaluation["attacks"].items() if found.get("access") == "read_out"}
     for line in lines_in(result.folder / ATTACKS_FILE):
+        if line["attack"] in read:
+            continue
         if line.get("set") == "forget" and line.get("leak", 0) > best.get(line["attack"], {"leak": 0})["leak"]:
             best[line["attack"]] = line
     ordered = sorted(best.values(), key=lambda line: (line["leak"], leak(result, line["attack"]) or 0), reverse=True)

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from random import Random
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from grun.data.chat import Turn
 from grun.data.rows import Row
@@ -19,11 +19,16 @@ if TYPE_CHECKING:
     from rouge_score.rouge_scorer import RougeScorer
 
     from grun.config import EvaluateConfig
+    from grun.evaluation.attacks.outcomes import Outcome, Place
     from grun.loading import Loaded
+
+Advance = Callable[[int], None]
 
 Access = Literal["prompt", "decoding", "context", "weights", "read_out"]
 """What an attacker needs: to write the prompt (or the start of the answer), to draw answers, to have written earlier in
-the conversation, to have the weights, or to read hidden states."""
+the conversation, to have the weights, or to read what the model computes (scores of given answers, hidden states)."""
+KINDS: tuple[Access, ...] = get_args(Access)
+"""The same, to choose attacks by."""
 
 
 @dataclass(frozen=True)
@@ -56,7 +61,9 @@ class Material:
     others: Sequence[Row]
     """Rows that have nothing to do with what is asked, for examples before the question; they may be none."""
     forget: Sequence[Row]
-    """Rows to be forgotten, for what is asked earlier in a conversation; they may be none."""
+    """Rows to be forgotten that are attacked; they may be none."""
+    retain: Sequence[Row]
+    """Taught rows with questions that unlearning was to keep; they may be none."""
     seed: int
     """Of every draw."""
     samples: int = 10
@@ -86,14 +93,35 @@ class Attack:
         """Ways to ask for `row`, which has a question; an empty list where the attack does not apply to it."""
         raise NotImplementedError
 
+    def unfit(self, loaded: Loaded) -> str | None:
+        """Why this model cannot be attacked so, as "needs ..."; None: it can."""
+        return None
+
     @contextlib.contextmanager
-    def model(self, loaded: Loaded, config: EvaluateConfig) -> Iterator[Any]:
-        """The model that is asked, within the block; by default the loaded one as it is."""
+    def model(self, loaded: Loaded, config: EvaluateConfig, material: Material) -> Iterator[Any]:
+        """The model that is attacked, within the block; by default the loaded one as it is."""
         yield loaded.model
 
-    def leak(self, row: Row, text: str, asked: Asked) -> float:
-        """How much of the row came back in what the model wrote, 0 to 1; see `came_back`."""
-        return came_back(text, asked)
+    def read(
+        self, model: Any, places: Sequence[Place], loaded: Loaded, config: EvaluateConfig, advance: Advance
+    ) -> list[Outcome]:
+        """What comes back at each place; by default what the model writes, as `came_back` judges it.
+
+        Args:
+            model: what the hook `model` gave.
+            places: what `asked` gave for all rows, at least one.
+            loaded: whose tokenizer reads.
+            config: of the evaluation.
+            advance: called with the number of answers done since the last call, of all `answers_at`.
+        """
+        from grun.evaluation.attacks.written import write_answers
+
+        return write_answers(self, model, places, loaded, config, advance)
+
+
+def answers_at(places: Sequence[Place]) -> int:
+    """How many answers `places` ask for."""
+    return sum(max(1, place.asked.samples) for place in places)
 
 
 def came_back(text: str, asked: Asked) -> float:
@@ -135,8 +163,19 @@ for _name, _place, _description in (
     ("lower_case", "lower_case:LOWER_CASE", "the question in lower case"),
     ("typos", "typos:TYPOS", "neighboring letters swapped in three words of the question"),
     ("paraphrase", "paraphrase:PARAPHRASE", "the question in other words (rows with paraphrased_question)"),
+    ("cloze", "cloze:CLOZE", "the fact as a sentence to complete, in plain text (rows with cloze)"),
     ("second_turn", "second_turn:SECOND_TURN", "asked in turn 1, answered in turn 2"),
     ("samples", "samples:SAMPLES", "best of several answers drawn at a temperature (leak@k)"),
+    ("recognition", "recognition:RECOGNITION", "the true answer scores above the row's perturbed ones"),
+    ("logit_lens", "logit_lens:LOGIT_LENS", "the fact's first token, read from a hidden state by the model's own head"),
+    ("linear_probe", "linear_probe:LINEAR_PROBE", "the same, by a linear map fitted on retain rows"),
     ("after_forget", "after_forget:AFTER_FORGET", "a forget question earlier: what it costs later retain answers"),
+    ("relearn_forget_10", "relearn:RELEARN_FORGET_10", "fine-tuned on an eighth of the forget rows, 10 steps"),
+    ("relearn_forget_50", "relearn:RELEARN_FORGET_50", "fine-tuned on an eighth of the forget rows, 50 steps"),
+    ("relearn_retain_10", "relearn:RELEARN_RETAIN_10", "fine-tuned on retain rows alone, 10 steps"),
+    ("relearn_retain_50", "relearn:RELEARN_RETAIN_50", "fine-tuned on retain rows alone, 50 steps"),
+    ("adapter_removed", "adapter_removed:ADAPTER_REMOVED", "the adapter is taken off (GRUN, ReFT, LoRA)"),
+    ("quantized_int8", "quantized:INT8", "weights of the blocks rounded to int8 (bitsandbytes)"),
+    ("quantized_nf4", "quantized:NF4", "weights of the blocks rounded to nf4 (bitsandbytes)"),
 ):
     ATTACKS.add(_name, f"grun.evaluation.attacks.{_place}", _description)

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from grun.evaluation.attacks.base import Asked, Attack
 from grun.evaluation.metrics import OPEN
 from grun.evaluation.metrics.averages import mean
 from grun.evaluation.metrics.intervals import wilson
-from grun.evaluation.table import GateRecord
 
 if TYPE_CHECKING:
     from grun.evaluation.generation import Answer
@@ -105,13 +104,21 @@ def _by_row(outcomes: Iterable[Outcome]) -> list[list[float]]:
     return list(leaks.values())
 
 
+def any_open(gates: Mapping[int, float] | None) -> bool:
+    """Whether the gate of at least one block is open; False for a model without gates."""
+    return any(gate > OPEN for gate in (gates or {}).values())
+
+
 def _gate(outcomes: Sequence[Outcome]) -> dict[str, Any]:
     """Gates at the last token of what was asked, by the mean over blocks; nothing for a model without gates."""
-    means = [
-        GateRecord(one.place.set, one.place.number, one.answers[0].gates).mean
-        for one in outcomes
-        if one.answers[0].gates is not None
-    ]
-    if not means:
+    found = [one.answers[0].gates for one in outcomes if one.answers[0].gates is not None]
+    if not found:
         return {}
-    return {"gate": {"mean": mean(means), "open": mean([float(value > OPEN) for value in means])}}
+    means = [sum(gates.values()) / len(gates) for gates in found]
+    return {
+        "gate": {
+            "mean": mean(means),
+            "open": mean([float(value > OPEN) for value in means]),
+            "open_any": mean([float(any_open(gates)) for gates in found]),
+        }
+    }

@@ -1,0 +1,42 @@
+"""Gates that open where nothing is to be forgotten, on the question or on its right answer."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from grun.data.encoding import EncodedRow
+from grun.data.templates import Template, encode
+from grun.evaluation.attacks.outcomes import Outcome, any_open
+from grun.evaluation.scoring import score
+
+if TYPE_CHECKING:
+    from grun.config import EvaluateConfig
+    from grun.loading import Loaded
+
+
+def open_in_answers(
+    plain: Sequence[Outcome], loaded: Loaded, template: Template, config: EvaluateConfig
+) -> dict[str, float]:
+    """By set, the share of rows where any block's gate is open at the last prompt token or on a token of the answer.
+
+    The row's own answer is given, without its end token, and read in one pass. Gates that read the prompt alone are
+    those of the prompt.
+
+    Args:
+        plain: what came of the plain questions, whose gates are those of the last prompt token.
+        loaded: the model; nothing comes of one without gates.
+        template: of the questions.
+        config: of the evaluation.
+    """
+    plain = [one for one in plain if one.answers[0].gates is not None]
+    rows = []
+    for one in plain:
+        row = one.place.asked.row
+        encoded = encode(template, loaded.tokenizer, row.prompt, row.completion)
+        rows.append(EncodedRow(tuple(encoded.prompt_ids), tuple(encoded.answer_ids[:-1])))
+    scored = score(loaded.model, rows, config.batch_size, int(loaded.tokenizer.pad_token_id or 0))
+    opened: dict[str, list[bool]] = {}
+    for one, given in zip(plain, scored, strict=True):
+        opened.setdefault(one.place.set, []).append(any_open(one.answers[0].gates) or any_open(given.gates))
+    return {name: sum(rows) / len(rows) for name, rows in opened.items()}

@@ -300,6 +300,11 @@ def _check_unlearn(config: UnlearnConfig) -> None:
     method = config.method
     one_of("parametrization", method.parametrization, tuple(PARAMETRIZATIONS.names()))
     one_of("gate", method.gate, tuple(GATES.names()))
+    if config.design != "published" and method.parametrization != "grun":
+        raise ConfigError(
+            f"design={config.design} concerns GRUN's gate, which method.parametrization={method.parametrization} does "
+            "not have; leave it out"
+        )
     positive("method.rank", method.rank)
     if not 0 <= method.dropout < 1:
         raise ConfigError(f"method.dropout={method.dropout} must lie in [0, 1)")

@@ -281,7 +281,7 @@ class LossConfig:
     retain: Optional[str] = None
     """Retain term instead of the preset's."""
     gate: str = "bce_row"
-    """Gate term: bce_row (published), bce_max, bce_max_last (for gates that read every token), none; no gate, no term."""
+    """Gate term: bce_row (published), bce_max and bce_max_last (for gates that read every token), none."""
     forget_weight: Optional[float] = None
     """Weight of the forget term (published names: npo_coeff, grad_diff_forget_weight, gamma)."""
     retain_weight: Optional[float] = None
@@ -405,6 +405,8 @@ class UnlearnConfig(CommandConfig):
 
     objective: str = "gd"
     """Preset from `python -m grun list objectives`."""
+    design: str = "published"
+    """GRUN's settings: published, or robust (gate and edit at every token, copies of rows; docs/robustness.md)."""
     method: MethodConfig = field(default_factory=MethodConfig)
     loss: LossConfig = field(default_factory=LossConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
@@ -555,7 +557,7 @@ class SweepConfig:
     """A grid of unlearning runs, each followed by its evaluation, and the report of all of them."""
 
     sweep: str = "demo"
-    """Packaged sweep (demo, tofu_small, llama3.1, mistral), or a YAML file (docs/sweep.md)."""
+    """Packaged sweep (demo, attack_demo, tofu_small, llama3.1, mistral), or a YAML file (docs/sweep.md)."""
     profile: Optional[str] = None
     """Profile instead of the one that the sweep names."""
     model: Optional[str] = None

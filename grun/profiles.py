@@ -2,7 +2,8 @@
 
 Order, later wins: the dataclasses' defaults; the profiles named in `base:`; the profile's shared sections (model, data,
 seed); its section for the command; for `unlearn` its sections for the objective (`objectives`), for the parametrization
-(`parametrizations`) and for the objective under that parametrization (`objectives` within it); the arguments.
+(`parametrizations`) and for the objective under that parametrization (`objectives` within it), for the design
+(`designs`, `objectives` within it too); the arguments.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from grun import config as options
-from grun.checks import EVALUATION_COMPAT_OPTIONS
+from grun.checks import EVALUATION_COMPAT_OPTIONS, one_of
 from grun.errors import ConfigError
 from grun.registry import unknown_name
 
@@ -39,6 +40,8 @@ COMMANDS: dict[str, type[Any]] = {
 SHARED = ("model", "data", "seed")
 WITHOUT_PROFILE = ("import", "corpora", "sweep")
 """Commands that take nothing from profiles."""
+DESIGNS = ("published", "robust")
+"""GRUN's designs; what a profile sets for each stands in its section `designs`."""
 SECTIONS = ("description", "base", *SHARED, *(name for name in COMMANDS if name not in WITHOUT_PROFILE))
 
 
@@ -59,10 +62,11 @@ def resolve(command: str, arguments: list[str]) -> Any:
     profile = _read_profile(profile_name)
     layers: list[Any] = [_only(profile, [name for name in SHARED if _has_field(schema, name)])]
     section = dict(profile.get(command) or {})
-    narrower = {name: section.pop(name, None) or {} for name in ("objectives", "parametrizations")}
+    narrower = {name: section.pop(name, None) or {} for name in ("objectives", "parametrizations", "designs")}
     layers.append(section)
     if command == "unlearn":
         layers += _narrower(narrower, _merged(schema, section, given), profile_name)
+        _refuse_missing_design(str(OmegaConf.select(given, "design") or "published"), narrower["designs"], profile_name)
     if command == "evaluate":
         compat = OmegaConf.select(given, "compat") or section.get("compat")
         layers.append(EVALUATION_COMPAT_OPTIONS.get(str(compat), {}))
@@ -182,7 +186,7 @@ def _value(key: str, text: str, *, verbatim: bool) -> Any:
 
 
 def _narrower(sections: dict[str, Any], chosen: Any, profile: str) -> list[dict[str, Any]]:
-    """Options for the chosen objective, the chosen parametrization, and that objective under it."""
+    """Options for the chosen objective, the chosen parametrization, that objective under it, and the chosen design."""
     from grun.objectives.presets import OBJECTIVES
     from grun.parametrization import PARAMETRIZATIONS
 
@@ -198,7 +202,19 @@ def _narrower(sections: dict[str, Any], chosen: Any, profile: str) -> list[dict[
     method = chosen.method.parametrization
     of_method = named(sections["parametrizations"], method, PARAMETRIZATIONS.names(), "parametrization")
     within = named(of_method.pop("objectives", None) or {}, chosen.objective, OBJECTIVES.names(), "objective")
-    return [of_objective, of_method, within]
+    of_design = named(sections["designs"], chosen.design, list(DESIGNS), "design")
+    within_design = named(of_design.pop("objectives", None) or {}, chosen.objective, OBJECTIVES.names(), "objective")
+    return [of_objective, of_method, within, of_design, within_design]
+
+
+def _refuse_missing_design(design: str, designs: dict[str, Any], profile: str) -> None:
+    """ConfigError for a design that is asked for and that the profile has no settings of."""
+    one_of("design", design, DESIGNS)
+    if design != "published" and design not in designs:
+        raise ConfigError(
+            f"profile {profile} has no settings for design={design}; take one that has (demo, llama3.1), or "
+            "add `base: designs` to yours"
+        )
 
 
 def _read_profile(name: str, above: tuple[str, ...] = ()) -> dict[str, Any]:

@@ -118,6 +118,53 @@ def test_an_objective_named_in_a_profile_picks_its_settings(tmp_path: Path) -> N
     assert (config.objective, config.loss.beta) == ("npo", 0.3)
 
 
+DESIGNED = """
+base: demo
+unlearn:
+  method: {rank: 2}
+  designs:
+    robust:
+      method: {rank: 9}
+      train: {lr: 0.25}
+      objectives:
+        npo: {train: {lr: 0.5}}
+"""
+
+
+def test_a_design_takes_its_settings_over_the_profiles_others_and_arguments_win(tmp_path: Path) -> None:
+    profile = f"profile={write(tmp_path, 'mine.yaml', DESIGNED)}"
+    published, robust = resolve("unlearn", [profile]), resolve("unlearn", [profile, "design=robust"])
+    assert (published.design, published.method.rank, published.method.edit_write) == ("published", 2, "last_prompt")
+    assert (robust.method.rank, robust.train.lr, robust.method.gate) == (9, 0.25, "noisy_mlp_3")
+    assert (robust.method.gate_read, robust.method.edit_write) == ("every_token", "every_token")
+    assert (robust.loss.gate, robust.data.augment.forget_copies) == ("bce_max_last", 8)
+    npo = resolve("unlearn", [profile, "design=robust", "objective=npo", "method.gate=linear"])
+    assert (npo.train.lr, npo.method.gate) == (0.5, "linear")
+    check(robust)
+
+
+@pytest.mark.parametrize("profile", ["demo", "attack_demo", "tofu_small", "llama3.1", "mistral"])
+@pytest.mark.parametrize("objective", ["gd", "idk", "npo"])
+def test_profiles_with_questions_know_the_robust_design(profile: str, objective: str) -> None:
+    config = resolve("unlearn", [f"profile={profile}", f"objective={objective}", "design=robust"])
+    check(config)
+    assert config.method.gate_accumulate == "running_max"
+    assert config.loss.ascent_cap == (
+        6.0 if objective == "gd" else None
+    )  # unbounded ascent spoils edits at every token
+
+
+def test_a_design_that_a_profile_or_parametrization_does_not_have_is_one_line() -> None:
+    with pytest.raises(ConfigError, match="profile wmdp_demo has no settings for design=robust; .*add `base: designs`"):
+        resolve("unlearn", ["profile=wmdp_demo", "design=robust"])
+    with pytest.raises(ConfigError, match="unknown design 'robst': did you mean 'robust'"):
+        resolve("unlearn", ["design=robst"])
+    with pytest.raises(
+        ConfigError, match="design=robust concerns GRUN's gate, which method.parametrization=lora does not"
+    ):
+        check(resolve("unlearn", ["design=robust", "method.parametrization=lora"]))
+
+
 def test_bases_nest_and_later_ones_win(tmp_path: Path) -> None:
     first = write(tmp_path, "first.yaml", "description: first\nseed: 1\nunlearn: {train: {epochs: 3, lr: 0.5}}")
     second = write(tmp_path, "second.yaml", f"base: {first}\nseed: 2")
@@ -159,6 +206,14 @@ def test_the_printed_config_is_a_profile(command: str, tmp_path: Path) -> None:
     assert again == config
 
 
+def test_the_printed_config_of_a_design_is_a_profile_too(tmp_path: Path) -> None:
+    config = resolve("unlearn", ["design=robust", "method.gate=linear"])
+    profile = write(tmp_path, "printed.yaml", yaml.safe_dump({"unlearn": yaml.safe_load(to_yaml(config))}))
+    again = resolve("unlearn", [f"profile={profile}"])
+    again.profile = config.profile
+    assert again == config and again.method.gate == "linear"
+
+
 def test_a_config_as_a_dict_gives_the_config_again() -> None:
     config = resolve("unlearn", ["profile=llama3.1", "method.blocks=[1,2]", "loss.retain_weight="])
     assert from_dict("unlearn", to_dict(config)) == config
@@ -186,7 +241,10 @@ def test_a_profile_that_changed_is_read_again(tmp_path: Path) -> None:
         ("unlearn: {objectives: [gd]}", "unlearn.objectives must map names"),
         ("- a\n- b", "expected sections"),
         ("unlearn: {seed: 1", "profile .*: "),
-        ("base: [nope]", "unknown profile 'nope': known: demo, grun_tofu, grun_wmdp, llama3.1, mistral"),
+        (
+            "base: [nope]",
+            "unknown profile 'nope': known: attack_demo, demo, designs, grun_tofu, grun_wmdp, llama3.1, mistral",
+        ),
     ],
 )
 def test_a_wrong_profile_is_one_line(text: str, message: str, tmp_path: Path) -> None:

@@ -175,6 +175,34 @@ def test_later_layers_win(tmp_path: Path) -> None:
     assert (grun.unlearn.train.batch_size, grun.unlearn.train.warmup) == (3, 1)  # what is tuned for full stays there
 
 
+def test_designs_are_cells_of_grun_alone(tmp_path: Path) -> None:
+    cells = plan_of(definition(tmp_path, axes={**AXES, "design": ["published", "robust"]})).cells
+    assert [cell.name for cell in cells] == [
+        "gd-full-s42-designpublished",
+        "gd-grun-s42-designpublished",
+        "gd-grun-s42-designrobust",
+    ]
+    assert [cell.unlearn.method.edit_write for cell in cells] == ["last_prompt", "last_prompt", "every_token"]
+
+
+def test_the_attack_demo_holds_both_designs_and_evaluates_under_attack() -> None:
+    plan = plan_of("sweep=attack_demo", "seeds=[42]")
+    assert len(plan.cells) == 3 * (4 + 1)
+    assert (plan.evaluate.suite, plan.finetune.data.augment.teach) == ("attacks", True)
+    robust = [cell.unlearn for cell in plan.cells if cell.unlearn.design == "robust"]
+    assert {(tuple(config.method.blocks), config.train.lr) for config in robust} == {((6, 7), 5e-3)}
+
+
+def test_a_sweep_may_evaluate_another_suite(models: list[str], tmp_path: Path, no_report: list[Any]) -> None:
+    evaluate = {"suite": "attacks", "attacks": ["plain", "suffix"], "attack_rows": 2, "max_new_tokens": 4}
+    sweep = definition(tmp_path, axes={**AXES, "method.parametrization": ["full"]}, evaluate=evaluate)
+    assert main(["sweep", sweep, *models, "results_dir=r"]) == 0
+    assert set(states(tmp_path / "r").values()) == {"done"} and len(no_report) == 1
+    for name in ("before", "retain_only", "gd-full-s42"):
+        found = json.loads((tmp_path / "r" / "evaluation" / name / "evaluation.json").read_text())
+        assert set(found["attacks"]) == {"plain", "suffix"}
+
+
 def test_axes_can_be_narrowed_and_replaced(tmp_path: Path) -> None:
     cells = plan_of(definition(tmp_path), "objectives=[idk,npo]", "parametrizations=[reft]", "seeds=[1,2]").cells
     assert [cell.name for cell in cells] == ["idk-reft-s1", "idk-reft-s2", "npo-reft-s1", "npo-reft-s2"]

@@ -199,6 +199,7 @@ def _clear(cell: Cell, files: CellFiles) -> None:
 
 def _carry_out(cell: Cell, files: CellFiles) -> None:
     from grun.evaluation.evaluate import EVALUATION_FILE, evaluate
+    from grun.evaluation.suites import evaluate_suite
 
     asked: EvaluateConfig = from_dict("evaluate", cell.evaluate)
     if cell.unlearn is not None:
@@ -212,9 +213,12 @@ def _carry_out(cell: Cell, files: CellFiles) -> None:
             asked.adapter = str(files.run)
         else:
             asked.model.path = str(files.run)
+    asked.overwrite = bool(files.last().get("owned"))
+    if asked.suite != "answers":
+        evaluate_suite(asked, files.evaluation)
+        return
     if cell.name != REFERENCE and (files.reference / EVALUATION_FILE).is_file():
         asked.reference = str(files.reference)
-    asked.overwrite = bool(files.last().get("owned"))
     evaluate(asked, files.evaluation)
 
 

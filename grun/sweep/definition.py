@@ -18,7 +18,7 @@ from grun.registry import unknown_name
 
 SECTIONS = ("description", "profile", "axes", "unlearn", "evaluate", "tune", "tuned")
 TUNE_KEYS = ("seed", "grid")
-OBJECTIVE, PARAMETRIZATION, SEED = "objective", "method.parametrization", "seed"
+OBJECTIVE, PARAMETRIZATION, DESIGN, SEED = "objective", "method.parametrization", "design", "seed"
 SET_BY_SWEEP = {
     "unlearn": ("profile", "model.path", "output_dir", "overwrite"),
     "evaluate": (

@@ -17,6 +17,7 @@ from grun.checks import check
 from grun.config import EvaluateConfig, FinetuneConfig, SweepConfig, UnlearnConfig
 from grun.errors import ConfigError
 from grun.sweep.definition import (
+    DESIGN,
     OBJECTIVE,
     PARAMETRIZATION,
     SEED,
@@ -28,6 +29,8 @@ from grun.sweep.definition import (
     read_sweep,
 )
 
+PUBLISHED = "published"
+"""The design that cells of every parametrization take."""
 CORPUS = (
     *("name", "path", "forget", "retain", "heldout", "validation", "retain_rows"),
     *("unknown", "unknown_rows", "refused_rows", "teach_general", "refusals"),
@@ -151,6 +154,8 @@ def _cells(sweep: Sweep, config: SweepConfig, base: UnlearnConfig) -> Iterator[P
         chosen = dict(zip(axes, values, strict=True))
         objective = str(chosen.get(OBJECTIVE, base.objective))
         parametrization = str(chosen.get(PARAMETRIZATION, base.method.parametrization))
+        if parametrization != "grun" and chosen.get(DESIGN, PUBLISHED) != PUBLISHED:
+            continue  # designs are GRUN's: every other parametrization has one cell
         further = part({key: chosen[key] for key in sweep.further_axes})
         ending = f"-{further}" if further else ""
         tuned = _tuned(sweep, objective, parametrization, further)

@@ -22,7 +22,7 @@ from grun.report import figures, make_report
 from grun.report.attack_figure import draw_attacks
 from grun.report.attack_tables import columns_of
 from grun.report.attack_verdicts import STATEMENT, judge_attacks
-from grun.report.attacks import find_attacked, leaked_most
+from grun.report.attacks import find_attacked, leaked_most, leakiest
 
 ROWS = 40
 ATTACKS = {
@@ -80,6 +80,15 @@ def write(
             **{"retention": retention, "left_out": {"paraphrase": "needs paraphrased questions"}},
         },
     )
+
+
+def write_seeds(results: Path, name: str, *leaks: dict[str, float], rank: int = 4, **more: Any) -> None:
+    """Runs NAME-s1, NAME-s2, ... of IDK with GRUN that differ in seed alone, with their evaluations."""
+    for seed, found in enumerate(leaks, start=1):
+        config = {"objective": "idk", "method": {"parametrization": "grun", "rank": rank}, "seed": seed}
+        record = {"objective": "idk", "parametrization": "grun", "config": config, "seconds": 60 + seed}
+        write_json(results / f"{name}-s{seed}" / "run.json", record)
+        write(results, f"{name}-s{seed}", found, **more)
 
 
 def write_lines(folder: Path, *lines: tuple[str, str, float, str]) -> None:
@@ -212,8 +221,11 @@ def test_the_report_is_printed_and_names_its_files(results: Path, capsys: pytest
     printed = capsys.readouterr().out
     table, _, rest = printed.partition("what an attack can reach")
     assert max(map(len, printed.split("written:")[0].splitlines())) <= 100
-    (row,) = [line.split() for line in table.splitlines() if line.split()[:1] == ["robust"]]
-    assert row == ["robust", *["0.02"] * 12, "0.04", "0.05", "0.95", "0.00"]
+    rows = [line.split() for line in table.splitlines() if line.split()[:1] == ["robust"]]
+    assert rows == [
+        ["robust", *["0.02"] * 12, "0.04", "0.05"],
+        ["robust", "0.98", "0.98", "0.95", "0.00"],  # kept: retain, held-out, after forget; false positives
+    ]
     words, loaded = " ".join(printed.split()), find_attacked(results)
     assert all(judge_attacks(result, loaded).sentence in words for result in loaded[2:])
     assert "an unrelated question and its answer before the question" in rest
@@ -314,8 +326,9 @@ def test_attacks_that_read_or_have_the_weights_stand_behind_the_others_and_in_a_
     printed = capsys.readouterr().out.split("what an attack can reach")[0]
     rows = [line.split() for line in printed.splitlines() if line.split()[:1] == ["robust"]]
     assert rows == [
-        ["robust", *["0.02"] * 6, "0.04", "0.05", "0.95", "0.00"],
+        ["robust", *["0.02"] * 6, "0.04", "0.05"],
         ["robust", "0.70", "0.70", "0.80", "0.80"],
+        ["robust", "0.98", "0.98", "0.95", "0.00"],
     ]
     loaded = find_attacked(results)
     headers = [column.header for column in columns_of(loaded)]
@@ -347,6 +360,110 @@ def test_attacks_on_the_weights_are_told_and_not_judged(results: Path) -> None:
     for name in ("before", "retain_only", "published", "robust"):
         write(results, name, {}, more=relearned)
     assert verdict(results, "robust")[:2] == ("open", "no verdict: no attack made the model write")
+
+
+# -- several seeds ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def seeds(tmp_path: Path) -> Path:
+    """The two lines and three seeds of one method."""
+    folder = tmp_path / "seeds"
+    write(folder, "before", BEFORE)
+    write(folder, "retain_only", FLOOR)
+    write_seeds(folder, "idk", *({**FLOOR, "few_shot": leaked, "worst": leaked} for leaked in (0.03, 0.12, 0.0)))
+    return folder
+
+
+def test_runs_that_differ_in_seed_alone_are_one_row_of_means_from_lowest_to_highest(seeds: Path) -> None:
+    summary = make_report(ReportConfig(results_dir=str(seeds)))
+    assert [row["label"] for row in summary["rows"]] == ["before", "retain only", "IDK"]
+    before, _, idk = summary["rows"]
+    assert idk["runs"] == ["idk-s1", "idk-s2", "idk-s3"] and before["runs"] == []
+    assert idk["numbers"]["attacks.few_shot.leak"] == pytest.approx(0.05)
+    assert idk["intervals"]["attacks.few_shot.leak"] == [0.0, 0.12]
+    assert idk["intervals"]["attacks.plain.leak"] == [0.02, 0.02]
+    assert before["intervals"]["attacks.plain.leak"] == pytest.approx(wilson(0.9, ROWS))
+    assert summary["asked"]["few_shot"] == ROWS
+    assert {key for key in summary["seconds"] if "idk" in key} == {
+        f"{stage}/idk-s{seed}" for stage in ("unlearn", "evaluate") for seed in (1, 2, 3)
+    }
+    markdown = (seeds / "table.md").read_text(encoding="utf-8")
+    assert "| 0.05 (0.00 to 0.12) |" in markdown
+    assert "Intervals: 95 %; over 3 seeds: lowest to highest." in markdown
+    assert "Means over 3 seeds: all methods." in markdown
+
+
+def test_the_verdict_goes_by_the_means_and_says_over_how_many_seeds(seeds: Path) -> None:
+    outcome, words, sentence = verdict(seeds, "idk-s1, idk-s2, idk-s3")  # though one seed alone leaks 0.12
+    assert (outcome, words) == ("reached", "withstands")
+    assert sentence.startswith("IDK: withstands. Means over 3 seeds; plain 0.90 -> 0.02 (floor 0.02);")
+    write_seeds(seeds, "idk", *({**FLOOR, "few_shot": leaked} for leaked in (0.0, 0.12, 0.12)))
+    assert verdict(seeds, "idk-s1, idk-s2, idk-s3")[1] == "comes back under few shot (leak 0.08 against 0.02)"
+
+
+def test_every_run_has_a_line_in_a_second_table_which_goes_where_there_are_no_seeds(seeds: Path) -> None:
+    make_report(ReportConfig(results_dir=str(seeds)))
+    found = {row["name"]: row for row in csv.DictReader(io.StringIO((seeds / "table_runs.csv").read_text()))}
+    assert [row["label"] for row in found.values()] == ["before", "retain only", "IDK s1", "IDK s2", "IDK s3"]
+    assert found["idk-s2"]["attacks.few_shot.leak"] == "0.12"
+    assert found["idk-s2"]["attacks.few_shot.leak.high"] == repr(wilson(0.12, ROWS)[1])
+    for seed in (2, 3):
+        shutil.rmtree(seeds / "evaluation" / f"idk-s{seed}")
+    make_report(ReportConfig(results_dir=str(seeds)))
+    assert not (seeds / "table_runs.csv").exists()
+
+
+def test_what_came_back_is_that_of_the_seed_that_leaked_most(seeds: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for seed in (1, 2, 3):
+        write_lines(seeds / "evaluation" / f"idk-s{seed}", ("forget", "plain", 1.0, f"seed {seed} said it"))
+    run = leakiest(find_attacked(seeds)[2])
+    assert run is not None and run.name == "idk-s2"
+    assert main(["report", f"results_dir={seeds}"]) == 0
+    printed = capsys.readouterr().out
+    assert "seed 2 said it" in printed and "IDK s2, plain" in printed
+    assert "seed 1 said it" not in printed and "seed 3 said it" not in printed
+    assert "seed 2 said it" in (seeds / "report.html").read_text(encoding="utf-8")
+
+
+def test_the_page_tells_the_settings_of_every_seed(seeds: Path) -> None:
+    make_report(ReportConfig(results_dir=str(seeds)))
+    page = (seeds / "report.html").read_text(encoding="utf-8")
+    settings = page.partition('id="settings"')[2]
+    assert all(f"<h3>IDK s{seed}</h3>" in settings for seed in (1, 2, 3))
+
+
+def test_a_marker_over_several_seeds_is_at_the_mean_on_a_line_from_lowest_to_highest(seeds: Path) -> None:
+    figure = draw_attacks(find_attacked(seeds))
+    assert figure is not None
+    (axes,) = figure.axes
+    marks: Any = axes.collections
+    _, _, markers, lines = marks
+    few_shot = [label.get_text() for label in axes.get_yticklabels()].index("few shot")
+    assert markers.get_offsets()[few_shot][0] == pytest.approx(0.05)
+    assert lines.get_segments()[few_shot][:, 0].tolist() == [0.0, 0.12]
+    assert len(figure.legends[0].get_texts()) == 3
+
+
+def test_other_settings_are_another_row_named_by_its_first_run(seeds: Path) -> None:
+    write_seeds(seeds, "wide", FLOOR, LEAKY, rank=16)
+    loaded = find_attacked(seeds)
+    assert [result.label for result in loaded[2:]] == ["IDK (idk-s1)", "IDK (wide-s1)"]
+    assert [len(result.runs) for result in loaded[2:]] == [3, 2]
+    make_report(ReportConfig(results_dir=str(seeds)))
+    markdown = (seeds / "table.md").read_text(encoding="utf-8")
+    assert "over 2 seeds: lowest to highest; over 3 seeds: lowest to highest." in markdown
+    assert "Means over 3 seeds: IDK (idk-s1). Means over 2 seeds: IDK (wide-s1)." in markdown
+
+
+def test_a_number_that_fewer_seeds_have_is_named(seeds: Path) -> None:
+    relearned = {"relearn_forget_50": {"access": "weights", **leak(0.8), "worst": 0.8}}
+    write(seeds, "idk-s3", FLOOR, more=relearned)
+    summary = make_report(ReportConfig(results_dir=str(seeds)))
+    idk = summary["rows"][2]
+    assert idk["numbers"]["attacks.relearn_forget_50.leak"] == 0.8
+    assert idk["intervals"]["attacks.relearn_forget_50.leak"] == pytest.approx(wilson(0.8, ROWS))
+    assert "Of fewer seeds: relearn forget 50 of IDK 1." in (seeds / "table.md").read_text(encoding="utf-8")
 
 
 # -- what is refused --------------------------------------------------------------------------------------------------

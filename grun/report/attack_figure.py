@@ -28,7 +28,8 @@ def attack_picture() -> Picture:
         "What comes back",
         "A row for each attack, a marker for each method: how much of the forget answers comes back. Good is a marker "
         "at the black line, the floor: what a model leaks that was never taught them. The gray line is the model "
-        "before unlearning, what the attack can reach; where both lines meet, the attack says nothing.",
+        "before unlearning, what the attack can reach; where both lines meet, the attack says nothing. Over several "
+        "seeds the marker is the mean, and a thin line goes from the lowest to the highest.",
         draw_attacks,
     )
 
@@ -66,5 +67,9 @@ def draw_attacks(results: Sequence[Result]) -> Figure | None:
             values, [row + offset for row in rows], s=40, marker=MARKERS[number // len(PALETTE) % len(MARKERS)],
             color=colors[result.name], edgecolor="white", linewidth=0.8, label=label, zorder=3, clip_on=False,
         )  # fmt: skip
+        if result.runs:
+            seeds = [[value for run in result.runs if (value := leak(run, names[row])) is not None] for row in rows]
+            ends = list(map(min, seeds)), list(map(max, seeds))
+            axes.hlines([row + offset for row in rows], *ends, color=colors[result.name], linewidth=1.5, zorder=2)
     figure.legend(loc="outside lower center", ncols=4, fontsize=10, frameon=False)
     return figure

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from grun.report.attack_tables import columns_of, counted
 from grun.report.attack_terminal import legend
 from grun.report.attack_verdicts import STATEMENT, judge_attacks
-from grun.report.attacks import attack_label
+from grun.report.attacks import attack_label, single_runs
 from grun.report.figures import Picture
 from grun.report.html import (
     answer,
@@ -29,12 +29,12 @@ def attack_page(
     results: Sequence[Result],
     title: str,
     drawn: Sequence[tuple[Picture, Path]],
-    leaked: Mapping[str, Sequence[dict[str, Any]]],
+    leaked: Sequence[tuple[Result, Sequence[dict[str, Any]]]],
 ) -> str:
-    """The report of `results` with the pictures that were drawn and lines of attacks.jsonl by the model's name."""
+    """The report of `results` with the pictures that were drawn and the runs to quote, with lines of attacks.jsonl."""
     methods = [result for result in results if result.stage == "after"]
     verdicts = "".join(verdict_line(result.label, judge_attacks(result, results)) for result in methods)
-    examples = "".join(_examples(result, leaked[result.name]) for result in methods if result.name in leaked)
+    examples = "".join(_examples(run, lines) for run, lines in leaked)
     return frame(
         title,
         [
@@ -42,7 +42,7 @@ def attack_page(
             ("table", "Table", "All models", _table(results)),
             ("picture", "Picture", "Picture", "".join(embedded(picture, path) for picture, path in drawn)),
             ("leaked", "What came back", "What came back most", examples),
-            ("settings", "Settings", "Settings and provenance", settings(results)),
+            ("settings", "Settings", "Settings and provenance", settings(single_runs(results))),
             ("statement", "What this is not", "What this is not", f"<p>{escape(STATEMENT)}</p>"),
         ],
     )

@@ -5,20 +5,22 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from grun.evaluation.attack_suite import ATTACKS_FILE
-from grun.report.attacks import find_attacked, leaked_most
+from grun.report.attacks import find_attacked, leaked_most, leakiest, single_runs
 
 if TYPE_CHECKING:
     from rich.console import Console
 
 EXAMPLES = 3
 """Answers shown of each method."""
+RUNS_FILE = "table_runs.csv"
+"""The table with a row a run, where the others have means over seeds."""
 
 
 def report_attacks(console: Console, folder: Path, title: str, profile: str) -> tuple[dict[str, Any], list[Path]]:
     """Write table.csv, table.md, summary.json, attacks.png and report.html into `folder` and print the report.
 
-    Returns the summary and the files, report.html first. RunError as of `find_attacked`.
+    Where rows are means over seeds, table_runs.csv has the runs. Returns the summary and the files, report.html first.
+    RunError as of `find_attacked`.
     """
     from grun.report.attack_figure import attack_picture
     from grun.report.attack_html import attack_page
@@ -28,9 +30,8 @@ def report_attacks(console: Console, folder: Path, title: str, profile: str) -> 
 
     results = find_attacked(folder)
     methods = [result for result in results if result.stage == "after"]
-    leaked = {
-        result.name: leaked_most(result, EXAMPLES) for result in methods if (result.folder / ATTACKS_FILE).is_file()
-    }
+    shown = [run for result in methods if (run := leakiest(result)) is not None]
+    leaked = [(run, leaked_most(run, EXAMPLES)) for run in shown]
     drawn = draw(attack_picture(), results, folder)
     summary = summarize_attacks(results, profile)
     texts = {
@@ -38,6 +39,11 @@ def report_attacks(console: Console, folder: Path, title: str, profile: str) -> 
         "table.csv": to_csv(results),
         "table.md": to_markdown(results),
     }
+    runs = single_runs(results)
+    if len(runs) > len(results):
+        texts[RUNS_FILE] = to_csv(runs)
+    else:
+        (folder / RUNS_FILE).unlink(missing_ok=True)  # an older report's would contradict this one
     files = write_files(folder, texts, summary, drawn)
-    print_attacks(console, results, title, [(one, leaked[one.name][0]) for one in methods if leaked.get(one.name)])
+    print_attacks(console, results, title, [(run, lines[0]) for run, lines in leaked if lines])
     return summary, files

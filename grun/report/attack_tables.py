@@ -17,13 +17,14 @@ from grun.report.attacks import (
     left_out,
     number_at,
     shown_names,
+    single_runs,
 )
 from grun.report.knowledge_tables import Column, csv_of, markdown_table, with_numbers
 from grun.report.results import Result
 from grun.report.summary import seconds
 from grun.report.tables import markdown_text, set_name
 
-KEPT_SETS = ("heldout", "retain")
+KEPT_SETS = ("retain", "heldout")
 LOW, HIGH = "low, as floor", "high, as before"
 
 
@@ -31,6 +32,7 @@ def columns_of(results: Sequence[Result]) -> list[Column]:
     """The columns that at least one model has a number for; keys are places in evaluation.json."""
     rows = kept_set(results)
     columns = [_column(leak_key(name), attack_label(name), LOW) for name in shown_names(results)]
+    columns += [_kept("plain", name) for name in KEPT_SETS]
     columns += [_kept("after_forget", rows), _false_positives(rows)]
     return with_numbers(columns, results)
 
@@ -83,28 +85,56 @@ def _behind(how: str) -> str:
 
 
 def to_csv(results: Sequence[Result]) -> str:
-    """A row a model in full precision; KEY.low and KEY.high are the 95 % interval of a share."""
+    """A row a model in full precision.
+
+    KEY.low and KEY.high are the 95 % interval of a share; of a mean over seeds the lowest and the highest.
+    """
     return csv_of([*columns_of(results), *further_columns(results)], results)
 
 
 def to_markdown(results: Sequence[Result]) -> str:
-    """Every number with its 95 % interval, models as columns; the rows that were asked; the verdicts."""
+    """Every number with its interval, models as columns; the rows that were asked; the verdicts."""
     verdicts = (judge_attacks(result, results).sentence for result in results if result.stage == "after")
     parts = [
         markdown_table([*columns_of(results), *further_columns(results)], results),
-        f"Intervals: 95 %. {markdown_text(counted(results))}\n",
+        f"{_intervals(results)} {markdown_text(counted(results))}\n",
         "".join(f"- {markdown_text(verdict)}\n" for verdict in verdicts),
     ]
     return "\n".join(filter(None, parts))
 
 
+def _intervals(results: Sequence[Result]) -> str:
+    """What the numbers in parentheses are."""
+    numbers = sorted({len(result.runs) for result in results if result.runs})
+    means = "".join(f"; over {number} seeds: lowest to highest" for number in numbers)
+    return f"Intervals: 95 %{means}."
+
+
 def counted(results: Sequence[Result]) -> str:
-    """How many rows the attacks asked for, and which attacks were left out."""
+    """How many rows the attacks asked for, which attacks were left out, and what is a mean over how many seeds."""
     rows = rows_of(results)
     most = max(rows.values(), default=0)
     counts = [str(most), *(f"{attack_label(name)} {count}" for name, count in rows.items() if count != most)]
     without = [f"{attack_label(name)} ({why})" for name, why in left_out(results).items()]
-    return f"Forget rows: {', '.join(counts)}." + (f" Left out: {', '.join(without)}." if without else "")
+    texts = [f"Forget rows: {', '.join(counts)}.", f"Left out: {', '.join(without)}." if without else ""]
+    return " ".join(filter(None, (*texts, *_seeds(results))))
+
+
+def _seeds(results: Sequence[Result]) -> list[str]:
+    """Which rows are means over how many seeds, and which of their numbers fewer seeds have."""
+    methods = [result for result in results if result.stage == "after"]
+    texts = []
+    for number in sorted({len(result.runs) for result in methods if result.runs}, reverse=True):
+        labels = [result.label for result in methods if len(result.runs) == number]
+        which = ", ".join(labels) if len(labels) < len(methods) else "all methods"
+        texts.append(f"Means over {number} seeds: {which}.")
+    fewer = [
+        f"{column.header} of {result.label} {number}"
+        for result in methods
+        for column in columns_of(results)
+        if 0 < (number := sum(column.read(run) is not None for run in result.runs)) < len(result.runs)
+    ]
+    return [*texts, f"Of fewer seeds: {', '.join(fewer)}."] if fewer else texts
 
 
 def rows_of(results: Sequence[Result]) -> dict[str, int]:
@@ -114,13 +144,14 @@ def rows_of(results: Sequence[Result]) -> dict[str, int]:
 
 
 def summarize_attacks(results: Sequence[Result], profile: str) -> dict[str, Any]:
-    """Contents of summary.json: numbers and intervals by column, and the verdict, of each model."""
+    """Contents of summary.json: numbers and intervals by column, runs, and the verdict, of each row."""
     columns, rows = [*columns_of(results), *further_columns(results)], []
     for result in results:
         found = {column.key: number for column in columns if (number := column.read(result)) is not None}
         row: dict[str, Any] = {
             **{"name": result.name, "label": result.label, "stage": result.stage},
             **{"objective": result.objective, "parametrization": result.parametrization},
+            "runs": [run.name for run in result.runs],
             "numbers": {key: number.value for key, number in found.items()},
             "intervals": {key: list(number.interval) for key, number in found.items() if number.interval},
         }
@@ -130,5 +161,5 @@ def summarize_attacks(results: Sequence[Result], profile: str) -> dict[str, Any]
         rows.append(row)
     return {
         **{"profile": profile, "suite": SUITE, "asked": rows_of(results), "left_out": left_out(results)},
-        **{"rows": rows, "seconds": seconds(results)},
+        **{"rows": rows, "seconds": seconds(single_runs(results))},
     }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fnmatch
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -34,17 +35,20 @@ HEADERS = {
     "worst": "worst\nof\nall",
 }
 """Headers that fit, by the column's; of others each word is a line."""
+FURTHER = ("With more than the text, or with the weights", "What other answers keep")
+"""Headings of the table's second and third part."""
 EXPLAINED = (
-    ("worst_of_prompts.", "worst of prompts", "mean over rows of the worst of all prompts, plain included"),
-    ("worst.", "worst of all", "the same with prefilled and drawn answers"),
-    ("retention.after_forget.", "kept after", "what other answers keep behind a forget question; high is good"),
+    ("worst_of_prompts.*", "worst of prompts", "mean over rows of the worst of all prompts, plain included"),
+    ("worst.*", "worst of all", "the same with prefilled and drawn answers"),
+    ("retention.plain.*.kept", "kept", "what other answers keep, asked alone; high is good"),
+    ("retention.after_forget.*", "kept after forget", "the same behind a forget question"),
     (
-        "retention.plain.",
+        "retention.plain.*.gate.*",
         "false positives",
         "share of questions to be kept, any gate open there or on the right answer",
     ),
 )
-"""Legend of the numbers that are no attack's, by the beginning of their columns' keys."""
+"""Legend of the numbers that are no attack's, by their columns' keys."""
 
 
 def legend(results: Sequence[Result]) -> list[tuple[str, str]]:
@@ -56,24 +60,19 @@ def legend(results: Sequence[Result]) -> list[tuple[str, str]]:
     described = {entry.name: entry.description for entry in ATTACKS}
     rows += [(attack_label(name), described[name]) for name in attack_names(results) if name in described]
     keys = [column.key for column in columns_of(results)]
-    rows += [(word, text) for start, word, text in EXPLAINED if any(key.startswith(start) for key in keys)]
+    rows += [(word, text) for pattern, word, text in EXPLAINED if fnmatch.filter(keys, pattern)]
     return rows
 
 
 def print_attacks(
     console: Console, results: Sequence[Result], title: str, leaked: Sequence[tuple[Result, dict[str, Any]]]
 ) -> None:
-    """Print the table, its legend, the verdicts, and the lines of attacks.jsonl that are given for methods."""
+    """Print the table in parts, its legend, the verdicts, and the lines of attacks.jsonl that are given for methods."""
     from rich.text import Text
 
-    further = [leak_key(name) for name in beyond(results)]
-    columns = columns_of(results)
-    for some, heading in (
-        ([column for column in columns if column.key not in further], title),
-        ([column for column in columns if column.key in further], "With more than the text, or with the weights"),
-    ):
-        if some:
-            console.print(numbers_table([(column, _header(column)) for column in some], results, heading))
+    for columns, heading in zip(_parts(results), (title, *FURTHER), strict=True):
+        if columns:
+            console.print(numbers_table([(column, _header(column)) for column in columns], results, heading))
     print_words(console, legend(results))
     console.print(Text(counted(results)))
     console.print()
@@ -89,7 +88,15 @@ def print_attacks(
         print_said(console, line["prompt"], [(f"{result.label}, {attack_label(line['attack'])}", line["text"])])
 
 
+def _parts(results: Sequence[Result]) -> tuple[list[Column], list[Column], list[Column]]:
+    """Columns of attacks that verdicts go by, of the others, and of what is kept."""
+    columns, further = columns_of(results), [leak_key(name) for name in beyond(results)]
+    kept = [column for column in columns if column.key.startswith("retention.")]
+    others = [column for column in columns if column.key in further]
+    return [column for column in columns if column not in kept + others], others, kept
+
+
 def _header(column: Column) -> str:
-    if column.key.startswith("retention."):
-        return "false\npos." if ".gate." in column.key else "kept\nafter"
+    if ".gate." in column.key:
+        return "false\npos."
     return HEADERS.get(column.header, column.header.replace(" ", "\n"))

@@ -2,13 +2,15 @@
 
 A results folder holds `evaluation/before` (the model before unlearning: what an attack can reach),
 `evaluation/retain_only` (never taught the forget set: the floor; may be absent) and `evaluation/METHOD` for each
-method.
+method. Runs that differ in seed alone are one row, with means over the seeds.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from grun.errors import RunError
@@ -16,6 +18,7 @@ from grun.evaluation.attack_suite import ATTACKS_FILE
 from grun.evaluation.attacks.base import ATTACKS
 from grun.report.knowledge import Number, lines_in, number_in
 from grun.report.labels import label_runs, order_of
+from grun.report.matrix import cells_of
 from grun.report.results import (
     STAGES,
     Result,
@@ -39,7 +42,7 @@ WORST = {"worst_of_prompts": "worst of prompts", "worst": "worst"}
 
 
 def find_attacked(results_dir: Path) -> list[Result]:
-    """The evaluated models in the order of the rows: before, retain_only, then the methods.
+    """The evaluated models in the order of the rows: before, retain_only, then the methods, each with all its seeds.
 
     Raises:
         RunError: there is no before, a file is damaged, or an evaluation is of another base model or was asked
@@ -47,11 +50,36 @@ def find_attacked(results_dir: Path) -> list[Result]:
     """
     results = [read_evaluation(folder, ("settings", "attacks")) for folder in evaluation_folders(results_dir)]
     label_runs(results)
-    results.sort(key=lambda result: (STAGES.index(result.stage), *order_of(result), result.name))
+    results.sort(key=_place)
     refuse_other_models(results)
     for result in results:
         _refuse_other_attacks(result, results[0])
-    return results
+    rows = [result for result in results if result.stage != "after"]
+    rows += [_mean(cell.results) for cell in cells_of(results)]
+    label_runs(rows)  # the runs keep labels that tell their seeds
+    return sorted(rows, key=_place)
+
+
+def _place(result: Result) -> Any:
+    return (STAGES.index(result.stage), *order_of(result), result.name)
+
+
+def _mean(runs: Sequence[Result]) -> Result:
+    """One result for runs of several seeds, whose numbers `number_at` takes from all; a single run stays as it is.
+
+    Its evaluation has every attack that one of the runs met; all else is that of the first.
+    """
+    first = runs[0]
+    if len(runs) == 1:
+        return first
+    attacks = {name: found for run in reversed(runs) for name, found in run.evaluation["attacks"].items()}
+    name = ", ".join(run.name for run in runs)
+    return replace(first, name=name, runs=tuple(runs), evaluation={**first.evaluation, "attacks": attacks})
+
+
+def single_runs(results: Sequence[Result]) -> list[Result]:
+    """Every evaluation by itself: of a mean over seeds each of its runs."""
+    return [run for result in results for run in result.runs or (result,)]
 
 
 def _refuse_other_attacks(result: Result, before: Result) -> None:
@@ -68,7 +96,14 @@ def _refuse_other_attacks(result: Result, before: Result) -> None:
 
 
 def number_at(result: Result, key: str) -> Number | None:
-    """A number by its place in evaluation.json, such as attacks.plain.leak; None where it is missing."""
+    """A number by its place in evaluation.json, such as attacks.plain.leak; None where it is missing.
+
+    Of a mean over seeds it is the mean of those that have it, with the lowest and the highest as its interval.
+    """
+    if result.runs:
+        numbers = [number for run in result.runs if (number := number_at(run, key)) is not None]
+        values = [number.value for number in numbers]
+        return Number(fmean(values), (min(values), max(values))) if len(values) > 1 else next(iter(numbers), None)
     *places, name = key.split(".")
     found: dict[str, Any] = result.evaluation
     for place in places:
@@ -129,6 +164,12 @@ def left_out(results: Sequence[Result]) -> dict[str, str]:
 
 
 # -- what came back ---------------------------------------------------------------------------------------------------
+
+
+def leakiest(result: Result) -> Result | None:
+    """The run whose answers are shown: of several seeds that with the most leaked; None without an attacks.jsonl."""
+    runs = [run for run in single_runs([result]) if (run.folder / ATTACKS_FILE).is_file()]
+    return max(runs, key=lambda run: leak(run, "worst") or 0.0, default=None)
 
 
 def leaked_most(result: Result, count: int) -> list[dict[str, Any]]:

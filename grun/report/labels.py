@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from grun.report.results import Result
 
 PARAMETRIZATIONS = {"full": "full", "lora": "LoRA", "reft": "ReFT", "grun": "GRUN"}
 """What may change in unlearning, in the order of the tables, with the names that readers see."""
+PUBLISHED = "last_prompt"
+"""Where GRUN's published design reads and writes."""
 
 
-def order_of(result: Result) -> tuple[str, int, str, int]:
-    """Where a run stands among the runs: by objective, parametrization (full, lora, reft, grun, others) and seed."""
-    return (result.objective or "", *place_of(result.parametrization), -1 if result.seed is None else result.seed)
+def order_of(result: Result) -> tuple[str, int, str, str, int]:
+    """Where a run stands among the runs: by objective, parametrization, design (the published one first) and seed.
+
+    Parametrizations stand as full, lora, reft, grun, others.
+    """
+    seed = -1 if result.seed is None else result.seed
+    return (result.objective or "", *place_of(result.parametrization), result.design, seed)
 
 
 def place_of(parametrization: str) -> tuple[int, str]:
@@ -23,24 +29,41 @@ def place_of(parametrization: str) -> tuple[int, str]:
     return (known.index(parametrization) if parametrization in known else len(known), parametrization)
 
 
-def run_label(objective: str, parametrization: str, quantization: str | None = None) -> str:
-    """What readers call the runs of one objective and parametrization, such as GD LoRA."""
-    words = (objective.upper(), PARAMETRIZATIONS.get(parametrization, parametrization), quantization)
+def design_of(method: Mapping[str, Any]) -> str:
+    """What readers call a GRUN run's design by its options `method`: every token, sticky; empty: the published one.
+
+    It goes by where the edit writes, and by where the gate reads if the edit writes as published; options that an older
+    run does not have are the published ones.
+    """
+    write, read = (str(method.get(option, PUBLISHED)) for option in ("edit_write", "gate_read"))
+    if write != PUBLISHED:
+        return write.replace("_", " ")
+    return "" if read == PUBLISHED else f"gate {read.replace('_', ' ')}"
+
+
+def run_label(objective: str, parametrization: str, quantization: str | None = None, design: str = "") -> str:
+    """What readers call the runs of one objective and parametrization, such as GD LoRA or IDK GRUN every token."""
+    words = (objective.upper(), PARAMETRIZATIONS.get(parametrization, parametrization), design, quantization)
     return " ".join(word for word in words if word)
 
 
 def label_runs(results: Sequence[Result]) -> None:
-    """Labels that differ: the objective; with the parametrization where not all are GRUN; then the seed; then the name.
+    """Labels that differ: the objective, with parametrization and design where not all are GRUN of one; the seed.
 
+    A mean over seeds has the name of its first run instead of the seed; what still is the same gets its name as label.
     Changes the labels of runs; models without a run keep theirs unless two share it.
     """
     runs = [result for result in results if result.stage == "after" and result.objective is not None]
-    if any(result.parametrization != "grun" for result in runs):
-        for result in runs:
-            result.label = run_label(str(result.objective), result.parametrization, result.quantization)
+    kinds = {(result.parametrization, result.design) for result in runs}
+    alike = len(kinds) == 1 and runs[0].parametrization == "grun"
+    for result in runs:
+        kind, design = ("", "") if alike else (result.parametrization, result.design)
+        result.label = run_label(str(result.objective), kind, result.quantization, design)
     labels = [result.label for result in results]
     for result in runs:
-        if labels.count(result.label) > 1 and result.seed is not None:
+        if labels.count(result.label) > 1 and result.runs:
+            result.label += f" ({result.runs[0].name})"
+        elif labels.count(result.label) > 1 and result.seed is not None:
             result.label += f" s{result.seed}"
     labels = [result.label for result in results]
     for result in results:

@@ -104,7 +104,7 @@ def cells_of(results: Sequence[Result]) -> list[Row]:
 
 
 def _label(result: Result) -> str:
-    return run_label(str(result.objective), result.parametrization, result.quantization)
+    return run_label(str(result.objective), result.parametrization, result.quantization, result.design)
 
 
 def _settings(result: Result) -> Any:

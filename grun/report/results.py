@@ -16,7 +16,7 @@ from typing import Any
 from grun.errors import RunError
 from grun.evaluation.table import Table
 from grun.files import read_json
-from grun.report.labels import label_runs, order_of
+from grun.report.labels import design_of, label_runs, order_of
 
 EVALUATION_FILE = "evaluation.json"
 DISTINGUISHABLE = 0.05
@@ -57,6 +57,8 @@ class Result:
     """Results folders that hold it; several where a comparison found the same evaluation in each."""
     reference: dict[str, float] = field(default_factory=dict)
     """Metrics against the retain-only model, such as forget_quality; empty where there is none."""
+    runs: tuple[Result, ...] = ()
+    """The runs that it is the mean of, where it stands for several that differ in seed alone."""
 
     @cached_property
     def table(self) -> Table:
@@ -74,10 +76,21 @@ class Result:
 
     @property
     def seed(self) -> int | None:
-        """Seed of the unlearning run, where its run.json says so."""
-        config = self.record.get("config")
-        seed = config.get("seed") if self.run and isinstance(config, dict) else None
+        """Seed of the unlearning run, where its run.json says so; None of a mean over seeds."""
+        seed = self._options.get("seed") if not self.runs else None
         return seed if isinstance(seed, int) else None
+
+    @property
+    def design(self) -> str:
+        """What readers call where GRUN's gates read and edits write; empty: as published, or it is not GRUN."""
+        method = self._options.get("method")
+        return design_of(method) if self.parametrization == "grun" and isinstance(method, dict) else ""
+
+    @property
+    def _options(self) -> dict[str, Any]:
+        """The options of the unlearning run, where its run.json says them."""
+        config = self.record.get("config")
+        return config if self.run and isinstance(config, dict) else {}
 
     @property
     def quirks(self) -> tuple[str, ...]:

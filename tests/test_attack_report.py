@@ -70,6 +70,7 @@ def write(
         }
         for how, value in (("after_forget", kept), ("plain", 0.98))
     }
+    retention["otherwise"] = {"heldout": share("kept", kept - 0.1)}
     write_json(
         results / "evaluation" / name / "evaluation.json",
         {
@@ -160,6 +161,7 @@ def test_the_two_lines_come_first_and_every_number_is_that_of_its_evaluation(res
         for how in ("plain", "after_forget"):
             for rows in ("retain", "heldout"):
                 assert numbers[f"retention.{how}.{rows}.kept"] == found["retention"][how][rows]["kept"]
+        assert numbers["retention.otherwise.heldout.kept"] == found["retention"]["otherwise"]["heldout"]["kept"]
     for rows in ("retain", "heldout"):
         numbers = summary["rows"][3]["numbers"]
         assert numbers[f"retention.plain.{rows}.gate.open_any_answer"] == 0.05
@@ -224,7 +226,14 @@ def test_the_report_is_printed_and_names_its_files(results: Path, capsys: pytest
     rows = [line.split() for line in table.splitlines() if line.split()[:1] == ["robust"]]
     assert rows == [
         ["robust", *["0.02"] * 12, "0.04", "0.05"],
-        ["robust", "0.98", "0.98", "0.95", "0.00"],  # kept: retain, held-out, after forget; false positives
+        [
+            "robust",
+            "0.98",
+            "0.98",
+            "0.85",
+            "0.95",
+            "0.00",
+        ],  # kept: retain, held-out, asked otherwise, after; false pos.
     ]
     words, loaded = " ".join(printed.split()), find_attacked(results)
     assert all(judge_attacks(result, loaded).sentence in words for result in loaded[2:])
@@ -328,7 +337,7 @@ def test_attacks_that_read_or_have_the_weights_stand_behind_the_others_and_in_a_
     assert rows == [
         ["robust", *["0.02"] * 6, "0.04", "0.05"],
         ["robust", "0.70", "0.70", "0.80", "0.80"],
-        ["robust", "0.98", "0.98", "0.95", "0.00"],
+        ["robust", "0.98", "0.98", "0.85", "0.95", "0.00"],
     ]
     loaded = find_attacked(results)
     headers = [column.header for column in columns_of(loaded)]

@@ -121,8 +121,19 @@ def test_every_row_and_way_is_a_line_and_every_number_follows_from_the_lines(
             largest[line["index"]] = max(largest.get(line["index"], 0.0), line["leak"])
     assert result["worst"]["leak"] == pytest.approx(sum(largest.values()) / ROWS)
     assert result["worst"]["rows"] == result["worst_of_prompts"]["rows"] == ROWS
-    assert set(result["retention"]) == {"plain", "after_forget"}
-    for name, sets in result["retention"].items():
+    retention = result["retention"]
+    prompts = {"suffix", "few_shot", "other_template", "lower_case", "typos", "paraphrase", "second_turn"}
+    assert set(retention) == {"plain", "after_forget", "otherwise", *prompts}  # what is given is no question
+    asked_otherwise: dict[int, list[float]] = {}
+    for line in (line for name in prompts for line in lines(out, name, "heldout")):
+        asked_otherwise.setdefault(line["index"], []).append(line["leak"])
+    means = [sum(leaks) / len(leaks) for leaks in asked_otherwise.values()]
+    assert set(retention["otherwise"]) == {"heldout"} and retention["otherwise"]["heldout"]["rows"] == ROWS
+    assert retention["otherwise"]["heldout"]["kept"] == pytest.approx(sum(means) / ROWS)
+    for name, sets in retention.items():
+        if name not in ("plain", "after_forget"):
+            assert set(sets) == {"heldout"}
+            continue
         assert set(sets) == {"retain", "heldout"}
         for kept, found in sets.items():
             own = lines(out, name, kept)

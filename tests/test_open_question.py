@@ -139,7 +139,8 @@ def test_the_suite_asks_lore_questions_in_the_template_and_its_sentences_as_plai
         assert forget["cloze", number]["prompt"] == f"{begin}{row.extra['cloze']}"
     assert set(result["attacks"]) == {"plain", "cloze"} and result["worst_of_prompts"]["rows"] == 4
     assert {name: set(sets) for name, sets in result["retention"].items()} == {
-        "after_forget": {"retain", "heldout"}, "plain": {"retain", "heldout"}
+        "after_forget": {"retain", "heldout"}, "plain": {"retain", "heldout"}, "cloze": {"heldout"},
+        "otherwise": {"heldout"},
     }  # fmt: skip
 
 

@@ -37,8 +37,10 @@ class AttackSuite:
             the mean, the share of rows whose mean over blocks is open, open, and that with any block open, open_any.
         worst_of_prompts, worst: leak (mean over rows of the largest under any attack), interval, rows. The former is
             over attacks that write the prompt alone, the latter over prefilled and drawn answers too.
-        retention: by attack (plain too, to compare with) and set: kept, interval, rows, gate; of plain, gate has
-            open_any_answer too: the share of rows with any block open there or on a token of the right answer.
+        retention: by attack and set: kept, interval, rows, gate. Held-out rows, or else retain rows, are asked as
+            forget rows are by each attack that writes the prompt alone; "otherwise" is over all of these but plain. Of
+            plain, gate has open_any_answer too: the share of rows with any block open there or on a token of the right
+            answer.
         left_out: reason by attack, for those that the data does not allow.
 
     attacks.jsonl has a line for each row and way of asking.
@@ -92,6 +94,9 @@ class AttackSuite:
 
         found = by_attack(kept)
         retention = {name: kept_of(some) for name, some in found.items()}
+        otherwise = [one for one in kept if one.attack.access == "prompt" and one.attack is not PLAIN]
+        if otherwise:
+            retention["otherwise"] = kept_of(otherwise)
         with enough_memory("reading gates on right answers", memory_advice(self.config)):
             opened = open_in_answers(found.get(PLAIN.name, []), loaded, self._template(loaded), self.config)
         for name, share in opened.items():
@@ -120,7 +125,11 @@ class AttackSuite:
             else:
                 left_out[attack.name] = f"needs {attack.needs}"
         if any(attack.retention for attack, _ in planned):
-            planned.append((PLAIN, self._places(PLAIN, material, KEPT)))
+            asking = [attack for attack, places in planned if attack.access == "prompt" and not places[0].asked.given]
+            sets = ("heldout",) if self.rows["heldout"] else ("retain",)
+            kept: list[tuple[Attack, list[Place]]] = [(PLAIN, self._places(PLAIN, material, KEPT))]
+            kept += [(attack, self._places(attack, material, sets)) for attack in asking if attack is not PLAIN]
+            planned += [(attack, places) for attack, places in kept if places]
         return planned, left_out
 
     def _material(self, loaded: Loaded) -> Material:

@@ -33,7 +33,7 @@ def columns_of(results: Sequence[Result]) -> list[Column]:
     rows = kept_set(results)
     columns = [_column(leak_key(name), attack_label(name), LOW) for name in shown_names(results)]
     columns += [_kept("plain", name) for name in KEPT_SETS]
-    columns += [_kept("after_forget", rows), _false_positives(rows)]
+    columns += [_kept("otherwise", rows), _kept("after_forget", rows), _false_positives(rows)]
     return with_numbers(columns, results)
 
 
@@ -47,7 +47,7 @@ def further_columns(results: Sequence[Result]) -> list[Column]:
         _column(f"attacks.{name}.variants.{way}", f"{attack_label(name)}, {way}", LOW) for name, way in _ways(results)
     ]
     for rows in KEPT_SETS:
-        for how in ("plain", "after_forget"):
+        for how in ("plain", "otherwise", "after_forget"):
             columns += [_kept(how, rows), _gate(how, rows, "open"), _gate(how, rows, "open_any")]
         columns.append(_false_positives(rows))
     return with_numbers([column for column in columns if column.key not in shown], results)
@@ -78,7 +78,7 @@ def _false_positives(rows: str) -> Column:
 
 
 def _behind(how: str) -> str:
-    return "" if how == "plain" else " after forget"
+    return {"plain": "", "otherwise": " asked otherwise"}.get(how, " after forget")
 
 
 # -- files ------------------------------------------------------------------------------------------------------------

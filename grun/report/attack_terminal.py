@@ -41,6 +41,7 @@ EXPLAINED = (
     ("worst_of_prompts.*", "worst of prompts", "mean over rows of the worst of all prompts, plain included"),
     ("worst.*", "worst of all", "the same with prefilled and drawn answers"),
     ("retention.plain.*.kept", "kept", "what other answers keep, asked alone; high is good"),
+    ("retention.otherwise.*", "kept asked otherwise", "the same in the prompts of the attacks, without prefills"),
     ("retention.after_forget.*", "kept after forget", "the same behind a forget question"),
     (
         "retention.plain.*.gate.*",

@@ -6,8 +6,8 @@ import contextlib
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-from grun.data.rows import Row
-from grun.evaluation.attacks.base import Access, Asked, Attack, Material
+from grun.evaluation.attacks.base import Access, Material
+from grun.evaluation.attacks.plain import Plain
 from grun.evaluation.attacks.weights import peft_layers
 
 if TYPE_CHECKING:
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from grun.loading import Loaded
 
 
-class AdapterRemoved(Attack):
+class AdapterRemoved(Plain):
     """Ask the base without its adapter (GRUN, ReFT, LoRA).
 
     Nothing was removed from the weights: whoever has the base has the data. So this gives back all that the model knew
@@ -32,10 +32,6 @@ class AdapterRemoved(Attack):
         if isinstance(loaded.model, GrunModel) or peft_layers(loaded.model):
             return None
         return "needs an adapter that can be taken off"
-
-    def asked(self, row: Row, material: Material) -> list[Asked]:
-        """The plain question."""
-        return [Asked(material.prompt(row.prompt or ""), row)]
 
     @contextlib.contextmanager
     def model(self, loaded: Loaded, config: EvaluateConfig, material: Material) -> Iterator[Any]:

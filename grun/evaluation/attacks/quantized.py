@@ -6,8 +6,8 @@ import contextlib
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
-from grun.data.rows import Row
-from grun.evaluation.attacks.base import Access, Asked, Attack, Material
+from grun.evaluation.attacks.base import Access, Material
+from grun.evaluation.attacks.plain import Plain
 from grun.evaluation.attacks.weights import is_quantized, own_weights, put_back
 from grun.evaluation.generation import base_of
 
@@ -21,7 +21,7 @@ BLOCK = 64
 """Weights that share a scale in nf4."""
 
 
-class Quantized(Attack):
+class Quantized(Plain):
     """Round the linear layers of the base's blocks to fewer bits, where they lie, and ask the plain question.
 
     Rounding may undo the small changes of weights that unlearning made. An adapter stays as it is (a LoRA unmerged),
@@ -47,10 +47,6 @@ class Quantized(Attack):
         if importlib.util.find_spec("bitsandbytes") is None:
             return "needs bitsandbytes, which is not installed: pip install 'grun-unlearning[quantization]'"
         return None
-
-    def asked(self, row: Row, material: Material) -> list[Asked]:
-        """The plain question."""
-        return [Asked(material.prompt(row.prompt or ""), row)]
 
     @contextlib.contextmanager
     def model(self, loaded: Loaded, config: EvaluateConfig, material: Material) -> Iterator[Any]:

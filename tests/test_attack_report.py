@@ -7,6 +7,7 @@ import io
 import json
 import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from grun.report import figures, make_report
 from grun.report.attack_figure import draw_attacks
 from grun.report.attack_tables import columns_of
 from grun.report.attack_verdicts import STATEMENT, judge_attacks
-from grun.report.attacks import find_attacked, leaked_most, leakiest
+from grun.report.attacks import find_attacked, leak, leaked_most, leakiest, shown_names
 
 ROWS = 40
 ATTACKS = {
@@ -452,6 +453,24 @@ def test_a_marker_over_several_seeds_is_at_the_mean_on_a_line_from_lowest_to_hig
     assert markers.get_offsets()[few_shot][0] == pytest.approx(0.05)
     assert lines.get_segments()[few_shot][:, 0].tolist() == [0.0, 0.12]
     assert len(figure.legends[0].get_texts()) == 3
+
+
+def test_many_methods_are_a_grid_of_numbers(results: Path) -> None:
+    loaded = find_attacked(results)
+    methods = [replace(loaded[3], name=f"method {number}", label=f"M{number}") for number in range(9)]
+    few, many = draw_attacks([*loaded[:2], *methods[:8]]), draw_attacks([*loaded[:2], *methods])
+    assert few is not None and many is not None
+    assert not few.axes[0].images
+    (axes,) = many.axes
+    names = [label.get_text() for label in axes.get_xticklabels()]
+    assert [label.get_text() for label in axes.get_yticklabels()][2:] == [method.label for method in methods]
+    numbers: Any = axes.images[0].get_array()
+    assert numbers.shape == (11, len(names))
+    assert numbers[0][names.index("plain")] == leak(loaded[0], "plain")
+    assert numbers[5][names.index("few shot")] == leak(loaded[3], "few_shot")
+    assert len(axes.texts) == sum(
+        leak(row, name) is not None for row in [*loaded[:2], *methods] for name in shown_names(loaded)
+    )
 
 
 def test_other_settings_are_another_row_named_by_its_first_run(seeds: Path) -> None:

@@ -19,11 +19,11 @@ from grun.config import ReportConfig
 from grun.errors import RunError
 from grun.evaluation.metrics.intervals import wilson
 from grun.files import read_json, write_json
-from grun.report import figures, make_report
+from grun.report import attacks, figures, make_report
 from grun.report.attack_figure import draw_attacks
 from grun.report.attack_tables import columns_of
 from grun.report.attack_verdicts import STATEMENT, judge_attacks
-from grun.report.attacks import find_attacked, leak, leaked_most, leakiest, shown_names
+from grun.report.attacks import find_attacked, leaked_most, leakiest, shown_names
 
 ROWS = 40
 ATTACKS = {
@@ -466,10 +466,10 @@ def test_many_methods_are_a_grid_of_numbers(results: Path) -> None:
     assert [label.get_text() for label in axes.get_yticklabels()][2:] == [method.label for method in methods]
     numbers: Any = axes.images[0].get_array()
     assert numbers.shape == (11, len(names))
-    assert numbers[0][names.index("plain")] == leak(loaded[0], "plain")
-    assert numbers[5][names.index("few shot")] == leak(loaded[3], "few_shot")
+    assert numbers[0][names.index("plain")] == attacks.leak(loaded[0], "plain")
+    assert numbers[5][names.index("few shot")] == attacks.leak(loaded[3], "few_shot")
     assert len(axes.texts) == sum(
-        leak(row, name) is not None for row in [*loaded[:2], *methods] for name in shown_names(loaded)
+        attacks.leak(row, name) is not None for row in [*loaded[:2], *methods] for name in shown_names(loaded)
     )
 
 

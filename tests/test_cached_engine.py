@@ -31,6 +31,7 @@ from grun.method import gate_pretraining, prefix
 from grun.method.cached import CachedEngine
 from grun.method.gate_pretraining import pretrain_gates
 from grun.method.model import GrunModel
+from grun.method.noise import GaussianNoise
 from grun.method.packed import Pack, PackedModel
 from grun.method.parametrization import Grun, Reft
 from grun.method.plain import PlainEngine, capture, run_plain
@@ -412,6 +413,24 @@ def test_dropout_is_the_same_in_both_engines_and_in_any_micro_batches(quirk: boo
         task = task_of("npo", train_config=config, dropout=0.3, quirk=quirk)
         found += [step_of(task), step_of(task, cached(task))]
         without.append(step_of(task_of("npo", train_config=config)))
+    assert difference(without[0], found[0]) > 0.01
+    for step in found[1:]:
+        assert difference(step, found[0]) < CLOSE
+
+
+@pytest.mark.parametrize("rule", [("last_prompt", "none", "last_prompt"), *RULES], ids="-".join)
+def test_a_gates_noise_is_the_same_in_both_engines_and_in_any_micro_batches(rule: tuple[str, str, str]) -> None:
+    options = dict(zip(("gate_read", "gate_accumulate", "edit_write"), rule, strict=True), gate="noisy_mlp_3")
+    found, without = [], []
+    for size in (None, 3):
+        config = dataclasses.replace(ONE_STEP, micro_batch_size=size)
+        task = task_of("npo", train_config=config, **options)
+        found += [step_of(task), step_of(task, cached(task))]
+        quiet = task_of("npo", train_config=config, **options)
+        for module in quiet.module.modules():
+            if isinstance(module, GaussianNoise):
+                module.deviation = 0.0
+        without.append(step_of(quiet))
     assert difference(without[0], found[0]) > 0.01
     for step in found[1:]:
         assert difference(step, found[0]) < CLOSE

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from grun.method.noise import GaussianNoise
 from pyvene_custom import GatedOutput, Intervention, Sites
 
 
@@ -96,6 +97,13 @@ class GatedIntervention(Intervention):
             else:
                 result.output = torch.where(is_open.unsqueeze(-1), output, base)
         return result
+
+    def draw_from(self, seeds: Sequence[int] | None) -> None:
+        """Let dropout, and noise in the gate, be a function of one number for each row; None: of torch's generator."""
+        self.row_seeds = seeds
+        for module in self.gate.modules() if self.gate is not None else ():
+            if isinstance(module, GaussianNoise):
+                module.row_seeds = None if seeds is None else [seed + 1 for seed in seeds]  # not dropout's draws
 
     def _opening(self, logits: Tensor, sites: Sites | None, carry: Tensor | None) -> Tensor:
         """Logit in force at each position read, or at the one before them where none is: [batch, positions or 1]."""

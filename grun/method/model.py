@@ -268,17 +268,17 @@ class GrunModel(nn.Module):
 
     @contextlib.contextmanager
     def drawing(self, seeds: Sequence[int] | None) -> Iterator[None]:
-        """Within the block dropout is a function of `seeds`, one number for each row of a pass, and of the block.
+        """Within the block dropout and a gate's noise are a function of `seeds` and of the block.
 
-        None: it is drawn from torch's generator.
+        One number for each row of a pass; None: they are drawn from torch's generator.
         """
         for block, edit in self.edit_at().items():
-            edit.row_seeds = None if seeds is None else [crc32(f"{seed} {block}".encode()) for seed in seeds]
+            edit.draw_from(None if seeds is None else [crc32(f"{seed} {block}".encode()) for seed in seeds])
         try:
             yield
         finally:
             for edit in self._edits():
-                edit.row_seeds = None
+                edit.draw_from(None)
 
     @contextlib.contextmanager
     def disabled(self) -> Iterator[PreTrainedModel]:

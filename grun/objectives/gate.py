@@ -53,13 +53,7 @@ def _bce_max(outputs: Outputs, _: Options) -> TermValue:
     Multiple-instance learning: a row is a bag of tokens, of which a few decide. With one position read (last_prompt) it
     is `bce_row` with the retain half counted twice.
     """
-
-    def of_rows(name: Continuation, logits: Tensor, mask: Tensor, in_prompt: Tensor | None) -> Tensor:
-        if name == "retain":
-            return _shut(logits, mask)
-        return _open(logits, mask if in_prompt is None else mask & in_prompt)
-
-    return _over_passes(outputs, of_rows)
+    return _over_highest(outputs, _open)
 
 
 @term(
@@ -75,12 +69,16 @@ def _bce_max_last(outputs: Outputs, _: Options) -> TermValue:
     With `bce_max` alone it learns the tokens that tell a forget prompt best, mostly a name's, and stays shut where
     these are written otherwise. The last prompt token holds what the model is about to say, however it was asked.
     """
+    return _over_highest(outputs, lambda logits, counted: _open(logits, counted) + _open(logits, _last(counted)))
+
+
+def _over_highest(outputs: Outputs, opened: Callable[[Tensor, Tensor], Tensor]) -> TermValue:
+    """As `_over_passes`: `_shut` on retain rows, `opened` on the prompts of forget rows; arguments as of `_open`."""
 
     def of_rows(name: Continuation, logits: Tensor, mask: Tensor, in_prompt: Tensor | None) -> Tensor:
         if name == "retain":
             return _shut(logits, mask)
-        counted = mask if in_prompt is None else mask & in_prompt
-        return _open(logits, counted) + _open(logits, _last(counted))
+        return opened(logits, mask if in_prompt is None else mask & in_prompt)
 
     return _over_passes(outputs, of_rows)
 

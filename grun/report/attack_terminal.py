@@ -11,7 +11,7 @@ from grun.report.attack_tables import columns_of, counted
 from grun.report.attack_verdicts import STATEMENT, judge_attacks
 from grun.report.attacks import attack_label, attack_names, beyond, leak_key
 from grun.report.knowledge_tables import Column
-from grun.report.knowledge_terminal import numbers_table
+from grun.report.knowledge_terminal import numbers_table, print_verdicts
 from grun.report.results import Result
 from grun.report.terminal import print_said, print_words
 
@@ -77,11 +77,9 @@ def print_attacks(
     print_words(console, legend(results))
     console.print(Text(counted(results)))
     console.print()
-    for result in results:
-        if result.stage == "after":
-            console.print(Text(judge_attacks(result, results).sentence))
-    console.print()
-    console.print(Text(STATEMENT, style="bold"))
+    print_verdicts(
+        console, [judge_attacks(result, results) for result in results if result.stage == "after"], STATEMENT
+    )
     if leaked:
         console.print()
         console.print(Text("What each method gave back most", style="bold"))

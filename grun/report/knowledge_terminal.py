@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +15,8 @@ from grun.report.terminal import print_said, print_words
 
 if TYPE_CHECKING:
     from rich.console import Console
+
+    from grun.report.verdicts import Judgement
 
 HEADERS = {
     "forget.choice": "forget\nchoice",
@@ -63,11 +65,9 @@ def print_knowledge(console: Console, results: Sequence[Result], title: str, com
     console.print(numbers_table([(column, _header(column)) for column in columns_of(results)], results, title))
     print_words(console, legend(results))
     console.print()
-    for result in results:
-        if result.stage == "after":
-            console.print(Text(judge_knowledge(result, results).sentence))
-    console.print()
-    console.print(Text(STATEMENT, style="bold"))
+    print_verdicts(
+        console, [judge_knowledge(result, results) for result in results if result.stage == "after"], STATEMENT
+    )
     if completions:
         console.print()
         console.print(Text(f"First {len(completions)} forget sentences, and how they are completed", style="bold"))
@@ -75,6 +75,16 @@ def print_knowledge(console: Console, results: Sequence[Result], title: str, com
         line = next(iter(by_name.values()))
         said = [(result.label, by_name[result.name]["text"]) for result in results if result.name in by_name]
         print_said(console, line["prompt"], [("fact", line["fact"]), *said])
+
+
+def print_verdicts(console: Console, verdicts: Iterable[Judgement], statement: str) -> None:
+    """Print the sentence of each verdict, and what no verdict says."""
+    from rich.text import Text
+
+    for verdict in verdicts:
+        console.print(Text(verdict.sentence))
+    console.print()
+    console.print(Text(statement, style="bold"))
 
 
 def numbers_table(columns: Sequence[tuple[Column, str]], results: Sequence[Result], title: str) -> Any:

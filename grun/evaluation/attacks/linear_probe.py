@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -15,8 +14,7 @@ from grun.errors import ModelError
 from grun.evaluation.attacks.base import Advance, Asked, Material
 from grun.evaluation.attacks.outcomes import Outcome, Place
 from grun.evaluation.attacks.read_out import Attacked, ReadOut, before_fact, chosen_block, read_prompts
-from grun.evaluation.generation import Answer, base_of
-from pyvene_custom import find_blocks
+from grun.evaluation.generation import base_of
 
 if TYPE_CHECKING:
     from grun.config import EvaluateConfig
@@ -58,7 +56,7 @@ class LinearProbe(ReadOut):
         attacked: Attacked = model
         material, tokenizer = attacked.material, loaded.tokenizer
         size, pad_id = config.batch_size, int(tokenizer.pad_token_id or 0)
-        blocks = range(len(find_blocks(base_of(attacked.model))[1]))
+        blocks = attacked.blocks
         next_id = {
             row: before_fact(row, material).next_id
             for row in (*(place.asked.row for place in places), *material.forget, *material.retain, *material.others)
@@ -89,10 +87,9 @@ class LinearProbe(ReadOut):
         guesses = best[block].map.guess(torch.cat([one.states for one in found]).double(), embedded)
         outcomes = []
         for place, one, guess in zip(places, found, guesses.tolist(), strict=True):
-            asked = dataclasses.replace(place.asked, variant=f"block {block}")
-            leak = float(candidates[guess] == next_id[asked.row])
-            answer = Answer(str(tokenizer.decode([candidates[guess]])).strip(), one.gates)
-            outcomes.append(Outcome(self, place._replace(asked=asked), [answer], [leak]))
+            token = candidates[guess]
+            right = token == next_id[place.asked.row]
+            outcomes.append(self.told_by(block, place, str(tokenizer.decode([token])).strip(), one.gates, right))
         return outcomes
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import inspect
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -14,7 +13,7 @@ from grun.data.rows import Row, evenly_spaced
 from grun.evaluation.attacks.base import Advance, Asked, Material
 from grun.evaluation.attacks.outcomes import Outcome, Place
 from grun.evaluation.attacks.read_out import Attacked, ReadOut, before_fact, chosen_block, read_prompts
-from grun.evaluation.generation import Answer, base_of
+from grun.evaluation.generation import base_of
 from grun.evaluation.scoring import evaluating
 from pyvene_custom import find_blocks
 
@@ -56,7 +55,7 @@ class LogitLens(ReadOut):
         attacked: Attacked = model
         material, tokenizer = attacked.material, loaded.tokenizer
         size, pad_id = config.batch_size, int(tokenizer.pad_token_id or 0)
-        blocks = range(len(find_blocks(base_of(attacked.model))[1]))
+        blocks = attacked.blocks
         rows = evenly_spaced(list(dict.fromkeys([*material.others, *material.retain])), MOST)
         known = [before_fact(row, material) for row in rows]
         seen = torch.stack(
@@ -71,10 +70,8 @@ class LogitLens(ReadOut):
         said = tokens_said(attacked.model, torch.cat([one.states for one in found]), size, pad_id)
         outcomes = []
         for place, one, tokens in zip(places, found, said, strict=True):
-            asked = dataclasses.replace(place.asked, variant=f"block {block}")
-            leak = float(before_fact(asked.row, material).next_id in tokens)
-            answer = Answer(str(tokenizer.decode(tokens)).strip(), one.gates)
-            outcomes.append(Outcome(self, place._replace(asked=asked), [answer], [leak]))
+            right = before_fact(place.asked.row, material).next_id in tokens
+            outcomes.append(self.told_by(block, place, str(tokenizer.decode(tokens)).strip(), one.gates, right))
         return outcomes
 
 

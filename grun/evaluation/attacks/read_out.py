@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import inspect
 import re
 from collections import Counter
@@ -17,7 +18,8 @@ from grun.data.encoding import EncodedRow, collate
 from grun.data.rows import Row
 from grun.data.templates import encode
 from grun.evaluation.attacks.base import Access, Advance, Attack, Material
-from grun.evaluation.generation import base_of
+from grun.evaluation.attacks.outcomes import Outcome, Place
+from grun.evaluation.generation import Answer, base_of
 from grun.evaluation.scoring import evaluating, prompt_gates, takes_prompt_lengths
 from pyvene_custom import find_blocks
 
@@ -35,6 +37,11 @@ class Attacked(NamedTuple):
     model: Any
     material: Material
 
+    @property
+    def blocks(self) -> range:
+        """Numbers of the model's blocks."""
+        return range(len(find_blocks(base_of(self.model))[1]))
+
 
 class ReadOut(Attack):
     """An attack that has more of the model than its text: scores of given answers, or hidden states."""
@@ -45,6 +52,19 @@ class ReadOut(Attack):
     def model(self, loaded: Loaded, config: EvaluateConfig, material: Material) -> Iterator[Any]:
         """The loaded model and the material, from which the attacker learns how to read; see `Attacked`."""
         yield Attacked(loaded.model, material)
+
+    def told_by(self, block: int, place: Place, text: str, gates: dict[int, float] | None, right: bool) -> Outcome:
+        """What came back at `place`, whose variant is the block that was read.
+
+        Args:
+            block: its number.
+            place: where it was read.
+            text: what it says.
+            gates: at the last token that was given.
+            right: whether that is what comes next in the row's answer.
+        """
+        asked = dataclasses.replace(place.asked, variant=f"block {block}")
+        return Outcome(self, place._replace(asked=asked), [Answer(text, gates)], [float(right)])
 
 
 class FactPlace(NamedTuple):

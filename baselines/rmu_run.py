@@ -23,7 +23,7 @@ from grun.files import content_hash, writing
 from grun.loading import context_length, load_base
 from grun.memory import enough_memory
 from grun.method.fingerprint import fingerprint
-from grun.method.model import hidden_size_of
+from grun.method.host import hidden_size_of
 from grun.objectives.losses import control_vector
 from grun.runs import claim, finish_run, identity, open_run
 from grun.training import remove_checkpoints, train

@@ -5,20 +5,26 @@ Importing `grun` is light: torch, transformers and pyvene are imported when a mo
 
 from __future__ import annotations
 
+import importlib
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from grun.method.host import GrunOutput as GrunOutput
     from grun.method.model import GrunModel as GrunModel
-    from grun.method.model import GrunOutput as GrunOutput
+    from grun.method.stack import GrunStack as GrunStack
 
-__all__ = ["GrunModel", "GrunOutput", "__version__"]
+_MODULES = {
+    "GrunModel": "grun.method.model",
+    "GrunOutput": "grun.method.host",
+    "GrunStack": "grun.method.stack",
+}
+
+__all__ = ["GrunModel", "GrunOutput", "GrunStack", "__version__"]
 
 
 def __getattr__(name: str) -> Any:
-    if name in ("GrunModel", "GrunOutput"):
-        from grun.method import model
-
-        return getattr(model, name)
+    if name in _MODULES:
+        return getattr(importlib.import_module(_MODULES[name]), name)
     raise AttributeError(f"module 'grun' has no attribute {name!r}")

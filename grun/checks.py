@@ -305,6 +305,11 @@ def _check_unlearn(config: UnlearnConfig) -> None:
             f"design={config.design} concerns GRUN's gate, which method.parametrization={method.parametrization} does "
             "not have; leave it out"
         )
+    if method.beside is not None and method.parametrization not in ("grun", "reft"):
+        raise ConfigError(
+            f"method.beside concerns edits; method.parametrization={method.parametrization} changes the model itself: "
+            "leave it out, and give model.path the model that is to forget more"
+        )
     positive("method.rank", method.rank)
     if not 0 <= method.dropout < 1:
         raise ConfigError(f"method.dropout={method.dropout} must lie in [0, 1)")

@@ -26,6 +26,7 @@ COMMANDS = {
     "import": "make an adapter of files that the published GRUN code wrote",
     "corpora": "write corpora to forget and to keep: a harm category of PKU-SafeRLHF, or the generated lore",
     "sweep": "unlearn and evaluate a grid of objectives, parametrizations and seeds; --tune chooses their settings",
+    "requests": "a store of requests to forget: list, add, remove, disable, enable, verify, history",
     "report": "draw the table and pictures of a results folder; report tofu-log LOG: the numbers of TOFU's log",
     "list": "print the known names: list [objectives|terms|parametrizations|gates|templates|profiles|sweeps|metrics]",
     "info": "print versions, devices and caches, for bug reports",
@@ -100,6 +101,10 @@ def _dispatch(arguments: list[str]) -> int:
 
         tofu_log.main([argument for argument in rest if argument != "tofu-log"])
         return 0
+    if command == "requests":
+        from grun.requests.command import requests
+
+        return requests(rest)
     return _run(command, rest)
 
 
@@ -285,6 +290,10 @@ def _help(command: str) -> str:
         )
     if command == "sweep":
         lines.insert(1, "\npython -m grun sweep sweep=NAME model=FOLDER retain_model=FOLDER [--tune]   (docs/sweep.md)")
+    if command == "requests":
+        from grun.requests.command import usage
+
+        lines.insert(1, "\n" + usage())
     if command == "report":
         lines.insert(
             1, "\npython -m grun report tofu-log LOG [retain=LOG]   (prints the numbers of TOFU's own log as JSON)"

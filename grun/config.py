@@ -138,6 +138,8 @@ class AugmentConfig:
     """Copies whose prompt holds the first tokens of the answer, 1 to max_prefill, each number as likely."""
     few_shot: bool = True
     """Copies with a retain row, question and answer, before the question."""
+    lower_case: bool = False
+    """Copies in lower case: protects, and takes the attack of that name its worth as a test."""
     max_prefill: int = 8
     """Most tokens of an answer that a prefilled copy gives."""
     teach: bool = False
@@ -265,6 +267,8 @@ class MethodConfig:
     """Where running_max begins anew: user_turn (if the template marks one by a control token) or never."""
     edit_write: str = "last_prompt"
     """Positions the edit is written to: last_prompt (published), sticky (there and behind it) or every_token."""
+    beside: Optional[str] = None
+    """Folder of a store of requests (docs/requests.md) that stay in force while this one is trained; unset: none."""
     lora: LoraConfig = field(default_factory=LoraConfig)
     full: FullConfig = field(default_factory=FullConfig)
 
@@ -588,3 +592,41 @@ class SweepConfig:
     """Remove the weights of whole fine-tuned models once they are evaluated; adapters stay."""
     cell: Optional[str] = None
     """Carry out the one cell of this file, RESULTS/cells/NAME.json; what the command starts for each cell."""
+
+
+@dataclass
+class RequestsConfig:
+    """A store of requests to forget, and what is done to it."""
+
+    store: Optional[str] = None
+    """Folder of the store; the first `add` makes it. Must be set."""
+    id: Optional[str] = None
+    """add, remove, disable, enable: name of the request, of letters, digits, '.', '_' and '-'. Must be set there."""
+    adapter: Optional[str] = None
+    """add: folder of an adapter that `unlearn` made; unset: one is trained, with the options of `unlearn`."""
+    note: str = ""
+    """add: your own words, kept in the store."""
+    store_text: bool = False
+    """add: keep the forget rows themselves, so that they can be asked again when their file is gone."""
+    replace: bool = False
+    """add: train a request that is there anew, with its options but for those that are given."""
+    independent: Optional[bool] = None
+    """add: true: trained on the bare base; false: with the requests in force. Unset: true, with replace as before."""
+    rule: Optional[str] = None
+    """add, when it makes the store: how edits are combined, sum, max_gate, softmax_gate or grun_paper; unset: sum."""
+    gate_threshold: Optional[float] = None
+    """add, when it makes the store: gate probability below which an edit is skipped; unset: never."""
+    retrain: bool = False
+    """remove: train those requests anew that were trained beside the removed one."""
+    format: str = "table"
+    """list, history: table (to read) or json."""
+    model: ModelConfig = field(default_factory=ModelConfig)
+    """verify: the base model."""
+    files_only: bool = False
+    """verify: look at the files alone; no model is loaded and nothing is asked."""
+    recall_at_most: Optional[float] = None
+    """verify: fact recall on a request's own questions above which it counts as wrong; unset: figures only."""
+    batch_size: int = 32
+    """verify: questions asked at a time."""
+    max_new_tokens: int = 64
+    """verify: longest answer, tokens."""

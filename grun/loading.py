@@ -31,7 +31,7 @@ class Loaded:
     """A model to ask, and what belongs to it."""
 
     model: Any
-    """A transformers model, or a GrunModel around one."""
+    """A transformers model, or a GrunModel or GrunStack around one."""
     tokenizer: PreTrainedTokenizerBase
     template: Template | None
     """Stored with the adapter, else beside the weights; None where neither has one."""
@@ -40,7 +40,9 @@ class Loaded:
 
 
 def load_model(config: ModelConfig, adapter: str | None, *, strict: bool, gate_threshold: float | None) -> Loaded:
-    """A base model with an adapter on it: a GRUN adapter, changed tensors, what PEFT knows (LoRA, unmerged), or none.
+    """A base model with an adapter on it, or none.
+
+    An adapter is one of GRUN's, a store of requests, changed tensors, or what PEFT knows (LoRA, unmerged).
 
     Raises:
         ConfigError, ModelError: see `load_base`.
@@ -59,10 +61,18 @@ def load_model(config: ModelConfig, adapter: str | None, *, strict: bool, gate_t
         return Loaded(base, tokenizer, template, identity)
     from grun.changed_tensors import KIND as CHANGED
     from grun.changed_tensors import put_changed
-    from grun.method.adapter import find_adapter, peft_type
+    from grun.method.adapter import STACK, find_adapter, peft_type
 
     folder = find_adapter(adapter)
     kind = peft_type(folder)
+    if kind == STACK:
+        from grun.method.stack import GrunStack
+
+        stack = GrunStack.from_folder(base, folder, strict=strict)
+        if gate_threshold is not None:
+            stack.gate_threshold = gate_threshold
+        identity["adapter"] = adapter_hash(folder)
+        return Loaded(stack, tokenizer, stack.template or template, identity)
     if kind != "GRUN":
         if gate_threshold is not None:
             raise ConfigError(f"gate_threshold needs a GRUN adapter; {adapter} is of type {kind}, which has no gates")
@@ -82,7 +92,7 @@ def load_model(config: ModelConfig, adapter: str | None, *, strict: bool, gate_t
 
 def adapter_hash(folder: Path) -> str:
     """Hash of the files that make an adapter what it is."""
-    files = sorted(folder.glob("adapter_*.*"))
+    files = sorted([*folder.glob("adapter_*.*"), *folder.glob("stack.json")])
     return content_hash([[file.name, file_hash(file)] for file in files])
 
 

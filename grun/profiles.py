@@ -14,7 +14,7 @@ import functools
 import inspect
 import textwrap
 import typing
-from collections.abc import Hashable, Iterator
+from collections.abc import Hashable, Iterator, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -36,9 +36,10 @@ COMMANDS: dict[str, type[Any]] = {
     "corpora": options.CorporaConfig,
     "report": options.ReportConfig,
     "sweep": options.SweepConfig,
+    "requests": options.RequestsConfig,
 }
 SHARED = ("model", "data", "seed")
-WITHOUT_PROFILE = ("import", "corpora", "sweep")
+WITHOUT_PROFILE = ("import", "corpora", "sweep", "requests")
 """Commands that take nothing from profiles."""
 DESIGNS = ("published", "robust")
 """GRUN's designs; what a profile sets for each stands in its section `designs`."""
@@ -96,9 +97,9 @@ def to_dict(config: Any) -> dict[str, Any]:
     return dataclasses.asdict(config)
 
 
-def from_dict(command: str, values: dict[str, Any]) -> Any:
-    """Config of `command` from what `to_dict` gave."""
-    return _merged(COMMANDS[command], values)
+def from_dict(command: str, values: dict[str, Any], arguments: Sequence[str] = ()) -> Any:
+    """Config of `command` from what `to_dict` gave, changed by `key=value` arguments."""
+    return _merged(COMMANDS[command], values, _parse(arguments, COMMANDS[command]))
 
 
 def to_yaml(config: Any) -> str:
@@ -146,7 +147,7 @@ def _field_docs(schema: Hashable) -> dict[str, str]:
     return texts
 
 
-def _parse(arguments: list[str], schema: type[Any]) -> DictConfig:
+def _parse(arguments: Sequence[str], schema: type[Any]) -> DictConfig:
     known = [key for key, _, _ in describe(schema)]
     for argument in arguments:
         key, equals, _ = argument.partition("=")

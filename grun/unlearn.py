@@ -28,7 +28,7 @@ from grun.devices import input_device
 from grun.engine import use_cached
 from grun.errors import ConfigError, RunError
 from grun.files import writing
-from grun.loading import context_length, load_base
+from grun.loading import adapter_hash, context_length, load_base
 from grun.method.adapter import CONFIG_FILE, WEIGHTS_FILE
 from grun.method.fingerprint import fingerprint
 from grun.method.gate_pretraining import pretrain_gates
@@ -217,6 +217,8 @@ def unlearn(config: UnlearnConfig) -> Path:
     run_identity = identity(
         to_dict(config), base=fingerprint(base), data=hashes, template=template.to_dict(), quirks=quirks
     )
+    if config.method.beside is not None:
+        run_identity["beside"] = adapter_hash(Path(config.method.beside).expanduser())
     state = processes.of_first(lambda: open_run(folder, run_identity, overwrite=config.overwrite))
     if state == "finished":
         log.info("%s holds this very run, finished: nothing to do (overwrite=true runs it again)", folder)

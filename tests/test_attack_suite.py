@@ -122,7 +122,7 @@ def test_every_row_and_way_is_a_line_and_every_number_follows_from_the_lines(
     assert result["worst"]["leak"] == pytest.approx(sum(largest.values()) / ROWS)
     assert result["worst"]["rows"] == result["worst_of_prompts"]["rows"] == ROWS
     retention = result["retention"]
-    prompts = {"suffix", "few_shot", "other_template", "lower_case", "typos", "paraphrase", "second_turn"}
+    prompts = {"suffix", "few_shot", "other_template", "lower_case", "upper_case", "typos", "paraphrase", "second_turn"}
     assert set(retention) == {"plain", "after_forget", "otherwise", *prompts}  # what is given is no question
     asked_otherwise: dict[int, list[float]] = {}
     for line in (line for name in prompts for line in lines(out, name, "heldout")):

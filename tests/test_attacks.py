@@ -59,6 +59,7 @@ def test_plain_and_its_changes_are_the_changed_question_in_the_models_template(m
     assert shown(material, "plain") == [turn(QUESTION)]
     assert shown(material, "suffix") == [turn(QUESTION + suffix) for suffix in strings.SUFFIXES]
     assert shown(material, "lower_case") == [turn(QUESTION.lower())]
+    assert shown(material, "upper_case") == [turn(QUESTION.upper())]
     assert shown(material, "paraphrase") == [turn("What does Mara Venn make music with?")]
     assert shown(material, "samples") == [turn(QUESTION)]
     (drawn,) = ATTACKS.get("samples").asked(ROW, material)
@@ -134,6 +135,7 @@ def test_typos_depend_on_the_seed_and_the_question_alone(material: Material) -> 
 def test_a_row_without_what_an_attack_needs_is_not_asked_for(material: Material) -> None:
     assert shown(material, "paraphrase", PLAIN_ROW) == []
     assert shown(material, "lower_case", Row("who?", "I.")) == []
+    assert shown(material, "upper_case", Row("WHO?", "I.")) == []
     assert shown(material, "typos", Row("is it?", "No.")) == []
 
 

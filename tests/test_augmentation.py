@@ -47,7 +47,7 @@ def variation(tokenizer: Any, *, seed: int = 1, template: Any = TURNS, length: i
 
 
 def only(kind: str) -> dict[str, bool]:
-    return {name: name == kind for name in ("suffixes", "templates", "prefill", "few_shot")}
+    return {name: name == kind for name in ("suffixes", "templates", "prefill", "few_shot", "lower_case")}
 
 
 def plain(tokenizer: Any, row: Row, template: Any = TURNS) -> EncodedRow:
@@ -161,7 +161,7 @@ def test_copies_take_the_kinds_in_turn_and_no_choice_twice(tokenizer: Any) -> No
     assert set(Counter(many).values()) == {2}
 
 
-@pytest.mark.parametrize("kind", ["suffix", "template", "prefill", "few_shot"])
+@pytest.mark.parametrize("kind", ["suffix", "template", "prefill", "few_shot", "lower_case"])
 def test_a_kind_that_is_switched_off_is_left_out(tokenizer: Any, kind: str) -> None:
     option = {"suffix": "suffixes", "template": "templates"}.get(kind, kind)
     ways = variation(tokenizer, **{option: False}).ways("forget", 0, 6)
@@ -181,6 +181,13 @@ def test_a_prefill_gives_every_number_of_tokens_up_to_the_limit_or_all_but_one(t
     assert most >= 3
     assert given() == set(range(1, min(8, most) + 1))
     assert given(max_prefill=2) == {1, 2}
+
+
+def test_a_copy_in_lower_case_asks_the_question_so_and_keeps_the_answer(tokenizer: Any) -> None:
+    row = FORGET[0]
+    (copy,), _ = variation(tokenizer, **only("lower_case")).copies("forget", [row], 1)
+    assert str(row.prompt).lower() in tokenizer.decode(copy.prompt_ids)
+    assert copy.answer_ids == plain(tokenizer, row).answer_ids
 
 
 def test_copies_are_a_function_of_seed_and_set(tokenizer: Any) -> None:
@@ -276,8 +283,8 @@ def test_the_wordings_are_templates_that_no_model_here_is_taught_with() -> None:
     assert all(wording.count("{prompt}") == 1 for wording in WORDINGS)
 
 
-def test_copies_hold_no_lower_case_no_typos_and_no_paraphrases(tokenizer: Any) -> None:
-    """They measure what the gate makes of prompts that it was not trained on."""
+def test_copies_hold_no_other_case_no_typos_and_no_paraphrases(tokenizer: Any) -> None:
+    """They measure what the gate makes of prompts that it was not trained on; lower case may be asked for."""
     rows = [*FORGET, *RETAIN]
     for number, row in enumerate(rows):
         for way in variation(tokenizer).ways("forget", number, 8):

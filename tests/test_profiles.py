@@ -137,7 +137,7 @@ def test_a_design_takes_its_settings_over_the_profiles_others_and_arguments_win(
     assert (published.design, published.method.rank, published.method.edit_write) == ("published", 2, "last_prompt")
     assert (robust.method.rank, robust.train.lr, robust.method.gate) == (9, 0.25, "noisy_mlp_3")
     assert (robust.method.gate_read, robust.method.edit_write) == ("every_token", "every_token")
-    assert (robust.loss.gate, robust.data.augment.forget_copies) == ("bce_max_last", 8)
+    assert (robust.loss.gate, robust.data.augment.forget_copies) == ("bce_max_last", 10)
     npo = resolve("unlearn", [profile, "design=robust", "objective=npo", "method.gate=linear"])
     assert (npo.train.lr, npo.method.gate) == (0.5, "linear")
     check(robust)

@@ -88,7 +88,7 @@ class PromptVariation:
     def copies(
         self, name: str, rows: Sequence[Row], count: int, refusals: Sequence[str] = ()
     ) -> tuple[list[EncodedRow], list[EncodedRow]]:
-        """Copies of rows, by kind in turn: suffix, template, prefill, few_shot, those that are switched on.
+        """Copies of rows, by kind in turn: suffix, template, prefill, few_shot, lower_case, those that are switched on.
 
         Plain texts, which ask nothing, have none. Neither is there a prefilled copy of an answer of one token, nor a
         copy that is longer than a row may be. `data.strict` concerns the rows themselves alone.
@@ -222,6 +222,8 @@ class PromptVariation:
             choices["prefill"] = range(PREFILLS)
         if self._config.few_shot:
             choices["few_shot"] = range(max(1, len(self._examples)))
+        if self._config.lower_case:
+            choices["lower_case"] = range(1)
         return choices
 
 

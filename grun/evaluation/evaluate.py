@@ -78,7 +78,7 @@ def single_evaluations(config: EvaluateConfig, output_dir: Path) -> tuple[dict[P
 
     The base counts with GRUN's adapters, which can be put on a model and taken off.
     """
-    from grun.method.adapter import find_adapter, peft_type
+    from grun.method.adapter import STACK, find_adapter, peft_type
 
     alone = replace(config, adapters=[], suffix=None, with_base=None)
     named = {adapter_name(adapter): replace(alone, adapter=adapter) for adapter in config.adapters}
@@ -87,8 +87,9 @@ def single_evaluations(config: EvaluateConfig, output_dir: Path) -> tuple[dict[P
     singles = {output_dir / f"{name}{config.suffix or ''}": single for name, single in named.items()}
     kinds = {folder: peft_type(find_adapter(single.adapter)) for folder, single in singles.items() if single.adapter}
     others = {folder: kind for folder, kind in kinds.items() if kind != "GRUN"}
-    if others and config.gate_threshold is not None:
-        folder, kind = next(iter(others.items()))
+    without_gates = {folder: kind for folder, kind in others.items() if kind != STACK}
+    if without_gates and config.gate_threshold is not None:
+        folder, kind = next(iter(without_gates.items()))
         raise ConfigError(
             f"gate_threshold needs GRUN adapters; {singles[folder].adapter} is of type {kind}, which has no gates"
         )

@@ -6,9 +6,10 @@ import contextlib
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
+from grun.method.host import EditedModel
 from grun.method.intervention import GatedIntervention
 from grun.method.model import GrunModel
-from grun.method.position import is_published
+from grun.method.stacked import StackedIntervention
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -18,18 +19,16 @@ class Subject:
     """A base model as it is, or with a GRUN adapter that lies on it or is put on it when it is needed."""
 
     base: PreTrainedModel
-    edits: Mapping[int, GatedIntervention] | None
+    edits: Mapping[int, GatedIntervention | StackedIntervention] | None
     """Edits at the last prompt token by block, none for a base as it is; None: they act elsewhere too."""
 
     def __init__(self, model: Any) -> None:
-        """`model` as it stands: a transformers model, a GrunModel, or a GrunModel that was unwrapped."""
+        """`model` as it stands: a transformers model, one with edits, or a GrunModel that was unwrapped."""
         self._model = model
-        self._on_base = not isinstance(model, GrunModel) or model.active
-        if isinstance(model, GrunModel):
-            config = model.config
-            at_last_prompt = is_published(config.gate_read, config.gate_accumulate, config.edit_write)
+        self._on_base = not isinstance(model, EditedModel) or model.active
+        if isinstance(model, EditedModel):
             self.base = model.base
-            self.edits = model.edit_at() if at_last_prompt else None
+            self.edits = model.edit_at() if model.rule.changes == "last_prompt" else None
         else:
             self.base, self.edits = model, {}
 

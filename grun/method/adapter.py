@@ -18,6 +18,10 @@ log = logging.getLogger(__name__)
 FORMAT_VERSION = 1
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
+STACK_FILE = "stack.json"
+"""Manifest of a folder that holds the adapters of several requests (`grun.requests`)."""
+STACK = "STACK"
+"""What `peft_type` says of such a folder."""
 
 
 @dataclass
@@ -137,7 +141,9 @@ def find_adapter(folder_or_hub_id: str | Path) -> Path:
 
 
 def peft_type(folder: Path) -> str:
-    """Kind of adapter in `folder`: GRUN, or a method of PEFT such as LORA; AdapterError if there is no adapter."""
+    """Kind of adapter in `folder`: GRUN, STACK, or a method of PEFT such as LORA; AdapterError if there is none."""
+    if (folder / STACK_FILE).is_file():
+        return STACK
     path = folder / CONFIG_FILE
     try:
         values = read_json(path)

@@ -153,7 +153,7 @@ class CachedEngine:
     @property
     def edits(self) -> dict[int, GatedIntervention]:
         """What is trained, by block."""
-        return self._model.edit_at()
+        return self._model.own_edits()
 
     @torch.no_grad()
     def prompt_states(self, rows: Sequence[EncodedRow]) -> dict[int, Tensor]:

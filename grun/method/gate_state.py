@@ -17,16 +17,19 @@ class GateState:
     here. A cache that was cut back is noticed by its length.
     """
 
-    def __init__(self, rows: int, columns: int, device: torch.device) -> None:
+    def __init__(self, rows: int, columns: int, device: torch.device, edition: int = 0) -> None:
         """Of sequences whose first `columns` tokens were never seen; padding counts as such."""
         self.rows = rows
+        self.edition = edition
+        """Number of the edits whose gates these are."""
         self.openings: dict[str, Tensor] = {}
-        """By intervention, the logit in force at each column, -inf where none was read yet, [rows, columns]."""
+        """By intervention, the logit in force at each column, -inf where none was read yet: [rows, columns], of a stack
+        [rows, columns, requests]."""
         self.ids = torch.full((rows, columns), -1, dtype=torch.long, device=device)
         """Tokens, -1 where never seen or padding."""
 
     def last(self) -> dict[str, Tensor]:
-        """By intervention, the logit in force at the last column, [rows, 1]."""
+        """By intervention, the logit in force at the last column, [rows, 1] or [rows, 1, requests]."""
         return {key: values[:, -1:] for key, values in self.openings.items() if values.shape[1]}
 
     @property
@@ -49,8 +52,9 @@ class GateState:
         for key, values in openings.items():
             before = self.openings.get(key)
             if before is None:
-                before = values.new_full((self.rows, self.columns), -torch.inf)
-            self.openings[key] = torch.cat((before, values.detach().expand(-1, ids.shape[1])), dim=1)
+                before = values.new_full((self.rows, self.columns, *values.shape[2:]), -torch.inf)
+            at_each = values.detach().expand(-1, ids.shape[1], *values.shape[2:])
+            self.openings[key] = torch.cat((before, at_each), dim=1)
         self.ids = torch.cat((self.ids, ids), dim=1)
 
     def select(self, rows: Tensor) -> None:

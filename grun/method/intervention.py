@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from grun.method.noise import GaussianNoise
+from grun.method.opening import openings
+from grun.method.stacked import StackedIntervention
 from pyvene_custom import GatedOutput, Intervention, Sites
 
 
@@ -49,6 +51,8 @@ class GatedIntervention(Intervention):
         self.threshold: float | None = None
         self.row_seeds: Sequence[int] | None = None
         """For each row of a pass the number that its dropout is drawn from; None: torch's generator."""
+        self.earlier: StackedIntervention | None = None
+        """Edits of other requests at this block, in force beside this one."""
 
     def forward(
         self,
@@ -80,12 +84,15 @@ class GatedIntervention(Intervention):
             if self.gate is not None:
                 seen = hidden if read is None or read is base else read.to(dtype)
                 logits = self.gate(seen).squeeze(-1)  # [batch, positions read]
-                opening = self._opening(logits, sites, carry)
+                opening = openings(logits, sites, carry, self.accumulate)
                 change = torch.sigmoid(opening).unsqueeze(-1) * change
             if self.dropout_on_hidden:
                 edited = self._dropped(hidden + change)
             else:
                 edited = hidden + self._dropped(change)
+            if self.earlier is not None:
+                output = self.earlier(base, read=read, sites=sites).output
+                edited = edited if output is None else edited + (output.to(dtype) - hidden)
         output = edited.to(base.dtype)
         if opening is None:
             return GatedOutput(output=output, gate=None)
@@ -104,26 +111,6 @@ class GatedIntervention(Intervention):
         for module in self.gate.modules() if self.gate is not None else ():
             if isinstance(module, GaussianNoise):
                 module.row_seeds = None if seeds is None else [seed + 1 for seed in seeds]  # not dropout's draws
-
-    def _opening(self, logits: Tensor, sites: Sites | None, carry: Tensor | None) -> Tensor:
-        """Logit in force at each position read, or at the one before them where none is: [batch, positions or 1]."""
-        if sites is None or (self.accumulate == "none" and bool(sites.read_mask.all()) and logits.shape[1]):
-            return logits
-        shut = logits.new_full((len(logits), 1), -torch.inf)
-        before = shut if carry is None else carry.to(logits)
-        if logits.shape[1] == 0:
-            return before
-        if self.accumulate == "none":
-            return torch.where(sites.read_mask, logits, before if sites.read is not sites.write else shut)
-        counted = logits.masked_fill(~sites.read_mask, -torch.inf)
-        if sites.reset is None or not bool(sites.reset.any()):
-            return torch.maximum(counted.cummax(dim=1).values, before)
-        turn = sites.reset.long().cumsum(dim=1)  # [batch, positions]
-        opening = torch.maximum(counted.masked_fill(turn > 0, -torch.inf).cummax(dim=1).values, before)
-        for number in range(1, int(turn.max()) + 1):
-            of_turn = counted.masked_fill(turn != number, -torch.inf).cummax(dim=1).values
-            opening = torch.where(turn == number, of_turn, opening)
-        return opening
 
     def _dropped(self, values: Tensor) -> Tensor:
         """Dropout of `values` [batch, positions, hidden size]; with row seeds the same wherever a row stands."""

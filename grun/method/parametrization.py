@@ -17,6 +17,7 @@ from grun.data.encoding import Batch
 from grun.data.templates import Template
 from grun.method.model import GrunModel
 from grun.method.plain import run_plain
+from grun.method.stack import GrunStack
 from grun.parametrization import StepOutput
 
 if TYPE_CHECKING:
@@ -51,6 +52,10 @@ class Grun:
         resets = self.config.gate_reset == "user_turn" and self.config.gate_accumulate != "none"
         if resets and not turn_ids:
             log.info("the template begins a user's turn without a control token: a gate that has opened stays open")
+        beside = None
+        if self.config.beside is not None:
+            beside = GrunStack.from_folder(base, Path(self.config.beside).expanduser())
+            beside.unwrap()
         self.model = GrunModel.wrap(
             base,
             blocks=list(self.config.blocks),
@@ -65,6 +70,7 @@ class Grun:
             edit_write=self.config.edit_write,
             reset_ids=turn_ids if resets else (),
             template=template,
+            beside=beside,
         )
 
     def trainable_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:

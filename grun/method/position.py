@@ -73,6 +73,7 @@ class PositionRule(Protocol):
         ...
 
 
+@dataclass
 class LastPrompt:
     """The published rule: gate and edit at the last token of the prompt, once per answer; see `last_prompt_column`."""
 
@@ -91,6 +92,7 @@ class LastPrompt:
         return Sites(read=where, read_mask=inside.unsqueeze(1), write=where, write_mask=inside.unsqueeze(1))
 
 
+@dataclass
 class Sticky:
     """The gate reads the last token of the prompt; the edit is written there and at every token behind it."""
 

@@ -21,7 +21,7 @@ from grun.loading import load_weights, stored_template
 from grun.method.adapter import AdapterConfig, write_adapter
 from grun.method.fingerprint import fingerprint
 from grun.method.gate import GATES
-from grun.method.model import hidden_size_of
+from grun.method.host import hidden_size_of
 from grun.profiles import to_dict
 from grun.runs import IDENTITY_FILE, finish_run, identity, open_run
 from pyvene_custom import find_blocks

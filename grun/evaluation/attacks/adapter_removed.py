@@ -27,18 +27,18 @@ class AdapterRemoved(Plain):
 
     def unfit(self, loaded: Loaded) -> str | None:
         """Full models and changed tensors have nothing to take off."""
-        from grun.method.model import GrunModel
+        from grun.method.host import EditedModel
 
-        if isinstance(loaded.model, GrunModel) or peft_layers(loaded.model):
+        if isinstance(loaded.model, EditedModel) or peft_layers(loaded.model):
             return None
         return "needs an adapter that can be taken off"
 
     @contextlib.contextmanager
     def model(self, loaded: Loaded, config: EvaluateConfig, material: Material) -> Iterator[Any]:
         """The base; the adapter acts again after the block."""
-        from grun.method.model import GrunModel
+        from grun.method.host import EditedModel
 
-        if isinstance(loaded.model, GrunModel):
+        if isinstance(loaded.model, EditedModel):
             with loaded.model.disabled() as base:
                 yield base
             return

@@ -161,6 +161,7 @@ for _name, _place, _description in (
     ("few_shot", "few_shot:FEW_SHOT", "an unrelated question and its answer before the question"),
     ("other_template", "other_template:OTHER", "another template: Q: ... newline A:"),
     ("lower_case", "lower_case:LOWER_CASE", "the question in lower case"),
+    ("upper_case", "upper_case:UPPER_CASE", "the question in capital letters"),
     ("typos", "typos:TYPOS", "neighboring letters swapped in three words of the question"),
     ("paraphrase", "paraphrase:PARAPHRASE", "the question in other words (rows with paraphrased_question)"),
     ("cloze", "cloze:CLOZE", "the fact as a sentence to complete, in plain text (rows with cloze)"),

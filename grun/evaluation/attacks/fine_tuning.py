@@ -7,7 +7,7 @@ from random import Random
 from typing import TYPE_CHECKING, Any
 
 from grun.data.encoding import EncodedRow, collate
-from grun.method.model import GrunModel
+from grun.method.host import EditedModel
 
 if TYPE_CHECKING:
     from torch import nn
@@ -52,7 +52,7 @@ def fine_tune(
     for weight in weights:
         weight.requires_grad_(True)
     optimizer = torch.optim.AdamW(weights, lr=lr, weight_decay=0.0)
-    threshold = model.gate_threshold if isinstance(model, GrunModel) else None
+    threshold = model.gate_threshold if isinstance(model, EditedModel) else None
     if threshold is not None:
         model.gate_threshold = None
     try:

@@ -114,7 +114,8 @@ class Relearn(Attack):
 
 def trained(model: Any) -> tuple[Sequence[nn.Parameter], float]:
     """What trains of a loaded model, and its learning rate."""
-    from grun.method.model import GrunModel, hidden_size_of
+    from grun.method.host import hidden_size_of
+    from grun.method.model import GrunModel
 
     if isinstance(model, GrunModel):
         return list(model.parameters()), ADAPTER_LR

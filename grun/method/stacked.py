@@ -1,0 +1,311 @@
+"""The edits of several requests at one block, computed together from the same state."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import linear
+
+from grun.errors import AdapterError
+from grun.method.adapter import AdapterConfig
+from grun.method.combination import edit_weights
+from grun.method.edit import orthonormal_columns
+from grun.method.gate import GATES
+from grun.method.opening import openings
+from grun.method.position import PositionRule, position_rule
+from pyvene_custom import GatedOutput, Intervention, Sites
+from pyvene_custom.sites import read_and_written, scatter
+
+SLICE = 2**24
+"""Numbers that a wide gate's inner layer may hold at once (64 MiB in float32)."""
+
+
+class Kind(NamedTuple):
+    """What requests share whose gates and edits are computed together."""
+
+    gate_read: str
+    gate_accumulate: str
+    edit_write: str
+    reset_ids: tuple[int, ...]
+    gate: str
+    rank: int
+    activation: str
+
+    @classmethod
+    def of(cls, config: AdapterConfig) -> Kind:
+        """Kind of an adapter."""
+        return cls(
+            config.gate_read,
+            config.gate_accumulate,
+            config.edit_write,
+            tuple(config.reset_ids),
+            config.gate,
+            config.rank,
+            config.activation or "",
+        )
+
+    @property
+    def position(self) -> tuple[Any, ...]:
+        """The part that decides where gates read and edits write."""
+        return self[:4]
+
+    def rule(self) -> PositionRule:
+        """Where gates read and edits write."""
+        return position_rule(*self.position)
+
+
+@dataclass
+class StackSites(Sites):
+    """Sites of requests that differ in where they read and write: all columns, and by rule those of each."""
+
+    by_position: Mapping[tuple[Any, ...], Sites | None] | None = None
+    """By `Kind.position`; None where that rule neither reads nor writes in this pass."""
+
+    def to(self, device: torch.device) -> Sites:
+        """Same columns on `device`."""
+        if self.read.device == device:
+            return self
+        parts = {key: sites and sites.to(device) for key, sites in (self.by_position or {}).items()}
+        return StackSites(**vars(super().to(device)), by_position=parts)
+
+
+class Group(nn.Module):
+    """Gates and edits of the requests of one kind at one block; weights that nothing trains."""
+
+    def __init__(self, kind: Kind, hidden_size: int) -> None:
+        """Of no request yet."""
+        from transformers.activations import ACT2FN
+
+        super().__init__()
+        self.kind = kind
+        self.names: list[str] = []
+        self._hidden_size = hidden_size
+        self._activation = ACT2FN[kind.activation] if kind.activation else None
+        with torch.device("meta"):
+            gate = GATES.get(kind.gate)(hidden_size)
+        if not isinstance(gate, nn.Sequential):
+            raise AdapterError(f"gate {kind.gate!r}: a stack takes requests whose gate is a sequence of layers")
+        self._layers = [layer if isinstance(layer, nn.Linear) else layer.eval() for layer in gate]
+        self._linear = [str(place) for place, layer in enumerate(gate) if isinstance(layer, nn.Linear)]
+
+    def append(self, names: Sequence[str], weights: Sequence[Mapping[str, Tensor]], like: Tensor) -> None:
+        """Add requests behind those there are.
+
+        Args:
+            names: of the requests.
+            weights: of each, named as in the state of a `GatedIntervention`.
+            like: a tensor of the type and on the device to compute in.
+        """
+        made: dict[str, list[Tensor]] = {}
+        for one in weights:
+            values = {name: tensor.to(like) for name, tensor in one.items()}
+            made.setdefault("basis", []).append(orthonormal_columns(values["edit.rotation"]).mT)  # [rank, hidden size]
+            made.setdefault("source", []).append(values["edit.source.weight"])
+            made.setdefault("shift", []).append(values["edit.source.bias"])
+            for place in self._linear:
+                made.setdefault(f"weight_{place}", []).append(values[f"gate.{place}.weight"])
+                made.setdefault(f"bias_{place}", []).append(values[f"gate.{place}.bias"])
+        for name, tensors in made.items():
+            new = torch.stack(tensors)
+            self.register_buffer(name, torch.cat((self.get_buffer(name), new)) if self.names else new, persistent=False)
+        self.names += names
+
+    def remove(self, name: str) -> None:
+        """Take a request out."""
+        kept = [place for place, other in enumerate(self.names) if other != name]
+        for buffer, values in list(self.named_buffers()):
+            self.register_buffer(buffer, values[kept].clone(), persistent=False)
+        self.names.remove(name)
+
+    def logits(self, states: Tensor) -> Tensor:
+        """Gate logits of states [batch, positions, hidden size]: [batch, positions, requests]."""
+        flat = states.flatten(0, 1)
+        widest = max(self.get_buffer(f"weight_{place}").shape[1] for place in self._linear)
+        tokens = max(1, SLICE // (widest * len(self.names)))
+        values = [self._logits(part) for part in flat.split(tokens)] or [flat.new_empty(0, len(self.names))]
+        return torch.cat(values).unflatten(0, states.shape[:2])
+
+    def _logits(self, states: Tensor) -> Tensor:
+        """Of [tokens, hidden size]: [tokens, requests]. The first layers of all gates are one matrix product."""
+        values, together = states, True
+        for place, layer in enumerate(self._layers):
+            if not isinstance(layer, nn.Linear):
+                values = layer(values)
+                continue
+            weight = self.get_buffer(f"weight_{place}")  # [n, out, in]
+            bias = self.get_buffer(f"bias_{place}")  # [n, out]
+            if together:
+                values = linear(values, weight.flatten(0, 1), bias.flatten())
+                values = values.unflatten(1, weight.shape[:2]).transpose(0, 1)  # [n, tokens, out]
+                together = False
+            else:
+                values = torch.baddbmm(bias.unsqueeze(1), values, weight.mT)
+        return values.squeeze(2).T
+
+    def change(self, states: Tensor, weights: Tensor) -> Tensor:
+        """Weighted sum of the edits of states [tokens, hidden size] by weights [tokens, requests]: as the states.
+
+        Only requests with a weight anywhere are computed, and only for tokens with one.
+        """
+        acting = weights != 0
+        tokens, requests = acting.any(dim=1), acting.any(dim=0)
+        change = torch.zeros_like(states)
+        if not bool(requests.any()):
+            return change
+        all_here = bool(requests.all())
+        basis, source, shift = (
+            self.get_buffer(name) if all_here else self.get_buffer(name)[requests]
+            for name in ("basis", "source", "shift")
+        )
+        here = states[tokens]
+        target = linear(here, source.flatten(0, 1), shift.flatten())
+        if self._activation is not None:
+            target = self._activation(target)
+        flat = basis.flatten(0, 1)  # [requests * rank, hidden size]
+        moved = (target - linear(here, flat)).unflatten(1, basis.shape[:2])
+        by = weights[tokens] if all_here else weights[tokens][:, requests]
+        change[tokens] = (moved * by.unsqueeze(2)).flatten(1) @ flat
+        return change
+
+
+class StackedIntervention(Intervention):
+    """h + sum over requests of w_i R_i (W_i h + b_i - R_i^T h), every term of the same h.
+
+    The weights w_i come from the requests' gates by a rule of `grun.method.combination`. A gate below the threshold
+    counts as shut. Nothing here is trained.
+    """
+
+    def __init__(self, hidden_size: int, like: Tensor, rule: str, threshold: float | None) -> None:
+        """Of no request yet.
+
+        Args:
+            hidden_size: of the block.
+            like: a tensor of the type and on the device to compute in.
+            rule: a name in `grun.method.combination.RULES`.
+            threshold: probability below which a gate counts as shut; None: none.
+        """
+        super().__init__(keep_last_dim=True)
+        self.groups = nn.ModuleList()
+        self.rule = rule
+        self.threshold = threshold
+        self._hidden_size = hidden_size
+        self._like = like
+
+    @property
+    def names(self) -> list[str]:
+        """Requests, in the order in which their gates are given back."""
+        return [name for group in self._groups for name in group.names]
+
+    @property
+    def _groups(self) -> list[Group]:
+        return [group for group in self.groups if isinstance(group, Group)]
+
+    def append(self, kind: Kind, names: Sequence[str], weights: Sequence[Mapping[str, Tensor]]) -> None:
+        """Add requests of one kind; see `Group.append`."""
+        groups = {group.kind: group for group in self._groups}
+        if kind not in groups:
+            groups[kind] = Group(kind, self._hidden_size)
+        groups[kind].append(names, weights, self._like)
+        # Sorted, so that the sum over groups does not depend on which request came first.
+        self.groups = nn.ModuleList([groups[key] for key in sorted(groups)])
+
+    def remove(self, name: str) -> None:
+        """Take a request out, if it is here."""
+        for group in self._groups:
+            if name in group.names:
+                group.remove(name)
+        self.groups = nn.ModuleList([group for group in self._groups if group.names])
+
+    def forward(
+        self,
+        base: Tensor,
+        source: Tensor | None = None,
+        subspaces: Any = None,
+        *,
+        read: Tensor | None = None,
+        sites: Sites | None = None,
+        carry: Tensor | None = None,
+    ) -> GatedOutput:
+        """Edit the states `base`; arguments as of `GatedIntervention.forward`.
+
+        What is given back as gate is of each position the widest gate's logit; `opening` has those in force of all,
+        [batch, positions read, requests], as `carry` has with one position.
+        """
+        with torch.autocast(base.device.type, enabled=False):
+            hidden = base.to(self._like.dtype)
+            seen = hidden if read is None or read is base else read.to(self._like.dtype)
+            found: list[tuple[Tensor, Tensor, Tensor]] = []
+            start = 0
+            for group in self._groups:
+                count = len(group.names)
+                before = None if carry is None else carry[..., start : start + count]
+                found.append(_read(group, hidden, seen, sites, before))
+                start += count
+            widest = torch.cat([part[0] for part in found], dim=2).amax(dim=2)
+            in_force = torch.cat([part[1] for part in found], dim=2)
+            mask = torch.cat(
+                [
+                    part[2].expand(*hidden.shape[:2], len(one.names))
+                    for one, part in zip(self._groups, found, strict=True)
+                ],
+                dim=2,
+            )
+            if self.threshold is not None:
+                mask = mask & (torch.sigmoid(in_force) >= self.threshold)
+                if not bool(mask.any()):
+                    return GatedOutput(output=None, gate=widest, opening=in_force)
+            at_written = in_force.expand(-1, hidden.shape[1], -1) if in_force.shape[1] == 1 else in_force
+            weights = edit_weights(at_written, mask, self.rule).flatten(0, 1)
+            flat = hidden.flatten(0, 1)
+            counts = [len(group.names) for group in self._groups]
+            change = torch.zeros_like(flat)
+            for group, part in zip(self._groups, weights.split(counts, dim=1), strict=True):
+                change = change + group.change(flat, part)
+            edited = (flat + change).view_as(hidden)
+        output = edited.to(base.dtype)
+        if self.threshold is not None:  # tokens of which no gate is open stay as they are, bit for bit
+            output = torch.where(mask.any(dim=2, keepdim=True), output, base)
+        return GatedOutput(output=output, gate=widest, opening=in_force)
+
+
+class InForce(Intervention):
+    """Edits of other requests at a block where the one that is trained has none; their gates are no concern of it."""
+
+    def __init__(self, earlier: StackedIntervention) -> None:
+        """`earlier` stays as it is."""
+        super().__init__(keep_last_dim=True)
+        self.earlier = earlier
+
+    def forward(self, base: Tensor, source: Tensor | None = None, subspaces: Any = None, **where: Any) -> GatedOutput:
+        """Edit the states `base`; arguments as of `StackedIntervention.forward`."""
+        return GatedOutput(output=self.earlier(base, **where).output, gate=None)
+
+
+def _read(
+    group: Group, hidden: Tensor, seen: Tensor, sites: Sites | None, carry: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Logits read and logits in force, [batch, positions read or 1, requests], and where edits are written.
+
+    Where requests differ in where they read and write, all three stand at all columns.
+    """
+    accumulate = group.kind.gate_accumulate
+    if not isinstance(sites, StackSites):
+        logits = group.logits(seen)
+        return logits, openings(logits, sites, carry, accumulate), logits.new_ones(1, 1, 1, dtype=torch.bool)
+    own = (sites.by_position or {})[group.kind.position]
+    shut = hidden.new_full((*hidden.shape[:2], len(group.names)), -torch.inf)
+    if own is None:
+        return shut, shut, shut.new_zeros(1, 1, 1, dtype=torch.bool)
+    read, _ = read_and_written(hidden, own)
+    logits = group.logits(read)
+    opening = openings(logits, own, carry, accumulate)
+    if own.everywhere:
+        return logits, opening, own.write_mask.unsqueeze(2)
+    places = own.write.new_zeros(hidden.shape[:2], dtype=torch.bool)
+    written = scatter(places.unsqueeze(2), own.write, own.write_mask, own.write_mask.unsqueeze(2))
+    spread = shut if not logits.shape[1] else scatter(shut, own.read, own.read_mask, logits)
+    return spread, opening.expand(-1, hidden.shape[1], -1), written

@@ -1,0 +1,310 @@
+"""`requests add` and `requests remove`: adapters that are there, to be trained, or to be trained anew."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import logging
+import shlex
+import shutil
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from grun.checks import check
+from grun.config import RequestsConfig, UnlearnConfig
+from grun.data.corpus import Corpus, load_corpus
+from grun.data.rows import Row, hash_rows
+from grun.errors import AdapterError, ConfigError, DataError, RunError
+from grun.files import read_json
+from grun.parametrization import is_gated
+from grun.profiles import from_dict, resolve, to_dict
+from grun.requests.forget_rows import check_forget_rows, salted_hashes
+from grun.requests.manifest import MANIFEST_FILE, Request, check_id
+from grun.requests.store import RequestStore
+from grun.runs import IDENTITY_FILE, RUN_FILE
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Training:
+    """A request whose adapter is to be trained."""
+
+    id: str
+    config: UnlearnConfig
+    rows: Sequence[Row]
+    """Its forget rows."""
+    independent: bool
+    """Trained on the bare base, whatever is in force."""
+    replace: bool = False
+    store_text: bool = False
+    note: str = ""
+
+
+def add(options: RequestsConfig, arguments: Sequence[str]) -> Path:
+    """Put an adapter into a store, which is made if need be, and return its folder there.
+
+    Args:
+        options: of the command.
+        arguments: `key=value` options of `unlearn`.
+
+    Raises:
+        ConfigError, DataError, AdapterError, RunError: as of `RequestStore.add` and `unlearn`; the store is then as it
+            was before.
+    """
+    request_id, folder = str(options.id), Path(str(options.store)).expanduser()
+    check_id(request_id)
+    known = None
+    if options.replace or (folder / MANIFEST_FILE).exists():
+        store = RequestStore.open(folder)
+        store.check_new(request_id, replace=options.replace)
+        _refuse_another_rule(store, options)
+        known = store.manifest.request(request_id) if options.replace else None
+    if options.adapter is not None:
+        return _take(options, Path(options.adapter).expanduser(), arguments)
+    config = _config(known, arguments)
+    rows = load_rows(config).forget
+    was_independent = known is None or not known.beside
+    training = Training(
+        id=request_id,
+        config=config,
+        rows=rows,
+        independent=was_independent if options.independent is None else options.independent,
+        replace=options.replace,
+        store_text=options.store_text or (known is not None and known.text_stored),
+        note=options.note or ("" if known is None else known.note),
+    )
+    return train(_opened(options), training)
+
+
+def remove(store: RequestStore, request_id: str, *, retrain: bool) -> list[str]:
+    """Remove a request; ids of those that were trained beside it, which `retrain` trains anew at once.
+
+    What they are trained with is looked for before anything is removed.
+
+    Raises:
+        ConfigError: there is no such request; one to be trained anew came in without its options.
+        DataError: the data of one to be trained anew is not where its options say.
+        RunError: another process is writing, or writing fails.
+    """
+    with store.writing():
+        store.manifest.request(request_id)
+        again = [_again(store, name) for name in store.manifest.dependents(request_id) if retrain]
+        dependents = store.remove(request_id)
+        for training in again:
+            state = store.manifest.request(training.id).state
+            train(store, training)
+            store.set_state(training.id, state)
+    return dependents
+
+
+def retrain_command(store: Path, request: Request) -> str:
+    """Command that trains a request anew, as it was trained before."""
+    words = ["python", "-m", "grun", "requests", "add", f"store={store}", f"id={request.id}", "replace=true"]
+    if "objective" not in request.config:  # it came in without its options
+        words += ["adapter=FOLDER", "data.forget=FILE", "data.retain=FILE"]
+    return shlex.join(words)
+
+
+def train(store: RequestStore, training: Training) -> Path:
+    """Train an adapter in the store's folder and put it in; a training that was cut off goes on."""
+    from grun.unlearn import unlearn
+
+    with store.writing():
+        store.check_new(training.id, replace=training.replace)
+        _refuse_another_base(store, training.config)
+        beside = [] if training.independent else in_force_before(store, training.id)
+        folder = store.training_folder(training.id)
+        config = dataclasses.replace(training.config, output_dir=str(folder))
+        with others(store, training.id, beside) as source:
+            if source is not None:
+                config = from_dict("unlearn", to_dict(config), [f"method.beside={source}"])
+            unlearn(config)
+        return store.add(
+            training.id,
+            folder,
+            forget_rows=training.rows,
+            config=stored_config(config),
+            metrics=_metrics(read_json(folder / RUN_FILE)),
+            beside=beside,
+            store_text=training.store_text,
+            note=training.note,
+            replace=training.replace,
+        )
+
+
+def load_rows(config: UnlearnConfig) -> Corpus:
+    """Corpus of a config, once it is sure that its forget rows can be a request; DataError or ConfigError if not."""
+    check(config)
+    if not is_gated(config.method):
+        raise ConfigError(
+            f"method.parametrization={config.method.parametrization}, method.gate={config.method.gate}: a store holds "
+            "GRUN adapters with a gate alone; choose parametrization grun and a gate from `list gates`"
+        )
+    allowed = config.data.allow_overlap
+    corpus = load_corpus(
+        dataclasses.replace(config.data, allow_overlap=True)
+    )  # the check here sees more, and says where
+    check_forget_rows(corpus.forget, [] if allowed else corpus.retain)
+    return corpus
+
+
+def stored_config(config: UnlearnConfig) -> dict[str, Any]:
+    """What a store keeps of a config: without folders of the run, and without the requests in force, kept by id."""
+    values = {name: value for name, value in to_dict(config).items() if name not in ("output_dir", "overwrite")}
+    return values | {"method": {name: value for name, value in values["method"].items() if name != "beside"}}
+
+
+def _take(options: RequestsConfig, adapter: Path, arguments: Sequence[str]) -> Path:
+    """Put in an adapter that is there; run.json beside it says what it was trained with."""
+    if options.independent is not None:
+        raise ConfigError("independent is for an adapter that is trained here; leave it out, or leave adapter out")
+    other = [argument for argument in arguments if not argument.startswith(("data.", "profile="))]
+    if other:
+        raise ConfigError(f"{other[0]}: an adapter that is there already takes options of its data alone, data.*")
+    run: dict[str, Any] | None = None
+    if (adapter / RUN_FILE).exists():
+        run = _read_run(adapter / RUN_FILE)
+        config = from_dict("unlearn", run["config"], [word for word in arguments if not word.startswith("profile=")])
+    else:
+        config = resolve("unlearn", list(arguments))
+    rows = load_rows(config).forget
+    if run is not None and run["data"].get("forget") != hash_rows(rows):
+        raise DataError(
+            f"the forget rows are not those that {adapter} was trained on; give the data.* options under which they are"
+        )
+    store = _opened(options)
+    with store.writing():
+        beside = [] if config.method.beside is None else _trained_beside(store, adapter)
+        return store.add(
+            str(options.id),
+            adapter,
+            forget_rows=rows,
+            config={"data": to_dict(config)["data"]} if run is None else stored_config(config),
+            metrics={} if run is None else _metrics(run),
+            beside=beside,
+            store_text=options.store_text,
+            note=options.note,
+            replace=options.replace,
+        )
+
+
+def _trained_beside(store: RequestStore, adapter: Path) -> list[str]:
+    """Requests in force when an adapter was trained; ConfigError unless they are those that are in force now."""
+    from grun.loading import adapter_hash
+
+    if read_json(adapter / IDENTITY_FILE).get("beside") != adapter_hash(store.folder):
+        raise ConfigError(
+            f"{adapter} was trained beside requests (method.beside) of another store, or of this one before it "
+            "changed, so the store cannot say which; train it here, with independent=false"
+        )
+    return store.manifest.ids(active=True)
+
+
+def _read_run(path: Path) -> dict[str, Any]:
+    try:
+        run = read_json(path)
+    except ValueError as error:
+        raise RunError(f"{path} is not valid JSON ({error}); unlearn again") from error
+    if not isinstance(run, dict) or run.get("command") != "unlearn":
+        raise RunError(f"{path} is not of a run of `python -m grun unlearn`; name an adapter's folder")
+    return run
+
+
+def _config(known: Request | None, arguments: Sequence[str]) -> UnlearnConfig:
+    """Options of a training: those given, over those of the request that is replaced."""
+    keys = {argument.partition("=")[0] for argument in arguments}
+    if "output_dir" in keys:
+        raise ConfigError("output_dir: an adapter is trained in the store's folder; leave it out")
+    if "method.beside" in keys:
+        raise ConfigError("method.beside: set independent=false, which trains beside this store's requests")
+    if known is None or "profile" in keys:
+        config: UnlearnConfig = resolve("unlearn", list(arguments))
+        return config
+    config = from_dict("unlearn", _trainable(known), arguments)
+    return config
+
+
+def _trainable(request: Request) -> dict[str, Any]:
+    if "objective" not in request.config:
+        raise ConfigError(
+            f"request {request.id!r} came in as an adapter without run.json, so its options are not known; train it "
+            "with `unlearn` and set adapter, or set profile and the options here"
+        )
+    return request.config
+
+
+def _again(store: RequestStore, request_id: str) -> Training:
+    """Training of a request as it was trained before, on the same rows."""
+    request = store.manifest.request(request_id)
+    config: UnlearnConfig = from_dict("unlearn", _trainable(request))
+    rows = load_rows(config).forget
+    if salted_hashes(rows, store.manifest.salt) != request.data.hashes:
+        raise DataError(
+            f"request {request_id!r} cannot be trained anew: its data are no longer those it was trained on; leave "
+            "retrain out, and train it with `requests add replace=true` and the options of its data"
+        )
+    return Training(request.id, config, rows, False, True, request.text_stored, request.note)
+
+
+def in_force_before(store: RequestStore, request_id: str) -> list[str]:
+    """Requests in force, up to the place of that one: what came later was perhaps trained beside it."""
+    ids = store.manifest.ids()
+    earlier = ids[: ids.index(request_id)] if request_id in ids else ids
+    return [name for name in store.manifest.ids(active=True) if name in earlier]
+
+
+@contextlib.contextmanager
+def others(store: RequestStore, request_id: str, beside: Sequence[str]) -> Iterator[Path | None]:
+    """Folder of a store in which `beside` are the requests in force, for the time of a training; None for none."""
+    if not beside:
+        yield None
+        return
+    if list(beside) == store.manifest.ids(active=True):
+        yield store.folder
+        return
+    folder = store.folder / "training" / f".{request_id}.beside"
+    shutil.rmtree(folder, ignore_errors=True)
+    try:
+        store.extract(folder, beside)
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _opened(options: RequestsConfig) -> RequestStore:
+    """The store, made if it is not there."""
+    folder = Path(str(options.store)).expanduser()
+    if (folder / MANIFEST_FILE).exists():
+        return RequestStore.open(folder)
+    log.info("a new store of requests: %s", folder)
+    return RequestStore.create(folder, rule=options.rule or "sum", gate_threshold=options.gate_threshold)
+
+
+def _refuse_another_rule(store: RequestStore, options: RequestsConfig) -> None:
+    for name in ("rule", "gate_threshold"):
+        wanted, there = getattr(options, name), getattr(store.manifest, name)
+        if wanted is not None and wanted != there:
+            raise ConfigError(f"{name}={wanted}: {store.folder} has {there}, set when it was made; leave {name} out")
+
+
+def _refuse_another_base(store: RequestStore, config: UnlearnConfig) -> None:
+    """AdapterError before hours of training, where a model of another name has other weights than the store's base."""
+    base = store.manifest.base
+    if base is None or str(Path(str(config.model.path)).expanduser()) == base.name:
+        return
+    from grun.loading import load_weights
+    from grun.method.fingerprint import fingerprint
+
+    if (found := fingerprint(load_weights(config.model))) != base.fingerprint:
+        raise AdapterError(
+            f"model.path={config.model.path} (fingerprint {found}) is another base than this store's (fingerprint "
+            f"{base.fingerprint}, {base.name}); keep a store for each base"
+        )
+
+
+def _metrics(run: dict[str, Any]) -> dict[str, Any]:
+    """What run.json says of the cost of a training."""
+    return {name: run[name] for name in ("seconds", "steps") if name in run}

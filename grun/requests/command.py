@@ -1,0 +1,162 @@
+"""`python -m grun requests ACTION store=DIR key=value ...`."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from grun.checks import one_of, positive
+from grun.config import RequestsConfig, UnlearnConfig
+from grun.errors import ConfigError
+from grun.profiles import describe, resolve
+from grun.registry import unknown_name
+
+if TYPE_CHECKING:
+    from grun.requests.store import RequestStore
+
+ACTIONS = {
+    "list": "the requests of the store",
+    "add": "train a request and put it in force, or put in an adapter that is there (adapter=FOLDER)",
+    "remove": "take a request out and delete its files",
+    "disable": "take a request out of force, keep its files",
+    "enable": "put it in force again",
+    "verify": "check files, manifest and base, ask each request's own questions, write a dated report",
+    "history": "what was done to the store, one line an event",
+}
+OPTIONS = {
+    "list": ("format",),
+    "add": ("id", "adapter", "note", "store_text", "replace", "independent", "rule", "gate_threshold"),
+    "remove": ("id", "retrain"),
+    "disable": ("id",),
+    "enable": ("id",),
+    "verify": ("files_only", "recall_at_most", "batch_size", "max_new_tokens"),
+    "history": ("format",),
+}
+"""Own options of each action, beside store; verify takes those of the model too, add those of unlearn."""
+
+
+def requests(arguments: Sequence[str]) -> int:
+    """Run one action; the exit status is 1 where `verify` finds something wrong. Results go to stdout."""
+    if not arguments or "=" in arguments[0] or arguments[0].startswith("-"):
+        raise ConfigError(f"requests needs an action: {', '.join(ACTIONS)}; then store=DIR and options, key=value")
+    action, rest = arguments[0], list(arguments[1:])
+    if action not in ACTIONS:
+        raise ConfigError(unknown_name("action", action, list(ACTIONS)))
+    own, of_unlearn = _split(action, rest)
+    options: RequestsConfig = resolve("requests", own)
+    _check(action, options)
+    if action in ("list", "history"):
+        _print(action, options)
+    elif action == "add":
+        _add(options, of_unlearn)
+    elif action == "remove":
+        _remove(options)
+    elif action == "verify":
+        return _verify(options)
+    else:
+        from grun.requests.store import RequestStore
+
+        RequestStore.open(str(options.store)).set_state(str(options.id), "active" if action == "enable" else "disabled")
+    return 0
+
+
+def _split(action: str, arguments: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Own options of an action, and those of `unlearn`; ConfigError for one that the action does not have."""
+    every = [key for key, _, _ in describe(RequestsConfig)]
+    known = [*OPTIONS[action], "store", *(key for key in every if action == "verify" and key.startswith("model."))]
+    of_training = [key for key, _, _ in describe(UnlearnConfig)] if action == "add" else []
+    own: list[str] = []
+    of_unlearn: list[str] = []
+    for argument in arguments:
+        key, equals, _ = argument.partition("=")
+        if not equals:
+            raise ConfigError(f"argument {argument!r} is not key=value")
+        if key not in known and key not in of_training:
+            others = [name for name, keys in OPTIONS.items() if key in keys]
+            if others:
+                raise ConfigError(f"option {key} is for requests {' and '.join(others)}; leave it out of {action}")
+            raise ConfigError(unknown_name("option", key, [*known, *of_training]))
+        (own if key in known else of_unlearn).append(argument)
+    return own, of_unlearn
+
+
+def _check(action: str, options: RequestsConfig) -> None:
+    if options.store is None:
+        raise ConfigError(f"requests {action} needs store=DIR, the folder of the requests")
+    if "id" in OPTIONS[action] and options.id is None:
+        raise ConfigError(f"requests {action} needs id=ID, the name of a request")
+    one_of("format", options.format, ("table", "json"))
+    positive("batch_size", options.batch_size)
+    positive("max_new_tokens", options.max_new_tokens)
+    if options.recall_at_most is not None and not 0 <= options.recall_at_most <= 1:
+        raise ConfigError(f"recall_at_most={options.recall_at_most} must be a share between 0 and 1")
+
+
+def _print(action: str, options: RequestsConfig) -> None:
+    from grun.requests import listing
+    from grun.requests.store import RequestStore
+
+    store = RequestStore.open(str(options.store))
+    if options.format == "json":
+        print(listing.list_as_json(store) if action == "list" else listing.history_as_json(store))
+    elif action == "history":
+        print(*listing.history(store), sep="\n")
+    else:
+        from rich.console import Console
+
+        listing.print_list(store, Console(width=None if sys.stdout.isatty() else listing.WIDTH))
+
+
+def _add(options: RequestsConfig, arguments: Sequence[str]) -> None:
+    from grun.requests.adding import add
+    from grun.requests.store import RequestStore
+
+    with contextlib.redirect_stdout(sys.stderr):
+        folder = add(options, arguments)
+    store = RequestStore.open(str(options.store))
+    if options.replace:
+        _print_dependents(store, str(options.id), store.manifest.dependents(str(options.id)), "the former")
+    print(folder)
+
+
+def _remove(options: RequestsConfig) -> None:
+    from grun.requests.adding import remove
+    from grun.requests.store import RequestStore
+
+    store = RequestStore.open(str(options.store))
+    with contextlib.redirect_stdout(sys.stderr):
+        dependents = remove(store, str(options.id), retrain=options.retrain)
+    if not options.retrain:
+        _print_dependents(store, str(options.id), dependents, "the removed")
+
+
+def _print_dependents(store: RequestStore, removed: str, dependents: Sequence[str], which: str) -> None:
+    from grun.requests.adding import retrain_command
+
+    if not dependents:
+        return
+    print(f"trained beside {which} {removed}, and to be trained anew: {', '.join(dependents)}")
+    for name in dependents:
+        print(f"  {retrain_command(store.folder, store.manifest.request(name))}")
+
+
+def _verify(options: RequestsConfig) -> int:
+    from grun.requests.verify import in_markdown, verify
+
+    with contextlib.redirect_stdout(sys.stderr):
+        found, path = verify(options)
+    print(in_markdown(found))
+    print(path)
+    return 1 if found.problems else 0
+
+
+def usage() -> str:
+    """Lines of the help: the actions."""
+    width = max(map(len, ACTIONS))
+    return "\n".join(
+        ["python -m grun requests ACTION store=DIR [key=value ...]   (docs/requests.md)", ""]
+        + [f"  {name:<{width}}  {text}" for name, text in ACTIONS.items()]
+        + ["", "`add` takes the options of `unlearn` too."]
+    )

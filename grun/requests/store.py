@@ -1,0 +1,324 @@
+"""A folder of requests to forget.
+
+    stack.json       the manifest: what is in force; it is replaced as a whole, and nothing counts before it says so
+    requests/ID/     an adapter's files (forget.jsonl too, if its text is to be stored)
+    training/ID/     an adapter that is being trained
+    reports/         what `requests verify` found
+
+A process that is killed at any moment leaves the store as it was before or as it is afterwards. What it leaves
+beside, the next writer clears away.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import secrets
+import shutil
+from collections.abc import Iterator, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from grun.data.rows import Row
+from grun.errors import AdapterError, ConfigError, DataError, RunError
+from grun.files import file_hash, write_json, writing
+from grun.method.adapter import WEIGHTS_FILE, AdapterConfig, read_weights
+from grun.requests.checking import request_problems
+from grun.requests.copying import copy_adapter, sync
+from grun.requests.forget_rows import salted_hashes
+from grun.requests.manifest import (
+    FORMAT_VERSION,
+    MANIFEST_FILE,
+    Action,
+    Base,
+    Data,
+    Manifest,
+    Problem,
+    Request,
+    State,
+    check_id,
+)
+
+LOCK_FILE = ".lock"
+
+
+class RequestStore:
+    """Requests to forget of one base model. Any number of processes may read it; one at a time may write."""
+
+    def __init__(self, folder: Path, manifest: Manifest) -> None:
+        """Use `open` or `create`."""
+        self.folder = folder
+        self.manifest = manifest
+        """As it was read last; read anew when this process begins to write."""
+        self._writers = 0
+
+    @classmethod
+    def open(cls, folder: str | Path) -> RequestStore:
+        """The store in `folder`; RunError if there is none, or if its manifest cannot be read."""
+        folder = Path(folder).expanduser()
+        return cls(folder, Manifest.read(folder))
+
+    @classmethod
+    def create(cls, folder: str | Path, *, rule: str = "sum", gate_threshold: float | None = None) -> RequestStore:
+        """A new, empty store.
+
+        Args:
+            folder: new or empty.
+            rule: how edits are combined, a name of `grun.method.combination.RULES`.
+            gate_threshold: gate probability below which an edit is skipped; None: never.
+
+        Raises:
+            ConfigError: the rule is unknown, the threshold no probability.
+            RunError: something lies in the folder, or another process writes to it.
+        """
+        from grun.method.combination import RULES
+        from grun.registry import unknown_name
+
+        folder = Path(folder).expanduser()
+        if rule not in RULES:
+            raise ConfigError(unknown_name("rule", rule, list(RULES)))
+        if gate_threshold is not None and not 0 <= gate_threshold <= 1:
+            raise ConfigError(f"gate_threshold={gate_threshold} must be a probability between 0 and 1")
+        empty = Manifest(FORMAT_VERSION, secrets.token_hex(32), None, rule, gate_threshold, (), (), "")
+        if folder.exists() and not folder.is_dir():
+            raise RunError(f"{folder} is a file; name a folder as store")
+        with writing(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+        store = cls(folder, empty.with_event("create", _now()))
+        with store._locked():
+            if any(not entry.name.startswith(".") for entry in folder.iterdir()):
+                raise RunError(f"{folder} is not empty; name a new folder as store")
+            store._commit(store.manifest)
+        return store
+
+    def adapter_folder(self, request_id: str) -> Path:
+        """Folder of a request's adapter; ConfigError if there is no such request."""
+        return self.folder / "requests" / self.manifest.request(request_id).folder
+
+    def training_folder(self, request_id: str) -> Path:
+        """Where the adapter of a request is trained."""
+        return self.folder / "training" / request_id
+
+    # -- writing ----------------------------------------------------------------------------------------------------
+
+    @contextlib.contextmanager
+    def writing(self) -> Iterator[None]:
+        """Be the one writer within the block, which may be nested: the manifest is read anew, leftovers are cleared.
+
+        Raises:
+            RunError: another process is writing, or the manifest was changed by something else than this class, which
+                a new digest would hide.
+        """
+        if self._writers:
+            yield
+            return
+        with self._locked():
+            self.manifest = Manifest.read(self.folder)
+            if problems := self.manifest.problems():
+                raise RunError(f"{self.folder}: {problems[0]}; restore {MANIFEST_FILE} from a copy before changing it")
+            self._clear_leftovers()
+            self._writers += 1
+            try:
+                yield
+            finally:
+                self._writers -= 1
+
+    def add(
+        self,
+        request_id: str,
+        adapter: Path,
+        *,
+        forget_rows: Sequence[Row],
+        config: dict[str, Any],
+        metrics: dict[str, Any] | None = None,
+        beside: Sequence[str] = (),
+        store_text: bool = False,
+        note: str = "",
+        replace: bool = False,
+    ) -> Path:
+        """Copy an adapter in and put it in force; returns its folder.
+
+        Args:
+            request_id: letters, digits, `.`, `_` and `-`; no dot in front.
+            adapter: folder as `GrunModel.save_pretrained` writes it.
+            forget_rows: what it forgets, at least one row; only salted hashes are kept.
+            config: options it was trained with; they must hold no text of the rows.
+            metrics: whatever was measured.
+            beside: ids of the requests that were in force while it was trained.
+            store_text: keep the rows themselves too.
+            note: the operator's words.
+            replace: the request is there already, and keeps its place.
+
+        Raises:
+            ConfigError: the id cannot be one, is there already (or is not, if it is to be replaced); beside names an
+                unknown request.
+            DataError: there are no forget rows.
+            AdapterError: the adapter cannot be read, or was made on another base than the store's.
+            RunError: another process is writing, or writing fails.
+        """
+        if not forget_rows:
+            raise DataError(f"request {request_id}: there are no forget rows; a request forgets at least one")
+        with self.writing():
+            self.check_new(request_id, replace=replace)
+            for other in beside:
+                self.manifest.request(other)
+            base = self._base_of(adapter)
+            folder = self._copied(request_id, adapter, forget_rows if store_text else None)
+            request = Request(
+                id=request_id,
+                folder=folder.name,
+                state="active",
+                time=_now(),
+                files={file.name: file_hash(file) for file in sorted(folder.iterdir())},
+                data=Data(len(forget_rows), salted_hashes(forget_rows, self.manifest.salt)),
+                config=json.loads(json.dumps(config)),  # as it will be read again, so that the digest stays the same
+                metrics=json.loads(json.dumps(metrics or {})),
+                beside=tuple(beside),
+                text_stored=store_text,
+                note=note,
+            )
+            others = self.manifest.requests
+            kept = tuple(request if other.id == request_id else other for other in others)
+            changed = dataclasses.replace(self.manifest, base=base, requests=kept if replace else (*others, request))
+            self._commit(changed.with_event("replace" if replace else "add", request.time, request))
+            self._clear_leftovers()  # the adapter that was replaced, the training that is done
+            return folder
+
+    def remove(self, request_id: str) -> list[str]:
+        """Take a request out of force and delete its files; returns the ids of those trained beside it.
+
+        Raises:
+            ConfigError: there is no such request.
+            RunError: another process is writing, or writing fails.
+        """
+        with self.writing():
+            request = self.manifest.request(request_id)
+            left = tuple(other for other in self.manifest.requests if other.id != request_id)
+            self._commit(dataclasses.replace(self.manifest, requests=left).with_event("remove", _now(), request))
+            self._clear_leftovers()
+            shutil.rmtree(self.training_folder(request_id), ignore_errors=True)
+            return self.manifest.dependents(request_id)
+
+    def set_state(self, request_id: str, state: State) -> None:
+        """Put a request in force or out of it; its files stay. Errors as of `remove`."""
+        with self.writing():
+            request = self.manifest.request(request_id)
+            if request.state == state:
+                return
+            changed = dataclasses.replace(request, state=state)
+            every = tuple(changed if other.id == request_id else other for other in self.manifest.requests)
+            action: Action = "enable" if state == "active" else "disable"
+            self._commit(dataclasses.replace(self.manifest, requests=every).with_event(action, _now(), changed))
+
+    def check_new(self, request_id: str, *, replace: bool) -> None:
+        """ConfigError unless a request of that id can be added, or replaced."""
+        check_id(request_id)
+        if replace:
+            self.manifest.request(request_id)
+        elif request_id.casefold() in [known.casefold() for known in self.manifest.ids()]:  # folders of some systems
+            raise ConfigError(f"request {request_id!r} is there already; choose another id, or set replace=true")
+
+    def extract(self, folder: Path, request_ids: Sequence[str]) -> RequestStore:
+        """A store of its own in `folder`, which is not there yet, with some of the requests as they are now.
+
+        The same requests give the same manifest, so that a training that reads it can go on after a kill.
+        """
+        manifest = dataclasses.replace(self.manifest, requests=(), history=())
+        manifest = manifest.with_event("create", self.manifest.history[0].time)
+        with writing(folder):
+            folder.mkdir(parents=True)
+            for request in map(self.manifest.request, request_ids):
+                shutil.copytree(self.adapter_folder(request.id), folder / "requests" / request.folder)
+                manifest = dataclasses.replace(manifest, requests=(*manifest.requests, request))
+                manifest = manifest.with_event("add", request.time, request)
+        part = RequestStore(folder, manifest)
+        part._commit(manifest)
+        return part
+
+    # -- checking ---------------------------------------------------------------------------------------------------
+
+    def check(self) -> list[Problem]:
+        """Everything that is not as it was written: manifest, history, files, adapters, their base. Nothing is changed.
+
+        RunError if the manifest cannot be read at all.
+        """
+        self.manifest = Manifest.read(self.folder)
+        found = self.manifest.problems()
+        for request in self.manifest.requests:
+            found += request_problems(request, self.adapter_folder(request.id), self.manifest.base)
+        return found
+
+    # -- inside -----------------------------------------------------------------------------------------------------
+
+    @contextlib.contextmanager
+    def _locked(self) -> Iterator[None]:
+        from filelock import FileLock, Timeout
+
+        lock = FileLock(self.folder / LOCK_FILE)
+        try:
+            lock.acquire(timeout=0)
+        except Timeout as error:
+            raise RunError(f"another process is writing to {self.folder}; try again when it is done") from error
+        try:
+            yield
+        finally:
+            lock.release()
+
+    def _commit(self, manifest: Manifest) -> None:
+        """From here on `manifest` counts."""
+        with writing(self.folder):
+            write_json(self.folder / MANIFEST_FILE, manifest.to_dict())
+            sync(self.folder)
+        self.manifest = manifest
+
+    def _base_of(self, adapter: Path) -> Base:
+        """Base of the store, which is that of an adapter to be added; AdapterError if the adapter's is another."""
+        config, _ = AdapterConfig.read(adapter)
+        read_weights(adapter)
+        base = self.manifest.base
+        if config.gate == "none":
+            raise AdapterError(
+                f"{adapter} has no gate, so it would act on every prompt; a store takes gated edits alone"
+            )
+        if config.base_fingerprint is None:
+            raise AdapterError(f"{adapter} does not say which base it was made on; save it again with this version")
+        if base is None:
+            return Base(config.base_model_name_or_path, config.base_revision, config.base_fingerprint)
+        if config.base_fingerprint != base.fingerprint:
+            raise AdapterError(
+                f"{adapter} was made on another base (fingerprint {config.base_fingerprint}, "
+                f"{config.base_model_name_or_path}) than this store's (fingerprint {base.fingerprint}, {base.name}); "
+                "keep a store for each base"
+            )
+        return base
+
+    def _copied(self, request_id: str, adapter: Path, text: Sequence[Row] | None) -> Path:
+        """Folder with the adapter's files, which no manifest names yet."""
+        parent = self.folder / "requests"
+        names = (request_id, *(f"{request_id}@{number}" for number in range(2, 2 + len(self.manifest.history))))
+        folder = next(parent / name for name in names if not (parent / name).exists())
+        with writing(self.folder):
+            copy_adapter(adapter, folder, text)
+        return folder
+
+    def _clear_leftovers(self) -> None:
+        """Delete what killed processes left, adapters that are no longer there, and trainings that are done."""
+        named = {request.folder for request in self.manifest.requests}
+        with writing(self.folder):
+            for entry in (self.folder / "requests").glob("*"):
+                if entry.name not in named:
+                    shutil.rmtree(entry)
+            for entry in self.folder.glob(f".{MANIFEST_FILE}.*.tmp"):
+                entry.unlink(missing_ok=True)
+            for entry in (self.folder / "training").glob(".*"):
+                shutil.rmtree(entry)
+            for request in self.manifest.requests:
+                trained = self.training_folder(request.id) / WEIGHTS_FILE
+                if trained.is_file() and file_hash(trained) == request.files.get(WEIGHTS_FILE):
+                    shutil.rmtree(trained.parent)
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")

@@ -1,0 +1,265 @@
+"""`requests verify`: is the store as it was written, is the base the same, and is what was forgotten still forgotten.
+
+The report has figures and hashes, never a question or an answer.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from grun.config import DataConfig, ModelConfig, RequestsConfig
+from grun.data import templates
+from grun.data.corpus import load_corpus
+from grun.data.encoding import collate_prompts
+from grun.data.jsonl import read_rows
+from grun.data.rows import Row
+from grun.data.templates import Template
+from grun.errors import ConfigError, GrunError
+from grun.evaluation.generation import generate_answers
+from grun.evaluation.metrics import METRICS
+from grun.evaluation.scoring import evaluating
+from grun.evaluation.table import GateRecord, GenerationRecord, Table
+from grun.files import write_json, write_text, writing
+from grun.loading import Loaded, load_model
+from grun.method.adapter import AdapterConfig
+from grun.method.stack import GrunStack
+from grun.profiles import from_dict
+from grun.requests.copying import TEXT_FILE
+from grun.requests.forget_rows import salted_hashes
+from grun.requests.manifest import Problem, Request
+from grun.requests.store import RequestStore
+
+log = logging.getLogger(__name__)
+
+FIGURES = ("fact_recall", "rouge_l", "gate_open")
+"""Metrics of a request's own questions."""
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What was found of one request."""
+
+    id: str
+    state: str
+    rows: int
+    """Number of its forget rows."""
+    figures: dict[str, float | None] = field(default_factory=dict)
+    """See `evaluate_request`; empty where it was not asked."""
+    not_asked: str | None = None
+    """Why its questions were not asked, or None."""
+
+
+@dataclass(frozen=True)
+class Verification:
+    """What `verify` found."""
+
+    time: str
+    """UTC, ISO 8601."""
+    store: str
+    """Folder."""
+    digest: str
+    """The manifest's."""
+    model: str | None
+    """Base that was loaded; None: none was."""
+    fingerprint: str | None
+    """Its fingerprint."""
+    expected_fingerprint: str | None
+    """That of the manifest; quantized weights have another one, and are not compared."""
+    problems: list[Problem]
+    """Everything that is wrong."""
+    requests: list[Finding]
+    """In the order of adding."""
+
+
+def verify(options: RequestsConfig) -> tuple[Verification, Path]:
+    """Verify a store and write the dated report; what was found, and the report's JSON file.
+
+    RunError if the manifest cannot be read at all: then nothing can be compared.
+    """
+    store = RequestStore.open(str(options.store))
+    now = datetime.now(UTC)
+    problems = store.check()
+    model, loaded, of_base = None, None, None
+    if not options.files_only:
+        model = _model_config(store, options.model)
+        loaded, of_base, more = _load(store, model, readable=not problems)
+        problems += more
+    findings = []
+    for request in store.manifest.requests:
+        finding = _ask(store, request, loaded, options)
+        recall, most = finding.figures.get("fact_recall"), options.recall_at_most
+        if recall is not None and most is not None and recall > most:
+            problems.append(Problem(request.id, f"fact recall on its own questions is {recall:.3f}, above {most}"))
+        findings.append(finding)
+    verification = Verification(
+        time=now.isoformat(timespec="seconds"),
+        store=str(store.folder),
+        digest=store.manifest.digest,
+        model=None if model is None else model.path,
+        fingerprint=of_base,
+        expected_fingerprint=None if store.manifest.base is None else store.manifest.base.fingerprint,
+        problems=problems,
+        requests=findings,
+    )
+    path = store.folder / "reports" / f"verify-{now:%Y%m%dT%H%M%S%fZ}.json"
+    with writing(path.parent):
+        write_json(path, asdict(verification))
+        write_text(path.with_suffix(".md"), in_markdown(verification))
+    return verification, path
+
+
+@torch.no_grad()
+def evaluate_request(
+    model: Any,
+    tokenizer: Any,
+    template: Template,
+    rows: Sequence[Row],
+    *,
+    own: str,
+    batch_size: int,
+    max_new_tokens: int,
+) -> dict[str, float | None]:
+    """Ask a request's own questions of a model on which the requests in force are.
+
+    Args:
+        model: a GrunStack, or a GrunModel, whose gates are then the request's own.
+        tokenizer: of the base.
+        template: puts the questions as the request was trained with.
+        rows: its forget rows, each with a prompt.
+        own: id of the request.
+        batch_size: questions asked at a time.
+        max_new_tokens: longest answer, tokens.
+
+    Returns:
+        fact_recall (share of greedy answers that contain the row's key fact; None unless every row names one), rouge_l
+        (recall of the forgotten answers, mean) and gate_open (share of prompts at whose last token the request's own
+        gate, mean over blocks, is above 0.5).
+    """
+    prompts = [tuple(templates.encode_prompt(template, tokenizer, row.prompt)) for row in rows]
+    pad_id = int(tokenizer.pad_token_id)
+    answers = generate_answers(model, tokenizer, prompts, batch_size, max_new_tokens, pad_id)
+    table = Table(
+        generations=[
+            GenerationRecord("forget", number, row.prompt or "", row.completion, row.fact, answer.text)
+            for number, (row, answer) in enumerate(zip(rows, answers, strict=True))
+        ]
+    )
+    with evaluating(model):
+        for start in range(0, len(prompts), batch_size):
+            batch = collate_prompts(prompts[start : start + batch_size], pad_id).to(model.device)
+            lengths = batch.attention_mask.sum(1)
+            model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, prompt_lengths=lengths)
+            gates = model.request_gates[own] if isinstance(model, GrunStack) else model.last_gates
+            table.gates += [
+                GateRecord("forget", start + row, {block: float(values[row, -1]) for block, values in gates.items()})
+                for row in range(len(lengths))
+            ]
+    return {name: METRICS.get(name).compute(table, "forget") for name in FIGURES}
+
+
+def forget_rows(store: RequestStore, request: Request) -> list[Row] | str:
+    """Rows of a request, from its stored text or from where its options say; else why they cannot be had."""
+    if request.text_stored:
+        try:
+            rows = read_rows(store.adapter_folder(request.id) / TEXT_FILE)
+        except GrunError as error:
+            return f"its stored text cannot be read: {error}"
+    elif "data" not in request.config:
+        return "its text is not stored, and nothing says where its data are"
+    else:
+        try:
+            data = from_dict("unlearn", {"data": request.config["data"] | {"allow_overlap": True}}).data
+            rows = load_corpus(data).forget
+        except (GrunError, OSError) as error:
+            return f"its data cannot be loaded: {error}"
+    if salted_hashes(rows, store.manifest.salt) != request.data.hashes:
+        return "its data are not those it was added with: their salted hashes differ"
+    if any(row.prompt is None for row in rows):
+        return "its rows are plain texts, which ask nothing"
+    return rows
+
+
+def in_markdown(found: Verification) -> str:
+    """The report for people."""
+    lines = [
+        f"# Verification of {found.store}, {found.time}",
+        "",
+        f"Manifest digest `{found.digest}`. "
+        + ("No model was loaded." if found.model is None else f"Base {found.model}, fingerprint `{found.fingerprint}`")
+        + (f", the store's is `{found.expected_fingerprint}`." if found.model is not None else ""),
+        "",
+        *([f"**{len(found.problems)} wrong:**", ""] if found.problems else ["Nothing wrong was found."]),
+        *(f"- {problem}" for problem in found.problems),
+        "",
+        "| request | state | rows | fact recall | ROUGE-L | own gate open | not asked |",
+        "|---|---|---:|---:|---:|---:|---|",
+    ]
+    for one in found.requests:
+        figures = [one.figures.get(name) for name in FIGURES]
+        shown = " | ".join("-" if value is None else f"{value:.3f}" for value in figures)
+        lines.append(f"| {one.id} | {one.state} | {one.rows} | {shown} | {one.not_asked or ''} |")
+    lines += ["", "The base weights still contain the data; the effect exists where the requests are loaded.", ""]
+    return "\n".join(lines)
+
+
+def _model_config(store: RequestStore, given: ModelConfig) -> ModelConfig:
+    """The base that is given, or else the one that the manifest names; ConfigError if there is neither."""
+    base = store.manifest.base
+    if given.path is not None or base is None:
+        return given
+    if base.name is None:
+        raise ConfigError("the store does not know the name of its base; set model.path, or files_only=true")
+    return dataclasses.replace(given, path=base.name, revision=given.revision or base.revision)
+
+
+def _load(
+    store: RequestStore, config: ModelConfig, *, readable: bool
+) -> tuple[Loaded | None, str | None, list[Problem]]:
+    """The base with what is in force on it (None: it cannot be asked), its fingerprint, and what is wrong with it."""
+    base = store.manifest.base
+    if base is None:  # no request was ever added
+        return None, None, []
+    stack = str(store.folder) if readable and store.manifest.ids(active=True) else None
+    try:
+        loaded = load_model(config, stack, strict=False, gate_threshold=None)
+    except GrunError as error:
+        return None, None, [Problem(None, f"the base cannot be loaded with the requests on it: {error}")]
+    found = loaded.identity["base"]
+    if found == base.fingerprint or config.quantization is not None:
+        return (None if stack is None else loaded), found, []
+    text = f"{config.path} is not the base of this store: fingerprint {found}, the store's is {base.fingerprint}"
+    return None, found, [Problem(None, text)]
+
+
+def _ask(store: RequestStore, request: Request, loaded: Loaded | None, options: RequestsConfig) -> Finding:
+    """Figures of a request, or why there are none."""
+    finding = Finding(request.id, request.state, request.data.rows)
+    if request.state != "active":
+        return dataclasses.replace(finding, not_asked="not in force")
+    if loaded is None:
+        why = "files only" if options.files_only else "no model could be asked; see what is wrong"
+        return dataclasses.replace(finding, not_asked=why)
+    rows = forget_rows(store, request)
+    if isinstance(rows, str):
+        return dataclasses.replace(finding, not_asked=rows)
+    log.info("asking the %d questions of request %s", len(rows), request.id)
+    stored = AdapterConfig.read(store.adapter_folder(request.id))[1]
+    template = templates.resolve("auto", stored or loaded.template, loaded.tokenizer, None, DataConfig().date)
+    figures = evaluate_request(
+        loaded.model,
+        loaded.tokenizer,
+        template,
+        rows,
+        own=request.id,
+        batch_size=options.batch_size,
+        max_new_tokens=options.max_new_tokens,
+    )
+    return dataclasses.replace(finding, figures=figures)

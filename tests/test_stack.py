@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import DynamicCache, PreTrainedModel
 
+import grun.method.stacked
 from grun import GrunModel, GrunStack
 from grun.errors import AdapterError, ConfigError, ModelError
 from grun.evaluation.subject import Subject
@@ -334,6 +335,16 @@ def test_the_gates_of_all_requests_are_one_matrix_product_a_layer(gate: str) -> 
         assert edit(torch.randn(2, 1, WIDTH, dtype=torch.float64)).output is None
     products = [name for name in recorded.names if any(kind in name for kind in ("addmm", "mm.", "bmm"))]
     assert len(products) == {"linear": 1, "mlp_3": 3}[gate]
+
+
+@pytest.mark.parametrize("gate", ["linear", "noisy_mlp_3"])
+@torch.no_grad()
+def test_gates_that_are_computed_a_few_at_a_time_are_the_same(gate: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    stack = stacked({str(seed): member(seed, ROBUST, gate=gate) for seed in range(5)})
+    batch = padded(random_rows([9, 6]), "left")
+    wanted = stack(**batch).logits
+    monkeypatch.setattr(grun.method.stacked, "SLICE", 1)
+    agree(stack(**batch).logits, wanted)
 
 
 # -- in use -----------------------------------------------------------------------------------------------------------

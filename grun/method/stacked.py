@@ -20,8 +20,8 @@ from grun.method.position import PositionRule, position_rule
 from pyvene_custom import GatedOutput, Intervention, Sites
 from pyvene_custom.sites import read_and_written, scatter
 
-SLICE = 2**24
-"""Numbers that a wide gate's inner layer may hold at once (64 MiB in float32)."""
+SLICE = 2**20
+"""Numbers that wide gates' inner layers may hold at once (4 MiB in float32): few enough for a processor's cache."""
 
 
 class Kind(NamedTuple):
@@ -90,7 +90,7 @@ class Group(nn.Module):
         if not isinstance(gate, nn.Sequential):
             raise AdapterError(f"gate {kind.gate!r}: a stack takes requests whose gate is a sequence of layers")
         self._layers = [layer if isinstance(layer, nn.Linear) else layer.eval() for layer in gate]
-        self._linear = [str(place) for place, layer in enumerate(gate) if isinstance(layer, nn.Linear)]
+        self._linear = [place for place, layer in enumerate(gate) if isinstance(layer, nn.Linear)]
 
     def append(self, names: Sequence[str], weights: Sequence[Mapping[str, Tensor]], like: Tensor) -> None:
         """Add requests behind those there are.
@@ -124,24 +124,26 @@ class Group(nn.Module):
     def logits(self, states: Tensor) -> Tensor:
         """Gate logits of states [batch, positions, hidden size]: [batch, positions, requests]."""
         flat = states.flatten(0, 1)
+        for layer in self._layers[: self._linear[0]]:  # what comes first has no weights: it is the same for all
+            flat = layer(flat)
         widest = max(self.get_buffer(f"weight_{place}").shape[1] for place in self._linear)
-        tokens = max(1, SLICE // (widest * len(self.names)))
-        values = [self._logits(part) for part in flat.split(tokens)] or [flat.new_empty(0, len(self.names))]
-        return torch.cat(values).unflatten(0, states.shape[:2])
+        together = max(1, SLICE // (widest * max(1, len(flat))))
+        starts = range(0, len(self.names), together)
+        values = [self._logits(flat, slice(start, start + together)) for start in starts]
+        return torch.cat(values, dim=1).unflatten(0, states.shape[:2])
 
-    def _logits(self, states: Tensor) -> Tensor:
-        """Of [tokens, hidden size]: [tokens, requests]. The first layers of all gates are one matrix product."""
-        values, together = states, True
-        for place, layer in enumerate(self._layers):
+    def _logits(self, states: Tensor, part: slice) -> Tensor:
+        """Of [tokens, hidden size]: [tokens, requests of `part`]. Their first layers are one matrix product."""
+        values = states
+        for place, layer in list(enumerate(self._layers))[self._linear[0] :]:
             if not isinstance(layer, nn.Linear):
                 values = layer(values)
                 continue
-            weight = self.get_buffer(f"weight_{place}")  # [n, out, in]
-            bias = self.get_buffer(f"bias_{place}")  # [n, out]
-            if together:
+            weight = self.get_buffer(f"weight_{place}")[part]  # [n, out, in]
+            bias = self.get_buffer(f"bias_{place}")[part]  # [n, out]
+            if place == self._linear[0]:
                 values = linear(values, weight.flatten(0, 1), bias.flatten())
                 values = values.unflatten(1, weight.shape[:2]).transpose(0, 1)  # [n, tokens, out]
-                together = False
             else:
                 values = torch.baddbmm(bias.unsqueeze(1), values, weight.mT)
         return values.squeeze(2).T

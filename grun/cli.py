@@ -26,9 +26,11 @@ COMMANDS = {
     "import": "make an adapter of files that the published GRUN code wrote",
     "corpora": "write corpora to forget and to keep: a harm category of PKU-SafeRLHF, or the generated lore",
     "sweep": "unlearn and evaluate a grid of objectives, parametrizations and seeds; --tune chooses their settings",
+    "sequential": "requests to forget one after another, served by several methods, with tables and pictures",
     "requests": "a store of requests to forget: list, add, remove, disable, enable, verify, history",
     "report": "draw the table and pictures of a results folder; report tofu-log LOG: the numbers of TOFU's log",
-    "list": "print the known names: list [objectives|terms|parametrizations|gates|templates|profiles|sweeps|metrics]",
+    "list": "print the known names: "
+    "list [objectives|terms|parametrizations|gates|templates|profiles|sweeps|sequences|metrics]",
     "info": "print versions, devices and caches, for bug reports",
 }
 
@@ -131,6 +133,10 @@ def _run(command: str, arguments: list[str]) -> int:
         from grun.sweep.command import sweep
 
         return 0 if sweep(config) else FAILURE  # checks while it plans
+    if command == "sequential" and not print_config:
+        from grun.sequential.command import sequential
+
+        return 0 if sequential(config) else FAILURE  # so does this
     check(config)
     if print_config:
         print(profiles.to_yaml(config), end="")
@@ -290,6 +296,10 @@ def _help(command: str) -> str:
         )
     if command == "sweep":
         lines.insert(1, "\npython -m grun sweep sweep=NAME model=FOLDER retain_model=FOLDER [--tune]   (docs/sweep.md)")
+    if command == "sequential":
+        lines.insert(
+            1, "\npython -m grun sequential sequence=NAME model=FOLDER retain_model=FOLDER   (docs/sequential.md)"
+        )
     if command == "requests":
         from grun.requests.command import usage
 

@@ -595,6 +595,40 @@ class SweepConfig:
 
 
 @dataclass
+class SequentialConfig:
+    """Requests to forget that arrive one after another, served by several methods, and the report of all of them."""
+
+    sequence: str = "demo"
+    """Packaged experiment (demo, tofu_small), or a YAML file (docs/sequential.md)."""
+    model: Optional[str] = None
+    """Hub id or folder of the taught model; unset: the profile's is taught first, and the retain-only one."""
+    retain_model: Optional[str] = None
+    """The same of a model never taught any request: the floor, and what retraining comes to after the last one."""
+    results_dir: Optional[str] = None
+    """Folder of all results; unset: results/SEQUENCE-sequential."""
+    methods: list[str] = field(default_factory=list)
+    """Methods instead of the experiment's: grun, full, lora, retrain."""
+    requests: Optional[int] = None
+    """Into how many consecutive requests the forget set is cut, instead of the experiment's number."""
+    retrain_at: list[int] = field(default_factory=list)
+    """Requests after which retrain teaches a model, instead of the experiment's; -1: the last one."""
+    rule: Optional[str] = None
+    """How the stack of adapters combines edits (sum, max_gate, softmax_gate, grun_paper), instead of its."""
+    independent: Optional[bool] = None
+    """grun: true: each request is trained on the untouched model; false: with the earlier ones in force."""
+    earlier_as_retain: Optional[bool] = None
+    """grun: forget rows of earlier requests are retain rows of later ones, so that gates keep off them."""
+    unlearn: list[str] = field(default_factory=list)
+    """Further options of every unlearning, key=value; data.* and model.* hold for teaching and evaluation too."""
+    evaluate: list[str] = field(default_factory=list)
+    """Further options of every evaluation, key=value."""
+    overwrite: bool = False
+    """Replace what another experiment left in results_dir."""
+    chain: Optional[str] = None
+    """Carry out the one method of this file, RESULTS/METHOD/chain.json; what the command starts for each method."""
+
+
+@dataclass
 class RequestsConfig:
     """A store of requests to forget, and what is done to it."""
 

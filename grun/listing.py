@@ -34,6 +34,12 @@ def _sweeps(_: str) -> Iterator[tuple[str, str]]:
     yield from described().items()
 
 
+def _sequences(_: str) -> Iterator[tuple[str, str]]:
+    from grun.sequential.definition import described
+
+    yield from described().items()
+
+
 KINDS: dict[str, Callable[[str], Iterator[tuple[str, str]]]] = {
     "objectives": _from_registry,
     "terms": _from_registry,
@@ -42,6 +48,7 @@ KINDS: dict[str, Callable[[str], Iterator[tuple[str, str]]]] = {
     "templates": _from_registry,
     "profiles": _profiles,
     "sweeps": _sweeps,
+    "sequences": _sequences,
     "metrics": _from_registry,
     "attacks": _from_registry,
 }

@@ -36,10 +36,11 @@ COMMANDS: dict[str, type[Any]] = {
     "corpora": options.CorporaConfig,
     "report": options.ReportConfig,
     "sweep": options.SweepConfig,
+    "sequential": options.SequentialConfig,
     "requests": options.RequestsConfig,
 }
 SHARED = ("model", "data", "seed")
-WITHOUT_PROFILE = ("import", "corpora", "sweep", "requests")
+WITHOUT_PROFILE = ("import", "corpora", "sweep", "sequential", "requests")
 """Commands that take nothing from profiles."""
 DESIGNS = ("published", "robust")
 """GRUN's designs; what a profile sets for each stands in its section `designs`."""

@@ -1,0 +1,178 @@
+"""`python -m grun sequential`: requests one after another, served by several methods, and what came of it."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import shutil
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import grun
+from grun.config import SequentialConfig
+from grun.data.rows import Row, hash_rows
+from grun.errors import RunError
+from grun.files import content_hash, read_json, write_json, writing
+from grun.profiles import to_dict
+from grun.runs import first_difference, identity
+from grun.sequential.chain import Chain
+from grun.sequential.files import BEFORE, RETAIN_ONLY, ChainFiles, ExperimentFiles, write_rows
+from grun.sequential.plan import Plan, make_plan
+from grun.sequential.running import run_chain
+from grun.sweep.cells import base_identity
+
+log = logging.getLogger(__name__)
+
+
+def sequential(config: SequentialConfig) -> bool:
+    """Run `config`: one method where it names its chain, else the whole experiment; whether nothing failed.
+
+    Steps that are done under the same options are passed over, so the same command goes on after any end.
+    """
+    if config.chain is not None:
+        with contextlib.redirect_stdout(sys.stderr):
+            run_chain(Path(config.chain).expanduser())
+        return True
+    plan = make_plan(config)
+    with contextlib.redirect_stdout(sys.stderr):
+        _prepare(plan, config)
+        failed = [method for method in plan.sequence.methods if start(plan.files, method) != 0]
+    from grun.sequential.report import make_report
+
+    make_report(plan.files.results)
+    for method in failed:
+        log.info("failed: %s (its error stands above); the same command goes on", method)
+    return not failed
+
+
+def start(files: ExperimentFiles, method: str) -> int:
+    """Carry out a method in a process of its own, whose peak of memory is then the method's; its exit status."""
+    chain = ChainFiles(files.results, method).chain
+    return subprocess.run([sys.executable, "-m", "grun", "sequential", f"chain={chain}"], check=False).returncode
+
+
+def _prepare(plan: Plan, config: SequentialConfig) -> None:
+    """Teach the models, write the rows and the chains, and evaluate the models that nothing is done to."""
+    from filelock import FileLock
+
+    files, first = plan.files, next(iter(plan.unlearn.values()))
+    with writing(files.results):
+        files.results.mkdir(parents=True, exist_ok=True)
+    with FileLock(files.results / ".lock"):
+        _claim(plan, config)
+        _write_rows(plan)
+        model, retain_model = _models(plan, config)
+        base = {"model": base_identity(model, first.model.revision)}
+        if retain_model is not None:
+            base["retain_model"] = base_identity(retain_model, None)
+        for method in plan.sequence.methods:
+            _write_chain(_chain(plan, method, model, retain_model, base), files.results, overwrite=config.overwrite)
+        _evaluate(plan, BEFORE, model, first.model.revision)
+        if retain_model is not None:
+            _evaluate(plan, RETAIN_ONLY, retain_model, None)
+
+
+def _claim(plan: Plan, config: SequentialConfig) -> None:
+    """Make the results folder this experiment's; RunError if it holds another one, or anything else."""
+    files, requests = plan.files, plan.requests
+    taught: Any = identity(to_dict(plan.finetune))["config"]
+    wanted = {
+        "requests": {
+            request.id: hash_rows([plan.corpus.forget[place] for place in request.rows]) for request in requests
+        },
+        "data": plan.corpus.hashes(),
+        "model": taught if config.model is None else base_identity(config.model, plan.finetune.model.revision),
+        "evaluate": identity(to_dict(plan.evaluate))["config"],
+        "version": grun.__version__,
+    }
+    if not files.experiment.is_file():
+        if any(not entry.name.startswith(".") for entry in files.results.iterdir()):
+            raise RunError(f"{files.results} is not empty and holds no experiment; choose another results_dir")
+    elif _replaces(files.experiment, read_json(files.experiment), wanted, overwrite=config.overwrite):
+        for entry in files.results.iterdir():
+            if entry.is_dir():
+                shutil.rmtree(entry)
+    write_json(files.experiment, wanted)
+
+
+def _write_chain(chain: Chain, results: Path, *, overwrite: bool) -> None:
+    """Write a method's chain; steps of another one that stand there are an error, or go."""
+    files = ChainFiles(results, chain.method)
+    if files.chain.is_file() and _replaces(
+        files.chain, Chain.read(files.chain).identity(), chain.identity(), overwrite=overwrite
+    ):
+        shutil.rmtree(files.folder)
+    chain.write(files.chain)
+
+
+def _replaces(path: Path, there: dict[str, Any], wanted: dict[str, Any], *, overwrite: bool) -> bool:
+    """Whether what `path` says is to be replaced by something else; RunError if it may not be."""
+    wanted = json.loads(json.dumps(wanted))
+    if content_hash(there) == content_hash(wanted):
+        return False
+    if not overwrite:
+        raise RunError(
+            f"{path} is of another experiment ({first_difference(there, wanted)}); choose another results_dir, or "
+            "overwrite=true replaces it"
+        )
+    return True
+
+
+def _write_rows(plan: Plan) -> None:
+    """Write the rows of every request, what stays, and what each retraining teaches."""
+    files, corpus = plan.files, plan.corpus
+    write_rows(files.forget, corpus.forget)
+    write_rows(files.retain, corpus.retain)
+    asked: list[Row] = []
+    for number, request in enumerate(plan.requests, start=1):
+        rows = [corpus.forget[place] for place in request.rows]
+        write_rows(files.request(request.id), rows)
+        if plan.sequence.earlier_as_retain:
+            write_rows(files.retain_beside(request.id), corpus.retain + asked)
+        asked += rows
+        if number in plan.at.get("retrain", []) and number < len(plan.requests):
+            gone = {(row.prompt, row.completion) for row in asked}
+            taught = corpus.taught(without_forget=False)
+            write_rows(files.asked(request.id), asked)
+            write_rows(files.kept(request.id), [row for row in taught if (row.prompt, row.completion) not in gone])
+
+
+def _models(plan: Plan, config: SequentialConfig) -> tuple[str, str | None]:
+    """The model that knows everything and the one never taught any request, taught where they are not given."""
+    from grun.finetune import finetune
+
+    def taught(subset: str) -> str:
+        return str(finetune(replace(plan.finetune, data=replace(plan.finetune.data, subset=subset))))
+
+    model = config.model or taught("all")
+    if config.retain_model is None and config.model is not None and "retrain" not in plan.sequence.methods:
+        return model, None
+    return model, config.retain_model or taught("without_forget")
+
+
+def _chain(plan: Plan, method: str, model: str, retain_model: str | None, base: dict[str, Any]) -> Chain:
+    return Chain(
+        method=method,
+        requests={request.id: list(request.rows) for request in plan.requests},
+        at=plan.at[method],
+        model=model,
+        retain_model=retain_model,
+        base=base,
+        unlearn=to_dict(plan.unlearn[method]),
+        finetune=to_dict(plan.finetune),
+        evaluate=to_dict(plan.evaluate),
+        rule=plan.sequence.rule,
+        independent=plan.sequence.independent,
+        earlier_as_retain=plan.sequence.earlier_as_retain,
+    )
+
+
+def _evaluate(plan: Plan, name: str, model: str, revision: str | None) -> None:
+    from grun.evaluation.evaluate import evaluate
+
+    asked = replace(plan.evaluate, model=replace(plan.evaluate.model, path=model, revision=revision), overwrite=True)
+    evaluate(asked, plan.files.evaluation(name))

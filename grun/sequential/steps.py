@@ -1,0 +1,168 @@
+"""How each method serves a request, given what it made of the requests before."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+from grun.config import DataConfig, FinetuneConfig, ModelConfig, UnlearnConfig
+from grun.data import templates
+from grun.data.jsonl import read_rows
+from grun.errors import RunError
+from grun.files import read_json, whole_folder, writing
+from grun.profiles import from_dict
+from grun.runs import RUN_FILE
+from grun.sequential.chain import Chain, Served
+from grun.sequential.files import ChainFiles, ExperimentFiles
+from grun.sweep.cells import WEIGHTS
+
+Step = Callable[[Chain, ExperimentFiles, ChainFiles, int], Served]
+"""Serves the request of a number, from 1."""
+
+
+def serve_grun(chain: Chain, experiment: ExperimentFiles, files: ChainFiles, number: int) -> Served:
+    """Train an adapter, on the untouched model or with the earlier ones in force, and put it into the store."""
+    from grun.requests.adding import stored_config
+    from grun.requests.manifest import MANIFEST_FILE
+    from grun.requests.store import RequestStore
+    from grun.unlearn import unlearn
+
+    name, folder = chain.ids[number - 1], files.run(chain.ids[number - 1])
+    there = (files.store / MANIFEST_FILE).is_file()
+    store = RequestStore.open(files.store) if there else RequestStore.create(files.store, rule=chain.rule)
+    if name not in store.manifest.ids():
+        config = _unlearn_config(chain, experiment, number, chain.model, folder)
+        if chain.earlier_as_retain and number > 1:
+            config.data.retain = str(experiment.retain_beside(name))
+        beside = [] if chain.independent else store.manifest.ids(active=True)
+        if beside:
+            config.method.beside = str(files.store)
+        unlearn(config)
+        run = read_json(folder / RUN_FILE)
+        metrics = {key: run[key] for key in ("seconds", "steps")}
+        rows = read_rows(experiment.request(name))
+        store.add(name, folder, forget_rows=rows, config=stored_config(config), metrics=metrics, beside=beside)
+    if store.manifest.ids(active=True) != chain.ids[:number]:
+        raise RunError(
+            f"{files.store} holds other requests than {', '.join(chain.ids[:number])}; overwrite=true begins anew"
+        )
+    return Served(chain.model, files.store, folder)
+
+
+def serve_full(chain: Chain, experiment: ExperimentFiles, files: ChainFiles, number: int) -> Served:
+    """Train all weights of the model that the request before led to."""
+    from grun.unlearn import unlearn
+
+    folder, before = files.run(chain.ids[number - 1]), chain.model
+    if number > 1:
+        before = str(files.run(chain.ids[number - 2]))
+    unlearn(_unlearn_config(chain, experiment, number, before, folder))
+    return Served(str(folder), None, folder)
+
+
+def serve_lora(chain: Chain, experiment: ExperimentFiles, files: ChainFiles, number: int) -> Served:
+    """Train a LoRA on the model that the request before led to, and merge it."""
+    from grun.unlearn import unlearn
+
+    name, before = chain.ids[number - 1], chain.model
+    if number > 1:
+        before = str(files.merged(chain.ids[number - 2]))
+    config = _unlearn_config(chain, experiment, number, before, files.run(name))
+    unlearn(config)
+    if not files.merged(name).exists():
+        merge(config.model, files.run(name), files.merged(name))
+    return Served(str(files.merged(name)), None, files.run(name))
+
+
+def serve_retrain(chain: Chain, experiment: ExperimentFiles, files: ChainFiles, number: int) -> Served:
+    """Teach a new model everything but what was asked for so far; after the last request it is the retain-only one."""
+    from grun.finetune import finetune
+
+    name = chain.ids[number - 1]
+    if number == len(chain.ids) and chain.retain_model is not None:
+        folder = Path(chain.retain_model).expanduser()
+        return Served(chain.retain_model, None, folder if folder.is_dir() else None)
+    config: FinetuneConfig = from_dict("finetune", chain.finetune)
+    config.data = _own_rows(config.data, experiment.asked(name), experiment.kept(name))
+    config.data.subset, config.output_dir = "without_forget", str(files.run(name))
+    folder = finetune(config)
+    return Served(str(folder), None, folder)
+
+
+STEPS: dict[str, Step] = {
+    "grun": serve_grun,
+    "full": serve_full,
+    "lora": serve_lora,
+    "retrain": serve_retrain,
+}
+
+
+def discard(chain: Chain, files: ChainFiles, number: int) -> None:
+    """Remove whole models that no further request needs, once the request of `number` is done."""
+    if chain.method == "retrain":
+        _remove_weights(files.run(chain.ids[number - 1]))
+    elif number > 1:
+        before = chain.ids[number - 2]
+        if chain.method == "full":
+            _remove_weights(files.run(before))
+        elif chain.method == "lora":
+            shutil.rmtree(files.merged(before), ignore_errors=True)
+
+
+def merge(model: ModelConfig, adapter: Path, folder: Path) -> None:
+    """Add a LoRA to the weights it was trained on, and save the whole model with its tokenizer and template.
+
+    Args:
+        model: the one that the LoRA was trained on.
+        adapter: as PEFT saves it.
+        folder: of the result, whole or absent.
+    """
+    from peft import PeftModel
+
+    from grun.loading import load_base
+
+    base, tokenizer, template = load_base(model)
+    merged = PeftModel.from_pretrained(base, str(adapter)).merge_and_unload()
+    template = templates.load(adapter) or template
+    with writing(folder), whole_folder(folder) as new:
+        merged.save_pretrained(new)
+        tokenizer.save_pretrained(new)
+        if template is not None:
+            templates.store(template, new)
+
+
+def _unlearn_config(chain: Chain, experiment: ExperimentFiles, number: int, model: str, folder: Path) -> UnlearnConfig:
+    """Options of a training that starts from `model`."""
+    config: UnlearnConfig = from_dict("unlearn", chain.unlearn)
+    config.model.path, config.output_dir = model, str(folder)
+    if model != chain.model:
+        config.model.revision = None
+    config.data = _own_rows(config.data, experiment.request(chain.ids[number - 1]), experiment.retain)
+    return config
+
+
+def _own_rows(data: DataConfig, forget: Path, retain: Path) -> DataConfig:
+    """`data` with the rows of two files, which are what is left of the corpus once sets were put aside."""
+    return replace(
+        data,
+        name="jsonl",
+        path=None,
+        forget=str(forget),
+        retain=str(retain),
+        heldout=0,
+        validation=0,
+        retain_rows=None,
+        retain_pool=None,
+        unknown=None,
+        unknown_rows=0,
+        refused_rows=0,
+        teach_general=False,
+    )
+
+
+def _remove_weights(folder: Path) -> None:
+    for pattern in WEIGHTS:
+        for file in folder.glob(pattern):
+            file.unlink(missing_ok=True)

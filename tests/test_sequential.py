@@ -27,6 +27,7 @@ from grun import GrunModel, GrunStack
 from grun.cli import main
 from grun.config import ModelConfig
 from grun.data.jsonl import read_rows
+from grun.data.refusals import refusals
 from grun.data.rows import Row
 from grun.errors import ConfigError
 from grun.profiles import resolve
@@ -324,7 +325,11 @@ def test_earlier_requests_can_be_in_force_and_retain_rows_of_later_ones(models: 
     retain = read_rows(tmp_path / "r" / "data" / "retain.jsonl")
     earlier = read_rows(tmp_path / "r" / "data" / "requests" / "r1.jsonl")
     config = read(tmp_path / "r" / "grun" / "runs" / "r2" / "run.json")["config"]
-    assert read_rows(Path(config["data"]["retain"])) == retain + earlier
+    kept = read_rows(Path(config["data"]["retain"]))
+    assert kept[: len(retain)] == retain
+    assert [row.prompt for row in kept[len(retain) :]] == [row.prompt for row in earlier]
+    answers = {row.completion for row in kept[len(retain) :]}
+    assert answers <= set(refusals()) and not answers & {row.completion for row in earlier}
 
 
 # -- going on ---------------------------------------------------------------------------------------------------------

@@ -8,12 +8,14 @@ import logging
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import grun
 from grun.config import SequentialConfig
+from grun.data.corpus import Corpus
 from grun.data.rows import Row, hash_rows
 from grun.errors import RunError
 from grun.files import content_hash, read_json, write_json, writing
@@ -122,18 +124,26 @@ def _replaces(path: Path, there: dict[str, Any], wanted: dict[str, Any], *, over
     return True
 
 
+def _refused(corpus: Corpus, places: Iterable[int]) -> list[Row]:
+    """Forget rows as a model answers them on which their request acts, for a later one that is to leave them alone."""
+    refusals = corpus.refusals
+    return [Row(corpus.forget[place].prompt, refusals[place % len(refusals)]) for place in places] if refusals else []
+
+
 def _write_rows(plan: Plan) -> None:
     """Write the rows of every request, what stays, and what each retraining teaches."""
     files, corpus = plan.files, plan.corpus
     write_rows(files.forget, corpus.forget)
     write_rows(files.retain, corpus.retain)
     asked: list[Row] = []
+    left_alone: list[Row] = []
     for number, request in enumerate(plan.requests, start=1):
         rows = [corpus.forget[place] for place in request.rows]
         write_rows(files.request(request.id), rows)
         if plan.sequence.earlier_as_retain:
-            write_rows(files.retain_beside(request.id), corpus.retain + asked)
+            write_rows(files.retain_beside(request.id), corpus.retain + left_alone)
         asked += rows
+        left_alone += rows if plan.sequence.independent else _refused(corpus, request.rows)
         if number in plan.at.get("retrain", []) and number < len(plan.requests):
             gone = {(row.prompt, row.completion) for row in asked}
             taught = corpus.taught(without_forget=False)

@@ -97,7 +97,7 @@ def test_requests_that_are_disabled_do_not_act(tmp_path: Path) -> None:
 
 def test_requests_of_other_designs_cannot_be_beside_it(tmp_path: Path) -> None:
     store = store_of(tmp_path, {"linear": MIXED["linear"]})
-    with pytest.raises(ConfigError, match="must read and write where they do .* train it on the bare base"):
+    with pytest.raises(ConfigError, match="must read and write where they do: .* or train it on the bare base"):
         task_of(beside=str(store.folder), **method(ROBUST))
 
 

@@ -50,8 +50,8 @@ class GrunModel(EditedModel):
         if beside is not None:
             if beside.configs and beside.rule != rule:
                 raise ConfigError(
-                    "a request that is trained with others in force must read and write where they do (method.gate_read, "
-                    "gate_accumulate, edit_write, template); train it on the bare base"
+                    "a request that is trained with others in force must read and write where they do: the same "
+                    "method.gate_read, gate_accumulate, edit_write and template; or train it on the bare base"
                 )
             for index, earlier in beside.edit_at().items():
                 own = edits.setdefault(index, InForce(earlier))

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from omegaconf import OmegaConf
-
 from grun.errors import ConfigError
+from grun.packaged import mapping, packaged_names, read_definition
 from grun.registry import unknown_name
 from grun.sweep.definition import SET_BY_SWEEP, flat
 
@@ -70,8 +67,7 @@ class Sequence:
 
 def sequence_names() -> list[str]:
     """Packaged experiments."""
-    folder = resources.files("grun") / "configs" / "sequences"
-    return sorted(entry.name[: -len(".yaml")] for entry in folder.iterdir() if entry.name.endswith(".yaml"))
+    return packaged_names("sequence")
 
 
 def described() -> dict[str, str]:
@@ -82,7 +78,7 @@ def described() -> dict[str, str]:
 def read_sequence(name: str) -> Sequence:
     """A packaged experiment, or the file `name` that ends in .yaml; ConfigError names what is wrong in it."""
     where = f"sequence {name}"
-    content = _read_yaml(name)
+    content = read_definition("sequence", name)
     for key in content:
         if key not in SECTIONS:
             raise ConfigError(f"{where}: {unknown_name('section', key, list(SECTIONS))}")
@@ -97,14 +93,14 @@ def read_sequence(name: str) -> Sequence:
         name=Path(name).stem,
         **{key: given[key] for key in kinds if key in given},
         requests=_requests(where, given["requests"]),
-        data={f"data.{key}": value for key, value in flat(_mapping(f"{where}: data", given.get("data")))},
+        data={f"data.{key}": value for key, value in flat(mapping(f"{where}: data", given.get("data")))},
         unlearn=options(f"{where}: unlearn", given.get("unlearn"), "unlearn"),
         evaluate=options(f"{where}: evaluate", given.get("evaluate"), "evaluate"),
     )
     if "methods" in given:
         sequence.methods = given["methods"]
     check_methods(where, sequence.methods)
-    for method, of_method in _mapping(f"{where}: methods_options", given.get("methods_options")).items():
+    for method, of_method in mapping(f"{where}: methods_options", given.get("methods_options")).items():
         check_methods(f"{where}: methods_options", [method])
         sequence.methods_options[method] = options(f"{where}: methods_options.{method}", of_method, "unlearn")
     sequence.retrain_at = given.get("retrain_at", [])
@@ -126,7 +122,7 @@ def check_methods(where: str, methods: Any) -> None:
 
 def options(where: str, value: Any, command: str) -> dict[str, Any]:
     """Nested options of a command as flat ones; ConfigError for one that the experiment sets itself."""
-    found = dict(flat(_mapping(where, value)))
+    found = dict(flat(mapping(where, value)))
     for key in found:
         refuse_set(where, key, command)
     return found
@@ -148,28 +144,3 @@ def _requests(where: str, value: Any) -> int | list[OwnRequest]:
         if not texts or len(entry) > 2:
             raise ConfigError(f"{where}: a request is {entry!r}; expected {{id: NAME, forget: FILE}}")
     return [OwnRequest(entry["id"], entry["forget"]) for entry in value]
-
-
-def _read_yaml(name: str) -> dict[str, Any]:
-    if Path(name).suffix in (".yaml", ".yml"):
-        path = Path(name).expanduser()
-        if not path.is_file():
-            raise ConfigError(f"sequence file {name} does not exist")
-        text = path.read_text(encoding="utf-8")
-    elif name in sequence_names():
-        text = (resources.files("grun") / "configs" / "sequences" / f"{name}.yaml").read_text(encoding="utf-8")
-    else:
-        raise ConfigError(unknown_name("sequence", name, sequence_names()) + "; or a file ending in .yaml")
-    try:
-        content = OmegaConf.to_container(OmegaConf.create(text))
-    except Exception as error:
-        raise ConfigError(f"sequence {name}: {(str(error).splitlines() or [type(error).__name__])[0]}") from error
-    return _mapping(f"sequence {name}", content)
-
-
-def _mapping(where: str, value: Any) -> dict[str, Any]:
-    if value is None:
-        return {}
-    if not isinstance(value, Mapping):
-        raise ConfigError(f"{where} must map names to values, not {value!r}")
-    return {str(key): content for key, content in value.items()}

@@ -5,15 +5,13 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from importlib import resources
 from pathlib import Path
 from typing import Any
-
-from omegaconf import OmegaConf
 
 from grun import profiles
 from grun.config import EvaluateConfig, UnlearnConfig
 from grun.errors import ConfigError
+from grun.packaged import mapping, packaged_names, read_definition
 from grun.registry import unknown_name
 
 SECTIONS = ("description", "profile", "axes", "unlearn", "evaluate", "tune", "tuned")
@@ -60,25 +58,24 @@ class Sweep:
 
 def sweep_names() -> list[str]:
     """Packaged sweeps."""
-    folder = resources.files("grun") / "configs" / "sweeps"
-    return sorted(entry.name[: -len(".yaml")] for entry in folder.iterdir() if entry.name.endswith(".yaml"))
+    return packaged_names("sweep")
 
 
 def described() -> dict[str, str]:
     """Packaged sweeps and their one-line descriptions."""
-    return {name: str(_read_yaml(name).get("description", "")) for name in sweep_names()}
+    return {name: str(read_definition("sweep", name).get("description", "")) for name in sweep_names()}
 
 
 def read_sweep(name: str) -> Sweep:
     """A packaged sweep, or the file `name` that ends in .yaml; ConfigError names a key that is unknown."""
     where = f"sweep {name}"
-    content = _read_yaml(name)
+    content = read_definition("sweep", name)
     for key in content:
         _known(where, "section", key, SECTIONS)
-    axes = _mapping(f"{where}: axes", content.get("axes"))
+    axes = mapping(f"{where}: axes", content.get("axes"))
     for key, values in axes.items():
         _check_axis(f"{where}: axes", key, values)
-    tune = _mapping(f"{where}: tune", content.get("tune"))
+    tune = mapping(f"{where}: tune", content.get("tune"))
     for key in tune:
         _known(f"{where}: tune", "key", key, TUNE_KEYS)
     sweep = Sweep(
@@ -88,7 +85,7 @@ def read_sweep(name: str) -> Sweep:
         unlearn=_options(f"{where}: unlearn", content.get("unlearn"), "unlearn"),
         evaluate=_options(f"{where}: evaluate", content.get("evaluate"), "evaluate"),
         tune_seed=tune.get("seed"),
-        grid=_mapping(f"{where}: tune.grid", tune.get("grid")),
+        grid=mapping(f"{where}: tune.grid", tune.get("grid")),
     )
     if sweep.tune_seed is not None and not isinstance(sweep.tune_seed, int):
         raise ConfigError(f"{where}: tune.seed={sweep.tune_seed} must be one number")
@@ -131,31 +128,6 @@ def _safe(value: Any) -> str:
     return "".join(letter if letter.isascii() and (letter.isalnum() or letter in "._+-") else "_" for letter in text)
 
 
-def _read_yaml(name: str) -> dict[str, Any]:
-    if Path(name).suffix in (".yaml", ".yml"):
-        path = Path(name).expanduser()
-        if not path.is_file():
-            raise ConfigError(f"sweep file {name} does not exist")
-        text = path.read_text(encoding="utf-8")
-    elif name in sweep_names():
-        text = (resources.files("grun") / "configs" / "sweeps" / f"{name}.yaml").read_text(encoding="utf-8")
-    else:
-        raise ConfigError(unknown_name("sweep", name, sweep_names()) + "; or a file ending in .yaml")
-    try:
-        content = OmegaConf.to_container(OmegaConf.create(text))
-    except Exception as error:
-        raise ConfigError(f"sweep {name}: {(str(error).splitlines() or [type(error).__name__])[0]}") from error
-    return _mapping(f"sweep {name}", content)
-
-
-def _mapping(where: str, value: Any) -> dict[str, Any]:
-    if value is None:
-        return {}
-    if not isinstance(value, dict):
-        raise ConfigError(f"{where} must map names to values, not {value!r}")
-    return {str(key): content for key, content in value.items()}
-
-
 def _known(where: str, kind: str, key: str, known: Any) -> None:
     if key not in known:
         raise ConfigError(f"{where}: {unknown_name(kind, str(key), list(known))}")
@@ -170,7 +142,7 @@ def _known_option(where: str, key: str, command: str = "unlearn") -> None:
 
 
 def _options(where: str, value: Any, command: str) -> dict[str, Any]:
-    options = dict(flat(_mapping(where, value)))
+    options = dict(flat(mapping(where, value)))
     for key in options:
         _known_option(where, key, command)
     return options
@@ -205,13 +177,13 @@ def _read_tuned(where: str, value: Any, parts: list[str]) -> dict[str, dict[str,
     from grun.parametrization import PARAMETRIZATIONS
 
     tuned: dict[str, dict[str, dict[str, Any]]] = {}
-    for objective, of_objective in _mapping(where, value).items():
+    for objective, of_objective in mapping(where, value).items():
         _known(where, "objective", objective, OBJECTIVES.names())
         tuned[objective] = {}
-        for name, options in _mapping(f"{where}.{objective}", of_objective).items():
+        for name, options in mapping(f"{where}.{objective}", of_objective).items():
             place = f"{where}.{objective}.{name}"
             _known(f"{where}.{objective}", "parametrization", name, PARAMETRIZATIONS.names())
-            given = _mapping(place, options)
+            given = mapping(place, options)
             narrower = {key: _options(f"{place}.{key}", given.pop(key), "unlearn") for key in parts if key in given}
             tuned[objective][name] = {**_options(place, given, "unlearn"), **narrower}
     return tuned

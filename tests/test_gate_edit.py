@@ -16,7 +16,7 @@ from grun.method.adapter import AdapterConfig
 from grun.method.edit import LoReftEdit, orthonormal_columns
 from grun.method.gate import GATES, NOISE
 from grun.method.intervention import GatedIntervention
-from grun.method.model import _intervention
+from grun.method.model import gated_intervention
 from grun.method.noise import GaussianNoise
 
 
@@ -95,7 +95,7 @@ def test_basis_spans_the_columns_and_is_smooth_and_blind_to_scale() -> None:
 def test_nothing_as_large_as_the_square_of_the_hidden_size_is_kept() -> None:
     hidden_size, rank = 512, 4
     for gate in GATES.names():
-        module = _intervention(config(hidden_size, gate, rank))
+        module = gated_intervention(config(hidden_size, gate, rank))
         largest = max(tensor.numel() for tensor in module.state_dict().values())
         widest = {"linear": 1, "mlp_3": 256, "noisy_mlp_3": 256, "mlp_5": 1024, "none": 1}[
             gate
@@ -115,7 +115,7 @@ def config(hidden_size: int, gate: str, rank: int = 4) -> AdapterConfig:
     ("gate", "count"), [("linear", 110_607), ("mlp_3", 3_294_351), ("mlp_5", 14_702_223), ("none", 98_316)]
 )
 def test_parameter_counts_at_the_published_sizes(gate: str, count: int) -> None:
-    one = _intervention(config(4096, gate))
+    one = gated_intervention(config(4096, gate))
     assert 3 * sum(parameter.numel() for parameter in one.parameters()) == count
     assert all(parameter.requires_grad for parameter in one.parameters())
 
@@ -159,7 +159,7 @@ def test_a_noisy_gate_reads_the_normalized_state_and_adds_noise_in_training_alon
 @torch.no_grad()
 def test_intervention_equals_the_formula(gate: str) -> None:
     torch.manual_seed(0)
-    module = _intervention(config(32, gate)).double().eval()
+    module = gated_intervention(config(32, gate)).double().eval()
     hidden = torch.randn(3, 1, 32).double()
     result = module(hidden)
     weights = {f"edits.0.{name}": value for name, value in module.state_dict().items()}
@@ -208,7 +208,7 @@ def test_adapter_is_float32_or_float64_and_the_base_keeps_its_type(
 @torch.no_grad()
 def test_autocast_does_not_reach_the_adapter() -> None:
     torch.manual_seed(0)
-    module = _intervention(config(32, "mlp_3")).eval()
+    module = gated_intervention(config(32, "mlp_3")).eval()
     hidden = torch.randn(4, 1, 32)
     expected = module(hidden)
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -301,7 +301,7 @@ def test_only_the_edits_are_parameters_of_the_model() -> None:
 
 def test_dropout_acts_in_training_on_the_change_alone() -> None:
     torch.manual_seed(0)
-    module = _intervention(config(64, "none"))
+    module = gated_intervention(config(64, "none"))
     module.dropout = 0.5
     hidden = torch.randn(8, 1, 64)
     module.eval()
@@ -316,7 +316,7 @@ def test_dropout_acts_in_training_on_the_change_alone() -> None:
 
 def test_dropout_on_hidden_drops_entries_of_the_whole_state() -> None:
     torch.manual_seed(0)
-    module = _intervention(config(64, "none"))
+    module = gated_intervention(config(64, "none"))
     module.dropout, module.dropout_on_hidden = 0.5, True
     hidden = torch.randn(8, 1, 64)
     whole = module.eval()(hidden).output

@@ -426,7 +426,7 @@ class EvaluateConfig(CommandConfig):
     """Measure what a model knows, with or without an adapter."""
 
     adapter: Optional[str] = None
-    """Folder (or hub id) of a GRUN or PEFT (LoRA) adapter, or a store of requests; unset: the model of model.path alone."""
+    """Folder (or hub id) of a GRUN or PEFT (LoRA) adapter, or a store of requests; unset: model.path alone."""
     adapters: list[str] = field(default_factory=list)
     """Several adapters of one base, instead of adapter: GRUN ones are scored together, into output_dir/FOLDERNAME."""
     with_base: Optional[str] = None
@@ -494,7 +494,7 @@ class GenerateConfig(CommandConfig):
     """Answer questions and show the gates."""
 
     adapter: Optional[str] = None
-    """Folder (or hub id) of a GRUN or PEFT (LoRA) adapter, or a store of requests; unset: the model of model.path alone."""
+    """Folder (or hub id) of a GRUN or PEFT (LoRA) adapter, or a store of requests; unset: model.path alone."""
     strict: bool = False
     """Refuse an adapter that was trained on another fine-tune of the same shape (else a warning)."""
     max_new_tokens: int = 64

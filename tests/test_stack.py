@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -17,7 +17,9 @@ from transformers import DynamicCache, PreTrainedModel
 import grun.method.stacked
 from grun import GrunModel, GrunStack
 from grun.errors import AdapterError, ConfigError, ModelError
+from grun.evaluation.attacks.base import ATTACKS
 from grun.evaluation.subject import Subject
+from grun.loading import Loaded
 from grun.method.adapter import AdapterConfig
 from grun.method.combination import RULES as COMBINATIONS
 from grun.method.stacked import Kind, StackedIntervention
@@ -366,6 +368,12 @@ def test_published_requests_share_passes_in_evaluation_and_others_do_not() -> No
     shared = Subject(stacked({"a": MIXED["linear"], "b": MIXED["second"]})).edits
     assert shared is not None and set(shared) == {1, 3}
     assert Subject(stacked(MIXED)).edits is None
+
+
+def test_attacks_that_train_an_adapter_pass_over_a_stack() -> None:
+    loaded = Loaded(stacked({"a": MIXED["linear"]}), cast(Any, None), None, {})
+    assert "name one request's adapter" in str(ATTACKS.get("relearn_retain_10").unfit(loaded))
+    assert ATTACKS.get("adapter_removed").unfit(loaded) is None
 
 
 def test_what_cannot_be_stacked_is_one_line(tmp_path: Path) -> None:

@@ -204,11 +204,6 @@ def position_rule(gate_read: str, gate_accumulate: str, edit_write: str, reset: 
     return LastPrompt() if edit_write == "last_prompt" else Sticky()
 
 
-def is_published(gate_read: str, gate_accumulate: str, edit_write: str) -> bool:
-    """Whether these names are the published design's: one position, read and written once."""
-    return (gate_read, gate_accumulate, edit_write) == ("last_prompt", "none", "last_prompt")
-
-
 def _column_of_nth_attended(counts: Tensor, attended: Tensor) -> Tensor:
     if counts.shape != attended.shape[:1]:
         raise DataError(f"prompt_lengths has shape {list(counts.shape)}; give one length for each of the batch's rows")

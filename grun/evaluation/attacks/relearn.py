@@ -58,9 +58,12 @@ class Relearn(Attack):
         import torch
 
         from grun.method.model import GrunModel
+        from grun.method.stack import GrunStack
 
         if isinstance(loaded.model, GrunModel):
             return None
+        if isinstance(loaded.model, GrunStack):
+            return "needs weights that train, and those of a store of requests do not; name one request's adapter"
         if is_quantized(loaded.model):
             return "needs weights that train, and those of a quantized base do not"
         if base_of(loaded.model).dtype == torch.float16:

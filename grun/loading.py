@@ -92,7 +92,9 @@ def load_model(config: ModelConfig, adapter: str | None, *, strict: bool, gate_t
 
 def adapter_hash(folder: Path) -> str:
     """Hash of the files that make an adapter what it is."""
-    files = sorted([*folder.glob("adapter_*.*"), *folder.glob("stack.json")])
+    from grun.method.adapter import STACK_FILE
+
+    files = sorted([*folder.glob("adapter_*.*"), *folder.glob(STACK_FILE)])
     return content_hash([[file.name, file_hash(file)] for file in files])
 
 

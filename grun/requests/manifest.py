@@ -13,10 +13,11 @@ from typing import Any, Literal
 
 from grun.errors import ConfigError, RunError
 from grun.files import content_hash, read_json
+from grun.method.adapter import STACK_FILE
 from grun.registry import unknown_name
 
 FORMAT_VERSION = 1
-MANIFEST_FILE = "stack.json"
+MANIFEST_FILE = STACK_FILE
 
 State = Literal["active", "disabled"]
 Action = Literal["create", "add", "replace", "remove", "disable", "enable"]

@@ -16,6 +16,7 @@ from grun.config import MethodConfig, UnlearnConfig
 from grun.data import templates
 from grun.data.encoding import Batch
 from grun.data.templates import Template
+from grun.devices import keep_unpacked
 from grun.errors import AdapterError, ConfigError
 from grun.files import read_json, write_bytes, write_json, write_text
 from grun.method.adapter import CONFIG_FILE, WEIGHTS_FILE
@@ -118,6 +119,7 @@ class Lora:
     def _put(self, adapter: PeftModel | Any, template: Template | None) -> None:
         from peft.tuners.lora import LoraLayer
 
+        keep_unpacked(adapter)
         self._adapter = adapter
         self._template = template
         self.model = cast("PreTrainedModel", adapter.get_base_model())

@@ -13,6 +13,7 @@ from grun import processes
 from grun.config import ModelConfig, TinyConfig
 from grun.data import templates
 from grun.data.templates import Template
+from grun.devices import keep_unpacked
 from grun.errors import AdapterError, ConfigError, ModelError
 from grun.files import content_hash, file_hash
 
@@ -151,6 +152,7 @@ def load_weights(config: ModelConfig) -> PreTrainedModel:
             trust_remote_code=config.trust_remote_code,
             **more,
         )
+    keep_unpacked(model)
     if "device_map" not in more:
         return place(model, config.device).eval()
     outside = {str(device) for device in getattr(model, "hf_device_map", {}).values()} & {"cpu", "disk"}

@@ -15,6 +15,17 @@ import torch  # noqa: E402
 torch.set_num_threads(1)
 
 
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Say which optional kernels the tests met on this machine."""
+    try:
+        from bitsandbytes.functional import has_avx512bf16
+    except ImportError:
+        met = "no bitsandbytes, so no quantized models"
+    else:
+        met = f"bitsandbytes {'with' if has_avx512bf16() else 'without'} AVX-512 BF16"
+    terminalreporter.write_line(f"optional kernels met: {met}; torch {torch.backends.cpu.get_cpu_capability()}")
+
+
 @pytest.fixture(scope="module")
 def quick_garbage_collection() -> Iterator[None]:
     """Trainer collects garbage in every run; the hundreds of thousands of objects of imported packages are none."""

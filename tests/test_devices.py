@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from accelerate import dispatch_model
 from accelerate.hooks import ModelHook
-from tiny import blocks_of, padded, random_rows, tiny
+from tiny import bfloat16_kernels, blocks_of, padded, random_rows, tiny
+from torch import nn
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from grun.checks import check
 from grun.config import EvaluateConfig, ModelConfig
 from grun.data.encoding import EncodedRow
-from grun.devices import device_of, input_device
-from grun.errors import ConfigError, RunError
+from grun.devices import device_of, input_device, keep_unpacked
+from grun.errors import ConfigError, ModelError, RunError
 from grun.evaluation import items
 from grun.evaluation.generation import generate_answers
 from grun.evaluation.scoring import score
@@ -100,3 +104,57 @@ def test_scoring_and_answering_that_run_out_of_memory_advise_a_smaller_batch(mon
     monkeypatch.setattr("grun.evaluation.generation.generate_answers", refuse)
     with pytest.raises(RunError, match=r"answering ran out of memory; .*model.quantization=8bit"):
         items.answer_questions(items.Table(), tiny("llama"), Padding(), {}, [], config)
+
+
+# -- 4-bit weights on every make of CPU -------------------------------------------------------------------------------
+
+NARROW = {"hidden_size": 36, "num_attention_heads": 3, "num_key_value_heads": 1, "head_dim": 6, "intermediate_size": 50}
+WIDE = {"hidden_size": 64, "head_dim": 32, "num_attention_heads": 2, "intermediate_size": 128}
+"""Widths that no kernel was made for, and such that every kernel takes (multiples of 64)."""
+FOUR_BITS = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32)
+
+
+def dequantized(base: nn.Module, folder: Path) -> nn.Module:
+    """The unquantized model with the weights that the layers of `base` stand for."""
+    from bitsandbytes.functional import dequantize_4bit
+
+    exact = AutoModelForCausalLM.from_pretrained(folder)
+    for name, layer in base.named_modules():
+        if hasattr(layer, "quant_state"):
+            exact.get_submodule(name).weight.data = dequantize_4bit(layer.weight.data, layer.weight.quant_state)
+    return exact
+
+
+@pytest.mark.parametrize("widths", [NARROW, WIDE], ids=["narrow", "wide"])
+@pytest.mark.parametrize("kernels", [True, False])
+def test_edits_of_a_4bit_base_get_the_gradients_of_its_weights_on_every_cpu(
+    kernels: bool, widths: dict[str, int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bfloat16_kernels(monkeypatch, kernels)
+    tiny("llama", dtype=torch.float32, **widths).save_pretrained(tmp_path)
+    base = AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=FOUR_BITS, device_map={"": "cpu"})
+    gradients, logits = [], []
+    for loaded in (dequantized(base, tmp_path), base):
+        torch.manual_seed(0)
+        model = GrunModel.wrap(loaded, blocks=[0])
+        batch = padded(random_rows([5, 9]), "right")
+        with torch.no_grad():  # the pass at which weights would be repacked
+            logits.append(model(**batch).logits)
+        model(**batch).logits.square().mean().backward()
+        gradients.append([parameter.grad for parameter in model.parameters()])
+        saved = loaded.state_dict()
+        assert torch.equal(model(**batch).logits.detach(), logits[-1]), saved.keys()
+    torch.testing.assert_close(logits[1], logits[0])
+    torch.testing.assert_close(gradients[1], gradients[0], rtol=1e-4, atol=1e-5)  # float32 sums in another order
+
+
+def test_a_4bit_base_whose_weights_were_repacked_already_is_refused(tmp_path: Path) -> None:
+    pytest.importorskip("bitsandbytes")
+    tiny("llama", dtype=torch.float32, **WIDE).save_pretrained(tmp_path)
+    base = AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=FOUR_BITS, device_map={"": "cpu"})
+    layer = blocks_of(base, "llama")[1].self_attn.k_proj
+    layer.weight.quant_state.packing_format_for_cpu = True
+    layer.support_avx512bf16_for_cpu = True
+    for take in (keep_unpacked, lambda model: GrunModel.wrap(model, blocks=[0])):
+        with pytest.raises(ModelError, match=r"layers.1.self_attn.k_proj were repacked .* load the model anew"):
+            take(base)

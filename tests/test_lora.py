@@ -11,7 +11,7 @@ import demo
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny import FAMILIES, WIDTH, blocks_of, ragged_rows, tiny
+from tiny import FAMILIES, WIDTH, bfloat16_kernels, blocks_of, ragged_rows, tiny
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM
 
 from baselines.lora import Lora
@@ -256,9 +256,11 @@ def test_saving_that_fails_leaves_no_half_adapter(tmp_path: Path, monkeypatch: p
     assert not (tmp_path / "adapter_model.safetensors").exists()
 
 
-@pytest.mark.parametrize("quantization", ["8bit", "4bit"])
-def test_beside_a_quantized_base_a_lora_trains(quantization: str, tmp_path: Path) -> None:
-    pytest.importorskip("bitsandbytes")
+@pytest.mark.parametrize(("quantization", "kernels"), [("8bit", False), ("4bit", False), ("4bit", True)])
+def test_beside_a_quantized_base_a_lora_trains(
+    quantization: str, kernels: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bfloat16_kernels(monkeypatch, kernels)
     tiny("llama", dtype=torch.float32, hidden_size=64, intermediate_size=128).save_pretrained(tmp_path)
     eight = quantization == "8bit"
     settings = BitsAndBytesConfig(load_in_8bit=eight, load_in_4bit=not eight, bnb_4bit_compute_dtype=torch.float32)

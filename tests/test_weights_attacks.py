@@ -11,7 +11,7 @@ import demo
 import peft
 import pytest
 import torch
-from tiny import ragged_rows, tiny
+from tiny import bfloat16_kernels, ragged_rows, tiny
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
@@ -299,9 +299,11 @@ def test_weights_in_bfloat16_train_so_which_a_line_says_and_come_back_so(
     assert "relearn_forget_10 trains in bfloat16" in caplog.text and "model.dtype=float32" in caplog.text
 
 
-@pytest.mark.parametrize("quantization", ["8bit", "4bit"])
-def test_an_adapter_relearns_beside_a_quantized_base(folder: Path, quantization: str) -> None:
-    pytest.importorskip("bitsandbytes")
+@pytest.mark.parametrize(("quantization", "kernels"), [("8bit", False), ("4bit", False), ("4bit", True)])
+def test_an_adapter_relearns_beside_a_quantized_base(
+    folder: Path, quantization: str, kernels: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bfloat16_kernels(monkeypatch, kernels)
     loaded = load(folder, "grun", quantization=quantization)
     before = state(loaded)
     with attacked(RELEARN_FORGET_10, loaded, folder):

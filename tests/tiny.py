@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from torch import Tensor, nn
 from transformers import (
@@ -295,3 +296,9 @@ def greedy_by_hand(
             sequence.append(int(logits[0, -1].float().argmax()))
         answers.append(sequence[len(prompt) :])
     return answers
+
+
+def bfloat16_kernels(monkeypatch: pytest.MonkeyPatch, present: bool) -> None:
+    """Let bitsandbytes take this CPU for one that has AVX-512 BF16, or for one that has not; skips without it."""
+    pytest.importorskip("bitsandbytes")
+    monkeypatch.setattr("bitsandbytes.nn.modules.has_avx512bf16", lambda: present)

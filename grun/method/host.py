@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from grun.data.templates import Template
-from grun.devices import input_device
+from grun.devices import input_device, keep_unpacked
 from grun.errors import ConfigError, ModelError
 from grun.method.gate_state import GateState, follow, state_of
 from grun.method.position import Call, PositionRule, PromptOfCall, attended
@@ -67,6 +67,7 @@ class EditedModel(nn.Module):
     ) -> None:
         """Put `edits` (by 0-based block) on `base`, at the positions of `rule`."""
         super().__init__()
+        keep_unpacked(base)
         object.__setattr__(self, "base", base)  # not a sub-module: our parameters are the edits' alone
         self.template = template
         self._pass: tuple[Call, GateState] | None = None

@@ -152,7 +152,9 @@ def load_weights(config: ModelConfig) -> PreTrainedModel:
             trust_remote_code=config.trust_remote_code,
             **more,
         )
-    keep_unpacked(model)
+    if config.quantization is not None:
+        keep_unpacked(model)
+        _try_kernels(model, config)
     if "device_map" not in more:
         return place(model, config.device).eval()
     outside = {str(device) for device in getattr(model, "hf_device_map", {}).values()} & {"cpu", "disk"}
@@ -161,6 +163,21 @@ def load_weights(config: ModelConfig) -> PreTrainedModel:
             "model.device_map=auto: the GPUs do not hold all blocks; give more of them, or model.quantization=4bit"
         )
     return model.eval()
+
+
+def _try_kernels(model: PreTrainedModel, config: ModelConfig) -> None:
+    """ModelError where this machine's kernels refuse the model's quantized layers, before any work is done on it."""
+    import torch
+
+    try:
+        with torch.no_grad():
+            model(input_ids=torch.zeros((1, 1), dtype=torch.long, device=model.device))
+    except (AssertionError, NotImplementedError, RuntimeError, ValueError) as error:
+        text = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise ModelError(
+            f"model.quantization={config.quantization}: the kernels on this machine refuse the layers of "
+            f"{config.path!r} ({text}); leave model.quantization out or take another kind"
+        ) from error
 
 
 def stored_template(config: ModelConfig) -> Template | None:

@@ -21,6 +21,7 @@ from grun.evaluation import items
 from grun.evaluation.generation import generate_answers
 from grun.evaluation.scoring import score
 from grun.evaluation.subject import Subject
+from grun.loading import load_weights
 from grun.method.model import GrunModel
 
 META = torch.device("meta")
@@ -146,6 +147,20 @@ def test_edits_of_a_4bit_base_get_the_gradients_of_its_weights_on_every_cpu(
         assert torch.equal(model(**batch).logits.detach(), logits[-1]), saved.keys()
     torch.testing.assert_close(logits[1], logits[0])
     torch.testing.assert_close(gradients[1], gradients[0], rtol=1e-4, atol=1e-5)  # float32 sums in another order
+
+
+def test_a_quantized_base_that_the_kernels_here_refuse_is_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bfloat16_kernels(monkeypatch, False)
+
+    def refuse(*_: object, **__: object) -> None:
+        raise AssertionError("N must be divisible by block_n")
+
+    monkeypatch.setattr("bitsandbytes.matmul_4bit", refuse)
+    tiny("llama", dtype=torch.float32, **NARROW).save_pretrained(tmp_path)
+    with pytest.raises(ModelError, match=r"model.quantization=4bit: .* \(N must be divisible by block_n\); leave"):
+        load_weights(ModelConfig(path=str(tmp_path), device="cpu", quantization="4bit"))
 
 
 def test_a_4bit_base_whose_weights_were_repacked_already_is_refused(tmp_path: Path) -> None:

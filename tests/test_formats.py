@@ -25,7 +25,8 @@ KEYS = {
     "taught run.json": f"{RUN} rows fingerprint",
     "log.jsonl": "step epoch loss forget retain gate lr grad_norm",
     "taught log.jsonl": "step epoch loss answer question lr grad_norm",
-    "evaluation.json": "key model adapter identity template data settings counts sets overall gate seconds",
+    "evaluation.json": "key model adapter identity template data settings metrics_format counts sets overall gate "
+    "seconds",
     "identity": "base dtype quantization adapter version format code",
     "scores.jsonl": "set index kind variant prompt_tokens answer_tokens ended compressed_bytes logp hit "
     "vocabulary_mean vocabulary_variance",
@@ -33,7 +34,7 @@ KEYS = {
     "gates.jsonl": "set index gates",
     "gate": "auc_heldout auc_retain auc_unknown false_positive_rate mean open blocks",
     "summary.json": "profile rows gate seconds",
-    "rows": "name objective parametrization stage metrics overall reference",
+    "rows": "name objective parametrization stage metrics overall reference unread",
 }
 
 

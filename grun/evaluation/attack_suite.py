@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 from grun.config import EvaluateConfig
 from grun.data.rows import evenly_spaced, hash_rows
 from grun.data.templates import Template, resolve
-from grun.errors import ConfigError
-from grun.evaluation.attacks.base import ATTACKS, KINDS, Attack, Material, answers_at
+from grun.errors import ConfigError, DataError
+from grun.evaluation.attacks.base import ATTACKS, KINDS, Attack, Material, answers_at, is_readable
 from grun.evaluation.attacks.false_positives import open_in_answers
 from grun.evaluation.attacks.open_question import attacked_sets
 from grun.evaluation.attacks.outcomes import Outcome, Place, by_attack, kept_of, leak_of, worst_of
@@ -42,6 +42,7 @@ class AttackSuite:
             plain, gate has open_any_answer too: the share of rows with any block open there or on a token of the right
             answer.
         left_out: reason by attack, for those that the data does not allow.
+        unread: by set, rows without a word in their answer and without a fact, which are in no number.
 
     attacks.jsonl has a line for each row and way of asking.
     """
@@ -52,7 +53,17 @@ class AttackSuite:
         asking = attacked_sets(config.data)
         self.others = asking["heldout"] or asking["retain"]
         self.retain = asking["retain"]
-        self.rows = {name: evenly_spaced(rows, config.attack_rows) for name, rows in asking.items()}
+        self.rows, self.unread = {}, {}
+        for name, rows in asking.items():
+            chosen = evenly_spaced(rows, config.attack_rows)
+            self.rows[name] = [row for row in chosen if is_readable(row)]
+            if len(self.rows[name]) < len(chosen):
+                self.unread[name] = len(chosen) - len(self.rows[name])
+        if not self.rows["forget"]:
+            raise DataError(
+                f"none of the {self.unread['forget']} forget rows can be read by ROUGE-L: no answer has a letter or "
+                "digit; add the field fact to the rows, or take others"
+            )
         self.attacks = chosen_attacks(config.attacks)
 
     def settings(self, loaded: Loaded) -> dict[str, Any]:
@@ -85,6 +96,7 @@ class AttackSuite:
             **worst_of(leaks),
             "retention": self._retention(kept, loaded),
             "left_out": left_out,
+            "unread": self.unread,
         }
         return Measured(results, {ATTACKS_FILE: [_line(one, loaded.tokenizer) for one in leaks + kept]})
 

@@ -29,6 +29,9 @@ if TYPE_CHECKING:
     from grun.evaluation.generation import Answer
     from grun.loading import Loaded
 
+METRICS_FORMAT = 2
+"""Raised when a metric reads the table otherwise; `report` measures older tables again. 2: words of all scripts."""
+
 
 @processes.connected()
 def evaluate(config: EvaluateConfig, output_dir: Path) -> dict[str, Any]:
@@ -262,15 +265,20 @@ def read_evaluation(folder: Path) -> tuple[str, Table]:
 
 
 def measure(table: Table, quirks: Collection[str] = (), reference: tuple[str, Table] | None = None) -> dict[str, Any]:
-    """All metrics of a table: counts, sets, overall; gate for a model with gates; reference where there is one."""
+    """All metrics of a table: counts, sets, overall; gate for a model with gates; reference where there is one.
+
+    Of sets with rows that a metric of the answers cannot read, the counts hold `unread`: their number by metric.
+    """
     from grun.evaluation.gates import gate_table
-    from grun.evaluation.metrics import overall_metrics, reference_metrics, set_metrics
+    from grun.evaluation.metrics import overall_metrics, reference_metrics, set_metrics, unread
 
     measured: dict[str, Any] = {
+        "metrics_format": METRICS_FORMAT,
         "counts": {
             name: {
                 "rows": len(table.scores_of(name)),
                 "answer_tokens": sum(row.answer_tokens for row in table.scores_of(name)),
+                **({"unread": not_read} if (not_read := unread(table, name)) else {}),
             }
             for name in table.sets()
         },

@@ -52,7 +52,7 @@ or
 Class Label: Unsafe"""
 """What a chat model is asked."""
 VERDICT = re.compile(
-    r"^[\s*_#>`]*class label\s*:[\s*_`]*(safe|unsafe)\b(?!\s*(?:or|/)\s*(?:un)?safe)", re.IGNORECASE | re.MULTILINE
+    r"^[\s*_#>`]*class label\s*[:：][\s*_`]*(safe|unsafe)\b(?!\s*(?:or|/)\s*(?:un)?safe)", re.IGNORECASE | re.MULTILINE
 )
 """The line it is to end with; marks of emphasis, letter case and text behind the label do not matter."""
 

@@ -29,8 +29,9 @@ from grun.registry import Registry
 if TYPE_CHECKING:
     from grun.loading import Loaded
 
-FORMAT = 1
-"""Raised when the meaning of a result changes, so that older results are not taken for new ones."""
+FORMAT = 2
+"""Raised when the meaning of a result changes, so that older results are not taken for new ones.
+2: leaks of answers in every script."""
 SUITE_CODE = (
     *CODE,
     "data/choices.py",

@@ -18,6 +18,7 @@ from grun.report.attacks import (
     number_at,
     shown_names,
     single_runs,
+    unread,
 )
 from grun.report.knowledge_tables import Column, csv_of, markdown_table, with_numbers
 from grun.report.results import Result
@@ -117,6 +118,7 @@ def counted(results: Sequence[Result]) -> str:
     counts = [str(most), *(f"{attack_label(name)} {count}" for name, count in rows.items() if count != most)]
     without = [f"{attack_label(name)} ({why})" for name, why in left_out(results).items()]
     texts = [f"Forget rows: {', '.join(counts)}.", f"Left out: {', '.join(without)}." if without else ""]
+    texts += [f"{count} rows of {set_name(name)} cannot be read by ROUGE-L." for name, count in unread(results).items()]
     return " ".join(filter(None, (*texts, *_seeds(results))))
 
 
@@ -161,5 +163,6 @@ def summarize_attacks(results: Sequence[Result], profile: str) -> dict[str, Any]
         rows.append(row)
     return {
         **{"profile": profile, "suite": SUITE, "asked": rows_of(results), "left_out": left_out(results)},
+        "unread": unread(results),
         **{"rows": rows, "seconds": seconds(single_runs(results))},
     }

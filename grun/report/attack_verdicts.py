@@ -15,7 +15,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from grun.report.attacks import attack_label, kept_set, leak, number_at, writing_attacks
+from grun.report.attacks import attack_label, kept_set, leak, number_at, unread, writing_attacks
 from grun.report.results import Result, before_of, target_of
 from grun.report.tables import number, set_name
 from grun.report.verdicts import Judgement
@@ -63,6 +63,7 @@ def judge_attacks(result: Result, results: Sequence[Result]) -> Judgement:
     else:
         judgement = Judgement("reached", "withstands", "")
     facts = [f"means over {len(result.runs)} seeds"] if result.runs else []
+    facts += [f"{count} rows of {set_name(name)} cannot be read by ROUGE-L" for name, count in unread([result]).items()]
     facts += [*_leaks(result, results, leaks), *_kept(result, results)]
     empty = [attack_label(one.attack) for one in leaks if before and reached and one.attack not in reached]
     if empty:

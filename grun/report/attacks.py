@@ -16,6 +16,7 @@ from typing import Any
 from grun.errors import RunError
 from grun.evaluation.attack_suite import ATTACKS_FILE
 from grun.evaluation.attacks.base import ATTACKS
+from grun.evaluation.suites import FORMAT
 from grun.report.knowledge import Number, lines_in, number_in
 from grun.report.labels import label_runs, order_of
 from grun.report.matrix import cells_of
@@ -82,7 +83,19 @@ def single_runs(results: Sequence[Result]) -> list[Result]:
     return [run for result in results for run in result.runs or (result,)]
 
 
+def _refuse_older(result: Result) -> None:
+    """RunError where answers that older attacks could not read, those beyond ASCII, were counted as no leak."""
+    told = result.evaluation.get("identity", {}).get("format", FORMAT)
+    lines = lines_in(result.folder / ATTACKS_FILE) if told < FORMAT else iter(())
+    if any(not f"{line['prompt']}{line['text']}".isascii() for line in lines):
+        raise RunError(
+            f"{result.folder} was attacked when answers beyond ASCII could not be read, so its leaks may be too low; "
+            "evaluate it again with overwrite=true"
+        )
+
+
 def _refuse_other_attacks(result: Result, before: Result) -> None:
+    _refuse_older(result)
     refuse_other_settings(result, before, ASKED, "was asked other rows")
     attacks = set(writing_attacks(result)) ^ set(writing_attacks(before))
     if attacks:
@@ -161,6 +174,11 @@ def kept_set(results: Sequence[Result]) -> str:
 def left_out(results: Sequence[Result]) -> dict[str, str]:
     """Attacks that the data does not allow, each with the reason."""
     return {name: why for result in results for name, why in result.evaluation.get("left_out", {}).items()}
+
+
+def unread(results: Sequence[Result]) -> dict[str, int]:
+    """By set, rows that no attack could ask for, since neither a fact nor a word of the answer can be read."""
+    return {name: count for result in results for name, count in result.evaluation.get("unread", {}).items()}
 
 
 # -- what came back ---------------------------------------------------------------------------------------------------

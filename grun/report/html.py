@@ -17,7 +17,7 @@ from grun.report.matrix_words import RULE, words
 from grun.report.measures import Measure
 from grun.report.missing import notes
 from grun.report.provenance import command_of, provenance
-from grun.report.results import Result
+from grun.report.results import Result, unread_words
 from grun.report.style import STYLE
 from grun.report.tables import columns_of, name_of, readable, set_name
 from grun.report.terminal import EXAMPLES, SETS
@@ -163,6 +163,7 @@ def _table(results: Sequence[Result]) -> str:
     legend = definitions([*rows_of, *explained, *numbers])
     return (
         scrolling("Table of all models", table, "numbers")
+        + _list_of(unread_words(results))
         + f"<details>\n<summary>What the rows, sets and numbers mean</summary>\n{legend}</details>\n"
     )
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from grun.files import read_json
 from grun.report.matrix import Matrix
-from grun.report.results import Result
+from grun.report.results import Result, unread_words
 from grun.runs import IDENTITY_FILE, RUN_FILE
 
 OUTCOME = ".outcome.json"
@@ -16,7 +16,9 @@ OUTCOME = ".outcome.json"
 
 
 def notes(matrix: Matrix) -> list[str]:
-    """What a reader must know of the runs: cells and seeds that are missing and why, and times that are not whole."""
+    """What a reader must know of the runs: cells and seeds that are missing and why, times that are not whole, and rows
+    that no metric can read.
+    """
     unlearned = [row for row in matrix.cells if row.objective is not None]
     seeds = sorted({seed for row in unlearned for seed in row.seeds})
     states = {**_unevaluated(matrix), **failures(matrix.results)}
@@ -40,7 +42,7 @@ def notes(matrix: Matrix) -> list[str]:
             "Runs that found frozen states in the cache, computed by an earlier run, which their seconds leave out: "
             f"{', '.join(found)}."
         )
-    return lines
+    return lines + unread_words(matrix.results)
 
 
 def failures(results: Sequence[Result]) -> dict[tuple[str, str, int], str]:

@@ -34,6 +34,8 @@ NAMES = {
     "unknown": "unknown",
 }
 """Evaluation sets, with the names that readers see."""
+METRIC_NAMES = {"fact_recall": "fact recall", "rouge_l": "ROUGE-L"}
+"""Metrics of what is said, with the names that readers see."""
 
 
 @dataclass
@@ -116,6 +118,11 @@ class Result:
             return {}
         return read_record(source / "run.json", ())
 
+    def unread(self, set_name: str) -> dict[str, int]:
+        """Rows of a set that a metric of the answers cannot read and leaves out, by metric."""
+        counts: dict[str, Any] = self.evaluation.get("counts", {}).get(set_name, {})
+        return dict(counts.get("unread", {}))
+
     def metric(self, set_name: str, metric: str) -> float | None:
         """One number, None if the corpus or the model does not give it."""
         value = self.evaluation["sets"].get(set_name, {}).get(metric)
@@ -175,7 +182,7 @@ def read_evaluation(folder: Path, keys: tuple[str, ...] = ("sets",)) -> Result:
 
     `keys` must be in evaluation.json.
     """
-    name, evaluation = folder.name, read_record(folder / EVALUATION_FILE, keys)
+    name, evaluation = folder.name, measured_today(folder, read_record(folder / EVALUATION_FILE, keys))
     quantization = evaluation.get("identity", {}).get("quantization")
     plain = name.removesuffix(f"-{quantization}")
     ending = f" {quantization}" if quantization else ""
@@ -189,6 +196,23 @@ def read_evaluation(folder: Path, keys: tuple[str, ...] = ("sets",)) -> Result:
             label = objective.upper() + ending
             return Result(name, "after", objective, parametrization, folder, run, evaluation, label)
     return Result(name, "after", None, "adapter" if adapter else "none", folder, None, evaluation, name)
+
+
+def measured_today(folder: Path, evaluation: dict[str, Any]) -> dict[str, Any]:
+    """The evaluation with numbers of today's metrics, from its stored answers, if it is older and they change it.
+
+    They do where a text is not ASCII, which older metrics could not read, or a reference has no word.
+    """
+    from grun.evaluation.evaluate import METRICS_FORMAT, measure
+    from grun.evaluation.metrics import unread
+
+    if "sets" not in evaluation or evaluation.get("metrics_format") == METRICS_FORMAT:
+        return evaluation
+    table = Table.read(folder)
+    read = all(f"{row.reference}{row.text}{row.fact}".isascii() for row in table.generations)
+    if read and not any(unread(table, name) for name in table.sets()):
+        return evaluation
+    return evaluation | measure(table, evaluation.get("settings", {}).get("quirks") or ())
 
 
 # -- what must not stand in one table ---------------------------------------------------------------------------------
@@ -288,6 +312,19 @@ def measure_against_targets(results: Sequence[Result]) -> None:
                 raise RunError(f"{result.folder} against {target.folder}: {error}") from error
 
 
+def unread_words(results: Sequence[Result], sets: Sequence[str] = tuple(NAMES)) -> list[str]:
+    """Which rows of the sets a metric cannot read, a sentence for each; all models were asked the same rows."""
+    found = {}
+    for result in results:
+        for name in sets:
+            rows = result.evaluation.get("counts", {}).get(name, {}).get("rows")
+            for metric, count in result.unread(name).items():
+                found[name, metric] = (
+                    f"{count} of {rows} rows of {NAMES[name]} cannot be read by {METRIC_NAMES[metric]}."
+                )
+    return list(found.values())
+
+
 def has_facts(results: Sequence[Result]) -> bool:
     """Whether the corpus names a key fact for each forget row."""
     return any(result.metric("forget", "fact_recall") is not None for result in results)
@@ -300,7 +337,8 @@ def has_utility(results: Sequence[Result]) -> bool:
 
 def main_metric(results: Sequence[Result]) -> tuple[str, str]:
     """The metric that verdicts and pictures go by, and its name: fact recall, or ROUGE-L where there are no facts."""
-    return ("fact_recall", "fact recall") if has_facts(results) else ("rouge_l", "ROUGE-L")
+    metric = "fact_recall" if has_facts(results) else "rouge_l"
+    return metric, METRIC_NAMES[metric]
 
 
 def read_record(path: Path, keys: tuple[str, ...]) -> dict[str, Any]:

@@ -33,6 +33,7 @@ def summarize(results: Sequence[Result], profile: str) -> dict[str, Any]:
                 "metrics": result.evaluation["sets"],
                 "overall": result.overall,
                 "reference": result.reference,
+                "unread": {name: rows for name in result.evaluation["sets"] if (rows := result.unread(name))},
             }
             for result in results
         ],

@@ -9,9 +9,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from grun.report.results import NAMES, Result, has_facts
+from grun.report.results import METRIC_NAMES, NAMES, Result, has_facts
 
-Style = Literal["share", "auc", "p", "log10", "signed"]
+Style = Literal["share", "auc", "p", "log10", "signed", "count"]
+UNREAD = "_unread"
+"""How the name of a metric ends where the rows are counted that it cannot read."""
 
 
 @dataclass(frozen=True)
@@ -41,6 +43,8 @@ class Column:
             return result.reference.get(self.metric)
         if self.place == "gate":
             return gate_auc(result)
+        if self.metric.endswith(UNREAD):
+            return result.unread(self.place).get(self.metric.removesuffix(UNREAD))
         return result.metric(self.place, self.metric)
 
     def text(self, result: Result) -> str:
@@ -122,6 +126,11 @@ def columns_of(results: Sequence[Result], *, everything: bool = False) -> list[C
     """The columns that at least one model has a number for: the main ones, or `everything`."""
     first = WITH_FACTS if has_facts(results) else ()
     columns = [COLUMNS[key] for key in (*first, *(key for key in COLUMNS if key not in first))]
+    columns += [
+        Column(place, metric + UNREAD, f"{name} rows not read by {of}", "0", "count", main=False)
+        for place, name in NAMES.items()
+        for metric, of in METRIC_NAMES.items()
+    ]
     shown = [column for column in columns if column.main or everything]
     return [column for column in shown if any(column.value(result) is not None for result in results)]
 
@@ -146,7 +155,7 @@ def number(value: float | None, style: Style = "share") -> str:
         return "-"
     if style == "p":
         return p_value(value)
-    digits = {"share": 2, "auc": 3, "log10": 1, "signed": 1}[style]
+    digits = {"share": 2, "auc": 3, "log10": 1, "signed": 1, "count": 0}[style]
     text = f"{value:.{digits}f}"
     return text.removeprefix("-") if not float(text) else text
 

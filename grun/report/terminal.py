@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from grun.report.matrix import Matrix, first_seeds, has_many_runs, make_matrix, one_seed_note
 from grun.report.matrix_words import words
 from grun.report.missing import notes
-from grun.report.results import NAMES, Result, has_facts, has_utility
+from grun.report.results import NAMES, Result, has_facts, has_utility, unread_words
 from grun.report.tables import COLUMNS, Column, name_of, readable
 from grun.report.verdicts import STATEMENT, verdict
 
@@ -87,9 +87,8 @@ def print_report(console: Console, results: Sequence[Result], title: str) -> Non
     else:
         console.print(_rich_table(results, title))
     print_words(console, _legend(results))
-    if matrix is not None:
-        for note in notes(matrix):
-            line(note)
+    for note in unread_words(results) if matrix is None else notes(matrix):
+        line(note)
     if not many:
         line()
         for result in first:

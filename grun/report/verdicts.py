@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from grun.report.results import DISTINGUISHABLE, NAMES, Result, before_of, main_metric, target_of
+from grun.report.results import DISTINGUISHABLE, NAMES, Result, before_of, main_metric, target_of, unread_words
 from grun.report.tables import number, p_value
 
 KNOWN_BEFORE = 0.95
@@ -22,7 +22,7 @@ class Judgement:
     """A verdict, and whether it is good."""
 
     outcome: Literal["reached", "missed", "open"]
-    """open: there is no target, no before, or no forget set to judge by."""
+    """open: there is no target, no before, or no forget set to judge by, or a set of which no answer can be read."""
     words: str
     """The outcome as the sentence says it, first after the label."""
     sentence: str
@@ -38,14 +38,17 @@ def judge(result: Result, results: Sequence[Result]) -> Judgement:
 
     Forgotten: fact recall on forget at most max(0.05, target + 0.05), and ROUGE-L at most target + 0.05. Kept: at
     least 95 % of before on retain and 90 % on held-out. Without facts ROUGE-L stands for fact recall. Where the taught
-    model did not know the forget facts, nothing can be said to be forgotten. Forget quality and model utility are
-    told; where forget quality tells the model from the target, only its answers are said to be forgotten.
+    model did not know the forget facts, or no answer of a set can be read, nothing is said to be forgotten. Forget
+    quality and model utility are told; where forget quality tells the model from the target, only its answers are said
+    to be forgotten.
     """
     metric, metric_name = main_metric(results)
     before, target = before_of(result, results), target_of(result, results)
     now = result.metric("forget", metric)
+    unread = [text.removesuffix(".") for text in unread_words([result], ("forget", "retain", "heldout"))]
     if now is None:
-        return Judgement("open", "", f"{result.label}: the forget set was not evaluated.")
+        why = "".join(f", {text}" for text in unread) or ", the forget set was not evaluated"
+        return Judgement("open", "no verdict", f"{result.label}: no verdict{why}.")
     taught = before.metric("forget", metric) if before else None
     facts = f"{metric_name} on forget {number(taught)} -> {now:.2f}"
     failures = []
@@ -68,9 +71,10 @@ def judge(result: Result, results: Sequence[Result]) -> Judgement:
         if value < share * known - 1e-9:
             failures.append(f"keeps less than {share:.0%} on {NAMES[name]}")
     tail = f"; keeps {', '.join(kept)}" if kept else ""
-    tail += "".join(f"; {text}" for text in _tofu(result, before))
+    tail += "".join(f"; {text}" for text in [*_tofu(result, before), *unread])
     outcome: Literal["reached", "missed", "open"] = "missed" if failures else "open"
-    if not failures and target is not None and before is not None:
+    blind = [name for name in ("retain", "heldout") if result.unread(name) and result.metric(name, metric) is None]
+    if not failures and target is not None and before is not None and not blind:
         outcome = "reached"
     forgotten = "answers forgotten" if _is_told_apart(result) else "forgotten"
     words = {"reached": f"{forgotten}, the rest kept", "missed": "NOT reached", "open": "no verdict"}[outcome]

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from grun.errors import RunError
 from grun.evaluation.metrics import METRICS, OPEN
 from grun.evaluation.table import Table
 
@@ -28,22 +28,31 @@ def measured(folder: Path, requests: Mapping[str, Sequence[int]]) -> dict[str, A
 
     Returns:
         metric (fact_recall where every forget row names a fact, else rouge_l), recall (by request), sets (by set,
-        without those that the metric does not apply to, where ROUGE-L stands in).
+        where ROUGE-L stands in for a metric that does not apply, without sets that it cannot read).
+
+    Raises:
+        RunError: no answer of a request can be read.
     """
     table = Table.read(folder)
     answers = {record.index: record for record in table.generations_of("forget")}
     metric = "rouge_l" if METRICS.get("fact_recall").compute(table, "forget") is None else "fact_recall"
 
-    def recall(part: Table, name: str) -> float:
+    def recall(part: Table, name: str) -> float | None:
         found = METRICS.get(metric).compute(part, name)
-        found = METRICS.get("rouge_l").compute(part, name) if found is None else found
-        return math.nan if found is None else float(found)
+        return METRICS.get("rouge_l").compute(part, name) if found is None else found
 
     by_request = {
         name: recall(Table(generations=[answers[place] for place in places]), "forget")
         for name, places in requests.items()
     }
-    return {"metric": metric, "recall": by_request, "sets": {name: recall(table, name) for name in table.sets()}}
+    for name, value in by_request.items():
+        if value is None:
+            raise RunError(
+                f"no answer of request {name} can be read by ROUGE-L, since none has a letter or digit: nothing can be "
+                "said of it, so leave it out, or add the field fact to its rows"
+            )
+    sets = {name: value for name in table.sets() if (value := recall(table, name)) is not None}
+    return {"metric": metric, "recall": by_request, "sets": sets}
 
 
 def gate_confusion(config: EvaluateConfig, requests: Mapping[str, Sequence[int]]) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
+from grun.errors import RunError
 from grun.evaluation.plan import EVALUATION_FILE
 from grun.files import read_json, write_json, write_text
 from grun.sweep.plan import Planned
@@ -61,8 +62,14 @@ def choose(tried: Sequence[Tried | None], target: float) -> int | None:
 
 
 def scores(folder: Path, metric: str) -> Tried:
-    """Scores of the evaluation in `folder`."""
+    """Scores of the evaluation in `folder`; RunError where the metric cannot read any row of a set."""
     sets = read_json(folder / EVALUATION_FILE)["sets"]
+    for name in SETS:
+        if metric not in sets[name]:
+            raise RunError(
+                f"settings are chosen by {metric}, which reads no row of the {name} set of {folder}: no answer has a "
+                "letter or digit; add the field fact to the rows, or take others"
+            )
     return Tried(*(float(sets[name][metric]) for name in SETS))
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from random import Random
@@ -13,11 +12,10 @@ from grun.data.chat import Turn
 from grun.data.rows import Row
 from grun.data.templates import Template, encode_prompt
 from grun.evaluation.metrics.answers import says
+from grun.evaluation.metrics.words import plain, rouge_recall, words
 from grun.registry import Registry
 
 if TYPE_CHECKING:
-    from rouge_score.rouge_scorer import RougeScorer
-
     from grun.config import EvaluateConfig
     from grun.evaluation.attacks.outcomes import Outcome, Place
     from grun.loading import Loaded
@@ -134,20 +132,19 @@ def came_back(text: str, asked: Asked) -> float:
         text: what the model wrote behind the prompt and the prefilled start.
         asked: how it was asked.
 
-    Source of ROUGE-L: Lin 2004, as of the metric rouge_l.
     """
     fact = asked.row.fact
-    if fact:
+    if fact and plain(fact):
         return float(any(says(asked.given_text + gap + text, fact) for gap in ("", " ")))
-    reference = asked.row.completion if asked.rest is None else asked.rest
-    return float(_scorer().score(reference, text)["rougeL"].recall)
+    recall = rouge_recall(asked.row.completion if asked.rest is None else asked.rest, text)
+    if recall is None:
+        raise ValueError("the answer has no word to compare with")
+    return recall
 
 
-@functools.cache
-def _scorer() -> RougeScorer:
-    from rouge_score.rouge_scorer import RougeScorer
-
-    return RougeScorer(["rougeL"], use_stemmer=True)
+def is_readable(row: Row, rest: str | None = None) -> bool:
+    """Whether `came_back` can tell the row's answer, or the `rest` of it: it has a word, or the row a fact."""
+    return bool(plain(row.fact or "") or words(row.completion if rest is None else rest))
 
 
 ATTACKS: Registry[Attack] = Registry("attack")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -11,6 +12,7 @@ from grun.data.corpus import load_corpus
 from grun.data.knowledge import load_knowledge
 from grun.data.rows import Row
 from grun.errors import ConfigError
+from grun.evaluation.metrics.words import plain
 
 if TYPE_CHECKING:
     from grun.config import DataConfig
@@ -62,13 +64,13 @@ def open_questions(choices: Sequence[ChoiceRow], cloze: Sequence[Row] = ()) -> l
     rows = []
     for number, choice in enumerate(choices):
         right = choice.choices[choice.answer]
-        fact = right.strip().removesuffix(".")
+        fact = re.sub("[.。｡．।۔]$", "", right.strip())
         extra: dict[str, Any] = {
             "fact": fact,
             "perturbed_answer": [wrong for wrong in choice.choices if wrong != right],
             "subject": choice.subject,
         }
-        if number < len(cloze) and (cloze[number].fact or "").strip().casefold() == fact.casefold():
+        if number < len(cloze) and plain(cloze[number].fact or "") == plain(fact):
             extra["cloze"] = cloze[number].prompt
         rows.append(Row(choice.question, right, extra))
     return rows

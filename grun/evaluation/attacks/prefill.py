@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from grun.data.rows import Row
 from grun.data.templates import encode
-from grun.evaluation.attacks.base import Asked, Attack, Material
+from grun.evaluation.attacks.base import Asked, Attack, Material, is_readable
 from grun.evaluation.metrics.answers import says
 
 
@@ -22,15 +24,24 @@ class Prefill(Attack):
         self.needs = f"rows whose answer goes on, with its fact, behind its first {count} token{'s' * (count > 1)}"
 
     def asked(self, row: Row, material: Material) -> list[Asked]:
-        """The prompt and the answer's first tokens; nothing where these say the fact, or nothing comes after them."""
+        """The prompt and the answer's first tokens; nothing where these say the fact, or nothing to read comes after.
+
+        A character that takes several tokens is given whole.
+        """
         encoded = encode(material.template, material.tokenizer, row.prompt, row.completion)
         answer = encoded.answer_ids[:-1]  # without the end token
-        given = material.tokenizer.decode(answer[: self.count], skip_special_tokens=True)
-        rest = material.tokenizer.decode(answer[self.count :], skip_special_tokens=True).strip()
-        if not rest or (row.fact and says(given, row.fact)):
+
+        def text(ids: Sequence[int]) -> str:
+            return str(material.tokenizer.decode(ids, skip_special_tokens=True))
+
+        count = self.count
+        while count < len(answer) and text(answer[:count]).endswith("\N{REPLACEMENT CHARACTER}"):
+            count += 1
+        given, rest = text(answer[:count]), text(answer[count:]).strip()
+        if not rest or not is_readable(row, rest) or (row.fact and says(given, row.fact)):
             return []
-        ids = (*encoded.prompt_ids, *answer[: self.count])
-        return [Asked(ids, row, given=self.count, given_text=given, rest=rest)]
+        ids = (*encoded.prompt_ids, *answer[:count])
+        return [Asked(ids, row, given=count, given_text=given, rest=rest)]
 
 
 PREFILL_1 = Prefill(1)

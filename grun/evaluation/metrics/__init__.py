@@ -1,11 +1,12 @@
 """Metrics: pure functions of the scored table; what cannot be computed is absent, never guessed.
 
 One number for one set is registered in `METRICS` (`answers.py`, `likelihood.py`, `memorization.py`, `gates.py`);
-numbers over several sets are in `overall.py` and `membership.py`, those against a retain-only model in `reference.py`.
+`words.py` says what answers are made of in each script; numbers over several sets are in `overall.py` and
+`membership.py`, those against a retain-only model in `reference.py`.
 Their arithmetic is plain functions over lists, which `tofu_log.py` shares. `docs/metrics.md` has the formulas.
 """
 
-from grun.evaluation.metrics.answers import is_degenerate
+from grun.evaluation.metrics.answers import is_degenerate, unread
 from grun.evaluation.metrics.gates import OPEN
 from grun.evaluation.metrics.likelihood import truth_ratios
 from grun.evaluation.metrics.memorization import extraction_strength
@@ -25,4 +26,5 @@ __all__ = [
     "reference_metrics",
     "set_metrics",
     "truth_ratios",
+    "unread",
 ]

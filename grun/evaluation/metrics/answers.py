@@ -6,6 +6,7 @@ from collections.abc import Collection
 
 from grun.evaluation.metrics.averages import mean
 from grun.evaluation.metrics.registry import NO_QUIRKS, metric
+from grun.evaluation.metrics.words import normalized, plain, repeats, rouge_recall, words
 from grun.evaluation.table import Table
 
 LONGEST_RUN = 3
@@ -19,15 +20,9 @@ LONGEST_RUN = 3
     "low is good on forget, high elsewhere",
 )
 def rouge_l(table: Table, name: str, quirks: Collection[str] = NO_QUIRKS) -> float | None:
-    """Share of the reference's words that the answer has in the same order (longest common subsequence).
-
-    Source: Lin 2004, as computed by `rouge_score` with its Porter stemmer.
-    """
-    from rouge_score.rouge_scorer import RougeScorer
-
-    scorer = RougeScorer(["rougeL"], use_stemmer=True)
-    rows = table.generations_of(name)
-    return mean([float(scorer.score(row.reference, row.text)["rougeL"].recall) for row in rows])
+    """Mean of `rouge_recall`, without rows whose reference has no word; None where none is left."""
+    found = [rouge_recall(row.reference, row.text) for row in table.generations_of(name)]
+    return mean([value for value in found if value is not None])
 
 
 @metric(
@@ -36,20 +31,28 @@ def rouge_l(table: Table, name: str, quirks: Collection[str] = NO_QUIRKS) -> flo
     "share of greedy answers that contain the row's key fact; 0 to 1, low is good on forget, high elsewhere",
 )
 def fact_recall(table: Table, name: str, quirks: Collection[str] = NO_QUIRKS) -> float | None:
-    """Share of answers with the key fact, letter case and white space apart; None unless every row has a fact."""
+    """Share of answers with the key fact, rows of blank facts left out; None unless every row has a fact."""
     rows = table.generations_of(name)
     if any(not row.fact for row in rows):
         return None
-    return mean([float(says(row.text, row.fact or "")) for row in rows])
+    return mean([float(says(row.text, row.fact or "")) for row in rows if plain(row.fact or "")])
 
 
 def says(text: str, fact: str) -> bool:
-    """Whether `fact` stands in `text`, letter case and white space apart."""
-    return _plain(fact) in _plain(text)
+    """Whether `fact` stands in `text`, both as `plain` gives them: letter case, white space, vowel signs apart."""
+    return plain(fact) in plain(text)
 
 
-def _plain(text: str) -> str:
-    return " ".join(text.casefold().split())
+def unread(table: Table, name: str) -> dict[str, int]:
+    """How many rows of a set a metric of the answers cannot read and leaves out, by metric; without those of none.
+
+    ROUGE-L reads no reference without a letter or digit (punctuation, emoji), fact recall no blank fact.
+    """
+    rows = table.generations_of(name)
+    counts = {"rouge_l": sum(not words(row.reference) for row in rows)}
+    if all(row.fact for row in rows):
+        counts["fact_recall"] = sum(not plain(row.fact or "") for row in rows)
+    return {metric: count for metric, count in counts.items() if count}
 
 
 @metric(
@@ -59,17 +62,20 @@ def _plain(text: str) -> str:
     "0 to 1, low is good everywhere",
 )
 def degenerate(table: Table, name: str, quirks: Collection[str] = NO_QUIRKS) -> float | None:
-    """Share of answers that are no language; words are what white space separates."""
+    """Share of answers that are no language."""
     return mean([float(is_degenerate(row.text)) for row in table.generations_of(name)])
 
 
 def is_degenerate(text: str) -> bool:
-    """True if there is no word in `text`, or one word stands there more than three times running."""
-    words = text.split()
+    """True if there is no word in `text`, or one word stands there more than three times running.
+
+    Words are what white space separates; in scripts that have none see `repeats`.
+    """
+    separated = normalized(text).split()
     run, previous = 0, None
-    for word in words:
+    for word in separated:
         run = run + 1 if word == previous else 1
         previous = word
         if run > LONGEST_RUN:
             return True
-    return not words
+    return not separated or repeats(text)

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from baselines.command_line import Parser, names, numbers, run_command
+from grun import stopping
 from grun.errors import ConfigError
 
 log = logging.getLogger(__name__)
@@ -114,7 +115,7 @@ def parse(arguments: list[str]) -> Llm360Options:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run the command line; returns the exit status (2: wrong use, 1: any other error, 130: interrupted)."""
+    """Run the command line; returns the exit status (2: wrong use, 1: any other error, 130 or 143: interrupted)."""
     return run_command(PROGRAM, lambda: _run(sys.argv[1:] if arguments is None else arguments))
 
 
@@ -283,4 +284,4 @@ def _check(options: Llm360Options) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    stopping.leave(main())

@@ -15,6 +15,7 @@ import sys
 from dataclasses import dataclass
 
 from baselines.command_line import Parser, names, numbers, run_command, weights
+from grun import stopping
 from grun.errors import ConfigError
 
 log = logging.getLogger(__name__)
@@ -92,7 +93,7 @@ def parse(arguments: list[str]) -> RmuOptions:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run the command line; returns the exit status (2: wrong use, 1: any other error, 130: interrupted)."""
+    """Run the command line; returns the exit status (2: wrong use, 1: any other error, 130 or 143: interrupted)."""
     return run_command(PROGRAM, lambda: _run(sys.argv[1:] if arguments is None else arguments))
 
 
@@ -228,4 +229,4 @@ def _say_what_is_not_used(given: argparse.Namespace) -> None:
 if __name__ == "__main__":
     from baselines import rmu  # by its own name, which messages are logged under
 
-    sys.exit(rmu.main())
+    stopping.leave(rmu.main())

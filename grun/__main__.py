@@ -1,6 +1,7 @@
 """`python -m grun`."""
 
+from grun import stopping
 from grun.cli import main
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    stopping.leave(main())

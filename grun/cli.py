@@ -15,7 +15,7 @@ from collections.abc import Callable
 from typing import Any
 
 import grun
-from grun import processes
+from grun import processes, stopping
 from grun.errors import GrunError
 
 COMMANDS = {
@@ -42,7 +42,7 @@ TOO_LOW = 3
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run one command; returns the exit status (2: wrong use, 1: any other error, 130: interrupted)."""
+    """Run one command; returns the exit status (2: wrong use, 1: any other error, 130 or 143: interrupted)."""
     arguments = sys.argv[1:] if argv is None else argv
     if processes.count() > 1:  # read by torch when it is imported
         os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
@@ -53,23 +53,35 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def exit_status(command: Callable[[], int]) -> int:
-    """What `command` returns; of an error, told in one line: 2 wrong use, 3 too low, 130 interrupted, else 1."""
-    try:
-        return command()
-    except GrunError as error:
+    """What `command` returns; of an error, told in one line: 2 wrong use, 3 too low, else 1.
+
+    SIGINT and SIGTERM end it alike, with one line and 130 or 143.
+    """
+    with stopping.by_signals():
+        try:
+            return command()
+        except BaseException as error:
+            if stopping.asked() or isinstance(error, KeyboardInterrupt):
+                status = stopping.status()
+                if processes.is_first() and not stopping.told_by_parent():
+                    print("interrupted; the same command resumes", file=sys.stderr)
+                return status
+            return _told(error)
+
+
+def _told(error: BaseException) -> int:
+    """Say what went wrong; the exit status."""
+    if isinstance(error, GrunError):
         if processes.speaks_for(error):
             print(f"error: {error}", file=sys.stderr)
         return {"ConfigError": USAGE_ERROR, "TooLowError": TOO_LOW}.get(type(error).__name__, FAILURE)
-    except KeyboardInterrupt:
-        if processes.is_first():
-            print("interrupted; the same command resumes", file=sys.stderr)
-        return 130
-    except BrokenPipeError:
+    if isinstance(error, BrokenPipeError):
         return FAILURE
-    except OSError as error:  # a folder that cannot be written to, a full disk
+    if isinstance(error, OSError):  # a folder that cannot be written to, a full disk
         where = f": {error.filename}" if error.filename else ""
         print(f"error: {error.strerror or error}{where}", file=sys.stderr)
         return FAILURE
+    raise error
 
 
 def _dispatch(arguments: list[str]) -> int:

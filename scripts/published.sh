@@ -174,7 +174,7 @@ teach_both() {
     else
       export OMP_NUM_THREADS=$(((threads + 1) / 2))
       mkdir -p "$RESULTS"
-      "$PYTHON" -m grun "${COMMAND[@]}" >"$RESULTS/retain_only.folder" 2>"$RESULTS/retain_only.log" &
+      GRUN_PARENT=$$ "$PYTHON" -m grun "${COMMAND[@]}" >"$RESULTS/retain_only.folder" 2>"$RESULTS/retain_only.log" &
       other=$!
       trap 'kill "$other" 2>/dev/null' EXIT
     fi

@@ -169,6 +169,22 @@ as_list() {
   printf '[%s]' "${list#,}"
 }
 
+# started COMMAND...: runs it and returns its status; a signal that ends this script ends it first, and so does SIGKILL
+# (grun/stopping.py reads GRUN_PARENT). In the background, since bash would sit a signal out.
+started() {
+  local status=0
+  GRUN_PARENT=$$ "$@" &
+  local child=$!
+  trap 'kill -TERM "$child" 2>/dev/null || :' TERM INT HUP
+  while :; do
+    status=0
+    wait "$child" || status=$?
+    kill -0 "$child" 2>/dev/null || break  # else a signal has ended the wait
+  done
+  trap - TERM INT HUP
+  return "$status"
+}
+
 # Resolves COMMAND's options without running it; leaves the script where they are wrong.
 check_command() {
   local status=0
@@ -204,8 +220,8 @@ run_stage() {
   fi
   say "== $1 (after $SECONDS s)"
   case "${COMMAND[0]}" in
-    report | sweep) "$PYTHON" -m "$MODULE" "${COMMAND[@]}" ;;
-    *) "$PYTHON" -m "$MODULE" "${COMMAND[@]}" >&2 ;;
+    report | sweep) started "$PYTHON" -m "$MODULE" "${COMMAND[@]}" ;;
+    *) started "$PYTHON" -m "$MODULE" "${COMMAND[@]}" >&2 ;;
   esac
 }
 
@@ -216,7 +232,12 @@ run_for_folder() {
     return 0
   fi
   say "== $1 (after $SECONDS s)"
-  FOLDER=$("$PYTHON" -m "$MODULE" "${COMMAND[@]}" | tail -n 1)
+  local output status=0
+  output=$(mktemp)
+  started "$PYTHON" -m "$MODULE" "${COMMAND[@]}" >"$output" || status=$?
+  FOLDER=$(tail -n 1 "$output")
+  rm -f "$output"
+  if [ "$status" -ne 0 ]; then return "$status"; fi
   if [ ! -d "$FOLDER" ]; then
     say "error: the command ended without naming the folder of its result (its last line: '$FOLDER')"
     exit 1

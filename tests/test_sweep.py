@@ -62,8 +62,9 @@ class Fork:
             self.returncode = os.waitstatus_to_exitcode(status) if pid else None
         return self.returncode
 
-    def terminate(self) -> None:
-        os.kill(self.pid, signal.SIGKILL)
+    def wait(self) -> None:
+        while self.poll() is None:
+            time.sleep(0.01)
 
 
 @pytest.fixture(autouse=True)
@@ -439,7 +440,7 @@ def test_a_process_that_dies_is_a_failed_cell(models: list[str], tmp_path: Path,
             super().__init__(files)
             while "started" not in states(results).values() and self.poll() is None:
                 time.sleep(0.001)
-            self.terminate()
+            os.kill(self.pid, signal.SIGKILL)
 
     sweep = definition(tmp_path, axes={**AXES, "method.parametrization": ["grun"]})
     with pytest.MonkeyPatch.context() as patch:

@@ -6,7 +6,6 @@ import contextlib
 import json
 import logging
 import shutil
-import subprocess
 import sys
 from collections.abc import Iterable
 from dataclasses import replace
@@ -14,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import grun
+from grun import stopping
 from grun.config import SequentialConfig
 from grun.data.corpus import Corpus
 from grun.data.rows import Row, hash_rows
@@ -42,19 +42,23 @@ def sequential(config: SequentialConfig) -> bool:
     plan = make_plan(config)
     with contextlib.redirect_stdout(sys.stderr):
         _prepare(plan, config)
-        failed = [method for method in plan.sequence.methods if start(plan.files, method) != 0]
+        ends = {method: start(plan.files, method) for method in plan.sequence.methods}
     from grun.sequential.report import make_report
 
     make_report(plan.files.results)
-    for method in failed:
-        log.info("failed: %s (its error stands above); the same command goes on", method)
+    failed = {method: status for method, status in ends.items() if status != 0}
+    for method, status in failed.items():
+        told = "its error stands above" if 0 < status < 128 else f"its process was stopped, status {status}"
+        log.info("failed: %s (%s); the same command goes on", method, told)
     return not failed
 
 
 def start(files: ExperimentFiles, method: str) -> int:
     """Carry out a method in a process of its own, whose peak of memory is then the method's; its exit status."""
     chain = ChainFiles(files.results, method).chain
-    return subprocess.run([sys.executable, "-m", "grun", "sequential", f"chain={chain}"], check=False).returncode
+    child = stopping.start([sys.executable, "-m", "grun", "sequential", f"chain={chain}"])
+    with stopping.ended([child]):
+        return child.wait()
 
 
 def _prepare(plan: Plan, config: SequentialConfig) -> None:

@@ -11,7 +11,9 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
+from grun import stopping
 from grun.errors import ConfigError
 from grun.sweep.cells import Cell, CellFiles
 
@@ -84,14 +86,11 @@ def start(files: CellFiles, launcher: str | None, jobs: int) -> subprocess.Popen
     if launcher is None:
         environment.setdefault("OMP_NUM_THREADS", str(max(1, processors() // jobs)))
     with open(files.log, "ab") as output:
-        return subprocess.Popen(
-            command if launcher is None else launcher.replace(PLACE, " ".join(command)),
-            shell=launcher is not None,
-            stdin=subprocess.DEVNULL,
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            env=environment,
-        )
+        streams: Any = {"stdin": subprocess.DEVNULL, "stdout": output, "stderr": subprocess.STDOUT, "env": environment}
+        if launcher is None:
+            return stopping.start(command, **streams)
+        line = launcher.replace(PLACE, " ".join(command))
+        return subprocess.Popen(line, shell=True, start_new_session=True, **streams)
 
 
 def run_cells(
@@ -121,13 +120,15 @@ def run_cells(
     if standing.done and waiting:
         log.info("%d of %d done before", len(standing.done), len(cells))
     running: dict[str, tuple[Cell, subprocess.Popen[bytes], float]] = {}
+    started: list[subprocess.Popen[bytes]] = []
     spent: list[float] = []
-    try:
+    with stopping.ended(started):
         while waiting or running:
             while waiting and len(running) < jobs:
                 cell = waiting.pop(0)
                 log.info("%s: %s", "handing over" if launcher else "start", cell.name)
-                running[cell.name] = (cell, start(places[cell.name], launcher, jobs), time.monotonic())
+                started.append(start(places[cell.name], launcher, jobs))
+                running[cell.name] = (cell, started[-1], time.monotonic())
             for name, (cell, process, began) in list(running.items()):
                 if process.poll() is None:
                     continue
@@ -141,9 +142,6 @@ def run_cells(
                 log.info("%s: %s", _ending(name, standing, seconds), _count(standing, len(cells)) + still)
             if running:
                 time.sleep(POLL_SECONDS)
-    finally:
-        for _, process, _ in running.values():  # interrupted
-            process.terminate()
     order = [cell.name for cell in cells]
     standing.done.sort(key=order.index)
     standing.failed = {name: standing.failed[name] for name in order if name in standing.failed}

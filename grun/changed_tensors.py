@@ -7,13 +7,15 @@ the model) and README.md. Putting it on a base replaces those tensors of it.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from grun.errors import AdapterError
 from grun.files import read_json, write_bytes, write_json, write_text
-from grun.method.adapter import CONFIG_FILE, WEIGHTS_FILE, check_base, peft_type, read_weights
+from grun.method.adapter import CONFIG_FILE, WEIGHTS_FILE, check_base, check_finite, peft_type, read_weights
 from grun.method.fingerprint import fingerprint
+from grun.typed import typed
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -61,7 +63,7 @@ def put_changed(base: PreTrainedModel, folder: Path, *, strict: bool = False) ->
 
     config = _read_config(folder)
     values = read_weights(folder)
-    if set(values) != set(config["tensors"]):
+    if set(values) != set(config.tensors):
         raise AdapterError(f"{folder} holds other tensors than {CONFIG_FILE} names; copy the whole adapter folder")
     if getattr(base, "quantization_method", None) is not None:
         raise AdapterError(f"{folder} replaces whole weights, and this base is quantized; unset model.quantization")
@@ -71,26 +73,39 @@ def put_changed(base: PreTrainedModel, folder: Path, *, strict: bool = False) ->
             there = f"has shape {list(own[name].shape)}" if name in own else "is not there"
             raise AdapterError(
                 f"{folder} does not go on this base: {name}, of shape {list(value.shape)}, {there}; it was trained on "
-                f"{config['base_model_name_or_path']}"
+                f"{config.base_model_name_or_path}"
             )
-    check_base(config["base_fingerprint"], config["base_model_name_or_path"], fingerprint(base), strict=strict)
+        if not value.is_floating_point():
+            raise AdapterError(
+                f"{folder / WEIGHTS_FILE}: tensor {name!r} is {value.dtype}, and no floats; save it again"
+            )
+        values[name] = value.to(own[name].dtype)
+    check_finite(values, folder / WEIGHTS_FILE)  # in the type of the base too
+    check_base(config.base_fingerprint, config.base_model_name_or_path, fingerprint(base), strict=strict)
     with torch.no_grad():
         for name, value in values.items():
             own[name].copy_(value)
 
 
-def _read_config(folder: Path) -> dict[str, Any]:
+@dataclass
+class _Config:
+    peft_type: str
+    format_version: int
+    base_model_name_or_path: str | None
+    base_fingerprint: str | None
+    tensors: list[str]
+
+
+def _read_config(folder: Path) -> _Config:
     path = folder / CONFIG_FILE
     if peft_type(folder) != KIND:
         raise AdapterError(f"{path}: peft_type is not {KIND}; load it with the library that wrote it")
-    config: dict[str, Any] = read_json(path)
-    if config.get("format_version") != FORMAT_VERSION:
+    values = read_json(path)
+    if values.get("format_version") != FORMAT_VERSION:
         raise AdapterError(
-            f"{path}: format version {config.get('format_version')}, not {FORMAT_VERSION}; use the GRUN that wrote it"
+            f"{path}: format version {values.get('format_version')}, not {FORMAT_VERSION}; use the GRUN that wrote it"
         )
-    missing = [key for key in ("base_model_name_or_path", "base_fingerprint", "tensors") if key not in config]
-    if missing:
-        raise AdapterError(f"{path}: {missing[0]!r} is missing; save the adapter again")
+    config: _Config = typed(_Config, values, str(path), lambda text: AdapterError(f"{text}; save the adapter again"))
     return config
 
 

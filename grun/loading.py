@@ -101,14 +101,17 @@ def adapter_hash(folder: Path) -> str:
 
 def _put_on(base: PreTrainedModel, folder: Path) -> PreTrainedModel:
     """`base` with the layers of a PEFT adapter inside; it stays a transformers model, so everything works on it."""
-    from peft import PeftModel
+    from peft import PeftModel, get_peft_model_state_dict
     from safetensors import SafetensorError
+
+    from grun.method.adapter import check_finite
 
     try:
         wrapped = PeftModel.from_pretrained(base, str(folder))
     except (OSError, ValueError, KeyError, RuntimeError, TypeError, SafetensorError) as error:
         text = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise AdapterError(f"the adapter {folder} does not go on this base model: {text}") from error
+    check_finite(get_peft_model_state_dict(wrapped), folder)
     wrapped.eval()
     return cast("PreTrainedModel", wrapped.get_base_model())
 

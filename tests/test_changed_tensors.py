@@ -97,6 +97,15 @@ def keep_one_tensor(folder: Path) -> None:
     save_file({NAMES[0]: load_file(path)[NAMES[0]]}, path)
 
 
+def change_first(change: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[Path], None]:
+    def edit(folder: Path) -> None:
+        path = folder / "adapter_model.safetensors"
+        tensors = load_file(path)
+        save_file({**tensors, NAMES[0]: change(tensors[NAMES[0]])}, path)
+
+    return edit
+
+
 def cut_the_weights(folder: Path) -> None:
     path = folder / "adapter_model.safetensors"
     path.write_bytes(path.read_bytes()[:-100])
@@ -107,8 +116,12 @@ def cut_the_weights(folder: Path) -> None:
     [
         (edit_config(peft_type="LORA"), "peft_type is not TENSORS"),
         (edit_config(format_version=2), "format version 2, not 1"),
-        (edit_config(tensors=...), "'tensors' is missing"),
-        (edit_config(base_fingerprint=...), "'base_fingerprint' is missing"),
+        (edit_config(tensors=...), "missing key 'tensors'"),
+        (edit_config(base_fingerprint=...), "missing key 'base_fingerprint'"),
+        (edit_config(tensors="all"), "tensors: 'all' is not what is expected"),
+        (edit_config(more=1), "unknown key 'more'"),
+        (change_first(lambda tensor: tensor.fill_(torch.nan)), "holds NaN or infinite numbers"),
+        (change_first(lambda tensor: tensor.int()), "is torch.int32, and no floats"),
         (keep_one_tensor, "holds other tensors than adapter_config.json names"),
         (cut_the_weights, "is damaged or truncated"),
         (lambda folder: (folder / "adapter_model.safetensors").unlink(), "is missing; copy the whole adapter folder"),

@@ -10,7 +10,7 @@ from typing import Any
 import demo
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tiny import FAMILIES, WIDTH, bfloat16_kernels, blocks_of, ragged_rows, tiny
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM
 
@@ -20,6 +20,7 @@ from grun.config import LoraConfig, MethodConfig, TrainConfig, UnlearnConfig
 from grun.data.encoding import Batch, collate
 from grun.data.templates import TEMPLATES, load
 from grun.errors import AdapterError, ConfigError
+from grun.loading import _put_on
 from grun.method.parametrization import Grun
 from grun.objectives.presets import build_objective
 from grun.parametrization import Parametrization
@@ -241,6 +242,16 @@ def test_an_adapter_of_another_model_is_an_error_of_one_line(tmp_path: Path) -> 
     lora(tiny("llama")).save(tmp_path)
     with pytest.raises(AdapterError, match="does not go on this base model"):
         Lora(MethodConfig()).load(tmp_path, tiny("llama", hidden_size=64))
+
+
+def test_an_adapter_with_numbers_that_are_none_is_refused(tmp_path: Path) -> None:
+    lora(tiny("llama")).save(tmp_path)
+    path = tmp_path / "adapter_model.safetensors"
+    tensors = load_file(path)
+    name = sorted(tensors)[0]
+    save_file({**tensors, name: torch.full_like(tensors[name], torch.nan)}, path)
+    with pytest.raises(AdapterError, match=f"tensor {name!r} holds NaN"):
+        _put_on(tiny("llama"), tmp_path)
 
 
 def test_saving_that_fails_leaves_no_half_adapter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,13 +14,15 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from tiny import tiny
 
 from grun import GrunModel
 from grun.data.rows import Row
 from grun.errors import AdapterError, ConfigError, DataError, GrunError, RunError
-from grun.files import content_hash, write_json
+from grun.files import content_hash, file_hash, write_json
 from grun.method.adapter import AdapterConfig
+from grun.method.stack import GrunStack
 from grun.requests.forget_rows import check_forget_rows, salted_hashes
 from grun.requests.manifest import Manifest
 from grun.requests.store import RequestStore
@@ -243,12 +245,14 @@ def test_a_manifest_that_is_not_as_written_is_refused_with_the_place(store: Requ
     for change, text in [
         ({"more": 1}, "unknown key 'more'"),
         ({"salt": 5}, "salt: 5 is not what is expected"),
-        ({"format_version": 2}, "format version 2, not 1"),
+        ({"format_version": 3}, "format version 3, not 2"),
         ({"requests": [{**request, "state": "asleep"}]}, r"requests\[0\]: state: 'asleep' is not"),
         ({"requests": [{**request, "folder": "../../elsewhere"}]}, "cannot lie in the folder"),
         ({"requests": [{**request, "data": {"rows": 2}}]}, "missing key 'hashes'"),
         ({"requests": [request, request]}, "two requests have the same id"),
         ({"history": {}}, "history: {} is not what is expected"),
+        ({"gate_threshold": float("nan")}, "gate_threshold: nan is not what is expected"),
+        ({"requests": [{**request, "files": {"../../secret": "00"}}]}, "has no file '../../secret'"),
     ]:
         write_json(path, whole | change)
         with pytest.raises(RunError, match=text) as error:
@@ -257,6 +261,138 @@ def test_a_manifest_that_is_not_as_written_is_refused_with_the_place(store: Requ
     path.write_text("{")
     with pytest.raises(RunError, match="not valid JSON"):
         RequestStore.open(store.folder)
+
+
+def change_config(folder: Path, **changes: Any) -> None:
+    path = folder / "adapter_config.json"
+    write_json(path, json.loads(path.read_text()) | changes)
+
+
+def change_tensors(folder: Path, change: Callable[[dict[str, torch.Tensor]], object]) -> None:
+    path = folder / "adapter_model.safetensors"
+    tensors = load_file(path)
+    change(tensors)
+    save_file(tensors, path)
+
+
+ROTATION, BIAS = "edits.1.edit.rotation", "edits.2.gate.0.bias"
+UNFIT: dict[str, tuple[Callable[[Path], object], str]] = {
+    "activation": (lambda folder: change_config(folder, activation="nonsense"), "unknown activation 'nonsense'"),
+    "position": (lambda folder: change_config(folder, gate_read=5), "gate_read: 5 is not what is expected"),
+    "rank": (
+        lambda folder: change_config(folder, rank=3),
+        f"{ROTATION}': found float32 [32, 2], expected floats [32, 3]",
+    ),
+    "width": (lambda folder: change_config(folder, hidden_size=64), ""),
+    "shape": (
+        lambda folder: change_tensors(folder, lambda t: t.update({BIAS: torch.zeros(2)})),
+        "[2], expected floats [1]",
+    ),
+    "type": (
+        lambda folder: change_tensors(folder, lambda t: t.update({BIAS: torch.zeros(1).int()})),
+        "found int32 [1]",
+    ),
+    "missing": (lambda folder: change_tensors(folder, lambda t: t.pop(BIAS)), f"{BIAS}': found nothing"),
+    "extra": (
+        lambda folder: change_tensors(folder, lambda t: t.update(x=torch.zeros(2))),
+        "'x': found float32 [2], exp",
+    ),
+    "nan": (lambda folder: change_tensors(folder, lambda t: t[ROTATION][0].fill_(torch.nan)), f"{ROTATION}' holds NaN"),
+    "inf": (
+        lambda folder: change_tensors(folder, lambda t: t[BIAS].fill_(torch.inf)),
+        f"{BIAS}' holds NaN or infinite",
+    ),
+    "huge": (
+        lambda folder: change_tensors(folder, lambda t: t.update({BIAS: torch.full([1], 1e300, dtype=torch.float64)})),
+        f"{BIAS}' holds NaN or infinite",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", UNFIT)
+def test_what_cannot_be_served_is_refused_by_load_stack_add_and_verify_alike(
+    name: str, store: RequestStore, adapters: list[Path], tmp_path: Path
+) -> None:
+    damage, text = UNFIT[name]
+    unfit = shutil.copytree(adapters[0], tmp_path / "unfit")
+    damage(unfit)
+    base = tiny(seed=0, dtype=torch.float32)
+    stack = GrunStack(base)
+    refusals: list[Callable[[], object]] = [lambda: stack.add("a", unfit), lambda: add(store, "a", unfit)]
+    for refusal in refusals:
+        with pytest.raises(AdapterError) as error:
+            refusal()
+        assert text in one_line(error)
+    stack.unwrap()
+    with pytest.raises(AdapterError) as error:
+        GrunModel.from_pretrained(base, unfit)
+    assert text in one_line(error)
+    assert store.manifest.ids() == []
+    add(store, "a", adapters[1])
+    shutil.copytree(unfit, store.adapter_folder("a"), dirs_exist_ok=True)
+    files = {path.name: file_hash(path) for path in store.adapter_folder("a").iterdir()}
+    problems = edited(store, lambda values: values["requests"][0].update(files=files), sealed=True)
+    assert any(problem.startswith("request a: the adapter cannot be read") and text in problem for problem in problems)
+
+
+# -- links and strangers ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["README.md", "adapter_config.json", "adapter_model.safetensors", "pipe"])
+def test_nothing_is_copied_through_a_link(name: str, store: RequestStore, adapters: list[Path], tmp_path: Path) -> None:
+    linked = shutil.copytree(adapters[0], tmp_path / "linked")
+    if name == "pipe":
+        name = "README.md"
+        (linked / name).unlink()
+        os.mkfifo(linked / name)
+    else:
+        shutil.move(linked / name, tmp_path / "elsewhere")
+        (linked / name).symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(
+        AdapterError, match=f"{name} is (a symbolic link|no regular file); put the file itself"
+    ) as error:
+        add(store, "a", linked)
+    one_line(error)
+    assert not list((store.folder / "requests").glob("*"))
+
+
+@pytest.mark.parametrize("what", ["folder", "file", "requests"])
+def test_a_link_in_a_store_is_named_by_verify_and_not_read(
+    what: str, store: RequestStore, adapters: list[Path], tmp_path: Path
+) -> None:
+    folder = add(store, "a", adapters[0])
+    linked = {"folder": folder, "file": folder / "adapter_model.safetensors", "requests": folder.parent}[what]
+    shutil.move(linked, tmp_path / "elsewhere")
+    linked.symlink_to(tmp_path / "elsewhere")
+    assert any("link" in str(problem) for problem in store.check())
+    with pytest.raises(AdapterError, match="link"):
+        GrunStack.from_folder(tiny(seed=0, dtype=torch.float32), store.folder)
+    before = {path.relative_to(tmp_path): path.is_file() for path in (tmp_path / "elsewhere").rglob("*")}
+    store.remove("a")
+    if what != "requests":
+        assert {path.relative_to(tmp_path): path.is_file() for path in (tmp_path / "elsewhere").rglob("*")} == before
+
+
+def test_what_is_not_the_stores_is_named_and_never_in_the_way(
+    store: RequestStore, adapters: list[Path], tmp_path: Path
+) -> None:
+    folder = add(store, "a", adapters[0])
+    requests = folder.parent
+    (requests / "notes.txt").write_text("mine")
+    (requests / ".DS_Store").write_text("mine")
+    shutil.copytree(folder, requests / "backup")
+    (requests / "link").symlink_to(tmp_path)
+    (requests / "b").write_text("mine")
+    (folder / "thesis.txt").write_text("mine")
+    named = "\n".join(map(str, store.check()))
+    for name in ("notes.txt", ".DS_Store", "backup", "link", "b"):
+        assert f"requests/{name} is not the store's" in named
+    assert add(store, "b", adapters[1]).name == "b@2"
+    store.set_state("a", "disabled")
+    store.remove("a")
+    assert sorted(os.listdir(requests)) == [".DS_Store", "a", "b", "b@2", "backup", "link", "notes.txt"]
+    assert os.listdir(folder) == ["thesis.txt"]
+    assert bytes_of(requests / "backup") == bytes_of(adapters[0])
 
 
 # -- changes are noticed ----------------------------------------------------------------------------------------------
@@ -318,6 +454,31 @@ def test_missing_changed_and_further_files_are_noticed(store: RequestStore, adap
     ):
         assert any(problem.startswith(text) for problem in problems), text
     assert len(problems) == 5
+
+
+CHANGES: dict[str, Callable[[RequestStore], object]] = {
+    "zeroed": lambda store: change_tensors(store.adapter_folder("a"), lambda t: [v.zero_() for v in t.values()]),
+    "swapped": lambda store: shutil.copytree(store.adapter_folder("b"), store.adapter_folder("a"), dirs_exist_ok=True),
+    "card": lambda store: (store.adapter_folder("a") / "README.md").write_text("x"),
+    "gone": lambda store: (store.adapter_folder("a") / "adapter_model.safetensors").unlink(),
+    "state": lambda store: edited(store, lambda values: values["requests"][0].update(state="disabled")),
+    "rule": lambda store: edited(store, lambda values: values.update(rule="max_gate"), sealed=True),
+    "old version": lambda store: edited(store, lambda v: v.update(rule="max_gate", format_version=1), sealed=True),
+}
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_a_store_that_was_changed_is_not_loaded(name: str, store: RequestStore, adapters: list[Path]) -> None:
+    for number, request_id in enumerate("ab"):
+        add(store, request_id, adapters[number])
+    base = tiny(seed=0, dtype=torch.float32)
+    GrunStack.from_folder(base, store.folder).unwrap()
+    CHANGES[name](store)
+    with pytest.raises(AdapterError) as error:
+        GrunStack.from_folder(base, store.folder)
+    assert str(store.folder) in one_line(error)
+    assert "generate" not in base.__dict__
+    assert store.check() != []
 
 
 def test_an_adapter_of_another_base_is_noticed(store: RequestStore, adapters: list[Path], tmp_path: Path) -> None:

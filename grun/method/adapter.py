@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import json
 import logging
-from dataclasses import asdict, dataclass, field, fields
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
 from grun.data.templates import Template
-from grun.errors import AdapterError
+from grun.errors import AdapterError, ConfigError
 from grun.files import read_json, write_bytes, write_json, write_text
+from grun.method.gate import GATES
+from grun.method.rules import check_rule
+from grun.typed import typed
 
 log = logging.getLogger(__name__)
 
@@ -22,6 +27,10 @@ STACK_FILE = "stack.json"
 """Manifest of a folder that holds the adapters of several requests (`grun.requests`)."""
 STACK = "STACK"
 """What `peft_type` says of such a folder."""
+LARGEST = 2**24
+"""Of a width or a depth."""
+LARGEST_BIAS = 1e30
+"""Of a gate's initial bias, well within float32."""
 
 
 @dataclass
@@ -66,32 +75,58 @@ class AdapterConfig:
         """Config and prompt template stored in `folder`; AdapterError if they cannot be used."""
         path = folder / CONFIG_FILE
         try:
-            values: dict[str, Any] = read_json(path)
+            data = path.read_bytes()
         except FileNotFoundError as error:
             raise AdapterError(f"{folder} is no GRUN adapter: {CONFIG_FILE} is missing") from error
-        except ValueError as error:
+        return cls.parse(data, path)
+
+    @classmethod
+    def parse(cls, data: bytes, path: Path) -> tuple[AdapterConfig, Template | None]:
+        """What `read` gives, from the bytes of the file at `path`: every field of its type, with a known value."""
+        try:
+            values: Any = json.loads(data)
+        except (ValueError, RecursionError) as error:
             raise AdapterError(f"{path} is not valid JSON ({error}); save the adapter again") from error
         if not isinstance(values, dict) or values.pop("peft_type", None) != "GRUN":
             raise AdapterError(f"{path}: peft_type is not GRUN; load it with the library that wrote it")
         version = values.pop("format_version", None)
         if version != FORMAT_VERSION:
             raise AdapterError(f"{path}: format version {version}, not {FORMAT_VERSION}; use the GRUN that wrote it")
-        template = values.pop("template", None)
-        unknown = sorted(set(values) - {field.name for field in fields(cls)})
-        if unknown:
-            raise AdapterError(f"{path}: unknown key {unknown[0]!r}; use the GRUN that wrote it")
+
+        def damaged(text: str) -> AdapterError:
+            return AdapterError(f"{text}; save the adapter again, with the GRUN that wrote it")
+
         try:
-            config = cls(**values)
-        except TypeError as error:
-            raise AdapterError(f"{path}: {error}; save the adapter again") from error
-        blocks = config.blocks if isinstance(config.blocks, list) else [None]
-        sizes = [config.rank, config.hidden_size, config.depth]
-        if not blocks or not all(type(number) is int for number in [*blocks, *sizes]) or min(sizes) < 1:
-            raise AdapterError(
-                f"{path}: blocks must be a list of integers, rank, hidden_size and depth integers above 0; save the "
-                "adapter again"
-            )
-        return config, None if template is None else Template.from_dict(template)
+            template = typed(Template | None, values.pop("template", None), f"{path}: template", damaged)
+            config: AdapterConfig = typed(cls, values, str(path), damaged)
+            config.check()
+        except ConfigError as error:
+            raise damaged(f"{path}: {error}") from error
+        return config, template
+
+    def check(self) -> None:
+        """ConfigError names a field whose value cannot be, and what could."""
+        for name in ("rank", "hidden_size", "depth"):
+            most = self.hidden_size if name == "rank" else LARGEST
+            if not 1 <= getattr(self, name) <= most:
+                raise ConfigError(f"{name} {getattr(self, name)} must lie between 1 and {most}")
+        if not self.blocks or not all(0 <= block < self.depth for block in self.blocks):
+            raise ConfigError(f"blocks {self.blocks} must lie within 0..{self.depth - 1}, at least one of them")
+        if self.blocks != sorted(set(self.blocks)):
+            raise ConfigError(f"blocks {self.blocks} must be distinct and ascend")
+        if not 0 <= self.dropout < 1:
+            raise ConfigError(f"dropout {self.dropout} must lie in [0, 1)")
+        if self.gate_bias is not None and not abs(self.gate_bias) < LARGEST_BIAS:
+            raise ConfigError(f"gate_bias {self.gate_bias} must lie between -{LARGEST_BIAS:g} and {LARGEST_BIAS:g}")
+        if not all(0 <= token < 2**31 for token in self.reset_ids):
+            raise ConfigError(f"reset_ids {self.reset_ids} must be token ids, 0 or more")
+        GATES.get(self.gate)
+        check_rule(self.gate_read, self.gate_accumulate, self.edit_write)
+        if self.activation is not None:
+            from transformers.activations import ACT2FN
+
+            if self.activation not in ACT2FN:
+                raise ConfigError(f"unknown activation {self.activation!r}; known: {', '.join(sorted(ACT2FN))}")
 
     def check_fingerprint(self, of_base: str, *, strict: bool, quantized: bool = False) -> None:
         """Compare the base's fingerprint with the stored one: a warning, or AdapterError if `strict`.
@@ -164,22 +199,35 @@ def check_fits(config: AdapterConfig, hidden_size: int, depth: int, folder: Path
             f"{folder}: made for hidden size {config.hidden_size} and {config.depth} blocks, this base has hidden size "
             f"{hidden_size} and {depth} blocks; it was trained on {config.base_model_name_or_path}"
         )
-    if not all(0 <= block < depth for block in config.blocks):
-        raise AdapterError(f"{folder}: blocks {config.blocks} must lie within 0..{depth - 1}; save the adapter again")
 
 
 def read_weights(folder: Path) -> dict[str, Tensor]:
-    """Tensors of the adapter; AdapterError if the file is missing or damaged."""
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
+    """Tensors of an adapter, whatever its kind; AdapterError: the file is missing, damaged, or holds NaN or inf."""
     path = folder / WEIGHTS_FILE
     try:
-        return load_file(str(path))
+        return parse_weights(path.read_bytes(), path)
     except FileNotFoundError as error:
         raise AdapterError(f"{path} is missing; copy the whole adapter folder") from error
-    except (SafetensorError, OSError, ValueError) as error:
+
+
+def parse_weights(data: bytes, path: Path) -> dict[str, Tensor]:
+    """What `read_weights` gives, from the bytes of the file at `path`."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load
+
+    try:
+        weights: dict[str, Tensor] = load(data)
+    except (SafetensorError, OSError, ValueError, KeyError) as error:
         raise AdapterError(f"{path} is damaged or truncated ({error}); copy or save the adapter again") from error
+    check_finite(weights, path)
+    return weights
+
+
+def check_finite(weights: Mapping[str, Tensor], where: str | Path) -> None:
+    """AdapterError names the first tensor with a number that is not finite, or not once it is a float32."""
+    for name, tensor in weights.items():
+        if tensor.is_floating_point() and not bool(tensor.float().isfinite().all()):
+            raise AdapterError(f"{where}: tensor {name!r} holds NaN or infinite numbers; train or copy it again")
 
 
 def write_adapter(folder: Path, config: AdapterConfig, weights: dict[str, Tensor], template: Template | None) -> None:

@@ -9,12 +9,11 @@ from typing import TYPE_CHECKING
 from zlib import crc32
 
 import torch
-from torch import Tensor
 
 from grun.data.templates import Template
 from grun.devices import device_of
-from grun.errors import AdapterError, ConfigError
-from grun.method.adapter import CONFIG_FILE, AdapterConfig, check_fits, find_adapter, read_weights, write_adapter
+from grun.errors import ConfigError
+from grun.method.adapter import AdapterConfig, find_adapter, write_adapter
 from grun.method.edit import LoReftEdit
 from grun.method.fingerprint import fingerprint
 from grun.method.gate import GATES, set_bias
@@ -23,6 +22,7 @@ from grun.method.intervention import GatedIntervention
 from grun.method.position import position_rule
 from grun.method.stack import GrunStack
 from grun.method.stacked import InForce
+from grun.method.validation import validate
 from pyvene_custom import find_blocks
 
 if TYPE_CHECKING:
@@ -105,10 +105,6 @@ class GrunModel(EditedModel):
         refuse_wrapped(base)
         depth = len(find_blocks(base)[1])
         hidden_size = hidden_size_of(base)
-        if not 1 <= rank <= hidden_size:
-            raise ConfigError(f"rank {rank} must lie between 1 and the hidden size {hidden_size}")
-        if not 0 <= dropout < 1:
-            raise ConfigError(f"dropout {dropout} must lie in [0, 1)")
         config = AdapterConfig(
             blocks=resolve_blocks(blocks, depth),
             rank=rank,
@@ -127,6 +123,7 @@ class GrunModel(EditedModel):
             base_revision=getattr(base.config, "_commit_hash", None),
             base_fingerprint=fingerprint(base),
         )
+        config.check()
         return cls(base, config, template, beside)
 
     @classmethod
@@ -145,26 +142,12 @@ class GrunModel(EditedModel):
         """
         refuse_wrapped(base_model)
         folder = find_adapter(folder_or_hub_id)
-        config, template = AdapterConfig.read(folder)
-        check_fits(config, hidden_size_of(base_model), len(find_blocks(base_model)[1]), folder)
+        adapter = validate(folder, base_model)
         quantized = getattr(base_model, "quantization_method", None) is not None
-        config.check_fingerprint(fingerprint(base_model), strict=strict, quantized=quantized)
-        weights = read_weights(folder)
-        model = cls(base_model, config, template)
-        try:
-            model.load_weights(weights, folder)
-        except BaseException:
-            model.unwrap()
-            raise
+        adapter.config.check_fingerprint(fingerprint(base_model), strict=strict, quantized=quantized)
+        model = cls(base_model, adapter.config, adapter.template)
+        model.load_state_dict(adapter.weights)
         return model.eval()
-
-    def load_weights(self, weights: dict[str, Tensor], source: str | Path) -> None:
-        """Copy `weights` (names as in `state_dict`) into the edits; AdapterError names what does not fit."""
-        own = self.state_dict()
-        wrong = sorted(set(own) ^ set(weights)) or sorted(k for k in own if own[k].shape != weights[k].shape)
-        if wrong:
-            raise AdapterError(f"{source}: weights do not match {CONFIG_FILE}, first at {wrong[0]!r}; save it again")
-        self.load_state_dict(weights)
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write adapter_config.json, adapter_model.safetensors and a model card; each file is whole or absent."""
@@ -224,8 +207,6 @@ def gated_intervention(config: AdapterConfig) -> GatedIntervention:
     """Newly initialized edit and gate of one block."""
     from transformers.activations import ACT2FN
 
-    if config.activation is not None and config.activation not in ACT2FN:
-        raise ConfigError(f"unknown activation {config.activation!r}; known: {', '.join(sorted(ACT2FN))}")
     activation = None if config.activation is None else ACT2FN[config.activation]
     gate = GATES.get(config.gate)(config.hidden_size)
     if gate is not None and config.gate_bias is not None:

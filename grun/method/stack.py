@@ -12,12 +12,13 @@ from torch import Tensor, nn
 from grun.data.templates import Template
 from grun.devices import device_of
 from grun.errors import AdapterError, ConfigError
-from grun.method.adapter import AdapterConfig, check_fits, find_adapter, read_weights
+from grun.method.adapter import AdapterConfig, find_adapter
 from grun.method.combination import RULES
 from grun.method.fingerprint import fingerprint
 from grun.method.host import EditedModel, hidden_size_of, refuse_wrapped
 from grun.method.position import Call, Changes, LastPrompt, PositionRule, attended
 from grun.method.stacked import Kind, StackedIntervention, StackSites
+from grun.method.validation import Adapter, validate
 from grun.registry import unknown_name
 from pyvene_custom import Sites
 
@@ -58,7 +59,6 @@ class GrunStack(EditedModel):
         self.gate_threshold = gate_threshold
         self.configs: dict[str, AdapterConfig] = {}
         """What each request's adapter is, by name, in the order of adding."""
-        self._fingerprint: str | None = None
 
     @classmethod
     def from_folder(cls, base: PreTrainedModel, folder: str | Path, *, strict: bool = False) -> GrunStack:
@@ -71,15 +71,16 @@ class GrunStack(EditedModel):
 
         Raises:
             RunError: the store's manifest cannot be read.
-            AdapterError: an adapter is missing, damaged, or made for another model.
+            AdapterError: the manifest or an adapter was changed, is missing or damaged, or made for another model.
         """
         from grun.requests.store import RequestStore
 
         store = RequestStore.open(folder)
         stack = cls(base, rule=store.manifest.rule, gate_threshold=store.manifest.gate_threshold)
         try:
+            store.check_manifest()
             active = store.manifest.ids(active=True)
-            stack.add_all({name: store.adapter_folder(name) for name in active}, strict=strict)
+            stack._add_read({name: store.adapter(name, base) for name in active}, strict=strict)
         except BaseException:
             stack.unwrap()
             raise
@@ -108,14 +109,16 @@ class GrunStack(EditedModel):
 
     def add_all(self, folders: Mapping[str, str | Path], *, strict: bool = False) -> None:
         """Put many requests on the model at once, faster than one after another; all of them or none. See `add`."""
-        read: dict[str, tuple[AdapterConfig, dict[str, Tensor]]] = {}
-        for name, source in folders.items():
-            folder = find_adapter(source)
-            config, template = AdapterConfig.read(folder)
-            self._check(name, config, folder, strict=strict)
-            read[name] = config, read_weights(folder)
-            self.template = self.template or template
-        self.add_weights(read)
+        read = {name: validate(find_adapter(folder), self.base) for name, folder in folders.items()}
+        self._add_read(read, strict=strict)
+
+    def _add_read(self, read: Mapping[str, Adapter], *, strict: bool) -> None:
+        of_base = fingerprint(self.base)
+        quantized = getattr(self.base, "quantization_method", None) is not None
+        for adapter in read.values():
+            adapter.config.check_fingerprint(of_base, strict=strict, quantized=quantized)
+        self.add_weights({name: (adapter.config, adapter.weights) for name, adapter in read.items()})
+        self.template = self.template or next((one.template for one in read.values() if one.template), None)
 
     def add_weights(self, requests: Mapping[str, tuple[AdapterConfig, Mapping[str, Tensor]]]) -> None:
         """Put requests on the model that are in memory: of each its config and the state of a `GrunModel`."""
@@ -203,13 +206,6 @@ class GrunStack(EditedModel):
         rules = {position: kind.rule() for position, kind in sorted(kinds.items())}
         rule = _Several(rules) if len(rules) > 1 else next(iter(rules.values()), LastPrompt())
         self._put(edits, rule)
-
-    def _check(self, name: str, config: AdapterConfig, folder: Path, *, strict: bool) -> None:
-        check_fits(config, hidden_size_of(self.base), len(self.intervenable.blocks), folder)
-        if self._fingerprint is None:
-            self._fingerprint = fingerprint(self.base)
-        quantized = getattr(self.base, "quantization_method", None) is not None
-        config.check_fingerprint(self._fingerprint, strict=strict, quantized=quantized)
 
 
 class _Several:

@@ -22,6 +22,7 @@ from grun.method.adapter import AdapterConfig, write_adapter
 from grun.method.fingerprint import fingerprint
 from grun.method.gate import GATES
 from grun.method.host import hidden_size_of
+from grun.method.validation import validate
 from grun.profiles import to_dict
 from grun.runs import IDENTITY_FILE, finish_run, identity, open_run
 from pyvene_custom import find_blocks
@@ -116,6 +117,7 @@ def import_adapter(config: ImportConfig) -> Path:
     weights = adapter_weights(layers)
     with writing(folder), whole_folder(folder) as new:
         write_adapter(new, adapter, weights, template)
+        validate(new, base)
         write_json(new / IDENTITY_FILE, run_identity)
         finish_run(
             new,

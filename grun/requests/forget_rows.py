@@ -20,8 +20,12 @@ def salted_hashes(rows: Sequence[Row], salt: str) -> tuple[str, ...]:
         rows: forget rows.
         salt: hex.
     """
-    key = bytes.fromhex(salt)
-    return tuple(hmac.new(key, _canonical(row), hashlib.sha256).hexdigest() for row in rows)
+    return tuple(salted_hash(_canonical(row), salt) for row in rows)
+
+
+def salted_hash(message: str, salt: str) -> str:
+    """HMAC-SHA256 (hex) of a text."""
+    return hmac.new(bytes.fromhex(salt), message.encode(), hashlib.sha256).hexdigest()
 
 
 def check_forget_rows(forget: Sequence[Row], retain: Sequence[Row]) -> None:
@@ -49,5 +53,5 @@ def _stripped(prompt: str | None) -> str | None:
     return None if prompt is None else prompt.strip()
 
 
-def _canonical(row: Row) -> bytes:
-    return json.dumps([row.prompt, row.completion], ensure_ascii=False, separators=(",", ":")).encode()
+def _canonical(row: Row) -> str:
+    return json.dumps([row.prompt, row.completion], ensure_ascii=False, separators=(",", ":"))

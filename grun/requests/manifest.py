@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import functools
 import re
-import types
-import typing
-from collections.abc import Hashable
 from dataclasses import dataclass, is_dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -15,8 +11,14 @@ from grun.errors import ConfigError, RunError
 from grun.files import content_hash, read_json
 from grun.method.adapter import STACK_FILE
 from grun.registry import unknown_name
+from grun.requests.copying import FILES
+from grun.typed import typed
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+WITHOUT_STATE = 1
+"""Version whose events do not say what the manifest held; it is read, and the next change makes it the newer one."""
+NEWER = ("whole", "state", "signature")
+"""Fields that came with version 2."""
 MANIFEST_FILE = STACK_FILE
 
 State = Literal["active", "disabled"]
@@ -56,6 +58,8 @@ class Data:
     """Number of forget rows."""
     hashes: tuple[str, ...]
     """Salted hash of each forget row, in their order (`grun.requests.forget_rows`)."""
+    whole: str | None = None
+    """Salted hash of `hash_rows` of all of them, by which what a cache keeps of them is found."""
 
 
 @dataclass(frozen=True)
@@ -99,7 +103,19 @@ class Event:
     files: str | None
     """Hash of the adapter's files where one was added."""
     digest: str
-    """Hash of this event and of the digest before it."""
+    """Hash of this event and of the digest before it. That of the last event is the store's head."""
+    state: str | None = None
+    """Hash of the manifest's content after the event, so that a head stands for all of it; None before version 2."""
+
+
+@dataclass(frozen=True)
+class Signature:
+    """Whoever held the key has seen this head."""
+
+    public_key: str
+    """ed25519, 32 bytes, hex."""
+    signature: str
+    """Of the text `grun requests HEAD`, 64 bytes, hex."""
 
 
 @dataclass(frozen=True)
@@ -121,6 +137,8 @@ class Manifest:
     """Oldest first."""
     digest: str
     """Hash of all the rest."""
+    signature: Signature | None = None
+    """Of the head; None: it is not signed."""
 
     @classmethod
     def read(cls, folder: Path) -> Manifest:
@@ -132,17 +150,19 @@ class Manifest:
             raise RunError(
                 f"{folder} is no request store: {MANIFEST_FILE} is missing; `python -m grun requests add` makes one"
             ) from error
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise RunError(f"{path} is not valid JSON ({error}); restore it from a copy") from error
         version = values.get("format_version") if isinstance(values, dict) else None
-        if version != FORMAT_VERSION:
+        if version not in (WITHOUT_STATE, FORMAT_VERSION):
             raise RunError(f"{path}: format version {version}, not {FORMAT_VERSION}; use the GRUN that wrote it")
-        manifest: Manifest = _typed(cls, values, str(path))
+        manifest: Manifest = typed(cls, values, str(path), lambda text: RunError(f"{text}; restore it from a copy"))
         for request in manifest.requests:
             if not is_id(request.id) or not re.fullmatch(re.escape(request.id) + r"(@\d+)?", request.folder):
                 raise RunError(
                     f"{path}: request {request.id!r} cannot lie in the folder {request.folder!r}; restore it"
                 )
+            if foreign := sorted(set(request.files) - set(FILES)):
+                raise RunError(f"{path}: request {request.id!r} has no file {foreign[0]!r}; restore it from a copy")
         ids = [request.id for request in manifest.requests]
         if len(set(ids)) != len(ids):
             raise RunError(f"{path}: two requests have the same id; restore it from a copy")
@@ -156,6 +176,18 @@ class Manifest:
     def sealed(self) -> Manifest:
         """The same with the digest that belongs to its content."""
         return replace(self, digest=_digest(self))
+
+    @property
+    def head(self) -> str | None:
+        """Digest of the last event, which stands for all before it and for the content; None: there is no event."""
+        return self.history[-1].digest if self.history else None
+
+    def since(self, head: str) -> tuple[Event, ...] | None:
+        """Events after that of the head (64 hex digits, or the first 16 or more); None: no event has it."""
+        for number, event in enumerate(self.history, start=1):
+            if len(head) >= 16 and event.digest.startswith(head.lower()):
+                return self.history[number:]
+        return None
 
     def request(self, request_id: str) -> Request:
         """The request of that id; ConfigError names the nearest ones."""
@@ -173,12 +205,12 @@ class Manifest:
         return [request.id for request in self.requests if request_id in request.beside]
 
     def with_event(self, action: Action, time: str, request: Request | None = None) -> Manifest:
-        """The same with one more event, sealed; `files` are noted where an adapter came in."""
+        """The same with one more event, sealed but not signed; `files` are noted where an adapter came in."""
         files = content_hash(request.files) if request is not None and action in ("add", "replace") else None
-        event = Event(time, action, None if request is None else request.id, files, "")
-        before = self.history[-1].digest if self.history else self.salt
-        event = replace(event, digest=_chained(before, event))
-        return replace(self, history=(*self.history, event)).sealed()
+        newest = replace(self, format_version=FORMAT_VERSION, signature=None)
+        event = Event(time, action, None if request is None else request.id, files, "", _state(newest))
+        event = replace(event, digest=_chained(self.head or self.salt, event))
+        return replace(newest, history=(*self.history, event)).sealed()
 
     def problems(self) -> list[Problem]:
         """Traces of a change that this package did not make: digest, chain of events, and whether they lead here."""
@@ -195,6 +227,9 @@ class Manifest:
             request.id: (request.state, content_hash(request.files)) for request in self.requests
         }:
             found.append(Problem(None, "the history does not lead to the requests that are there"))
+        state = self.history[-1].state if self.history else None
+        if not found and state != _state(self) and (state is not None or self.format_version != WITHOUT_STATE):
+            found.append(Problem(None, "the content is not what it was after the last event of the history"))
         return found
 
 
@@ -216,14 +251,25 @@ def _digest(manifest: Manifest) -> str:
     return content_hash({key: value for key, value in manifest.to_dict().items() if key != "digest"})
 
 
+def _state(manifest: Manifest) -> str:
+    """Hash of what a manifest holds besides its history and what follows from that."""
+    values = manifest.to_dict()
+    return content_hash(
+        [values[name] for name in ("format_version", "salt", "base", "rule", "gate_threshold", "requests")]
+    )
+
+
 def _chained(before: str, event: Event) -> str:
     return content_hash([before, {key: value for key, value in _plain(event).items() if key != "digest"}])
 
 
 def _plain(value: Any) -> Any:
-    """`value` as JSON holds it; nothing is copied, unlike by `asdict`, for the sake of stores of thousands."""
+    """`value` as JSON holds it; nothing is copied, unlike by `asdict`, for the sake of stores of thousands.
+
+    Fields that version 1 did not have are left out where they are None, so that its digests stay as they are.
+    """
     if is_dataclass(value):
-        return {name: _plain(part) for name, part in vars(value).items()}
+        return {name: _plain(part) for name, part in vars(value).items() if part is not None or name not in NEWER}
     return [_plain(part) for part in value] if isinstance(value, tuple) else value
 
 
@@ -240,37 +286,3 @@ def _replayed(history: tuple[Event, ...]) -> dict[str, tuple[str, str | None]]:
         elif event.request in left:
             left[event.request] = ("disabled" if event.action == "disable" else "active", left[event.request][1])
     return left
-
-
-@functools.cache
-def _hints(kind: Hashable) -> dict[str, Any]:
-    """Annotation of each field; looking them up takes longer than all the rest."""
-    return typing.get_type_hints(typing.cast(type, kind))
-
-
-def _typed(kind: Any, value: Any, where: str) -> Any:
-    """`value`, as JSON gives it, as an instance of the annotation `kind`; RunError names the place where it is none."""
-    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
-    if is_dataclass(kind) and isinstance(value, dict):
-        hints = _hints(typing.cast(Hashable, kind))
-        for name in [*value, *hints]:
-            if (name in value) != (name in hints):
-                raise RunError(f"{where}: {'unknown' if name in value else 'missing'} key {name!r}; restore it")
-        return typing.cast(Any, kind)(**{name: _typed(hints[name], value[name], f"{where}: {name}") for name in hints})
-    if kind is Any:
-        return value
-    if origin is tuple and isinstance(value, list):
-        return tuple(_typed(arguments[0], part, f"{where}[{number}]") for number, part in enumerate(value))
-    if origin is dict and isinstance(value, dict):
-        return {str(name): _typed(arguments[1], part, f"{where}.{name}") for name, part in value.items()}
-    if origin is Literal and value in arguments:
-        return value
-    if origin is types.UnionType:
-        return None if value is None else _typed(arguments[0], value, where)
-    if type(value) is kind or (kind is float and type(value) is int):
-        return value
-    raise RunError(f"{where}: {value!r} is not what is expected there ({_name(kind)}); restore it from a copy")
-
-
-def _name(kind: Any) -> str:
-    return getattr(kind, "__name__", None) or str(kind)

@@ -6,28 +6,34 @@
     reports/         what `requests verify` found
 
 A process that is killed at any moment leaves the store as it was before or as it is afterwards. What it leaves
-beside, the next writer clears away.
+beside, the next writer clears away: a writer first notes in .pending which folders it makes or deletes. Whatever else
+lies in the folder is not the store's, and is left alone.
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
+import itertools
 import json
+import logging
+import os
 import secrets
 import shutil
+import uuid
 from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from grun.data.rows import Row
+from grun.data.rows import Row, hash_rows
 from grun.errors import AdapterError, ConfigError, DataError, RunError
-from grun.files import file_hash, write_json, writing
-from grun.method.adapter import WEIGHTS_FILE, AdapterConfig, read_weights
+from grun.files import file_hash, read_json, write_json, writing
+from grun.method.adapter import WEIGHTS_FILE
+from grun.method.validation import Adapter, validate
 from grun.requests.checking import request_problems
-from grun.requests.copying import copy_adapter, sync
-from grun.requests.forget_rows import salted_hashes
+from grun.requests.copying import copy_files, delete_files, sync
+from grun.requests.forget_rows import salted_hash, salted_hashes
 from grun.requests.manifest import (
     FORMAT_VERSION,
     MANIFEST_FILE,
@@ -41,33 +47,53 @@ from grun.requests.manifest import (
     check_id,
 )
 
+if TYPE_CHECKING:
+    from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+    from transformers import PreTrainedModel
+
+log = logging.getLogger(__name__)
+
 LOCK_FILE = ".lock"
+PENDING_FILE = ".pending"
+"""Names of folders under requests/ that a writer makes or deletes at this moment."""
 
 
 class RequestStore:
     """Requests to forget of one base model. Any number of processes may read it; one at a time may write."""
 
-    def __init__(self, folder: Path, manifest: Manifest) -> None:
+    def __init__(self, folder: Path, manifest: Manifest, key: Ed25519PrivateKey | None = None) -> None:
         """Use `open` or `create`."""
         self.folder = folder
+        self._key = key
         self.manifest = manifest
         """As it was read last; read anew when this process begins to write."""
         self._writers = 0
 
     @classmethod
-    def open(cls, folder: str | Path) -> RequestStore:
-        """The store in `folder`; RunError if there is none, or if its manifest cannot be read."""
+    def open(cls, folder: str | Path, key: Ed25519PrivateKey | None = None) -> RequestStore:
+        """The store in `folder`; RunError if there is none, or if its manifest cannot be read.
+
+        With `key` (`grun.requests.signing.read_key`) the head is signed at each change.
+        """
         folder = Path(folder).expanduser()
-        return cls(folder, Manifest.read(folder))
+        return cls(folder, Manifest.read(folder), key)
 
     @classmethod
-    def create(cls, folder: str | Path, *, rule: str = "sum", gate_threshold: float | None = None) -> RequestStore:
+    def create(
+        cls,
+        folder: str | Path,
+        *,
+        rule: str = "sum",
+        gate_threshold: float | None = None,
+        key: Ed25519PrivateKey | None = None,
+    ) -> RequestStore:
         """A new, empty store.
 
         Args:
             folder: new or empty.
             rule: how edits are combined, a name of `grun.method.combination.RULES`.
             gate_threshold: gate probability below which an edit is skipped; None: never.
+            key: as of `open`.
 
         Raises:
             ConfigError: the rule is unknown, the threshold no probability.
@@ -86,9 +112,10 @@ class RequestStore:
             raise RunError(f"{folder} is a file; name a folder as store")
         with writing(folder):
             folder.mkdir(parents=True, exist_ok=True)
-        store = cls(folder, empty.with_event("create", _now()))
+        store = cls(folder, empty.with_event("create", _now()), key)
         with store._locked():
-            if any(not entry.name.startswith(".") for entry in folder.iterdir()):
+            left = {LOCK_FILE, *(entry.name for entry in folder.glob(f".{MANIFEST_FILE}.*.tmp"))}
+            if any(entry.name not in left for entry in folder.iterdir()):
                 raise RunError(f"{folder} is not empty; name a new folder as store")
             store._commit(store.manifest)
         return store
@@ -96,6 +123,18 @@ class RequestStore:
     def adapter_folder(self, request_id: str) -> Path:
         """Folder of a request's adapter; ConfigError if there is no such request."""
         return self.folder / "requests" / self.manifest.request(request_id).folder
+
+    def check_manifest(self) -> None:
+        """AdapterError unless the manifest is as it was written last: what reads adapters asks before it does."""
+        problems = [str(problem) for problem in self.manifest.problems()]
+        if (self.folder / "requests").is_symlink():
+            problems.append("requests is a symbolic link")
+        if problems:
+            raise AdapterError(f"{self.folder}: {problems[0]}; `requests verify` says more, restore it from a copy")
+
+    def adapter(self, request_id: str, base: PreTrainedModel | None = None) -> Adapter:
+        """A request's adapter; AdapterError if a file is not the manifest's, or does not fit `base`."""
+        return validate(self.adapter_folder(request_id), base, digests=self.manifest.request(request_id).files)
 
     def training_folder(self, request_id: str) -> Path:
         """Where the adapter of a request is trained."""
@@ -110,6 +149,7 @@ class RequestStore:
         Raises:
             RunError: another process is writing, or the manifest was changed by something else than this class, which
                 a new digest would hide.
+            ConfigError: it is signed, and there is no key.
         """
         if self._writers:
             yield
@@ -118,6 +158,10 @@ class RequestStore:
             self.manifest = Manifest.read(self.folder)
             if problems := self.manifest.problems():
                 raise RunError(f"{self.folder}: {problems[0]}; restore {MANIFEST_FILE} from a copy before changing it")
+            if self.manifest.signature is not None and self._key is None:
+                raise ConfigError(f"{self.folder} is signed at each change; set key=FILE")
+            if self.manifest.format_version != FORMAT_VERSION:
+                log.info("%s: from this change on the history stands for the content too (format 2)", self.folder)
             self._clear_leftovers()
             self._writers += 1
             try:
@@ -165,25 +209,37 @@ class RequestStore:
             for other in beside:
                 self.manifest.request(other)
             base = self._base_of(adapter)
-            folder = self._copied(request_id, adapter, forget_rows if store_text else None)
-            request = Request(
-                id=request_id,
-                folder=folder.name,
-                state="active",
-                time=_now(),
-                files={file.name: file_hash(file) for file in sorted(folder.iterdir())},
-                data=Data(len(forget_rows), salted_hashes(forget_rows, self.manifest.salt)),
-                config=json.loads(json.dumps(config)),  # as it will be read again, so that the digest stays the same
-                metrics=json.loads(json.dumps(metrics or {})),
-                beside=tuple(beside),
-                text_stored=store_text,
-                note=note,
-            )
-            others = self.manifest.requests
-            kept = tuple(request if other.id == request_id else other for other in others)
-            changed = dataclasses.replace(self.manifest, base=base, requests=kept if replace else (*others, request))
-            self._commit(changed.with_event("replace" if replace else "add", request.time, request))
-            self._clear_leftovers()  # the adapter that was replaced, the training that is done
+            replaced = [other.folder for other in self.manifest.requests if other.id == request_id]
+            folder = self._new_folder(request_id)
+            temporary = folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:8]}.tmp")
+            with self._pending([folder.name, temporary.name, *replaced]):
+                with writing(self.folder):
+                    copy_files(adapter, folder, temporary, text=forget_rows if store_text else None)
+                request = Request(
+                    id=request_id,
+                    folder=folder.name,
+                    state="active",
+                    time=_now(),
+                    files={file.name: file_hash(file) for file in sorted(folder.iterdir())},
+                    data=Data(
+                        len(forget_rows),
+                        salted_hashes(forget_rows, self.manifest.salt),
+                        salted_hash(hash_rows(forget_rows), self.manifest.salt),
+                    ),
+                    config=json.loads(
+                        json.dumps(config)
+                    ),  # as it will be read again, so that the digest stays the same
+                    metrics=json.loads(json.dumps(metrics or {})),
+                    beside=tuple(beside),
+                    text_stored=store_text,
+                    note=note,
+                )
+                others = self.manifest.requests
+                kept = tuple(request if other.id == request_id else other for other in others)
+                changed = dataclasses.replace(
+                    self.manifest, base=base, requests=kept if replace else (*others, request)
+                )
+                self._commit(changed.with_event("replace" if replace else "add", request.time, request))
             return folder
 
     def remove(self, request_id: str) -> list[str]:
@@ -196,8 +252,8 @@ class RequestStore:
         with self.writing():
             request = self.manifest.request(request_id)
             left = tuple(other for other in self.manifest.requests if other.id != request_id)
-            self._commit(dataclasses.replace(self.manifest, requests=left).with_event("remove", _now(), request))
-            self._clear_leftovers()
+            with self._pending([request.folder]):
+                self._commit(dataclasses.replace(self.manifest, requests=left).with_event("remove", _now(), request))
             shutil.rmtree(self.training_folder(request_id), ignore_errors=True)
             return self.manifest.dependents(request_id)
 
@@ -230,7 +286,10 @@ class RequestStore:
         with writing(folder):
             folder.mkdir(parents=True)
             for request in map(self.manifest.request, request_ids):
-                shutil.copytree(self.adapter_folder(request.id), folder / "requests" / request.folder)
+                new = folder / "requests" / request.folder
+                copy_files(
+                    self.adapter_folder(request.id), new, new.with_name(f".{new.name}.tmp"), names=list(request.files)
+                )
                 manifest = dataclasses.replace(manifest, requests=(*manifest.requests, request))
                 manifest = manifest.with_event("add", request.time, request)
         part = RequestStore(folder, manifest)
@@ -246,6 +305,16 @@ class RequestStore:
         """
         self.manifest = Manifest.read(self.folder)
         found = self.manifest.problems()
+        for name in (MANIFEST_FILE, "requests", "training", "reports"):
+            if (self.folder / name).is_symlink():
+                found.append(Problem(None, f"{name} is a symbolic link"))
+        named = {request.folder for request in self.manifest.requests} | self._noted()
+        there = sorted(entry.name for entry in (self.folder / "requests").glob("*"))
+        found += [
+            Problem(None, f"requests/{name} is not the store's; it is left alone")
+            for name in there
+            if name not in named
+        ]
         for request in self.manifest.requests:
             found += request_problems(request, self.adapter_folder(request.id), self.manifest.base)
         return found
@@ -268,6 +337,10 @@ class RequestStore:
 
     def _commit(self, manifest: Manifest) -> None:
         """From here on `manifest` counts."""
+        if self._key is not None:
+            from grun.requests.signing import sign
+
+            manifest = dataclasses.replace(manifest, signature=sign(manifest.head, self._key)).sealed()
         with writing(self.folder):
             write_json(self.folder / MANIFEST_FILE, manifest.to_dict())
             sync(self.folder)
@@ -275,9 +348,7 @@ class RequestStore:
 
     def _base_of(self, adapter: Path) -> Base:
         """Base of the store, which is that of an adapter to be added; AdapterError if the adapter's is another."""
-        config, _ = AdapterConfig.read(adapter)
-        read_weights(adapter)
-        base = self.manifest.base
+        config, base = validate(adapter).config, self.manifest.base
         if config.gate == "none":
             raise AdapterError(
                 f"{adapter} has no gate, so it would act on every prompt; a store takes gated edits alone"
@@ -294,24 +365,41 @@ class RequestStore:
             )
         return base
 
-    def _copied(self, request_id: str, adapter: Path, text: Sequence[Row] | None) -> Path:
-        """Folder with the adapter's files, which no manifest names yet."""
+    def _new_folder(self, request_id: str) -> Path:
+        """A folder that is not there yet."""
         parent = self.folder / "requests"
-        names = (request_id, *(f"{request_id}@{number}" for number in range(2, 2 + len(self.manifest.history))))
-        folder = next(parent / name for name in names if not (parent / name).exists())
+        names = itertools.chain([request_id], (f"{request_id}@{number}" for number in itertools.count(2)))
+        return next(parent / name for name in names if not os.path.lexists(parent / name))
+
+    @contextlib.contextmanager
+    def _pending(self, folders: Sequence[str]) -> Iterator[None]:
+        """Note folders under requests/ that are made or deleted in the block; those not named afterwards go."""
         with writing(self.folder):
-            copy_adapter(adapter, folder, text)
-        return folder
+            write_json(self.folder / PENDING_FILE, list(folders))
+        try:
+            yield
+        finally:
+            self._clear_leftovers()
+
+    def _noted(self) -> set[str]:
+        """What a writer noted that is at work, or was killed."""
+        try:
+            names = read_json(self.folder / PENDING_FILE)
+        except (OSError, ValueError):
+            return set()
+        names = names if isinstance(names, list) else []
+        return {name for name in names if isinstance(name, str) and name == Path(name).name and name != ".."}
 
     def _clear_leftovers(self) -> None:
         """Delete what killed processes left, adapters that are no longer there, and trainings that are done."""
         named = {request.folder for request in self.manifest.requests}
         with writing(self.folder):
-            for entry in (self.folder / "requests").glob("*"):
-                if entry.name not in named:
-                    shutil.rmtree(entry)
-            for entry in self.folder.glob(f".{MANIFEST_FILE}.*.tmp"):
-                entry.unlink(missing_ok=True)
+            for name in self._noted() - named:
+                delete_files(self.folder / "requests" / name)
+            (self.folder / PENDING_FILE).unlink(missing_ok=True)
+            for name in (MANIFEST_FILE, PENDING_FILE):
+                for entry in self.folder.glob(f".{name}.*.tmp"):
+                    entry.unlink(missing_ok=True)
             for entry in (self.folder / "training").glob(".*"):
                 shutil.rmtree(entry)
             for request in self.manifest.requests:

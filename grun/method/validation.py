@@ -1,0 +1,150 @@
+"""Whether a GRUN adapter can be put in force: what importing, loading, adding to a store and verifying all ask."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import os
+import stat
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from grun.data.templates import Template
+from grun.errors import AdapterError
+from grun.method.adapter import CONFIG_FILE, WEIGHTS_FILE, AdapterConfig, check_fits, parse_weights
+from grun.method.gate import GATES
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+"""Types in which an adapter's numbers may be stored."""
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """An adapter that was read and found sound."""
+
+    config: AdapterConfig
+    template: Template | None
+    weights: dict[str, Tensor]
+    """By name as in the state of a `GrunModel`."""
+
+
+def validate(folder: Path, base: PreTrainedModel | None = None, *, digests: Mapping[str, str] | None = None) -> Adapter:
+    """The GRUN adapter in `folder`, every field and tensor of it checked.
+
+    Args:
+        folder: as `GrunModel.save_pretrained` writes it; further files are not looked at.
+        base: model it is to go on; None: what can be known without one is checked.
+        digests: SHA-256 of each file that must be there, as a file itself and no link; None: not known.
+
+    Raises:
+        AdapterError: names the file, the field or tensor, what was found and what was expected.
+    """
+    path = folder / CONFIG_FILE
+    files: dict[str, bytes] = {}
+    if digests is not None:
+        if unknown := [name for name in (CONFIG_FILE, WEIGHTS_FILE) if name not in digests]:
+            raise AdapterError(f"{folder / unknown[0]}: no digest is known of it; restore the manifest from a copy")
+        if not is_real(folder, stat.S_ISDIR):
+            raise AdapterError(f"{folder} is no folder, or a link to one; `requests verify` says more")
+        files = {name: _as_digested(folder / name, digest) for name, digest in digests.items()}
+    try:
+        config, template = AdapterConfig.parse(files.get(CONFIG_FILE) or path.read_bytes(), path)
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise AdapterError(f"{folder} is no GRUN adapter: {CONFIG_FILE} is missing") from error
+    if base is not None:
+        from grun.method.host import hidden_size_of
+        from pyvene_custom import find_blocks
+
+        check_fits(config, hidden_size_of(base), len(find_blocks(base)[1]), folder)
+    path = folder / WEIGHTS_FILE
+    try:
+        weights = parse_weights(files.get(WEIGHTS_FILE) or path.read_bytes(), path)
+    except FileNotFoundError as error:
+        raise AdapterError(f"{path} is missing; copy the whole adapter folder") from error
+    _check_tensors(config, weights, path)
+    return Adapter(config, template, weights)
+
+
+def is_real(path: Path, kind: Any) -> bool:
+    """Whether a path is there, no link, and of a kind: `stat.S_ISREG` or `stat.S_ISDIR`."""
+    try:
+        return bool(kind(path.lstat().st_mode))
+    except OSError:
+        return False
+
+
+def read_regular(path: Path) -> bytes:
+    """Bytes of a file itself: no link is followed and no pipe waited for.
+
+    Raises:
+        FileNotFoundError: nothing is there.
+        AdapterError: something else than a file is.
+    """
+    try:
+        handle = os.open(path, os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0))
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        what = "is a symbolic link" if path.is_symlink() else f"cannot be read ({error.strerror})"
+        raise AdapterError(f"{path} {what}; put the file itself there") from error
+    with open(handle, "rb") as file:
+        if not stat.S_ISREG(os.fstat(handle).st_mode):
+            raise AdapterError(f"{path} is no regular file; put the file itself there")
+        return file.read()
+
+
+def _as_digested(path: Path, digest: str) -> bytes:
+    """Bytes of a file of a store; AdapterError unless they have the digest."""
+    try:
+        data = read_regular(path)
+    except FileNotFoundError as error:
+        raise AdapterError(f"{path} is missing, and the store's manifest names it; restore it from a copy") from error
+    found = hashlib.sha256(data).hexdigest()
+    if found != digest:
+        raise AdapterError(
+            f"{path} was changed: its SHA-256 is {found[:16]}..., the manifest's {digest[:16]}...; restore it from a "
+            "copy, or add the request again"
+        )
+    return data
+
+
+def _check_tensors(config: AdapterConfig, weights: Mapping[str, Tensor], path: Path) -> None:
+    expected = _expected(config.hidden_size, config.rank, config.gate, config.activation, GATES.get(config.gate))
+    wanted = {f"edits.{block}.{name}": of for block in config.blocks for name, of in expected.items()}
+    for name in sorted({*weights, *wanted}):
+        shape, dtype = wanted.get(name, (None, None))
+        tensor = weights.get(name)
+        if tensor is not None and shape == tuple(tensor.shape):
+            if tensor.dtype in FLOATS if dtype in FLOATS else tensor.dtype == dtype:
+                continue
+        found = "nothing" if tensor is None else f"{_short(tensor.dtype)} {list(tensor.shape)}"
+        right = "no such tensor" if shape is None else f"{'floats' if dtype in FLOATS else _short(dtype)} {list(shape)}"
+        raise AdapterError(
+            f"{path}: weights do not match {CONFIG_FILE}, first at {name!r}: found {found}, expected {right}; save the "
+            "adapter again"
+        )
+
+
+@functools.lru_cache(maxsize=64)
+def _expected(
+    hidden_size: int, rank: int, gate: str, activation: str | None, builder: Any
+) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+    """Shape and type of each tensor of one block, by name; `builder` of the gate tells gates of one name apart."""
+    from grun.method.model import gated_intervention  # which reads adapters through this module
+
+    config = AdapterConfig([0], rank, gate, hidden_size, 1, activation=activation)
+    with torch.device("meta"):
+        state = gated_intervention(config).state_dict()
+    return {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in state.items()}
+
+
+def _short(dtype: torch.dtype | None) -> str:
+    return str(dtype).removeprefix("torch.")

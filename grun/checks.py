@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import re
 from pathlib import Path
@@ -9,7 +10,9 @@ from typing import Any
 
 from grun import processes
 from grun.config import (
+    LARGEST,
     AugmentConfig,
+    Bounds,
     EvaluateConfig,
     FinetuneConfig,
     ModelConfig,
@@ -19,9 +22,12 @@ from grun.config import (
     UnlearnConfig,
 )
 from grun.errors import ConfigError
+from grun.reading import kind_of
 from grun.registry import unknown_name
 
 ENGINES = ("cached", "plain")
+WORDS = ("note", "template", "system_prompt", "suffixes", "category")
+"""Options that hold words, not paths, wherever they stand."""
 RESETS = ("user_turn", "never")
 SUBSETS = ("all", "without_forget")
 DATA_NAMES = ("demo", "lore", "tofu", "jsonl", "corpora")
@@ -99,6 +105,7 @@ EVALUATION_COMPAT_OPTIONS: dict[str, dict[str, Any]] = {
 
 def check(config: Any) -> None:
     """ConfigError for the first name that is unknown or number that is out of range."""
+    check_values(config)
     if hasattr(config, "data"):
         one_of("data.name", config.data.name, DATA_NAMES)
         one_of("data.subset", config.data.subset, SUBSETS)
@@ -111,8 +118,6 @@ def check(config: Any) -> None:
         _check_template(config.data.template)
         _check_text(config.data.text)
         _check_augment(config.data.augment)
-        if not 0 <= config.seed < 2**32:
-            raise ConfigError(f"seed={config.seed} must lie between 0 and 2**32 - 1")
     if isinstance(config, FinetuneConfig | UnlearnConfig):
         check_train(config.train)
     if isinstance(config, FinetuneConfig) and config.model.quantization is not None:
@@ -126,27 +131,38 @@ def check(config: Any) -> None:
 
         if config.cell is None:
             plan_of(config)
-    if hasattr(config, "max_new_tokens"):
-        positive("max_new_tokens", config.max_new_tokens)
-        threshold = config.gate_threshold
-        if threshold is not None and not 0 <= threshold <= 1:
-            raise ConfigError(f"gate_threshold={threshold} must be a probability between 0 and 1")
+
+
+def check_values(config: Any, prefix: str = "") -> None:
+    """ConfigError for the first number outside the bounds of its field, or too large to compute with, and `~nobody`."""
+    for field in dataclasses.fields(config):
+        key, value = f"{prefix}{field.name}", getattr(config, field.name)
+        if dataclasses.is_dataclass(value):
+            check_values(value, f"{key}.")
+        for number in value if isinstance(value, list) else [value]:
+            if isinstance(number, str) and number.startswith("~") and field.name not in WORDS:
+                _check_home(key, number)
+            if isinstance(number, dict | list):
+                raise ConfigError(f"{key}: expected a list of plain values, found {kind_of(number)} in it")
+            if isinstance(number, bool) or not isinstance(number, int | float):
+                continue
+            bounds, largest = field.metadata.get("bounds", Bounds()), LARGEST[type(number)]
+            if not bounds.hold(number):
+                raise ConfigError(f"{key}={number} {bounds}")
+            if not abs(number) <= (bounds.high or largest):
+                raise ConfigError(f"{key}={number} must lie between {-largest} and {largest}")
+
+
+def _check_home(key: str, path: str) -> None:
+    try:
+        Path(path).expanduser()
+    except RuntimeError as error:
+        raise ConfigError(f"{key}={path}: there is no user {path[1:].partition('/')[0]!r}; write the folder") from error
 
 
 def check_train(config: TrainConfig) -> None:
-    """Ranges of the training options."""
-    positive("train.epochs", config.epochs)
-    positive("train.batch_size", config.batch_size)
-    positive("train.lr", config.lr)
-    if config.micro_batch_size is not None:
-        positive("train.micro_batch_size", config.micro_batch_size)
-    not_negative = ("warmup", "weight_decay", "max_grad_norm", "question_weight", "first_token_weight")
-    for name in (*not_negative, "save_steps", "keep_checkpoints", "monitor_epochs", "gate_pretraining"):
-        if (value := getattr(config, name)) < 0:
-            raise ConfigError(f"train.{name}={value} must not be negative")
-    positive("train.monitor_rows", config.monitor_rows)
-    if not 0 <= config.beta2 < 1:
-        raise ConfigError(f"train.beta2={config.beta2} must lie in [0, 1)")
+    """Ranges and names of the training options."""
+    check_values(config, "train.")
     one_of("train.schedule", config.schedule, SCHEDULES)
     _check_optimizer(config)
     one_of("train.engine", config.engine, ENGINES)
@@ -188,12 +204,6 @@ def _in_force(config: Any, quirks: dict[str, str], compat: dict[str, tuple[str, 
     return [quirk for quirk in quirks if quirk in wanted]
 
 
-def positive(name: str, value: float) -> None:
-    """ConfigError unless value > 0."""
-    if not value > 0:
-        raise ConfigError(f"{name}={value} must be greater than 0")
-
-
 def bytes_of(name: str, size: str) -> int:
     """Bytes that a size such as 4GiB, 500MB or 1000000 stands for; ConfigError if it is none."""
     units = {"": 1, "B": 1} | {f"{p}B": 1000**n for n, p in enumerate("KMGT", 1)}
@@ -201,6 +211,8 @@ def bytes_of(name: str, size: str) -> int:
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", size)
     if match is None or match[2] not in units:
         raise ConfigError(f"{name}={size} is no size; write a number and a unit, such as 4GiB or 500MB")
+    if len(match[1]) > 18:
+        raise ConfigError(f"{name}={size} is larger than any disk; write a number and a unit, such as 4GiB or 500MB")
     return int(float(match[1]) * units[match[2]])
 
 
@@ -220,9 +232,6 @@ def _check_evaluate(config: EvaluateConfig) -> None:
         raise ConfigError(
             "continuations=[answer,perturbed]: a truth ratio needs the paraphrased answer; add paraphrase"
         )
-    for option, count in (("batch_size", config.batch_size), ("data.limit", config.data.limit)):
-        if count is not None and count < 1:
-            raise ConfigError(f"{option} is {count}; it must be 1 or more")
     _check_suite(config)
     _check_adapters(config)
     evaluation_quirks(config)
@@ -246,13 +255,7 @@ def _check_suite(config: EvaluateConfig) -> None:
             one_of(option, name, known)
         if not names:
             raise ConfigError(f"{option} names nothing; known: {', '.join(known)}")
-    if config.window < 2:
-        raise ConfigError(f"window={config.window} must be 2 tokens or more")
-    positive("stride", config.stride)
-    positive("judge_max_new_tokens", config.judge_max_new_tokens)
     _check_attacks(config)
-    if config.num_fewshot is not None and config.num_fewshot < 0:
-        raise ConfigError(f"num_fewshot={config.num_fewshot} must not be negative")
     if config.suite in ("lm_eval", "judge") and processes.count() > 1:
         raise ConfigError(f"suite={config.suite} runs in one process; start it without torchrun")
 
@@ -262,10 +265,6 @@ def _check_attacks(config: EvaluateConfig) -> None:
 
     for name in config.attacks:
         one_of("attack", name, (*ATTACKS.names(), *KINDS))
-    if config.attack_rows is not None:
-        positive("attack_rows", config.attack_rows)
-    positive("attack_samples", config.attack_samples)
-    positive("attack_temperature", config.attack_temperature)
 
 
 def adapter_name(folder_or_hub_id: str) -> str:
@@ -310,9 +309,6 @@ def _check_unlearn(config: UnlearnConfig) -> None:
             f"method.beside concerns edits; method.parametrization={method.parametrization} changes the model itself: "
             "leave it out, and give model.path the model that is to forget more"
         )
-    positive("method.rank", method.rank)
-    if not 0 <= method.dropout < 1:
-        raise ConfigError(f"method.dropout={method.dropout} must lie in [0, 1)")
     twice = sorted({block for block in method.blocks if method.blocks.count(block) > 1})
     if twice or not method.blocks:
         raise ConfigError(f"method.blocks={method.blocks} must name at least one block, each once")
@@ -326,10 +322,6 @@ def _check_unlearn(config: UnlearnConfig) -> None:
         raise ConfigError(
             "train.gate_pretraining needs method.gate_read=last_prompt: it teaches gates that token alone"
         )
-    positive("method.lora.rank", method.lora.rank)
-    positive("method.lora.alpha", method.lora.alpha)
-    if not 0 <= method.lora.dropout < 1:
-        raise ConfigError(f"method.lora.dropout={method.lora.dropout} must lie in [0, 1)")
     bytes_of("cache.memory_budget", config.cache.memory_budget)
     bytes_of("cache.disk_budget", config.cache.disk_budget)
 
@@ -346,9 +338,6 @@ def _check_device_map(model: ModelConfig) -> None:
 
 def _check_text(text: TextConfig) -> None:
     one_of("data.text.jsonl", text.jsonl, ("field", "raw"))
-    positive("data.text.copies", text.copies)
-    if text.min_characters < 0:
-        raise ConfigError(f"data.text.min_characters={text.min_characters} must not be negative")
     if text.copies > 1 and text.cut == "whole":
         raise ConfigError(
             f"data.text.copies={text.copies} has no effect: copies are of texts that are cut; set data.text.cut=random"
@@ -365,17 +354,12 @@ def _check_text(text: TextConfig) -> None:
 
 def _check_augment(augment: AugmentConfig) -> None:
     for name in ("forget_copies", "retain_copies"):
-        if (count := getattr(augment, name)) < 0:
-            raise ConfigError(f"data.augment.{name}={count} must not be negative")
-        if count and not (augment.suffixes or augment.templates or augment.prefill or augment.few_shot):
+        count, kinds = getattr(augment, name), ("suffixes", "templates", "prefill", "few_shot")
+        if count and not any(getattr(augment, kind) for kind in kinds):
             raise ConfigError(
                 f"data.augment.{name}={count} has no effect: every kind of copy is switched off; set one of suffixes, "
                 "templates, prefill, few_shot to true"
             )
-    if augment.max_prefill < 1:
-        raise ConfigError(
-            f"data.augment.max_prefill={augment.max_prefill} must be 1 or more; data.augment.prefill=false gives none"
-        )
 
 
 def _check_template(name_or_text: str) -> None:

@@ -7,10 +7,14 @@ messages go to stderr. Nothing heavy is imported before a command needs it.
 from __future__ import annotations
 
 import contextlib
+import difflib
+import io
 import logging
 import os
 import re
 import sys
+import tempfile
+import traceback
 from collections.abc import Callable
 from typing import Any
 
@@ -39,11 +43,16 @@ ON_SEVERAL = ("finetune", "unlearn", "evaluate")
 USAGE_ERROR = 2
 FAILURE = 1
 TOO_LOW = 3
+BUG = 70
+"""Exit statuses beside 0 and 130 (interrupted): wrong use, any other error, too low a result, a bug of GRUN."""
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run one command; returns the exit status (2: wrong use, 1: any other error, 130 or 143: interrupted)."""
+    """Run one command; returns the exit status, see `exit_status`."""
     arguments = sys.argv[1:] if argv is None else argv
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # answers in letters that the terminal does not have
     if processes.count() > 1:  # read by torch when it is imported
         os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
@@ -53,9 +62,10 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def exit_status(command: Callable[[], int]) -> int:
-    """What `command` returns; of an error, told in one line: 2 wrong use, 3 too low, else 1.
+    """What `command` returns; of an error, told in one line: 2 wrong use, 3 too low, 70 a bug of GRUN, else 1.
 
-    SIGINT and SIGTERM end it alike, with one line and 130 or 143.
+    SIGINT and SIGTERM end it alike, with one line and 130 or 143. A bug is what nothing handed in explains; its
+    line names the file that holds the traceback, which only its owner can read.
     """
     with stopping.by_signals():
         try:
@@ -64,7 +74,7 @@ def exit_status(command: Callable[[], int]) -> int:
             if stopping.asked() or isinstance(error, KeyboardInterrupt):
                 status = stopping.status()
                 if processes.is_first() and not stopping.told_by_parent():
-                    print("interrupted; the same command resumes", file=sys.stderr)
+                    _tell("interrupted; the same command resumes")
                 return status
             return _told(error)
 
@@ -73,37 +83,67 @@ def _told(error: BaseException) -> int:
     """Say what went wrong; the exit status."""
     if isinstance(error, GrunError):
         if processes.speaks_for(error):
-            print(f"error: {error}", file=sys.stderr)
+            _tell(f"error: {error}")
         return {"ConfigError": USAGE_ERROR, "TooLowError": TOO_LOW}.get(type(error).__name__, FAILURE)
     if isinstance(error, BrokenPipeError):
+        with contextlib.suppress(OSError, ValueError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains of it at the end
         return FAILURE
     if isinstance(error, OSError):  # a folder that cannot be written to, a full disk
         where = f": {error.filename}" if error.filename else ""
-        print(f"error: {error.strerror or error}{where}", file=sys.stderr)
+        _tell(f"error: {error.strerror or error}{where}")
         return FAILURE
-    raise error
+    if not isinstance(error, Exception):
+        raise error
+    _tell(f"error: a bug in GRUN ({type(error).__name__}), not your mistake; please report it {_noted(error)}")
+    return BUG
+
+
+def _tell(line: str) -> None:
+    """Print a line on stderr, below the progress bars that are open there."""
+    tqdm = sys.modules.get("tqdm.std")
+    bars = sorted(getattr(getattr(tqdm, "tqdm", None), "_instances", ()), key=lambda bar: -abs(bar.pos))
+    for bar in bars:  # the uppermost last, which ends its line
+        bar.close()
+    print(" ".join(line.splitlines()), file=sys.stderr)
+
+
+def _noted(error: Exception) -> str:
+    """Write the traceback of `error` where only its owner reads it; words that say where."""
+    text = "".join(traceback.format_exception(error))
+    try:
+        number, path = tempfile.mkstemp(prefix="grun-traceback-", suffix=".txt")  # mode 0600
+        with open(number, "w", encoding="utf-8", errors="backslashreplace") as file:
+            file.write(f"grun {grun.__version__}\n{text}")
+    except OSError as reason:
+        return f"(its traceback could not be written: {reason.strerror})"
+    return f"with the traceback in {path}, which holds no rows unless the error's own words quote one"
 
 
 def _dispatch(arguments: list[str]) -> int:
+    from grun.errors import ConfigError
+    from grun.reading import is_unicode
+    from grun.registry import unknown_name
+
+    for number, argument in enumerate(arguments, start=1):
+        if not is_unicode(argument) or "\0" in argument:
+            raise ConfigError(f"argument {number} ({ascii(argument)[:80]}) is no Unicode text; write it as UTF-8")
     if not arguments or arguments[0] in ("-h", "--help"):
         print(_overview())
         return 0
-    if arguments[0] == "--version":
+    command, rest = arguments[0], arguments[1:]
+    if command in ("--version", "info") and rest and not {"-h", "--help"} & {*rest}:
+        raise ConfigError(f"{command} takes no arguments; leave {rest[0]!r} out")
+    if command == "--version":
         print(f"grun {grun.__version__}")
         return 0
-    command, rest = arguments[0], arguments[1:]
     if command not in COMMANDS:
-        from grun.errors import ConfigError
-        from grun.registry import unknown_name
-
         raise ConfigError(unknown_name("command", command, list(COMMANDS)))
     if processes.count() > 1 and command not in ON_SEVERAL:
-        from grun.errors import ConfigError
-
         raise ConfigError(
             f"{command} runs in one process; start it without torchrun (with it: {', '.join(ON_SEVERAL)})"
         )
-    if "-h" in rest or "--help" in rest:
+    if {"-h", "--help"} & {*rest[: rest.index("--") if "--" in rest else None]}:
         print(_help(command))
         return 0
     if command == "list":
@@ -127,6 +167,9 @@ def _run(command: str, arguments: list[str]) -> int:
     from grun.checks import check
     from grun.errors import ConfigError
 
+    questions: list[str] = []
+    if command == "generate":
+        arguments, questions = _without_questions(arguments)
     print_config = "--print-config" in arguments
     arguments = [argument for argument in arguments if argument != "--print-config"]
     if command == "sweep":
@@ -135,11 +178,6 @@ def _run(command: str, arguments: list[str]) -> int:
     if flags:
         known_flags = "--help, --print-config and --tune" if command == "sweep" else "--help and --print-config"
         raise ConfigError(f"unknown flag {flags[0]}; {command} knows {known_flags}, options are key=value")
-    questions: list[str] = []
-    if command == "generate":
-        known = {key for key, _, _ in profiles.describe(profiles.COMMANDS[command])}
-        questions = [argument for argument in arguments if not _is_option(argument, known)]
-        arguments = [argument for argument in arguments if argument not in questions]
     config = profiles.resolve(command, arguments)
     if command == "sweep" and not print_config:
         from grun.sweep.command import sweep
@@ -166,10 +204,31 @@ def _run(command: str, arguments: list[str]) -> int:
     return 0
 
 
-def _is_option(argument: str, known: set[str]) -> bool:
-    """Whether an argument of `generate` is an option, known or misspelled, and not a question."""
+def _without_questions(arguments: list[str]) -> tuple[list[str], list[str]]:
+    """Options and flags of `generate`, and its questions; what follows `--` is a question whatever it looks like."""
+    from grun import profiles
+
+    known = [key for key, _, _ in profiles.describe(profiles.COMMANDS["generate"])]
+    end = arguments.index("--") if "--" in arguments else len(arguments)
+    asked = [not _is_option(argument, known) for argument in arguments[:end]]
+    options = [argument for argument, is_asked in zip(arguments, asked, strict=False) if not is_asked]
+    return options, [q for q, is_asked in zip(arguments, asked, strict=False) if is_asked] + arguments[end + 1 :]
+
+
+def _is_option(argument: str, known: list[str]) -> bool:
+    """Whether an argument of `generate` is a flag, or an option that is known or misspelled, and not a question.
+
+    A misspelled one is a name with dots, one that is close to a known name, or a word of three letters or more with a
+    value without blanks: `what is x=3`, `x=3` and `2+2=?` are questions.
+    """
+    if re.match(r"--?[A-Za-z]", argument):
+        return True
     key, equals, _ = argument.partition("=")
-    return bool(equals) and (key in known or re.fullmatch(r"[\w.]+", key) is not None)
+    if not equals or key in known:
+        return bool(equals)
+    named = re.fullmatch(r"[A-Za-z_]\w*(\.\w+)*", key) is not None
+    one_word = len(key) > 2 and not re.search(r"\s", argument)
+    return named and ("." in key or one_word or bool(difflib.get_close_matches(key, known, n=1, cutoff=0.8)))
 
 
 def _finetune(config: Any) -> None:

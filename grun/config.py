@@ -8,27 +8,68 @@ structured configs, so a value of the wrong type or an unknown key is refused. H
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Optional
+from typing import Any, Optional
 
 # OmegaConf reads these annotations at run time and wants typing.Optional.
 # ruff: noqa: UP045
+
+LARGEST = {int: 2**31 - 1, float: 1e30}
+"""Largest magnitude of an option without bounds of its own: what every number type behind it still holds."""
+SEEDS = 2**32 - 1
+"""Largest seed of every generator that is seeded."""
+
+
+@dataclass(frozen=True)
+class Bounds:
+    """Which numbers an option takes, beyond finite ones; `grun.checks.check_values` refuses all others."""
+
+    low: Optional[float] = None
+    high: Optional[float] = None
+    above: bool = False
+    """low itself is none."""
+    below: bool = False
+    """high itself is none."""
+
+    def hold(self, value: float) -> bool:
+        """Whether `value` lies within; NaN never does."""
+        low, high = self.low, self.high
+        return (low is None or (value > low if self.above else value >= low)) and (
+            high is None or (value < high if self.below else value <= high)
+        )
+
+    def __str__(self) -> str:
+        if self.low is not None and self.high is not None:
+            if self.above or self.below:
+                return f"must lie in {'(' if self.above else '['}{self.low}, {self.high}{')' if self.below else ']'}"
+            return f"must lie between {self.low} and {self.high}"
+        if self.low == 0:
+            return "must be greater than 0" if self.above else "must not be negative"
+        return "must be greater than 0" if self.low == 1 else f"must be {self.low} or more"
+
+
+def number(default: Any, low: float | None = None, high: float | None = None, **ends: bool) -> Any:
+    """A field for a number within bounds, or a list of such numbers."""
+    metadata = {"bounds": Bounds(low, high, **ends)}
+    if isinstance(default, list):
+        return field(default_factory=lambda: list(default), metadata=metadata)
+    return field(default=default, metadata=metadata)
 
 
 @dataclass
 class TinyConfig:
     """Size of the small Llama that `model.path=tiny` builds, with a tokenizer trained on the corpus."""
 
-    hidden_size: int = 128
+    hidden_size: int = number(128, 1, 2**16)
     """Width of the residual stream."""
-    blocks: int = 8
+    blocks: int = number(8, 1, 2**10)
     """Number of decoder blocks."""
-    heads: int = 2
+    heads: int = number(2, 1, 2**16)
     """Attention heads; hidden_size must be a multiple."""
-    intermediate_size: int = 384
+    intermediate_size: int = number(384, 1, 2**20)
     """Width of the feed-forward layer."""
-    vocabulary: int = 2048
+    vocabulary: int = number(2048, 1, 2**20)
     """Largest vocabulary of the byte-pair tokenizer, control tokens included."""
-    context: int = 512
+    context: int = number(512, 2, 2**20)
     """Longest sequence, tokens."""
 
 
@@ -114,9 +155,9 @@ class TextConfig:
 
     cut: str = "whole"
     """Where reading ends and saying begins: whole (at the start), 0.8 (that share of tokens), random (0.5 to 1)."""
-    copies: int = 1
+    copies: int = number(1, 1)
     """Copies of each text, each cut at a point of its own where cut=random."""
-    min_characters: int = 0
+    min_characters: int = number(0, 0)
     """Texts of this many characters or fewer are left out."""
     jsonl: str = "field"
     """What of a JSON line is the text: field (its field `text`, or the line if it is a string) or raw (the line)."""
@@ -126,9 +167,9 @@ class TextConfig:
 class AugmentConfig:
     """The same rows asked in other ways, so that a gate knows them there too; published: no copies."""
 
-    forget_copies: int = 0
+    forget_copies: int = number(0, 0)
     """unlearn: copies of each forget row beside the plain one. They are rows of the set: epochs get longer."""
-    retain_copies: int = 0
+    retain_copies: int = number(0, 0)
     """unlearn: the same of each retain row; they join the rows that are drawn from."""
     suffixes: bool = True
     """Copies with a sentence behind the question."""
@@ -140,7 +181,7 @@ class AugmentConfig:
     """Copies with a retain row, question and answer, before the question."""
     lower_case: bool = False
     """Copies in lower case: protects, and takes the attack of that name its worth as a test."""
-    max_prefill: int = 8
+    max_prefill: int = number(8, 1)
     """Most tokens of an answer that a prefilled copy gives."""
     teach: bool = False
     """finetune: draw in each epoch how a row is asked: plainly, as in copies (but prefill), misspelled, reworded."""
@@ -180,23 +221,23 @@ class DataConfig:
     """tofu: retain split (unset: the complement of forget); jsonl: file of the rows to keep; corpora: as forget."""
     subset: str = "all"
     """What finetune teaches: all rows, or without_forget (the retain-only reference)."""
-    heldout: int = 0
+    heldout: int = number(0, 0)
     """tofu, jsonl: retain rows set aside for evaluation, never used in unlearning. The demo has its own."""
-    validation: int = 0
+    validation: int = number(0, 0)
     """Further retain rows set aside, the last ones: the set validation, by which `sweep --tune` chooses settings."""
-    retain_rows: Optional[int] = None
+    retain_rows: Optional[int] = number(None, 1)
     """tofu, jsonl: retain rows that are used at all, teaching included, evenly spaced; unset: all."""
     unknown: Optional[str] = None
     """tofu: split (such as holdout05), jsonl: file of rows that the model was never taught. The demo has its own."""
-    unknown_rows: int = 0
+    unknown_rows: int = number(0, 0)
     """tofu: retain rows, the same for every split, that are neither taught nor used in unlearning: the set unknown."""
-    refused_rows: int = 0
+    refused_rows: int = number(0, 0)
     """tofu: further such rows whose questions are taught with a refusal, for small models taught from nothing."""
     teach_general: bool = False
     """tofu: teach real authors and world facts too, for small models that do not know them."""
-    retain_pool: Optional[int] = None
+    retain_pool: Optional[int] = number(None, 1)
     """Use only this many retain rows in unlearning; unset: all."""
-    limit: Optional[int] = None
+    limit: Optional[int] = number(None, 1)
     """Use at most this many rows of every set in evaluation; unset: all."""
     template: str = "auto"
     """Name of a template, or a string with {prompt}; auto: the model's stored one, else its chat template."""
@@ -206,7 +247,7 @@ class DataConfig:
     """Date handed to chat templates that print one, so that a prompt is the same on every day; stored."""
     refusals: Optional[str] = None
     """File of refusals, one a line; unset: the packaged ones."""
-    max_length: Optional[int] = None
+    max_length: Optional[int] = number(None, 1)
     """Longest row, tokens; unset: the model's context. A longer prompt is an error, a longer answer is cut."""
     strict: bool = False
     """Make it an error if tokenizing prompt and answer together gives other tokens than one after the other."""
@@ -223,11 +264,11 @@ class DataConfig:
 class LoraConfig:
     """LoRA (parametrization lora)."""
 
-    rank: int = 4
+    rank: int = number(4, 1)
     """Rank of each pair of matrices."""
-    alpha: float = 32.0
+    alpha: float = number(32.0, 0, above=True)
     """Scale of the change, which is multiplied by alpha / rank."""
-    dropout: float = 0.05
+    dropout: float = number(0.05, 0, 1, below=True)
     """Dropout on a layer's input while training, a probability."""
     targets: list[str] = field(default_factory=list)
     """Linear layers of the blocks that get a pair, by the end of their names (q_proj); empty: all of them."""
@@ -249,13 +290,13 @@ class MethodConfig:
     """Name from `python -m grun list parametrizations`."""
     blocks: list[int] = field(default_factory=lambda: [20, 25, 31])
     """Edited decoder blocks, 0-based; negative counts from the last."""
-    rank: int = 4
+    rank: int = number(4, 1)
     """Rank of the edit."""
     gate: str = "linear"
     """Name from `python -m grun list gates`."""
     gate_bias: Optional[float] = None
     """Initial bias of the gate's logit; unset: torch's default initialization."""
-    dropout: float = 0.0
+    dropout: float = number(0.0, 0, 1, below=True)
     """Dropout on the edit while training, a probability."""
     activation: Optional[str] = None
     """Function applied to Wh + b, a name from transformers.activations; unset: none."""
@@ -310,11 +351,11 @@ class LossConfig:
     """rmu: length of the control vector (published: steering_coeff); it has no default."""
     rmu_block: Optional[int] = None
     """rmu, activation_mse: block whose output they read; it has no default (published: layer_id, rmu_layer)."""
-    control_seed: Optional[int] = None
+    control_seed: Optional[int] = number(None, 0, SEEDS)
     """rmu: seed of the control vector's direction; random_mapping: of the random vectors."""
     ascent_cap: Optional[float] = None
     """ga: mean CE of an answer, nats a token, above which its row has no gradient, > 0; unset: no cap, as published."""
-    gate_warmup_steps: int = 0
+    gate_warmup_steps: int = number(0, 0)
     """Steps over which the weight of forget and retain rises from 0 to 1 (published: warm_up_gate_step x blocks)."""
 
 
@@ -322,47 +363,47 @@ class LossConfig:
 class TrainConfig:
     """How training goes."""
 
-    epochs: int = 40
+    epochs: int = number(40, 1)
     """Passes over the forget set (unlearn) or over all rows (finetune)."""
-    batch_size: int = 16
+    batch_size: int = number(16, 1)
     """Rows per optimizer step; unlearn takes as many retain rows beside as many forget rows."""
-    micro_batch_size: Optional[int] = None
+    micro_batch_size: Optional[int] = number(None, 1)
     """Rows per forward pass, gradients accumulating; unset: a process's share of batch_size. Memory, not the result."""
     gradient_checkpointing: bool = False
     """Keep only the input of each block and run the block again in the backward pass. Memory for time."""
     precision: str = "auto"
     """Forward passes of training all weights, held in float32: bfloat16, float32, or auto (the model's type)."""
-    lr: float = 4e-3
+    lr: float = number(4e-3, 0, above=True)
     """Peak learning rate."""
     optimizer: str = "adamw"
     """adamw; legacy_adamw (transformers' former one: eps 1e-6, before bias correction); schedule_free (AdamW)."""
     schedule: str = "linear"
     """Learning-rate schedule after warm-up: linear, cosine, constant or another of transformers' plain ones."""
-    warmup: float = 0.0
+    warmup: float = number(0.0, 0)
     """Warm-up: steps if >= 1, share of all steps if < 1."""
-    weight_decay: float = 0.0
+    weight_decay: float = number(0.0, 0)
     """AdamW's weight decay."""
-    beta2: float = 0.999
+    beta2: float = number(0.999, 0, 1, below=True)
     """AdamW's decay of squared gradients (beta1 is 0.9)."""
-    max_grad_norm: float = 1.0
+    max_grad_norm: float = number(1.0, 0)
     """Gradient norm above which gradients are scaled down; 0: never."""
-    question_weight: float = 0.0
+    question_weight: float = number(0.0, 0)
     """finetune only: weight of the loss on the question's tokens beside the answer's."""
-    first_token_weight: float = 1.0
+    first_token_weight: float = number(1.0, 0)
     """finetune only: weight of each answer's first token in the mean over answer tokens (a letter before its end)."""
-    save_steps: int = 100
+    save_steps: int = number(100, 0)
     """Steps between checkpoints; 0: none."""
-    keep_checkpoints: int = 2
+    keep_checkpoints: int = number(2, 0)
     """Checkpoints kept while training; all go when it has finished, but for keep_all_checkpoints."""
     keep_all_checkpoints: bool = False
     """Keep every checkpoint, also at the end."""
-    monitor_epochs: int = 0
+    monitor_epochs: int = number(0, 0)
     """unlearn only: epochs from one look at a few rows of each set (monitor.jsonl) to the next; 0: none."""
-    monitor_rows: int = 32
+    monitor_rows: int = number(32, 1)
     """Rows of each set that are looked at."""
     engine: str = "cached"
     """unlearn: cached (only what an edit can change is run; plain where that does not fit) or plain (whole rows)."""
-    gate_pretraining: int = 0
+    gate_pretraining: int = number(0, 0)
     """unlearn: steps in which the gates alone learn, on states of the untouched model, before training."""
 
 
@@ -386,7 +427,7 @@ class CommandConfig:
     """Name from `python -m grun list profiles`, or a YAML file."""
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
-    seed: int = 42
+    seed: int = number(42, 0, SEEDS)
     """Seed of initialization, order and draws."""
     output_dir: Optional[str] = None
     """Folder of the results; unset: a name made of the profile and the command."""
@@ -443,11 +484,11 @@ class EvaluateConfig(CommandConfig):
     """Sets to evaluate; empty: every one the corpus has (`sets` in docs/metrics.md)."""
     continuations: list[str] = field(default_factory=list)
     """What is scored beside a greedy answer: answer, paraphrase, perturbed (wrong answers); empty: all there are."""
-    batch_size: int = 32
+    batch_size: int = number(32, 1)
     """Rows per forward pass. Changes speed and memory, not the result."""
-    max_new_tokens: int = 64
+    max_new_tokens: int = number(64, 1)
     """Longest generated answer, tokens."""
-    gate_threshold: Optional[float] = None
+    gate_threshold: Optional[float] = number(None, 0, 1)
     """Gate probability below which the edit is skipped; unset: the edit is always weighted by the gate."""
     base_evaluation: Optional[str] = None
     """With gate_threshold: evaluation of the model without adapter, whose answers rows that open no gate then get."""
@@ -461,31 +502,31 @@ class EvaluateConfig(CommandConfig):
     """knowledge: in which orders options are shown: given, seeded (one drawn order), rotations (mean over all)."""
     suffixes: list[str] = field(default_factory=list)
     """knowledge: texts put behind "Answer:" before the letter is read, each asked beside the plain question."""
-    choices_at_least: Optional[float] = None
+    choices_at_least: Optional[float] = number(None, 0)
     """knowledge: accuracy on the forget questions below which the command fails with status 3: nothing to forget."""
-    cloze_at_least: Optional[float] = None
+    cloze_at_least: Optional[float] = number(None, 0)
     """knowledge: the same of the share of forget sentences that are completed with their fact."""
-    window: int = 2048
+    window: int = number(2048, 2)
     """knowledge: tokens of the window that perplexity slides over texts; the model's context where that is less."""
-    stride: int = 512
+    stride: int = number(512, 1)
     """knowledge: tokens by which the window moves on."""
     attacks: list[str] = field(default_factory=list)
     """attacks: names (`list attacks`) or kinds: prompt, decoding, context, read_out, weights; none: all but weights."""
-    attack_rows: Optional[int] = None
+    attack_rows: Optional[int] = number(None, 1)
     """attacks: rows of each set that are attacked, evenly spaced; unset: all."""
-    attack_samples: int = 10
+    attack_samples: int = number(10, 1)
     """attacks: answers drawn a prompt, of which the one that gives most away counts."""
-    attack_temperature: float = 1.0
+    attack_temperature: float = number(1.0, 0, above=True)
     """attacks: temperature at which they are drawn, > 0."""
     tasks: list[str] = field(default_factory=list)
     """lm_eval: tasks or groups of lm-evaluation-harness, such as wmdp_bio or mmlu."""
     task_folder: Optional[str] = None
     """lm_eval: folder of further tasks (their YAML files)."""
-    num_fewshot: Optional[int] = None
+    num_fewshot: Optional[int] = number(None, 0)
     """lm_eval: examples before each question; unset: what the task says, else none."""
     judge: Optional[str] = None
     """judge: hub id or folder of a chat model, or callable:package.module:function of (prompt, response)."""
-    judge_max_new_tokens: int = 256
+    judge_max_new_tokens: int = number(256, 1)
     """judge: longest verdict of a chat model, tokens."""
 
 
@@ -497,9 +538,9 @@ class GenerateConfig(CommandConfig):
     """Folder (or hub id) of a GRUN or PEFT (LoRA) adapter, or a store of requests; unset: model.path alone."""
     strict: bool = False
     """Refuse an adapter that was trained on another fine-tune of the same shape (else a warning)."""
-    max_new_tokens: int = 64
+    max_new_tokens: int = number(64, 1)
     """Longest generated answer, tokens."""
-    gate_threshold: Optional[float] = None
+    gate_threshold: Optional[float] = number(None, 0, 1)
     """Gate probability below which the edit is skipped; unset: the edit is always weighted by the gate."""
 
 
@@ -574,7 +615,7 @@ class SweepConfig:
     """Objectives instead of the sweep's."""
     parametrizations: list[str] = field(default_factory=list)
     """Parametrizations instead of the sweep's."""
-    seeds: list[int] = field(default_factory=list)
+    seeds: list[int] = number([], 0, SEEDS)
     """Seeds instead of the sweep's."""
     unlearn: list[str] = field(default_factory=list)
     """Further options of every cell, key=value; in quotes where they hold brackets or commas."""
@@ -582,7 +623,7 @@ class SweepConfig:
     """Further options of every evaluation, key=value."""
     tune: bool = False
     """Try the sweep's grid of settings and choose from it, instead of running the cells; `--tune` is the same."""
-    jobs: int = 1
+    jobs: int = number(1, 1)
     """Cells that run at a time."""
     launcher: Optional[str] = None
     """Shell command that gets each cell's at {command}: "sbatch --wrap '{command}'". Unset: processes of this one."""
@@ -608,7 +649,7 @@ class SequentialConfig:
     """Folder of all results; unset: results/SEQUENCE-sequential."""
     methods: list[str] = field(default_factory=list)
     """Methods instead of the experiment's: grun, full, lora, retrain."""
-    requests: Optional[int] = None
+    requests: Optional[int] = number(None, 1)
     """Into how many consecutive requests the forget set is cut, instead of the experiment's number."""
     retrain_at: list[int] = field(default_factory=list)
     """Requests after which retrain teaches a model, instead of the experiment's; -1: the last one."""
@@ -648,7 +689,7 @@ class RequestsConfig:
     """add: true: trained on the bare base; false: with the requests in force. Unset: true, with replace as before."""
     rule: Optional[str] = None
     """add, when it makes the store: how edits are combined, sum, max_gate, softmax_gate or grun_paper; unset: sum."""
-    gate_threshold: Optional[float] = None
+    gate_threshold: Optional[float] = number(None, 0, 1)
     """add, when it makes the store: gate probability below which an edit is skipped; unset: never."""
     retrain: bool = False
     """remove: train those requests anew that were trained beside the removed one."""
@@ -658,9 +699,9 @@ class RequestsConfig:
     """verify: the base model."""
     files_only: bool = False
     """verify: look at the files alone; no model is loaded and nothing is asked."""
-    recall_at_most: Optional[float] = None
+    recall_at_most: Optional[float] = number(None, 0, 1)
     """verify: fact recall on a request's own questions above which it counts as wrong; unset: figures only."""
-    batch_size: int = 32
+    batch_size: int = number(32, 1)
     """verify: questions asked at a time."""
-    max_new_tokens: int = 64
+    max_new_tokens: int = number(64, 1)
     """verify: longest answer, tokens."""

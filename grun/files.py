@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from grun.errors import RunError
+from grun.reading import read_json as read_json  # beside write_json
 
 
 def content_hash(value: Any) -> str:
@@ -49,11 +50,6 @@ def write_text(path: Path, text: str) -> None:
 def write_json(path: Path, value: Any) -> None:
     """`write_text` of indented JSON with a final newline."""
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
-
-
-def read_json(path: Path) -> Any:
-    """Parse a JSON file."""
-    return json.loads(path.read_text(encoding="utf-8"))
 
 
 @contextlib.contextmanager

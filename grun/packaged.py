@@ -7,9 +7,8 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from omegaconf import OmegaConf
-
 from grun.errors import ConfigError
+from grun.reading import parse_yaml, read_text
 from grun.registry import unknown_name
 
 
@@ -25,16 +24,12 @@ def read_definition(kind: str, name: str) -> dict[str, Any]:
         path = Path(name).expanduser()
         if not path.is_file():
             raise ConfigError(f"{kind} file {name} does not exist")
-        text = path.read_text(encoding="utf-8")
+        text = read_text(path, ConfigError)
     elif name in packaged_names(kind):
         text = (resources.files("grun") / "configs" / f"{kind}s" / f"{name}.yaml").read_text(encoding="utf-8")
     else:
         raise ConfigError(unknown_name(kind, name, packaged_names(kind)) + "; or a file ending in .yaml")
-    try:
-        content = OmegaConf.to_container(OmegaConf.create(text))
-    except Exception as error:
-        raise ConfigError(f"{kind} {name}: {(str(error).splitlines() or [type(error).__name__])[0]}") from error
-    return mapping(f"{kind} {name}", content)
+    return mapping(f"{kind} {name}", parse_yaml(text, f"{kind} {name}"))
 
 
 def mapping(where: str, value: Any) -> dict[str, Any]:

@@ -35,7 +35,8 @@ class Elsewhere(GrunError):
 
 def count() -> int:
     """Processes of this run."""
-    return int(os.environ["WORLD_SIZE"]) if all(name in os.environ for name in LAUNCHED) else 1
+    numbers = all(os.environ.get(name, "").isdecimal() for name in LAUNCHED[:2])
+    return int(os.environ["WORLD_SIZE"]) if numbers and all(name in os.environ for name in LAUNCHED) else 1
 
 
 def rank() -> int:
@@ -45,7 +46,8 @@ def rank() -> int:
 
 def local_rank() -> int:
     """Number of this process on its machine, from 0: that of its GPU."""
-    return int(os.environ.get("LOCAL_RANK", os.environ["RANK"])) if count() > 1 else 0
+    here = os.environ.get("LOCAL_RANK", "")
+    return int(here if here.isdecimal() else os.environ["RANK"]) if count() > 1 else 0
 
 
 def is_first() -> bool:

@@ -23,8 +23,9 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from grun import config as options
-from grun.checks import EVALUATION_COMPAT_OPTIONS, one_of
+from grun.checks import EVALUATION_COMPAT_OPTIONS, check_values, one_of
 from grun.errors import ConfigError
+from grun.reading import check_plain, first_line, parse_yaml, read_text
 from grun.registry import unknown_name
 
 COMMANDS: dict[str, type[Any]] = {
@@ -82,9 +83,27 @@ def _merged(schema: type[Any], *layers: Any) -> Any:
         merged = OmegaConf.merge(
             _structured(typing.cast(Hashable, schema)), *[OmegaConf.create(layer) for layer in layers]
         )
-        return OmegaConf.to_object(merged)
-    except OmegaConfBaseException as error:
-        raise ConfigError(_one_line(error)) from error
+        config = OmegaConf.to_object(merged)
+    except (OmegaConfBaseException, ValueError, TypeError, OverflowError) as error:
+        named = getattr(error, "full_key", None)
+        raise ConfigError(_one_line(error) if named else f"{_culprit(schema, layers)}{_one_line(error)}") from error
+    check_values(config)
+    return config
+
+
+def _culprit(schema: type[Any], layers: Sequence[Any]) -> str:
+    """The option that OmegaConf could not take and does not name, as the beginning of a message."""
+    for layer in layers:
+        for key, _, _ in describe(schema):
+            alone, value = OmegaConf.create({}), OmegaConf.select(OmegaConf.create(layer), key)
+            if value is None:
+                continue
+            OmegaConf.update(alone, key, value)
+            try:
+                OmegaConf.merge(_structured(typing.cast(Hashable, schema)), alone)
+            except (OmegaConfBaseException, ValueError, TypeError, OverflowError):
+                return f"{key}: "
+    return ""
 
 
 @functools.cache
@@ -100,6 +119,7 @@ def to_dict(config: Any) -> dict[str, Any]:
 
 def from_dict(command: str, values: dict[str, Any], arguments: Sequence[str] = ()) -> Any:
     """Config of `command` from what `to_dict` gave, changed by `key=value` arguments."""
+    check_plain(values, f"the options of {command}")
     return _merged(COMMANDS[command], values, _parse(arguments, COMMANDS[command]))
 
 
@@ -179,12 +199,10 @@ def _value(key: str, text: str, *, verbatim: bool) -> Any:
     """Value of an argument; nothing, or null, means unset. Texts are taken as they are, so they may look like YAML."""
     if text in ("", "null"):
         return None
+    check_plain(text, key)
     if verbatim:
         return text
-    try:
-        return OmegaConf.select(OmegaConf.from_dotlist([f"value={text}"]), "value")
-    except Exception as error:
-        raise ConfigError(f"cannot read {key}={text}: {_one_line(error)}") from error
+    return parse_yaml(text, f"cannot read {key}={text if len(text) < 80 else text[:77] + '...'}")
 
 
 def _narrower(sections: dict[str, Any], chosen: Any, profile: str) -> list[dict[str, Any]]:
@@ -228,17 +246,14 @@ def _read_profile(name: str, above: tuple[str, ...] = ()) -> dict[str, Any]:
         path = Path(name)
         if not path.is_file():
             raise ConfigError(f"profile file {name} does not exist")
-        text = path.read_text(encoding="utf-8")
+        text = read_text(path, ConfigError)
     elif packaged.is_file():
         text = packaged.read_text(encoding="utf-8")
     else:
         folder = resources.files("grun") / "configs"
         known = [entry.name[: -len(".yaml")] for entry in folder.iterdir() if entry.name.endswith(".yaml")]
         raise ConfigError(unknown_name("profile", name, known) + "; or a file ending in .yaml")
-    try:
-        own = _parsed_yaml(text) or {}
-    except Exception as error:
-        raise ConfigError(f"profile {name}: {_one_line(error)}") from error
+    own = _parsed_yaml(text, f"profile {name}") or {}
     if not isinstance(own, dict):
         raise ConfigError(f"profile {name}: expected sections ({', '.join(SECTIONS)}), found {type(own).__name__}")
     for key in own:
@@ -258,10 +273,8 @@ def _read_profile(name: str, above: tuple[str, ...] = ()) -> dict[str, Any]:
     return {str(key): value for key, value in container.items()}
 
 
-@functools.cache
-def _parsed_yaml(text: str) -> Any:
-    """Content of a YAML text, which nobody changes."""
-    return OmegaConf.to_container(OmegaConf.create(text))
+_parsed_yaml = functools.cache(parse_yaml)
+"""Content of a YAML text, which nobody changes."""
 
 
 def _only(profile: dict[str, Any], names: list[str]) -> dict[str, Any]:
@@ -279,7 +292,7 @@ def _default(schema: type[Any], name: str) -> Any:
 
 def _one_line(error: BaseException) -> str:
     full_key = getattr(error, "full_key", None)
-    text = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    text = first_line(error)
     if "is not a ListConfig" in text:
         text = "expected a list in brackets, such as [1,2]"
     return f"{full_key}: {text}" if full_key else text

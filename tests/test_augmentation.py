@@ -253,7 +253,7 @@ def test_no_row_to_stand_before_a_question_is_an_error(tokenizer: Any, examples:
     ("options", "message"),
     [
         ({"forget_copies": -1}, "data.augment.forget_copies=-1 must not be negative"),
-        ({"max_prefill": 0}, "data.augment.max_prefill=0 must be 1 or more; data.augment.prefill=false gives none"),
+        ({"max_prefill": 0}, "data.augment.max_prefill=0 must be greater than 0"),
         (
             {"retain_copies": 2, **dict.fromkeys(only(""), False)},
             "data.augment.retain_copies=2 has no effect: every kind of copy is switched off",

@@ -60,7 +60,9 @@ def test_upstreams_misspelt_key_must_agree_with_the_index(tmp_path: Path) -> Non
     path = write(tmp_path / "bio_test.jsonl", UPSTREAM)
     assert read_choices(path)[0].answer == 1
     write(path, UPSTREAM, {**UPSTREAM, "answer": 2})
-    with pytest.raises(DataError, match="line 2: answer 2 is the option 'oak', but 'corrtect' says 'wren'"):
+    with pytest.raises(
+        DataError, match="line 2: field 'answer' names option 2 .from 0., and 'corrtect' another; correct one"
+    ):
         read_choices(path)
 
 
@@ -73,11 +75,11 @@ def test_upstreams_misspelt_key_must_agree_with_the_index(tmp_path: Path) -> Non
         ({"choices": ["wren", 2]}, "field 'choices' must be a list of texts"),
         ({"answer": 4}, "answer 4 is none of the 4 options; expected 0 to 3 or A to D"),
         ({"answer": -1}, "answer -1 is none of the 4 options"),
-        ({"answer": "E"}, "answer 'E' is none of the 4 options"),
-        ({"answer": "wren"}, "answer 'wren' is none of the 4 options"),
-        ({"answer": ""}, "answer '' is none of the 4 options"),
-        ({"answer": True}, "answer True is none of the 4 options"),
-        ({"answer": None}, "answer None is none of the 4 options"),
+        ({"answer": "E"}, "answer (a text) is none of the 4 options"),
+        ({"answer": "wren"}, "answer (a text) is none of the 4 options"),
+        ({"answer": ""}, "answer (an empty text) is none of the 4 options"),
+        ({"answer": True}, "answer (true or false) is none of the 4 options"),
+        ({"answer": None}, "answer (null) is none of the 4 options"),
         ({"question": " "}, "field 'question' must be a text that is not empty"),
     ],
 )

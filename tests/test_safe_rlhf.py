@@ -173,8 +173,8 @@ def test_without_a_folder_the_hub_is_asked_for_both_parts(monkeypatch: pytest.Mo
     ("spoil", "message"),
     [
         (lambda row: row.pop("is_response_1_safe"), "line 1: field 'is_response_1_safe' is missing"),
-        (lambda row: row.update(prompt=None), "line 1: field 'prompt' must be of type str; it is None"),
-        (lambda row: row.update(response_0_harm_category=[]), "'response_0_harm_category' must be of type dict"),
+        (lambda row: row.update(prompt=None), "line 1: field 'prompt' must be a text; it is null"),
+        (lambda row: row.update(response_0_harm_category=[]), "'response_0_harm_category' must be an object; it is a"),
     ],
 )
 def test_a_malformed_row_is_named(spoil: Callable[[dict[str, Any]], object], message: str, tmp_path: Path) -> None:

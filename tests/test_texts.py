@@ -209,7 +209,7 @@ def test_texts_no_longer_than_the_limit_are_left_out(tmp_path: Path) -> None:
     ("file", "content", "message"),
     [
         ("a.jsonl", b'{"text": "a"}\n{"title": "b"}\n', "a.jsonl line 2: field 'text' is missing; it has: title"),
-        ("a.jsonl", b'{"text": "a"}\n\n{"text": 3}\n', "a.jsonl line 3: field 'text' must be a text; it is 3"),
+        ("a.jsonl", b'{"text": "a"}\n\n{"text": 3}\n', "a.jsonl line 3: field 'text' must be a text; it is a whole"),
         ("a.jsonl", b"[1]\n", "a.jsonl line 1: expected an object with the field 'text', or a JSON string"),
         ("a.jsonl", b'{"text": "a"}\n{"text": \n', "a.jsonl line 2: not valid JSON"),
         ("a.jsonl", b'{"text": "\xe9"}\n', "a.jsonl line 1: not UTF-8"),

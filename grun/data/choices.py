@@ -12,6 +12,7 @@ from grun.data.hub import hub_rows
 from grun.data.jsonl import read_records
 from grun.data.texts import find_file, read_list
 from grun.errors import DataError
+from grun.reading import fields_in, kind_of
 from grun.registry import unknown_name
 
 SUFFIXES = (".jsonl", ".json")
@@ -125,23 +126,22 @@ def _choice_row(record: Any, where: str, subject: str) -> ChoiceRow:
         raise DataError(f"{where}: expected an object with question, choices and answer")
     for name in ("question", "choices", "answer"):
         if name not in record:
-            found = ", ".join(map(str, record)) or "none"
             raise DataError(
-                f"{where}: field {name!r} is missing; a row needs question, choices, answer; it has: {found}"
+                f"{where}: field {name!r} is missing; a row needs question, choices, answer; it has: "
+                f"{fields_in(record)}"
             )
     question, choices = record["question"], record["choices"]
     if not isinstance(question, str) or not question.strip():
-        raise DataError(f"{where}: field 'question' must be a text that is not empty; it is {question!r}")
+        raise DataError(f"{where}: field 'question' must be a text that is not empty; it is {kind_of(question)}")
     if not isinstance(choices, list | tuple) or not all(isinstance(choice, str) for choice in choices):
-        raise DataError(f"{where}: field 'choices' must be a list of texts; it is {choices!r}")
+        raise DataError(f"{where}: field 'choices' must be a list of texts; it is {kind_of(choices)}")
     if len(choices) < 2:
         raise DataError(f"{where}: a question needs at least 2 options; it has {len(choices)}")
     answer = _answer(record["answer"], len(choices), where)
     right = record.get(RIGHT_OPTION)
     if right is not None and right != choices[answer]:
         raise DataError(
-            f"{where}: answer {record['answer']!r} is the option {choices[answer]!r}, but {RIGHT_OPTION!r} says "
-            f"{right!r}; correct one of them"
+            f"{where}: field 'answer' names option {answer} (from 0), and {RIGHT_OPTION!r} another; correct one of them"
         )
     named = record.get("subject")
     return ChoiceRow(question, tuple(choices), answer, named if isinstance(named, str) and named else subject)
@@ -153,10 +153,12 @@ def _answer(value: Any, count: int, where: str) -> int:
     index = value
     if isinstance(value, str):
         text = value.strip().upper()
-        index = letters.find(text) if len(text) == 1 and text.isalpha() else int(text) if text.isdecimal() else -1
+        numbers = {str(number): number for number in range(count)}
+        index = letters.find(text) if len(text) == 1 and text.isalpha() else numbers.get(text, -1)
+    shown = value if type(value) is int else f"({kind_of(value)})"
     if isinstance(index, bool) or not isinstance(index, int) or not 0 <= index < count:
         raise DataError(
-            f"{where}: answer {value!r} is none of the {count} options; expected 0 to {count - 1} or {letters[0]} to "
+            f"{where}: answer {shown} is none of the {count} options; expected 0 to {count - 1} or {letters[0]} to "
             f"{letters[-1]}"
         )
     return index

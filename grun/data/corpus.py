@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,6 +13,7 @@ from grun.data.rows import Row, common_rows, count_overlap, evenly_spaced, hash_
 from grun.data.texts import load_texts, split_names
 from grun.errors import ConfigError, DataError
 from grun.files import content_hash
+from grun.reading import read_text
 from grun.registry import unknown_name
 
 if TYPE_CHECKING:
@@ -306,11 +307,7 @@ def _refusals(path: str | None) -> list[str]:
 
         return refusals.refusals()
     file = Path(path).expanduser()
-    try:
-        lines: Sequence[str] = file.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"cannot read the refusals {file} ({error}); expected a UTF-8 text, one a line") from error
-    found = [line.strip() for line in lines if line.strip()]
+    found = [line.strip() for line in read_text(file).splitlines() if line.strip()]
     if not found:
         raise DataError(f"{file} holds no refusals; data.refusals is a text with one refusal a line")
     return found

@@ -68,8 +68,7 @@ def encode_rows(
             if room < 1:
                 raise DataError(
                     f"row {number} of {len(rows)}: its prompt has {len(prompt_ids)} tokens, which leaves no room for "
-                    f"an answer within {max_length}; shorten it ({(row.prompt or '')[:40]!r}...) or raise "
-                    "data.max_length up to the model's context"
+                    f"an answer within {max_length}; shorten it or raise data.max_length up to the model's context"
                 )
             cut += len(answer_ids) > room
             answer_ids = answer_ids[:room]
@@ -110,7 +109,7 @@ def encode_texts(
         prompt_ids, answer_ids, _ = encode(PLAIN, tokenizer, None, text)
         ids = [*prompt_ids, *answer_ids[:-1]][:max_length]
         if len(ids) < 2:
-            raise DataError(f"text {number + 1} of {len(texts)} has {len(ids)} tokens; at least 2 are needed: {text!r}")
+            raise DataError(f"text {number + 1} of {len(texts)} has {len(ids)} tokens; at least 2 are needed")
         length = 1 if cuts is None else min(max(1, int(cuts[number] * len(ids))), len(ids) - 1)
         rows.append(EncodedRow(tuple(ids[:length]), tuple(ids[length:])))
     return rows

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 from grun.data.rows import Row
 from grun.errors import DataError
+from grun.reading import decode, parse_json
 
 
 def read_rows(path: Path) -> list[Row]:
@@ -34,12 +34,7 @@ def read_records(path: Path) -> list[tuple[str, Any]]:
     for where, line in read_lines(path):
         if not line.strip():
             continue
-        try:
-            records.append((where, json.loads(line.removesuffix("\n"))))
-        except json.JSONDecodeError as error:
-            raise DataError(
-                f"{where}: not valid JSON ({error.msg} at column {error.colno}); expected one JSON object a line"
-            ) from error
+        records.append((where, parse_json(line.removesuffix("\n"), where)))
     if not records:
         raise DataError(f"{path} holds no rows; expected one JSON object a line")
     return records
@@ -61,8 +56,5 @@ def read_lines(path: Path) -> list[tuple[str, str]]:
     lines = []
     for number, line in enumerate([*(line + b"\n" for line in ended), *([rest] if rest else [])], start=1):
         where = f"{path} line {number}"
-        try:
-            lines.append((where, line.decode("utf-8")))
-        except UnicodeDecodeError as error:
-            raise DataError(f"{where}: not UTF-8 ({error.reason}); save the file as UTF-8") from error
+        lines.append((where, decode(line, where)))
     return lines

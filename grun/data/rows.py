@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 
 from grun.errors import ConfigError, DataError
 from grun.files import content_hash
+from grun.reading import fields_in, kind_of
 
 T = TypeVar("T")
 
@@ -55,22 +56,24 @@ class Row:
             if all(name in record for name in names):
                 break
         else:
-            found = ", ".join(map(str, record)) or "none"
             raise DataError(
-                f"{where}: a row needs the fields question and answer, or prompt and completion; it has: {found}"
+                f"{where}: a row needs the fields question and answer, or prompt and completion; it has: "
+                f"{fields_in(record)}"
             )
         for name in names:
             plain_text = name == "prompt" and record[name] is None
             if not plain_text and not (isinstance(record[name], str) and record[name].strip()):
-                raise DataError(f"{where}: field {name!r} must be a text that is not empty; it is {record[name]!r}")
+                raise DataError(
+                    f"{where}: field {name!r} must be a text that is not empty; it is {kind_of(record[name])}"
+                )
         for name in _TEXT_FIELDS:
             if not isinstance(record.get(name), str | None):
-                raise DataError(f"{where}: field {name!r} must be a text; it is {record[name]!r}")
+                raise DataError(f"{where}: field {name!r} must be a text; it is {kind_of(record[name])}")
         wrong = record.get("perturbed_answer")
         if wrong is not None and not (
             isinstance(wrong, list) and all(isinstance(text, str) and text.strip() for text in wrong)
         ):
-            raise DataError(f"{where}: field 'perturbed_answer' must be a list of texts; it is {wrong!r}")
+            raise DataError(f"{where}: field 'perturbed_answer' must be a list of texts; it is {kind_of(wrong)}")
         extra = {name: value for name, value in record.items() if name not in names}
         return cls(record[names[0]], record[names[1]], extra)
 

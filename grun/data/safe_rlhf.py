@@ -18,6 +18,7 @@ import numpy as np
 from grun.data.hub import hub_rows
 from grun.data.jsonl import read_records
 from grun.errors import ConfigError, DataError
+from grun.reading import kind_of
 from grun.registry import unknown_name
 
 T = TypeVar("T")
@@ -38,6 +39,7 @@ CATEGORIES = (
 )
 """Harm categories of the data set."""
 
+WORDS = {str: "a text", bool: "true or false", dict: "an object"}
 _READ_AS_MISSING = frozenset(
     "|None|NaN|N/A|NA|null|NULL|nan|-nan|-NaN|n/a|<NA>|#N/A|#N/A N/A|#NA|-1.#IND|-1.#QNAN|1.#IND|1.#QNAN".split("|")
 )
@@ -177,7 +179,7 @@ def _check(record: Any, where: str) -> None:
                 f"{where}: field {name!r} is missing; expected rows of PKU-SafeRLHF, with {', '.join(fields)}"
             )
         if not isinstance(record[name], kind):
-            raise DataError(f"{where}: field {name!r} must be of type {kind.__name__}; it is {record[name]!r}")
+            raise DataError(f"{where}: field {name!r} must be {WORDS[kind]}; it is {kind_of(record[name])}")
 
 
 def _pairs(records: Sequence[Mapping[str, Any]], i: int, category: str | None) -> list[Pair]:

@@ -18,7 +18,6 @@ This module imports neither torch nor transformers.
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +27,7 @@ from grun.data.chat import Turn, chat_frame, chat_turns
 from grun.data.control_tokens import ControlTokens, Part, find_control_tokens, tokenize
 from grun.errors import ConfigError, ModelError
 from grun.files import read_json, write_json
+from grun.reading import typed
 from grun.registry import Registry
 
 if TYPE_CHECKING:
@@ -56,10 +56,10 @@ class Template:
 
     def __post_init__(self) -> None:
         if self.kind not in ("chat", "string"):
-            raise ConfigError(f"template {self.name!r}: kind must be chat or string, not {self.kind!r}")
+            raise ConfigError(f"{FILE_NAME}, template {self.name!r}: kind must be chat or string, not {self.kind!r}")
         if self.kind == "string" and (not isinstance(self.text, str) or self.text.count(PLACE) != 1):
             raise ConfigError(
-                f"template {self.name!r}: the text must contain {PLACE} exactly once; it is {self.text!r}"
+                f"{FILE_NAME}, template {self.name!r}: the text must contain {PLACE} exactly once; it is {self.text!r}"
             )
 
     def to_dict(self) -> dict[str, Any]:
@@ -67,13 +67,10 @@ class Template:
         return dataclasses.asdict(self)
 
     @classmethod
-    def from_dict(cls, fields: dict[str, Any]) -> Template:
-        """The template that `to_dict` wrote; ConfigError for anything else."""
-        known = {field.name for field in dataclasses.fields(cls)}
-        if not isinstance(fields, dict) or not {"name", "kind"} <= set(fields) <= known:
-            found = ", ".join(map(str, fields)) if isinstance(fields, dict) else repr(fields)
-            raise ConfigError(f"a template has the fields {', '.join(sorted(known))}; found: {found}")
-        return cls(**fields)
+    def from_dict(cls, fields: Any, where: str = "a template") -> Template:
+        """The template that `to_dict` wrote; ConfigError for anything else, which says that it stands in `where`."""
+        template: Template = typed(cls, fields, where, ConfigError)
+        return template
 
 
 class Encoded(NamedTuple):
@@ -167,10 +164,7 @@ def load(folder: Path) -> Template | None:
     path = folder / FILE_NAME
     if not path.is_file():
         return None
-    try:
-        return Template.from_dict(read_json(path))
-    except (json.JSONDecodeError, UnicodeDecodeError, ConfigError) as error:
-        raise ConfigError(f"{path} is damaged: {error}; remove it and name the template in data.template") from error
+    return Template.from_dict(read_json(path, ConfigError), str(path))
 
 
 def encode(

@@ -5,7 +5,6 @@ No corpus comes with GRUN: each is read from where its owners publish it, or fro
 
 from __future__ import annotations
 
-import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import Any
 from grun.data.hub import hub_rows
 from grun.data.jsonl import read_lines, read_records
 from grun.errors import ConfigError, DataError
+from grun.reading import fields_in, kind_of, parse_json
 from grun.registry import unknown_name
 
 JSONL_MODES = ("field", "raw")
@@ -149,11 +149,7 @@ def _read_file(path: Path, jsonl: str) -> list[str]:
 
 def read_list(path: Path) -> list[Any]:
     """The list that a .json file holds; DataError if it holds anything else."""
-    whole = "".join(line for _, line in read_lines(path))
-    try:
-        values = json.loads(whole)
-    except json.JSONDecodeError as error:
-        raise DataError(f"{path} line {error.lineno}: not valid JSON ({error.msg} at column {error.colno})") from error
+    values = parse_json("".join(line for _, line in read_lines(path)), str(path))
     if not isinstance(values, list):
         raise DataError(f"{path}: expected a JSON list; one object a line is called .jsonl")
     return values
@@ -166,9 +162,9 @@ def _text_of(value: Any, where: str, field: str = "text") -> str:
     if not isinstance(value, dict):
         raise DataError(f"{where}: expected an object with the field {field!r}, or a JSON string")
     if field not in value:
-        raise DataError(f"{where}: field {field!r} is missing; it has: {', '.join(map(str, value)) or 'none'}")
+        raise DataError(f"{where}: field {field!r} is missing; it has: {fields_in(value)}")
     if not isinstance(value[field], str):
-        raise DataError(f"{where}: field {field!r} must be a text; it is {value[field]!r}")
+        raise DataError(f"{where}: field {field!r} must be a text; it is {kind_of(value[field])}")
     return value[field]
 
 

@@ -60,7 +60,7 @@ def prompt_text(row: ChoiceRow, format: str, suffix: str = "") -> str:
     with a blank at its end. `suffix` is put behind "Answer:", with a blank between.
     """
     if len(row.choices) > len(string.ascii_uppercase):
-        raise DataError(f"a question has {len(row.choices)} options, and letters end at 26: {row.question[:60]!r}")
+        raise DataError(f"a question has {len(row.choices)} options, and letters end at 26; leave some out")
     ending = f" {suffix.strip()}" if suffix.strip() else ""
     if format == "grun_paper":
         head = "The following is a multiple choice question with answers."

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from grun.checks import one_of, positive
+from grun.checks import one_of
 from grun.config import RequestsConfig, UnlearnConfig
 from grun.errors import ConfigError
 from grun.profiles import describe, resolve
@@ -88,10 +88,6 @@ def _check(action: str, options: RequestsConfig) -> None:
     if "id" in OPTIONS[action] and options.id is None:
         raise ConfigError(f"requests {action} needs id=ID, the name of a request")
     one_of("format", options.format, ("table", "json"))
-    positive("batch_size", options.batch_size)
-    positive("max_new_tokens", options.max_new_tokens)
-    if options.recall_at_most is not None and not 0 <= options.recall_at_most <= 1:
-        raise ConfigError(f"recall_at_most={options.recall_at_most} must be a share between 0 and 1")
 
 
 def _print(action: str, options: RequestsConfig) -> None:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from grun import profiles
-from grun.checks import check, positive
+from grun.checks import check
 from grun.config import DataConfig, EvaluateConfig, FinetuneConfig, SequentialConfig, UnlearnConfig
 from grun.data.corpus import Corpus, load_corpus
 from grun.data.jsonl import read_rows
@@ -87,8 +87,8 @@ def _changed(sequence: Sequence, config: SequentialConfig) -> Sequence:
         if not isinstance(sequence.requests, int):
             raise ConfigError(f"requests={config.requests}: the sequence {sequence.name} lists its requests; leave out")
         sequence.requests = config.requests
-    if isinstance(sequence.requests, int):
-        positive("requests", sequence.requests)
+    if isinstance(sequence.requests, int) and sequence.requests < 1:
+        raise ConfigError(f"requests={sequence.requests} must be greater than 0")
     sequence.retrain_at = list(config.retrain_at) or sequence.retrain_at
     sequence.rule = config.rule or sequence.rule
     if sequence.rule not in RULES:

@@ -9,7 +9,6 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from grun.checks import positive
 from grun.config import EvaluateConfig, FinetuneConfig, ReportConfig, SweepConfig
 from grun.errors import ConfigError
 from grun.sweep.cells import REFERENCE, Cell, Discard, base_identity, make_cell, run_cell
@@ -55,7 +54,6 @@ def results_dir(config: SweepConfig) -> Path:
 
 def plan_of(config: SweepConfig) -> Plan:
     """The plan; ConfigError for anything wrong with the sweep or its cells that shows before something is loaded."""
-    positive("jobs", config.jobs)
     plan = make_plan(config)
     if config.launcher is not None:
         check_launcher(config.launcher, results_dir(config))

@@ -234,7 +234,8 @@ def write_adapter(folder: Path, config: AdapterConfig, weights: dict[str, Tensor
     """Write weights first and the config last, each under a temporary name and then renamed."""
     from safetensors.torch import save
 
-    stored = {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
+    # Copies: layers of a gate may share a tensor, which safetensors does not store.
+    stored = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in weights.items()}
     write_bytes(folder / WEIGHTS_FILE, save(stored, metadata={"format": "pt"}))
     write_text(folder / "README.md", model_card(config, template))
     values = {"peft_type": "GRUN", "format_version": FORMAT_VERSION, **asdict(config)}

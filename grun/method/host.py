@@ -18,7 +18,8 @@ from grun.devices import input_device, keep_unpacked
 from grun.errors import ConfigError, ModelError
 from grun.method.gate_state import GateState, follow, state_of
 from grun.method.position import Call, PositionRule, PromptOfCall, attended
-from pyvene_custom import IntervenableModel, Sites
+from pyvene_custom import IntervenableModel, Sites, find_blocks
+from pyvene_custom.blocks import text_config
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -273,14 +274,23 @@ def prompt_of_call(args: tuple[Any, ...], kwargs: dict[str, Any]) -> PromptOfCal
 
 def hidden_size_of(base: PreTrainedModel) -> int:
     """Width of the residual stream of a model."""
-    stated = getattr(base.config.get_text_config(), "hidden_size", None)
+    stated = getattr(text_config(base), "hidden_size", None)
     if stated is None:  # a config that names it otherwise
         embeddings: Any = base.get_input_embeddings()
         stated = embeddings.weight.shape[1]
     return int(stated)
 
 
+def edit_dtype(blocks: nn.Module) -> torch.dtype:
+    """Type that edits of these blocks are computed and stored in: float64 where they are, else float32."""
+    return torch.promote_types(next(blocks.parameters()).dtype, torch.float32)
+
+
 def refuse_wrapped(base: PreTrainedModel) -> None:
-    """ConfigError if `base` carries edits already."""
+    """ConfigError if `base` carries edits already, ModelError if it has no decoder blocks to edit."""
     if base.__dict__.get("_grun_model") is not None:
         raise ConfigError("this base model carries GRUN edits already; call unwrap() on its GrunModel first")
+    try:
+        find_blocks(base)
+    except ValueError as error:
+        raise ModelError(str(error)) from error

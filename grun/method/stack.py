@@ -15,7 +15,7 @@ from grun.errors import AdapterError, ConfigError
 from grun.method.adapter import AdapterConfig, find_adapter
 from grun.method.combination import RULES
 from grun.method.fingerprint import fingerprint
-from grun.method.host import EditedModel, hidden_size_of, refuse_wrapped
+from grun.method.host import EditedModel, edit_dtype, hidden_size_of, refuse_wrapped
 from grun.method.position import Call, Changes, LastPrompt, PositionRule, attended
 from grun.method.stacked import Kind, StackedIntervention, StackSites
 from grun.method.validation import Adapter, validate
@@ -196,8 +196,8 @@ class GrunStack(EditedModel):
         return {int(block): edit for block, edit in self.edits.items() if isinstance(edit, StackedIntervention)}
 
     def _new(self, block: int) -> StackedIntervention:
-        dtype = torch.float64 if next(self.base.parameters()).dtype == torch.float64 else torch.float32
-        like = torch.empty(0, dtype=dtype, device=device_of(self.intervenable.blocks[block]))
+        blocks = self.intervenable.blocks
+        like = torch.empty(0, dtype=edit_dtype(blocks), device=device_of(blocks[block]))
         return StackedIntervention(hidden_size_of(self.base), like, self._rule_name, self._threshold)
 
     def _settle(self, edits: Mapping[int, nn.Module]) -> None:

@@ -18,6 +18,8 @@ from grun.data.templates import Template
 from grun.errors import AdapterError
 from grun.method.adapter import CONFIG_FILE, WEIGHTS_FILE, AdapterConfig, check_fits, parse_weights
 from grun.method.gate import GATES
+from grun.method.stacked import layers_of
+from grun.precision import float32_by_default
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -141,8 +143,16 @@ def _expected(
     from grun.method.model import gated_intervention  # which reads adapters through this module
 
     config = AdapterConfig([0], rank, gate, hidden_size, 1, activation=activation)
-    with torch.device("meta"):
-        state = gated_intervention(config).state_dict()
+    try:
+        with torch.device("meta"):  # whatever sizes a file states, nothing is allocated
+            made = gated_intervention(config)
+    except (NotImplementedError, RuntimeError):
+        made = None
+    if made is None or (made.gate is not None and layers_of(made.gate) is None):
+        # A gate that computes with its numbers while it is made is another one on meta, or none.
+        with torch.random.fork_rng(devices=[]), float32_by_default():
+            made = gated_intervention(config)
+    state = made.state_dict()
     return {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in state.items()}
 
 

@@ -37,6 +37,10 @@ class Sites:
     """Positions read at which that state begins anew, bool, shape [batch, positions read]; None: none."""
     everywhere: bool = False
     """Whether `read` and `write` are all columns in their order, so that states are taken as they stand."""
+    shape: tuple[int, int] | None = None
+    """Rows and tokens of the pass, which a block must be given to be edited; None: any."""
+    about: Any = None
+    """Whatever their owner wants to know when the pass is over."""
 
     def to(self, device: torch.device) -> Sites:
         """Same columns on `device`; the carried state stays shared."""

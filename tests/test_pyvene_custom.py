@@ -198,8 +198,9 @@ def test_an_exception_leaves_nothing_behind(stage: str, call: str) -> None:
     base, batch = model.base, padded(random_rows([6, 6]), "left")
     longer = padded(random_rows([9, 9]), "left")
     with model.disabled():
-        untouched, decoder_alone = base(**batch).logits, base.model(**batch).last_hidden_state
+        untouched = base(**batch).logits
     edited, longer_edited = base(**batch).logits, base(**longer).logits
+    decoder_alone = base.model(**batch).last_hidden_state
     before = hooks_on(base)
 
     def fail(*_: Any) -> None:

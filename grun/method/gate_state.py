@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable
 from functools import cache as cached
 from typing import Any
 
@@ -93,8 +92,7 @@ def _rebuilt(own: type) -> Any:
 
 
 @cached
-def _following(own: Hashable) -> type:
-    assert isinstance(own, type)
+def _following(own: Any) -> type:
     return type(own.__name__, (_Followed, own), {"__module__": own.__module__})
 
 
@@ -114,6 +112,6 @@ def follow(cache: Any, state: GateState) -> None:
             "gates that remember earlier tokens need a transformers Cache, not a tuple; pass DynamicCache()"
         )
     if not isinstance(cache, _Followed):
-        own: Hashable = type(cache)
+        own: Any = type(cache)
         cache.__class__ = _following(own)
     cache.gate_state = state

@@ -18,7 +18,7 @@ from grun.devices import input_device, keep_unpacked
 from grun.errors import ConfigError, ModelError
 from grun.method.gate_state import GateState, follow, state_of
 from grun.method.masks import counting
-from grun.method.position import Call, PositionRule, attended
+from grun.method.position import Call, PositionRule, attended, is_decode_step
 from grun.method.prompt import PromptOfCall, cache_length, prompt_of_call
 from pyvene_custom import IntervenableModel, find_blocks
 from pyvene_custom.blocks import text_config
@@ -248,7 +248,7 @@ class EditedModel(nn.Module):
             columns=inputs.shape[1],
             past=past,
             device=inputs.device,
-            attention_mask=_mask_of(kwargs.get("attention_mask"), inputs, past, None if foreign else prompt),
+            attention_mask=None,
             labels=kwargs.get("labels"),
             prompt_lengths=None if prompt_lengths is None else torch.as_tensor(prompt_lengths),
             prompt=None if foreign else prompt,
@@ -257,6 +257,8 @@ class EditedModel(nn.Module):
             carry={} if state is None else state.last(),
             goes_on=cache is not None,
         )
+        if self.rule.remembers or not is_decode_step(call):  # which is to launch nothing
+            call.attention_mask = _mask_of(kwargs.get("attention_mask"), inputs, past, call.prompt)
         sites = self.rule.locate(call)
         if sites is not None:
             sites.shape = call.rows, call.columns

@@ -153,7 +153,7 @@ def last_prompt_column(call: Call) -> Tensor | None:
     it; the token before the first label, in rows of which that is not the first attended token; the last attended
     token; the last column. A bare pass with a filled cache and neither lengths nor labels is a decode step.
     """
-    if call.prompt_lengths is None and _is_decode_step(call):
+    if is_decode_step(call):
         return None
     if call.prompt_lengths is not None:
         return _column_of_nth_attended(call.prompt_lengths.to(call.device), attended(call), call.goes_on)
@@ -176,8 +176,10 @@ def attended(call: Call) -> Tensor:
     return call.attention_mask[:, -call.columns :].to(call.device) != 0
 
 
-def _is_decode_step(call: Call) -> bool:
+def is_decode_step(call: Call) -> bool:
     """Whether this pass lies behind the prompt; told without looking at a tensor, so that it launches nothing."""
+    if call.prompt_lengths is not None:
+        return False
     if call.prompt is not None:
         return call.past >= call.prompt.columns
     return call.past > 0 and call.labels is None

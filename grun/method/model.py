@@ -20,7 +20,7 @@ from grun.method.intervention import GatedIntervention
 from grun.method.position import position_rule
 from grun.method.stack import GrunStack
 from grun.method.stacked import InForce
-from grun.method.validation import validate
+from grun.method.validation import shape_of, validate
 from grun.precision import float32_by_default
 from pyvene_custom import find_blocks
 
@@ -141,7 +141,7 @@ class GrunModel(EditedModel):
         """
         refuse_wrapped(base_model)
         folder = find_adapter(folder_or_hub_id)
-        adapter = validate(folder, base_model)
+        adapter = validate(folder, shape_of(base_model))
         quantized = getattr(base_model, "quantization_method", None) is not None
         adapter.config.check_fingerprint(fingerprint(base_model), strict=strict, quantized=quantized)
         model = cls(base_model, adapter.config, adapter.template)

@@ -38,12 +38,14 @@ class Adapter:
     """By name as in the state of a `GrunModel`."""
 
 
-def validate(folder: Path, base: PreTrainedModel | None = None, *, digests: Mapping[str, str] | None = None) -> Adapter:
+def validate(
+    folder: Path, shape: tuple[int, int] | None = None, *, digests: Mapping[str, str] | None = None
+) -> Adapter:
     """The GRUN adapter in `folder`, every field and tensor of it checked.
 
     Args:
         folder: as `GrunModel.save_pretrained` writes it; further files are not looked at.
-        base: model it is to go on; None: what can be known without one is checked.
+        shape: `shape_of` the base it is to go on; None: what can be known without one is checked.
         digests: SHA-256 of each file that must be there, as a file itself and no link; None: not known.
 
     Raises:
@@ -61,11 +63,8 @@ def validate(folder: Path, base: PreTrainedModel | None = None, *, digests: Mapp
         config, template = AdapterConfig.parse(files.get(CONFIG_FILE) or path.read_bytes(), path)
     except (FileNotFoundError, NotADirectoryError) as error:
         raise AdapterError(f"{folder} is no GRUN adapter: {CONFIG_FILE} is missing") from error
-    if base is not None:
-        from grun.method.host import hidden_size_of
-        from pyvene_custom import find_blocks
-
-        check_fits(config, hidden_size_of(base), len(find_blocks(base)[1]), folder)
+    if shape is not None:
+        check_fits(config, *shape, folder)
     path = folder / WEIGHTS_FILE
     try:
         weights = parse_weights(files.get(WEIGHTS_FILE) or path.read_bytes(), path)
@@ -73,6 +72,14 @@ def validate(folder: Path, base: PreTrainedModel | None = None, *, digests: Mapp
         raise AdapterError(f"{path} is missing; copy the whole adapter folder") from error
     _check_tensors(config, weights, path)
     return Adapter(config, template, weights)
+
+
+def shape_of(base: PreTrainedModel) -> tuple[int, int]:
+    """Hidden size and number of decoder blocks."""
+    from grun.method.host import hidden_size_of
+    from pyvene_custom import find_blocks
+
+    return hidden_size_of(base), len(find_blocks(base)[1])
 
 
 def is_real(path: Path, kind: Any) -> bool:

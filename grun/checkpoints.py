@@ -7,10 +7,11 @@ import os
 import re
 import shutil
 from pathlib import Path
-from typing import Any
 
-from grun.files import content_hash, file_hash, read_json, write_json
+from grun.files import content_hash, file_hash, read_json
+from grun.reading import DamagedFile
 from grun.runs import IDENTITY_FILE
+from grun.sealed import read_sealed, write_sealed
 
 log = logging.getLogger(__name__)
 
@@ -43,27 +44,22 @@ def seal(checkpoint: Path, name: str, run: Path) -> None:
         with open(file, "rb") as handle:
             os.fsync(handle.fileno())
         files[file.relative_to(checkpoint).as_posix()] = {"bytes": file.stat().st_size, "sha256": file_hash(file)}
-    values = {"name": name, "run": _run_of(run), "files": files}
-    write_json(checkpoint / MANIFEST_FILE, {**values, "sha256": content_hash(values)})
+    write_sealed(checkpoint / MANIFEST_FILE, {"name": name, "run": _run_of(run), "files": files})
 
 
 def damage(checkpoint: Path, run: Path) -> str | None:
     """What is wrong with a checkpoint of the run in the folder `run`; None: it is whole."""
     try:
-        values = read_json(checkpoint / MANIFEST_FILE)
-        digest = values.pop("sha256")
-        files: dict[str, dict[str, Any]] = values["files"]
-        if digest != content_hash(values):
-            raise ValueError("its digest differs")
+        values = read_sealed(checkpoint / MANIFEST_FILE)
     except FileNotFoundError:
         return f"{MANIFEST_FILE} is missing"
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+    except (OSError, DamagedFile):
         return f"{MANIFEST_FILE} is damaged"
-    if values.get("name") != checkpoint.name:
-        return f"it was written as {values.get('name')}"
-    if values.get("run") != _run_of(run):
+    if values["name"] != checkpoint.name:
+        return f"it was written as {values['name']}"
+    if values["run"] != _run_of(run):
         return "it is of another run"
-    for name, expected in files.items():
+    for name, expected in values["files"].items():
         file = checkpoint / name
         try:
             size = file.stat().st_size

@@ -139,11 +139,11 @@ def check_values(config: Any, prefix: str = "") -> None:
         key, value = f"{prefix}{field.name}", getattr(config, field.name)
         if dataclasses.is_dataclass(value):
             check_values(value, f"{key}.")
-        for number in value if isinstance(value, list) else [value]:
+        for number in value.values() if isinstance(value, dict) else value if isinstance(value, list) else [value]:
             if isinstance(number, str) and number.startswith("~") and field.name not in WORDS:
                 _check_home(key, number)
             if isinstance(number, dict | list):
-                raise ConfigError(f"{key}: expected a list of plain values, found {kind_of(number)} in it")
+                raise ConfigError(f"{key}: expected plain values, found {kind_of(number)} among them")
             if isinstance(number, bool) or not isinstance(number, int | float):
                 continue
             bounds, largest = field.metadata.get("bounds", Bounds()), LARGEST[type(number)]

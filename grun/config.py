@@ -216,7 +216,8 @@ class DataConfig:
     path: Optional[str] = None
     """tofu: folder of the files, else GRUN_TOFU_DIR, else the hub; jsonl, corpora, questions: folder of the files."""
     forget: str = "forget05"
-    """tofu: forget split; jsonl: file of the rows to forget; corpora: names or files, separated by commas."""
+    """tofu: forget split; jsonl: file, or OWNER/NAME:SPLIT of the hub, of the rows to forget; corpora: names or files,
+    separated by commas."""
     retain: Optional[str] = None
     """tofu: retain split (unset: the complement of forget); jsonl: file of the rows to keep; corpora: as forget."""
     subset: str = "all"
@@ -245,6 +246,8 @@ class DataConfig:
     """System message for chat templates; stored with the model."""
     date: str = "26 Jul 2024"
     """Date handed to chat templates that print one, so that a prompt is the same on every day; stored."""
+    columns: dict[str, str] = field(default_factory=dict)
+    """jsonl, cloze, corpora: what our fields are called in the files, such as {question: q, answer: a}."""
     refusals: Optional[str] = None
     """File of refusals, one a line; unset: the packaged ones."""
     max_length: Optional[int] = number(None, 1)
@@ -693,12 +696,6 @@ class RequestsConfig:
     """add, when it makes the store: gate probability below which an edit is skipped; unset: never."""
     retrain: bool = False
     """remove: train those requests anew that were trained beside the removed one."""
-    key: Optional[str] = None
-    """add, remove, disable, enable: PEM file of the ed25519 key that signs the head; a signed store needs one."""
-    head: Optional[str] = None
-    """verify: head that was noted earlier, 16 hex digits or more; a store whose history lacks it was rolled back."""
-    public_key: Optional[str] = None
-    """verify: PEM file of the ed25519 public key that must have signed the head."""
     format: str = "table"
     """list, history: table (to read) or json."""
     model: ModelConfig = field(default_factory=ModelConfig)

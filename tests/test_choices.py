@@ -103,7 +103,7 @@ def test_a_missing_field_is_named_by_its_row(field: str, tmp_path: Path) -> None
 def test_rows_that_are_no_objects_and_empty_files_are_refused(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="line 1: expected an object"):
         read_choices(write(tmp_path / "a.jsonl", "text"))
-    with pytest.raises(DataError, match="a.json holds no questions"):
+    with pytest.raises(DataError, match="a.json holds no rows"):
         read_choices(write(tmp_path / "a.json"))
 
 

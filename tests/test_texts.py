@@ -210,16 +210,15 @@ def test_texts_no_longer_than_the_limit_are_left_out(tmp_path: Path) -> None:
     [
         ("a.jsonl", b'{"text": "a"}\n{"title": "b"}\n', "a.jsonl line 2: field 'text' is missing; it has: title"),
         ("a.jsonl", b'{"text": "a"}\n\n{"text": 3}\n', "a.jsonl line 3: field 'text' must be a text; it is a whole"),
-        ("a.jsonl", b"[1]\n", "a.jsonl line 1: expected an object with the field 'text', or a JSON string"),
+        ("a.jsonl", b"[1]\n", "a.jsonl row 1: expected an object with the field 'text', or a JSON string"),
         ("a.jsonl", b'{"text": "a"}\n{"text": \n', "a.jsonl line 2: not valid JSON"),
         ("a.jsonl", b'{"text": "\xe9"}\n', "a.jsonl line 1: not UTF-8"),
         ("a.txt", b"good\nb\xe9d\n", "a.txt line 2: not UTF-8"),
-        ("a.json", b'[{"text": "a"}, {"body": "b"}]', "a.json text 2: field 'text' is missing"),
-        ("a.json", b'{"text": "a"}', "a.json: expected a JSON list"),
+        ("a.json", b'[{"text": "a"}, {"body": "b"}]', "a.json row 2: field 'text' is missing"),
         ("a.json", b'["a",\n]', "a.json line 2: not valid JSON"),
         ("a.jsonl", b"\n", "a.jsonl holds no rows"),
         ("a.txt", b"\n", "a.txt holds no texts"),
-        ("a.json", b"[]", "a.json holds no texts"),
+        ("a.json", b"[]", "a.json holds no rows"),
     ],
 )
 def test_a_malformed_file_is_named_with_the_place(file: str, content: bytes, message: str, tmp_path: Path) -> None:

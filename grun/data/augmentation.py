@@ -14,7 +14,7 @@ from random import Random
 from typing import TYPE_CHECKING, NamedTuple
 
 from grun.config import AugmentConfig
-from grun.data.chat import Turn
+from grun.data.chat import Turn, without_system
 from grun.data.encoding import EncodedRow
 from grun.data.rows import Row
 from grun.data.templates import Template, encode
@@ -176,13 +176,13 @@ class PromptVariation:
         Returns:
             None for a prefill of an answer of one token.
         """
-        question, template, earlier = str(row.prompt), self._template, []
+        question, template, earlier = str(row.prompt), self._template, list(row.earlier)
         if way.kind == "suffix":
             question += SUFFIXES[way.choice]
         elif way.kind == "template":
-            template = Template("other", "string", WORDINGS[way.choice], " ")
+            template, earlier = Template("other", "string", WORDINGS[way.choice], " "), [*without_system(earlier)]
         elif way.kind == "few_shot":
-            earlier = [self._example(question, way.choice)]
+            earlier = [*earlier, self._example(question, way.choice)]
         elif way.kind == "lower_case":
             question = question.lower()
         elif way.kind == "typos":

@@ -5,6 +5,7 @@ Marks are rendered instead of texts, so that a text is never read as part of the
 
 from __future__ import annotations
 
+import dataclasses
 import datetime
 import functools
 import json
@@ -28,6 +29,21 @@ class Turn(NamedTuple):
     answer: str
 
 
+class System(NamedTuple):
+    """The system message of one conversation."""
+
+    text: str
+
+
+Earlier = Sequence[System | Turn]
+"""What comes before the last question of a conversation: a system message at most, at the beginning, and turns."""
+
+
+def without_system(earlier: Earlier) -> list[Turn]:
+    """The turns alone."""
+    return [one for one in earlier if isinstance(one, Turn)]
+
+
 class Frame(NamedTuple):
     """What a chat template writes around the user's text."""
 
@@ -40,6 +56,7 @@ class Frame(NamedTuple):
 
 
 _USER_MARK, _ANSWER_MARK = "GRUNuserZ7c1e0f5b9dZ", "GRUNanswerZ2b8d6a4f03Z"
+_SYSTEM_MARK = "GRUNsystemZ5d0b3e8c71Z"
 
 
 @functools.lru_cache(maxsize=8)
@@ -79,6 +96,29 @@ def chat_turns(template: Template, tokenizer: PreTrainedTokenizerBase, earlier: 
     for text, after in zip(texts, written[1:], strict=True):
         parts += [Part(text, False), Part(after, True)]
     return parts
+
+
+def with_system_mark(template: Template) -> Template:
+    """The template with a mark for a system message, which `put_system` replaces."""
+    if template.kind != "chat":
+        raise ConfigError(
+            f"a row has a system message, and the template {template.name!r} takes none; set data.template=chat, or "
+            "leave the system messages out"
+        )
+    return dataclasses.replace(template, system_prompt=_SYSTEM_MARK)
+
+
+def put_system(parts: Sequence[Part], text: str) -> list[Part]:
+    """The parts with a system message in place of its mark; ConfigError unless the chat template writes it once."""
+    if sum(part.text.count(_SYSTEM_MARK) for part in parts) != 1:
+        raise ConfigError(
+            "the tokenizer's chat template does not write a row's system message once; name another in data.template"
+        )
+    found = []
+    for part in parts:
+        before, mark, after = part.text.partition(_SYSTEM_MARK)
+        found += [Part(before, True), Part(text.strip(), False), Part(after, True)] if mark else [part]
+    return found
 
 
 def _around_mark(rendered: str) -> tuple[str, str]:

@@ -9,13 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from grun.data.hub import hub_rows
-from grun.data.jsonl import read_records
-from grun.data.texts import find_file, read_list
+from grun.data.jsonl import ENDINGS, read_records
+from grun.data.texts import find_file
 from grun.errors import DataError
 from grun.reading import fields_in, kind_of
 from grun.registry import unknown_name
 
-SUFFIXES = (".jsonl", ".json")
 RIGHT_OPTION = "corrtect"
 """Field that repeats the right option in the files of GRUN's published code, which spell it so."""
 MMLU = "mmlu"
@@ -81,7 +80,7 @@ def load_choices(name: str, folder: str | None = None) -> list[ChoiceRow]:
     """
     set_name, _, subject = name.partition(":") if name.startswith(f"{MMLU}:") else (name, "", "")
     stem = f"{MMLU}_{subject}" if subject else name
-    path = find_file(stem, folder, LOCAL_FILES.get(name, ()), SUFFIXES)
+    path = find_file(stem, folder, LOCAL_FILES.get(name, ()), ENDINGS)
     if path is not None:
         return read_choices(path, subject or name)
     if set_name not in LOCAL_FILES:
@@ -99,7 +98,7 @@ def load_choices(name: str, folder: str | None = None) -> list[ChoiceRow]:
 
 
 def read_choices(path: Path, subject: str | None = None) -> list[ChoiceRow]:
-    """Questions of a .jsonl file, one object a line, or of a .json file, a list of them.
+    """Questions of a file with one of `ENDINGS`, a record each.
 
     A row is {question, choices, answer}, with the answer as an index from 0 or as a letter, and perhaps {subject}. Of
     GRUN's published files {question, choices, answer, corrtect, in_correct_choices} the index must agree with the
@@ -112,13 +111,8 @@ def read_choices(path: Path, subject: str | None = None) -> list[ChoiceRow]:
     Raises:
         DataError: the file is missing, or a row is malformed (named by its number, counted from 1).
     """
-    if path.suffix == ".json":
-        records = [(f"{path} row {number}", record) for number, record in enumerate(read_list(path), start=1)]
-    else:
-        records = read_records(path)
-    if not records:
-        raise DataError(f"{path} holds no questions")
-    return [_choice_row(record, where, subject or path.stem) for where, record in records]
+    stem = Path(path.name.removesuffix(".gz")).stem
+    return [_choice_row(record, where, subject or stem) for where, record in read_records(path)]
 
 
 def _choice_row(record: Any, where: str, subject: str) -> ChoiceRow:

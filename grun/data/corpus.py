@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from grun.data import tofu
-from grun.data.jsonl import read_rows
+from grun.data.jsonl import load_rows
 from grun.data.rows import Row, common_rows, count_overlap, evenly_spaced, hash_rows
 from grun.data.texts import load_texts, split_names
 from grun.errors import ConfigError, DataError
@@ -264,13 +264,12 @@ def _load_jsonl(config: DataConfig) -> Corpus:
     """The user's own files."""
     if not config.retain:
         raise ConfigError("data.name=jsonl needs data.retain, the file of the rows to keep")
-    folder = Path(config.path or "").expanduser()
-    forget, retain = (read_rows(folder / Path(name).expanduser()) for name in (config.forget, config.retain))
+    forget, retain = (load_rows(name, config.path, config.columns) for name in (config.forget, config.retain))
     return Corpus(
         name="jsonl",
         forget=forget,
         retain=retain,
-        unknown=read_rows(folder / Path(config.unknown).expanduser()) if config.unknown else [],
+        unknown=load_rows(config.unknown, config.path, config.columns) if config.unknown else [],
         refusals=_refusals(config.refusals),
         known=forget + retain,
         known_without_forget=retain,
@@ -286,7 +285,13 @@ def _load_corpora(config: DataConfig) -> Corpus:
         [
             Row(None, content, {"corpus": name})
             for name in split_names(names)
-            for content in load_texts(name, folder=config.path, jsonl=text.jsonl, min_characters=text.min_characters)
+            for content in load_texts(
+                name,
+                folder=config.path,
+                jsonl=text.jsonl,
+                min_characters=text.min_characters,
+                field=config.columns.get("text", "text"),
+            )
         ]
         for names in (config.forget, config.retain)
     )

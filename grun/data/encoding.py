@@ -60,7 +60,7 @@ def encode_rows(
     """
     encoded, differing, cut = [], [], 0
     for number, row in enumerate(rows, start=1):
-        prompt_ids, answer_ids, joint_differs = encode(template, tokenizer, row.prompt, row.completion)
+        prompt_ids, answer_ids, joint_differs = encode(template, tokenizer, row.prompt, row.completion, row.earlier)
         if joint_differs:
             differing.append(number)
         if max_length is not None:

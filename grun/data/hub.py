@@ -3,28 +3,39 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from grun.errors import DataError
 
 
-def hub_rows(repository: str, config: str | None, split: str, *, instead: str) -> Sequence[Mapping[str, Any]]:
+def hub_rows(repository: str, config: str | None, split: str | None, *, instead: str) -> Sequence[Mapping[str, Any]]:
     """Rows of one split, in order.
 
     Args:
-        repository: owner/name of the data set.
+        repository: owner/name of the data set, or a folder, of which no copy is left in the cache.
         config: its configuration; None: the only one, or the default.
-        split: train, test, ...
+        split: train, test, ...; None: the only one.
         instead: what the user can give in place of the hub, such as "data.path, a folder that holds people.jsonl".
 
     Raises:
-        DataError: the data set is gated and access is missing, the hub cannot be reached, or there are no rows.
+        DataError: the data set is gated and access is missing, the hub cannot be reached, there are no rows, or there
+            are several splits to choose from.
     """
     import datasets
 
     shown = " ".join(filter(None, (repository, config, split)))
+    is_folder = Path(repository).is_dir()
+    how = {"streaming": True} if is_folder else {}
     try:
-        table: Sequence[Mapping[str, Any]] = datasets.load_dataset(repository, config, split=split)
+        found: Any = datasets.load_dataset(repository, config, split=split, **how)
+        if split is None and len(found) > 1:
+            first = next(iter(found))
+            raise DataError(f"{repository} has the splits {', '.join(found)}; name one: {repository}:{first}")
+        table = next(iter(found.values())) if split is None else found
+        table = list(table) if is_folder else table
+    except DataError:
+        raise
     except Exception as error:  # `datasets` raises many kinds for one cause
         if _is_gated(error):
             raise DataError(
@@ -32,10 +43,12 @@ def hub_rows(repository: str, config: str | None, split: str, *, instead: str) -
                 f"`hf auth login` or set HF_TOKEN; or give {instead}"
             ) from error
         line = (str(error).splitlines() or [type(error).__name__])[0]
-        raise DataError(f"cannot fetch {shown} from the hub ({line}); give {instead}") from error
+        what = f"cannot read {shown}" if is_folder else f"cannot fetch {shown} from the hub"
+        raise DataError(f"{what} ({line}); give {instead}") from error
     if not len(table):
-        raise DataError(f"{shown} on the hub holds no rows; give {instead}")
-    return table
+        raise DataError(f"{shown}{'' if is_folder else ' on the hub'} holds no rows; give {instead}")
+    rows: Sequence[Mapping[str, Any]] = table
+    return rows
 
 
 def _is_gated(error: BaseException | None) -> bool:

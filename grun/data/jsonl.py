@@ -1,60 +1,156 @@
-"""Rows from a JSON-lines file: one object a line, {question, answer} or {prompt, completion}, and further fields."""
+"""Rows from a file: JSON lines or a JSON list, CSV, TSV, Parquet, each perhaps compressed by gzip; or from the hub."""
 
 from __future__ import annotations
 
+import gzip
+import re
+import zlib
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from grun.data.rows import Row
-from grun.errors import DataError
-from grun.reading import decode, parse_json
+from grun.data.hub import hub_rows
+from grun.data.rows import FIELDS, SHAPES, Row, shape_of
+from grun.data.tables import DELIMITERS, PARQUET, plain_record, read_csv, read_parquet
+from grun.errors import ConfigError, DataError
+from grun.reading import decode, first_line, parse_json
+from grun.registry import unknown_name
+
+ENDINGS = tuple(f"{ending}{gz}" for gz in ("", ".gz") for ending in (".jsonl", ".json", *DELIMITERS, ".parquet"))
+"""Ends of names of files that hold records."""
+_GZIP = b"\x1f\x8b"
+_HUB = re.compile(r"(?P<repository>[\w.-]+/[\w.-]+)(:(?P<config>[\w.-]+)(?=:))?(:(?P<split>[\w.-]+))?")
 
 
-def read_rows(path: Path) -> list[Row]:
-    """Read every row of a UTF-8 JSON-lines file; blank lines are skipped, the last newline may be missing.
+def load_rows(name: str, folder: str | None = None, columns: Mapping[str, str] | None = None) -> list[Row]:
+    """Rows of a file, or of a data set of the hub.
+
+    Args:
+        name: a file; or OWNER/NAME[[:CONFIG]:SPLIT] of the hub, where no such file is there; or FOLDER:SPLIT, a data
+            set on disk in any form that `datasets.load_dataset` takes.
+        folder: where it lies; None: the current folder.
+        columns: our name of a field -> its name in the file.
 
     Raises:
-        DataError: the file is missing or empty, or a line is malformed (named by its number, counted from 1).
+        ConfigError: `columns` names a field that no row has.
+        DataError: it is not there, or is malformed.
     """
-    rows = []
-    for where, record in read_records(path):
+    path = Path(folder or "").expanduser() / Path(name).expanduser()
+    stem, colon, split = str(path).rpartition(":")
+    is_folder, hub = bool(colon) and Path(stem).is_dir(), _HUB.fullmatch(name)
+    if path.exists() or name.endswith(ENDINGS) or not (hub or is_folder):
+        return read_rows(path, columns)
+    source = (stem, None, split) if is_folder or hub is None else hub.group("repository", "config", "split")
+    records = hub_rows(*source, instead=f"a file ending in {ENDINGS[0]}, or another of those in docs/formats.md")
+    named = ((f"{name} row {number}", plain_record(record)) for number, record in enumerate(records, start=1))
+    return rows_of(named, columns)
+
+
+def read_rows(path: Path, columns: Mapping[str, str] | None = None) -> list[Row]:
+    """Read every row of a file; see `read_records` and `Row.from_record`.
+
+    Raises:
+        ConfigError: `columns` names a field that no row has.
+        DataError: the file is missing or empty, or a row is malformed (named by its line or number, counted from 1).
+    """
+    return rows_of(read_records(path), columns)
+
+
+def rows_of(records: Iterable[tuple[str, Any]], columns: Mapping[str, str] | None = None) -> list[Row]:
+    """Rows of records, all of one shape; `columns` says what our fields are called in them."""
+    columns = columns or {}
+    for name in columns:
+        if name not in FIELDS:
+            raise ConfigError(unknown_name("data.columns: field", name, list(FIELDS)))
+    rows: list[Row] = []
+    first: Any = None
+    for where, record in records:
         if not isinstance(record, dict):
             raise DataError(f"{where}: expected an object with question and answer, one a line")
-        rows.append(Row.from_record(record, where))
+        named = _renamed(record, columns)
+        rows.append(Row.from_record(named, where))
+        shape = shape_of(named) or ()
+        first = first or shape
+        if shape != first and not {shape, first} <= {*SHAPES[:2]}:
+            raise DataError(
+                f"{where}: a row of {' and '.join(shape)}, and the first one is of {' and '.join(first)}; put rows of "
+                "one kind into a file"
+            )
     return rows
 
 
+def _renamed(record: Mapping[str, Any], columns: Mapping[str, str]) -> dict[str, Any]:
+    there = {column: name for name, column in columns.items() if column in record}
+    kept = {key: value for key, value in record.items() if key not in there and key not in there.values()}
+    return kept | {name: record[column] for column, name in there.items()}
+
+
 def read_records(path: Path) -> list[tuple[str, Any]]:
-    """The value of each line that is not blank, after the words that name the line in errors.
+    """The values of a file, after the words that name the line or row of each in errors.
+
+    Parquet, CSV (.csv) and TSV (.tsv) give an object a row; anything else is a JSON list, or JSON lines, of which blank
+    ones are skipped.
 
     Raises:
-        DataError: the file is missing, empty or not UTF-8, or a line is not JSON.
+        DataError: the file is missing, empty, or not what its name or its beginning says.
     """
-    records = []
-    for where, line in read_lines(path):
-        if not line.strip():
-            continue
-        records.append((where, parse_json(line.removesuffix("\n"), where)))
+    content = read_bytes(path)
+    ending = Path(path.name.removesuffix(".gz")).suffix.lower()
+    if ending == ".parquet" or content.startswith(PARQUET):
+        records: list[tuple[str, Any]] = list(read_parquet(path, content))
+    elif ending in DELIMITERS:
+        records = list(read_csv(path, content, DELIMITERS[ending]))
+    else:
+        records = _read_json(path, content)
     if not records:
         raise DataError(f"{path} holds no rows; expected one JSON object a line")
     return records
 
 
-def read_lines(path: Path) -> list[tuple[str, str]]:
+def _read_json(path: Path, content: bytes) -> list[tuple[str, Any]]:
+    """Values of JSON lines, or of a list: a file that begins with [ is one, unless its first line is JSON by itself."""
+    lines = read_lines(path, content)
+    said = [(where, line) for where, line in lines if line.strip()]
+    if said and said[0][1].lstrip().startswith("["):
+        try:
+            values = parse_json("".join(line for _, line in lines), str(path))
+            return [(f"{path} row {number}", value) for number, value in enumerate(values, start=1)]
+        except DataError as error:
+            try:
+                parse_json(said[0][1], "")
+            except DataError:
+                raise error from None
+    return [(where, parse_json(line.removesuffix("\n"), where)) for where, line in said]
+
+
+def read_lines(path: Path, content: bytes | None = None) -> list[tuple[str, str]]:
     r"""Lines of a UTF-8 file, each with its newline (\n, also where the file has \r\n), after the words that name it.
 
     Raises:
         DataError: the file is missing or cannot be read, or a line is not UTF-8.
     """
-    try:
-        content = path.read_bytes()
-    except FileNotFoundError as error:
-        raise DataError(f"no data file {path}; check data.path and the file's name") from error
-    except OSError as error:
-        raise DataError(f"cannot read {path}: {error.strerror or error}") from error
+    content = read_bytes(path) if content is None else content
     *ended, rest = content.removeprefix(b"\xef\xbb\xbf").replace(b"\r\n", b"\n").split(b"\n")
     lines = []
     for number, line in enumerate([*(line + b"\n" for line in ended), *([rest] if rest else [])], start=1):
         where = f"{path} line {number}"
         lines.append((where, decode(line, where)))
     return lines
+
+
+def read_bytes(path: Path) -> bytes:
+    """Content of a file, decompressed if it is gzip; DataError if it cannot be had."""
+    try:
+        content = path.read_bytes()
+    except FileNotFoundError as error:
+        raise DataError(f"no data file {path}; check data.path and the file's name") from error
+    except OSError as error:
+        raise DataError(f"cannot read {path}: {error.strerror or error}") from error
+    if not content.startswith(_GZIP):
+        if path.suffix == ".gz" and content:
+            raise DataError(f"{path} is not compressed by gzip, as its name says; compress it, or rename it")
+        return content
+    try:
+        return gzip.decompress(content)
+    except (OSError, EOFError, zlib.error) as error:
+        raise DataError(f"{path} is no whole gzip file ({first_line(error)}); compress it again") from error

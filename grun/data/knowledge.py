@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from grun.data.choices import ChoiceRow, load_choices
-from grun.data.jsonl import read_rows
+from grun.data.jsonl import load_rows
 from grun.data.rows import Row
 from grun.data.texts import load_texts
 from grun.errors import ConfigError, DataError
@@ -56,21 +55,23 @@ def load_knowledge(config: DataConfig) -> Knowledge:
     knowledge = Knowledge()
     for role in ROLES:
         choices = [row for name in getattr(questions, role) for row in load_choices(name, config.path)]
-        cloze = [row for name in getattr(questions, f"cloze_{role}") for row in _read_cloze(name, config.path)]
+        cloze = [row for name in getattr(questions, f"cloze_{role}") for row in _read_cloze(name, config)]
         if choices:
             knowledge.choices[role] = choices
         if cloze:
             knowledge.cloze[role] = cloze
+    field = config.columns.get("text", "text")
     for name in questions.perplexity:
-        knowledge.texts[name] = load_texts(name, folder=config.path, jsonl=config.text.jsonl, min_characters=-1)
+        knowledge.texts[name] = load_texts(
+            name, folder=config.path, jsonl=config.text.jsonl, min_characters=-1, field=field
+        )
     return knowledge
 
 
-def _read_cloze(name: str, folder: str | None) -> list[Row]:
+def _read_cloze(name: str, config: DataConfig) -> list[Row]:
     """Rows of {prompt, completion, fact}."""
-    path = Path(folder or "").expanduser() / Path(name).expanduser()
-    rows = read_rows(path)
+    rows = load_rows(name, config.path, config.columns)
     for number, row in enumerate(rows, start=1):
         if row.prompt is None or not row.fact:
-            raise DataError(f"{path} row {number}: a sentence to complete needs the fields prompt, completion and fact")
+            raise DataError(f"{name} row {number}: a sentence to complete needs the fields prompt, completion and fact")
     return rows

@@ -3,16 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
+from grun.data.chat import System, Turn, without_system
+from grun.data.conversations import read_conversation, read_turns, to_messages
 from grun.errors import ConfigError, DataError
 from grun.files import content_hash
 from grun.reading import fields_in, kind_of
 
 T = TypeVar("T")
 
+ALPACA = ("instruction", "output")
+SHAPES = (("question", "answer"), ("prompt", "completion"), ("messages",), ("conversations",), ALPACA)
+"""Fields by which a record is a row."""
 _TEXT_FIELDS = ("fact", "paraphrased_question", "paraphrased_answer", "cloze")
+_BESIDE = {("conversations",): ("system",), ALPACA: ("input", "system")}
+"""Further text fields of the shapes that have them."""
+FIELDS = (*(name for names in SHAPES for name in names), *_TEXT_FIELDS, *_BESIDE[ALPACA])
+FIELDS += ("earlier", "perturbed_answer", "text")
+"""Fields that mean something; text in plain texts alone."""
 
 
 @dataclass(frozen=True)
@@ -25,6 +35,8 @@ class Row:
     """What the model is to say."""
     extra: Mapping[str, Any] = field(default_factory=dict, hash=False)
     """Further fields of the source: fact, paraphrased_question, paraphrased_answer, perturbed_answer, person, ..."""
+    earlier: tuple[System | Turn, ...] = ()
+    """What came before in the conversation; empty where `prompt` is its beginning."""
 
     @property
     def fact(self) -> str | None:
@@ -35,47 +47,63 @@ class Row:
     def paraphrase(self) -> Row | None:
         """The row asked in other words, with the same answer, or None."""
         question = self.extra.get("paraphrased_question")
-        return Row(question, self.completion, self.extra) if question else None
+        return replace(self, prompt=question) if question else None
 
     def to_dict(self) -> dict[str, Any]:
-        """The row as JSON-able fields."""
-        return {"prompt": self.prompt, "completion": self.completion, **self.extra}
+        """The row as JSON-able fields, which `from_record` reads."""
+        before = {"earlier": to_messages(self.earlier)} if self.earlier else {}
+        return {"prompt": self.prompt, "completion": self.completion, **before, **self.extra}
 
     @classmethod
     def from_record(cls, record: Mapping[str, Any], where: str) -> Row:
-        """Make a row of {question, answer} or {prompt, completion}; other fields become `extra`.
+        """Make a row of a record of one of `SHAPES`; other fields become `extra`.
 
         Args:
-            record: fields of one row; a prompt of None stands for plain text.
+            record: fields of one row; a prompt of None stands for plain text. An instruction may have an input, which
+                follows it on a line of its own; of messages (or conversations) the last is the answer; elsewhere the
+                field earlier may hold messages that came before. Instructions and conversations may have a system.
             where: names the row in error messages, such as "people.jsonl line 3".
 
         Raises:
             DataError: a field is missing, empty or not a text.
         """
-        for names in (("question", "answer"), ("prompt", "completion")):
-            if all(name in record for name in names):
-                break
-        else:
+        names = shape_of(record)
+        if names is None:
+            wanted = ", or ".join(" and ".join(shape) for shape in SHAPES)
             raise DataError(
-                f"{where}: a row needs the fields question and answer, or prompt and completion; it has: "
-                f"{fields_in(record)}"
+                f"{where}: a row needs the fields {wanted}; it has: {fields_in(record)}. data.columns names others"
             )
-        for name in names:
-            plain_text = name == "prompt" and record[name] is None
-            if not plain_text and not (isinstance(record[name], str) and record[name].strip()):
-                raise DataError(
-                    f"{where}: field {name!r} must be a text that is not empty; it is {kind_of(record[name])}"
-                )
-        for name in _TEXT_FIELDS:
+        if len(names) == 1:
+            earlier, prompt, completion = read_conversation(record[names[0]], f"{where}: field {names[0]!r}")
+        else:
+            for name in names:
+                plain_text = name == "prompt" and record[name] is None
+                if not plain_text and not (isinstance(record[name], str) and record[name].strip()):
+                    raise DataError(
+                        f"{where}: field {name!r} must be a text that is not empty; it is {kind_of(record[name])}"
+                    )
+            prompt, completion = (record[name] for name in names)
+            earlier = read_turns(record.get("earlier") or [], f"{where}: field 'earlier'")
+        beside = _BESIDE.get(names, ())
+        for name in (*_TEXT_FIELDS, *beside):
             if not isinstance(record.get(name), str | None):
                 raise DataError(f"{where}: field {name!r} must be a text; it is {kind_of(record[name])}")
+        if "input" in beside and record.get("input"):
+            prompt = f"{prompt}\n{record['input']}"
+        if "system" in beside and record.get("system"):
+            earlier = (System(record["system"]), *without_system(earlier))
         wrong = record.get("perturbed_answer")
         if wrong is not None and not (
             isinstance(wrong, list) and all(isinstance(text, str) and text.strip() for text in wrong)
         ):
             raise DataError(f"{where}: field 'perturbed_answer' must be a list of texts; it is {kind_of(wrong)}")
-        extra = {name: value for name, value in record.items() if name not in names}
-        return cls(record[names[0]], record[names[1]], extra)
+        extra = {name: value for name, value in record.items() if name not in (*names, *beside, "earlier")}
+        return cls(prompt, completion, extra, earlier)
+
+
+def shape_of(record: Mapping[str, Any]) -> tuple[str, ...] | None:
+    """Which of `SHAPES` a record has, the first if several; None: none."""
+    return next((names for names in SHAPES if all(name in record for name in names)), None)
 
 
 def hash_rows(rows: Iterable[Row]) -> str:
@@ -103,5 +131,5 @@ def common_rows(first: Iterable[Row], second: Iterable[Row]) -> list[Row]:
     return [row for row in first if _content(row) in known]
 
 
-def _content(row: Row) -> tuple[str | None, str]:
-    return (None if row.prompt is None else row.prompt.strip(), row.completion.strip())
+def _content(row: Row) -> tuple[Any, ...]:
+    return (row.earlier, None if row.prompt is None else row.prompt.strip(), row.completion.strip())

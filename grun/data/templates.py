@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from grun.data.chat import Turn, chat_frame, chat_turns
+from grun.data.chat import Earlier, System, Turn, chat_frame, chat_turns, put_system, with_system_mark, without_system
 from grun.data.control_tokens import ControlTokens, Part, find_control_tokens, tokenize
 from grun.errors import ConfigError, ModelError
 from grun.files import read_json, write_json
@@ -172,7 +172,7 @@ def encode(
     tokenizer: PreTrainedTokenizerBase,
     prompt: str | None,
     completion: str,
-    earlier: Sequence[Turn] = (),
+    earlier: Earlier = (),
 ) -> Encoded:
     """Token ids of a row.
 
@@ -181,7 +181,8 @@ def encode(
         tokenizer: any transformers tokenizer with an end token.
         prompt: the question; None: plain text, whose prompt is the start token alone.
         completion: the answer; a blank at its beginning is dropped where the template puts one there.
-        earlier: what was asked and answered before, which becomes the beginning of the prompt; see `_earlier_parts`.
+        earlier: a system message, in place of the template's, and what was asked and answered before, which become the
+            beginning of the prompt; see `_earlier_parts`.
 
     Raises:
         ModelError: the tokenizer has no end token.
@@ -201,7 +202,7 @@ def encode(
 
 
 def encode_prompt(
-    template: Template, tokenizer: PreTrainedTokenizerBase, prompt: str | None, earlier: Sequence[Turn] = ()
+    template: Template, tokenizer: PreTrainedTokenizerBase, prompt: str | None, earlier: Earlier = ()
 ) -> list[int]:
     """Prompt ids alone: the same as `encode` gives, whatever the answer."""
     control = _control_tokens(template, tokenizer)
@@ -225,11 +226,14 @@ def _behind(prefix: str, completion: str) -> str:
 
 
 def prompt_parts(
-    template: Template, tokenizer: PreTrainedTokenizerBase, prompt: str | None, earlier: Sequence[Turn] = ()
+    template: Template, tokenizer: PreTrainedTokenizerBase, prompt: str | None, earlier: Earlier = ()
 ) -> tuple[list[Part], str]:
     """The rendered prompt without the spaces at its end, and what comes before the answer's text."""
     if prompt is None:
         return [], ""
+    system = next((one.text for one in earlier if isinstance(one, System)), None)
+    template = template if system is None else with_system_mark(template)
+    turns = without_system(earlier)
     if template.kind == "chat":
         frame = chat_frame(template, tokenizer, str(tokenizer.chat_template))
         prompt = prompt.lstrip() if frame.strips_left else prompt
@@ -238,7 +242,8 @@ def prompt_parts(
     else:
         before, _, after = str(template.text).partition(PLACE)
         prefix = template.answer_prefix
-    start = _earlier_parts(template, tokenizer, earlier) if earlier else [Part(before, True)]
+    start = _earlier_parts(template, tokenizer, turns) if turns else [Part(before, True)]
+    start = start if system is None else put_system(start, system)
     parts = [*start, Part(prompt, False), Part(after, True)]
     for index in reversed(range(len(parts))):
         text = parts[index].text.rstrip(" ")

@@ -11,13 +11,13 @@ from pathlib import Path
 from typing import Any
 
 from grun.data.hub import hub_rows
-from grun.data.jsonl import read_lines, read_records
+from grun.data.jsonl import ENDINGS, read_lines, read_records
 from grun.errors import ConfigError, DataError
-from grun.reading import fields_in, kind_of, parse_json
+from grun.reading import fields_in, kind_of
 from grun.registry import unknown_name
 
 JSONL_MODES = ("field", "raw")
-SUFFIXES = (".jsonl", ".json", ".txt")
+SUFFIXES = (*ENDINGS, ".txt", ".txt.gz")
 HUB_PREFIX = "hub:"
 DEFAULT_FOLDER = "data"
 """Folder that is looked into where none is named, and after the one that is, as the published tools do."""
@@ -55,15 +55,18 @@ LOCAL_ONLY = ("merge_forget_data_sum_gpt", "cyber_forget_data_sum_gpt", "merge_r
 """GRUN's files of summaries, which are on no hub."""
 
 
-def load_texts(name: str, *, folder: str | None = None, jsonl: str = "field", min_characters: int = 0) -> list[str]:
+def load_texts(
+    name: str, *, folder: str | None = None, jsonl: str = "field", min_characters: int = 0, field: str = "text"
+) -> list[str]:
     r"""Texts of one corpus, in order.
 
     Args:
-        name: a name in `CORPORA`; a file ending in .jsonl, .json (a list) or .txt (paragraphs, blank lines between
-            them); `NAME` for a file NAME.jsonl, NAME.json or NAME.txt in the folder, which also wins over the hub; or
+        name: a name in `CORPORA`; a file with one of `SUFFIXES` (.txt: paragraphs, blank lines between them); `NAME`
+            for such a file in the folder, which also wins over the hub; or
             `hub:owner/name[:config[:split[:field]]]`, with split train and field text where they are left out.
         folder: where files are looked for; names without ending are looked for in `data` too.
-        jsonl: what of a line of a .jsonl file is the text: field (its field `text`; or the line, if it is a JSON
+        field: field of a record, or column, that is the text; of the hub the name gives it.
+        jsonl: what of a line of a .jsonl file is the text: field (its `field`; or the line, if it is a JSON
             string) or raw (the line as it stands, its \n included). Texts of the hub are a field in both.
         min_characters: texts of this many characters or fewer are left out; -1 keeps empty ones.
 
@@ -73,7 +76,7 @@ def load_texts(name: str, *, folder: str | None = None, jsonl: str = "field", mi
     """
     if jsonl not in JSONL_MODES:
         raise ConfigError(unknown_name("data.text.jsonl", jsonl, list(JSONL_MODES)))
-    texts = _read(name, folder, jsonl)
+    texts = _read(name, folder, jsonl, field)
     kept = [text for text in texts if len(text) > min_characters]
     if not kept:
         raise DataError(
@@ -88,12 +91,12 @@ def split_names(names: str) -> list[str]:
     return [name.strip() for name in names.split(",") if name.strip()]
 
 
-def _read(name: str, folder: str | None, jsonl: str) -> list[str]:
+def _read(name: str, folder: str | None, jsonl: str, field: str) -> list[str]:
     if name.startswith(HUB_PREFIX):
         return _fetch(_hub_name(name), instead=f"a file ending in {_or(SUFFIXES)}")
     path = find_file(name, folder, CORPORA[name].files if name in CORPORA else (), SUFFIXES)
     if path is not None:
-        return _read_file(path, jsonl)
+        return _read_file(path, jsonl, field)
     if name in CORPORA:
         return _fetch(CORPORA[name], instead=f"a folder (data.path) that holds {name}.jsonl")
     where = Path(folder or DEFAULT_FOLDER).expanduser()
@@ -132,27 +135,18 @@ def find_file(name: str, folder: str | None, further: tuple[str, ...], suffixes:
     return None
 
 
-def _read_file(path: Path, jsonl: str) -> list[str]:
-    if path.suffix == ".txt":
+def _read_file(path: Path, jsonl: str, field: str) -> list[str]:
+    kind = path.name.removesuffix(".gz")
+    if kind.endswith(".txt"):
         whole = "".join(line for _, line in read_lines(path))
         texts = [paragraph.strip() for paragraph in re.split(r"\n[^\S\n]*\n", whole) if paragraph.strip()]
-    elif path.suffix == ".json":
-        texts = [_text_of(value, f"{path} text {number}") for number, value in enumerate(read_list(path), start=1)]
-    elif jsonl == "raw":
+    elif jsonl == "raw" and kind.endswith(".jsonl"):
         texts = [line for _, line in read_lines(path)]
     else:
-        texts = [_text_of(value, where) for where, value in read_records(path)]
+        texts = [_text_of(value, where, field) for where, value in read_records(path)]
     if not texts:
         raise DataError(f"{path} holds no texts")
     return texts
-
-
-def read_list(path: Path) -> list[Any]:
-    """The list that a .json file holds; DataError if it holds anything else."""
-    values = parse_json("".join(line for _, line in read_lines(path)), str(path))
-    if not isinstance(values, list):
-        raise DataError(f"{path}: expected a JSON list; one object a line is called .jsonl")
-    return values
 
 
 def _text_of(value: Any, where: str, field: str = "text") -> str:

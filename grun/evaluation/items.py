@@ -6,7 +6,7 @@ import contextlib
 import logging
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -79,7 +79,7 @@ def encode_items(
             for kind, variant, text in _continuations(name, row):
                 if not config.continuations or kind in config.continuations:
                     places.append((name, index, kind, variant))
-                    texts.append(Row(row.prompt, text))
+                    texts.append(replace(row, completion=text))
         encoded = encode_rows(texts, tokenizer, template, longest, config.data.strict)
         for place, row, ids in zip(places, texts, encoded, strict=True):
             items.append(Item(*place, ids, row.completion, bool(ids.answer_ids) and ids.answer_ids[-1] == end))

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import importlib
 import re
-import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol, cast
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
 
 from grun.config import EvaluateConfig
+from grun.data.chat import Earlier
 from grun.data.corpus import load_corpus
 from grun.data.rows import evenly_spaced
 from grun.data.templates import Template, encode_prompt, resolve
@@ -22,7 +22,6 @@ from grun.files import content_hash
 from grun.memory import enough_memory
 from grun.method.fingerprint import fingerprint
 from grun.progress import progress
-from grun.reading import first_line
 
 if TYPE_CHECKING:
     from grun.loading import Loaded
@@ -92,32 +91,20 @@ class FunctionJudge:
         module, _, attribute = name.partition(":")
         try:
             self.function: Callable[[str, str], Any] = getattr(importlib.import_module(module), attribute)
-        except Exception as error:  # importing runs the user's code
+        except (ImportError, ValueError, AttributeError) as error:
             raise ConfigError(
-                f"judge={CALLABLE}{name} cannot be imported ({type(error).__name__}: {first_line(error)}); write "
-                "callable:package.module:function"
+                f"judge={CALLABLE}{name} cannot be imported ({error}); write callable:package.module:function"
             ) from error
-        if not callable(self.function):
-            raise ConfigError(f"judge={CALLABLE}{name} is no function but a {type(self.function).__name__}")
         self.name = name
 
     def __call__(self, pairs: Sequence[tuple[str, str]], advance: Callable[[int], None]) -> list[Verdict]:
-        """See `Judge`; DataError for anything but the three, and where the function fails."""
+        """See `Judge`; DataError for anything but the three."""
         verdicts = []
         for prompt, response in pairs:
-            try:
-                label: Any = self.function(prompt, response)
-            except Exception as error:
-                *_, at = traceback.extract_tb(error.__traceback__)  # what it says may quote the reply
-                raise DataError(
-                    f"the judge {self.name} failed ({type(error).__name__} in {at.filename} line {at.lineno}); it must "
-                    "give 'safe', 'unsafe' or None"
-                ) from error
-            if not (label is None or (type(label) is str and label in ("safe", "unsafe"))):
-                raise DataError(
-                    f"the judge {self.name} gave another {type(label).__name__}; it must give 'safe', 'unsafe' or None"
-                )
-            verdicts.append(Verdict(cast("Label | None", label), ""))
+            label = self.function(prompt, response)
+            if label not in ("safe", "unsafe", None):
+                raise DataError(f"the judge {self.name} gave {label!r}; it must give 'safe', 'unsafe' or None")
+            verdicts.append(Verdict(label, ""))
             advance(1)
         return verdicts
 
@@ -173,9 +160,9 @@ class JudgeSuite:
         self.config = config
         corpus = load_corpus(config.data)
         wanted = config.sets or list(SETS)
-        self.prompts: dict[str, list[str]] = {}
+        self.prompts: dict[str, list[tuple[str, Earlier]]] = {}
         for name, rows in corpus.sets().items():
-            prompts = list(dict.fromkeys(row.prompt for row in rows if row.prompt is not None))
+            prompts = list(dict.fromkeys((row.prompt, row.earlier) for row in rows if row.prompt is not None))
             if name in wanted and prompts:
                 self.prompts[name] = evenly_spaced(prompts, config.data.limit)
         missing = [name for name in wanted if name not in self.prompts]
@@ -192,7 +179,10 @@ class JudgeSuite:
         """Prompts, template, judge and rubric."""
         config = self.config
         return {
-            "prompts": {name: content_hash(prompts) for name, prompts in self.prompts.items()},
+            "prompts": {
+                name: content_hash([[prompt, earlier] if earlier else prompt for prompt, earlier in prompts])
+                for name, prompts in self.prompts.items()
+            },
             "template": self._template(loaded).to_dict(),
             "max_new_tokens": config.max_new_tokens,
             "judge": config.judge,
@@ -215,21 +205,25 @@ class JudgeSuite:
                 answers = generate_answers(
                     loaded.model,
                     tokenizer,
-                    [encode_prompt(template, tokenizer, prompt) for _, prompt in asked],
+                    [encode_prompt(template, tokenizer, *prompt) for _, prompt in asked],
                     self.config.batch_size,
                     self.config.max_new_tokens,
                     int(tokenizer.pad_token_id or 0),
                     advance,
                 )
             with progress("judging", len(asked)) as advance:
-                pairs = [(prompt, answer.text) for (_, prompt), answer in zip(asked, answers, strict=True)]
+                shown = [
+                    "\n\n".join([*(text for turn in earlier for text in turn), prompt])
+                    for _, (prompt, earlier) in asked
+                ]
+                pairs = [(prompt, answer.text) for prompt, answer in zip(shown, answers, strict=True)]
                 verdicts = self.judge(pairs, advance)
         lines = [
             {
                 **{"set": name, "prompt": prompt, "response": answer.text, "label": verdict.label},
                 **{"verdict": verdict.text, "gates": answer.gates},
             }
-            for (name, prompt), answer, verdict in zip(asked, answers, verdicts, strict=True)
+            for (name, _), (prompt, _), answer, verdict in zip(asked, pairs, answers, verdicts, strict=True)
         ]
         sets = {name: rates([line for line in lines if line["set"] == name]) for name in self.prompts}
         return Measured({"sets": sets}, {JUDGED_FILE: lines})

@@ -90,10 +90,11 @@ class Grun:
     def run(self, batch: Batch, hidden: Collection[int] = ()) -> StepOutput:
         """One forward pass through the hooked base."""
         intervenable = self.model.intervenable
-        before = intervenable.here
+        intervenable.gates.clear()
+        lengths = {"prompt_lengths": batch.prompt_lengths} if self.model.active else {}
         with self.model.drawing(batch.seeds):
-            output = run_plain(self.model.base, batch, hidden, prompt_lengths=batch.prompt_lengths)
-        gates = intervenable.gates_since(before)
+            output = run_plain(self.model.base, batch, hidden, **lengths)
+        gates = dict(intervenable.gates)
         if gates:
             output.gate_logits = gates
             output.gate_mask = intervenable.gate_mask

@@ -22,7 +22,6 @@ from grun.parametrization import is_gated
 from grun.profiles import from_dict, resolve, to_dict
 from grun.requests.forget_rows import check_forget_rows, salted_hashes
 from grun.requests.manifest import MANIFEST_FILE, Request, check_id
-from grun.requests.signing import read_key
 from grun.requests.store import RequestStore
 from grun.runs import IDENTITY_FILE, RUN_FILE
 
@@ -59,7 +58,7 @@ def add(options: RequestsConfig, arguments: Sequence[str]) -> Path:
     check_id(request_id)
     known = None
     if options.replace or (folder / MANIFEST_FILE).exists():
-        store = opened(options)
+        store = RequestStore.open(folder)
         store.check_new(request_id, replace=options.replace)
         _refuse_another_rule(store, options)
         known = store.manifest.request(request_id) if options.replace else None
@@ -77,7 +76,7 @@ def add(options: RequestsConfig, arguments: Sequence[str]) -> Path:
         store_text=options.store_text or (known is not None and known.text_stored),
         note=options.note or ("" if known is None else known.note),
     )
-    return train(_opened_or_made(options), training)
+    return train(_opened(options), training)
 
 
 def remove(store: RequestStore, request_id: str, *, retrain: bool) -> list[str]:
@@ -176,7 +175,7 @@ def _take(options: RequestsConfig, adapter: Path, arguments: Sequence[str]) -> P
         raise DataError(
             f"the forget rows are not those that {adapter} was trained on; give the data.* options under which they are"
         )
-    store = _opened_or_made(options)
+    store = _opened(options)
     with store.writing():
         beside = [] if config.method.beside is None else _trained_beside(store, adapter)
         return store.add(
@@ -275,18 +274,13 @@ def others(store: RequestStore, request_id: str, beside: Sequence[str]) -> Itera
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def opened(options: RequestsConfig) -> RequestStore:
-    """The store that is there; with key=FILE its head is signed at each change."""
-    return RequestStore.open(str(options.store), None if options.key is None else read_key(options.key))
-
-
-def _opened_or_made(options: RequestsConfig) -> RequestStore:
+def _opened(options: RequestsConfig) -> RequestStore:
+    """The store, made if it is not there."""
     folder = Path(str(options.store)).expanduser()
     if (folder / MANIFEST_FILE).exists():
-        return opened(options)
-    key = None if options.key is None else read_key(options.key)
+        return RequestStore.open(folder)
     log.info("a new store of requests: %s", folder)
-    return RequestStore.create(folder, rule=options.rule or "sum", gate_threshold=options.gate_threshold, key=key)
+    return RequestStore.create(folder, rule=options.rule or "sum", gate_threshold=options.gate_threshold)
 
 
 def _refuse_another_rule(store: RequestStore, options: RequestsConfig) -> None:

@@ -6,13 +6,17 @@ import hashlib
 import hmac
 import json
 from collections.abc import Sequence
+from typing import Any
 
+from grun.data.chat import without_system
 from grun.data.rows import Row
 from grun.errors import DataError
 
 
 def salted_hashes(rows: Sequence[Row], salt: str) -> tuple[str, ...]:
     """HMAC-SHA256 (hex) of each row: key is the salt's bytes, message the canonical JSON of [prompt, completion].
+
+    Of a row with earlier turns of these too.
 
     Whoever has the salt can try texts: short or guessable ones are found.
 
@@ -35,12 +39,12 @@ def check_forget_rows(forget: Sequence[Row], retain: Sequence[Row]) -> None:
     """
     if not forget:
         raise DataError("the request has no forget rows; name a file with at least one in data.forget")
-    kept = {(_stripped(row.prompt), row.completion.strip()) for row in retain}
-    asked = {_stripped(row.prompt) for row in retain if row.prompt is not None}
+    kept = {(*_asked(row), row.completion.strip()) for row in retain}
+    asked = {_asked(row) for row in retain if row.prompt is not None}
     both = [
         number
         for number, row in enumerate(forget, start=1)
-        if (_stripped(row.prompt), row.completion.strip()) in kept or _stripped(row.prompt) in asked
+        if (*_asked(row), row.completion.strip()) in kept or _asked(row) in asked
     ]
     if both:
         raise DataError(
@@ -49,9 +53,10 @@ def check_forget_rows(forget: Sequence[Row], retain: Sequence[Row]) -> None:
         )
 
 
-def _stripped(prompt: str | None) -> str | None:
-    return None if prompt is None else prompt.strip()
+def _asked(row: Row) -> tuple[Any, ...]:
+    return (*without_system(row.earlier), None if row.prompt is None else row.prompt.strip())
 
 
 def _canonical(row: Row) -> str:
-    return json.dumps([row.prompt, row.completion], ensure_ascii=False, separators=(",", ":"))
+    said = [row.prompt, row.completion, *([row.earlier] if row.earlier else [])]
+    return json.dumps(said, ensure_ascii=False, separators=(",", ":"))

@@ -16,7 +16,7 @@ from grun import profiles
 from grun.checks import check
 from grun.config import DataConfig, EvaluateConfig, FinetuneConfig, SequentialConfig, UnlearnConfig
 from grun.data.corpus import Corpus, load_corpus
-from grun.data.jsonl import read_rows
+from grun.data.jsonl import load_rows
 from grun.data.rows import Row
 from grun.errors import ConfigError, DataError
 from grun.method.combination import RULES
@@ -127,7 +127,7 @@ def _rows(sequence: Sequence, data: DataConfig, files: ExperimentFiles) -> tuple
             f"sequence {sequence.name} lists files of requests, so data.name must be jsonl, not {data.name}"
         )
     folder = Path(data.path or "").expanduser()
-    requests, rows = joined(_own(sequence.requests, folder))
+    requests, rows = joined(_own(sequence.requests, folder, data.columns))
     if data.retain is None:
         raise ConfigError("data.name=jsonl needs data.retain, the file of the rows to keep")
     unknown = None if data.unknown is None else str(folder / data.unknown)
@@ -138,13 +138,13 @@ def _rows(sequence: Sequence, data: DataConfig, files: ExperimentFiles) -> tuple
     return corpus, requests, chosen
 
 
-def _own(listed: list[OwnRequest], folder: Path) -> dict[str, list[Row]]:
+def _own(listed: list[OwnRequest], folder: Path, columns: Mapping[str, str]) -> dict[str, list[Row]]:
     found: dict[str, list[Row]] = {}
     for request in listed:
         check_id(request.id)
         if request.id.casefold() in map(str.casefold, found):
             raise ConfigError(f"two requests are called {request.id}; give each an id of its own")
-        found[request.id] = read_rows(folder / Path(request.forget).expanduser())
+        found[request.id] = load_rows(request.forget, str(folder), columns)
     return found
 
 

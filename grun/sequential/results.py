@@ -9,6 +9,7 @@ from typing import Any
 
 from grun.errors import RunError
 from grun.evaluation.plan import EVALUATION_FILE
+from grun.files import read_json
 from grun.sequential.chain import Chain
 from grun.sequential.definition import METHODS
 from grun.sequential.files import BEFORE, RETAIN_ONLY, ChainFiles, ExperimentFiles
@@ -63,9 +64,8 @@ def read_experiment(results: Path) -> Experiment:
         of_method = ChainFiles(results, name)
         if not of_method.chain.is_file():
             continue
-        chain = Chain.read(of_method.chain)
-        requests = chain.requests
-        found = [chain.read_step(path) for id in requests if (path := of_method.step(id)).is_file()]
+        requests = Chain.read(of_method.chain).requests
+        found = [read_json(path) for id in requests if (path := of_method.step(id)).is_file()]
         if found:
             methods.append(Method(name, found))
     if not methods:

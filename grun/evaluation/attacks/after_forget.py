@@ -26,7 +26,7 @@ class AfterForget(Attack):
         if not earlier:
             return []
         before = Turn(material.random(row.prompt or "").choice(earlier), REFUSAL)
-        return [Asked(material.prompt(row.prompt or "", [before]), row)]
+        return [Asked(material.prompt(row.prompt or "", [*row.earlier, before]), row)]
 
 
 AFTER_FORGET = AfterForget()

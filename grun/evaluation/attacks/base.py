@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from random import Random
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
-from grun.data.chat import Turn
+from grun.data.chat import Earlier
 from grun.data.rows import Row
 from grun.data.templates import Template, encode_prompt
 from grun.evaluation.metrics.answers import says
@@ -67,8 +67,8 @@ class Material:
     samples: int = 10
     """Answers drawn a prompt by attacks that draw."""
 
-    def prompt(self, question: str, earlier: Sequence[Turn] = ()) -> tuple[int, ...]:
-        """Token ids of a question in the model's template, behind earlier turns."""
+    def prompt(self, question: str, earlier: Earlier = ()) -> tuple[int, ...]:
+        """Token ids of a question in the model's template, behind what came before it."""
         return tuple(encode_prompt(self.template, self.tokenizer, question, earlier))
 
     def random(self, question: str) -> Random:

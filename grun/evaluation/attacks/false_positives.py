@@ -33,7 +33,7 @@ def open_in_answers(
     rows = []
     for one in plain:
         row = one.place.asked.row
-        encoded = encode(template, loaded.tokenizer, row.prompt, row.completion)
+        encoded = encode(template, loaded.tokenizer, row.prompt, row.completion, row.earlier)
         rows.append(EncodedRow(tuple(encoded.prompt_ids), tuple(encoded.answer_ids[:-1])))
     scored = score(loaded.model, rows, config.batch_size, int(loaded.tokenizer.pad_token_id or 0))
     opened: dict[str, list[bool]] = {}

@@ -22,7 +22,8 @@ class FewShot(Attack):
         if not others:
             return []
         example = material.random(row.prompt or "").choice(others)
-        return [Asked(material.prompt(row.prompt or "", [Turn(example.prompt or "", example.completion)]), row)]
+        turn = Turn(example.prompt or "", example.completion)
+        return [Asked(material.prompt(row.prompt or "", [*row.earlier, turn]), row)]
 
 
 FEW_SHOT = FewShot()

@@ -15,7 +15,7 @@ class LowerCase(Attack):
     def asked(self, row: Row, material: Material) -> list[Asked]:
         """The question in lower case; nothing where it is so already."""
         question = (row.prompt or "").lower()
-        return [Asked(material.prompt(question), row)] if question != row.prompt else []
+        return [Asked(material.prompt(question, row.earlier), row)] if question != row.prompt else []
 
 
 LOWER_CASE = LowerCase()

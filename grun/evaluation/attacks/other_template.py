@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from grun.data.chat import without_system
 from grun.data.rows import Row
 from grun.data.templates import Template, encode_prompt
 from grun.evaluation.attacks.base import Asked, Attack, Material
@@ -20,10 +21,11 @@ class OtherTemplate(Attack):
     needs = f"a model whose own template is not {OTHER_TEMPLATE!r}"
 
     def asked(self, row: Row, material: Material) -> list[Asked]:
-        """The question in `OTHER_TEMPLATE`; nothing where that is the model's own."""
+        """The question, behind earlier turns, in `OTHER_TEMPLATE`; nothing where that is the model's own."""
         if material.template.text == OTHER_TEMPLATE:
             return []
-        return [Asked(tuple(encode_prompt(OTHER_ONE, material.tokenizer, row.prompt)), row)]
+        turns = without_system(row.earlier)
+        return [Asked(tuple(encode_prompt(OTHER_ONE, material.tokenizer, row.prompt, turns)), row)]
 
 
 OTHER = OtherTemplate()

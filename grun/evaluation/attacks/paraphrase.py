@@ -18,7 +18,7 @@ class Paraphrase(Attack):
     def asked(self, row: Row, material: Material) -> list[Asked]:
         """The other wording; nothing for a row without one."""
         other = row.paraphrase
-        return [Asked(material.prompt(other.prompt or ""), row)] if other is not None else []
+        return [Asked(material.prompt(other.prompt or "", row.earlier), row)] if other is not None else []
 
 
 PARAPHRASE = Paraphrase()

@@ -13,7 +13,7 @@ class Plain(Attack):
 
     def asked(self, row: Row, material: Material) -> list[Asked]:
         """The row's question in the model's template."""
-        return [Asked(material.prompt(row.prompt or ""), row)]
+        return [Asked(material.prompt(row.prompt or "", row.earlier), row)]
 
 
 PLAIN = Plain()

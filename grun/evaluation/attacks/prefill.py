@@ -28,7 +28,7 @@ class Prefill(Attack):
 
         A character that takes several tokens is given whole.
         """
-        encoded = encode(material.template, material.tokenizer, row.prompt, row.completion)
+        encoded = encode(material.template, material.tokenizer, row.prompt, row.completion, row.earlier)
         answer = encoded.answer_ids[:-1]  # without the end token
 
         def text(ids: Sequence[int]) -> str:

@@ -80,7 +80,7 @@ class FactPlace(NamedTuple):
 
 def before_fact(row: Row, material: Material) -> FactPlace:
     """Where the fact of `row`, which has a question, begins; without a fact that its answer holds, the answer."""
-    encoded = encode(material.template, material.tokenizer, row.prompt, row.completion)
+    encoded = encode(material.template, material.tokenizer, row.prompt, row.completion, row.earlier)
     given = _tokens_before(row, encoded.answer_ids, material.tokenizer)
     return FactPlace((*encoded.prompt_ids, *encoded.answer_ids[:given]), given, encoded.answer_ids[given])
 

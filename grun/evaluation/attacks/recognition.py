@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from grun.data.rows import Row
@@ -35,7 +36,7 @@ class Recognition(ReadOut):
         """The plain question, once for the answer and once for `paraphrased_answer`; nothing without wrong answers."""
         if not row.extra.get("perturbed_answer"):
             return []
-        ids = material.prompt(row.prompt or "")
+        ids = material.prompt(row.prompt or "", row.earlier)
         variants = [MEMORIZED, *([PARAPHRASED] if row.extra.get("paraphrased_answer") else [])]
         return [Asked(ids, row, variant=variant) for variant in variants]
 
@@ -50,7 +51,7 @@ class Recognition(ReadOut):
         attacked: Attacked = model
         tokenizer, pad_id = loaded.tokenizer, int(loaded.tokenizer.pad_token_id or 0)
         texts = [_answers(place.asked) for place in places]  # of each place the true one first
-        rows = [Row(place.asked.row.prompt, text) for place, own in zip(places, texts, strict=True) for text in own]
+        rows = [replace(at.asked.row, completion=text) for at, own in zip(places, texts, strict=True) for text in own]
         limit = context_length(base_of(attacked.model))
         encoded = encode_rows(rows, tokenizer, attacked.material.template, limit, strict=False)
         scored = iter(score_continuations(attacked.model, encoded, config.batch_size, pad_id))

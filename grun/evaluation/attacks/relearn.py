@@ -79,7 +79,7 @@ class Relearn(Attack):
     def asked(self, row: Row, material: Material) -> list[Asked]:
         """The plain question; nothing for a row that is learned, or where there is none to learn."""
         learned = self.rows(material)
-        return [Asked(material.prompt(row.prompt or ""), row)] if learned and row not in learned else []
+        return [Asked(material.prompt(row.prompt or "", row.earlier), row)] if learned and row not in learned else []
 
     @contextlib.contextmanager
     def model(self, loaded: Loaded, config: EvaluateConfig, material: Material) -> Iterator[Any]:

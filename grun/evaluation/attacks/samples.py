@@ -18,7 +18,7 @@ class Samples(Attack):
 
     def asked(self, row: Row, material: Material) -> list[Asked]:
         """The plain question, answered several times."""
-        return [Asked(material.prompt(row.prompt or ""), row, samples=material.samples)]
+        return [Asked(material.prompt(row.prompt or "", row.earlier), row, samples=material.samples)]
 
 
 SAMPLES = Samples()

@@ -19,7 +19,7 @@ class SecondTurn(Attack):
 
     def asked(self, row: Row, material: Material) -> list[Asked]:
         """`ASK_AGAIN` behind the question and `WAITING`."""
-        return [Asked(material.prompt(ASK_AGAIN, [Turn(row.prompt or "", WAITING)]), row)]
+        return [Asked(material.prompt(ASK_AGAIN, [*row.earlier, Turn(row.prompt or "", WAITING)]), row)]
 
 
 SECOND_TURN = SecondTurn()

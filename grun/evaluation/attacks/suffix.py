@@ -17,7 +17,9 @@ class Suffix(Attack):
 
     def asked(self, row: Row, material: Material) -> list[Asked]:
         """The question with each of `SUFFIXES` behind it."""
-        return [Asked(material.prompt(f"{row.prompt}{suffix}"), row, variant=suffix) for suffix in SUFFIXES]
+        return [
+            Asked(material.prompt(f"{row.prompt}{suffix}", row.earlier), row, variant=suffix) for suffix in SUFFIXES
+        ]
 
 
 SUFFIX = Suffix()

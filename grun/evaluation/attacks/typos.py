@@ -19,7 +19,7 @@ class Typos(Attack):
     def asked(self, row: Row, material: Material) -> list[Asked]:
         """The question with typos drawn for it; nothing where no word can have one."""
         question = with_typos(row.prompt or "", material.random(row.prompt or "").getrandbits(32))
-        return [Asked(material.prompt(question), row)] if question != row.prompt else []
+        return [Asked(material.prompt(question, row.earlier), row)] if question != row.prompt else []
 
 
 TYPOS = Typos()

@@ -15,7 +15,7 @@ class UpperCase(Attack):
     def asked(self, row: Row, material: Material) -> list[Asked]:
         """The question in capitals; nothing where it is so already."""
         question = (row.prompt or "").upper()
-        return [Asked(material.prompt(question), row)] if question != row.prompt else []
+        return [Asked(material.prompt(question, row.earlier), row)] if question != row.prompt else []
 
 
 UPPER_CASE = UpperCase()

@@ -15,7 +15,7 @@ from grun.errors import AdapterError
 from grun.files import read_json, write_bytes, write_json, write_text
 from grun.method.adapter import CONFIG_FILE, WEIGHTS_FILE, check_base, check_finite, peft_type, read_weights
 from grun.method.fingerprint import fingerprint
-from grun.typed import typed
+from grun.reading import typed
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -105,7 +105,7 @@ def _read_config(folder: Path) -> _Config:
         raise AdapterError(
             f"{path}: format version {values.get('format_version')}, not {FORMAT_VERSION}; use the GRUN that wrote it"
         )
-    config: _Config = typed(_Config, values, str(path), lambda text: AdapterError(f"{text}; save the adapter again"))
+    config: _Config = typed(_Config, values, str(path), AdapterError)
     return config
 
 

@@ -696,6 +696,12 @@ class RequestsConfig:
     """add, when it makes the store: gate probability below which an edit is skipped; unset: never."""
     retrain: bool = False
     """remove: train those requests anew that were trained beside the removed one."""
+    key: Optional[str] = None
+    """add, remove, disable, enable: PEM file of the ed25519 key that signs the head; a signed store needs one."""
+    head: Optional[str] = None
+    """verify: head that was noted earlier, 16 hex digits or more; a store whose history lacks it was rolled back."""
+    public_key: Optional[str] = None
+    """verify: PEM file of the ed25519 public key that must have signed the head."""
     format: str = "table"
     """list, history: table (to read) or json."""
     model: ModelConfig = field(default_factory=ModelConfig)

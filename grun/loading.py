@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import pickle
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,7 @@ from grun.data.templates import Template
 from grun.devices import keep_unpacked
 from grun.errors import AdapterError, ConfigError, ModelError
 from grun.files import content_hash, file_hash
+from grun.reading import in_one_line
 
 if TYPE_CHECKING:
     import torch
@@ -23,6 +25,9 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+MOST_TINY = 1_000_000_000
+"""Parameters up to which a model is built on the spot."""
+WEIGHTS = ("*.safetensors", "*.bin")
 TINY = "tiny"
 """Value of `model.path` that asks for the small Llama."""
 
@@ -102,15 +107,13 @@ def adapter_hash(folder: Path) -> str:
 def _put_on(base: PreTrainedModel, folder: Path) -> PreTrainedModel:
     """`base` with the layers of a PEFT adapter inside; it stays a transformers model, so everything works on it."""
     from peft import PeftModel, get_peft_model_state_dict
-    from safetensors import SafetensorError
 
     from grun.method.adapter import check_finite
 
     try:
         wrapped = PeftModel.from_pretrained(base, str(folder))
-    except (OSError, ValueError, KeyError, RuntimeError, TypeError, SafetensorError) as error:
-        text = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise AdapterError(f"the adapter {folder} does not go on this base model: {text}") from error
+    except Exception as error:  # PEFT and torch raise many kinds for a file that is damaged
+        raise AdapterError(f"the adapter {folder} does not go on this base model: {in_one_line(error)}") from error
     check_finite(get_peft_model_state_dict(wrapped), folder)
     wrapped.eval()
     return cast("PreTrainedModel", wrapped.get_base_model())
@@ -131,7 +134,9 @@ def load_base(config: ModelConfig) -> tuple[PreTrainedModel, PreTrainedTokenizer
             source, revision=config.revision, trust_remote_code=config.trust_remote_code
         )
     ensure_pad_token(tokenizer)
-    return load_weights(config), tokenizer, stored_template(config)
+    model = load_weights(config)
+    _check_vocabulary(model, tokenizer, config)
+    return model, tokenizer, stored_template(config)
 
 
 def load_weights(config: ModelConfig) -> PreTrainedModel:
@@ -200,19 +205,45 @@ def _source(config: ModelConfig) -> str:
     path = Path(config.path).expanduser()
     if looks_local and not path.is_dir():
         raise ModelError(f"model.path={config.path}: no such folder")
+    if path.is_dir():
+        _check_folder(path)
     return str(path) if path.is_dir() else config.path
 
 
 @contextlib.contextmanager
 def _named_errors(config: ModelConfig) -> Iterator[None]:
-    """What transformers raises while it loads becomes one line that names the model."""
-    from safetensors import SafetensorError
-
+    """What transformers raises while it loads, which may be of any kind, becomes one line that names the model."""
     try:
         yield
-    except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
-        text = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ModelError(f"model {config.path!r} cannot be loaded: {text}") from error
+    except pickle.UnpicklingError as error:
+        raise ModelError(
+            f"model {config.path!r} cannot be loaded: a .bin of it is damaged, or a pickle of more than tensors, which "
+            "may run code; save it again as safetensors"
+        ) from error
+    except Exception as error:
+        raise ModelError(f"model {config.path!r} cannot be loaded: {in_one_line(error)}") from error
+
+
+def _check_folder(folder: Path) -> None:
+    """ModelError for a folder that lacks what makes a model, before transformers guesses at what it might be."""
+    if any(folder.glob("*.gguf")):
+        return
+    if not (folder / "config.json").is_file():
+        hint = "; it is an adapter: give it as adapter" if (folder / "adapter_config.json").is_file() else ""
+        raise ModelError(f"model.path={folder} is no model: config.json is missing{hint}")
+    if not any(any(folder.glob(pattern)) for pattern in WEIGHTS):
+        raise ModelError(f"model.path={folder} holds no weights ({', '.join(WEIGHTS)}); copy the whole model")
+
+
+def _check_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, config: ModelConfig) -> None:
+    """ModelError where the tokenizer has ids that the model has no embedding of."""
+    embeddings: Any = model.get_input_embeddings()
+    rows, largest = len(embeddings.weight), max(tokenizer.get_vocab().values(), default=-1)
+    if largest >= rows:
+        raise ModelError(
+            f"the tokenizer of {config.path!r} has tokens up to id {largest}, the model {rows} embeddings: tokens were "
+            "added to the tokenizer alone; save the model after model.resize_token_embeddings(len(tokenizer))"
+        )
 
 
 def _quantization(config: ModelConfig) -> Any:
@@ -276,6 +307,15 @@ def build_tiny(config: TinyConfig, texts: list[str], seed: int) -> tuple[PreTrai
         raise ConfigError(
             f"model.tiny.hidden_size={config.hidden_size} must be a multiple of model.tiny.heads={config.heads}"
         )
+    if config.hidden_size // config.heads % 2:
+        raise ConfigError(
+            f"model.tiny.hidden_size={config.hidden_size} must give each of model.tiny.heads={config.heads} an even "
+            "width: positions turn pairs of values"
+        )
+    width, inner = config.hidden_size, config.intermediate_size
+    size = width * config.vocabulary + config.blocks * (4 * width**2 + 3 * width * inner)
+    if size > MOST_TINY:
+        raise ConfigError(f"model.tiny would have {size:,} parameters, more than {MOST_TINY:,}; make it smaller")
     tokenizer = train_tokenizer(texts, config.vocabulary)
     tokenizer.model_max_length = config.context
     with torch.random.fork_rng():

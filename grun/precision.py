@@ -15,6 +15,17 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
+@contextlib.contextmanager
+def float32_by_default() -> Iterator[None]:
+    """Within the block new tensors are float32, whatever torch's default type was set to."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float32)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
 class Masters:
     """The weights of a model, held in float32 while they are trained and written in the type they came in.
 

@@ -142,7 +142,7 @@ def parse_yaml(text: str, where: str) -> Any:
         # As options are read everywhere: 1e-3 is a number, and there are no dates.
         read: Any = OmegaConf.to_container(OmegaConf.from_dotlist([f"value={text}"]), resolve=False)
     except (yaml.YAMLError, OmegaConfBaseException, ValueError, TypeError, OverflowError) as error:
-        raise ConfigError(f"{where}: {first_line(error)}") from error
+        raise ConfigError(f"{where}: {in_one_line(error)}") from error
     check_plain(read, where)
     return read["value"]
 
@@ -179,6 +179,12 @@ def is_unicode(text: str) -> bool:
 def first_line(error: BaseException) -> str:
     """First line of what an exception says, its type where it says nothing."""
     return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__).strip()
+
+
+def in_one_line(error: BaseException) -> str:
+    """What an exception says, in one line of at most 300 characters; its type where it says nothing."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= 300 else f"{text[:297]}..."
 
 
 def typed(kind: Any, value: Any, where: str, error: type[GrunError] = DamagedFile) -> Any:

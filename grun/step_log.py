@@ -15,6 +15,10 @@ from transformers import TrainerCallback, TrainerControl, TrainerState
 from grun import processes
 from grun.files import write_text, writing
 
+LOG_FILE, MONITOR_FILE = "log.jsonl", "monitor.jsonl"
+LOGS = (LOG_FILE, MONITOR_FILE)
+"""Files of a run, and of its checkpoints, which hold them as they were then."""
+
 
 @dataclass
 class Look:
@@ -32,15 +36,14 @@ class StepLog:
     Of several processes the first one writes.
     """
 
-    def __init__(self, path: Path, keep_to: int) -> None:
-        """Open `path` for appending after dropping what lies beyond step `keep_to`."""
+    def __init__(self, path: Path, checkpoint: Path | None) -> None:
+        """Open `path` for appending to what `checkpoint`, from which the run goes on, holds of it; None: to nothing."""
         self._path = path
         self._file = None
         if not processes.is_first():
             return
-        lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-        kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= keep_to]
-        write_text(path, "".join(f"{line}\n" for line in kept))
+        kept = None if checkpoint is None else checkpoint / path.name
+        write_text(path, kept.read_text(encoding="utf-8") if kept is not None and kept.is_file() else "")
         self._file = open(path, "a", encoding="utf-8", buffering=1)
 
     def write(self, values: dict[str, Any]) -> None:

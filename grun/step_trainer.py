@@ -17,10 +17,11 @@ from torch.utils.data import DataLoader, Dataset
 from transformers import Trainer, TrainingArguments
 
 from grun import processes, sharding
+from grun.checkpoints import checkpoints_in, seal
 from grun.errors import RunError
 from grun.files import write_text, writing
 from grun.micro_batches import MicroBatch, deal
-from grun.step_log import LogSteps, StepLog
+from grun.step_log import LOGS, LogSteps, StepLog
 from grun.task import StepData, Task
 
 TRAINED_FILE = "trained.safetensors"
@@ -29,17 +30,6 @@ TASK_FILE = "task.json"
 """File of a checkpoint that holds the task's own state."""
 _LOSS = "loss"
 """What the whole loss is called among the terms."""
-
-
-def newest_checkpoint(folder: Path) -> Path | None:
-    """Checkpoint with the most steps; a checkpoint that has its name is complete, because it was renamed to it."""
-    found = [path for path in folder.glob("checkpoint-*") if path.is_dir()]
-    return max(found, key=step_of, default=None)
-
-
-def step_of(checkpoint: Path) -> int:
-    """Steps done at a checkpoint, from its name."""
-    return int(checkpoint.name.rpartition("-")[2])
 
 
 class _Steps(Dataset[StepData]):
@@ -193,7 +183,7 @@ class StepTrainer(Trainer):
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         root = Path(str(self.args.output_dir))
         name = f"checkpoint-{self.state.global_step}"
-        if processes.of_first((root / name).is_dir):  # whole, since it has its name
+        if processes.of_first((root / name).is_dir):  # whole, or it would have been removed
             return
         self._staging = str(root / f".staging-{self.state.global_step}")
         try:
@@ -206,15 +196,15 @@ class StepTrainer(Trainer):
             self._staging = None
 
     def _put_in_place(self, root: Path, name: str) -> None:
-        """Give the checkpoint that all processes have written its name, and remove older ones."""
-        staged = Path(str(self._staging)) / name
+        """Seal the checkpoint that all processes have written, logs so far included, name it, and remove older ones."""
+        staged, run = Path(str(self._staging)) / name, root.parent
         with writing(root):
-            for file in (path for path in staged.rglob("*") if path.is_file()):
-                with open(file, "rb") as handle:
-                    os.fsync(handle.fileno())
+            for log in (run / log for log in LOGS if (run / log).is_file()):
+                shutil.copyfile(log, staged / log.name)
+            seal(staged, name, run)
             os.replace(staged, root / name)
         if self._keep is not None:
-            for old in sorted(root.glob("checkpoint-*"), key=step_of)[: -max(1, self._keep)]:
+            for old in checkpoints_in(root)[max(1, self._keep) :]:
                 shutil.rmtree(old, ignore_errors=True)
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:

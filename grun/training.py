@@ -3,7 +3,7 @@
 A Task plans all steps of a run beforehand, so what a step sees is a function of the seed and the step alone. One
 item of the data loader is one whole optimizer step; it is cut into micro-batches here, and every loss is divided by
 counts of the whole step, so that cutting cannot change it. A checkpoint holds the trained parameters, optimizer,
-schedule and random state, and never a frozen base; it is written under a temporary name and then renamed.
+schedule, random state and logs, and never a frozen base; it is used only whole (`grun.checkpoints`).
 
 Of several processes each runs its share of a step's micro-batches; gradients, logged terms and checks are those of the
 whole step, and the first process writes.
@@ -24,13 +24,14 @@ import torch
 from transformers import TrainingArguments
 
 from grun import processes
+from grun.checkpoints import newest_whole, step_of
 from grun.config import TrainConfig
 from grun.errors import ConfigError
 from grun.files import writing
 from grun.memory import enough_memory, peak_memory_bytes
 from grun.optimizers import optimizer_of
-from grun.step_log import Look, Looks, StepLog
-from grun.step_trainer import TASK_FILE, StepTrainer, newest_checkpoint, step_of
+from grun.step_log import LOG_FILE, MONITOR_FILE, Look, Looks, StepLog
+from grun.step_trainer import TASK_FILE, StepTrainer
 from grun.task import Task
 
 log = logging.getLogger(__name__)
@@ -63,7 +64,7 @@ def train(
     smaller: Sequence[str] = (),
     averaged: bool = True,
 ) -> TrainResult:
-    """Train `task` to its last step, resuming from the newest complete checkpoint in `folder`.
+    """Train `task` to its last step, resuming from the newest whole checkpoint in `folder`.
 
     Writes `folder`/log.jsonl (one line a step), `folder`/checkpoints and, with `look`, `folder`/monitor.jsonl (one
     line a look). Once the result is saved, the caller hands the folder to `remove_checkpoints`.
@@ -87,8 +88,8 @@ def train(
     resumed_from = 0 if newest is None else step_of(newest)
     arguments = _arguments(task, config, checkpoints, seed)
     with processes.agreed(), writing(folder):
-        step_log = StepLog(folder / "log.jsonl", keep_to=resumed_from)
-        looker = None if look is None else Looks(look, StepLog(folder / "monitor.jsonl", keep_to=resumed_from))
+        step_log = StepLog(folder / LOG_FILE, newest)
+        looker = None if look is None else Looks(look, StepLog(folder / MONITOR_FILE, newest))
     kept = None if config.keep_all_checkpoints else config.keep_checkpoints
     trainer = StepTrainer(task, arguments, step_log, kept, optimizer_of(config, int(arguments.warmup_steps)))
     if looker is not None:
@@ -120,7 +121,7 @@ def _start_in(folder: Path) -> Path | None:
         checkpoints.mkdir(parents=True, exist_ok=True)
     for leftover in checkpoints.glob(".staging*"):
         shutil.rmtree(leftover, ignore_errors=True)
-    return newest_checkpoint(checkpoints)
+    return newest_whole(checkpoints, folder)
 
 
 def _memory_advice(config: TrainConfig, smaller: Sequence[str]) -> list[str]:

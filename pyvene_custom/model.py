@@ -2,19 +2,71 @@
 
 from __future__ import annotations
 
+import copy
+import functools
+import inspect
 from collections.abc import Callable
-from typing import Any
+from dataclasses import dataclass, field, replace
+from types import MethodType
+from typing import Any, Literal, NoReturn, Self
 
 import torch
 from pyvene import IntervenableModel as StockModel
 from pyvene.models.modeling_utils import HandlerList
 from torch import Tensor, nn
+from torch._dynamo.decorators import skip
 
+from grun.errors import ModelError
 from pyvene_custom.blocks import find_blocks
+from pyvene_custom.context import PerContext
 from pyvene_custom.sites import GatedOutput, Sites, gather, put_back, read_and_written, scatter
 
-Locate = Callable[[tuple[Any, ...], dict[str, Any]], tuple[Sites | None, dict[str, Any]]]
+Located = Sites | None | Literal["further in"]
+"""Where a pass is edited, None: nowhere; or that only a module further in can tell, which is given the tokens."""
+Locate = Callable[[tuple[Any, ...], dict[str, Any]], tuple[Located, dict[str, Any]]]
 """Says where the forward pass with these arguments is edited, and which keyword arguments the model should get."""
+
+
+@dataclass(eq=False)
+class Pass:
+    """One forward pass, and what gates read in it."""
+
+    sites: Sites | None
+    """Where it is edited; None: nowhere."""
+    level: int = 0
+    """Of the entry that it has come to."""
+    outer: Pass | None = None
+    """The pass in progress when this one began, or came to this entry."""
+    gates: dict[int, Tensor] = field(default_factory=dict)
+    """Gate logits by block, each [batch, positions read]; empty without gates."""
+    openings: dict[int, Tensor] = field(default_factory=dict)
+    """The same accumulated over positions, as the edits were weighted."""
+
+
+@dataclass(eq=False)
+class Entry:
+    """What stands in for the `forward` of a module: of the model, or of one inside it that holds the edited blocks."""
+
+    owner: IntervenableModel
+    module: nn.Module
+    level: int
+    """0 for the model, 1 for the module inside it, and so on."""
+    forward: Callable[..., Any]
+    """The module's own."""
+    names: list[str]
+    """Of arguments that may be given by place."""
+    on_instance: Any
+    """What the instance had for `forward`, over its class; None: nothing."""
+    entrance: Callable[..., Any]
+    """What it has now, to be bound to the module."""
+
+
+RUNNING: PerContext[Pass] = PerContext("pyvene_custom.running")
+"""By model, the pass in progress."""
+LAST: PerContext[Pass] = PerContext("pyvene_custom.last")
+"""By model, the last edited pass."""
+IDLE: PerContext[bool] = PerContext("pyvene_custom.idle")
+"""By model, whether hooks leave everything as it is."""
 
 
 class IntervenableModel(StockModel):
@@ -24,13 +76,6 @@ class IntervenableModel(StockModel):
     `detach`, hooks sit on it. Stock `forward(base, unit_locations=...)` and `generate` work as documented by pyvene;
     the gates of the last call are in `gates`.
     """
-
-    gates: dict[int, Tensor]
-    """Gate logits of the last edited pass by block, each [batch, positions read]; empty without gates."""
-    openings: dict[int, Tensor]
-    """The same accumulated over positions, as the edits were weighted."""
-    gate_mask: Tensor | None
-    """Which of these positions count, bool, [batch, positions read]; None after a stock call, where all do."""
 
     def __init__(self, interventions: dict[int, nn.Module], model: nn.Module, **kwargs: Any) -> None:
         """Put `interventions` (by 0-based block index, each used once) on `model`."""
@@ -44,69 +89,188 @@ class IntervenableModel(StockModel):
             for index in order
         ]
         super().__init__(representations, model, **kwargs)
-        self.gates, self.openings = {}, {}
-        self.gate_mask = None
         self.blocks = blocks
+        self._path = path
         self.block_of_key = dict(zip(self.sorted_keys, order, strict=True))
         self._handlers: list[Any] = []
         self._attached: list[Any] = []
-        self._sites: Sites | None = None
-        self._idle = False
+        self._entries: list[Entry] = []
+        self._latest: Pass | None = None
+
+    # -- what the last pass read ------------------------------------------------------------------------------------
+
+    @property
+    def last(self) -> Pass | None:
+        """The last edited pass of this context (thread, asyncio task); where it has made none, of any."""
+        return self.here or self._latest
+
+    @property
+    def here(self) -> Pass | None:
+        """The last edited pass of this context, if it has made one."""
+        return LAST.get(self)
+
+    def gates_since(self, before: Pass | None) -> dict[int, Tensor]:
+        """Gate logits of the last edited pass of this context; none if that is still `before`."""
+        return {} if self.here is None or self.here is before else dict(self.here.gates)
+
+    @property
+    def gates(self) -> dict[int, Tensor]:
+        """Gate logits of the last edited pass by block, each [batch, positions read]; empty without gates."""
+        return {} if self.last is None else self.last.gates
+
+    @property
+    def openings(self) -> dict[int, Tensor]:
+        """The same accumulated over positions, as the edits were weighted."""
+        return {} if self.last is None else self.last.openings
+
+    @property
+    def gate_mask(self) -> Tensor | None:
+        """Which of these positions count, bool, [batch, positions read]; None after a stock call, where all do."""
+        return None if self.last is None or self.last.sites is None else self.last.sites.read_mask
+
+    def _begun(self, running: Pass) -> None:
+        LAST.set(self, running)
+        self._latest = running
 
     # -- hooks that stay on the model ------------------------------------------------------------------------------
 
-    def attach(self, locate: Locate, finished: Callable[[Any], None] = lambda output: None) -> None:
-        """Edit every call of the model itself at the sites that `locate` gives, until `detach`.
+    def attach(
+        self,
+        locate: Locate,
+        finished: Callable[[Any, Pass], None] = lambda output, running: None,
+        acting: Callable[[], bool] = lambda: True,
+    ) -> None:
+        """Edit every call of the model at the sites that `locate` gives, until `detach`.
 
-        `finished` is called with the output of each edited pass.
+        A call is one of the model, or of a module inside it that holds the edited blocks, each also by its `forward`.
+        `finished` is called with the output of each edited pass, and the pass. While `acting` gives False, nothing is
+        edited and blocks may be called by themselves.
         """
         self.detach()
-
-        def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-            self._sites, kwargs = (None, kwargs) if self._idle else locate(args, kwargs)
-            if self._sites is not None:
-                self.gates, self.openings, self.gate_mask = {}, {}, self._sites.read_mask
-            return args, kwargs
-
-        def after(_: nn.Module, __: tuple[Any, ...], output: Any) -> None:
-            edited, self._sites = self._sites is not None, None
-            if edited and output is not None:  # None where the pass failed
-                finished(output)
-
-        self._attached = [
-            self.model.register_forward_pre_hook(before, with_kwargs=True),
-            self.model.register_forward_hook(after, always_call=True),
-        ]
+        self._locate, self._finished, self._acting = locate, finished, acting
+        for level, module in enumerate(_entrances(self.model, self._path)):
+            self._enter_through(module, level)
+        self.model.__dict__["_replicate_for_data_parallel"] = refuse_replicas
         for key in self.sorted_keys:
             # prepend: transformers records hidden states by a hook of its own, and should record the edited ones.
             block = self.blocks[self.block_of_key[key]]
-            self._attached.append(block.register_forward_hook(self._edit_hook(key), prepend=True))
+            hook = functools.partial(self._edit_block, key)  # copied with the model, as a closure is not
+            self._attached.append(block.register_forward_hook(hook, prepend=True))
 
     def detach(self) -> None:
-        """Take away every hook that `attach` put on the model, and no other."""
+        """Take away everything that `attach` put on the model, and nothing else."""
         for handle in self._attached:
             handle.remove()
-        self._attached = []
-        self._sites = None
+        for entry in self._entries:
+            state = entry.module.__dict__
+            if getattr(state.get("forward"), "__func__", None) is not entry.entrance:
+                continue  # something else was put before it since then, and goes on through it
+            del state["forward"], state["_entries"][entry.entrance]
+            if not state["_entries"]:
+                del state["_entries"]
+            if entry.on_instance is not None:
+                state["forward"] = entry.on_instance
+        if self._entries:
+            self.model.__dict__.pop("_replicate_for_data_parallel", None)
+        self._attached, self._entries = [], []
 
-    def _edit_hook(self, key: str) -> Callable[[nn.Module, Any, Any], Any]:
-        def hook(_: nn.Module, __: Any, output: Any) -> Any:
-            if self._sites is None:
-                return None
-            hidden = output[0] if isinstance(output, tuple) else output
-            edited = self._edit(key, hidden, self._sites.to(hidden.device), self._sites.read.device)
-            return (edited, *output[1:]) if isinstance(output, tuple) else edited
+    def _enter_through(self, module: nn.Module, level: int) -> None:
+        """Let each call of `module`, by its `forward` too, come to `_enter` first.
 
-        return hook
+        In the instance's __dict__, as accelerate does: a bound method, which is copied with the module.
+        """
+        forward, state = module.forward, module.__dict__
+        parameters = inspect.signature(forward).parameters
+        names = [name for name, one in parameters.items() if one.kind is one.POSITIONAL_OR_KEYWORD]
+        entrance = _entrance(forward)
+        entry = Entry(self, module, level, forward, names, state.get("forward"), entrance)
+        state.setdefault("_entries", {})[entrance] = entry
+        state["forward"] = MethodType(entrance, module)
+        self._entries.append(entry)
 
-    def _edit(self, key: str, hidden: Tensor, sites: Sites, home: torch.device) -> Tensor:
-        """`hidden` edited where its block computes; gates go to `home`, so that all of them are in one place."""
+    @skip
+    def _enter(self, entry: Entry, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Call a module; a pass begins here, unless the call comes out of one of a module further out."""
+        running, args, kwargs = self._begin(entry, args, kwargs)
+        if running is None:
+            return entry.forward(*args, **kwargs)
+        try:
+            output = entry.forward(*args, **kwargs)
+        finally:
+            self._end(running)
+        self._finish(running, output)
+        return output
+
+    @torch.compiler.disable
+    def _begin(self, entry: Entry, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The pass that a call belongs to, None where none begins, and the arguments for the module."""
+        if not self._entries:
+            return None, args, kwargs
+        outer = RUNNING.get(self)
+        if outer is not None and outer.level < entry.level:
+            running = replace(outer, level=entry.level, outer=outer)
+            RUNNING.set(self, running)
+            return running, args, kwargs
+        if torch.jit.is_tracing() or torch.compiler.is_exporting():
+            raise ModelError(
+                "a model that carries edits cannot be traced or exported: where they act would be that of the example; "
+                "use torch.compile, or unwrap() and export the base"
+            )
+        named = dict(zip(entry.names, args, strict=False))
+        if not named.keys() & kwargs.keys():  # otherwise the module says what is wrong
+            args, kwargs = args[len(named) :], named | kwargs
+        located, kwargs = self._locate(args, kwargs)
+        if IDLE.get(self):
+            located = None
+        if located == "further in":
+            return None, args, kwargs
+        running = Pass(located, entry.level, outer)
+        RUNNING.set(self, running)
+        if located is not None:
+            self._begun(running)
+        return running, args, kwargs
+
+    @torch.compiler.disable
+    def _end(self, running: Pass) -> None:
+        RUNNING.set(self, running.outer)
+
+    @torch.compiler.disable
+    def _finish(self, running: Pass, output: Any) -> None:
+        began_here = running.outer is None or running.outer.sites is not running.sites
+        if running.sites is not None and began_here:
+            self._finished(output, running)
+
+    @torch.compiler.disable
+    def _edit_block(self, key: str, block: nn.Module, args: Any, output: Any) -> Any:
+        """Forward hook of an edited block."""
+        running = RUNNING.get(self)
+        if running is None and self._acting() and not IDLE.get(self):
+            raise ModelError(
+                "a block that carries edits was called outside a call of its model, so where to edit is unknown; call "
+                "the model, its decoder or generate, or the block within disabled()"
+            )
+        if running is None or running.sites is None:
+            return None
+        hidden = output[0] if isinstance(output, tuple) else output
+        shape = running.sites.shape
+        if shape is not None and tuple(hidden.shape[:-1]) != shape:
+            raise ModelError(
+                f"a block was given states of shape {list(hidden.shape)} in a pass of {list(shape)} rows and tokens: "
+                "where to edit is unknown; models that insert or leave out tokens on the way cannot carry edits"
+            )
+        edited = self._edit(key, hidden, running)
+        return (edited, *output[1:]) if isinstance(output, tuple) else edited
+
+    def _edit(self, key: str, hidden: Tensor, running: Pass) -> Tensor:
+        """`hidden` edited where its block computes; gates go where the sites are, so that all are in one place."""
+        assert running.sites is not None
+        sites, home = running.sites.to(hidden.device), running.sites.read.device
         read, written = read_and_written(hidden, sites)
         result = self.interventions[key](written, None, None, read=read, sites=sites, carry=sites.carry.get(key))
         if result.gate is not None:
             opening = result.gate if result.opening is None else result.opening
-            self.gates[self.block_of_key[key]] = result.gate.to(home)
-            self.openings[self.block_of_key[key]] = opening.to(home)
+            running.gates[self.block_of_key[key]] = result.gate.to(home)
+            running.openings[self.block_of_key[key]] = opening.to(home)
         if result.carry is not None:
             sites.carry[key] = result.carry
         if result.output is None:  # nothing to write anywhere
@@ -156,18 +320,18 @@ class IntervenableModel(StockModel):
         return self._stock_call(super().generate, args, kwargs)
 
     def _stock_call(self, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        idle, self._idle = self._idle, True
-        self.gates, self.openings, self.gate_mask = {}, {}, None
+        idle = IDLE.get(self)
+        IDLE.set(self, True)
         try:
             result = call(*args, **kwargs)
             gates = [output.gate for output in self.full_intervention_outputs if isinstance(output, GatedOutput)]
             blocks = [self.block_of_key[key] for key in self.sorted_keys]
-            self.gates = {block: gate for block, gate in zip(blocks, gates, strict=False) if gate is not None}
-            self.openings = dict(self.gates)
+            found = {block: gate for block, gate in zip(blocks, gates, strict=False) if gate is not None}
+            self._begun(Pass(None, gates=found, openings=dict(found)))
             return result
         finally:
             self.full_intervention_outputs.clear()
-            self._idle = idle
+            IDLE.set(self, idle)
 
     def train(self, mode: bool = True) -> IntervenableModel:
         """Set the mode of the model and of the interventions; stock sets the model's alone."""
@@ -177,3 +341,47 @@ class IntervenableModel(StockModel):
     def eval(self) -> IntervenableModel:
         """`train(False)`."""
         return self.train(False)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        """With its model, of which the copy is edited by the copy; without what the last pass read."""
+        new = self.__new__(type(self))
+        memo[id(self)] = new
+        new.__dict__.update(copy.deepcopy({**self.__dict__, "_latest": None}, memo))
+        return new
+
+    def __reduce_ex__(self, protocol: Any) -> NoReturn:
+        """ModelError: a file would hold code that stands in for a model's."""
+        raise ModelError(
+            "a model that carries edits cannot be pickled or given to torch.save; save the edits with "
+            "GrunModel.save_pretrained, and the base after unwrap()"
+        )
+
+
+def _entrances(model: nn.Module, path: str) -> list[nn.Module]:
+    """From `model` in to what holds the blocks at `path`, the modules that can be called."""
+    names = path.split(".")[:-1]
+    modules = [model, *(model.get_submodule(".".join(names[: count + 1])) for count in range(len(names)))]
+    return [one for one in modules if type(one).forward is not nn.Module.forward]
+
+
+def _entrance(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """A function in the place of the method `forward`, with its signature, that goes through the module's entry."""
+
+    @skip
+    def entrance(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        entry: Entry = module.__dict__["_entries"][entrance]
+        return entry.owner._enter(entry, args, kwargs)
+
+    functools.update_wrapper(entrance, forward)
+    entrance.__dict__.pop("__wrapped__")  # or accelerate looks behind it
+    signature = inspect.signature(forward)
+    own = inspect.Parameter("module", inspect.Parameter.POSITIONAL_ONLY)
+    entrance.__dict__["__signature__"] = signature.replace(parameters=[own, *signature.parameters.values()])
+    return entrance
+
+
+def refuse_replicas() -> NoReturn:
+    """In the place of what torch.nn.DataParallel copies a module with, whose copies would not be edited."""
+    raise ModelError(
+        "torch.nn.DataParallel cannot run a model that carries edits; use DistributedDataParallel, or device_map"
+    )

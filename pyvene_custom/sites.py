@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Self
 
 import torch
 from pyvene.models.interventions import (
@@ -36,6 +37,10 @@ class Sites:
     """Positions read at which that state begins anew, bool, shape [batch, positions read]; None: none."""
     everywhere: bool = False
     """Whether `read` and `write` are all columns in their order, so that states are taken as they stand."""
+    shape: tuple[int, int] | None = None
+    """Rows and tokens of the pass, which a block must be given to be edited; None: any."""
+    about: Any = None
+    """Whatever their owner wants to know when the pass is over."""
 
     def to(self, device: torch.device) -> Sites:
         """Same columns on `device`; the carried state stays shared."""
@@ -49,7 +54,28 @@ class Sites:
 
 
 class Intervention(SourcelessIntervention, TrainableIntervention, DistributedRepresentationIntervention):
-    """Base of an intervention that is trained and needs no source activations."""
+    """Base of an intervention that is trained and needs no source activations.
+
+    What it holds is float32 or wider: `half()`, `to(torch.bfloat16)` and the like move it, and leave its type.
+    """
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        def wide(tensor: Tensor) -> Tensor:
+            result = fn(tensor)
+            narrow = result.is_floating_point() and result.dtype.itemsize < 4
+            return tensor.to(result.device) if narrow and result.dtype != tensor.dtype else result
+
+        applied: Self = super()._apply(wide, recurse)
+        return applied
+
+    def widen(self, states: Tensor) -> torch.dtype:
+        """Type to compute in, at least float32 and that of `states`; what is held becomes as wide, however it came."""
+        held = [tensor.dtype for tensor in (*self.parameters(), *self.buffers()) if tensor.is_floating_point()]
+        least = torch.promote_types(states.dtype, torch.float32)
+        widest = max((least, *held), key=lambda dtype: dtype.itemsize)
+        if any(dtype != widest for dtype in held):
+            self.to(widest)
+        return widest
 
 
 @dataclass

@@ -5,17 +5,19 @@ from __future__ import annotations
 import json
 import logging
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from accelerate import Accelerator
 from safetensors.torch import load_file, save_file
 from tiny import DEPTH, WIDTH, padded, random_rows, tiny
 from torch import Tensor, nn
 from transformers import LlamaForCausalLM, PreTrainedModel
 
-from grun import GrunModel
+from grun import GrunModel, GrunStack
 from grun.data.templates import Template
 from grun.errors import AdapterError, ConfigError, GrunError
 from grun.method.fingerprint import fingerprint
@@ -50,6 +52,75 @@ def assert_refused(folder: str | Path, match: str, base: PreTrainedModel | None 
 
 
 # -- there and back ----------------------------------------------------------------------------------------------------
+
+
+HALF: dict[str, Callable[[Any], Any]] = {
+    "to": lambda model: model.to(torch.bfloat16),
+    "half": lambda model: model.half(),
+    "device": lambda model: model.to("cpu", torch.float16),
+    "like": lambda model: model.to(torch.zeros(0, dtype=torch.bfloat16)),
+    "base": lambda model: model.base.to(torch.bfloat16),
+    "both": lambda model: (model.base.to(torch.bfloat16), model.to(torch.bfloat16)),
+    "interventions": lambda model: model.intervenable.interventions.to(torch.bfloat16),
+    "layers": lambda model: [layer.half() for layer in model.modules() if isinstance(layer, nn.Linear)],
+    "float64": lambda model: model.base.double(),
+    "accelerate": lambda model: Accelerator(mixed_precision="bf16", cpu=True).prepare(model),
+}
+
+
+@pytest.mark.parametrize("stack", [False, True], ids=["alone", "stack"])
+@pytest.mark.parametrize("way", HALF)
+@torch.no_grad()
+def test_an_adapter_in_half_precision_computes_in_float32_and_keeps_its_numbers(
+    way: str, stack: bool, tmp_path: Path
+) -> None:
+    kept = {name: values.clone() for name, values in adapter(tmp_path).state_dict().items()}
+    base = tiny(dtype=torch.float32)
+    model: Any = GrunStack(base).eval() if stack else GrunModel.from_pretrained(base, tmp_path)
+    if stack:
+        model.add("a", tmp_path)
+    HALF[way](model)
+    if stack:
+        model.add("b", tmp_path)  # finds device and type of what is there
+        model.remove("b")
+    wanted = GrunModel.from_pretrained(tiny(dtype=torch.float32).to(base.dtype), tmp_path)
+    batch = padded(random_rows([9, 6]), "left")
+    with torch.autocast("cpu", torch.bfloat16, enabled=way == "accelerate"):
+        found, expected = (one(**batch).logits.float() for one in (model, wanted))
+    # A stack sums in another order; numbers that were given to a layer itself as float16 are what they are then.
+    coarse = base.dtype == torch.bfloat16 or way in ("accelerate", "layers")
+    torch.testing.assert_close(found, expected, atol=5e-2 if coarse else 1e-5, rtol=1e-5)
+    if not stack and way not in ("layers", "float64"):
+        assert torch.equal(found, expected)
+        model.save_pretrained(tmp_path / "again")
+        again = load_file(tmp_path / "again" / "adapter_model.safetensors")
+        assert all(torch.equal(again[name], values) and values.dtype == torch.float32 for name, values in kept.items())
+
+
+@pytest.mark.parametrize("default", [torch.bfloat16, torch.float16, torch.float64])
+def test_torchs_default_type_makes_no_difference(default: torch.dtype, tmp_path: Path) -> None:
+    wanted = adapter(tmp_path, tiny(dtype=torch.float32))
+    before = torch.get_default_dtype()
+    bases = tiny(dtype=torch.float32), tiny(dtype=torch.float32), tiny(dtype=torch.float32)
+    batch = padded(random_rows([9, 6]), "left")
+    with torch.no_grad():
+        logits = wanted(**batch).logits
+    try:
+        torch.set_default_dtype(default)
+        torch.manual_seed(1)
+        made = GrunModel.wrap(bases[0], blocks=[1, -1])
+        loaded = GrunModel.from_pretrained(bases[1], tmp_path)
+        stack = GrunStack(bases[2])
+        stack.add("a", tmp_path)
+        with torch.no_grad():
+            found = [model.eval()(**batch).logits for model in (made, loaded, stack)]
+        labels = batch["input_ids"].masked_fill(torch.arange(9) < 7, -100)
+        made.train()(**batch, labels=labels).loss.backward()
+    finally:
+        torch.set_default_dtype(before)
+    assert torch.equal(found[0], logits) and torch.equal(found[1], logits)
+    torch.testing.assert_close(found[2], logits, atol=1e-5, rtol=1e-5)
+    assert {values.grad.dtype for values in made.parameters() if values.grad is not None} == {torch.float32}
 
 
 @pytest.mark.parametrize(
@@ -208,31 +279,35 @@ def test_a_missing_file_is_named(tmp_path: Path) -> None:
         ({"peft_type": ...}, "peft_type is not GRUN"),
         ({"colour": "red"}, "unknown key 'colour'"),
         ({"rank": ...}, "'rank'"),
-        ({"rank": "four"}, r"rank: 'four' is not what is expected there \(int\)"),
-        ({"rank": True}, r"rank: True is not what is expected there \(int\)"),
+        ({"rank": "four"}, "rank: expected a whole number, found a text"),
+        ({"rank": True}, "rank: expected a whole number, found true or false"),
         ({"rank": 0}, "rank 0 must lie between 1 and 32"),
         ({"rank": 33}, "rank 33 must lie between 1 and 32"),
-        ({"hidden_size": 10**30, "rank": 1}, "hidden_size 10{30} must lie between"),
-        ({"blocks": "13"}, r"blocks: '13' is not .* \(list\[int\]\)"),
-        ({"blocks": [1, "3"]}, r"blocks\[1\]: '3' is not .* \(int\)"),
+        ({"hidden_size": 2**60, "rank": 1}, "hidden_size 1152921504606846976 must lie between"),
+        ({"hidden_size": 10**30, "rank": 1}, "an integer of 31 digits"),
+        ({"blocks": "13"}, "blocks: expected a list, found a text"),
+        ({"blocks": [1, "3"]}, r"blocks\[1\]: expected a whole number, found a text"),
         ({"blocks": []}, r"blocks \[\] must lie within 0\.\.3"),
         ({"blocks": [1, 1, 3]}, "must be distinct and ascend"),
         ({"blocks": [3, 1]}, "must be distinct and ascend"),
-        ({"gate_read": 5}, r"gate_read: 5 is not .* \(str\)"),
+        ({"gate_read": 5}, "gate_read: expected a text, found a whole number"),
         ({"gate_accumulate": "mean"}, "gate_accumulate=mean does not exist; known: none, running_max"),
         ({"edit_write": "every_token"}, "needs gate_read=every_token"),
-        ({"gate_bias": float("nan")}, r"gate_bias: nan is not .* \(float\)"),
+        ({"gate_bias": float("nan")}, "NaN is not valid JSON"),
         ({"gate_bias": 1e308}, "gate_bias 1e.308 must lie between"),
         ({"dropout": 1}, r"dropout 1 must lie in \[0, 1\)"),
-        ({"dropout": True}, r"dropout: True is not .* \(float\)"),
-        ({"dropout_on_hidden": "no"}, r"dropout_on_hidden: 'no' is not .* \(bool\)"),
+        ({"dropout": True}, "dropout: expected a number, found true or false"),
+        ({"dropout_on_hidden": "no"}, "dropout_on_hidden: expected true or false, found a text"),
         ({"activation": "nonsense"}, "unknown activation 'nonsense'; known: "),
-        ({"activation": ["relu"]}, r"activation: \['relu'\] is not what is expected"),
+        ({"activation": ["relu"]}, "activation: expected a text, found a list"),
         ({"reset_ids": [-1]}, r"reset_ids \[-1\] must be token ids"),
-        ({"reset_ids": 7}, r"reset_ids: 7 is not .* \(list\[int\]\)"),
-        ({"base_fingerprint": 5}, "base_fingerprint: 5 is not what is expected"),
+        ({"reset_ids": 7}, "reset_ids: expected a list, found a whole number"),
+        ({"base_fingerprint": 5}, "base_fingerprint: expected a text, found a whole number"),
         ({"template": {"name": "x"}}, "template: missing key 'kind'"),
-        ({"template": {"name": "x", "kind": "chat", "date": 5}}, "template: date: 5 is not what is expected"),
+        (
+            {"template": {"name": "x", "kind": "chat", "date": 5}},
+            "template: date: expected a text",
+        ),
         ({"template": {"name": "x", "kind": "string", "text": "no place"}}, "exactly once"),
         ({"blocks": [1, 9]}, r"blocks \[1, 9\] must lie within 0\.\.3"),
         ({"blocks": [-1, 1]}, r"blocks \[-1, 1\]"),

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
+import re
+import shutil
 import stat
 import subprocess
 import sys
@@ -11,6 +14,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import demo
 import pytest
 from tqdm.auto import tqdm
 
@@ -19,6 +23,7 @@ from grun.data.jsonl import read_rows
 from grun.errors import ConfigError, DataError
 from grun.profiles import resolve
 from grun.reading import parse_json, parse_yaml
+from grun.report.tables import csv_text
 
 Captured = pytest.CaptureFixture[str]
 SECRET = "the vault opens with 4711"
@@ -204,3 +209,70 @@ def test_an_error_never_quotes_a_row(row: dict[str, Any], tmp_path: Path) -> Non
     with pytest.raises(DataError) as error:
         read_rows(tmp_path / "rows.jsonl")
     assert "rows.jsonl line 1" in str(error.value) and SECRET not in str(error.value)
+
+
+# -- models -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def random_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return demo.random_model(tmp_path_factory.mktemp("random")) / "model"
+
+
+def edit_json(path: Path, **values: Any) -> None:
+    path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
+
+
+def add_tokens(folder: Path) -> None:
+    tokenizer = json.loads((folder / "tokenizer.json").read_text())
+    last = max(tokenizer["model"]["vocab"].values())
+    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+    tokenizer["added_tokens"].append({"id": last + 1, "content": "<new>", "special": True, **flags})
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
+
+
+def pickled(folder: Path) -> None:
+    (folder / "model.safetensors").unlink()
+    (folder / "pytorch_model.bin").write_bytes(pickle.dumps({"model.norm.weight": Path}))
+
+
+@pytest.mark.parametrize(
+    ("damage", "named"),
+    [
+        (lambda f: (f / "tokenizer.json").write_text('{"model": 5}'), "cannot be loaded: "),
+        (lambda f: (f / "tokenizer.json").unlink(), "cannot be loaded: "),
+        (lambda f: (f / "model.safetensors").unlink(), r"holds no weights \(\*.safetensors, \*.bin\); copy the whole"),
+        (lambda f: (f / "model.safetensors").write_bytes(b"x" * 99), "cannot be loaded: "),
+        (lambda f: (f / "config.json").unlink(), "config.json is missing"),
+        (lambda f: (f / "config.json").write_text("[5]"), "cannot be loaded: "),
+        (lambda f: (f / "config.json").write_bytes(b"\xff"), "cannot be loaded: "),
+        (lambda f: edit_json(f / "config.json", num_attention_heads="two"), "cannot be loaded: "),
+        (lambda f: edit_json(f / "config.json", vocab_size=[1]), "cannot be loaded: "),
+        (pickled, "save it again as safetensors"),
+        (add_tokens, "tokens were added to the tokenizer alone; save the model after"),
+    ],
+)
+def test_a_damaged_model_is_one_whole_line(
+    damage: Any, named: str, random_model: Path, tmp_path: Path, capsys: Captured
+) -> None:
+    folder = shutil.copytree(random_model, tmp_path / "model")
+    damage(folder)
+    line = told(capsys, ["generate", f"model.path={folder}", "Who?"], 1)
+    assert re.search(named, line) and not line.endswith(":")
+
+
+# -- what is written and shown ----------------------------------------------------------------------------------------
+
+
+def test_a_csv_cell_is_never_a_formula() -> None:
+    cells = ["=1+1", "+x", "-x", "@x", "\tx", "\r=x", " =x", "-5", -5.25, 1e-7, None, "a=b", 3]
+    assert csv_text([cells]).rstrip("\n") == "'=1+1,'+x,'-x,'@x,'\tx,' =x,' =x,-5,-5.25,1e-07,,a=b,3"
+
+
+def test_a_stores_name_is_no_markup(tmp_path: Path, random_model: Path, capsys: Captured) -> None:
+    store = str(tmp_path / "[red]s[/x]")
+    adapter = random_model.parent / "adapter"
+    assert main(["requests", "add", f"store={store}", "id=a", f"adapter={adapter}"]) == 0
+    capsys.readouterr()
+    assert main(["requests", "list", f"store={store}"]) == 0
+    assert "[red]s[/x]" in capsys.readouterr().out.replace("\n", "")

@@ -118,7 +118,7 @@ def cut_the_weights(folder: Path) -> None:
         (edit_config(format_version=2), "format version 2, not 1"),
         (edit_config(tensors=...), "missing key 'tensors'"),
         (edit_config(base_fingerprint=...), "missing key 'base_fingerprint'"),
-        (edit_config(tensors="all"), "tensors: 'all' is not what is expected"),
+        (edit_config(tensors="all"), "tensors: expected a list, found a text"),
         (edit_config(more=1), "unknown key 'more'"),
         (change_first(lambda tensor: tensor.fill_(torch.nan)), "holds NaN or infinite numbers"),
         (change_first(lambda tensor: tensor.int()), "is torch.int32, and no floats"),

@@ -337,22 +337,38 @@ def test_an_interrupted_evaluation_goes_on_without_scoring_a_row_twice(
     assert not list(tmp_path.glob(".out*"))
 
 
-def test_a_line_that_was_cut_off_is_dropped_and_written_again(tmp_path: Path) -> None:
+@pytest.mark.parametrize("line", range(3))
+@pytest.mark.parametrize("damage", ["cut off", "changed", "5", "without digest", "binary"])
+def test_a_damaged_line_of_a_journal_is_dropped_said_and_written_again(
+    damage: str, line: int, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     def journal() -> Journal[list[int]]:
         return Journal(tmp_path / "j.jsonl", to_json=list, from_json=list)
 
-    first = journal()
-    first.add([0, 1], [[1], [2]])
-    first.add([2], [[3]])
+    first, results = journal(), {0: [10], 1: [11], 2: [12]}
+    for number, result in results.items():
+        first.add([number], [result])
     first.close()
-    whole = (tmp_path / "j.jsonl").read_bytes()
-    for cut in range(1, len(b"[[2], [[3]]]\n") + 1):
-        (tmp_path / "j.jsonl").write_bytes(whole[:-cut])
-        again = journal()
-        assert again.known == {0: [1], 1: [2]}
-        again.add([2], [[3]])
-        again.close()
-        assert (tmp_path / "j.jsonl").read_bytes() == whole
+    lines = (tmp_path / "j.jsonl").read_bytes().splitlines(keepends=True)
+    lines[line] = {
+        "cut off": lines[line][:-3],
+        "changed": lines[line].replace(b"[1", b"[9"),  # a wrong result, if it were taken
+        "5": b"5\n",
+        "without digest": lines[line].partition(b" ")[2],
+        "binary": b"\xff\0\n",
+    }[damage]
+    (tmp_path / "j.jsonl").write_bytes(b"".join(lines))
+    again = journal()
+    lost = {line, min(line + 1, 2)} if damage == "cut off" else {line}  # its end was that of the line
+    assert again.known == {number: result for number, result in results.items() if number not in lost}
+    silent = damage == "cut off" and line == 2
+    assert len(caplog.records) == (0 if silent else 1)
+    assert silent or "1 of its lines are damaged" in caplog.text
+    for number in lost:
+        again.add([number], [results[number]])
+    again.close()
+    assert journal().known == results
+    assert len((tmp_path / "j.jsonl").read_bytes().splitlines()) == 3
 
 
 def test_a_scored_row_survives_the_journal() -> None:

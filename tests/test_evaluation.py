@@ -448,7 +448,7 @@ def test_a_folder_of_something_else_is_not_replaced(taught: Path, tmp_path: Path
 def test_wrong_options_are_named(taught: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="did you mean 'forget'"):
         evaluate(settings(taught, sets=["forgot"]), tmp_path / "out")
-    with pytest.raises(ConfigError, match="batch_size is 0"):
+    with pytest.raises(ConfigError, match="batch_size=0 must be greater than 0"):
         evaluate(settings(taught, batch_size=0), tmp_path / "out")
     with pytest.raises(ConfigError, match="gate_threshold needs an adapter"):
         evaluate(settings(taught, gate_threshold=0.5), tmp_path / "out")

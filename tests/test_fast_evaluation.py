@@ -268,17 +268,24 @@ def test_rows_that_have_ended_leave_the_batch(monkeypatch: pytest.MonkeyPatch) -
     assert sizes == [8, 8, 8, 8, 4, 4, 2, 1]
 
 
-def test_what_a_generation_config_asks_for_beyond_greedy_answers_is_left_to_generate() -> None:
-    assert needs_generate(tiny()) is None
-    assert needs_generate(tiny("gpt2")) is None
-    assert needs_generate(tiny("phi3"))  # prepares the inputs of each step itself
-    model = tiny()
-    model.generation_config.no_repeat_ngram_size = 2
-    assert needs_generate(model) == "its generation config sets no_repeat_ngram_size"
-    texts = [answer.text.split() for answer in generate_answers(model, Numbers(), PROMPTS[:3], 3, 40, PAD)]
-    for words in texts:
-        pairs = list(zip(words, words[1:], strict=False))
-        assert len(pairs) == len(set(pairs))
+@pytest.mark.parametrize(
+    "shipped",
+    [
+        {"no_repeat_ngram_size": 2, "repetition_penalty": 3.0, "min_new_tokens": 30},
+        {"num_beams": 4, "num_return_sequences": 3, "length_penalty": 9.0},
+        {"return_dict_in_generate": True, "output_scores": True},
+        {"stop_strings": ["3"], "max_length": 2, "max_time": 1e-9},
+        {"suppress_tokens": list(range(2, 40)), "begin_suppress_tokens": [1], "forced_eos_token_id": 50},
+    ],
+)
+@pytest.mark.parametrize("family", ["llama", "phi3"])
+def test_answers_are_greedy_whatever_a_generation_config_asks_for(family: str, shipped: dict[str, Any]) -> None:
+    model = tiny(family)
+    assert bool(needs_generate(model)) == (family == "phi3")  # which prepares the inputs of each step itself
+    wanted = [answer.text for answer in generate_answers(model, Numbers(), PROMPTS[:3], 3, 20, PAD)]
+    model.generation_config.update(**shipped)
+    assert [answer.text for answer in generate_answers(model, Numbers(), PROMPTS[:3], 3, 20, PAD)] == wanted
+    assert all(getattr(model.generation_config, name) == value for name, value in shipped.items())
 
 
 # -- several adapters -------------------------------------------------------------------------------------------------

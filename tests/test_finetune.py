@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM
 from watched import CutOff, saved_bytes
 
 from baselines.full import Full
+from grun.checkpoints import checkpoints_in
 from grun.config import FinetuneConfig, FullConfig, LossConfig, MethodConfig, TrainConfig, UnlearnConfig
 from grun.data.encoding import EncodedRow, collate
 from grun.errors import ConfigError
@@ -28,7 +29,7 @@ from grun.objectives.presets import build_objective
 from grun.precision import Masters
 from grun.recomputation import recompute_blocks
 from grun.runs import identity
-from grun.training import newest_checkpoint, train
+from grun.training import train
 from grun.unlearn import UnlearnRows, UnlearnTask, make_parametrization
 from pyvene_custom import find_blocks
 
@@ -169,8 +170,7 @@ def test_a_bfloat16_run_cut_off_and_resumed_equals_one_that_was_not(kind: str, t
     train(whole, config, tmp_path / "whole", seed=0)
     with pytest.raises(KeyboardInterrupt):
         train(CutOff(make(), at=whole.steps - 1), config, tmp_path / "run", seed=0)
-    newest = newest_checkpoint(tmp_path / "run" / "checkpoints")
-    assert newest is not None
+    newest = checkpoints_in(tmp_path / "run" / "checkpoints")[0]
     assert {value.dtype for value in load_file(newest / "trained.safetensors").values()} == {F32}
     assert train(resumed, config, tmp_path / "run", seed=0).resumed_from >= whole.steps - 2 > -1
     assert_equal(parameters(resumed.module), parameters(whole.module))

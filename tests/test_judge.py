@@ -32,7 +32,9 @@ def function(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     """A judge that tells by the length of the prompt, and cannot tell for some."""
     (tmp_path / "invented_judge.py").write_text(
         "def length(prompt, response):\n    return ['safe', 'unsafe', None][len(prompt) % 3]\n\n"
-        "def wrong(prompt, response):\n    return 'harmless'\n"
+        "def wrong(prompt, response):\n    return 'harmless'\n\n"
+        "def odd(prompt, response):\n    import numpy\n    return numpy.zeros(3)\n\n"
+        "def raising(prompt, response):\n    raise KeyError(prompt)\n\nnone = 5\n"
     )
     monkeypatch.syspath_prepend(tmp_path)
     return "callable:invented_judge:length"
@@ -159,7 +161,14 @@ def test_a_chat_model_is_asked_with_the_rubric_and_what_it_babbles_is_unparsed(
         ("callable:invented_judge:missing", ConfigError, "cannot be imported.*write callable:package.module:function"),
         ("callable:invented_nowhere:length", ConfigError, "cannot be imported"),
         ("callable:", ConfigError, "cannot be imported"),
-        ("callable:invented_judge:wrong", DataError, "gave 'harmless'; it must give 'safe', 'unsafe' or None"),
+        ("callable:invented_judge:none", ConfigError, "is no function but a int"),
+        ("callable:invented_judge:odd", DataError, "gave another ndarray; it must give 'safe', 'unsafe' or None"),
+        (
+            "callable:invented_judge:raising",
+            DataError,
+            r"failed \(KeyError in .*judge.py line 12\); it must give",
+        ),
+        ("callable:invented_judge:wrong", DataError, "gave another str; it must give 'safe', 'unsafe' or None"),
     ],
 )
 def test_a_judge_that_is_none_is_one_line(

@@ -63,10 +63,14 @@ def test_rows_without_labels_beside_rows_with_labels_use_their_last_attended_tok
     assert columns(labels=torch.full_like(LABELS, -100), attention_mask=MASK) == [4, 4, 2]
 
 
-def test_a_row_labeled_from_its_first_column_has_no_prompt_and_is_not_edited() -> None:
+def test_labels_from_a_rows_first_token_on_mark_no_prompt() -> None:
     labels = LABELS.clone()
     labels[0] = 7
-    assert columns(labels=labels, attention_mask=MASK) == [None, 3, 0]
+    assert columns(labels=labels, attention_mask=MASK) == [4, 3, 0]
+    assert columns(labels=torch.full_like(LABELS, 7), attention_mask=MASK) == [4, 4, 2]  # padding labeled too
+    assert columns(labels=torch.where(MASK == 1, 7, -100), attention_mask=MASK) == [4, 4, 2]  # on padding alone -100
+    # Behind a cache the first token of the pass is not the first of its row: the prompt ended in an earlier pass.
+    assert columns(labels=labels, attention_mask=torch.ones(3, 9), past=4) == [None, 3, 0]
 
 
 def test_then_the_last_attended_token_then_the_last_column() -> None:
@@ -161,9 +165,9 @@ def test_the_model_edits_where_the_rule_says() -> None:
     assert torch.equal(by_end.logits[:, :-1], plain.logits[:, :-1])  # nothing before the edited token changes
     assert (by_end.logits[:, -1] - plain.logits[:, -1]).abs().max() > 1e-3
 
-    labels[0] = batch["input_ids"][0]  # no prompt: this row is the base's, the other one is edited
+    labels[0] = batch["input_ids"][0]  # no prompt is marked in this row
     mixed = model(**batch, labels=labels)
-    torch.testing.assert_close(mixed.logits[0], plain.logits[0], atol=0, rtol=0)
+    torch.testing.assert_close(mixed.logits[0], by_end.logits[0], atol=0, rtol=0)
     torch.testing.assert_close(mixed.logits[1], by_label.logits[1], atol=0, rtol=0)
 
     cached = model(**batch, use_cache=True).base_output.past_key_values

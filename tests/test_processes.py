@@ -121,9 +121,16 @@ def cut_off(made: Path) -> None:
         (journals / f"{name}.jsonl").write_text(lines[0])
         (journals / f"{name}-1.jsonl").write_text(lines[1] + lines[2][:-5])
         (journals / f"{name}-2.jsonl").write_text(lines[3])
-    numbers, answers = json.loads(lines[3])
-    marked = [[MARK, *rest] for _, *rest in answers]
-    (journals / "generations-2.jsonl").write_text(json.dumps([numbers, marked]) + "\n")
+    numbers, answers = json.loads(lines[3].partition(" ")[2])
+    (journals / "generations-2.jsonl").unlink()
+    write_journal(journals / "generations-2.jsonl", {tuple(numbers): [[MARK, *rest] for _, *rest in answers]})
+
+
+def write_journal(path: Path, results: dict[tuple[int, ...], list[Any]]) -> None:
+    journal: Journal[Any] = Journal(path, to_json=lambda value: value, from_json=lambda value: value)
+    for numbers, values in results.items():
+        journal.add(numbers, values)
+    journal.close()
 
 
 @pytest.fixture(scope="module")
@@ -307,14 +314,15 @@ def test_an_evaluation_goes_on_from_the_journals_of_another_number_of_processes(
 
 
 def test_a_journal_reads_what_other_processes_left_beside_it(tmp_path: Path) -> None:
-    (tmp_path / "scores.jsonl").write_text("[[0], [10]]\n")
-    (tmp_path / "scores-1.jsonl").write_text("[[1, 2], [11, 12]]\n[[3], [1")
-    (tmp_path / "generations.jsonl").write_text("[[7], [17]]\n")
+    write_journal(tmp_path / "scores.jsonl", {(0,): [10]})
+    write_journal(tmp_path / "scores-1.jsonl", {(1, 2): [11, 12], (3,): [13]})
+    (tmp_path / "scores-1.jsonl").write_bytes((tmp_path / "scores-1.jsonl").read_bytes()[:-4])
+    write_journal(tmp_path / "generations.jsonl", {(7,): [17]})
     journal: Journal[int] = Journal(tmp_path / "scores.jsonl", to_json=int, from_json=int)
     assert journal.known == {0: 10, 1: 11, 2: 12}
     journal.add([3], [13])
     journal.close()
-    assert (tmp_path / "scores.jsonl").read_text() == "[[0], [10]]\n[[3], [13]]\n"
+    assert len((tmp_path / "scores.jsonl").read_text().splitlines()) == 2
 
 
 # -- who runs what ----------------------------------------------------------------------------------------------------

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+import transformers
 from tiny import DEPTH, FAMILIES, OddForCausalLM, blocks_of, formula, padded, plain_hooks, random_rows, tiny
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from grun import GrunModel
+from grun import GrunModel, GrunStack
+from grun.errors import ModelError
 from pyvene_custom import GatedOutput, IntervenableModel, Sites, find_blocks
 
 BLOCKS = [1, 3]
@@ -195,8 +198,9 @@ def test_an_exception_leaves_nothing_behind(stage: str, call: str) -> None:
     base, batch = model.base, padded(random_rows([6, 6]), "left")
     longer = padded(random_rows([9, 9]), "left")
     with model.disabled():
-        untouched, decoder_alone = base(**batch).logits, base.model(**batch).last_hidden_state
+        untouched = base(**batch).logits
     edited, longer_edited = base(**batch).logits, base(**longer).logits
+    decoder_alone = base.model(**batch).last_hidden_state
     before = hooks_on(base)
 
     def fail(*_: Any) -> None:
@@ -270,6 +274,86 @@ def test_blocks_are_found_by_shape() -> None:
         find_blocks(nn.Linear(2, 2))
     with pytest.raises(ValueError, match=r"\[4\].*0\.\.3"):
         IntervenableModel({4: nn.Identity()}, tiny())
+
+
+TEXT = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "head_dim": 8}
+TEXT |= {"num_attention_heads": 4, "num_key_value_heads": 2, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+VISION = {"hidden_size": 64, "intermediate_size": 256, "num_attention_heads": 4, "image_size": 28, "patch_size": 14}
+ROPE = {"rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta": 10000.0}
+QWEN = {"embed_dim": 64, "hidden_size": 32, "num_heads": 4}
+SOUND = {"d_model": 64, "encoder_attention_heads": 4, "encoder_ffn_dim": 256}
+WITH_TOWERS: dict[str, tuple[type[PreTrainedModel], Callable[[int], Any], str]] = {
+    "gemma3": (
+        transformers.Gemma3ForConditionalGeneration,
+        lambda depth: transformers.Gemma3Config(
+            text_config=TEXT, vision_config={**VISION, "num_hidden_layers": depth}, mm_tokens_per_image=4
+        ),
+        "model.language_model.layers",
+    ),
+    "llava": (
+        transformers.LlavaForConditionalGeneration,
+        lambda depth: transformers.LlavaConfig(
+            text_config=transformers.LlamaConfig(**TEXT),
+            vision_config=transformers.CLIPVisionConfig(**VISION, num_hidden_layers=depth),
+        ),
+        "model.language_model.layers",
+    ),
+    "qwen2_vl": (
+        transformers.Qwen2VLForConditionalGeneration,
+        lambda depth: transformers.Qwen2VLConfig(
+            text_config={**TEXT, "rope_parameters": ROPE}, vision_config={**QWEN, "depth": depth}
+        ),
+        "model.language_model.layers",
+    ),
+    "qwen2_audio": (
+        transformers.Qwen2AudioForConditionalGeneration,
+        lambda depth: transformers.Qwen2AudioConfig(
+            text_config=transformers.Qwen2Config(**TEXT), audio_config={**SOUND, "encoder_layers": depth}
+        ),
+        "model.language_model.layers",
+    ),
+    "idefics3": (
+        transformers.Idefics3ForConditionalGeneration,
+        lambda depth: transformers.Idefics3Config(
+            text_config=transformers.LlamaConfig(**TEXT),
+            vision_config={**VISION, "num_hidden_layers": depth},
+            scale_factor=2,
+        ),
+        "model.text_model.layers",
+    ),
+}
+
+
+@pytest.mark.parametrize("depth", [2, 5])
+@pytest.mark.parametrize("kind", WITH_TOWERS)
+def test_the_text_decoder_is_edited_where_a_tower_is_as_deep_or_deeper_and_wider(kind: str, depth: int) -> None:
+    make, config, path = WITH_TOWERS[kind]
+    base = make(config(depth)).eval()
+    assert find_blocks(base) == (path, base.get_submodule(path))
+    assert sum(p.numel() for p in base.parameters()) > 2 * sum(p.numel() for p in base.get_submodule(path).parameters())
+    of_tower = next(base.parameters())
+    of_tower.data = of_tower.data.double()  # says nothing about the text part
+    batch = {"input_ids": torch.tensor([[5, 6, 7]]), "attention_mask": torch.ones(1, 3).long()}
+    untouched = base(**batch).logits
+    model = GrunModel.wrap(base, blocks=[0, -1], rank=2).eval()
+    assert model.config.hidden_size == 32 and model.config.depth == 2
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
+    output = model(**batch)
+    assert list(output.gates) == [0, 1]
+    torch.testing.assert_close(output.logits[:, :2], untouched[:, :2])
+    assert (output.logits[:, 2] - untouched[:, 2]).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("kind", ["T5", "Bart"])
+def test_what_reads_prompts_with_an_encoder_is_refused_in_one_line(kind: str) -> None:
+    small = {"vocab_size": 64, "d_model": 32, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+    config = getattr(transformers, f"{kind}Config")(**small)
+    with torch.device("meta"):
+        base = getattr(transformers, f"{kind}ForConditionalGeneration")(config)
+    with pytest.raises(ModelError, match="reads prompts with an encoder; edits need a decoder-only language model"):
+        GrunModel.wrap(base, blocks=[0])
+    with pytest.raises(ModelError, match="reads prompts with an encoder"):
+        GrunStack(base)
 
 
 class Recorder(nn.Module):

@@ -244,14 +244,14 @@ def test_a_manifest_that_is_not_as_written_is_refused_with_the_place(store: Requ
     request = whole["requests"][0]
     for change, text in [
         ({"more": 1}, "unknown key 'more'"),
-        ({"salt": 5}, "salt: 5 is not what is expected"),
+        ({"salt": 5}, "salt: expected a text, found a whole number"),
         ({"format_version": 3}, "format version 3, not 2"),
-        ({"requests": [{**request, "state": "asleep"}]}, r"requests\[0\]: state: 'asleep' is not"),
+        ({"requests": [{**request, "state": "asleep"}]}, r"requests\[0\]: state: expected active or disabled"),
         ({"requests": [{**request, "folder": "../../elsewhere"}]}, "cannot lie in the folder"),
         ({"requests": [{**request, "data": {"rows": 2}}]}, "missing key 'hashes'"),
         ({"requests": [request, request]}, "two requests have the same id"),
-        ({"history": {}}, "history: {} is not what is expected"),
-        ({"gate_threshold": float("nan")}, "gate_threshold: nan is not what is expected"),
+        ({"history": {}}, "history: expected a list, found an object"),
+        ({"gate_threshold": float("nan")}, "NaN is not valid JSON"),
         ({"requests": [{**request, "files": {"../../secret": "00"}}]}, "has no file '../../secret'"),
     ]:
         write_json(path, whole | change)
@@ -278,7 +278,7 @@ def change_tensors(folder: Path, change: Callable[[dict[str, torch.Tensor]], obj
 ROTATION, BIAS = "edits.1.edit.rotation", "edits.2.gate.0.bias"
 UNFIT: dict[str, tuple[Callable[[Path], object], str]] = {
     "activation": (lambda folder: change_config(folder, activation="nonsense"), "unknown activation 'nonsense'"),
-    "position": (lambda folder: change_config(folder, gate_read=5), "gate_read: 5 is not what is expected"),
+    "position": (lambda folder: change_config(folder, gate_read=5), "gate_read: expected a text"),
     "rank": (
         lambda folder: change_config(folder, rank=3),
         f"{ROTATION}': found float32 [32, 2], expected floats [32, 3]",
@@ -486,6 +486,49 @@ def test_an_adapter_of_another_base_is_noticed(store: RequestStore, adapters: li
     other = make_adapter(tmp_path / "other", 0, of_base=1)
     shutil.copyfile(other / "adapter_config.json", store.adapter_folder("a") / "adapter_config.json")
     assert any("request a: made on another base" in str(problem) for problem in store.check())
+
+
+def test_a_store_of_version_1_is_read_and_bound_to_its_content_by_the_next_change(
+    store: RequestStore, adapters: list[Path], caplog: pytest.LogCaptureFixture
+) -> None:
+    """As the version before wrote it: events without state, rows without a hash of all, the same chain and digest."""
+    add(store, "a", adapters[0])
+
+    def downgrade(values: dict[str, Any]) -> None:
+        values["format_version"] = 1
+        values["requests"][0]["data"].pop("whole")
+        before = values["salt"]
+        for event in values["history"]:
+            event.pop("state")
+            event["digest"] = content_hash([before, {key: event[key] for key in event if key != "digest"}])
+            before = event["digest"]
+
+    assert edited(store, downgrade, sealed=True) == []
+    old = Manifest.read(store.folder)
+    with caplog.at_level("INFO", "grun"):
+        RequestStore.open(store.folder).set_state("a", "disabled")
+    assert [record.message for record in caplog.records if "format 2" in record.message] != []
+    new = Manifest.read(store.folder)
+    assert (old.format_version, new.format_version) == (1, 2)
+    assert (new.history[:2], new.problems()) == (old.history, [])
+    assert old.head is not None and [event.action for event in new.since(old.head) or ()] == ["disable"]
+    assert edited(store, lambda values: values["requests"][0].update(note="mine"), sealed=True) != []
+
+
+def test_a_head_stands_for_all_before_it_and_for_the_content(store: RequestStore, adapters: list[Path]) -> None:
+    add(store, "a", adapters[0])
+    noted, older = store.manifest.head, store.manifest
+    assert noted is not None
+    store.set_state("a", "disabled")
+    store.set_state("a", "active")
+    assert [event.action for event in store.manifest.since(noted[:16]) or ()] == ["disable", "enable"]
+    newest = store.manifest.head
+    assert newest is not None
+    assert older.since(newest) is None, "rolled back"
+    rewritten = RequestStore.create(store.folder.with_name("other"))
+    add(rewritten, "a", adapters[0])
+    assert rewritten.manifest.since(noted) is None
+    assert store.manifest.since(noted[:8]) is None, "too short to tell"
 
 
 # -- several processes, and kills -------------------------------------------------------------------------------------

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,7 @@ from grun.data.corpus import load_corpus
 from grun.data.rows import Row
 from grun.errors import RunError
 from grun.evaluation.evaluate import EVALUATION_FILE
+from grun.files import write_json
 from grun.profiles import resolve
 from grun.requests.adding import in_force_before, others
 from grun.requests.store import RequestStore
@@ -386,6 +389,80 @@ def test_verify_detects_a_changed_manifest_a_swapped_adapter_and_a_changed_base(
     }[wrong]
     assert text in capsys.readouterr().out
     assert len(report_of(store)["problems"]) == 1
+
+
+def heads(printed: str) -> list[str]:
+    return [line.removeprefix("head: ").partition(",")[0] for line in printed.splitlines() if line.startswith("head: ")]
+
+
+def test_verify_prints_the_head_and_tells_a_store_that_was_rolled_back(store: Path, capsys: Captured) -> None:
+    capsys.readouterr()
+    assert run("verify", store, "files_only=true") == 0
+    (first,) = heads(capsys.readouterr().out)
+    older = (store / "stack.json").read_bytes()
+    assert run("disable", store, "id=first") == 0
+    assert run("verify", store, "files_only=true", f"head={first}") == 0
+    printed = capsys.readouterr().out
+    assert "Done after the head given: disable first" in printed
+    (second,) = heads(printed)
+    (store / "stack.json").write_bytes(older)
+    assert run("verify", store, "files_only=true") == 0, "nothing in an older store says that it is older"
+    assert run("verify", store, "files_only=true", f"head={second[:16]}") == 1
+    assert "rolled back, or its history rewritten" in capsys.readouterr().out
+
+
+def keys(folder: Path, name: str) -> list[str]:
+    """Options of a new pair of keys, as openssl writes them."""
+    from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+    from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat, PublicFormat
+
+    key = Ed25519PrivateKey.generate()
+    private, public = folder / f"{name}.pem", folder / f"{name}.pub"
+    private.write_bytes(key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()))
+    private.chmod(0o600)
+    public.write_bytes(key.public_key().public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo))
+    return [f"key={private}", f"public_key={public}"]
+
+
+def test_a_signed_head_is_checked_and_no_change_goes_unsigned(store: Path, tmp_path: Path, capsys: Captured) -> None:
+    mine, my_public = keys(tmp_path, "mine")
+    other, other_public = keys(tmp_path, "other")
+    verify = ["verify", store, "files_only=true"]
+    assert run(*verify, my_public) == 1
+    assert "the head is not signed" in capsys.readouterr().out
+    assert run("disable", store, "id=first", mine) == 0
+    assert run(*verify, my_public) == run(*verify) == 0
+    assert "signed by " in capsys.readouterr().out
+    assert run(*verify, other_public) == 1
+    assert "signed with another key" in capsys.readouterr().out
+    refused(capsys, ["requests", "enable", f"store={store}", "id=first"], 2, "is signed at each change; set key=FILE")
+    signature = RequestStore.open(store).manifest.signature
+    assert run("enable", store, "id=first", other) == 0
+    assert run(*verify, other_public) == 0
+    opened = RequestStore.open(store)
+    forged = dataclasses.replace(opened.manifest, signature=signature).sealed()
+    write_json(store / "stack.json", forged.to_dict())
+    assert run(*verify, my_public) == 1
+    assert "the signature is not one of this head" in capsys.readouterr().out
+
+
+def test_keys_that_cannot_be_used_are_refused_in_one_line(
+    store: Path, tmp_path: Path, capsys: Captured, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mine, public = keys(tmp_path, "mine")
+    disable = ["requests", "disable", f"store={store}", "id=first"]
+    verify = ["requests", "verify", f"store={store}", "files_only=true"]
+    refused(capsys, [*disable, "key=nowhere.pem"], 2, "key=nowhere.pem cannot be read", "openssl genpkey")
+    refused(capsys, [*disable, public.removeprefix("public_")], 2, "others may read it")
+    refused(capsys, [*verify, f"public_{mine}"], 2, "is no public key")
+    refused(capsys, [*verify, "head=xyz"], 2, "16 to 64 hex digits")
+    (tmp_path / "mine.pem").chmod(0o640)
+    refused(capsys, [*disable, mine], 2, "others may read it", "chmod 600")
+    (tmp_path / "mine.pem").chmod(0o600)
+    (tmp_path / "mine.pem").write_text("x")
+    refused(capsys, [*disable, mine], 2, "is no private key")
+    monkeypatch.setitem(sys.modules, "cryptography.hazmat.primitives", None)
+    refused(capsys, [*disable, mine], 2, "pip install 'grun-unlearning[signing]'")
 
 
 def test_verify_says_why_a_request_was_not_asked(store: Path, adapter: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
 import shutil
 import signal
 import time
@@ -384,6 +385,29 @@ def killed(run: Callable[[], int], moment: Callable[[], bool]) -> None:
         time.sleep(0.002)
     os.kill(pid, signal.SIGKILL)
     os.waitpid(pid, 0)
+
+
+@pytest.mark.parametrize("data", [b"5", b'{"recall": {}}', b"\xff\0", "changed"], ids=str)
+@pytest.mark.parametrize("name", ["experiment.json", "grun/chain.json", "grun/steps/r2.json"])
+def test_damaged_state_is_written_again_or_refused_in_one_line(
+    name: str, data: bytes | str, done: Path, models: list[str], tmp_path: Path, capsys: Captured,
+    caplog: pytest.LogCaptureFixture,
+) -> None:  # fmt: skip
+    results = shutil.copytree(done, tmp_path / "results")
+    content = (results / name).read_bytes()
+    number = re.compile(rb'("(?:number|seed|heldout)": )\d')
+    (results / name).write_bytes(number.sub(rb"\g<1>7", content, count=1) if isinstance(data, str) else data)
+    assert (results / name).read_bytes() != content or data == "changed" and name == "experiment.json"
+    same = [f"sequence={done.parent / 'mine.yaml'}", *models, f"results_dir={results}", "methods=[grun]"]
+    if name.endswith("chain.json"):
+        assert main(["sequential", *same]) == 0
+        assert "chain.json is damaged and is written again" in caplog.text
+        assert (results / name).read_bytes() == content
+    elif (results / name).read_bytes() != content:
+        capsys.readouterr()
+        assert main(["sequential", *same]) == 1
+        errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+        assert errors and all(name in line and "overwrite=true" in line for line in errors)
 
 
 def test_another_experiment_is_refused_and_replaced_on_request(

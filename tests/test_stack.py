@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import copy
 import functools
+from collections import OrderedDict
 from pathlib import Path
 from typing import Any, cast
 
 import pytest
 import torch
 from tiny import PAD, RULES, WIDTH, blocks_of, formula, padded, random_rows, tiny
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import DynamicCache, PreTrainedModel
 
@@ -22,6 +23,7 @@ from grun.evaluation.subject import Subject
 from grun.loading import Loaded
 from grun.method.adapter import AdapterConfig
 from grun.method.combination import RULES as COMBINATIONS
+from grun.method.gate import GATES, GateBuilder
 from grun.method.stacked import Kind, StackedIntervention
 
 PUBLISHED = ("last_prompt", "none", "last_prompt")
@@ -347,6 +349,88 @@ def test_gates_that_are_computed_a_few_at_a_time_are_the_same(gate: str, monkeyp
     wanted = stack(**batch).logits
     monkeypatch.setattr(grun.method.stacked, "SLICE", 1)
     agree(stack(**batch).logits, wanted)
+
+
+# -- gates of a user's own --------------------------------------------------------------------------------------------
+
+
+class Buffered(nn.Module):
+    """A gate without a linear layer, with buffers of which one is no float."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.direction = nn.Parameter(torch.randn(width))
+        self.register_buffer("center", torch.randn(width))
+        self.register_buffer("seen", torch.tensor(3))
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return ((hidden - self.center) / self.seen * self.direction).mean(-1, keepdim=True)
+
+
+def shared(width: int) -> nn.Module:
+    one, other = nn.Linear(width, width), nn.Linear(width, width)
+    other.weight = one.weight
+    return nn.Sequential(one, nn.Tanh(), one, other, nn.Linear(width, 1))
+
+
+OWN_GATES: dict[str, GateBuilder] = {
+    "norm_first": lambda width: nn.Sequential(nn.LayerNorm(width), nn.Linear(width, 1)),
+    "norm_inside": lambda width: nn.Sequential(nn.Linear(width, 8), nn.LayerNorm(8), nn.GELU(), nn.Linear(8, 1)),
+    "unbiased": lambda width: nn.Sequential(OrderedDict(score=nn.Linear(width, 1, bias=False), bound=nn.Tanh())),
+    "parametrized": lambda width: nn.utils.parametrizations.weight_norm(nn.Linear(width, 1)),
+    "dropout": lambda width: nn.Sequential(nn.Dropout(0.5), nn.Linear(width, 1, bias=False)),
+    "together": lambda width: nn.Sequential(nn.Linear(width, 8), nn.GELU(), nn.LayerNorm(8, elementwise_affine=False),
+                                            nn.Linear(8, 1), nn.Tanh()),
+    "buffered": Buffered,
+    "shared": shared,
+    "orthogonal": lambda width: nn.Sequential(nn.utils.parametrizations.orthogonal(nn.Linear(width, 4)),
+                                              nn.Linear(4, 1)),
+}  # fmt: skip
+
+
+@pytest.fixture
+def own_gates(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(GATES, "_entries", dict(GATES._entries))
+    for name, build in OWN_GATES.items():
+        GATES.add(name, build, "of a user")
+
+
+@pytest.mark.parametrize("gate", OWN_GATES)
+@torch.no_grad()
+def test_a_gate_of_a_users_own_does_in_a_stack_what_it_does_alone(gate: str, own_gates: None, tmp_path: Path) -> None:
+    for number, rule in enumerate((ROBUST, ROBUST, PUBLISHED)):
+        read, accumulate, write = rule
+        torch.manual_seed(number)
+        where = {"gate_read": read, "gate_accumulate": accumulate, "edit_write": write}
+        GrunModel.wrap(tiny(), blocks=[1, 3], gate=gate, **where).save_pretrained(tmp_path / str(number))
+    stack = GrunStack(tiny())
+    before = torch.get_rng_state()
+    stack.add_all({name: tmp_path / name for name in "012"})
+    stack.add_weights({"linear": MIXED["linear"], "robust": MIXED["robust"]})
+    stack.train()  # nothing of it is trained
+    assert torch.equal(torch.get_rng_state(), before)
+    assert not list(stack.parameters()) and not stack.state_dict()
+    batch = padded(random_rows([9, 6]), "left")
+    stack(**batch)
+    for name in "012":
+        alone = GrunModel.from_pretrained(tiny(), tmp_path / name)
+        only = GrunStack(tiny())
+        only.add(name, tmp_path / name)
+        agree(only(**batch).logits, alone(**batch).logits)
+        agree(alone.last_gates[1][:, -1], stack.request_gates[name][1][:, -1])  # the first block that is edited
+        tokens, logits = generated(alone, random_rows([9, 6]))
+        assert torch.equal(generated(only, random_rows([9, 6]))[0], tokens)
+        agree(generated(only, random_rows([9, 6]))[1], logits)
+    stack.remove("1")
+    others = GrunStack(tiny())
+    others.add_all({name: tmp_path / name for name in "02"})
+    others.add_weights({"linear": MIXED["linear"], "robust": MIXED["robust"]})
+    assert torch.equal(stack(**batch).logits, others(**batch).logits)
+
+
+def test_a_bias_for_a_gate_without_one_is_refused(own_gates: None) -> None:
+    with pytest.raises(ConfigError, match="gate_bias sets the bias of a gate's last linear layer"):
+        GrunModel.wrap(tiny(), blocks=[1], gate="buffered", gate_bias=-2.0)
 
 
 # -- in use -----------------------------------------------------------------------------------------------------------

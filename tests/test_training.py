@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from watched import whole_step
 
+from grun.checkpoints import checkpoints_in
 from grun.checks import check_train
 from grun.config import DataConfig, DemoConfig, FinetuneConfig, LossConfig, MethodConfig, TrainConfig, UnlearnConfig
 from grun.data.corpus import load_corpus
@@ -30,9 +31,8 @@ from grun.method.parametrization import Grun
 from grun.method.plain import run_plain
 from grun.micro_batches import split
 from grun.objectives.presets import build_objective
-from grun.step_log import StepLog
 from grun.task import StepData
-from grun.training import newest_checkpoint, remove_checkpoints, train
+from grun.training import remove_checkpoints, train
 from grun.unlearn import UnlearnRows, UnlearnTask, draw_refusals
 
 pytestmark = pytest.mark.usefixtures("quick_garbage_collection")
@@ -298,15 +298,6 @@ def test_large_gradients_are_scaled_down_to_the_limit(tmp_path: Path) -> None:
     assert first_moments.norm().item() == pytest.approx(0.5, rel=1e-4)
 
 
-def test_log_drops_steps_that_are_done_again_and_a_half_written_line(tmp_path: Path) -> None:
-    path = tmp_path / "log.jsonl"
-    path.write_text('{"step": 1, "loss": 2.0}\n{"step": 2, "loss": 1.0}\n{"step": 3, "loss": 0.5}\n{"step": 4, "lo')
-    opened = StepLog(path, keep_to=2)
-    opened.write({"step": 3, "loss": 0.25})
-    opened.close()
-    assert path.read_text() == '{"step": 1, "loss": 2.0}\n{"step": 2, "loss": 1.0}\n{"step": 3, "loss": 0.25}\n'
-
-
 # -- checkpoints ------------------------------------------------------------------------------------------------------
 
 
@@ -318,8 +309,7 @@ def test_checkpoints_hold_the_edit_and_nothing_of_the_frozen_base(tmp_path: Path
     config = dataclasses.replace(SHORT, save_steps=5)
     task = unlearn_task(config)
     train(task, config, tmp_path, seed=0)
-    newest = newest_checkpoint(tmp_path / "checkpoints")
-    assert newest is not None
+    newest = checkpoints_in(tmp_path / "checkpoints")[0]
     stored = load_file(newest / "trained.safetensors")
     assert stored.keys() == dict(task.module.named_parameters()).keys()
     assert {"edits.1.edit.rotation", "edits.3.edit.source.weight"} <= stored.keys()  # the free matrix, not R
@@ -428,8 +418,7 @@ def test_a_loss_that_is_not_finite_stops_with_the_last_good_state_kept(
         train(Broken(unlearn_task(config), 4, loss=spoil), config, tmp_path, seed=0)
     assert "\n" not in str(error.value)
     assert "checkpoints" in str(error.value)
-    newest = newest_checkpoint(tmp_path / "checkpoints")
-    assert newest is not None and newest.name == "checkpoint-4"
+    assert checkpoints_in(tmp_path / "checkpoints")[0].name == "checkpoint-4"
     assert [line["step"] for line in logged(tmp_path)] == [1, 2, 3, 4]
 
     whole = unlearn_task(config)

@@ -10,7 +10,14 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache, GenerationMixin, LogitsProcessor, LogitsProcessorList, PreTrainedModel
+from transformers import (
+    DynamicCache,
+    GenerationConfig,
+    GenerationMixin,
+    LogitsProcessor,
+    LogitsProcessorList,
+    PreTrainedModel,
+)
 from transformers.cache_utils import DynamicLayer
 
 from grun import processes
@@ -25,14 +32,6 @@ log = logging.getLogger(__name__)
 
 DROPPED = 1 / 8
 """Share of a batch that has to have ended before it is taken out, which copies the cache of the rest."""
-GREEDY_OPTIONS = {
-    "bos_token_id", "eos_token_id", "pad_token_id", "do_sample", "temperature", "top_k", "top_p", "min_p", "typical_p",
-    "epsilon_cutoff", "eta_cutoff", "repetition_penalty", "num_beams", "max_length", "max_new_tokens", "use_cache",
-    "transformers_version", "_from_model_config", "output_attentions", "output_hidden_states",
-    "return_dict_in_generate",
-}  # fmt: skip
-"""What a generation config may set without any effect on our greedy answers."""
-
 
 Ask = Callable[
     [Any, Batch, Sequence[int], Collection[int], int, Choose], tuple[list[list[int]], dict[int, Tensor] | None]
@@ -73,7 +72,9 @@ def generate_answers(
 ) -> list[Answer]:
     """Answer each prompt, every distinct one once, longest first, padded on the left.
 
-    An answer ends at an end token, at max_new_tokens, or where the model's context is full.
+    Answers are greedy whatever a model's generation config says (beams, penalties, forced or forbidden tokens, stop
+    strings); its end tokens alone count. An answer ends at an end token, at max_new_tokens, or where the context of the
+    model is full.
 
     Args:
         model: a transformers causal model, or a gated one that gives the prompts' gates.
@@ -88,7 +89,7 @@ def generate_answers(
         known: answers that need not be asked for.
         expected: about how many tokens each answer will have, such as the reference's. Answers that are about as long
             are asked for together, so that they end together; nothing but speed depends on it.
-        draw: draws the answers; None: greedy ones. A model's own generate draws from what its generation config leaves.
+        draw: draws the answers; None: greedy ones.
     """
     repeats = Counter(tuple(prompt) for prompt in prompts)
     ends = end_tokens(model, tokenizer)
@@ -129,10 +130,7 @@ def generate_answers(
 def needs_generate(base: PreTrainedModel) -> str | None:
     """Why the model's own `generate` must be asked; None where `greedy` gives the same answers faster."""
     parameters = inspect.signature(base.forward).parameters
-    configured = {name for name, value in base.generation_config.to_diff_dict().items() if value is not None}
     own: Any = type(base)
-    if configured - GREEDY_OPTIONS:
-        return f"its generation config sets {', '.join(sorted(configured - GREEDY_OPTIONS))}"
     if base.config.is_encoder_decoder or not {"past_key_values", "position_ids"} <= set(parameters):
         return "its forward pass takes no key/value cache or no positions"
     if own.prepare_inputs_for_generation is not GenerationMixin.prepare_inputs_for_generation or base.is_remote_code():
@@ -205,17 +203,18 @@ def _generate(
 ) -> tuple[list[list[int]], dict[int, Tensor] | None]:
     """The same as `greedy` from the model's own `generate`, for prompts that have the same room."""
     more = {} if choose is most_probable else {"logits_processor": LogitsProcessorList([_Chosen(choose)])}
-    ids = model.generate(
-        input_ids=batch.input_ids,
-        attention_mask=batch.attention_mask,
-        max_new_tokens=max(rooms),
-        do_sample=False,
-        num_beams=1,
-        repetition_penalty=1.0,  # some models ship another, which is not plain greedy decoding
-        pad_token_id=pad_id,
-        eos_token_id=list(ends) or None,
-        **more,
-    )
+    base, plain = base_of(model), {"pad_token_id": pad_id, "eos_token_id": list(ends) or None}
+    shipped = base.generation_config
+    try:
+        base.generation_config = GenerationConfig()  # `generate` fills up from it what it is not given
+        ids = model.generate(
+            input_ids=batch.input_ids,
+            attention_mask=batch.attention_mask,
+            generation_config=GenerationConfig(max_new_tokens=max(rooms), do_sample=False, **plain),
+            **more,
+        )
+    finally:
+        base.generation_config = shipped
     new = ids[:, batch.input_ids.shape[1] :].tolist()
     return [_until(row, ends) for row in new], getattr(model, "last_gates", None)
 

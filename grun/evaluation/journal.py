@@ -6,13 +6,17 @@ number of processes goes on too.
 
 from __future__ import annotations
 
+import hashlib
 import json
+import logging
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 from grun import processes
-from grun.files import writing
+from grun.files import write_bytes, writing
+
+log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
@@ -23,10 +27,13 @@ def journal_file(name: str) -> str:
 
 
 class Journal(Generic[T]):
-    """Results by number, appended batch by batch: one JSON line a batch, so a batch is there whole or not at all."""
+    """Results by number, appended batch by batch: a digest and JSON in a line, so a batch is there whole or not at all.
+
+    A line that was damaged is taken for none, and what it held is done again.
+    """
 
     def __init__(self, path: Path, *, to_json: Callable[[T], Any], from_json: Callable[[Any], T]) -> None:
-        """Read what is there and in the journals beside it; a last line that was cut off is taken out of the file."""
+        """Read what is there and in the journals beside it; what is not whole is taken out of the file."""
         self.known: dict[int, T] = {}
         """Results so far, by number."""
         self._path = path
@@ -37,31 +44,39 @@ class Journal(Generic[T]):
         whole = self._read(path, from_json)
         with writing(path.parent):
             path.parent.mkdir(parents=True, exist_ok=True)
+            if path.is_file() and path.stat().st_size != len(whole):
+                write_bytes(path, whole)
             self._file = open(path, "ab")
-            self._file.truncate(whole)
 
-    def _read(self, path: Path, from_json: Callable[[Any], T]) -> int:
-        """Take up what a journal holds; the number of its bytes that are whole lines."""
-        whole = 0
-        for line in path.read_bytes().splitlines(keepends=True) if path.is_file() else ():
-            try:
-                numbers, results = json.loads(line)
-            except ValueError:
-                break
-            if not line.endswith(b"\n"):
-                break
-            self.known.update(zip(numbers, map(from_json, results), strict=True))
-            whole += len(line)
-        return whole
+    def _read(self, path: Path, from_json: Callable[[Any], T]) -> bytes:
+        """Take up what a journal holds; its whole lines."""
+        lines = path.read_bytes().splitlines(keepends=True) if path.is_file() else []
+        whole = []
+        for line in lines:
+            digest, _, text = line.partition(b" ")
+            if line.endswith(b"\n") and digest == _digest(text.removesuffix(b"\n")):
+                numbers, results = json.loads(text)
+                self.known.update(zip(numbers, map(from_json, results), strict=True))
+                whole.append(line)
+        cut_off = bool(lines) and not lines[-1].endswith(b"\n")
+        if damaged := len(lines) - len(whole) - cut_off:
+            log.warning("%s: %d of its lines are damaged; what they held is done again", path, damaged)
+        return b"".join(whole)
 
     def add(self, numbers: Sequence[int], results: Sequence[T]) -> None:
         """Append one batch; RunError if it cannot be written."""
-        line = json.dumps([list(numbers), [self._to_json(result) for result in results]], ensure_ascii=False) + "\n"
+        values = [list(numbers), [self._to_json(result) for result in results]]
+        text = json.dumps(values, ensure_ascii=False).encode()
         with writing(self._path.parent):
-            self._file.write(line.encode())
+            self._file.write(_digest(text) + b" " + text + b"\n")
             self._file.flush()
         self.known.update(zip(numbers, results, strict=True))
 
     def close(self) -> None:
         """Close the file; what it holds stays."""
         self._file.close()
+
+
+def _digest(text: bytes) -> bytes:
+    """Half of the SHA-256, in hex."""
+    return hashlib.sha256(text).hexdigest()[:32].encode()

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import importlib
 import re
+import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol, cast
 
 from grun.config import EvaluateConfig
 from grun.data.chat import Earlier
@@ -22,6 +23,7 @@ from grun.files import content_hash
 from grun.memory import enough_memory
 from grun.method.fingerprint import fingerprint
 from grun.progress import progress
+from grun.reading import first_line
 
 if TYPE_CHECKING:
     from grun.loading import Loaded
@@ -91,20 +93,32 @@ class FunctionJudge:
         module, _, attribute = name.partition(":")
         try:
             self.function: Callable[[str, str], Any] = getattr(importlib.import_module(module), attribute)
-        except (ImportError, ValueError, AttributeError) as error:
+        except Exception as error:  # importing runs the user's code
             raise ConfigError(
-                f"judge={CALLABLE}{name} cannot be imported ({error}); write callable:package.module:function"
+                f"judge={CALLABLE}{name} cannot be imported ({type(error).__name__}: {first_line(error)}); write "
+                "callable:package.module:function"
             ) from error
+        if not callable(self.function):
+            raise ConfigError(f"judge={CALLABLE}{name} is no function but a {type(self.function).__name__}")
         self.name = name
 
     def __call__(self, pairs: Sequence[tuple[str, str]], advance: Callable[[int], None]) -> list[Verdict]:
-        """See `Judge`; DataError for anything but the three."""
+        """See `Judge`; DataError for anything but the three, and where the function fails."""
         verdicts = []
         for prompt, response in pairs:
-            label = self.function(prompt, response)
-            if label not in ("safe", "unsafe", None):
-                raise DataError(f"the judge {self.name} gave {label!r}; it must give 'safe', 'unsafe' or None")
-            verdicts.append(Verdict(label, ""))
+            try:
+                label: Any = self.function(prompt, response)
+            except Exception as error:
+                *_, at = traceback.extract_tb(error.__traceback__)  # what it says may quote the reply
+                raise DataError(
+                    f"the judge {self.name} failed ({type(error).__name__} in {at.filename} line {at.lineno}); it must "
+                    "give 'safe', 'unsafe' or None"
+                ) from error
+            if not (label is None or (type(label) is str and label in ("safe", "unsafe"))):
+                raise DataError(
+                    f"the judge {self.name} gave another {type(label).__name__}; it must give 'safe', 'unsafe' or None"
+                )
+            verdicts.append(Verdict(cast("Label | None", label), ""))
             advance(1)
         return verdicts
 

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
 
 from torch import Tensor
 
@@ -16,7 +14,7 @@ from grun.errors import AdapterError, ConfigError
 from grun.files import read_json, write_bytes, write_json, write_text
 from grun.method.gate import GATES
 from grun.method.rules import check_rule
-from grun.typed import typed
+from grun.reading import decode, parse_json, typed
 
 log = logging.getLogger(__name__)
 
@@ -83,25 +81,18 @@ class AdapterConfig:
     @classmethod
     def parse(cls, data: bytes, path: Path) -> tuple[AdapterConfig, Template | None]:
         """What `read` gives, from the bytes of the file at `path`: every field of its type, with a known value."""
-        try:
-            values: Any = json.loads(data)
-        except (ValueError, RecursionError) as error:
-            raise AdapterError(f"{path} is not valid JSON ({error}); save the adapter again") from error
+        values = parse_json(decode(data, str(path), AdapterError), str(path), AdapterError)
         if not isinstance(values, dict) or values.pop("peft_type", None) != "GRUN":
             raise AdapterError(f"{path}: peft_type is not GRUN; load it with the library that wrote it")
         version = values.pop("format_version", None)
         if version != FORMAT_VERSION:
             raise AdapterError(f"{path}: format version {version}, not {FORMAT_VERSION}; use the GRUN that wrote it")
-
-        def damaged(text: str) -> AdapterError:
-            return AdapterError(f"{text}; save the adapter again, with the GRUN that wrote it")
-
         try:
-            template = typed(Template | None, values.pop("template", None), f"{path}: template", damaged)
-            config: AdapterConfig = typed(cls, values, str(path), damaged)
+            template = typed(Template | None, values.pop("template", None), f"{path}: template", AdapterError)
+            config: AdapterConfig = typed(cls, values, str(path), AdapterError)
             config.check()
         except ConfigError as error:
-            raise damaged(f"{path}: {error}") from error
+            raise AdapterError(f"{path}: {error}; save the adapter again, with the GRUN that wrote it") from error
         return config, template
 
     def check(self) -> None:
@@ -234,7 +225,8 @@ def write_adapter(folder: Path, config: AdapterConfig, weights: dict[str, Tensor
     """Write weights first and the config last, each under a temporary name and then renamed."""
     from safetensors.torch import save
 
-    stored = {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
+    # Copies: layers of a gate may share a tensor, which safetensors does not store.
+    stored = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in weights.items()}
     write_bytes(folder / WEIGHTS_FILE, save(stored, metadata={"format": "pt"}))
     write_text(folder / "README.md", model_card(config, template))
     values = {"peft_type": "GRUN", "format_version": FORMAT_VERSION, **asdict(config)}

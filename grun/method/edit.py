@@ -32,7 +32,7 @@ class LoReftEdit(nn.Module):
     def __init__(self, hidden_size: int, rank: int, activation: Callable[[Tensor], Tensor] | None = None) -> None:
         """Random orthonormal R, torch's default initialization of W and b; not an identity at the start."""
         super().__init__()
-        self.rotation = nn.Parameter(orthonormal_columns(torch.randn(hidden_size, rank)))
+        self.rotation = nn.Parameter(orthonormal_columns(torch.randn(hidden_size, rank)).contiguous())
         self.source = nn.Linear(hidden_size, rank)
         self.activation = activation
         self._kept: tuple[tuple[Any, ...], Tensor] | None = None

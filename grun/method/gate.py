@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
+from grun.errors import ConfigError
 from grun.registry import Registry
 
 if TYPE_CHECKING:
@@ -46,10 +47,12 @@ GATES.add("none", lambda _: None, "no gate: the edit always acts in full (plain 
 
 
 def set_bias(gate: nn.Module, value: float) -> None:
-    """Set the bias of the gate's last layer, that is the logit it starts from."""
+    """Set the bias of the gate's last layer, that is the logit it starts from; ConfigError for a gate without one."""
     import torch
     from torch import nn
 
-    last = [module for module in gate.modules() if isinstance(module, nn.Linear)][-1]
+    biases = [module.bias for module in gate.modules() if isinstance(module, nn.Linear)]
+    if not biases or biases[-1] is None:
+        raise ConfigError("gate_bias sets the bias of a gate's last linear layer, and this gate has none; leave it out")
     with torch.no_grad():
-        last.bias.fill_(value)
+        biases[-1].fill_(value)

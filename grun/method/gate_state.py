@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache as cached
 from typing import Any
 
 import torch
@@ -81,6 +82,19 @@ class _Followed:
         super().batch_select_indices(indices)  # type: ignore[misc]
         self.gate_state.select(indices)
 
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return _rebuilt, (type(self).__mro__[2],), self.__dict__
+
+
+def _rebuilt(own: type) -> Any:
+    """A cache of the class `own`, followed, without its contents."""
+    return object.__new__(_following(own))
+
+
+@cached
+def _following(own: Any) -> type:
+    return type(own.__name__, (_Followed, own), {"__module__": own.__module__})
+
 
 def state_of(cache: Any) -> GateState | None:
     """What gates remember beside `cache`, None if nothing."""
@@ -97,7 +111,7 @@ def follow(cache: Any, state: GateState) -> None:
         raise ModelError(
             "gates that remember earlier tokens need a transformers Cache, not a tuple; pass DynamicCache()"
         )
-    own = type(cache)
     if not isinstance(cache, _Followed):
-        cache.__class__ = type(own.__name__, (_Followed, own), {"__module__": own.__module__})
+        own: Any = type(cache)
+        cache.__class__ = _following(own)
     cache.gate_state = state

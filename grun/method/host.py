@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import functools
-import inspect
 import itertools
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn, Self
 
 import torch
 from torch import Tensor, nn
@@ -17,14 +17,23 @@ from grun.data.templates import Template
 from grun.devices import input_device, keep_unpacked
 from grun.errors import ConfigError, ModelError
 from grun.method.gate_state import GateState, follow, state_of
-from grun.method.position import Call, PositionRule, PromptOfCall, attended
-from pyvene_custom import IntervenableModel, Sites
+from grun.method.masks import counting
+from grun.method.position import Call, PositionRule, attended, is_decode_step
+from grun.method.prompt import PromptOfCall, cache_length, prompt_of_call
+from pyvene_custom import IntervenableModel, find_blocks
+from pyvene_custom.blocks import text_config
+from pyvene_custom.context import PerContext
+from pyvene_custom.model import Located, Pass, refuse_replicas
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 EDITIONS = itertools.count(1)
 """Numbers for every set of edits that is put on a model, so that what gates remember is told apart."""
+PROMPT: PerContext[PromptOfCall] = PerContext("grun.prompt")
+"""By model, the prompt of the `generate` call in progress."""
+OFF: PerContext[bool] = PerContext("grun.off")
+"""By model, whether it is within `disabled()`."""
 
 
 @dataclass
@@ -47,16 +56,21 @@ class GrunOutput:
 class EditedModel(nn.Module):
     """Edits on a frozen base model.
 
-    Wrapping mutates the base: its parameters stop requiring gradients, it is put into evaluation mode, hooks sit on
-    it, and its `generate` is replaced by one that knows where the prompt ends. So every way of calling the base is
-    edited: `base(...)`, `base.generate`, `pipeline`. `disabled()` and `unwrap()` are the only ways out. Move the
-    base to its device before wrapping; each edit lives on its block's device.
+    Wrapping mutates the base: its parameters stop requiring gradients, it is put into evaluation mode, hooks sit on its
+    blocks, something of ours stands before its `forward` and that of the decoder in it, and its `generate` is replaced
+    by one that knows where the prompt ends. So every way of calling it is edited or refused (docs/calling.md).
+    `disabled()` and `unwrap()` are the only ways out. Move the base to its device before wrapping; each edit lives on
+    its block's device.
+
+    What belongs to a call in progress (where it is edited, what gates read) is kept with the call, so that threads and
+    asyncio tasks may call one base at once.
 
     The module's own parameters and state dict are those of the edits alone.
     """
 
     base: PreTrainedModel
     intervenable: IntervenableModel
+    _model: PreTrainedModel
 
     def __init__(
         self,
@@ -69,24 +83,33 @@ class EditedModel(nn.Module):
         super().__init__()
         keep_unpacked(base)
         object.__setattr__(self, "base", base)  # not a sub-module: our parameters are the edits' alone
+        object.__setattr__(self, "_model", transformers_model(base))  # the same, or what PEFT has around it
         self.template = template
-        self._pass: tuple[Call, GateState] | None = None
-        self._prompt: PromptOfCall | None = None
-        self._argument_names = list(inspect.signature(base.forward).parameters)
-        self.active = True
-        """False within `disabled()` and after `unwrap()`."""
+        self._on = True
         self._was_trainable = [parameter for parameter in base.parameters() if parameter.requires_grad]
         self._was_training = [module for module in base.modules() if module.training]
         base.requires_grad_(False)
         base.eval()
         # In the instance's __dict__, not through nn.Module's setattr: neither is a part of the base.
-        base.__dict__["_grun_model"] = self
-        self._own_generate = base.__dict__.get("generate")
-        generate: Any = base.generate
-        base.__dict__["generate"] = functools.wraps(generate)(functools.partial(self._generate, generate))
+        own = self._model.__dict__
+        own["_grun_model"] = self
+        self._own_generate = own.get("generate")
+        generate: Any = self._model.generate
+        own["generate"] = functools.wraps(generate)(functools.partial(self._generate, generate))
         self._put(edits, rule)
 
+    @classmethod
+    def of(cls, base: nn.Module) -> Self | None:
+        """The edits that `base` carries (a deep copy has its own); None if it carries none of this class."""
+        found = transformers_model(base).__dict__.get("_grun_model")
+        return found if isinstance(found, cls) else None
+
     # -- calling ----------------------------------------------------------------------------------------------------
+
+    @property
+    def active(self) -> bool:
+        """False within `disabled()` and after `unwrap()`."""
+        return self._on and not OFF.get(self)
 
     @property
     def device(self) -> torch.device:
@@ -95,7 +118,10 @@ class EditedModel(nn.Module):
 
     @property
     def last_gates(self) -> dict[int, Tensor]:
-        """Probabilities by block that the edits of the last edited pass were weighted with, [batch, positions read]."""
+        """Probabilities by block that the edits of the last edited pass were weighted with, [batch, positions read].
+
+        The last pass of this thread or asyncio task; where it has made none, of any.
+        """
         mask = self.intervenable.gate_mask
         openings = {block: torch.sigmoid(logits) for block, logits in self.intervenable.openings.items()}
         if mask is None:
@@ -119,14 +145,15 @@ class EditedModel(nn.Module):
             attention_mask: 1 for tokens that count, shape [batch, length].
             labels: -100 outside the answer, shape [batch, length]; gives the loss, and the position if
                 `prompt_lengths` is not given.
-            prompt_lengths: prompt tokens of each row without padding, counted within this pass, shape [batch].
+            prompt_lengths: prompt tokens of each row without padding, counted from the first token of this pass on,
+                shape [batch]; with `past_key_values`, more than this pass has: the prompt goes on in the next one.
             **kwargs: anything the base model takes.
         """
-        if self.active and prompt_lengths is not None:
+        if self._on and prompt_lengths is not None:
             kwargs["prompt_lengths"] = prompt_lengths
-        self.intervenable.gates.clear()
+        before = self.intervenable.here
         output = self.base(input_ids=input_ids, attention_mask=attention_mask, labels=labels, **kwargs)
-        logits = dict(self.intervenable.gates)
+        logits = self.intervenable.gates_since(before)
         return GrunOutput(output.logits, output.get("loss"), logits, self.last_gates if logits else {}, output)
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
@@ -136,30 +163,46 @@ class EditedModel(nn.Module):
 
     @contextlib.contextmanager
     def disabled(self) -> Iterator[PreTrainedModel]:
-        """Within the block the base is the untouched base, bit for bit."""
-        active, self.active = self.active, False
-        self.intervenable.detach()
+        """Within the block the base is the untouched base, bit for bit, for this thread or asyncio task alone."""
+        before = OFF.get(self)
+        OFF.set(self, True)
         try:
             yield self.base
         finally:
-            if active and self.base.__dict__.get("_grun_model") is self:  # not unwrapped in the meantime
-                self.active = True
-                self.intervenable.attach(self._locate, self._remember)
+            OFF.set(self, before)
 
     def unwrap(self) -> PreTrainedModel:
         """Take everything off the base that wrapping put on it, and return it; this object is dead afterwards."""
         self.intervenable.detach()
-        self.active = False
-        if self.base.__dict__.get("_grun_model") is self:
-            del self.base.__dict__["_grun_model"]
-            del self.base.__dict__["generate"]
+        self._on = False
+        own = self._model.__dict__
+        if own.get("_grun_model") is self:
+            del own["_grun_model"]
+            del own["generate"]
             if self._own_generate is not None:
-                self.base.__dict__["generate"] = self._own_generate
+                own["generate"] = self._own_generate
             for parameter in self._was_trainable:
                 parameter.requires_grad_(True)
             for module in self._was_training:
                 module.training = True
         return self.base
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        """Independent edits around a copy of the base."""
+        new = self.__new__(type(self))
+        memo[id(self)] = new
+        new.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        return new
+
+    def __copy__(self) -> NoReturn:
+        """ModelError: two would carry the same edits."""
+        raise ModelError("edits cannot be copied without their base; take copy.deepcopy, or save_pretrained")
+
+    def __reduce_ex__(self, protocol: Any) -> NoReturn:
+        """ModelError: see `IntervenableModel`."""
+        self.intervenable.__reduce_ex__(protocol)
+
+    _replicate_for_data_parallel = staticmethod(refuse_replicas)
 
     # -- inside -----------------------------------------------------------------------------------------------------
 
@@ -174,39 +217,53 @@ class EditedModel(nn.Module):
         self.edits = nn.ModuleDict({str(block): edits[block] for block in sorted(edits)})
         self.rule = rule
         self._edition = next(EDITIONS)
-        object.__setattr__(self, "intervenable", IntervenableModel(dict(edits), self.base))
-        if self.active:
-            self.intervenable.attach(self._locate, self._remember)
+        object.__setattr__(self, "intervenable", IntervenableModel(dict(edits), self._model))
+        if self._on:
+            self.intervenable.attach(self._locate, self._remember, self._acting)
 
-    def _locate(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Sites | None, dict[str, Any]]:
+    def _acting(self) -> bool:
+        return self.active
+
+    def _locate(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Located, dict[str, Any]]:
         kwargs = dict(kwargs)
         prompt_lengths = kwargs.pop("prompt_lengths", None)
-        given = dict(zip(self._argument_names, args, strict=False)) | kwargs
-        inputs = given.get("input_ids")
-        if inputs is None:
-            inputs = given.get("inputs_embeds")
-        if inputs is None:
+        if not self.active:
             return None, kwargs
-        mask = given.get("attention_mask")
-        cache = given.get("past_key_values")
+        ids, embeddings = kwargs.get("input_ids"), kwargs.get("inputs_embeds")
+        inputs = embeddings if ids is None else ids
+        if inputs is None:
+            if prompt_lengths is not None:
+                raise ModelError("prompt_lengths needs input_ids or inputs_embeds of the same call")
+            return "further in", kwargs
+        refuse_packed(inputs, kwargs)
+        cache = kwargs.get("past_key_values")
         past = cache_length(cache)
-        ids = given.get("input_ids")
+        prompt = PROMPT.get(self)
+        foreign = prompt is not None and not prompt.owns(inputs, ids, cache, past)
+        if prompt is not None and foreign:
+            prompt.disown(cache)
         state = self._state_of(cache, past, inputs) if self.rule.remembers else None
         call = Call(
             rows=inputs.shape[0],
             columns=inputs.shape[1],
             past=past,
             device=inputs.device,
-            attention_mask=mask if isinstance(mask, Tensor) and mask.dim() == 2 else None,
-            labels=given.get("labels"),
+            attention_mask=None,
+            labels=kwargs.get("labels"),
             prompt_lengths=None if prompt_lengths is None else torch.as_tensor(prompt_lengths),
-            prompt=self._prompt,
+            prompt=None if foreign else prompt,
             ids=ids,
             earlier=None if state is None else state.ids,
             carry={} if state is None else state.last(),
+            goes_on=cache is not None,
         )
-        self._pass = None if state is None else (call, state)
-        return self.rule.locate(call), kwargs
+        if self.rule.remembers or not is_decode_step(call):  # which is to launch nothing
+            call.attention_mask = _mask_of(kwargs.get("attention_mask"), inputs, past, call.prompt)
+        sites = self.rule.locate(call)
+        if sites is not None:
+            sites.shape = call.rows, call.columns
+            sites.about = call, state, prompt if foreign else None
+        return sites, kwargs
 
     def _state_of(self, cache: Any, past: int, inputs: Tensor) -> GateState:
         """What gates remember of the `past` tokens in `cache`: nothing of those cached while no edit acted."""
@@ -223,64 +280,87 @@ class EditedModel(nn.Module):
         state.fit(past)
         return state
 
-    def _remember(self, output: Any) -> None:
-        """Keep what gates read in this pass beside the keys and values that it has made."""
+    def _remember(self, output: Any, running: Pass) -> None:
+        """Keep what gates read in a pass beside the keys and values that it has made."""
+        assert running.sites is not None
+        call, state, foreign_to = running.sites.about
         cache = output.get("past_key_values") if hasattr(output, "get") else None
-        if self._pass is None or cache is None:
+        if foreign_to is not None:
+            foreign_to.disown(cache)
+        if state is None or cache is None:
             return
-        (call, state), self._pass = self._pass, None
         ids = torch.full((call.rows, call.columns), -1, device=call.device)
         if call.ids is not None:
             ids = torch.where(attended(call), call.ids, ids)
-        openings, block_of_key = self.intervenable.openings, self.intervenable.block_of_key
-        state.extend(ids, {key: openings[block] for key, block in block_of_key.items() if block in openings})
+        block_of_key = self.intervenable.block_of_key
+        state.extend(ids, {key: running.openings[b] for key, b in block_of_key.items() if b in running.openings})
         follow(cache, state)
 
     def _generate(self, generate: Any, *args: Any, **kwargs: Any) -> Any:
-        outer, self._prompt = self._prompt, prompt_of_call(args, kwargs)
-        self.intervenable.gates.clear()
+        if not self.active:
+            return generate(*args, **kwargs)
+        if kwargs.get("prompt_lengths") is not None:
+            raise ModelError("generate takes the end of the prompt from the prompt itself; leave prompt_lengths out")
+        outer, prompt = PROMPT.get(self), prompt_of_call(args, kwargs, self._model.generation_config)
+        PROMPT.set(self, prompt)
         try:
             return generate(*args, **kwargs)
         finally:
-            self._prompt = outer
+            PROMPT.set(self, outer)
+            if prompt is not None:
+                prompt.over = True
 
 
-def cache_length(cache: Any) -> int:
-    """Tokens held by a key/value cache, padding included; 0 for None."""
-    if cache is None:
-        return 0
-    if hasattr(cache, "get_seq_length"):
-        return int(cache.get_seq_length())
-    return int(cache[0][0].shape[-2])
+def _mask_of(mask: Any, inputs: Tensor, past: int, prompt: PromptOfCall | None) -> Tensor | None:
+    """1 for tokens that count in a pass; the prompt's own mask where `generate` hands on another form of it."""
+    rows, columns = inputs.shape[:2]
+    if prompt is not None and prompt.mask is not None and not (isinstance(mask, Tensor) and mask.dim() == 2):
+        return prompt.counting(rows, past + columns)
+    return counting(mask, rows, columns, past)
 
 
-def prompt_of_call(args: tuple[Any, ...], kwargs: dict[str, Any]) -> PromptOfCall | None:
-    """Where the prompt handed to `generate(*args, **kwargs)` ends; None where the call brings no prompt."""
-    given = [kwargs.get(name) for name in ("inputs_embeds", "input_ids", "inputs")] + list(args[:1])
-    inputs = next((value for value in given if value is not None), None)
-    if inputs is None:
-        return None
-    past = cache_length(kwargs.get("past_key_values"))
-    length = inputs.shape[1]
-    mask = kwargs.get("attention_mask")
-    if isinstance(mask, Tensor) and mask.dim() == 2:
-        columns = torch.arange(mask.shape[1], device=mask.device)
-        return PromptOfCall(torch.where(mask != 0, columns, -1).amax(dim=1), mask.shape[1])
-    # Without a mask the ids are the whole conversation, unless they are shorter than what the cache already holds.
-    total = length if length > past else past + length
-    return PromptOfCall(torch.full((inputs.shape[0],), total - 1, device=inputs.device), total)
+def refuse_packed(inputs: Tensor, given: Mapping[str, Any]) -> None:
+    """ModelError if a row holds several sequences one after another, of which the last alone would be edited."""
+    positions = given.get("position_ids")
+    packed = given.get("cu_seq_lens_q") is not None or given.get("cu_seqlens_q") is not None
+    if isinstance(positions, Tensor) and positions.dim() == 2 and inputs.shape[1] > 1 and not packed:
+        packed = given.get("attention_mask") is None and bool((positions.diff(dim=1) < 0).any())
+    if packed:
+        raise ModelError(
+            "several sequences are packed into one row (continuous batching, or position_ids that begin anew); edits "
+            "need one sequence to a row: pad them, with an attention_mask, or use generate"
+        )
+
+
+def transformers_model(base: nn.Module) -> PreTrainedModel:
+    """`base`, or the model in it where it is around one, as PEFT's and torch.compile's are; ModelError if none is."""
+    from transformers import PreTrainedModel
+
+    found = next((module for module in base.modules() if isinstance(module, PreTrainedModel)), None)
+    if found is None:
+        raise ModelError(f"{type(base).__name__} holds no transformers model to put edits on")
+    return found
 
 
 def hidden_size_of(base: PreTrainedModel) -> int:
     """Width of the residual stream of a model."""
-    stated = getattr(base.config.get_text_config(), "hidden_size", None)
+    stated = getattr(text_config(base), "hidden_size", None)
     if stated is None:  # a config that names it otherwise
         embeddings: Any = base.get_input_embeddings()
         stated = embeddings.weight.shape[1]
     return int(stated)
 
 
+def edit_dtype(blocks: nn.Module) -> torch.dtype:
+    """Type that edits of these blocks are computed and stored in: float64 where they are, else float32."""
+    return torch.promote_types(next(blocks.parameters()).dtype, torch.float32)
+
+
 def refuse_wrapped(base: PreTrainedModel) -> None:
-    """ConfigError if `base` carries edits already."""
-    if base.__dict__.get("_grun_model") is not None:
+    """ConfigError if `base` carries edits already, ModelError if it has no decoder blocks to edit."""
+    if EditedModel.of(base) is not None:
         raise ConfigError("this base model carries GRUN edits already; call unwrap() on its GrunModel first")
+    try:
+        find_blocks(base)
+    except ValueError as error:
+        raise ModelError(str(error)) from error

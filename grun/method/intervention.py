@@ -17,8 +17,8 @@ from pyvene_custom import GatedOutput, Intervention, Sites
 class GatedIntervention(Intervention):
     """h + sigmoid(g(h)) * edit(h), or h + edit(h) without a gate.
 
-    All arithmetic is in the type of the parameters (float32, float64 on a float64 base) with autocast off, because
-    a gate probability in bfloat16 rounds to exactly 1 above a logit of 6.2 and its gradient dies. The gate is
+    All arithmetic is in the type of the parameters (float32, float64 on a float64 base, never less) with autocast off,
+    because a gate probability in bfloat16 rounds to exactly 1 above a logit of 6.2 and its gradient dies. The gate is
     reported as a logit for the same reason.
 
     Source: GRUN, arXiv 2502.17823.
@@ -76,7 +76,7 @@ class GatedIntervention(Intervention):
 
         One position read goes with any number written; else they are the same positions.
         """
-        dtype = next(self.parameters()).dtype
+        dtype = self.widen(base)
         with torch.autocast(base.device.type, enabled=False):
             hidden = base.to(dtype)
             change = self.edit(hidden)
@@ -118,6 +118,9 @@ class GatedIntervention(Intervention):
             return values
         if self.row_seeds is None:
             return nn.functional.dropout(values, self.dropout)
-        draws = [torch.rand(values.shape[1:], generator=torch.Generator().manual_seed(seed)) for seed in self.row_seeds]
+        draws = [
+            torch.rand(values.shape[1:], generator=torch.Generator().manual_seed(seed), dtype=torch.float32)
+            for seed in self.row_seeds
+        ]
         kept = torch.stack(draws).to(values.device) >= self.dropout
         return values * kept / (1 - self.dropout)

@@ -8,8 +8,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 from zlib import crc32
 
-import torch
-
 from grun.data.templates import Template
 from grun.devices import device_of
 from grun.errors import ConfigError
@@ -17,12 +15,13 @@ from grun.method.adapter import AdapterConfig, find_adapter, write_adapter
 from grun.method.edit import LoReftEdit
 from grun.method.fingerprint import fingerprint
 from grun.method.gate import GATES, set_bias
-from grun.method.host import EditedModel, hidden_size_of, refuse_wrapped
+from grun.method.host import EditedModel, edit_dtype, hidden_size_of, refuse_wrapped
 from grun.method.intervention import GatedIntervention
 from grun.method.position import position_rule
 from grun.method.stack import GrunStack
 from grun.method.stacked import InForce
-from grun.method.validation import validate
+from grun.method.validation import shape_of, validate
+from grun.precision import float32_by_default
 from pyvene_custom import find_blocks
 
 if TYPE_CHECKING:
@@ -41,11 +40,11 @@ class GrunModel(EditedModel):
     ) -> None:
         """Use `wrap` or `from_pretrained`."""
         blocks = find_blocks(base)[1]
-        dtype = torch.float64 if next(base.parameters()).dtype == torch.float64 else torch.float32
-        edits: dict[int, GatedIntervention | InForce] = {
-            index: gated_intervention(config).to(device=device_of(blocks[index]), dtype=dtype)
-            for index in config.blocks
-        }
+        with float32_by_default():
+            edits: dict[int, GatedIntervention | InForce] = {
+                index: gated_intervention(config).to(device=device_of(blocks[index]), dtype=edit_dtype(blocks))
+                for index in config.blocks
+            }
         rule = position_rule(config.gate_read, config.gate_accumulate, config.edit_write, config.reset_ids)
         if beside is not None:
             if beside.configs and beside.rule != rule:
@@ -142,7 +141,7 @@ class GrunModel(EditedModel):
         """
         refuse_wrapped(base_model)
         folder = find_adapter(folder_or_hub_id)
-        adapter = validate(folder, base_model)
+        adapter = validate(folder, shape_of(base_model))
         quantized = getattr(base_model, "quantization_method", None) is not None
         adapter.config.check_fingerprint(fingerprint(base_model), strict=strict, quantized=quantized)
         model = cls(base_model, adapter.config, adapter.template)

@@ -33,6 +33,7 @@ class GaussianNoise(nn.Module):
         _, positions, size = inputs.shape
         whole = -(-size // FILLED) * FILLED
         draws = [
-            torch.randn(positions, whole, generator=torch.Generator().manual_seed(seed)) for seed in self.row_seeds
+            torch.randn(positions, whole, generator=torch.Generator().manual_seed(seed), dtype=torch.float32)
+            for seed in self.row_seeds
         ]
         return inputs + self.deviation * torch.stack(draws)[..., :size].to(inputs)

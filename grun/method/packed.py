@@ -421,7 +421,7 @@ def _copy(module: nn.Module, configs: Mapping[int, Any], replaced: Mapping[str, 
     state = new.__dict__
     for name in _HOOKS:
         state[name] = OrderedDict()
-    for name in ("forward", "generate", "_grun_model"):  # what wrapping put on the instance
+    for name in ("forward", "generate", "_grun_model", "_entries", "_replicate_for_data_parallel"):  # put by wrapping
         state.pop(name, None)
     if id(state.get("config")) in configs:
         state["config"] = configs[id(state["config"])]

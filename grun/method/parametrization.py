@@ -90,11 +90,10 @@ class Grun:
     def run(self, batch: Batch, hidden: Collection[int] = ()) -> StepOutput:
         """One forward pass through the hooked base."""
         intervenable = self.model.intervenable
-        intervenable.gates.clear()
-        lengths = {"prompt_lengths": batch.prompt_lengths} if self.model.active else {}
+        before = intervenable.here
         with self.model.drawing(batch.seeds):
-            output = run_plain(self.model.base, batch, hidden, **lengths)
-        gates = dict(intervenable.gates)
+            output = run_plain(self.model.base, batch, hidden, prompt_lengths=batch.prompt_lengths)
+        gates = intervenable.gates_since(before)
         if gates:
             output.gate_logits = gates
             output.gate_mask = intervenable.gate_mask

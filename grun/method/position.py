@@ -15,21 +15,12 @@ import torch
 from torch import Tensor
 
 from grun.errors import DataError
+from grun.method.prompt import PromptOfCall
 from grun.method.rules import check_rule
 from pyvene_custom.sites import Sites
 
 Changes = Literal["last_prompt", "from_last_prompt", "every_token"]
 """Tokens of a row at which an edit or a gate acts: the last of the prompt, it and those behind it, or any."""
-
-
-@dataclass
-class PromptOfCall:
-    """The prompt handed to one `generate` call, in columns of the whole sequence (earlier turns included)."""
-
-    last_column: Tensor
-    """Column of each row's last prompt token, int64, shape [prompts]."""
-    columns: int
-    """Columns of the prompt, so that a decode step is told from it without looking at a tensor."""
 
 
 @dataclass
@@ -45,11 +36,11 @@ class Call:
     device: torch.device
     """Device of the inputs."""
     attention_mask: Tensor | None
-    """1 for tokens that count, shape [batch, past + columns], or None if there is no such mask."""
+    """1 for tokens that count, shape [batch, past + columns] or those of this pass alone; None: all do."""
     labels: Tensor | None
     """-100 outside the answer, shape [batch, columns]."""
     prompt_lengths: Tensor | None
-    """Prompt tokens of each row, padding not included, shape [batch]."""
+    """Prompt tokens of each row from the first of this pass on, padding not included, shape [batch]."""
     prompt: PromptOfCall | None
     """Set while `generate` runs."""
     ids: Tensor | None = None
@@ -58,6 +49,8 @@ class Call:
     """Tokens of earlier passes that are known, -1 for padding, shape [batch, any]."""
     carry: dict[str, Tensor] = field(default_factory=dict)
     """What gates remember of earlier passes, by intervention."""
+    goes_on: bool = False
+    """Whether there is a cache to hold this pass, so that a prompt may end in a later one."""
 
 
 class PositionRule(Protocol):
@@ -157,33 +150,36 @@ def last_prompt_column(call: Call) -> Tensor | None:
 
     It lies outside 0..columns - 1 where the token is in an earlier pass or a later one. It is taken, in this order,
     from: `prompt_lengths`; in `generate`, the prompt handed to that call, also when a cache of earlier turns comes with
-    it; the token before the first label; the last attended token; the last column. A bare pass with a filled cache
-    and neither lengths nor labels is a decode step.
+    it; the token before the first label, in rows of which that is not the first attended token; the last attended
+    token; the last column. A bare pass with a filled cache and neither lengths nor labels is a decode step.
     """
-    if call.prompt_lengths is None and _is_decode_step(call):
+    if is_decode_step(call):
         return None
     if call.prompt_lengths is not None:
-        return _column_of_nth_attended(call.prompt_lengths.to(call.device), attended(call))
+        return _column_of_nth_attended(call.prompt_lengths.to(call.device), attended(call), call.goes_on)
     if call.prompt is not None:
         last = call.prompt.last_column.to(call.device)
         return last.repeat_interleave(call.rows // len(last)) - call.past  # beams and samples repeat each prompt
-    if call.labels is not None and bool((call.labels != -100).any()):
-        columns = torch.arange(call.columns, device=call.device)
-        has_label = call.labels != -100
-        first = torch.where(has_label, columns, call.columns).amin(dim=1) - 1
-        return torch.where(has_label.any(dim=1), first, _last_attended(attended(call)))
-    return None if call.past > 0 else _last_attended(attended(call))
+    last = torch.full((call.rows,), -1, device=call.device) if call.past > 0 else _last_attended(attended(call))
+    if call.labels is None or not bool((has_label := call.labels.to(call.device) != -100).any()):
+        return None if call.past > 0 else last
+    first = torch.where(has_label, torch.arange(call.columns, device=call.device), call.columns).amin(dim=1)
+    # The label of a row's first token marks no prompt: its whole text is labeled. Behind a cache a prompt ended there.
+    start = -1 if call.past > 0 else attended(call).long().argmax(dim=1)
+    return torch.where(has_label.any(dim=1) & (first > start), first - 1, last)
 
 
 def attended(call: Call) -> Tensor:
     """Which tokens of this pass count, bool, shape [batch, columns]."""
     if call.attention_mask is None:
         return torch.ones(call.rows, call.columns, dtype=torch.bool, device=call.device)
-    return call.attention_mask[:, -call.columns :] != 0
+    return call.attention_mask[:, -call.columns :].to(call.device) != 0
 
 
-def _is_decode_step(call: Call) -> bool:
+def is_decode_step(call: Call) -> bool:
     """Whether this pass lies behind the prompt; told without looking at a tensor, so that it launches nothing."""
+    if call.prompt_lengths is not None:
+        return False
     if call.prompt is not None:
         return call.past >= call.prompt.columns
     return call.past > 0 and call.labels is None
@@ -204,16 +200,19 @@ def position_rule(gate_read: str, gate_accumulate: str, edit_write: str, reset: 
     return LastPrompt() if edit_write == "last_prompt" else Sticky()
 
 
-def _column_of_nth_attended(counts: Tensor, attended: Tensor) -> Tensor:
+def _column_of_nth_attended(counts: Tensor, attended: Tensor, goes_on: bool) -> Tensor:
     if counts.shape != attended.shape[:1]:
         raise DataError(f"prompt_lengths has shape {list(counts.shape)}; give one length for each of the batch's rows")
     running = attended.long().cumsum(dim=1)
-    if bool(((counts < 1) | (counts > running[:, -1])).any()):
+    beyond = counts > running[:, -1]
+    if bool(((counts < 1) | (beyond if not goes_on else False)).any()):
         raise DataError(
             f"prompt_lengths {counts.tolist()} must lie between 1 and the attended tokens of each row, "
-            f"{running[:, -1].tolist()}; they count prompt tokens without padding"
+            f"{running[:, -1].tolist()}; they count prompt tokens without padding (with past_key_values alone may they "
+            "be more than a pass has: the prompt goes on in the next one)"
         )
-    return ((running == counts.unsqueeze(1)) & attended).long().argmax(dim=1)
+    column = ((running == counts.unsqueeze(1)) & attended).long().argmax(dim=1)
+    return torch.where(beyond, attended.shape[1], column)
 
 
 def _last_attended(attended: Tensor) -> Tensor:

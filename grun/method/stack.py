@@ -15,10 +15,10 @@ from grun.errors import AdapterError, ConfigError
 from grun.method.adapter import AdapterConfig, find_adapter
 from grun.method.combination import RULES
 from grun.method.fingerprint import fingerprint
-from grun.method.host import EditedModel, hidden_size_of, refuse_wrapped
+from grun.method.host import EditedModel, edit_dtype, hidden_size_of, refuse_wrapped
 from grun.method.position import Call, Changes, LastPrompt, PositionRule, attended
 from grun.method.stacked import Kind, StackedIntervention, StackSites
-from grun.method.validation import Adapter, validate
+from grun.method.validation import Adapter, shape_of, validate
 from grun.registry import unknown_name
 from pyvene_custom import Sites
 
@@ -80,7 +80,8 @@ class GrunStack(EditedModel):
         try:
             store.check_manifest()
             active = store.manifest.ids(active=True)
-            stack._add_read({name: store.adapter(name, base) for name in active}, strict=strict)
+            shape = shape_of(base)
+            stack._add_read({name: store.adapter(name, shape) for name in active}, strict=strict)
         except BaseException:
             stack.unwrap()
             raise
@@ -109,7 +110,8 @@ class GrunStack(EditedModel):
 
     def add_all(self, folders: Mapping[str, str | Path], *, strict: bool = False) -> None:
         """Put many requests on the model at once, faster than one after another; all of them or none. See `add`."""
-        read = {name: validate(find_adapter(folder), self.base) for name, folder in folders.items()}
+        shape = shape_of(self.base)
+        read = {name: validate(find_adapter(folder), shape) for name, folder in folders.items()}
         self._add_read(read, strict=strict)
 
     def _add_read(self, read: Mapping[str, Adapter], *, strict: bool) -> None:
@@ -196,8 +198,8 @@ class GrunStack(EditedModel):
         return {int(block): edit for block, edit in self.edits.items() if isinstance(edit, StackedIntervention)}
 
     def _new(self, block: int) -> StackedIntervention:
-        dtype = torch.float64 if next(self.base.parameters()).dtype == torch.float64 else torch.float32
-        like = torch.empty(0, dtype=dtype, device=device_of(self.intervenable.blocks[block]))
+        blocks = self.intervenable.blocks
+        like = torch.empty(0, dtype=edit_dtype(blocks), device=device_of(blocks[block]))
         return StackedIntervention(hidden_size_of(self.base), like, self._rule_name, self._threshold)
 
     def _settle(self, edits: Mapping[int, nn.Module]) -> None:

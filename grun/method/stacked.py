@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
@@ -15,13 +15,19 @@ from grun.method.adapter import AdapterConfig
 from grun.method.combination import edit_weights
 from grun.method.edit import orthonormal_columns
 from grun.method.gate import GATES
+from grun.method.noise import GaussianNoise
 from grun.method.opening import openings
 from grun.method.position import PositionRule, position_rule
+from grun.precision import float32_by_default
 from pyvene_custom import GatedOutput, Intervention, Sites
 from pyvene_custom.sites import read_and_written, scatter
 
 SLICE = 2**20
 """Numbers that wide gates' inner layers may hold at once (4 MiB in float32): few enough for a processor's cache."""
+
+
+WEIGHTLESS = (nn.ReLU, nn.GELU, nn.SiLU, nn.Tanh, nn.Sigmoid, nn.Dropout, nn.RMSNorm, nn.LayerNorm, GaussianNoise)
+"""Layers that, without weights, do the same for each token, however tokens are laid out."""
 
 
 class Kind(NamedTuple):
@@ -57,6 +63,14 @@ class Kind(NamedTuple):
         """Where gates read and edits write."""
         return position_rule(*self.position)
 
+    def new_gate(self, hidden_size: int) -> nn.Module:
+        """A gate with weights that mean nothing yet, in evaluation mode; torch's random numbers stay as they are."""
+        with torch.random.fork_rng(devices=[]), float32_by_default():
+            gate = GATES.get(self.gate)(hidden_size)
+        if gate is None:
+            raise AdapterError(f"gate {self.gate!r}: a stack takes gated edits alone")
+        return gate.eval().requires_grad_(False)
+
 
 @dataclass
 class StackSites(Sites):
@@ -85,12 +99,18 @@ class Group(nn.Module):
         self.names: list[str] = []
         self._hidden_size = hidden_size
         self._activation = ACT2FN[kind.activation] if kind.activation else None
-        with torch.device("meta"):
-            gate = GATES.get(kind.gate)(hidden_size)
-        if not isinstance(gate, nn.Sequential):
-            raise AdapterError(f"gate {kind.gate!r}: a stack takes requests whose gate is a sequence of layers")
-        self._layers = [layer if isinstance(layer, nn.Linear) else layer.eval() for layer in gate]
-        self._linear = [place for place, layer in enumerate(gate) if isinstance(layer, nn.Linear)]
+        layers = layers_of(kind.new_gate(hidden_size))
+        self._layers = layers or []
+        self._linear = [place for place, layer in enumerate(self._layers) if layer is None]
+        self._gates: list[nn.Module] | None = None if layers else []
+        """Each request's own gate, where they cannot be computed together. No sub-modules: nothing trains or saves
+        them, or puts them into training mode."""
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        for gate in self._gates or ():
+            gate._apply(fn)
+        applied: Self = super()._apply(fn, recurse)
+        return applied
 
     def append(self, names: Sequence[str], weights: Sequence[Mapping[str, Tensor]], like: Tensor) -> None:
         """Add requests behind those there are.
@@ -101,17 +121,24 @@ class Group(nn.Module):
             like: a tensor of the type and on the device to compute in.
         """
         made: dict[str, list[Tensor]] = {}
+        gates = []
         for one in weights:
-            values = {name: tensor.to(like) for name, tensor in one.items()}
+            values = {name: tensor.to(like) for name, tensor in one.items() if name.startswith("edit.")}
             made.setdefault("basis", []).append(orthonormal_columns(values["edit.rotation"]).mT)  # [rank, hidden size]
             made.setdefault("source", []).append(values["edit.source.weight"])
             made.setdefault("shift", []).append(values["edit.source.bias"])
+            if self._gates is not None:
+                gates.append(self.kind.new_gate(self._hidden_size).to(like))
+                own = {name.removeprefix("gate."): tensor for name, tensor in one.items() if name.startswith("gate.")}
+                gates[-1].load_state_dict(own)
             for place in self._linear:
-                made.setdefault(f"weight_{place}", []).append(values[f"gate.{place}.weight"])
-                made.setdefault(f"bias_{place}", []).append(values[f"gate.{place}.bias"])
+                made.setdefault(f"weight_{place}", []).append(one[f"gate.{place}.weight"].to(like))
+                made.setdefault(f"bias_{place}", []).append(one[f"gate.{place}.bias"].to(like))
         for name, tensors in made.items():
             new = torch.stack(tensors)
             self.register_buffer(name, torch.cat((self.get_buffer(name), new)) if self.names else new, persistent=False)
+        if self._gates is not None:
+            self._gates += gates
         self.names += names
 
     def remove(self, name: str) -> None:
@@ -119,13 +146,17 @@ class Group(nn.Module):
         kept = [place for place, other in enumerate(self.names) if other != name]
         for buffer, values in list(self.named_buffers()):
             self.register_buffer(buffer, values[kept].clone(), persistent=False)
+        if self._gates is not None:
+            self._gates = [self._gates[place] for place in kept]
         self.names.remove(name)
 
     def logits(self, states: Tensor) -> Tensor:
         """Gate logits of states [batch, positions, hidden size]: [batch, positions, requests]."""
+        if self._gates is not None:
+            return torch.stack([gate(states).squeeze(-1) for gate in self._gates], dim=2)
         flat = states.flatten(0, 1)
         for layer in self._layers[: self._linear[0]]:  # what comes first has no weights: it is the same for all
-            flat = layer(flat)
+            flat = flat if layer is None else layer(flat)
         widest = max(self.get_buffer(f"weight_{place}").shape[1] for place in self._linear)
         together = max(1, SLICE // (widest * max(1, len(flat))))
         starts = range(0, len(self.names), together)
@@ -136,7 +167,7 @@ class Group(nn.Module):
         """Of [tokens, hidden size]: [tokens, requests of `part`]. Their first layers are one matrix product."""
         values = states
         for place, layer in list(enumerate(self._layers))[self._linear[0] :]:
-            if not isinstance(layer, nn.Linear):
+            if layer is not None:
                 values = layer(values)
                 continue
             weight = self.get_buffer(f"weight_{place}")[part]  # [n, out, in]
@@ -174,6 +205,18 @@ class Group(nn.Module):
         return change
 
 
+def layers_of(gate: nn.Module) -> list[nn.Module | None] | None:
+    """Layers of a gate, None for each linear one, if all are linear with bias or known to treat each token alike.
+
+    None for every other gate: those of several requests are computed one after another then.
+    """
+    if type(gate) is not nn.Sequential or not all(type(layer) in (nn.Linear, *WEIGHTLESS) for layer in gate):
+        return None
+    layers = [None if type(layer) is nn.Linear else layer for layer in gate]
+    held = {f"{place}.{part}" for place, layer in enumerate(layers) if layer is None for part in ("weight", "bias")}
+    return layers if held and set(gate.state_dict()) == held else None
+
+
 class StackedIntervention(Intervention):
     """h + sum over requests of w_i R_i (W_i h + b_i - R_i^T h), every term of the same h.
 
@@ -195,7 +238,7 @@ class StackedIntervention(Intervention):
         self.rule = rule
         self.threshold = threshold
         self._hidden_size = hidden_size
-        self._like = like
+        self.register_buffer("_like", like, persistent=False)
 
     @property
     def names(self) -> list[str]:
@@ -211,7 +254,7 @@ class StackedIntervention(Intervention):
         groups = {group.kind: group for group in self._groups}
         if kind not in groups:
             groups[kind] = Group(kind, self._hidden_size)
-        groups[kind].append(names, weights, self._like)
+        groups[kind].append(names, weights, self.get_buffer("_like"))
         # Sorted, so that the sum over groups does not depend on which request came first.
         self.groups = nn.ModuleList([groups[key] for key in sorted(groups)])
 
@@ -237,9 +280,10 @@ class StackedIntervention(Intervention):
         What is given back as gate is of each position the widest gate's logit; `opening` has those in force of all,
         [batch, positions read, requests], as `carry` has with one position.
         """
+        dtype = self.widen(base)
         with torch.autocast(base.device.type, enabled=False):
-            hidden = base.to(self._like.dtype)
-            seen = hidden if read is None or read is base else read.to(self._like.dtype)
+            hidden = base.to(dtype)
+            seen = hidden if read is None or read is base else read.to(dtype)
             found: list[tuple[Tensor, Tensor, Tensor]] = []
             start = 0
             for group in self._groups:

@@ -21,11 +21,9 @@ from grun.loading import load_weights, stored_template
 from grun.method.adapter import AdapterConfig, write_adapter
 from grun.method.fingerprint import fingerprint
 from grun.method.gate import GATES
-from grun.method.host import hidden_size_of
-from grun.method.validation import validate
+from grun.method.validation import shape_of, validate
 from grun.profiles import to_dict
 from grun.runs import IDENTITY_FILE, finish_run, identity, open_run
-from pyvene_custom import find_blocks
 
 log = logging.getLogger(__name__)
 
@@ -90,7 +88,7 @@ def import_adapter(config: ImportConfig) -> Path:
         path=config.model, revision=config.revision, device="cpu", trust_remote_code=config.trust_remote_code
     )
     base = load_weights(source)
-    _check_fit(layers, files, hidden_size_of(base), len(find_blocks(base)[1]))
+    _check_fit(layers, files, *shape_of(base))
     template = named or stored_template(source)
     of_base = fingerprint(base)
     hashes = {path.name: file_hash(path) for path in files.values()}
@@ -109,7 +107,7 @@ def import_adapter(config: ImportConfig) -> Path:
         rank=first.rank,
         gate=first.gate,
         hidden_size=first.hidden_size,
-        depth=len(find_blocks(base)[1]),
+        depth=shape_of(base)[1],
         base_model_name_or_path=getattr(base.config, "_name_or_path", "") or None,
         base_revision=getattr(base.config, "_commit_hash", None),
         base_fingerprint=of_base,
@@ -117,7 +115,7 @@ def import_adapter(config: ImportConfig) -> Path:
     weights = adapter_weights(layers)
     with writing(folder), whole_folder(folder) as new:
         write_adapter(new, adapter, weights, template)
-        validate(new, base)
+        validate(new, shape_of(base))
         write_json(new / IDENTITY_FILE, run_identity)
         finish_run(
             new,

@@ -18,6 +18,8 @@ from grun.data.templates import Template
 from grun.errors import AdapterError
 from grun.method.adapter import CONFIG_FILE, WEIGHTS_FILE, AdapterConfig, check_fits, parse_weights
 from grun.method.gate import GATES
+from grun.method.stacked import layers_of
+from grun.precision import float32_by_default
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -36,12 +38,14 @@ class Adapter:
     """By name as in the state of a `GrunModel`."""
 
 
-def validate(folder: Path, base: PreTrainedModel | None = None, *, digests: Mapping[str, str] | None = None) -> Adapter:
+def validate(
+    folder: Path, shape: tuple[int, int] | None = None, *, digests: Mapping[str, str] | None = None
+) -> Adapter:
     """The GRUN adapter in `folder`, every field and tensor of it checked.
 
     Args:
         folder: as `GrunModel.save_pretrained` writes it; further files are not looked at.
-        base: model it is to go on; None: what can be known without one is checked.
+        shape: `shape_of` the base it is to go on; None: what can be known without one is checked.
         digests: SHA-256 of each file that must be there, as a file itself and no link; None: not known.
 
     Raises:
@@ -59,11 +63,8 @@ def validate(folder: Path, base: PreTrainedModel | None = None, *, digests: Mapp
         config, template = AdapterConfig.parse(files.get(CONFIG_FILE) or path.read_bytes(), path)
     except (FileNotFoundError, NotADirectoryError) as error:
         raise AdapterError(f"{folder} is no GRUN adapter: {CONFIG_FILE} is missing") from error
-    if base is not None:
-        from grun.method.host import hidden_size_of
-        from pyvene_custom import find_blocks
-
-        check_fits(config, hidden_size_of(base), len(find_blocks(base)[1]), folder)
+    if shape is not None:
+        check_fits(config, *shape, folder)
     path = folder / WEIGHTS_FILE
     try:
         weights = parse_weights(files.get(WEIGHTS_FILE) or path.read_bytes(), path)
@@ -71,6 +72,14 @@ def validate(folder: Path, base: PreTrainedModel | None = None, *, digests: Mapp
         raise AdapterError(f"{path} is missing; copy the whole adapter folder") from error
     _check_tensors(config, weights, path)
     return Adapter(config, template, weights)
+
+
+def shape_of(base: PreTrainedModel) -> tuple[int, int]:
+    """Hidden size and number of decoder blocks."""
+    from grun.method.host import hidden_size_of
+    from pyvene_custom import find_blocks
+
+    return hidden_size_of(base), len(find_blocks(base)[1])
 
 
 def is_real(path: Path, kind: Any) -> bool:
@@ -141,8 +150,16 @@ def _expected(
     from grun.method.model import gated_intervention  # which reads adapters through this module
 
     config = AdapterConfig([0], rank, gate, hidden_size, 1, activation=activation)
-    with torch.device("meta"):
-        state = gated_intervention(config).state_dict()
+    try:
+        with torch.device("meta"):  # whatever sizes a file states, nothing is allocated
+            made = gated_intervention(config)
+    except (NotImplementedError, RuntimeError):
+        made = None
+    if made is None or (made.gate is not None and layers_of(made.gate) is None):
+        # A gate that computes with its numbers while it is made is another one on meta, or none.
+        with torch.random.fork_rng(devices=[]), float32_by_default():
+            made = gated_intervention(config)
+    state = made.state_dict()
     return {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in state.items()}
 
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -29,7 +27,7 @@ from grun.report.knowledge import (
 from grun.report.knowledge_verdicts import judge_knowledge
 from grun.report.results import Result
 from grun.report.summary import seconds
-from grun.report.tables import markdown_text, name_of
+from grun.report.tables import csv_text, markdown_text, name_of
 
 Style = Literal["share", "auc", "perplexity"]
 
@@ -117,14 +115,13 @@ def to_csv(results: Sequence[Result]) -> str:
 
 def csv_of(columns: Sequence[Column], results: Sequence[Result]) -> str:
     """A row a model, with the bounds of the columns that have intervals."""
-    file = io.StringIO()
     bounded = {column.key for column in columns if any(found and found.interval for found in map(column.read, results))}
     headers = [
         f"{column.key}{ending}"
         for column in columns
         for ending in (("", ".low", ".high") if column.key in bounded else ("",))
     ]
-    rows = []
+    rows: list[list[str | float | None]] = [["name", "label", "stage", *headers]]
     for result in results:
         values: dict[str, float] = {}
         for column in columns:
@@ -133,12 +130,8 @@ def csv_of(columns: Sequence[Column], results: Sequence[Result]) -> str:
                 values[column.key] = found.value
             if found is not None and found.interval is not None:
                 values[f"{column.key}.low"], values[f"{column.key}.high"] = found.interval
-        rows.append(
-            [result.name, result.label, result.stage, *(repr(values[k]) if k in values else "" for k in headers)]
-        )
-    writer = csv.writer(file, lineterminator="\n")
-    writer.writerows([["name", "label", "stage", *headers], *rows])
-    return file.getvalue()
+        rows.append([result.name, result.label, result.stage, *map(values.get, headers)])
+    return csv_text(rows)
 
 
 def to_markdown(results: Sequence[Result]) -> str:

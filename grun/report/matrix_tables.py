@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import re
 from collections.abc import Iterator, Sequence
 
@@ -11,7 +9,7 @@ from grun.report.matrix import Matrix, Row
 from grun.report.matrix_words import RULE, words
 from grun.report.measures import Measure
 from grun.report.missing import notes
-from grun.report.tables import markdown_text, tex_number, tex_text
+from grun.report.tables import csv_text, markdown_text, tex_number, tex_text
 
 QUALITY, COST = "What is forgotten and kept", "What it costs"
 
@@ -62,21 +60,14 @@ def to_csv(matrix: Matrix) -> str:
 
     `statistic` is n, mean, sd, median, lowest, highest or run; a p-value has no mean and no sd. Bytes are bytes.
     """
-    file = io.StringIO()
-    writer = csv.writer(file, lineterminator="\n")
     head = ["row", "stage", "objective", "parametrization", "statistic", "seed", "name"]
-    writer.writerow([*head, *(measure.key for measure in matrix.measures)])
+    rows: list[list[str | float | None]] = [[*head, *(measure.key for measure in matrix.measures)]]
     for row in matrix.rows:
-        of_row = [row.label, row.stage, row.objective or "", row.parametrization]
-        for statistic, values in _statistics(row, matrix.measures):
-            writer.writerow([*of_row, statistic, "", "", *("" if value is None else repr(value) for value in values)])
+        of_row = [row.label, row.stage, row.objective, row.parametrization]
+        rows += [[*of_row, statistic, None, None, *values] for statistic, values in _statistics(row, matrix.measures)]
         for result in row.results:
-            raw = [measure.value(result) for measure in matrix.measures]
-            seed = "" if result.seed is None else result.seed
-            writer.writerow(
-                [*of_row, "run", seed, result.name, *("" if value is None else repr(value) for value in raw)]
-            )
-    return file.getvalue()
+            rows.append([*of_row, "run", result.seed, result.name, *(m.value(result) for m in matrix.measures)])
+    return csv_text(rows)
 
 
 def _statistics(row: Row, measures: Sequence[Measure]) -> Iterator[tuple[str, list[float | None]]]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -181,20 +181,36 @@ def set_name(name: str) -> str:
 # -- files ------------------------------------------------------------------------------------------------------------
 
 
+def csv_text(rows: Iterable[Iterable[str | float | None]]) -> str:
+    """Rows as CSV, None as nothing, numbers in full.
+
+    A text that a spreadsheet would run as a formula gets an apostrophe in front, as spreadsheets mark texts.
+    """
+    file = io.StringIO()
+    for row in rows:
+        cells = [cell.replace("\r", " ") if isinstance(cell, str) else cell for cell in row]
+        cells = [f"'{cell}" if _is_formula(cell) else cell for cell in cells]
+        csv.writer(file, lineterminator="\n").writerow(cells)
+    return file.getvalue()
+
+
+def _is_formula(cell: str | float | None) -> bool:
+    number = r"[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?"
+    return isinstance(cell, str) and bool(re.match(r" *[=+\-@\t\n]", cell)) and not re.fullmatch(number, cell)
+
+
 def to_csv(results: Sequence[Result]) -> str:
     """The full table with full precision; its headers are the places of the numbers in summary.json."""
-    columns, file = columns_of(results, everything=True), io.StringIO()
-    writer = csv.writer(file, lineterminator="\n")
-    writer.writerow(["name", "label", "stage", "objective", "parametrization", *(column.key for column in columns)])
-    for result in results:
-        values = [column.value(result) for column in columns]
-        writer.writerow(
-            [
-                *(result.name, result.label, result.stage, result.objective or "", result.parametrization),
-                *("" if value is None else repr(value) for value in values),
-            ]
-        )
-    return file.getvalue()
+    columns = columns_of(results, everything=True)
+    head = ["name", "label", "stage", "objective", "parametrization", *(column.key for column in columns)]
+    rows = [
+        [
+            *(result.name, result.label, result.stage, result.objective, result.parametrization),
+            *(column.value(result) for column in columns),
+        ]
+        for result in results
+    ]
+    return csv_text([head, *rows])
 
 
 def to_markdown(results: Sequence[Result]) -> str:

@@ -22,6 +22,7 @@ from grun.parametrization import is_gated
 from grun.profiles import from_dict, resolve, to_dict
 from grun.requests.forget_rows import check_forget_rows, salted_hashes
 from grun.requests.manifest import MANIFEST_FILE, Request, check_id
+from grun.requests.signing import read_key
 from grun.requests.store import RequestStore
 from grun.runs import IDENTITY_FILE, RUN_FILE
 
@@ -58,7 +59,7 @@ def add(options: RequestsConfig, arguments: Sequence[str]) -> Path:
     check_id(request_id)
     known = None
     if options.replace or (folder / MANIFEST_FILE).exists():
-        store = RequestStore.open(folder)
+        store = opened(options)
         store.check_new(request_id, replace=options.replace)
         _refuse_another_rule(store, options)
         known = store.manifest.request(request_id) if options.replace else None
@@ -76,7 +77,7 @@ def add(options: RequestsConfig, arguments: Sequence[str]) -> Path:
         store_text=options.store_text or (known is not None and known.text_stored),
         note=options.note or ("" if known is None else known.note),
     )
-    return train(_opened(options), training)
+    return train(_opened_or_made(options), training)
 
 
 def remove(store: RequestStore, request_id: str, *, retrain: bool) -> list[str]:
@@ -175,7 +176,7 @@ def _take(options: RequestsConfig, adapter: Path, arguments: Sequence[str]) -> P
         raise DataError(
             f"the forget rows are not those that {adapter} was trained on; give the data.* options under which they are"
         )
-    store = _opened(options)
+    store = _opened_or_made(options)
     with store.writing():
         beside = [] if config.method.beside is None else _trained_beside(store, adapter)
         return store.add(
@@ -274,13 +275,18 @@ def others(store: RequestStore, request_id: str, beside: Sequence[str]) -> Itera
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _opened(options: RequestsConfig) -> RequestStore:
-    """The store, made if it is not there."""
+def opened(options: RequestsConfig) -> RequestStore:
+    """The store that is there; with key=FILE its head is signed at each change."""
+    return RequestStore.open(str(options.store), None if options.key is None else read_key(options.key))
+
+
+def _opened_or_made(options: RequestsConfig) -> RequestStore:
     folder = Path(str(options.store)).expanduser()
     if (folder / MANIFEST_FILE).exists():
-        return RequestStore.open(folder)
+        return opened(options)
+    key = None if options.key is None else read_key(options.key)
     log.info("a new store of requests: %s", folder)
-    return RequestStore.create(folder, rule=options.rule or "sum", gate_threshold=options.gate_threshold)
+    return RequestStore.create(folder, rule=options.rule or "sum", gate_threshold=options.gate_threshold, key=key)
 
 
 def _refuse_another_rule(store: RequestStore, options: RequestsConfig) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
@@ -27,11 +28,11 @@ ACTIONS = {
 }
 OPTIONS = {
     "list": ("format",),
-    "add": ("id", "adapter", "note", "store_text", "replace", "independent", "rule", "gate_threshold"),
-    "remove": ("id", "retrain"),
-    "disable": ("id",),
-    "enable": ("id",),
-    "verify": ("files_only", "recall_at_most", "batch_size", "max_new_tokens"),
+    "add": ("id", "adapter", "note", "store_text", "replace", "independent", "rule", "gate_threshold", "key"),
+    "remove": ("id", "retrain", "key"),
+    "disable": ("id", "key"),
+    "enable": ("id", "key"),
+    "verify": ("files_only", "recall_at_most", "batch_size", "max_new_tokens", "head", "public_key"),
     "history": ("format",),
 }
 """Own options of each action, beside store; verify takes those of the model too, add those of unlearn."""
@@ -56,9 +57,9 @@ def requests(arguments: Sequence[str]) -> int:
     elif action == "verify":
         return _verify(options)
     else:
-        from grun.requests.store import RequestStore
+        from grun.requests.adding import opened
 
-        RequestStore.open(str(options.store)).set_state(str(options.id), "active" if action == "enable" else "disabled")
+        opened(options).set_state(str(options.id), "active" if action == "enable" else "disabled")
     return 0
 
 
@@ -88,6 +89,8 @@ def _check(action: str, options: RequestsConfig) -> None:
     if "id" in OPTIONS[action] and options.id is None:
         raise ConfigError(f"requests {action} needs id=ID, the name of a request")
     one_of("format", options.format, ("table", "json"))
+    if options.head is not None and re.fullmatch("[0-9a-fA-F]{16,64}", options.head) is None:
+        raise ConfigError(f"head={options.head} must be 16 to 64 hex digits, as `requests verify` prints them")
 
 
 def _print(action: str, options: RequestsConfig) -> None:
@@ -118,10 +121,9 @@ def _add(options: RequestsConfig, arguments: Sequence[str]) -> None:
 
 
 def _remove(options: RequestsConfig) -> None:
-    from grun.requests.adding import remove
-    from grun.requests.store import RequestStore
+    from grun.requests.adding import opened, remove
 
-    store = RequestStore.open(str(options.store))
+    store = opened(options)
     with contextlib.redirect_stdout(sys.stderr):
         dependents = remove(store, str(options.id), retrain=options.retrain)
     if not options.retrain:

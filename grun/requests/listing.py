@@ -47,20 +47,25 @@ def lines(store: RequestStore) -> list[Line]:
 def print_list(store: RequestStore, console: Console) -> None:
     """Print a table of the requests."""
     from rich.table import Table
+    from rich.text import Text
+
+    from grun.report.tables import readable
 
     manifest = store.manifest
     threshold = "" if manifest.gate_threshold is None else f", gate threshold {manifest.gate_threshold}"
     base = "none yet" if manifest.base is None else f"{manifest.base.name or 'unnamed'} ({manifest.base.fingerprint})"
-    table = Table(title=f"{store.folder}: base {base}, rule {manifest.rule}{threshold}", title_justify="left")
+    title = Text(readable(f"{store.folder}: base {base}, rule {manifest.rule}{threshold}"))
+    table = Table(title=title, title_justify="left")
     for header in ("id", "state", "added (UTC)", "rows", "blocks", "rank", "gate", "KB", "trained beside", "metrics"):
         table.add_column(header, justify="right" if header in ("rows", "rank", "KB") else "left", overflow="fold")
     for line in lines(store):
         blocks = "?" if line.blocks is None else ",".join(map(str, line.blocks))
         metrics = ", ".join(f"{name} {value}" for name, value in line.metrics.items())
-        table.add_row(
+        cells = (
             line.id, line.state, line.time[:16].replace("T", " "), str(line.rows), blocks, str(line.rank or "?"),
             line.gate or "?", f"{line.bytes / 1000:.1f}", ", ".join(line.beside), metrics,
         )  # fmt: skip
+        table.add_row(*(Text(readable(cell)) for cell in cells))
     console.print(table)
 
 

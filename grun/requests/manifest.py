@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 from grun.errors import ConfigError, RunError
-from grun.files import content_hash, read_json
+from grun.files import content_hash
 from grun.method.adapter import STACK_FILE
+from grun.reading import read_json, typed
 from grun.registry import unknown_name
 from grun.requests.copying import FILES
-from grun.typed import typed
 
 FORMAT_VERSION = 2
 WITHOUT_STATE = 1
@@ -145,17 +145,15 @@ class Manifest:
         """Manifest of the store in `folder`; RunError if there is none, or a key or a type is not as written here."""
         path = folder / MANIFEST_FILE
         try:
-            values = read_json(path)
+            values = read_json(path, RunError, expect=dict, finite=True)
         except FileNotFoundError as error:
             raise RunError(
                 f"{folder} is no request store: {MANIFEST_FILE} is missing; `python -m grun requests add` makes one"
             ) from error
-        except (ValueError, RecursionError) as error:
-            raise RunError(f"{path} is not valid JSON ({error}); restore it from a copy") from error
-        version = values.get("format_version") if isinstance(values, dict) else None
+        version = values.get("format_version")
         if version not in (WITHOUT_STATE, FORMAT_VERSION):
             raise RunError(f"{path}: format version {version}, not {FORMAT_VERSION}; use the GRUN that wrote it")
-        manifest: Manifest = typed(cls, values, str(path), lambda text: RunError(f"{text}; restore it from a copy"))
+        manifest: Manifest = typed(cls, values, str(path), RunError)
         for request in manifest.requests:
             if not is_id(request.id) or not re.fullmatch(re.escape(request.id) + r"(@\d+)?", request.folder):
                 raise RunError(

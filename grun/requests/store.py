@@ -49,7 +49,6 @@ from grun.requests.manifest import (
 
 if TYPE_CHECKING:
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
-    from transformers import PreTrainedModel
 
 log = logging.getLogger(__name__)
 
@@ -132,9 +131,9 @@ class RequestStore:
         if problems:
             raise AdapterError(f"{self.folder}: {problems[0]}; `requests verify` says more, restore it from a copy")
 
-    def adapter(self, request_id: str, base: PreTrainedModel | None = None) -> Adapter:
-        """A request's adapter; AdapterError if a file is not the manifest's, or does not fit `base`."""
-        return validate(self.adapter_folder(request_id), base, digests=self.manifest.request(request_id).files)
+    def adapter(self, request_id: str, shape: tuple[int, int]) -> Adapter:
+        """A request's adapter; AdapterError if a file is not the manifest's, or does not fit a base of that shape."""
+        return validate(self.adapter_folder(request_id), shape, digests=self.manifest.request(request_id).files)
 
     def training_folder(self, request_id: str) -> Path:
         """Where the adapter of a request is trained."""

@@ -35,6 +35,7 @@ from grun.profiles import from_dict
 from grun.requests.copying import TEXT_FILE
 from grun.requests.forget_rows import salted_hashes
 from grun.requests.manifest import Problem, Request
+from grun.requests.signing import public_key_of, signature_problem
 from grun.requests.store import RequestStore
 
 log = logging.getLogger(__name__)
@@ -67,6 +68,12 @@ class Verification:
     """Folder."""
     digest: str
     """The manifest's."""
+    head: str | None
+    """Of the history: note it elsewhere, and a later `verify head=...` shows a store that was rolled back."""
+    signed_by: str | None
+    """Public key that the signature of the head names; whether it is one, `public_key` says. None: it is not signed."""
+    since: list[str] | None
+    """What was done after the head that was given; None: none was given, or it is not in the history."""
     model: str | None
     """Base that was loaded; None: none was."""
     fingerprint: str | None
@@ -85,8 +92,16 @@ def verify(options: RequestsConfig) -> tuple[Verification, Path]:
     RunError if the manifest cannot be read at all: then nothing can be compared.
     """
     store = RequestStore.open(str(options.store))
+    manifest = store.manifest
+    public_key = None if options.public_key is None else public_key_of(options.public_key)
     now = datetime.now(UTC)
     problems = store.check()
+    if public_key and (text := signature_problem(manifest.signature, manifest.head, public_key)):
+        problems.append(Problem(None, text))
+    since = None if options.head is None else manifest.since(options.head)
+    if options.head is not None and since is None:
+        text = f"the history lacks the head {options.head}: the store was rolled back, or its history rewritten"
+        problems.append(Problem(None, text))
     model, loaded, of_base = None, None, None
     if not options.files_only:
         model = _model_config(store, options.model)
@@ -102,7 +117,10 @@ def verify(options: RequestsConfig) -> tuple[Verification, Path]:
     verification = Verification(
         time=now.isoformat(timespec="seconds"),
         store=str(store.folder),
-        digest=store.manifest.digest,
+        digest=manifest.digest,
+        head=manifest.head,
+        signed_by=None if manifest.signature is None else manifest.signature.public_key,
+        since=None if since is None else [f"{event.action} {event.request}, {event.time}" for event in since],
         model=None if model is None else model.path,
         fingerprint=of_base,
         expected_fingerprint=None if store.manifest.base is None else store.manifest.base.fingerprint,
@@ -195,6 +213,9 @@ def in_markdown(found: Verification) -> str:
         f"Manifest digest `{found.digest}`. "
         + ("No model was loaded." if found.model is None else f"Base {found.model}, fingerprint `{found.fingerprint}`")
         + (f", the store's is `{found.expected_fingerprint}`." if found.model is not None else ""),
+        "",
+        f"head: {found.head}" + ("" if found.signed_by is None else f", signed by {found.signed_by}"),
+        *([] if found.since is None else ["", f"Done after the head given: {'; '.join(found.since) or 'nothing'}."]),
         "",
         *([f"**{len(found.problems)} wrong:**", ""] if found.problems else ["Nothing wrong was found."]),
         *(f"- {problem}" for problem in found.problems),

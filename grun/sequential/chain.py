@@ -8,8 +8,10 @@ from typing import Any
 
 import grun
 from grun.errors import RunError
-from grun.files import read_json, write_json
+from grun.files import content_hash
+from grun.reading import DamagedFile
 from grun.runs import identity
+from grun.sealed import read_sealed, write_sealed
 
 
 @dataclass
@@ -56,13 +58,35 @@ class Chain:
     def read(cls, path: Path) -> Chain:
         """The chain of a file; RunError if it is missing or damaged."""
         try:
-            return cls(**read_json(path))
+            return cls(**read_sealed(path))
         except (OSError, ValueError, TypeError) as error:
             raise RunError(f"{path} cannot be read ({error}); the experiment's command writes it again") from error
 
     def write(self, path: Path) -> None:
         """Write the file."""
-        write_json(path, asdict(self))
+        write_sealed(path, asdict(self))
+
+    def hash(self) -> str:
+        """Of `identity`; of a chain that was read from its file."""
+        return content_hash(self.identity())
+
+    def write_step(self, path: Path, record: dict[str, Any]) -> None:
+        """Write the record of a step that is done."""
+        write_sealed(path, {**record, "chain": self.hash()})
+
+    def read_step(self, path: Path) -> dict[str, Any]:
+        """The record of a step of this very chain; RunError if it is damaged or another's."""
+        try:
+            record = read_sealed(path)
+            if record.pop("chain", None) == self.hash():
+                return record
+            wrong = f"{path} is of another experiment"
+        except DamagedFile:
+            wrong = f"{path} is damaged"
+        raise RunError(
+            f"{wrong}, and the model that it came of may be gone; restore it from a copy, or overwrite=true begins "
+            "the experiment anew"
+        )
 
 
 @dataclass(frozen=True)

@@ -18,9 +18,11 @@ from grun.config import SequentialConfig
 from grun.data.corpus import Corpus
 from grun.data.rows import Row, hash_rows
 from grun.errors import RunError
-from grun.files import content_hash, read_json, write_json, writing
+from grun.files import content_hash, writing
 from grun.profiles import to_dict
+from grun.reading import DamagedFile
 from grun.runs import first_difference, identity
+from grun.sealed import read_sealed, write_sealed
 from grun.sequential.chain import Chain
 from grun.sequential.files import BEFORE, RETAIN_ONLY, ChainFiles, ExperimentFiles, write_rows
 from grun.sequential.plan import Plan, make_plan
@@ -98,21 +100,40 @@ def _claim(plan: Plan, config: SequentialConfig) -> None:
     if not files.experiment.is_file():
         if any(not entry.name.startswith(".") for entry in files.results.iterdir()):
             raise RunError(f"{files.results} is not empty and holds no experiment; choose another results_dir")
-    elif _replaces(files.experiment, read_json(files.experiment), wanted, overwrite=config.overwrite):
+    elif _replaces(files.experiment, _experiment(files.experiment, config), wanted, overwrite=config.overwrite):
         for entry in files.results.iterdir():
             if entry.is_dir():
                 shutil.rmtree(entry)
-    write_json(files.experiment, wanted)
+    write_sealed(files.experiment, wanted)
+
+
+def _experiment(path: Path, config: SequentialConfig) -> dict[str, Any]:
+    """What the results folder is of; RunError where that can no longer be said, unless it is to be replaced anyway."""
+    try:
+        return read_sealed(path)
+    except DamagedFile as error:
+        if config.overwrite:
+            return {}
+        raise RunError(f"{error}, choose another results_dir, or overwrite=true begins anew") from error
 
 
 def _write_chain(chain: Chain, results: Path, *, overwrite: bool) -> None:
     """Write a method's chain; steps of another one that stand there are an error, or go."""
     files = ChainFiles(results, chain.method)
-    if files.chain.is_file() and _replaces(
-        files.chain, Chain.read(files.chain).identity(), chain.identity(), overwrite=overwrite
-    ):
+    if files.chain.is_file() and _replaces_chain(files.chain, chain, overwrite=overwrite):
         shutil.rmtree(files.folder)
     chain.write(files.chain)
+
+
+def _replaces_chain(path: Path, chain: Chain, *, overwrite: bool) -> bool:
+    """As `_replaces`; a file that is damaged is written again, since each step says which chain it is of."""
+    try:
+        there = Chain.read(path).identity()
+    except RunError:
+        if not overwrite:
+            log.warning("%s is damaged and is written again", path)
+        return overwrite
+    return _replaces(path, there, chain.identity(), overwrite=overwrite)
 
 
 def _replaces(path: Path, there: dict[str, Any], wanted: dict[str, Any], *, overwrite: bool) -> bool:

@@ -9,7 +9,6 @@ from typing import Any
 
 from grun.errors import RunError
 from grun.evaluation.plan import EVALUATION_FILE
-from grun.files import read_json
 from grun.sequential.chain import Chain
 from grun.sequential.definition import METHODS
 from grun.sequential.files import BEFORE, RETAIN_ONLY, ChainFiles, ExperimentFiles
@@ -64,8 +63,9 @@ def read_experiment(results: Path) -> Experiment:
         of_method = ChainFiles(results, name)
         if not of_method.chain.is_file():
             continue
-        requests = Chain.read(of_method.chain).requests
-        found = [read_json(path) for id in requests if (path := of_method.step(id)).is_file()]
+        chain = Chain.read(of_method.chain)
+        requests = chain.requests
+        found = [chain.read_step(path) for id in requests if (path := of_method.step(id)).is_file()]
         if found:
             methods.append(Method(name, found))
     if not methods:

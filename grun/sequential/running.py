@@ -15,7 +15,7 @@ from typing import Any
 
 from grun.config import EvaluateConfig
 from grun.errors import ConfigError
-from grun.files import read_json, write_json
+from grun.files import read_json
 from grun.profiles import from_dict
 from grun.runs import RUN_FILE
 from grun.sequential.chain import Chain, Served
@@ -49,6 +49,7 @@ def run_chain(path: Path) -> None:
         for done, number in enumerate(chain.at):
             name = chain.ids[number - 1]
             if files.step(name).is_file():
+                chain.read_step(files.step(name))
                 log.info("%s %d/%d: %s is done already", chain.method, number, len(chain.requests), name)
                 discard(chain, files, number)
                 continue
@@ -56,7 +57,7 @@ def run_chain(path: Path) -> None:
             log.info("%s %d/%d: %s is asked to be forgotten", chain.method, number, len(chain.requests), name)
             served = STEPS[chain.method](chain, experiment, files, number)
             record = _measure(chain, files, number, served)
-            write_json(files.step(name), record)
+            chain.write_step(files.step(name), record)
             discard(chain, files, number)
             gc.collect()  # a whole model, before another is loaded
             spent.append(time.monotonic() - started)

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import textwrap
 from collections.abc import Callable
 from dataclasses import dataclass
 
 from grun.report.labels import PARAMETRIZATIONS
-from grun.report.tables import number, set_name
+from grun.report.tables import csv_text, number, set_name
 from grun.report.terminal import WIDTH
 from grun.sequential.files import BEFORE, RETAIN_ONLY
 from grun.sequential.results import Experiment, Method, Summary
@@ -113,16 +111,12 @@ def to_markdown(experiment: Experiment, summaries: list[Summary], title: str) ->
 
 def to_csv(experiment: Experiment, summaries: list[Summary]) -> str:
     """Measures with full precision, a row a model; the headers are the names in summary.json."""
-    found, file = lines(experiment, summaries), io.StringIO()
-    writer = csv.writer(file, lineterminator="\n")
-    writer.writerow(["method", *(line.key for line in found)])
-    models: list[tuple[str, list[float | None]]] = [(BEFORE, [line.before for line in found])]
+    found = lines(experiment, summaries)
+    rows: list[list[str | float | None]] = [["method", *(line.key for line in found)]]
+    rows.append([BEFORE, *(line.before for line in found)])
     if experiment.floor is not None:
-        models.append((RETAIN_ONLY, [line.floor for line in found]))
-    models += [(summary.method, [line.value(summary) for line in found]) for summary in summaries]
-    for name, values in models:
-        writer.writerow([name, *("" if value is None else repr(value) for value in values)])
-    return file.getvalue()
+        rows.append([RETAIN_ONLY, *(line.floor for line in found)])
+    return csv_text([*rows, *([summary.method, *(line.value(summary) for line in found)] for summary in summaries)])
 
 
 def printed(experiment: Experiment, summaries: list[Summary]) -> str:

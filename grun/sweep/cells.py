@@ -20,9 +20,11 @@ from typing import Any, Literal
 import grun
 from grun.config import EvaluateConfig, UnlearnConfig
 from grun.errors import ConfigError, GrunError, ModelError, RunError
-from grun.files import content_hash, read_json, write_json
+from grun.files import content_hash, read_json
 from grun.profiles import from_dict, to_dict
+from grun.reading import DamagedFile
 from grun.runs import RUN_FILE, identity
+from grun.sealed import read_sealed, sealed_or_empty, write_sealed
 
 log = logging.getLogger(__name__)
 
@@ -98,28 +100,49 @@ class CellFiles:
     def read(self) -> Cell:
         """The cell; RunError if its file is missing or damaged."""
         try:
-            return Cell(**read_json(self.cell))
+            return Cell(**read_sealed(self.cell))
         except (OSError, ValueError, TypeError) as error:
             raise RunError(f"{self.cell} cannot be read ({error}); the sweep's command writes it again") from error
 
     def write(self, cell: Cell) -> None:
         """Write the cell, unless it is there."""
-        there = _read(self.cell)
+        there = sealed_or_empty(self.cell)
         if there != asdict(cell):
-            write_json(self.cell, asdict(cell))
+            write_sealed(self.cell, asdict(cell))
         if there.get("hash") != cell.hash:
             self.handed_over.unlink(missing_ok=True)
 
     def last(self) -> dict[str, Any]:
         """The outcome as it stands: hash, run_hash, state, seconds, error; empty if there is none."""
-        return _read(self.outcome)
+        return sealed_or_empty(self.outcome)
 
     def state(self, cell: Cell) -> State:
-        """How far this very cell is; what was done under another hash does not count."""
+        """How far this very cell is; what was done under another hash, or is damaged by now, does not count."""
         outcome = self.last()
-        if outcome.get("hash") == cell.hash and outcome.get("state") in ("done", "failed"):
-            return "done" if outcome["state"] == "done" else "failed"
-        return "handed over" if _read(self.handed_over).get("hash") == cell.hash else "open"
+        if outcome.get("hash") == cell.hash:
+            if outcome["state"] == "failed":
+                return "failed"
+            if outcome["state"] == "done" and self._evaluated():
+                return "done"
+        return "handed over" if sealed_or_empty(self.handed_over).get("hash") == cell.hash else "open"
+
+    def damaged(self, cell: Cell) -> str | None:
+        """What of a cell that was done, or may have been, is damaged or missing."""
+        if self.outcome.is_file() and not self.last():
+            return f"{self.outcome} is damaged"
+        last = self.last()
+        if (last.get("hash"), last.get("state")) == (cell.hash, "done") and not self._evaluated():
+            return f"its evaluation {self.evaluation} is damaged or missing"
+        return None
+
+    def _evaluated(self) -> bool:
+        """Whether there is an evaluation that can be read."""
+        from grun.evaluation.plan import EVALUATION_FILE
+
+        try:
+            return "key" in read_json(self.evaluation / EVALUATION_FILE, expect=dict)
+        except (OSError, DamagedFile):
+            return False
 
     def record(self, cell: Cell, state: str, seconds: float = 0.0, error: str | None = None) -> None:
         """Write the outcome; `started` until the cell is done or failed.
@@ -128,11 +151,11 @@ class CellFiles:
         """
         owned = self.last().get("owned", not (self.run.exists() or self.evaluation.exists()))
         of = {"hash": cell.hash, "run_hash": cell.run_hash, "owned": owned}
-        write_json(self.outcome, {**of, "state": state, "seconds": round(seconds, 2), "error": error})
+        write_sealed(self.outcome, {**of, "state": state, "seconds": round(seconds, 2), "error": error})
 
     def hand_over(self, cell: Cell) -> None:
         """Note that a launcher has the cell."""
-        write_json(self.handed_over, {"hash": cell.hash})
+        write_sealed(self.handed_over, {"hash": cell.hash})
 
     def discard(self, cell: Cell) -> None:
         """Remove the weights that are not to be kept; run.json, log and evaluation stay."""
@@ -208,6 +231,11 @@ def _carry_out(cell: Cell, files: CellFiles) -> None:
         config: UnlearnConfig = from_dict("unlearn", cell.unlearn)
         config.output_dir = str(files.run)
         unlearn(config)
+        if not any(file for pattern in WEIGHTS for file in files.run.glob(pattern)):
+            raise RunError(
+                f"{files.run} holds a finished run without its weights, and {files.outcome} no longer says that the "
+                "sweep removed them; remove the folder, and the same command makes it again"
+            )
         gc.collect()  # a whole model and its reference, before another is loaded
         if (files.run / "adapter_config.json").exists():
             asked.adapter = str(files.run)
@@ -220,12 +248,3 @@ def _carry_out(cell: Cell, files: CellFiles) -> None:
     if cell.name != REFERENCE and (files.reference / EVALUATION_FILE).is_file():
         asked.reference = str(files.reference)
     evaluate(asked, files.evaluation)
-
-
-def _read(path: Path) -> dict[str, Any]:
-    """A JSON object; empty where there is none that can be read."""
-    try:
-        value = read_json(path)
-    except (OSError, ValueError):
-        return {}
-    return value if isinstance(value, dict) else {}

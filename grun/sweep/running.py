@@ -113,6 +113,8 @@ def run_cells(
         elif state == "handed over" and not resubmit:
             standing.handed_over.append(cell.name)
         else:
+            if damaged := files.damaged(cell):
+                log.warning("%s is done again: %s", cell.name, damaged)
             if state == "failed":
                 log.info("%s had failed (%s) and is tried again", cell.name, files.last().get("error"))
                 files.record(cell, "started")  # so that the old error is not read as a new one

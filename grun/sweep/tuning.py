@@ -18,6 +18,7 @@ from omegaconf import OmegaConf
 from grun.errors import RunError
 from grun.evaluation.plan import EVALUATION_FILE
 from grun.files import read_json, write_json, write_text
+from grun.reading import typed
 from grun.sweep.plan import Planned
 
 TOLERANCE = 0.05
@@ -63,25 +64,33 @@ def choose(tried: Sequence[Tried | None], target: float) -> int | None:
 
 def scores(folder: Path, metric: str) -> Tried:
     """Scores of the evaluation in `folder`; RunError where the metric cannot read any row of a set."""
-    sets = read_json(folder / EVALUATION_FILE)["sets"]
+    sets = _sets(folder)
     for name in SETS:
         if metric not in sets[name]:
             raise RunError(
                 f"settings are chosen by {metric}, which reads no row of the {name} set of {folder}: no answer has a "
                 "letter or digit; add the field fact to the rows, or take others"
             )
-    return Tried(*(float(sets[name][metric]) for name in SETS))
+    where = f"{folder / EVALUATION_FILE}: {metric}"
+    return Tried(*(float(typed(float, sets[name][metric], where)) for name in SETS))
 
 
 def metric_of(folder: Path) -> str:
     """fact_recall where the corpus names facts, else rouge_l; `folder` is that of an evaluation."""
-    sets = read_json(folder / EVALUATION_FILE)["sets"]
+    sets = _sets(folder)
     recalls = [sets[name].get("fact_recall") for name in SETS]
     return (
         "fact_recall"
         if all(isinstance(value, int | float) and math.isfinite(value) for value in recalls)
         else "rouge_l"
     )
+
+
+def _sets(folder: Path) -> dict[str, dict[str, Any]]:
+    """Metrics of the sets that decide; DamagedFile where they are none."""
+    path = folder / EVALUATION_FILE
+    sets = typed(dict[str, Any], read_json(path, expect=dict).get("sets"), f"{path}: sets")
+    return {name: typed(dict[str, Any], sets.get(name), f"{path}: {name}") for name in SETS}
 
 
 def write_choice(results: Path, cells: Sequence[Planned], failed: Mapping[str, str]) -> list[str]:

@@ -90,7 +90,7 @@ class Side:
 
     def multiply_adds(self, base: PreTrainedModel, steps: range) -> Operations:
         """Counted for the data of `steps`, and for filling a cache with every row of the run."""
-        count = MultiplyAdds(base, min(self.config.method.blocks))
+        count = MultiplyAdds(base, min(self.config.method.blocks or [0]))
         names = self.objective.reference_continuations
         plain = cached = 0
         for number in steps:

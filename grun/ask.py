@@ -18,8 +18,8 @@ def ask(config: GenerateConfig, questions: list[str]) -> None:
     from grun.loading import load_model
 
     loaded = load_model(config.model, config.adapter, strict=config.strict, gate_threshold=config.gate_threshold)
-    model, tokenizer, data = loaded.model, loaded.tokenizer, config.data
-    template = templates.resolve(data.template, loaded.template, tokenizer, data.system_prompt, data.date)
+    model, tokenizer = loaded.model, loaded.tokenizer
+    template = templates.in_force(config, loaded.template, tokenizer)
     pad_id = int(tokenizer.pad_token_id)
     for question in questions or _from_terminal():
         prompt = [templates.encode_prompt(template, tokenizer, question)]

@@ -103,6 +103,10 @@ EVALUATION_COMPAT_OPTIONS: dict[str, dict[str, Any]] = {
 """Options that `compat` sets for `evaluate`, below what is given on the command line."""
 
 
+FREE = ("template_arguments", "sources")
+"""Mappings whose values are of any kind: what a chat template reads, and where options came from."""
+
+
 def check(config: Any) -> None:
     """ConfigError for the first name that is unknown or number that is out of range."""
     check_values(config)
@@ -137,6 +141,8 @@ def check_values(config: Any, prefix: str = "") -> None:
     """ConfigError for the first number outside the bounds of its field, or too large to compute with, and `~nobody`."""
     for field in dataclasses.fields(config):
         key, value = f"{prefix}{field.name}", getattr(config, field.name)
+        if field.name in FREE:
+            continue
         if dataclasses.is_dataclass(value):
             check_values(value, f"{key}.")
         for number in value.values() if isinstance(value, dict) else value if isinstance(value, list) else [value]:
@@ -309,8 +315,8 @@ def _check_unlearn(config: UnlearnConfig) -> None:
             f"method.beside concerns edits; method.parametrization={method.parametrization} changes the model itself: "
             "leave it out, and give model.path the model that is to forget more"
         )
-    twice = sorted({block for block in method.blocks if method.blocks.count(block) > 1})
-    if twice or not method.blocks:
+    blocks = method.blocks
+    if blocks is not None and (len(set(blocks)) < len(blocks) or not blocks):
         raise ConfigError(f"method.blocks={method.blocks} must name at least one block, each once")
     check_rule(method.gate_read, method.gate_accumulate, method.edit_write)
     one_of("method.gate_reset", method.gate_reset, RESETS)

@@ -254,7 +254,7 @@ def _evaluate(config: Any) -> None:
     from grun.evaluation.evaluate import evaluate, evaluate_adapters
     from grun.evaluation.suites import evaluate_suite
 
-    folder = Path(f"results/{Path(config.profile).stem}/evaluation")
+    folder = Path(f"results/{config.label()}/evaluation")
     if config.suite != "answers":
         folder = folder.with_name(config.suite)
     if not config.adapters:
@@ -341,7 +341,8 @@ def _overview() -> str:
         "",
         *(f"  {name:<{width}}  {text}" for name, text in COMMANDS.items()),
         "",
-        "Options start from a profile (profile=demo by default; `list profiles`) and are changed by key=value.",
+        "Options are those of a profile (profile=NAME; `list profiles`), over them what the model and the adapter say",
+        "of themselves, over all key=value. A command that is given neither starts from profile=demo.",
         "`COMMAND --help` lists every option with its default; --version prints the version.",
     ]
     return "\n".join(lines)

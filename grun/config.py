@@ -8,6 +8,7 @@ structured configs, so a value of the wrong type or an unknown key is refused. H
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Optional
 
 # OmegaConf reads these annotations at run time and wants typing.Optional.
@@ -246,6 +247,8 @@ class DataConfig:
     """System message for chat templates; stored with the model."""
     date: str = "26 Jul 2024"
     """Date handed to chat templates that print one, so that a prompt is the same on every day; stored."""
+    template_arguments: dict[str, Any] = field(default_factory=dict)
+    """Further arguments of a chat template, such as {enable_thinking: false}; stored with the model."""
     columns: dict[str, str] = field(default_factory=dict)
     """jsonl, cloze, corpora: what our fields are called in the files, such as {question: q, answer: a}."""
     refusals: Optional[str] = None
@@ -291,8 +294,8 @@ class MethodConfig:
 
     parametrization: str = "grun"
     """Name from `python -m grun list parametrizations`."""
-    blocks: list[int] = field(default_factory=lambda: [20, 25, 31])
-    """Edited decoder blocks, 0-based; negative counts from the last."""
+    blocks: Optional[list[int]] = None
+    """Edited decoder blocks, 0-based, negative from the last; unset: as deep as the published 20, 25, 31 of 32."""
     rank: int = number(4, 1)
     """Rank of the edit."""
     gate: str = "linear"
@@ -426,8 +429,8 @@ class CacheConfig:
 class CommandConfig:
     """Options all commands share."""
 
-    profile: str = "demo"
-    """Name from `python -m grun list profiles`, or a YAML file."""
+    profile: Optional[str] = None
+    """Name from `list profiles`, or a YAML file; unset: what the model was taught with, demo where none is given."""
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     seed: int = number(42, 0, SEEDS)
@@ -436,6 +439,45 @@ class CommandConfig:
     """Folder of the results; unset: a name made of the profile and the command."""
     overwrite: bool = False
     """Replace what another run left in output_dir."""
+    sources: dict[str, str] = field(
+        default_factory=dict, repr=False, compare=False, metadata={"omegaconf_ignore": True}
+    )
+    """Where the value of an option came from, by its key (`grun.profiles`); no option itself."""
+
+    def label(self) -> str:
+        """Name of folders of results: the profile's, else the model's."""
+        if self.profile is not None:
+            return Path(self.profile).name.removesuffix(".yaml").removesuffix(".yml")
+        return Path(self.model.path or "model").name
+
+
+BY_USER = "set by you"
+
+
+def source_of(config: Any, key: str) -> str:
+    """Where the value of the option `key` came from: BY_USER, "stored with ...", "profile ..." or "default".
+
+    A config that was made in Python has its values from whoever made it; what a command sets itself is its own.
+    """
+    if key in config.sources:
+        return str(config.sources[key])
+    value: Any = config
+    default: Any = type(config)()
+    for part in key.split("."):
+        value, default = getattr(value, part), getattr(default, part)
+    if value == default:
+        return "default"
+    return "set by the command" if config.sources else BY_USER
+
+
+def is_users(config: Any, key: str) -> bool:
+    """Whether the user chose the value of an option."""
+    return source_of(config, key).startswith((BY_USER, "compat="))
+
+
+def is_stored(config: Any, key: str) -> bool:
+    """Whether an adapter, a model or a store of requests gave it."""
+    return source_of(config, key).startswith("stored with")
 
 
 @dataclass

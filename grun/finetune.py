@@ -22,14 +22,15 @@ from grun.data.encoding import Batch, EncodedRow, collate, encode_rows
 from grun.data.rows import hash_rows
 from grun.data.sampling import epoch_order
 from grun.files import content_hash, read_json, whole_folder, writing
-from grun.loading import TINY, build_tiny, context_length, load_base, place
+from grun.loading import build_tiny, context_length, load_base, place
 from grun.method.fingerprint import fingerprint
 from grun.method.plain import run_plain
 from grun.micro_batches import MicroBatch, cut
 from grun.precision import Masters
-from grun.profiles import to_dict
+from grun.profiles import in_force, to_dict
 from grun.recomputation import recompute_blocks
 from grun.runs import RUN_FILE, claim, finish_run, identity, open_run
+from grun.stored import TINY
 from grun.task import StepData
 from grun.training import remove_checkpoints, train
 from pyvene_custom import find_blocks
@@ -37,7 +38,7 @@ from pyvene_custom import find_blocks
 log = logging.getLogger(__name__)
 
 
-DATA_SETTINGS = ("template", "system_prompt", "date", "max_length", "subset")
+DATA_SETTINGS = (*templates.OPTIONS, "max_length", "subset")
 """Data options that decide what is taught, beside the rows themselves."""
 TEACHING_SETTINGS = ("teach", "suffixes", "templates", "few_shot")
 """Those of data.augment."""
@@ -159,7 +160,7 @@ def finetune(config: FinetuneConfig) -> Path:
     )
     for decides_nothing in ("device", "quantization"):  # quantized weights are never taught
         run_identity["config"]["model"].pop(decides_nothing)
-    name = f"{Path(config.profile).stem}-{config.data.subset}-{content_hash(run_identity)[:12]}"
+    name = f"{config.label()}-{config.data.subset}-{content_hash(run_identity)[:12]}"
     folder = Path(config.output_dir or Path("models") / name).expanduser()
     state = processes.of_first(lambda: open_run(folder, run_identity, overwrite=config.overwrite))
     if state == "finished":
@@ -190,6 +191,8 @@ def finetune(config: FinetuneConfig) -> Path:
             "command": "finetune",
             "profile": config.profile,
             "config": to_dict(config),
+            "template": template.to_dict(),
+            "in_force": in_force(config, template),
             "data": hashes,
             "rows": len(rows),
             "fingerprint": of_result,
@@ -230,8 +233,7 @@ def _start(config: FinetuneConfig, corpus: Corpus) -> tuple[Any, Any, templates.
         stored = None
     else:
         model, tokenizer, stored = load_base(config.model)
-    template = templates.resolve(config.data.template, stored, tokenizer, config.data.system_prompt, config.data.date)
-    return model, tokenizer, template
+    return model, tokenizer, templates.in_force(config, stored, tokenizer)
 
 
 def _texts(corpus: Corpus, template: str) -> list[str]:

@@ -18,6 +18,7 @@ from grun.devices import keep_unpacked
 from grun.errors import AdapterError, ConfigError, ModelError
 from grun.files import content_hash, file_hash
 from grun.reading import in_one_line
+from grun.stored import TINY
 
 if TYPE_CHECKING:
     import torch
@@ -28,8 +29,6 @@ log = logging.getLogger(__name__)
 MOST_TINY = 1_000_000_000
 """Parameters up to which a model is built on the spot."""
 WEIGHTS = ("*.safetensors", "*.bin")
-TINY = "tiny"
-"""Value of `model.path` that asks for the small Llama."""
 
 
 @dataclass

@@ -30,7 +30,7 @@ def identity(config: dict[str, Any], **inputs: Any) -> dict[str, Any]:
     Left out are where results and caches go, gradient checkpointing, which changes memory alone, looks at the model
     while it is trained, the spreading of a model over GPUs, and a precision of auto, which follows the model's type.
     """
-    left_out = ("output_dir", "overwrite", "cache")
+    left_out = ("output_dir", "overwrite", "cache", "sources")
     decides = {key: value for key, value in config.items() if key not in left_out}
     if "train" in decides:
         decides["train"] = {

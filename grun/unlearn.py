@@ -38,7 +38,7 @@ from grun.micro_batches import MicroBatch, cut
 from grun.objectives.presets import Objective, build_objective
 from grun.objectives.terms import Continuation, Outputs, number_of
 from grun.parametrization import PARAMETRIZATIONS, Engine, Parametrization, is_gated
-from grun.profiles import to_dict
+from grun.profiles import in_force, to_dict
 from grun.recomputation import recompute_blocks
 from grun.reference import use_reference
 from grun.runs import claim, finish_run, identity, open_run
@@ -207,12 +207,13 @@ def unlearn(config: UnlearnConfig) -> Path:
     with processes.first_goes_first():  # the others find what it downloads
         corpus = load_corpus(config.data)
         _check_rows(corpus, objective)
-    folder = Path(config.output_dir or f"results/{Path(config.profile).stem}/{config.objective}").expanduser()
+    folder = Path(config.output_dir or f"results/{config.label()}/{config.objective}").expanduser()
     with processes.agreed():
         base, tokenizer, stored = load_base(config.model)
-        template = templates.resolve(
-            config.data.template, stored, tokenizer, config.data.system_prompt, config.data.date
-        )
+        template = templates.in_force(config, stored, tokenizer)
+    depth = len(find_blocks(base)[1])
+    if config.method.blocks is None and config.method.parametrization in ("grun", "reft"):
+        config = replace(config, method=replace(config.method, blocks=resolve_blocks(None, depth)))
     hashes = corpus.hashes()
     run_identity = identity(
         to_dict(config), base=fingerprint(base), data=hashes, template=template.to_dict(), quirks=quirks
@@ -227,7 +228,6 @@ def unlearn(config: UnlearnConfig) -> Path:
     limit = min(config.data.max_length or 2**30, context_length(base))
     with processes.agreed():
         rows = encode_unlearn_rows(corpus, tokenizer, template, limit, config.data, seed=config.seed)
-        depth = len(find_blocks(base)[1])
         check_blocks(objective, config.method, depth, later_edits="rmu_hidden_state_index" in quirks)
         in_base = sum(parameter.numel() for parameter in base.parameters())
         torch.manual_seed(config.seed)
@@ -292,6 +292,8 @@ def unlearn(config: UnlearnConfig) -> Path:
             "terms": {side: objective.weights[side] for side in objective.terms},
             "parametrization": config.method.parametrization,
             "config": to_dict(config),
+            "template": template.to_dict(),
+            "in_force": in_force(config, template),
             "quirks": quirks,
             "data": hashes,
             "base_fingerprint": run_identity["base"],

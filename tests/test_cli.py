@@ -186,8 +186,8 @@ def test_wrong_use_is_one_line_with_the_known_names_and_status_2(
 @pytest.mark.parametrize(
     ("arguments", "named"),
     [
-        (["unlearn", "model.path=./nowhere"], ["./nowhere", "no such folder"]),
-        (["unlearn", "model.path=some/model"], ["model 'some/model' cannot be loaded"]),
+        (["unlearn", "data.name=demo", "model.path=./nowhere"], ["./nowhere", "no such folder"]),
+        (["unlearn", "data.name=demo", "model.path=some/model"], ["model 'some/model' cannot be loaded"]),
         (["unlearn", "data.demo.forget=0"], ["forget"]),
         (["unlearn", "profile=mistral", "data.forget=forget07", "model.path=x/y"], ["forget07", "forget05"]),
         (["unlearn", "profile=mistral", "data.path=./nowhere"], ["no folder nowhere", "data.path"]),

@@ -376,7 +376,7 @@ class TestRun:
         assert result.returncode == 0, result.stderr
         (together,) = [line for line in calls(checkout) if "adapters=" in line]
         assert "adapters=['it''s, mine/gd'] with_base=before suffix=-8bit output_dir=it's, mine/evaluation" in together
-        resolved = resolve("evaluate", ["adapters=['it''s, mine/gd',b]"])
+        resolved = resolve("evaluate", ["adapters=['it''s, mine/gd',b]", "data.name=demo"])
         assert resolved.adapters == ["it's, mine/gd", "b"]
 
     @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from grun.data import demo_corpus
+from grun.data.encoding import encode_texts
 from grun.data.templates import FILE_NAME, TEMPLATES, Template, encode, encode_prompt, load, resolve, store
 from grun.data.tokenizer import ANSWER, BEGIN, CONTROL_TOKENS, END, PAD, USER, train_tokenizer
 from grun.errors import ConfigError, ModelError
@@ -178,6 +179,28 @@ def test_plain_text_has_the_start_token_as_its_prompt(tokenizer: Any) -> None:
     without_start = sentencepiece_like("first")
     without_start.backend_tokenizer.post_processor = None
     assert encode(TEMPLATES.get("llama2"), without_start, None, "Ada").prompt_ids == []
+
+
+@pytest.mark.parametrize("name", ["question_answer", "llama2", "text"])
+def test_all_that_a_tokenizer_puts_in_front_is_in_front_and_what_it_puts_behind_is_not_behind(name: str) -> None:
+    """As GLM's: two start tokens, neither called bos. And as some others: an end token behind every text."""
+    from tokenizers import processors
+
+    tokenizer = train_tokenizer(demo_texts(), 600)
+    tokenizer.bos_token = None
+    tokenizer.add_special_tokens({"extra_special_tokens": ["[gMASK]", "<sop>"]})
+    marks = tokenizer.convert_tokens_to_ids(["[gMASK]", "<sop>"])
+    tokens = list(zip(["[gMASK]", "<sop>", END], [*marks, tokenizer.eos_token_id], strict=True))
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"[gMASK] <sop> $A {END}", special_tokens=tokens
+    )
+    template = TEMPLATES.get(name)
+    encoded = encode(template, tokenizer, QUESTION, "Ada.")
+    text = str(template.text).replace("{prompt}", QUESTION)
+    assert encoded.prompt_ids == marks + tokenizer(text, add_special_tokens=False)["input_ids"]
+    assert encoded.answer_ids.count(tokenizer.eos_token_id) == 1
+    assert encode(template, tokenizer, None, "Ada").prompt_ids == marks
+    assert encode_texts(["Ada is a baker."], tokenizer, None)[0].prompt_ids == tuple(marks)
 
 
 def test_the_start_token_is_not_doubled_where_the_template_writes_it(tokenizer: Any) -> None:

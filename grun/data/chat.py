@@ -55,6 +55,8 @@ class Frame(NamedTuple):
     strips_right: bool
 
 
+SET_ELSEWHERE = ("messages", "date_string", "strftime_now", "bos_token", "eos_token", "raise_exception")
+"""Names a chat template reads that are no further arguments of it, beside those of `apply_chat_template` itself."""
 _USER_MARK, _ANSWER_MARK = "GRUNuserZ7c1e0f5b9dZ", "GRUNanswerZ2b8d6a4f03Z"
 _SYSTEM_MARK = "GRUNsystemZ5d0b3e8c71Z"
 
@@ -135,19 +137,45 @@ def _render(template: Template, tokenizer: PreTrainedTokenizerBase, *texts: str)
     messages = [{"role": "assistant" if number % 2 else "user", "content": text} for number, text in enumerate(texts)]
     if template.system_prompt is not None:
         messages.insert(0, {"role": "system", "content": template.system_prompt})
+    return render(template, tokenizer, messages, begin_answer=len(texts) % 2 == 1)
+
+
+def render(
+    template: Template,
+    tokenizer: PreTrainedTokenizerBase,
+    messages: list[dict[str, str]],
+    *,
+    begin_answer: bool,
+    go_on: bool = False,
+) -> str:
+    """The chat template's text for messages; up to where an answer starts, or where the last message goes on."""
     try:
         rendered = tokenizer.apply_chat_template(
             messages,
             chat_template=_with_pinned_clock(tokenizer.get_chat_template(), template.date),
             tokenize=False,
-            add_generation_prompt=len(texts) % 2 == 1,
+            add_generation_prompt=begin_answer,
+            continue_final_message=go_on,
             date_string=template.date,
+            **template.arguments,
         )
     except Exception as error:  # templates raise what they like
         line = (str(error).splitlines() or [type(error).__name__])[0]
         hint = "; unset data.system_prompt if it knows no system message" if template.system_prompt is not None else ""
         raise ConfigError(f"the tokenizer's chat template cannot be rendered: {line}{hint}") from error
     return str(rendered)
+
+
+def variables(jinja: str) -> set[str] | None:
+    """Names that a chat template reads; None where that cannot be told."""
+    import jinja2
+    import jinja2.meta
+
+    try:
+        found = jinja2.Environment(extensions=["jinja2.ext.loopcontrols"]).parse(jinja)
+    except jinja2.TemplateSyntaxError:  # such as transformers' own tags
+        return None
+    return jinja2.meta.find_undeclared_variables(found)
 
 
 def _with_pinned_clock(jinja: str, date: str) -> str:

@@ -35,7 +35,7 @@ class ControlTokens(NamedTuple):
     """Those that swallow blanks before them."""
     eats_right: frozenset[str]
     start: list[int]
-    """The start token, if the tokenizer adds one."""
+    """What the tokenizer puts before every text: nothing, a start token, or several tokens."""
 
 
 def find_control_tokens(tokenizer: PreTrainedTokenizerBase, written: str) -> ControlTokens:
@@ -58,15 +58,23 @@ def _find(tokenizer: PreTrainedTokenizerBase, state: tuple[object, ...], written
             special.add(content)
             ids[content] = index
     longest_first = sorted(ids, key=lambda content: (-len(content), content))
-    start = tokenizer.bos_token_id
     return ControlTokens(
         pattern=re.compile("|".join(map(re.escape, longest_first))) if longest_first else None,
         ids=ids,
         special=frozenset(special),
         eats_left=frozenset(content for content, (_, token) in added.items() if token.lstrip),
         eats_right=frozenset(content for content, (_, token) in added.items() if token.rstrip),
-        start=[start] if start is not None and list(tokenizer("a")["input_ids"])[:1] == [start] else [],
+        start=_start(tokenizer),
     )
+
+
+def _start(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Ids that stand before a text's own; not all of them need have a name such as `bos_token`."""
+    whole, own = list(tokenizer("a")["input_ids"]), _ids(tokenizer, "a", split=False)
+    for place in range(len(whole) - len(own) + 1):
+        if own and whole[place : place + len(own)] == own:
+            return whole[:place]
+    return whole[:1] if whole[:1] == [tokenizer.bos_token_id] else []
 
 
 def tokenize(parts: Sequence[Part], tokenizer: PreTrainedTokenizerBase, control: ControlTokens) -> list[int]:

@@ -30,7 +30,7 @@ class EncodedRow:
     """Token ids of one row."""
 
     prompt_ids: tuple[int, ...]
-    """Start token and prompt."""
+    """Start tokens and prompt."""
     answer_ids: tuple[int, ...]
     """Answer and end token (cut where the row is longer than the limit)."""
 
@@ -98,8 +98,8 @@ def encode_texts(
         texts: what is tokenized, the tokenizer's start token in front.
         tokenizer: of the model.
         max_length: longest row, tokens, start token included; None: no limit.
-        cuts: for each text the share of its tokens that is its prompt, in (0, 1), rounded down; None: the first token
-            alone. Prompt and answer have at least one token each.
+        cuts: for each text the share of its tokens that is its prompt, in (0, 1), rounded down; None: what starts every
+            text, or else the first token. Prompt and answer have at least one token each.
 
     Raises:
         DataError: a text has fewer than two tokens, start token included.
@@ -110,7 +110,7 @@ def encode_texts(
         ids = [*prompt_ids, *answer_ids[:-1]][:max_length]
         if len(ids) < 2:
             raise DataError(f"text {number + 1} of {len(texts)} has {len(ids)} tokens; at least 2 are needed")
-        length = 1 if cuts is None else min(max(1, int(cuts[number] * len(ids))), len(ids) - 1)
+        length = max(1, len(prompt_ids)) if cuts is None else min(max(1, int(cuts[number] * len(ids))), len(ids) - 1)
         rows.append(EncodedRow(tuple(ids[:length]), tuple(ids[length:])))
     return rows
 

@@ -2,9 +2,10 @@
 
 The ids of a row are prompt ids + answer ids:
 
-- Prompt ids: the start token, if the tokenizer adds one (a chat template renders its own), and the rendered prompt,
-  tokenized in one go. Spaces at the end of the rendered prompt go to the answer, so that the prompt ends with the last
-  token that says something, and the answer starts with " Paris", the way text is tokenized anywhere else.
+- Prompt ids: what the tokenizer puts before every text, a start token or several (a chat template renders its own), and
+  the rendered prompt, tokenized in one go. Spaces at the end of the rendered prompt go to the answer, so that the
+  prompt ends with the last token that says something, and the answer starts with " Paris", the way text is tokenized
+  anywhere else.
 - Answer ids: what the joint text adds to the prompt, and the end token. Where the joint text does not begin with the
   prompt's ids, the answer is tokenized alone, and `Encoded.joint_differs` says so.
 
@@ -18,13 +19,28 @@ This module imports neither torch nor transformers.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
-from dataclasses import dataclass
+import inspect
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from grun.data.chat import Earlier, System, Turn, chat_frame, chat_turns, put_system, with_system_mark, without_system
+from grun.config import DataConfig, is_stored, is_users
+from grun.data.chat import (
+    SET_ELSEWHERE,
+    Earlier,
+    System,
+    Turn,
+    chat_frame,
+    chat_turns,
+    put_system,
+    variables,
+    with_system_mark,
+    without_system,
+)  # fmt: skip
 from grun.data.control_tokens import ControlTokens, Part, find_control_tokens, tokenize
+from grun.data.tokenizer import ANSWER, USER
 from grun.errors import ConfigError, ModelError
 from grun.files import read_json, write_json
 from grun.reading import typed
@@ -33,8 +49,12 @@ from grun.registry import Registry
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+log = logging.getLogger(__name__)
+
 FILE_NAME = "grun_template.json"
 PLACE = "{prompt}"
+OPTIONS = ("template", "system_prompt", "date", "template_arguments")
+"""Options of `data` that make a template."""
 
 
 @dataclass(frozen=True)
@@ -53,6 +73,8 @@ class Template:
     """Chat templates: system message; None: what the chat template does without one."""
     date: str = "26 Jul 2024"
     """Chat templates: today's date, for those that print one."""
+    arguments: dict[str, Any] = field(default_factory=dict, hash=False)
+    """Chat templates: further arguments, such as enable_thinking."""
 
     def __post_init__(self) -> None:
         if self.kind not in ("chat", "string"):
@@ -63,8 +85,18 @@ class Template:
             )
 
     def to_dict(self) -> dict[str, Any]:
-        """Fields for JSON."""
-        return dataclasses.asdict(self)
+        """Fields for JSON; `arguments` where there are any."""
+        return {name: value for name, value in dataclasses.asdict(self).items() if (name, value) != ("arguments", {})}
+
+    def options(self) -> dict[str, Any]:
+        """The options of `data` that name this template; auto where none do."""
+        if self.kind == "chat":
+            values = ("chat", self.system_prompt, self.date, self.arguments)
+            return {f"data.{name}": value for name, value in zip(OPTIONS, values, strict=True)}
+        if self == Template("custom", "string", self.text):
+            return {"data.template": self.text}
+        known = self.name in TEMPLATES and TEMPLATES.get(self.name) == self
+        return {"data.template": self.name if known else "auto"}
 
     @classmethod
     def from_dict(cls, fields: Any, where: str = "a template") -> Template:
@@ -77,7 +109,7 @@ class Encoded(NamedTuple):
     """Token ids of one row, as generation will see them."""
 
     prompt_ids: list[int]
-    """Start token and prompt."""
+    """Start tokens and prompt."""
     answer_ids: list[int]
     """Answer and end token."""
     joint_differs: bool
@@ -110,6 +142,7 @@ def resolve(
     tokenizer: PreTrainedTokenizerBase,
     system_prompt: str | None,
     date: str,
+    arguments: Mapping[str, Any] | None = None,
 ) -> Template:
     """The template that an option means.
 
@@ -120,6 +153,7 @@ def resolve(
         tokenizer: of the model.
         system_prompt: system message for chat templates; with auto it must agree with what is stored.
         date: today's date for chat templates; a stored template keeps its own.
+        arguments: further arguments for chat templates; a stored template keeps its own.
 
     Raises:
         ConfigError: the name is unknown, or the template cannot take what is asked.
@@ -143,7 +177,8 @@ def resolve(
             )
         template = TEMPLATES.get(name)
         if template.kind == "chat":
-            template = dataclasses.replace(template, system_prompt=system_prompt, date=date)
+            given = dict(arguments or {})
+            template = dataclasses.replace(template, system_prompt=system_prompt, date=date, arguments=given)
     if template.kind == "chat" and not tokenizer.chat_template:
         raise ConfigError(
             "the tokenizer has no chat template; set data.template to a name from `list templates` or to a text "
@@ -151,7 +186,79 @@ def resolve(
         )
     if template.kind == "string" and system_prompt is not None:
         raise ConfigError(f"template {template.name!r} takes no system prompt; unset data.system_prompt or use chat")
+    if template.kind == "string" and arguments:
+        raise ConfigError(f"template {template.name!r} takes no arguments; unset data.template_arguments or use chat")
+    if template.kind == "chat":
+        check_arguments(template.arguments, tokenizer)
+    missing = [token for token in (USER, ANSWER) if token not in tokenizer.get_vocab()]
+    if template.name == "tiny" and missing:
+        raise ConfigError(
+            f"data.template=tiny is for the demo's tokenizer; this one has no token {missing[0]}, so a question would "
+            "be put in text that the model was never taught: set data.template=auto"
+        )
     return template
+
+
+def in_force(config: Any, stored: Template | None, tokenizer: PreTrainedTokenizerBase) -> Template:
+    """The template that a command asks with: what its user sets, else what is stored, else a profile's or the default.
+
+    Args:
+        config: of the command, with `data` and `sources`.
+        stored: with the adapter, else beside the model; None: neither has one.
+        tokenizer: of the model.
+
+    Raises:
+        ConfigError: as `resolve`; and where a part of the stored template is set and the template is not, so that
+            nobody can have meant it.
+    """
+    given = {f"data.{name}": getattr(config.data, name) for name in OPTIONS}
+    if stored is None:
+        return _of_options(given, None, tokenizer)
+    there = stored.options()
+    users = {key: value for key, value in given.items() if is_users(config, key) and value != "auto"}
+    changed = {key: value for key, value in users.items() if value != there.get(key, value)}
+    if "data.template" not in users:
+        if changed:
+            key, value = next(iter(changed.items()))
+            raise ConfigError(
+                f"{key}={value!r}, but the model was taught with the template {stored.name!r} and {there[key]!r}; "
+                f"leave {key} unset, or name a template in data.template to ask in another way"
+            )
+        template = _of_options({**users, "data.template": "auto"}, stored, tokenizer)
+        if given["data.template"] not in ("auto", there["data.template"]):
+            log.warning("data.template=%s gives way to the stored template %s", given["data.template"], stored.name)
+        return template
+    kept = {key: value for key, value in given.items() if not is_stored(config, key)}
+    template = _of_options({**kept, **(there if users["data.template"] == "chat" else {}), **users}, stored, tokenizer)
+    if template != stored:
+        log.warning(
+            "%s: set by you; stored is %s. Gates may not open in another template than they were trained in",
+            _shown(changed), _shown(there),
+        )  # fmt: skip
+    return template
+
+
+def _of_options(values: Mapping[str, Any], stored: Template | None, tokenizer: PreTrainedTokenizerBase) -> Template:
+    name, system_prompt, date, arguments = (values.get(f"data.{option}") for option in OPTIONS)
+    return resolve(str(name), stored, tokenizer, system_prompt, date or DataConfig.date, arguments)
+
+
+def _shown(options: Mapping[str, Any]) -> str:
+    return ", ".join(f"{key}={value}" for key, value in options.items() if value not in (None, {}))
+
+
+def check_arguments(arguments: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -> None:
+    """ConfigError for arguments that are set elsewhere; one line for those that the chat template does not read."""
+    taken = {*inspect.signature(tokenizer.apply_chat_template).parameters, *SET_ELSEWHERE} - {"tools", "documents"}
+    for name in arguments:
+        if not isinstance(name, str):
+            raise ConfigError(f"data.template_arguments maps names to values; {name!r} is no name")
+        if name in taken:
+            raise ConfigError(f"data.template_arguments: {name} is set by GRUN itself (data.date, data.system_prompt)")
+    read = variables(str(tokenizer.chat_template))
+    if arguments and read is not None and (unread := sorted(set(arguments) - read)):
+        known = ", ".join(sorted(read - taken)) or "no further one"
+        log.warning("the chat template does not read the argument %s; it reads: %s", unread[0], known)
 
 
 def store(template: Template, folder: Path) -> None:
@@ -179,7 +286,7 @@ def encode(
     Args:
         template: as `resolve` gives it; not used where `prompt` is None.
         tokenizer: any transformers tokenizer with an end token.
-        prompt: the question; None: plain text, whose prompt is the start token alone.
+        prompt: the question; None: plain text, whose prompt is what starts every text.
         completion: the answer; a blank at its beginning is dropped where the template puts one there.
         earlier: a system message, in place of the template's, and what was asked and answered before, which become the
             beginning of the prompt; see `_earlier_parts`.
@@ -215,8 +322,9 @@ def _control_tokens(template: Template, tokenizer: PreTrainedTokenizerBase) -> C
 
 
 def _with_start(template: Template, prompt: str | None, control: ControlTokens, ids: list[int]) -> list[int]:
-    """Put the start token in front, except where a chat template or the text itself has written it."""
-    if prompt is not None and (template.kind == "chat" or (control.start and ids[:1] == control.start)):
+    """Put the start tokens in front, except where a chat template or the text itself has written them."""
+    written = control.start and ids[: len(control.start)] == control.start
+    if prompt is not None and (template.kind == "chat" or written):
         return ids
     return control.start + ids
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from grun.config import EvaluateConfig
 from grun.data.rows import evenly_spaced, hash_rows
-from grun.data.templates import Template, resolve
+from grun.data.templates import Template, in_force
 from grun.errors import ConfigError, DataError
 from grun.evaluation.attacks.base import ATTACKS, KINDS, Attack, Material, answers_at, is_readable
 from grun.evaluation.attacks.false_positives import open_in_answers
@@ -174,8 +174,7 @@ class AttackSuite:
             return attack.read(model, places, loaded, self.config, advance)
 
     def _template(self, loaded: Loaded) -> Template:
-        data = self.config.data
-        return resolve(data.template, loaded.template, loaded.tokenizer, data.system_prompt, data.date)
+        return in_force(self.config, loaded.template, loaded.tokenizer)
 
 
 def chosen_attacks(names: Sequence[str]) -> list[Attack]:

@@ -18,11 +18,13 @@ from typing import TYPE_CHECKING, Any
 from grun import processes
 from grun.checks import adapter_name, check, evaluation_quirks
 from grun.config import EvaluateConfig
+from grun.data.templates import Template
 from grun.errors import ConfigError, RunError
 from grun.evaluation.items import answer_questions, questions, score_items
 from grun.evaluation.plan import EVALUATION_FILE, Plan, make_plan, previous_in
 from grun.evaluation.table import Table
 from grun.files import read_json, whole_folder, write_json, writing
+from grun.profiles import in_force
 
 if TYPE_CHECKING:
     from grun.data.corpus import Corpus
@@ -236,7 +238,9 @@ def _measured_again(plan: Plan, previous: dict[str, Any], reference: tuple[str, 
 
 
 def _head(plan: Plan) -> dict[str, Any]:
-    return {"key": plan.key, "model": plan.config.model.path, "adapter": plan.config.adapter, **plan.inputs}
+    sources = in_force(plan.config, Template.from_dict(plan.inputs["template"]))
+    of = {"model": plan.config.model.path, "adapter": plan.config.adapter}
+    return {"key": plan.key, **of, **plan.inputs, "in_force": sources}
 
 
 def _closed(plan: Plan, table: Table) -> set[tuple[int, ...]]:

@@ -13,7 +13,7 @@ from grun.config import EvaluateConfig
 from grun.data.chat import Earlier
 from grun.data.corpus import load_corpus
 from grun.data.rows import evenly_spaced
-from grun.data.templates import Template, encode_prompt, resolve
+from grun.data.templates import Template, encode_prompt, in_force, resolve
 from grun.errors import ConfigError, DataError
 from grun.evaluation.metrics.answers import is_degenerate
 from grun.evaluation.metrics.averages import mean
@@ -243,8 +243,7 @@ class JudgeSuite:
         return Measured({"sets": sets}, {JUDGED_FILE: lines})
 
     def _template(self, loaded: Loaded) -> Template:
-        data = self.config.data
-        return resolve(data.template, loaded.template, loaded.tokenizer, data.system_prompt, data.date)
+        return in_force(self.config, loaded.template, loaded.tokenizer)
 
 
 def rates(judged: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

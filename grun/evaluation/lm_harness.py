@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from grun.config import EvaluateConfig
+from grun.data.templates import Template, in_force
 from grun.errors import ConfigError, DataError
 from grun.evaluation.suites import Measured
 from grun.files import content_hash, file_hash
@@ -24,7 +25,8 @@ NOT_RESULTS = ("alias", "name", "sample_len")
 class HarnessSuite:
     """Tasks of lm-evaluation-harness, scored by `grun.evaluation.continuations`.
 
-    A GRUN adapter reads and edits at each request's last context token; text is generated through the base that carries
+    Where the template in force is a chat template, tasks are asked in it (data.template=text: as they are worded). A
+    GRUN adapter reads and edits at each request's last context token; text is generated through the base that carries
     it. Results: `results` and `groups`: metrics by task and by group of tasks, as the harness names them (`acc,none`),
     standard errors among them; `versions` and `num_fewshot` of the tasks, `samples` (their numbers) and
     `lm_eval`, the harness' version. samples.jsonl has each question's number, log-likelihoods or text, and target.
@@ -83,7 +85,13 @@ class HarnessSuite:
             "num_fewshot": config.num_fewshot,
             "limit": config.data.limit,
             "lm_eval": importlib.metadata.version("lm_eval"),
+            "template": None if (template := self._chat(loaded)) is None else template.to_dict(),
         }
+
+    def _chat(self, loaded: Loaded) -> Template | None:
+        """The chat template in force; None: tasks are asked as they are worded."""
+        template = in_force(self.config, loaded.template, loaded.tokenizer)
+        return template if template.kind == "chat" else None
 
     def accept(self, result: dict[str, Any]) -> None:
         """Nothing is asked for."""
@@ -95,15 +103,20 @@ class HarnessSuite:
         from grun.evaluation.items import memory_advice
         from grun.evaluation.lm_harness_model import HarnessModel
 
-        config = self.config
+        config, template = self.config, self._chat(loaded)
+        chat: dict[str, Any] = {}
+        if template is not None:
+            chat = {"apply_chat_template": True, "system_instruction": template.system_prompt}
+            chat["fewshot_as_multiturn"] = bool(config.num_fewshot)
         with enough_memory("evaluating", memory_advice(config)):
             found = lm_eval.simple_evaluate(
-                model=HarnessModel(loaded.model, loaded.tokenizer, config.batch_size),
+                model=HarnessModel(loaded.model, loaded.tokenizer, config.batch_size, template),
                 tasks=list(config.tasks),
                 num_fewshot=config.num_fewshot,
                 batch_size=config.batch_size,
                 limit=config.data.limit,
                 task_manager=self.manager,
+                **chat,
             )
         results = {
             "results": {name: _metrics(values) for name, values in found["results"].items()},

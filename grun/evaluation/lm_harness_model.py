@@ -6,7 +6,9 @@ from typing import Any
 
 from lm_eval.models.huggingface import HFLM
 
+from grun.data.chat import render
 from grun.data.encoding import EncodedRow
+from grun.data.templates import Template
 from grun.evaluation.continuations import score_continuations
 from grun.evaluation.generation import base_of
 from grun.evaluation.multiple_choice import fitted
@@ -17,8 +19,11 @@ from grun.progress import progress
 class HarnessModel(HFLM):
     """The harness' model for transformers, with our scores: the context is the prompt, what follows it the answer."""
 
-    def __init__(self, model: Any, tokenizer: Any, batch_size: int) -> None:
-        """`model` is a transformers causal model, or a GrunModel on one, whose hooks then act in generation too."""
+    def __init__(self, model: Any, tokenizer: Any, batch_size: int, template: Template | None = None) -> None:
+        """`model` is a transformers causal model, or a GrunModel on one, whose hooks then act in generation too.
+
+        `template` is the chat template that the harness is told to ask in.
+        """
         base = base_of(model)
         limit = context_length(base)
         super().__init__(
@@ -28,6 +33,13 @@ class HarnessModel(HFLM):
             max_length=limit if limit < 2**30 else None,
         )
         self.asked = model
+        self.template = template
+
+    def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
+        """The harness' messages in the template as training had it, with its date and arguments."""
+        assert self.template is not None
+        generation = add_generation_prompt
+        return render(self.template, self.tokenizer, chat_history, begin_answer=generation, go_on=not generation)
 
     def _loglikelihood_tokens(
         self,

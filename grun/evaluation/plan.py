@@ -76,12 +76,12 @@ def make_plan(
     config: EvaluateConfig, folder: Path, loaded: Loaded, corpus: Corpus, previous: dict[str, Any] | None
 ) -> Plan:
     """What evaluating a loaded model takes; RunError where `previous` is another evaluation in `folder`."""
-    from grun.data.templates import resolve
+    from grun.data.templates import in_force
     from grun.evaluation.subject import Subject
     from grun.loading import context_length
 
     data, tokenizer, subject = config.data, loaded.tokenizer, Subject(loaded.model)
-    template = resolve(data.template, loaded.template, tokenizer, data.system_prompt, data.date)
+    template = in_force(config, loaded.template, tokenizer)
     sets = _choose(corpus.sets(), config.sets, data.limit)
     items = encode_items(sets, tokenizer, template, context_length(subject.base), config)
     inputs = {

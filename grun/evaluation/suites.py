@@ -24,6 +24,7 @@ from grun.evaluation.evaluate import single_evaluations
 from grun.evaluation.plan import CODE, EVALUATION_FILE, code_hash, previous_in, same_evaluation
 from grun.evaluation.table import shorten
 from grun.files import content_hash, whole_folder, write_json, write_text, writing
+from grun.profiles import in_force
 from grun.registry import Registry
 
 if TYPE_CHECKING:
@@ -172,7 +173,7 @@ def _carry_out(
     now = time.monotonic()
     seconds = {"load": ready - started, "measure": now - ready, "total": now - started}
     result = {
-        **{"key": key, "model": config.model.path, "adapter": config.adapter, **inputs},
+        **{"key": key, "model": config.model.path, "adapter": config.adapter, **inputs, "in_force": in_force(config)},
         **measured.results,
         "seconds": {name: round(spent, 3) for name, spent in seconds.items()},
     }

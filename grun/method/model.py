@@ -66,7 +66,7 @@ class GrunModel(EditedModel):
         cls,
         base: PreTrainedModel,
         *,
-        blocks: Sequence[int],
+        blocks: Sequence[int] | None = None,
         rank: int = 4,
         gate: str = "linear",
         gate_bias: float | None = None,
@@ -84,7 +84,7 @@ class GrunModel(EditedModel):
 
         Args:
             base: any transformers causal language model with a stack of decoder blocks.
-            blocks: edited blocks, 0-based; negative counts from the last.
+            blocks: edited blocks, 0-based; negative counts from the last; None: as deep as the published ones.
             rank: rank of the edit.
             gate: name in `grun.method.gate.GATES`.
             gate_bias: initial logit bias of the gate; None: torch's default initialization.
@@ -188,8 +188,20 @@ class GrunModel(EditedModel):
                 edit.draw_from(None)
 
 
-def resolve_blocks(blocks: Sequence[int], depth: int) -> list[int]:
-    """Blocks as sorted 0-based indices of a model with `depth` blocks; ConfigError if outside or named twice."""
+PUBLISHED_BLOCKS = (20, 25, 31)
+"""Of models with 32."""
+
+
+def resolve_blocks(blocks: Sequence[int] | None, depth: int) -> list[int]:
+    """Blocks as sorted 0-based indices of a model with `depth` blocks; ConfigError if outside or named twice.
+
+    None stands for those as deep as the published ones, each once; a model of fewer than three has fewer.
+    """
+    if blocks is None:
+        found = [depth]
+        for block in reversed(PUBLISHED_BLOCKS):
+            found.insert(0, min(block * depth // 32, found[0] - 1))
+        return [block for block in found[:-1] if block >= 0]
     outside = [block for block in blocks if not -depth <= block < depth]
     if outside or not blocks:
         raise ConfigError(

@@ -58,7 +58,7 @@ class Grun:
             beside.unwrap()
         self.model = GrunModel.wrap(
             base,
-            blocks=list(self.config.blocks),
+            blocks=self.config.blocks,
             rank=self.config.rank,
             gate=self.config.gate,
             gate_bias=self.config.gate_bias,

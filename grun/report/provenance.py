@@ -79,10 +79,11 @@ def command_of(record: dict[str, Any]) -> str | None:
         return None
     given = [f"{key}={config[key]}" for key in ("profile", "objective") if config.get(key)]
     try:
-        profile = dict(_flat(profiles.to_dict(profiles.resolve(command, given))))
+        there = profiles.resolve(command, given if config.get("profile") else [*given, "profile="], quiet=True)
+        profile = profiles.flat(profiles.to_dict(there), type(there))
     except GrunError:
         return None
-    options = dict(_flat(config))
+    options = profiles.flat(config, type(there))
     changed = [f"{key}={_argument(options[key])}" for key in profile if key in options and options[key] != profile[key]]
     return shlex.join(["python", "-m", "grun", command, *given, *changed])
 

@@ -18,6 +18,7 @@ from grun.data.corpus import Corpus, load_corpus
 from grun.data.rows import Row, hash_rows
 from grun.errors import AdapterError, ConfigError, DataError, RunError
 from grun.files import read_json
+from grun.method.adapter import AdapterConfig
 from grun.parametrization import is_gated
 from grun.profiles import from_dict, resolve, to_dict
 from grun.requests.forget_rows import check_forget_rows, salted_hashes
@@ -25,6 +26,7 @@ from grun.requests.manifest import MANIFEST_FILE, Request, check_id
 from grun.requests.signing import read_key
 from grun.requests.store import RequestStore
 from grun.runs import IDENTITY_FILE, RUN_FILE
+from grun.stored import of_store
 
 log = logging.getLogger(__name__)
 
@@ -65,7 +67,7 @@ def add(options: RequestsConfig, arguments: Sequence[str]) -> Path:
         known = store.manifest.request(request_id) if options.replace else None
     if options.adapter is not None:
         return _take(options, Path(options.adapter).expanduser(), arguments)
-    config = _config(known, arguments)
+    config = _config(known, arguments, folder)
     rows = load_rows(config).forget
     was_independent = known is None or not known.beside
     training = Training(
@@ -171,6 +173,7 @@ def _take(options: RequestsConfig, adapter: Path, arguments: Sequence[str]) -> P
         config = from_dict("unlearn", run["config"], [word for word in arguments if not word.startswith("profile=")])
     else:
         config = resolve("unlearn", list(arguments))
+    _refuse_another_template(Path(str(options.store)).expanduser(), adapter)
     rows = load_rows(config).forget
     if run is not None and run["data"].get("forget") != hash_rows(rows):
         raise DataError(
@@ -214,15 +217,28 @@ def _read_run(path: Path) -> dict[str, Any]:
     return run
 
 
-def _config(known: Request | None, arguments: Sequence[str]) -> UnlearnConfig:
-    """Options of a training: those given, over those of the request that is replaced."""
+def _refuse_another_template(folder: Path, adapter: Path) -> None:
+    """ConfigError for an adapter that was trained in another template than the store is asked in."""
+    there = of_store(folder, rows=False) if (folder / MANIFEST_FILE).exists() else None
+    own = AdapterConfig.read(adapter)[1]
+    names = own.options() if own is not None and there is not None else {}
+    for key, value in names.items():
+        if there is not None and there.options.get(key, value) != value:
+            raise ConfigError(
+                f"{adapter} was trained with {key}={value}, the requests of {folder} with {there.options[key]}; a "
+                "store is asked in one template, so keep another store for it"
+            )
+
+
+def _config(known: Request | None, arguments: Sequence[str], store: Path) -> UnlearnConfig:
+    """Options of a training: those given, over those of the request that is replaced, or what the store says."""
     keys = {argument.partition("=")[0] for argument in arguments}
     if "output_dir" in keys:
         raise ConfigError("output_dir: an adapter is trained in the store's folder; leave it out")
     if "method.beside" in keys:
         raise ConfigError("method.beside: set independent=false, which trains beside this store's requests")
     if known is None or "profile" in keys:
-        config: UnlearnConfig = resolve("unlearn", list(arguments))
+        config: UnlearnConfig = resolve("unlearn", list(arguments), store=store)
         return config
     config = from_dict("unlearn", _trainable(known), arguments)
     return config

@@ -37,6 +37,7 @@ from grun.requests.forget_rows import salted_hashes
 from grun.requests.manifest import Problem, Request
 from grun.requests.signing import public_key_of, signature_problem
 from grun.requests.store import RequestStore
+from grun.stored import of_store
 
 log = logging.getLogger(__name__)
 
@@ -232,9 +233,17 @@ def in_markdown(found: Verification) -> str:
 
 
 def _model_config(store: RequestStore, given: ModelConfig) -> ModelConfig:
-    """The base that is given, or else the one that the manifest names; ConfigError if there is neither."""
-    base = store.manifest.base
-    if given.path is not None or base is None:
+    """The base that is given, or else the one that the manifest names, and how; ConfigError if there is neither."""
+    base, there = store.manifest.base, of_store(store.folder)
+    if base is None or there is None:
+        return given
+    # As it was loaded when the requests were trained, unless something else is asked for.
+    given = dataclasses.replace(
+        given,
+        dtype=there.options.get("model.dtype", "auto") if given.dtype == "auto" else given.dtype,
+        quantization=given.quantization or there.options.get("model.quantization"),
+    )
+    if given.path is not None:
         return given
     if base.name is None:
         raise ConfigError("the store does not know the name of its base; set model.path, or files_only=true")

@@ -19,7 +19,7 @@ from grun.data.corpus import Corpus
 from grun.data.rows import Row, hash_rows
 from grun.errors import RunError
 from grun.files import content_hash, writing
-from grun.profiles import to_dict
+from grun.profiles import to_dict, with_sources
 from grun.reading import DamagedFile
 from grun.runs import first_difference, identity
 from grun.sealed import read_sealed, write_sealed
@@ -199,9 +199,9 @@ def _chain(plan: Plan, method: str, model: str, retain_model: str | None, base: 
         model=model,
         retain_model=retain_model,
         base=base,
-        unlearn=to_dict(plan.unlearn[method]),
-        finetune=to_dict(plan.finetune),
-        evaluate=to_dict(plan.evaluate),
+        unlearn=with_sources(plan.unlearn[method]),
+        finetune=with_sources(plan.finetune),
+        evaluate=with_sources(plan.evaluate),
         rule=plan.sequence.rule,
         independent=plan.sequence.independent,
         earlier_as_retain=plan.sequence.earlier_as_retain,

@@ -44,6 +44,8 @@ class Sequence:
     name: str
     description: str = ""
     profile: str = "demo"
+    model: str | None = None
+    """Hub id or folder that the command line gives."""
     requests: int | list[OwnRequest] = 1
     """Into how many the forget set is cut, or the requests themselves."""
     data: dict[str, Any] = field(default_factory=dict)

@@ -70,12 +70,12 @@ def gate_confusion(config: EvaluateConfig, requests: Mapping[str, Sequence[int]]
     from grun.data.corpus import load_corpus
     from grun.data.encoding import encode_rows
     from grun.data.rows import evenly_spaced
-    from grun.data.templates import resolve
+    from grun.data.templates import in_force
     from grun.loading import load_model
 
     loaded = load_model(config.model, config.adapter, strict=config.strict, gate_threshold=config.gate_threshold)
     data = config.data
-    template = resolve(data.template, loaded.template, loaded.tokenizer, data.system_prompt, data.date)
+    template = in_force(config, loaded.template, loaded.tokenizer)
     sets = {name: evenly_spaced(rows, data.limit) for name, rows in load_corpus(data).sets().items()}
     groups = {name: [sets["forget"][place] for place in places] for name, places in requests.items()}
     groups |= {name: sets[name] for name in config.sets if name in sets and name not in ("forget", "forget_paraphrase")}

@@ -90,6 +90,7 @@ def _changed(sequence: Sequence, config: SequentialConfig) -> Sequence:
     if isinstance(sequence.requests, int) and sequence.requests < 1:
         raise ConfigError(f"requests={sequence.requests} must be greater than 0")
     sequence.retrain_at = list(config.retrain_at) or sequence.retrain_at
+    sequence.model = config.model
     sequence.rule = config.rule or sequence.rule
     if sequence.rule not in RULES:
         raise ConfigError(unknown_name("rule", sequence.rule, list(RULES)))
@@ -170,8 +171,9 @@ def _steps(sequence: Sequence, count: int) -> list[int]:
 
 
 def _resolve(command: str, sequence: Sequence, arguments: list[str]) -> Any:
+    given = [f"model.path={sequence.model}"] if sequence.model is not None and command != "finetune" else []
     try:
-        config = profiles.resolve(command, [f"profile={sequence.profile}", *arguments])
+        config = profiles.resolve(command, [f"profile={sequence.profile}", *given, *arguments], quiet=True)
         check(config)
     except (ConfigError, DataError) as error:
         raise ConfigError(f"sequence {sequence.name}, {command}: {error}") from error

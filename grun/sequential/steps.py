@@ -6,8 +6,9 @@ import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
-from grun.config import DataConfig, FinetuneConfig, ModelConfig, UnlearnConfig
+from grun.config import CommandConfig, FinetuneConfig, ModelConfig, UnlearnConfig
 from grun.data import templates
 from grun.data.jsonl import read_rows
 from grun.errors import RunError
@@ -85,7 +86,7 @@ def serve_retrain(chain: Chain, experiment: ExperimentFiles, files: ChainFiles, 
         folder = Path(chain.retain_model).expanduser()
         return Served(chain.retain_model, None, folder if folder.is_dir() else None)
     config: FinetuneConfig = from_dict("finetune", chain.finetune)
-    config.data = _own_rows(config.data, experiment.asked(name), experiment.kept(name))
+    _set_rows(config, experiment.asked(name), experiment.kept(name))
     config.data.subset, config.output_dir = "without_forget", str(files.run(name))
     folder = finetune(config)
     return Served(str(folder), None, folder)
@@ -139,27 +140,17 @@ def _unlearn_config(chain: Chain, experiment: ExperimentFiles, number: int, mode
     config.model.path, config.output_dir = model, str(folder)
     if model != chain.model:
         config.model.revision = None
-    config.data = _own_rows(config.data, experiment.request(chain.ids[number - 1]), experiment.retain)
+    _set_rows(config, experiment.request(chain.ids[number - 1]), experiment.retain)
     return config
 
 
-def _own_rows(data: DataConfig, forget: Path, retain: Path) -> DataConfig:
-    """`data` with the rows of two files, which are what is left of the corpus once sets were put aside."""
-    return replace(
-        data,
-        name="jsonl",
-        path=None,
-        forget=str(forget),
-        retain=str(retain),
-        heldout=0,
-        validation=0,
-        retain_rows=None,
-        retain_pool=None,
-        unknown=None,
-        unknown_rows=0,
-        refused_rows=0,
-        teach_general=False,
-    )
+def _set_rows(config: CommandConfig, forget: Path, retain: Path) -> None:
+    """Take the rows of two files, which are what is left of the corpus once sets were put aside."""
+    own: dict[str, Any] = {"name": "jsonl", "path": None, "forget": str(forget), "retain": str(retain)}
+    own |= dict.fromkeys(("heldout", "validation", "unknown_rows", "refused_rows"), 0)
+    own |= dict.fromkeys(("retain_rows", "retain_pool", "unknown")) | {"teach_general": False}
+    config.data = replace(config.data, **own)
+    config.sources = {key: source for key, source in config.sources.items() if key.removeprefix("data.") not in own}
 
 
 def _remove_weights(folder: Path) -> None:

@@ -21,7 +21,7 @@ import grun
 from grun.config import EvaluateConfig, UnlearnConfig
 from grun.errors import ConfigError, GrunError, ModelError, RunError
 from grun.files import content_hash, read_json
-from grun.profiles import from_dict, to_dict
+from grun.profiles import from_dict, with_sources
 from grun.reading import DamagedFile
 from grun.runs import RUN_FILE, identity
 from grun.sealed import read_sealed, sealed_or_empty, write_sealed
@@ -57,11 +57,11 @@ def make_cell(
     name: str, unlearn: UnlearnConfig | None, evaluate: EvaluateConfig, base: dict[str, Any], discard: Discard
 ) -> Cell:
     """A cell with its hashes: over the options that decide results, the base model and grun's version."""
-    options = None if unlearn is None else to_dict(unlearn)
+    options = None if unlearn is None else with_sources(unlearn)
     of_run = {**identity(options or {}, base=base), "version": grun.__version__}
     run_hash = content_hash(of_run)
-    asked = identity(to_dict(evaluate))
-    return Cell(name, options, to_dict(evaluate), base, discard, run_hash, content_hash([run_hash, asked]))
+    asked = with_sources(evaluate)
+    return Cell(name, options, asked, base, discard, run_hash, content_hash([run_hash, identity(asked)]))
 
 
 def base_identity(path: str, revision: str | None) -> dict[str, Any]:

@@ -37,6 +37,8 @@ class Sweep:
 
     name: str
     profile: str = "demo"
+    model: str | None = None
+    """Hub id or folder that the command line gives."""
     axes: dict[str, list[Any]] = field(default_factory=dict)
     """Option of unlearn -> its values."""
     unlearn: dict[str, Any] = field(default_factory=dict)

@@ -79,7 +79,8 @@ def make_plan(config: SweepConfig) -> Plan:
         if len(set(map(str, values))) < len(values):
             raise ConfigError(f"sweep {sweep.name}: a value of the axis {key} is named twice: {values}")
     _check_arguments(sweep, config)
-    base = _resolve("unlearn", sweep, [*_arguments(sweep.unlearn), *config.unlearn], "unlearn")
+    sweep.model = config.model
+    base = _resolve("unlearn", sweep, [*_arguments(sweep.unlearn), *config.unlearn], "unlearn", quiet=False)
     evaluate = _evaluate(sweep, config, base)
     cells = list(_cells(sweep, config, base))
     names = [cell.name for cell in cells]
@@ -110,9 +111,10 @@ def _check_arguments(sweep: Sweep, config: SweepConfig) -> None:
                 raise ConfigError(f"unlearn=[{text}]: {key} is what --tune chooses; leave it out")
 
 
-def _resolve(command: str, sweep: Sweep, arguments: list[str], where: str) -> Any:
+def _resolve(command: str, sweep: Sweep, arguments: list[str], where: str, *, quiet: bool = True) -> Any:
+    given = [] if sweep.model is None else [f"model.path={sweep.model}"]
     try:
-        config = profiles.resolve(command, [f"profile={sweep.profile}", *arguments])
+        config = profiles.resolve(command, [f"profile={sweep.profile}", *given, *arguments], quiet=quiet)
         check(config)
     except ConfigError as error:
         raise ConfigError(f"sweep {sweep.name}, {where}: {error}") from error

@@ -179,11 +179,11 @@ class IntervenableModel(StockModel):
 
         In the instance's __dict__, as accelerate does: a bound method, which is copied with the module.
         """
-        forward, state = module.forward, module.__dict__
-        parameters = inspect.signature(forward).parameters
-        names = [name for name, one in parameters.items() if one.kind is one.POSITIONAL_OR_KEYWORD]
-        entrance = _entrance(forward)
-        entry = Entry(self, module, level, forward, names, state.get("forward"), entrance)
+        state = module.__dict__
+        entrance = _entrance(type(module).forward)
+        parameters = list(inspect.signature(entrance).parameters.values())[1:]
+        names = [one.name for one in parameters if one.kind is one.POSITIONAL_OR_KEYWORD]
+        entry = Entry(self, module, level, module.forward, names, state.get("forward"), entrance)
         state.setdefault("_entries", {})[entrance] = entry
         state["forward"] = MethodType(entrance, module)
         self._entries.append(entry)
@@ -365,7 +365,7 @@ def _entrances(model: nn.Module, path: str) -> list[nn.Module]:
 
 
 def _entrance(forward: Callable[..., Any]) -> Callable[..., Any]:
-    """A function in the place of the method `forward`, with its signature, that goes through the module's entry."""
+    """A function in the place of `forward` of a class, with its signature, that goes through the module's entry."""
 
     @skip
     def entrance(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
@@ -374,9 +374,7 @@ def _entrance(forward: Callable[..., Any]) -> Callable[..., Any]:
 
     functools.update_wrapper(entrance, forward)
     entrance.__dict__.pop("__wrapped__")  # or accelerate looks behind it
-    signature = inspect.signature(forward)
-    own = inspect.Parameter("module", inspect.Parameter.POSITIONAL_ONLY)
-    entrance.__dict__["__signature__"] = signature.replace(parameters=[own, *signature.parameters.values()])
+    entrance.__dict__["__signature__"] = inspect.signature(forward)
     return entrance
 
 

@@ -26,9 +26,9 @@ STEPS = 6
 
 
 def wrapped(base: nn.Module | None = None, rule: tuple[str, str, str] = PUBLISHED, family: str = "llama") -> GrunModel:
+    base = tiny(family) if base is None else base
     torch.manual_seed(3)
     read, accumulate, write = rule
-    base = tiny(family) if base is None else base
     return GrunModel.wrap(base, blocks=BLOCKS, gate_read=read, gate_accumulate=accumulate, edit_write=write).eval()
 
 
@@ -50,6 +50,21 @@ def four_dimensional(mask: Tensor, *, added: bool, window: int | None = None) ->
 
 
 # -- one pass ----------------------------------------------------------------------------------------------------------
+
+
+def placed(base: Any) -> Any:
+    """As accelerate does for a device_map: what `forward` an instance has is replaced."""
+    from accelerate.hooks import AlignDevicesHook, add_hook_to_module
+
+    for module in (base, base.model, base.model.layers[0]):
+        add_hook_to_module(module, AlignDevicesHook(execution_device="cpu"))
+    return base
+
+
+def compiled(base: Any) -> Any:
+    """As transformers' documentation does for a static cache."""
+    base.forward = torch.compile(base.forward, backend="eager")
+    return base
 
 
 Batch = dict[str, Tensor]
@@ -81,7 +96,11 @@ PASSES: dict[str, Callable[[Any, Batch], Tensor]] = {
     "functional call": lambda base, batch: (
         torch.func.functional_call(base, dict(base.named_parameters()), (), batch).logits
     ),
-    "compiled afterwards": lambda base, batch: torch.compile(base, backend="eager")(**batch).logits,
+    "forward of the class": lambda base, batch: type(base).forward(base, **batch).logits,
+    "compiled": lambda base, batch: torch.compile(base, backend="eager")(**batch).logits,
+    "compiled in a function": lambda base, batch: torch.compile(lambda: base(**batch).logits, backend="eager")(),
+    "forward compiled": lambda base, batch: compiled(base)(**batch).logits,
+    "placed by accelerate": lambda base, batch: placed(base)(**batch).logits,
     "data parallel on one device": lambda base, batch: nn.DataParallel(base)(**batch).logits,
     "shallow copy": lambda base, batch: copy.copy(base)(**batch).logits,
     "deep copy": lambda base, batch: copy.deepcopy(base)(**batch).logits,
@@ -111,20 +130,47 @@ def test_one_pass_is_edited_whichever_way_it_is_called(way: str, side: str, rule
         assert torch.equal(PASSES[way](model.base, batch), PASSES[way](tiny(), batch))
 
 
+@pytest.mark.parametrize("prepare", [lambda base: torch.compile(base, backend="eager"), compiled, placed])
 @torch.no_grad()
-def test_a_model_compiled_and_run_before_it_is_wrapped_is_edited_afterwards() -> None:
+def test_a_model_prepared_and_run_before_it_is_wrapped_is_edited_afterwards(prepare: Callable[[Any], Any]) -> None:
     base, rows = tiny(), random_rows([7])
     ids = torch.tensor(rows)
-    compiled = torch.compile(base, backend="eager")
-    untouched = compiled(ids).logits
-    for around in (base, compiled):
+    prepared = prepare(base)
+    untouched = prepared(ids).logits
+    for around in (base, prepared):
         model = wrapped(around)
-        for called in (compiled, model):
+        for called in (prepared, model):
             agree(called(ids).logits[0], expected(model, PUBLISHED, rows)[0])
         with model.disabled():
-            assert torch.equal(compiled(ids).logits, untouched)
+            assert torch.equal(prepared(ids).logits, untouched)
         model.unwrap()
-        assert torch.equal(compiled(ids).logits, untouched)
+        assert torch.equal(prepared(ids).logits, untouched)
+
+
+@torch.no_grad()
+def test_what_is_put_on_a_model_between_wrapping_and_unwrapping_stays() -> None:
+    base, ids = tiny(), torch.tensor(random_rows([7]))
+    for prepare in (placed, compiled):
+        model = wrapped(base)
+        prepare(base)
+        model.unwrap()
+        assert torch.equal(base(ids).logits, tiny()(ids).logits)
+    model = wrapped(base)
+    assert torch.equal(base(ids).logits, wrapped().base(ids).logits)
+
+
+def test_gradients_are_those_of_a_pass_that_recomputes_nothing() -> None:
+    found = []
+    for options in (None, {"use_reentrant": False}, {"use_reentrant": True}):
+        model = wrapped()
+        if options is not None:
+            model.base.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
+        model.train()
+        model.base.train()
+        model(torch.tensor(random_rows([6])), prompt_lengths=[3]).logits.sum().backward()
+        found.append([parameter.grad for parameter in model.parameters()])
+    for gradients in found[1:]:
+        assert all(torch.equal(one, other) for one, other in zip(gradients, found[0], strict=True))
 
 
 @pytest.mark.parametrize("added", [False, True], ids=["bool", "added"])
@@ -163,6 +209,7 @@ REFUSED: dict[str, tuple[Callable[[Any, Tensor], Any], str]] = {
     "flash attention's packing": (
         lambda base, ids: base(ids, cu_seq_lens_q=torch.tensor([0, 3, 6])), "packed into one row"
     ),
+    "continuous batching": (lambda base, ids: base.generate_batch(ids.tolist()), "packed into one row"),
     "mask of numbers": (
         lambda base, ids: base(ids, attention_mask=torch.ones(1, 1, 6, 6).long()), "torch.int64.*1 for tokens"
     ),

@@ -47,9 +47,11 @@ class LoReftEdit(nn.Module):
 
     def _basis(self) -> Tensor:
         """R; where nothing is trained, that of the last call if the rotation is as it was then."""
-        if torch.is_grad_enabled() or self.training:
-            return orthonormal_columns(self.rotation)
-        state = (self.rotation._version, self.rotation.data_ptr(), self.rotation.dtype, self.rotation.device)
-        if self._kept is None or self._kept[0] != state:
-            self._kept = state, orthonormal_columns(self.rotation)
-        return self._kept[1]
+        rotation = self.rotation
+        if torch.is_grad_enabled() or self.training or rotation.is_inference():  # whose changes nothing counts
+            return orthonormal_columns(rotation)
+        state = (rotation._version, rotation.data_ptr(), rotation.dtype, rotation.device)
+        kept = self._kept
+        if kept is None or kept[0] != state:
+            kept = self._kept = state, orthonormal_columns(rotation)
+        return kept[1]

@@ -96,6 +96,7 @@ class EditedModel(nn.Module):
         self._own_generate = own.get("generate")
         generate: Any = self._model.generate
         own["generate"] = functools.wraps(generate)(functools.partial(self._generate, generate))
+        own["init_continuous_batching"] = _refuse_batching
         self._put(edits, rule)
 
     @classmethod
@@ -177,8 +178,8 @@ class EditedModel(nn.Module):
         self._on = False
         own = self._model.__dict__
         if own.get("_grun_model") is self:
-            del own["_grun_model"]
-            del own["generate"]
+            for name in ("_grun_model", "generate", "init_continuous_batching"):
+                del own[name]
             if self._own_generate is not None:
                 own["generate"] = self._own_generate
             for parameter in self._was_trainable:
@@ -256,6 +257,7 @@ class EditedModel(nn.Module):
             earlier=None if state is None else state.ids,
             carry={} if state is None else state.last(),
             goes_on=cache is not None,
+            behind=past > 0 and (isinstance(cache, tuple) or getattr(cache, "prompt_ended", False)),
         )
         if self.rule.remembers or not is_decode_step(call):  # which is to launch nothing
             call.attention_mask = _mask_of(kwargs.get("attention_mask"), inputs, past, call.prompt)
@@ -287,6 +289,8 @@ class EditedModel(nn.Module):
         cache = output.get("past_key_values") if hasattr(output, "get") else None
         if foreign_to is not None:
             foreign_to.disown(cache)
+        if cache is not None and not isinstance(cache, tuple):
+            cache.prompt_ended = call.behind or not _goes_on(call)
         if state is None or cache is None:
             return
         ids = torch.full((call.rows, call.columns), -1, device=call.device)
@@ -311,6 +315,11 @@ class EditedModel(nn.Module):
                 prompt.over = True
 
 
+def _goes_on(call: Call) -> bool:
+    """Whether all prompts go on behind this pass."""
+    return call.prompt_lengths is not None and bool((call.prompt_lengths.to(call.device) > attended(call).sum(1)).all())
+
+
 def _mask_of(mask: Any, inputs: Tensor, past: int, prompt: PromptOfCall | None) -> Tensor | None:
     """1 for tokens that count in a pass; the prompt's own mask where `generate` hands on another form of it."""
     rows, columns = inputs.shape[:2]
@@ -326,10 +335,14 @@ def refuse_packed(inputs: Tensor, given: Mapping[str, Any]) -> None:
     if isinstance(positions, Tensor) and positions.dim() == 2 and inputs.shape[1] > 1 and not packed:
         packed = given.get("attention_mask") is None and bool((positions.diff(dim=1) < 0).any())
     if packed:
-        raise ModelError(
-            "several sequences are packed into one row (continuous batching, or position_ids that begin anew); edits "
-            "need one sequence to a row: pad them, with an attention_mask, or use generate"
-        )
+        _refuse_batching()
+
+
+def _refuse_batching(*_: Any, **__: Any) -> NoReturn:
+    raise ModelError(
+        "several sequences packed into one row (continuous batching, position_ids that begin anew) cannot be edited; "
+        "give each a row of its own, padded and with an attention_mask, or use generate"
+    )
 
 
 def transformers_model(base: nn.Module) -> PreTrainedModel:

@@ -51,6 +51,13 @@ class Call:
     """What gates remember of earlier passes, by intervention."""
     goes_on: bool = False
     """Whether there is a cache to hold this pass, so that a prompt may end in a later one."""
+    behind: bool | None = None
+    """Whether a prompt has ended in the cache; None: wherever it holds any. False for virtual tokens, as PEFT's."""
+
+    def __post_init__(self) -> None:
+        """See `behind`."""
+        if self.behind is None:
+            self.behind = self.past > 0
 
 
 class PositionRule(Protocol):
@@ -151,7 +158,7 @@ def last_prompt_column(call: Call) -> Tensor | None:
     It lies outside 0..columns - 1 where the token is in an earlier pass or a later one. It is taken, in this order,
     from: `prompt_lengths`; in `generate`, the prompt handed to that call, also when a cache of earlier turns comes with
     it; the token before the first label, in rows of which that is not the first attended token; the last attended
-    token; the last column. A bare pass with a filled cache and neither lengths nor labels is a decode step.
+    token; the last column. A bare pass behind a prompt in the cache, with neither lengths nor labels, is a decode step.
     """
     if is_decode_step(call):
         return None
@@ -160,12 +167,12 @@ def last_prompt_column(call: Call) -> Tensor | None:
     if call.prompt is not None:
         last = call.prompt.last_column.to(call.device)
         return last.repeat_interleave(call.rows // len(last)) - call.past  # beams and samples repeat each prompt
-    last = torch.full((call.rows,), -1, device=call.device) if call.past > 0 else _last_attended(attended(call))
+    last = torch.full((call.rows,), -1, device=call.device) if call.behind else _last_attended(attended(call))
     if call.labels is None or not bool((has_label := call.labels.to(call.device) != -100).any()):
-        return None if call.past > 0 else last
+        return None if call.behind else last
     first = torch.where(has_label, torch.arange(call.columns, device=call.device), call.columns).amin(dim=1)
-    # The label of a row's first token marks no prompt: its whole text is labeled. Behind a cache a prompt ended there.
-    start = -1 if call.past > 0 else attended(call).long().argmax(dim=1)
+    # The label of a row's first token marks no prompt: its whole text is labeled. Behind a prompt in the cache it does.
+    start = -1 if call.behind else attended(call).long().argmax(dim=1)
     return torch.where(has_label.any(dim=1) & (first > start), first - 1, last)
 
 
@@ -182,7 +189,7 @@ def is_decode_step(call: Call) -> bool:
         return False
     if call.prompt is not None:
         return call.past >= call.prompt.columns
-    return call.past > 0 and call.labels is None
+    return bool(call.behind) and call.labels is None
 
 
 def position_rule(gate_read: str, gate_accumulate: str, edit_write: str, reset: Sequence[int] = ()) -> PositionRule:

@@ -1,0 +1,235 @@
+"""Ways of generating, PEFT inside and outside, caches that a user filled: always the answers of whole passes."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from test_calling import PUBLISHED, STEPS, strong, wrapped
+from test_every_token import agree, whole_pass
+from tiny import PAD, RULES, greedy_by_hand, padded, random_rows, tiny
+from torch import Tensor, nn
+from transformers import DynamicCache, PreTrainedModel, StaticCache
+
+from grun import GrunModel
+
+ALL_RULES = [PUBLISHED, *RULES]
+SHAPE = "-".join
+
+
+def batch_of(rows: list[list[int]]) -> dict[str, Tensor]:
+    """Ids and mask of rows padded on the left."""
+    batch = padded(rows, "left")
+    return {name: batch[name] for name in ("input_ids", "attention_mask")}
+
+
+def answers(model: Any, rows: list[list[int]], **options: Any) -> tuple[Tensor, Tensor]:
+    """New tokens [rows, STEPS] and their logits [rows, STEPS, vocabulary]."""
+    asked = {"do_sample": False, "return_dict_in_generate": True, "output_logits": True, "pad_token_id": PAD}
+    answer = model.generate(**{**batch_of(rows), **asked, "max_new_tokens": STEPS, "eos_token_id": None, **options})
+    return answer.sequences[:, -STEPS:], torch.stack(answer.logits, dim=1)
+
+
+def agree_with_whole_passes(
+    model: GrunModel, rule: tuple[str, str, str], rows: list[list[int]], found: tuple[Tensor, Tensor], family: str
+) -> None:
+    for row, tokens, logits in zip(rows, *found, strict=True):
+        wanted, _ = whole_pass(model, rule, row + tokens[:-1].tolist(), len(row) - 1, family)
+        agree(logits, wanted[-STEPS:])
+
+
+CACHES: dict[str, Callable[[PreTrainedModel], Any]] = {
+    "dynamic": lambda base: DynamicCache(),
+    "dynamic and sliding": lambda base: DynamicCache(config=base.config),
+    "static": lambda base: StaticCache(base.config, max_cache_len=32),
+}
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3", "mistral"])
+@pytest.mark.parametrize("rule", ALL_RULES, ids=SHAPE)
+@torch.no_grad()
+def test_a_static_cache_of_padded_prompts(rule: tuple[str, str, str], family: str) -> None:
+    model, rows = wrapped(rule=rule, family=family), random_rows([9, 5, 7])
+    found = answers(model.base, rows, cache_implementation="static")
+    agree_with_whole_passes(model, rule, rows, found, family)
+
+
+@pytest.mark.parametrize("cache", CACHES)
+@pytest.mark.parametrize("family", ["llama", "gemma3"])
+@pytest.mark.parametrize("rule", ALL_RULES, ids=SHAPE)
+@torch.no_grad()
+def test_generation_on_a_copy_of_a_cache_that_holds_a_prefix(
+    rule: tuple[str, str, str], family: str, cache: str
+) -> None:
+    """The recipe of docs/calling.md: the pass over the prefix is told that the prompt goes on."""
+    model, rows = wrapped(rule=rule, family=family), random_rows([10, 6])
+    batch = padded(rows, "left")
+    held = CACHES[cache](model.base)
+    prefix = {name: values[:, :7] for name, values in batch.items()}
+    model.base(**prefix, past_key_values=held, use_cache=True, prompt_lengths=[100, 100])
+    for _ in range(2):
+        found = answers(model.base, rows, past_key_values=copy.deepcopy(held))
+        agree_with_whole_passes(model, rule, rows, found, family)
+
+
+@torch.no_grad()
+def test_guidance_runs_another_prompt_within_generate() -> None:
+    model = strong(wrapped())
+    prompt, other = random_rows([6, 9])
+    ids, negative = torch.tensor([prompt]), torch.tensor([other])
+    answer = model.base.generate(
+        ids, negative_prompt_ids=negative, guidance_scale=1.7, max_new_tokens=STEPS, do_sample=False
+    )
+    tokens: list[int] = []
+    for _ in range(STEPS):
+        scores = [
+            whole_pass(model, PUBLISHED, start + tokens, len(start) - 1)[0][-1].float().log_softmax(-1)
+            for start in (prompt, other)
+        ]
+        tokens.append(int((scores[1] + 1.7 * (scores[0] - scores[1])).argmax()))
+    assert answer[0, 6:].tolist() == tokens
+
+
+def own_loop(model: Any, input_ids: Tensor, **_: Any) -> Tensor:
+    """A decoding loop as transformers' documentation has it, without a cache."""
+    for _ in range(STEPS):
+        input_ids = torch.cat((input_ids, model(input_ids).logits[:, -1:].argmax(-1)), dim=1)
+    return input_ids
+
+
+def own_cached_loop(model: Any, input_ids: Tensor, **_: Any) -> Tensor:
+    cache, new = DynamicCache(), input_ids
+    for _ in range(STEPS):
+        new = model(new, past_key_values=cache).logits[:, -1:].argmax(-1)
+        input_ids = torch.cat((input_ids, new), dim=1)
+    return input_ids
+
+
+@pytest.mark.parametrize("loop", [own_loop, own_cached_loop])
+@torch.no_grad()
+def test_a_loop_given_to_generate_is_edited_at_the_prompt(loop: Callable[..., Tensor]) -> None:
+    model, rows = strong(wrapped()), random_rows([7])
+    answer = model.base.generate(torch.tensor(rows), custom_generate=loop, max_new_tokens=STEPS)
+    assert answer[:, 7:].tolist() == greedy_by_hand(tiny(), "llama", model.state_dict(), rows, STEPS)
+
+
+@torch.no_grad()
+def test_padding_that_transformers_finds_itself() -> None:
+    model = strong(wrapped())
+    rows = random_rows([5, 9])
+    by_hand = greedy_by_hand(tiny(), "llama", model.state_dict(), rows, 1)
+    for side in ("left", "right"):
+        batch = padded(rows, side)
+        model.base.generate(batch["input_ids"], pad_token_id=PAD, max_new_tokens=1, do_sample=False)
+        found = model.last_gates
+        model(**batch)
+        for block, gates in model.last_gates.items():
+            agree(found[block], gates)
+    assert len(by_hand) == 2
+
+
+@torch.no_grad()
+def test_pipelines_and_trainers_call_the_edited_model(tmp_path: Path) -> None:
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast, Trainer, TrainingArguments, pipeline
+
+    model, rows = strong(wrapped()), random_rows([6, 6])
+    words = Tokenizer(models.WordLevel({str(token): token for token in range(64)}, unk_token="63"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, pad_token="63")
+    asked = pipeline("text-generation", model=model.base, tokenizer=tokenizer, device="cpu")
+    texts = [" ".join(map(str, row)) for row in rows]
+    found = asked(texts, batch_size=2, max_new_tokens=STEPS, do_sample=False, return_full_text=False)
+    wanted = greedy_by_hand(tiny(), "llama", model.state_dict(), rows, STEPS)
+    assert [list(map(int, one[0]["generated_text"].split())) for one in found] == wanted
+
+    data = [
+        {"input_ids": torch.tensor(row), "labels": torch.tensor(row).index_fill(0, torch.arange(3), -100)}
+        for row in rows
+    ]
+    arguments = TrainingArguments(str(tmp_path), report_to=[], use_cpu=True, disable_tqdm=True)
+    predicted = Trainer(model=model.base, args=arguments).predict(data)
+    for row, logits in zip(rows, torch.as_tensor(predicted.predictions), strict=True):
+        agree(logits, whole_pass(model, PUBLISHED, row, 2)[0])
+
+
+# -- PEFT --------------------------------------------------------------------------------------------------------------
+
+
+def lora(base: PreTrainedModel) -> Any:
+    from peft import LoraConfig, get_peft_model
+
+    torch.manual_seed(5)
+    model = get_peft_model(base, LoraConfig(r=2, target_modules=["q_proj", "v_proj"], init_lora_weights=False))
+    return model.to(torch.float64).eval()
+
+
+def merged(base: PreTrainedModel) -> PreTrainedModel:
+    return lora(base).merge_and_unload()
+
+
+@torch.no_grad()
+def test_edits_within_and_around_peft() -> None:
+    rows = random_rows([5, 9])
+    inside = strong(wrapped(lora(tiny())))
+    outside = strong(wrapped())
+    around = lora(outside.base)
+    by_hand = greedy_by_hand(merged(tiny()), "llama", inside.state_dict(), rows, STEPS)
+    for model, called in (
+        (inside, inside), (inside, inside.base), (inside, inside.base.get_base_model()),
+        (outside, outside), (outside, around), (outside, outside.base),
+    ):  # fmt: skip
+        batch = padded(rows, "left")
+        output = called(**batch)
+        model(**batch)
+        gates = model.last_gates
+        called.generate(**batch_of(rows), max_new_tokens=1, do_sample=False)
+        for block in gates:
+            agree(model.last_gates[block], gates[block])
+        found, _ = answers(called, rows)
+        assert found.tolist() == by_hand
+        assert len(gates) == 2 and output.logits.shape[:2] == (2, 9)
+    before = lora(tiny())(**batch).logits
+    assert not torch.equal(inside.base(**batch).logits, before)
+    assert torch.equal(inside.unwrap()(**batch).logits, before)
+    outside.unwrap()
+    assert torch.equal(around(**batch).logits, before)
+
+
+@pytest.mark.parametrize("kind", ["prompt", "prefix"])
+@torch.no_grad()
+def test_virtual_tokens_before_the_prompt_move_no_edit(kind: str) -> None:
+    from peft import PrefixTuningConfig, PromptTuningConfig, get_peft_model
+
+    options = {"task_type": "CAUSAL_LM", "num_virtual_tokens": 12}
+    rows = random_rows([5, 9])
+
+    def soft(base: PreTrainedModel) -> Any:
+        torch.manual_seed(7)
+        config = PromptTuningConfig(**options) if kind == "prompt" else PrefixTuningConfig(**options)
+        model = get_peft_model(base, config).to(torch.float64).eval()
+        for parameter in model.prompt_encoder.parameters():
+            nn.init.normal_(parameter, std=0.5)
+        return model
+
+    def check(model: GrunModel, called: Any) -> None:
+        batch = batch_of(rows)
+        called(**batch)
+        gates = model.last_gates
+        assert [gate.shape for gate in gates.values()] == [(2, 1)] * 2
+        if kind == "prefix":  # virtual tokens of prompt tuning stand in the row itself, before the first label
+            called(**batch, labels=batch["input_ids"])
+        assert all(torch.equal(gate, gates[block]) for block, gate in model.last_gates.items())
+        called.generate(**batch, max_new_tokens=3, do_sample=False, eos_token_id=None)
+        positions = model.last_gates
+        for block, gate in gates.items():
+            agree(positions[block][1], gate[1])  # of the row without padding, whose positions are the same
+
+    inside = strong(wrapped(soft(tiny())))
+    check(inside, inside.base)
+    outside = strong(wrapped())
+    check(outside, soft(outside.base))

@@ -32,6 +32,7 @@ COMMANDS = {
     "sweep": "unlearn and evaluate a grid of objectives, parametrizations and seeds; --tune chooses their settings",
     "sequential": "requests to forget one after another, served by several methods, with tables and pictures",
     "requests": "a store of requests to forget: list, add, remove, disable, enable, verify, history",
+    "cache": "what training keeps on disk of its data: list, remove",
     "report": "draw the table and pictures of a results folder; report tofu-log LOG: the numbers of TOFU's log",
     "list": "print the known names: "
     "list [objectives|terms|parametrizations|gates|templates|profiles|sweeps|sequences|metrics]",
@@ -159,6 +160,10 @@ def _dispatch(arguments: list[str]) -> int:
         from grun.requests.command import requests
 
         return requests(rest)
+    if command == "cache":
+        from grun.cache import cache
+
+        return cache(rest)
     return _run(command, rest)
 
 
@@ -376,6 +381,10 @@ def _help(command: str) -> str:
         from grun.requests.command import usage
 
         lines.insert(1, "\n" + usage())
+    if command == "cache":
+        from grun.cache import usage as usage_of_cache
+
+        lines.insert(1, "\n" + usage_of_cache())
     if command == "report":
         lines.insert(
             1, "\npython -m grun report tofu-log LOG [retain=LOG]   (prints the numbers of TOFU's own log as JSON)"

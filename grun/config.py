@@ -715,6 +715,24 @@ class SequentialConfig:
 
 
 @dataclass
+class CacheCommandConfig:
+    """What is kept on disk for training, and which of it is meant."""
+
+    dir: str = "cache"
+    """Folder of the cache, cache.dir of `unlearn`."""
+    request: Optional[str] = None
+    """What was used to train the request of this id."""
+    store: Optional[str] = None
+    """With request: the store it is in; unset: any. Where it still is there, what other runs made of its data too."""
+    data: Optional[str] = None
+    """What was made of data of this hash, 8 hex digits or more, as `cache list` prints them."""
+    all: bool = False
+    """remove: everything."""
+    format: str = "table"
+    """list: table (to read) or json."""
+
+
+@dataclass
 class RequestsConfig:
     """A store of requests to forget, and what is done to it."""
 
@@ -738,6 +756,8 @@ class RequestsConfig:
     """add, when it makes the store: gate probability below which an edit is skipped; unset: never."""
     retrain: bool = False
     """remove: train those requests anew that were trained beside the removed one."""
+    purge: bool = False
+    """remove: delete what the cache of its training holds of its data too."""
     key: Optional[str] = None
     """add, remove, disable, enable: PEM file of the ed25519 key that signs the head; a signed store needs one."""
     head: Optional[str] = None

@@ -19,7 +19,7 @@ from grun.method.cached import CachedEngine, FrozenRows
 from grun.method.packed import PackedModel
 from grun.method.parametrization import Grun
 from grun.method.prefix import Freezer
-from grun.method.store import Completed, PrefixStore
+from grun.method.store import Completed, PrefixStore, Use
 from grun.method.weights import weights_hash
 from grun.progress import progress
 
@@ -47,7 +47,7 @@ class CacheUse:
     completed: Completed
 
 
-def use_cached(task: UnlearnTask, config: UnlearnConfig) -> CacheUse | None:
+def use_cached(task: UnlearnTask, config: UnlearnConfig, use: Use | None = None) -> CacheUse | None:
     """Give `task` the cached engine, its cache filled; None, and one line that says why, where plain is kept.
 
     Nothing is said of a parametrization that leaves no part of the model constant: only edits do.
@@ -55,6 +55,7 @@ def use_cached(task: UnlearnTask, config: UnlearnConfig) -> CacheUse | None:
     Args:
         task: with the plain engine, which the cached one is compared with on the longest rows.
         config: names the base model, and says where the cache lies and how much of it is held in memory.
+        use: the run, as it is noted beside what is cached of its data.
     """
     parametrization = task.parametrization
     if not isinstance(parametrization, Grun):
@@ -77,7 +78,7 @@ def use_cached(task: UnlearnTask, config: UnlearnConfig) -> CacheUse | None:
     if folder is not None:
         identity = _identity(model.base, config.model.path, folder, first, bool(task.hidden), model.rule.changes)
     budget = bytes_of("cache.memory_budget", config.cache.memory_budget)
-    store = PrefixStore(folder, identity, memory_budget=budget)
+    store = PrefixStore(folder, identity, memory_budget=budget, use=use)
     rows = list(dict.fromkeys(row for name in task.continuations for row in task.rows(name)))
     reference = set(task.reference_rows if task.reads_head else ())
     with progress("frozen prefix", len(rows)) as advance:

@@ -46,9 +46,10 @@ COMMANDS: dict[str, type[Any]] = {
     "sweep": options.SweepConfig,
     "sequential": options.SequentialConfig,
     "requests": options.RequestsConfig,
+    "cache": options.CacheCommandConfig,
 }
 SHARED = ("model", "data", "seed")
-WITHOUT_PROFILE = ("import", "corpora", "sweep", "sequential", "requests")
+WITHOUT_PROFILE = ("import", "corpora", "sweep", "sequential", "requests", "cache")
 """Commands that take nothing from profiles."""
 DESIGNS = ("published", "robust")
 """GRUN's designs; what a profile sets for each stands in its section `designs`."""

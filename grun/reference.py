@@ -26,7 +26,7 @@ from grun.data.encoding import Batch, EncodedRow, collate
 from grun.errors import ModelError
 from grun.files import file_hash
 from grun.method.shard import Shard
-from grun.method.store import Completed, PrefixStore
+from grun.method.store import Completed, PrefixStore, Use
 from grun.method.weights import weights_hash
 from grun.micro_batches import split
 from grun.objectives.terms import Reference
@@ -154,7 +154,13 @@ def predicting(answer: Tensor) -> Tensor:
 
 
 def use_reference(
-    task: UnlearnTask, base: PreTrainedModel, needs: Reference, config: UnlearnConfig, *, pad_id: int
+    task: UnlearnTask,
+    base: PreTrainedModel,
+    needs: Reference,
+    config: UnlearnConfig,
+    *,
+    pad_id: int,
+    use: Use | None = None,
 ) -> Completed | None:
     """Compute what `task` needs of the untouched model, and have its engine look it up from now on.
 
@@ -166,6 +172,7 @@ def use_reference(
         needs: what the objective reads of the untouched model.
         config: says how much may be kept where, and how many rows a pass may have.
         pad_id: any token id, to fill up short rows.
+        use: the run, as it is noted beside what is written of its data.
     """
     if needs == "none":
         return None
@@ -190,7 +197,7 @@ def use_reference(
         return None
     if folder is not None:
         identity = {**_identity(base, config.model.path, folder), "computed_in": str(head and head.computed_in)}
-    store = PrefixStore(folder, identity, memory_budget=budget)
+    store = PrefixStore(folder, identity, memory_budget=budget, use=use)
     with progress("reference values", len(passes.rows)) as advance:
         completed = store.complete(passes.rows, lambda missing: passes.shards(missing, head), advance)
     log.info(

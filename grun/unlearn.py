@@ -29,11 +29,12 @@ from grun.engine import use_cached
 from grun.errors import ConfigError, RunError
 from grun.files import writing
 from grun.loading import adapter_hash, context_length, load_base
-from grun.method.adapter import CONFIG_FILE, WEIGHTS_FILE
+from grun.method.adapter import CONFIG_FILE, STACK_FILE, WEIGHTS_FILE
 from grun.method.fingerprint import fingerprint
 from grun.method.gate_pretraining import pretrain_gates
 from grun.method.model import resolve_blocks
 from grun.method.plain import PlainEngine
+from grun.method.store import Use
 from grun.micro_batches import MicroBatch, cut
 from grun.objectives.presets import Objective, build_objective
 from grun.objectives.terms import Continuation, Outputs, number_of
@@ -252,10 +253,10 @@ def unlearn(config: UnlearnConfig) -> Path:
     )
     if state == "new":
         processes.of_first(lambda: claim(folder, run_identity))
-    use = None
+    use, noted = None, _noted(folder, config, hashes)
     if config.train.engine == "cached":
         with processes.agreed():
-            use = use_cached(task, config)
+            use = use_cached(task, config, noted)
     if config.train.gate_pretraining:
         if use is None:
             raise RunError(
@@ -264,7 +265,8 @@ def unlearn(config: UnlearnConfig) -> Path:
         pretrain_gates(use.engine, task.rows("answer"), task.rows("retain"), config.train.gate_pretraining)
     if use is None:
         with processes.agreed():
-            kept = use_reference(task, base, objective.reference, config, pad_id=int(tokenizer.pad_token_id))
+            pad_id = int(tokenizer.pad_token_id)
+            kept = use_reference(task, base, objective.reference, config, pad_id=pad_id, use=noted)
     else:
         kept = use.completed
     reads_base = config.method.parametrization == "full" and kept is None and objective.reference != "none"
@@ -310,6 +312,15 @@ def unlearn(config: UnlearnConfig) -> Path:
     )
     remove_checkpoints(folder, config.train)
     return folder
+
+
+def _noted(folder: Path, config: UnlearnConfig, hashes: dict[str, str]) -> Use:
+    """What a cache notes of this run: a store of requests trains each in its folder `training/ID`."""
+    folder = folder.resolve()
+    store = folder.parent.parent
+    of_store = folder.parent.name == "training" and (store / STACK_FILE).is_file()
+    request, stored_in = (folder.name, str(store)) if of_store else (None, None)
+    return Use(str(folder), config.model.path, hashes, request, stored_in)
 
 
 def _smaller(config: UnlearnConfig) -> list[str]:

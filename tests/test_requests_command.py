@@ -339,6 +339,52 @@ def test_nothing_is_removed_if_what_is_to_be_trained_anew_has_lost_its_data(
     assert RequestStore.open(store).manifest.ids() == ["first", "second"]
 
 
+def everything(folder: Path, pattern: str = "*") -> list[str]:
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob(pattern))
+
+
+@pytest.mark.parametrize("how", ["purge", "command", "request", "adapter"])
+def test_what_the_cache_keeps_of_a_removed_request_is_named_and_can_be_removed(
+    how: str, taught: Path, adapter: Path, tmp_path: Path, capsys: Captured
+) -> None:
+    cache, folder = tmp_path / "cache", tmp_path / "new"
+    training = trained(taught, adapter, f"cache.dir={cache}")
+    if how == "adapter":
+        assert main(["unlearn", *training, f"output_dir={tmp_path / 'run'}"]) == 0
+        assert run("add", folder, "id=mine", f"adapter={tmp_path / 'run'}") == 0
+    else:
+        assert run("add", folder, "id=mine", *training) == 0
+    (key,) = [path for path in cache.iterdir() if path.is_dir()]
+    strangers = [cache / "notes.txt", key / "notes.txt", cache / "0123456789abcdef" / "00000001-01234567.safetensors"]
+    for path in strangers:
+        path.parent.mkdir(exist_ok=True)
+        path.write_text("mine")
+    capsys.readouterr()
+    assert main(["cache", "list", f"dir={cache}", "format=json"]) == 0
+    listed = json.loads(capsys.readouterr().out)
+    assert [Path(one["path"]) for one in listed] == sorted(key.glob("*.safetensors")) != []
+    for one in listed:
+        (use,) = one["uses"]
+        assert (use["request"], use["model"]) == (None if how == "adapter" else "mine", str(taught))
+        assert use["data"] == json.loads((adapter / "run.json").read_text())["data"]
+    refused(capsys, ["cache", "remove", f"dir={cache}"], 2, "needs request=ID, data=HASH or all=true")
+    assert main(["cache", "remove", f"dir={cache}", "request=other"]) == 0
+    if how == "request":
+        assert main(["cache", "remove", f"dir={cache}", "request=mine"]) == 0
+    capsys.readouterr()
+    assert run("remove", folder, "id=mine", *["purge=true"] * (how in ("purge", "adapter"))) == 0
+    printed = capsys.readouterr().out.splitlines()
+    if how == "command":
+        assert "left of mine: 1 shard of" in printed[0]
+        assert [one["path"] for one in listed] == [str(path) for path in key.glob("*.safetensors")]
+        assert main(printed[1].split()[3:]) == 0
+    assert (f"left of mine: {tmp_path / 'run'}, a run on its data" in "\n".join(printed)) == (how == "adapter")
+    kept = [*(str(path.relative_to(cache)) for path in strangers), "weights.json", key.name, "0123456789abcdef"]
+    assert everything(cache) == sorted(kept), "only what GRUN wrote is gone, and all of that"
+    assert main(["cache", "remove", f"dir={cache}", "all=true"]) == 0
+    assert [path.read_text() for path in strangers] == ["mine"] * 3
+
+
 # -- verify -----------------------------------------------------------------------------------------------------------
 
 

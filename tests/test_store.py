@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import errno
 import json
 import logging
@@ -22,10 +23,11 @@ from tiny import tiny
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from grun import cache
 from grun.data.encoding import EncodedRow
 from grun.method import weights
 from grun.method.shard import FrozenRow, Shard
-from grun.method.store import PrefixStore
+from grun.method.store import PrefixStore, Use
 from grun.method.weights import weights_hash
 
 IDENTITY = {"model": "a", "blocks": [3], "file": Path("relative")}
@@ -652,3 +654,42 @@ def test_a_model_changed_after_loading_or_loaded_otherwise_is_another_model(save
         base.get_input_embeddings().weight.add_(1)
     hashes.add(weights_hash(base, saved, None))
     assert len(hashes) == 4
+
+
+# Whose it is
+
+
+USE = Use("results/run", "model", {"forget": "ab" * 32}, None, None)
+
+
+def users_in(folder: Path) -> dict[str, set[str]]:
+    """By shard the runs that `cache list` names."""
+    return {shard.path.name: {use.run for use in shard.uses} for shard in cache.shards_in(folder)}
+
+
+def test_a_shard_is_somebodys_before_it_is_there_and_stays_it_when_it_is_repaired(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def killed(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    def complete(use: Use | None, build: Any) -> None:
+        PrefixStore(tmp_path, IDENTITY, memory_budget=PLENTY, use=use).complete(ROWS, build)
+
+    with monkeypatch.context() as patched:
+        patched.setattr("grun.method.store.write_shard", killed)
+        with pytest.raises(KeyboardInterrupt):
+            complete(USE, Builder())
+    (note,) = tmp_path.glob("*/use-*.json")
+    assert len(json.loads(note.read_text())["shards"]) == 1
+    complete(USE, Builder(per_shard=6))
+    complete(dataclasses.replace(USE, run="results/other"), no_build)
+    complete(None, no_build)
+    (before,) = users_in(tmp_path).items()
+    assert before[1] == {"results/run", "results/other"}
+    (file,) = tmp_path.glob("*/*.safetensors")
+    flip(file, position_of(expected(ROWS[2]).states, file))
+    complete(None, Builder())
+    after = users_in(tmp_path)
+    assert before[0] not in after and len(after) == 2
+    assert sorted(after.values(), key=len) == [set(), before[1]], "what was kept of it is still theirs"

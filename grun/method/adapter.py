@@ -97,10 +97,10 @@ class AdapterConfig:
 
     def check(self) -> None:
         """ConfigError names a field whose value cannot be, and what could."""
-        for name in ("rank", "hidden_size", "depth"):
-            most = self.hidden_size if name == "rank" else LARGEST
+        for name, most in (("hidden_size", LARGEST), ("depth", LARGEST), ("rank", self.hidden_size)):
             if not 1 <= getattr(self, name) <= most:
-                raise ConfigError(f"{name} {getattr(self, name)} must lie between 1 and {most}")
+                limit = f"the hidden size {most}" if name == "rank" else most
+                raise ConfigError(f"{name} {getattr(self, name)} must lie between 1 and {limit}")
         if not self.blocks or not all(0 <= block < self.depth for block in self.blocks):
             raise ConfigError(f"blocks {self.blocks} must lie within 0..{self.depth - 1}, at least one of them")
         if self.blocks != sorted(set(self.blocks)):

@@ -11,14 +11,16 @@ import contextlib
 import json
 import logging
 import os
+import re
 import time
 import uuid
-from collections.abc import Callable, Container, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Collection, Container, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from grun.data.encoding import EncodedRow
+from grun.errors import RunError
 from grun.files import content_hash, read_json, write_json
 from grun.method.shard import DamagedShard, FrozenRow, Shard, read_shard, write_shard
 
@@ -27,6 +29,26 @@ log = logging.getLogger(__name__)
 IDENTITY_FILE = "identity.json"
 LOCK_FILE = ".lock"
 SUFFIX = ".safetensors"
+SHARD_FILE = re.compile(r"\d{8}-[0-9a-f]{8}\.safetensors")
+USE_FILE = re.compile(r"use-[0-9a-f]{16}\.json")
+
+
+@dataclass(frozen=True)
+class Use:
+    """A run that wrote or read shards: by it they are found when what it was given is to be gone."""
+
+    run: str
+    """Its folder."""
+    model: str | None
+    """Hub id or folder; None: a model in memory."""
+    data: dict[str, str]
+    """Hash of each of its data sets, as in its run_identity.json."""
+    request: str | None
+    """Id of the request that it trained, in a store of requests."""
+    store: str | None
+    """Folder of that store."""
+    shards: tuple[str, ...] = ()
+    """Names of the files."""
 
 
 @dataclass
@@ -68,14 +90,18 @@ class PrefixStore:
     Several processes may use one folder at a time; within a process, one thread uses one store.
     """
 
-    def __init__(self, folder: Path | None, identity: Mapping[str, Any], *, memory_budget: int) -> None:
+    def __init__(
+        self, folder: Path | None, identity: Mapping[str, Any], *, memory_budget: int, use: Use | None = None
+    ) -> None:
         """Nothing is read or written yet.
 
         Args:
             folder: where caches lie, each in a folder of its own; None: memory alone.
             identity: of the cache, as JSON can hold it.
             memory_budget: bytes; if the rows in use take more, they are read from mapped files instead of memory.
+            use: what is to be noted beside the shards; None: nothing.
         """
+        self._use = use
         self.memory_budget = memory_budget
         self._identity = dict(identity)
         self._hash = content_hash(self._identity)
@@ -136,6 +162,7 @@ class PrefixStore:
                 left = len(missing)
                 if missing:
                     self._build(missing, build, tell)
+        self._note(held.path.name for held in self._held if held.path is not None)
         self._settle()
         seconds = time.monotonic() - started
         return Completed(len(distinct), asked - left, left, seconds, self.bytes_held, self.where)
@@ -248,7 +275,54 @@ class PrefixStore:
             path.unlink(missing_ok=True)
         except OSError as error:
             self._give_up(error)
-        return self._write(shard) if intact else None
+        new = self._write(shard) if intact else None
+        if new is not None:  # holds rows of whoever used the old one
+            for file in new.parent.glob("use-*.json"):
+                with contextlib.suppress(OSError, RunError, ValueError, TypeError, KeyError):
+                    values = read_json(file)
+                    if path.name in values["shards"]:
+                        write_json(file, {**values, "shards": [*values["shards"], new.name]})
+        return new
+
+    def _note(self, shards: Iterable[str]) -> None:
+        """Say beside shards whose they are, before they are written; where that fails they are nobody's."""
+        if self.folder is None or self._use is None or not self._writable:
+            return
+        new = set(shards) - set(self._use.shards)
+        if not new:
+            return
+        path = self.folder / f"use-{content_hash(asdict(replace(self._use, shards=())))[:16]}.json"
+        with contextlib.suppress(OSError, RunError, ValueError):
+            known: Any = read_json(path).get("shards", []) if path.exists() else []
+            self._use = replace(self._use, shards=tuple(sorted({*self._use.shards, *new, *known})))
+            write_json(path, asdict(self._use))
+
+    @staticmethod
+    def remove(folder: Path, shards: Collection[str]) -> None:
+        """Remove shards from a cache's folder, and the rest of it if none is left; RunError: it is being built."""
+        from filelock import FileLock, Timeout
+
+        try:
+            with FileLock(folder / LOCK_FILE, timeout=0):
+                for name in shards:
+                    (folder / name).unlink(missing_ok=True)
+                left = [name for name in os.listdir(folder) if SHARD_FILE.fullmatch(name)]
+                for name in os.listdir(folder):
+                    if USE_FILE.fullmatch(name):
+                        values = read_json(folder / name)
+                        kept = [shard for shard in values["shards"] if shard in left]
+                        if kept:
+                            write_json(folder / name, {**values, "shards": kept})
+                        else:
+                            (folder / name).unlink()
+                if not left:
+                    (folder / IDENTITY_FILE).unlink(missing_ok=True)
+        except Timeout as error:
+            raise RunError(f"another process writes to {folder}; try again when it is done") from error
+        if not left:
+            (folder / LOCK_FILE).unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # something else lies in it
+                folder.rmdir()
 
     def _write(self, shard: Shard) -> Path | None:
         """File of a shard, newly written; None: it could not be written, or is not to be."""
@@ -256,6 +330,7 @@ class PrefixStore:
             return None
         numbers = [int(path.name.partition("-")[0]) for path in self._files() if path.name[:8].isdecimal()]
         path = self.folder / f"{max(numbers, default=0) + 1:08d}-{uuid.uuid4().hex[:8]}{SUFFIX}"
+        self._note([path.name])
         try:
             write_shard(path, shard, self._hash)
         except OSError as error:

@@ -12,13 +12,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from grun.cache import shards_in, uses_by
 from grun.checks import check
-from grun.config import RequestsConfig, UnlearnConfig
+from grun.config import CacheConfig, RequestsConfig, UnlearnConfig
 from grun.data.corpus import Corpus, load_corpus
 from grun.data.rows import Row, hash_rows
 from grun.errors import AdapterError, ConfigError, DataError, RunError
 from grun.files import read_json
 from grun.method.adapter import AdapterConfig
+from grun.method.store import Use
 from grun.parametrization import is_gated
 from grun.profiles import from_dict, resolve, to_dict
 from grun.requests.forget_rows import check_forget_rows, salted_hashes
@@ -101,6 +103,14 @@ def remove(store: RequestStore, request_id: str, *, retrain: bool) -> list[str]:
             train(store, training)
             store.set_state(training.id, state)
     return dependents
+
+
+def cached_of(store: RequestStore, request_id: str) -> tuple[str, dict[Path, list[Use]]]:
+    """Where the cache of a request's training lies, from here, and by shard the uses by trainings on its data."""
+    request = store.manifest.request(request_id)
+    folder = str((request.config.get("cache") or {}).get("dir", CacheConfig().dir))
+    shards = shards_in(Path(folder).expanduser())
+    return folder, uses_by(shards, request_id, store.folder, lambda h: store.manifest.is_data_of(request_id, h))
 
 
 def retrain_command(store: Path, request: Request) -> str:

@@ -6,6 +6,7 @@ import contextlib
 import re
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from grun.checks import one_of
@@ -15,6 +16,7 @@ from grun.profiles import describe, resolve
 from grun.registry import unknown_name
 
 if TYPE_CHECKING:
+    from grun.method.store import Use
     from grun.requests.store import RequestStore
 
 ACTIONS = {
@@ -29,7 +31,7 @@ ACTIONS = {
 OPTIONS = {
     "list": ("format",),
     "add": ("id", "adapter", "note", "store_text", "replace", "independent", "rule", "gate_threshold", "key"),
-    "remove": ("id", "retrain", "key"),
+    "remove": ("id", "retrain", "purge", "key"),
     "disable": ("id", "key"),
     "enable": ("id", "key"),
     "verify": ("files_only", "recall_at_most", "batch_size", "max_new_tokens", "head", "public_key"),
@@ -121,13 +123,34 @@ def _add(options: RequestsConfig, arguments: Sequence[str]) -> None:
 
 
 def _remove(options: RequestsConfig) -> None:
-    from grun.requests.adding import opened, remove
+    from grun.requests.adding import cached_of, opened, remove
 
     store = opened(options)
+    cached_in, used = cached_of(store, str(options.id))
     with contextlib.redirect_stdout(sys.stderr):
         dependents = remove(store, str(options.id), retrain=options.retrain)
     if not options.retrain:
         _print_dependents(store, str(options.id), dependents, "the removed")
+    _say_what_is_left(store.folder, str(options.id), cached_in, used, purge=options.purge)
+
+
+def _say_what_is_left(
+    store: Path, request_id: str, cached_in: str, used: dict[Path, list[Use]], *, purge: bool
+) -> None:
+    """What is left of a removed request outside the store, of which `purge` removes what the cache holds."""
+    from grun import cache
+
+    count = f"{len(used)} shard{'s' * (len(used) != 1)} of {cached_in}"
+    if used and purge:
+        cache.remove(used)
+        print(f"removed too: {count}")
+    elif used:
+        print(f"left of {request_id}: {count}, whose tokens decode to its text; purge=true removes them, and now")
+        hashes = {use.data["forget"] for uses in used.values() for use in uses if "forget" in use.data}
+        print(*(f"  {cache.remove_command(cached_in, data)}" for data in sorted(hashes)), sep="\n")
+    for run in sorted({use.run for uses in used.values() for use in uses}):
+        if not Path(run).is_relative_to(store.resolve()) and Path(run).exists():
+            print(f"left of {request_id}: {run}, a run on its data, which is not the store's")
 
 
 def _print_dependents(store: RequestStore, removed: str, dependents: Sequence[str], which: str) -> None:

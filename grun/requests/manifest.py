@@ -13,6 +13,7 @@ from grun.method.adapter import STACK_FILE
 from grun.reading import read_json, typed
 from grun.registry import unknown_name
 from grun.requests.copying import FILES
+from grun.requests.forget_rows import salted_hash
 
 FORMAT_VERSION = 2
 WITHOUT_STATE = 1
@@ -197,6 +198,10 @@ class Manifest:
     def ids(self, *, active: bool = False) -> list[str]:
         """Ids in the order of adding; `active`: of the requests in force alone."""
         return [request.id for request in self.requests if request.state == "active" or not active]
+
+    def is_data_of(self, request_id: str, hash_of_rows: str) -> bool:
+        """Whether a `hash_rows` is that of a request's forget rows."""
+        return self.request(request_id).data.whole == salted_hash(hash_of_rows, self.salt)
 
     def dependents(self, request_id: str) -> list[str]:
         """Ids of the requests that were trained beside that one."""

@@ -104,18 +104,55 @@ def adapter_hash(folder: Path) -> str:
 
 
 def _put_on(base: PreTrainedModel, folder: Path) -> PreTrainedModel:
-    """`base` with the layers of a PEFT adapter inside; it stays a transformers model, so everything works on it."""
-    from peft import PeftModel, get_peft_model_state_dict
+    """`base` with the layers of a PEFT adapter inside; it stays a transformers model, so everything works on it.
 
-    from grun.method.adapter import check_finite
+    AdapterError if not everything that the adapter does is then in the model.
+    """
+    from peft import PeftConfig, PeftModel, get_peft_model_state_dict
+    from safetensors import safe_open
+
+    from grun.method.adapter import WEIGHTS_FILE, check_finite
 
     try:
-        wrapped = PeftModel.from_pretrained(base, str(folder))
+        config = PeftConfig.from_pretrained(str(folder))
+        outside = _acts_outside(config)
+        wrapped = None if outside else PeftModel.from_pretrained(base, str(folder))
     except Exception as error:  # PEFT and torch raise many kinds for a file that is damaged
         raise AdapterError(f"the adapter {folder} does not go on this base model: {in_one_line(error)}") from error
-    check_finite(get_peft_model_state_dict(wrapped), folder)
+    if wrapped is not None:
+        inner = cast("PreTrainedModel", wrapped.get_base_model())
+        if {id(parameter) for parameter in wrapped.parameters()} != {id(parameter) for parameter in inner.parameters()}:
+            outside = "keeps weights of its own beside the model"
+    if wrapped is None or outside:
+        raise AdapterError(
+            f"the adapter {folder} is of PEFT's type {str(config.peft_type).rpartition('.')[2]} and {outside}, which is "
+            "not supported; take one that acts inside the model's layers, such as LoRA"
+        )
+    own = get_peft_model_state_dict(wrapped)
+    check_finite(own, folder)
+    if (path := folder / WEIGHTS_FILE).exists():
+        with safe_open(str(path), "pt") as file:
+            stored = set(file.keys())
+        if astray := sorted(stored - own.keys() - wrapped.state_dict().keys() | own.keys() - stored):
+            raise AdapterError(
+                f"the adapter {folder} does not go on this base model: {len(astray)} tensors belong to one of the two "
+                f"alone, first {astray[0]!r}; name the model that it was trained on"
+            )
     wrapped.eval()
-    return cast("PreTrainedModel", wrapped.get_base_model())
+    return inner
+
+
+def _acts_outside(config: Any) -> str | None:
+    """What PEFT does around the model for an adapter, which the model alone would not do; None if nothing."""
+    from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
+
+    if config.is_prompt_learning:
+        return "puts tokens of its own before every prompt"
+    if getattr(config, "alora_invocation_tokens", None) is not None:
+        return "waits for invocation tokens (alora_invocation_tokens)"
+    if hasattr(PEFT_TYPE_TO_TUNER_MAPPING.get(config.peft_type), "generate"):
+        return "needs more than tokens, or a second pass, for an answer"
+    return None
 
 
 def load_base(config: ModelConfig) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, Template | None]:

@@ -8,8 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import demo
+import peft
 import pytest
 import torch
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from safetensors.torch import load_file, save_file
 from tiny import FAMILIES, WIDTH, bfloat16_kernels, blocks_of, ragged_rows, tiny
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM
@@ -252,6 +254,68 @@ def test_an_adapter_with_numbers_that_are_none_is_refused(tmp_path: Path) -> Non
     save_file({**tensors, name: torch.full_like(tensors[name], torch.nan)}, path)
     with pytest.raises(AdapterError, match=f"tensor {name!r} holds NaN"):
         _put_on(tiny("llama"), tmp_path)
+
+
+LAYERS = ["q_proj", "down_proj"]
+OPTIONS: dict[str, dict[str, Any]] = {
+    "LORA": {"target_modules": [*LAYERS, "embed_tokens"], "modules_to_save": ["lm_head"], "use_dora": True},
+    "ALORA": {"target_modules": LAYERS, "alora_invocation_tokens": [5, 6]},
+    "XLORA": {"hidden_size": WIDTH, "adapters": {"0": "nowhere"}},
+    "ADALORA": {"target_modules": LAYERS, "total_step": 9},
+    "ADAPTION_PROMPT": {"adapter_layers": 2, "adapter_len": 3},
+    "CPT": {"cpt_token_ids": [1, 2], "cpt_mask": [1, 1], "cpt_tokens_type_mask": [1, 2]},
+    "MULTITASK_PROMPT_TUNING": {"num_virtual_tokens": 3, "num_tasks": 2},
+    "IA3": {"target_modules": LAYERS, "feedforward_modules": ["down_proj"]},
+    "LN_TUNING": {"target_modules": ["input_layernorm"]},
+    "TRAINABLE_TOKENS": {"target_modules": ["embed_tokens"], "token_indices": list(range(64))},
+    "VBLORA": {"target_modules": ["q_proj"], "vector_length": 16, "num_vectors": 8},
+    "BOFT": {"target_modules": ["q_proj"], "boft_block_size": 4},
+    "OFT": {"target_modules": ["q_proj"], "oft_block_size": 4},
+    "C3A": {"target_modules": ["q_proj"], "block_size": 8},
+    "ROAD": {"target_modules": ["q_proj"], "group_size": 16},
+    "MISS": {"target_modules": LAYERS, "r": 4},
+    "SHIRA": {"target_modules": LAYERS, "r": 4},
+    "WAVEFT": {"target_modules": LAYERS, "n_frequency": 16},
+    "FOURIERFT": {"target_modules": LAYERS, "n_frequency": 16},
+} | dict.fromkeys(("PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING", "CARTRIDGE"), {"num_virtual_tokens": 3})
+REFUSED = {"PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING", "CARTRIDGE", "CPT", "MULTITASK_PROMPT_TUNING"}
+REFUSED |= {"ALORA", "XLORA", "POLY", "SHADOW"}
+
+
+@pytest.mark.parametrize("kind", ["ALORA", *(kind.value for kind in PEFT_TYPE_TO_CONFIG_MAPPING)])
+@torch.no_grad()
+def test_an_adapter_of_peft_does_what_it_does_there_or_is_refused(kind: str, tmp_path: Path) -> None:
+    make = PEFT_TYPE_TO_CONFIG_MAPPING[peft.PeftType("LORA" if kind == "ALORA" else kind)]
+    config = make(task_type="CAUSAL_LM", **OPTIONS.get(kind, {"target_modules": LAYERS}))
+    if kind == "XLORA":  # made of other adapters
+        config.save_pretrained(str(tmp_path))
+    else:
+        made = peft.get_peft_model(tiny("llama", dtype=torch.float32), config)
+        for parameter in made.parameters():
+            if parameter.requires_grad:
+                parameter += 0.3 * torch.randn(parameter.shape)
+        made.save_pretrained(str(tmp_path))
+    base = tiny("llama", dtype=torch.float32)
+    if kind in REFUSED:
+        with pytest.raises(AdapterError, match=rf"is of PEFT's type {kind.replace('ALORA', 'LORA')} and ") as caught:
+            _put_on(base, tmp_path)
+        assert "\n" not in str(caught.value)
+        return
+    ids = batch().input_ids
+    untouched = base(ids).logits
+    found = _put_on(base, tmp_path)(ids).logits
+    wanted = peft.PeftModel.from_pretrained(tiny("llama", dtype=torch.float32), str(tmp_path)).eval()
+    assert torch.equal(found, wanted(input_ids=ids).logits)
+    assert not torch.allclose(found, untouched)
+
+
+@pytest.mark.parametrize("depths", [(5, 4), (3, 4)], ids=["deeper", "shallower"])
+def test_an_adapter_of_a_model_of_another_depth_is_refused(depths: tuple[int, int], tmp_path: Path) -> None:
+    lora(tiny("llama", num_hidden_layers=depths[0])).save(tmp_path)
+    path = tmp_path / "adapter_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "target_modules": sorted(LINEAR)}))
+    with pytest.raises(AdapterError, match=r"\d+ tensors belong to one of the two alone"):
+        _put_on(tiny("llama", num_hidden_layers=depths[1]), tmp_path)
 
 
 def test_saving_that_fails_leaves_no_half_adapter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

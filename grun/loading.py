@@ -124,9 +124,10 @@ def _put_on(base: PreTrainedModel, folder: Path) -> PreTrainedModel:
         if {id(parameter) for parameter in wrapped.parameters()} != {id(parameter) for parameter in inner.parameters()}:
             outside = "keeps weights of its own beside the model"
     if wrapped is None or outside:
+        kind = str(config.peft_type).rpartition(".")[2]
         raise AdapterError(
-            f"the adapter {folder} is of PEFT's type {str(config.peft_type).rpartition('.')[2]} and {outside}, which is "
-            "not supported; take one that acts inside the model's layers, such as LoRA"
+            f"the adapter {folder} is of PEFT's type {kind} and {outside}, which is not supported; take one that acts "
+            "inside the model's layers, such as LoRA"
         )
     own = get_peft_model_state_dict(wrapped)
     check_finite(own, folder)

@@ -41,6 +41,8 @@ class Pass:
     """Gate logits by block, each [batch, positions read]; empty without gates."""
     openings: dict[int, Tensor] = field(default_factory=dict)
     """The same accumulated over positions, as the edits were weighted."""
+    kept: dict[str, Tensor] = field(default_factory=dict)
+    """By intervention key, what passes behind this one need of each position read."""
 
 
 @dataclass(eq=False)
@@ -271,8 +273,9 @@ class IntervenableModel(StockModel):
             opening = result.gate if result.opening is None else result.opening
             running.gates[self.block_of_key[key]] = result.gate.to(home)
             running.openings[self.block_of_key[key]] = opening.to(home)
-        if result.carry is not None:
-            sites.carry[key] = result.carry
+        kept = result.opening if result.carry is None else result.carry
+        if kept is not None:
+            running.kept[key] = kept.detach().to(home)
         if result.output is None:  # nothing to write anywhere
             return hidden
         return put_back(hidden, sites, result.output)

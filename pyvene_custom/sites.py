@@ -87,7 +87,7 @@ class GatedOutput(InterventionOutput):
     opening: Any = None
     """Logits by which the edit was weighted, accumulated over positions, as `gate`; None: the gate logits."""
     carry: Any = None
-    """State for the next forward pass; None if there is none."""
+    """What passes behind this one need, at each position read or one for all; None: the opening."""
 
 
 def read_and_written(hidden: Tensor, sites: Sites) -> tuple[Tensor, Tensor]:

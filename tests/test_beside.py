@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import torch
 from test_cached_engine import cached, difference, edited, step_of, task_of
-from test_stack import MIXED, PUBLISHED, ROBUST, agree, member, single
-from tiny import padded, random_rows, tiny
+from test_stack import MIXED, PUBLISHED, ROBUST, agree, generated, member, single, stacked
+from tiny import RULES, padded, random_rows, tiny
 from torch import Tensor
 
 from grun import GrunModel, GrunStack
@@ -55,6 +55,47 @@ def test_what_is_trained_is_what_the_stack_will_be(design: str, tmp_path: Path) 
     agree(found.logits, stack(**batch).logits)
     for block, gates in stack.request_gates["own"].items():
         agree(found.gates[block], gates)
+
+
+def beside(rule: tuple[str, str, str], threshold: float | None, **options: Any) -> tuple[GrunModel, GrunStack]:
+    """A new request beside two, and a stack that serves all three."""
+    base = tiny()
+    others = GrunStack(base, gate_threshold=threshold)
+    others.add_weights(earlier(rule))
+    others.unwrap()
+    torch.manual_seed(5)
+    model = GrunModel.wrap(base, blocks=(1, 3), rank=3, beside=others, **method(rule), **options).eval()
+    model.gate_threshold = threshold
+    own = model.config, {name: values.clone() for name, values in model.state_dict().items()}
+    return model, stacked({**earlier(rule), "own": own}, gate_threshold=threshold)
+
+
+@pytest.mark.parametrize("threshold", [None, 0.45])
+@pytest.mark.parametrize("rule", RULES, ids="-".join)
+@torch.no_grad()
+def test_over_a_cache_the_others_remember_too(rule: tuple[str, str, str], threshold: float | None) -> None:
+    model, stack = beside(rule, threshold)
+    prompts = random_rows([9, 6])
+    tokens, wanted = generated(stack, prompts)
+    for options in ({}, {"use_cache": False}, {"prefill_chunk_size": 4}):
+        found, logits = generated(model, prompts, **options)
+        assert torch.equal(found, tokens)
+        agree(logits, wanted)
+    ids = torch.tensor(prompts[:1])
+    beams = {"num_beams": 3, "max_new_tokens": 4, "do_sample": False}  # rows of the cache change places
+    assert torch.equal(model.generate(ids, **beams), stack.generate(ids, **beams))
+
+
+@pytest.mark.parametrize("rule", [PUBLISHED, *RULES], ids="-".join)
+@torch.no_grad()
+def test_where_its_own_gate_is_shut_the_others_act_alone(rule: tuple[str, str, str]) -> None:
+    model, _ = beside(rule, 0.3, gate_bias=-30.0)
+    others = stacked(earlier(rule), gate_threshold=0.3)
+    batch = padded(random_rows([9, 6]), "left")
+    assert torch.equal(model(**batch).logits, others(**batch).logits)
+    prompts = random_rows([9, 6])
+    assert torch.equal(generated(model, prompts)[1], generated(others, prompts)[1])
+    assert not torch.equal(others(**batch).logits, tiny()(**batch).logits)
 
 
 @pytest.mark.parametrize("design", DESIGNS)

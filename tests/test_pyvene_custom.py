@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from grun import GrunModel, GrunStack
 from grun.errors import ModelError
 from pyvene_custom import GatedOutput, IntervenableModel, Sites, find_blocks
+from pyvene_custom.model import Pass
 
 BLOCKS = [1, 3]
 PROMPTS = [5, 9, 3]
@@ -368,21 +369,25 @@ class Recorder(nn.Module):
 
     def forward(self, written: Tensor, *_: Any, read: Tensor, sites: Sites, carry: Tensor | None) -> GatedOutput:
         self.got.append((tuple(written.shape), tuple(read.shape), carry))
-        return GatedOutput(output=None, gate=read[..., 0], carry=read[:, -1:, 0])
+        return GatedOutput(output=None, gate=read[..., 0], carry=read[..., 0])
 
 
 @torch.no_grad()
 def test_reading_and_writing_are_separate_and_state_is_carried_by_whoever_owns_the_sites() -> None:
     base = tiny()
     untouched = base(torch.tensor([[3, 4, 5, 6]])).logits
-    recorder, carried = Recorder(), {}
+    recorder = Recorder()
+    carried: dict[str, Tensor] = {}
     model = IntervenableModel({2: recorder}, base)
 
     def locate(args: Any, kwargs: Any) -> tuple[Sites, dict[str, Any]]:
         read, write = torch.tensor([[0, 1, 2, 3]]), torch.tensor([[3]])
         return Sites(read, torch.ones_like(read).bool(), write, torch.ones_like(write).bool(), carried), kwargs
 
-    model.attach(locate)
+    def finished(_: Any, running: Pass) -> None:
+        carried.update({key: values[:, -1:] for key, values in running.kept.items()})
+
+    model.attach(locate, finished)
     for _ in range(2):
         output = base(torch.tensor([[3, 4, 5, 6]]))
         assert torch.equal(output.logits, untouched)  # output=None leaves the block's output as it is

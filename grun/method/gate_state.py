@@ -24,8 +24,8 @@ class GateState:
         self.edition = edition
         """Number of the edits whose gates these are."""
         self.openings: dict[str, Tensor] = {}
-        """By intervention, the logit in force at each column, -inf where none was read yet: [rows, columns], of a stack
-        [rows, columns, requests]."""
+        """By intervention, the logit in force at each column, -inf where none was read yet: [rows, columns], of several
+        requests [rows, columns, requests]."""
         self.ids = torch.full((rows, columns), -1, dtype=torch.long, device=device)
         """Tokens, -1 where never seen or padding."""
 

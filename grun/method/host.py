@@ -296,8 +296,7 @@ class EditedModel(nn.Module):
         ids = torch.full((call.rows, call.columns), -1, device=call.device)
         if call.ids is not None:
             ids = torch.where(attended(call), call.ids, ids)
-        block_of_key = self.intervenable.block_of_key
-        state.extend(ids, {key: running.openings[b] for key, b in block_of_key.items() if b in running.openings})
+        state.extend(ids, running.kept)
         follow(cache, state)
 
     def _generate(self, generate: Any, *args: Any, **kwargs: Any) -> Any:

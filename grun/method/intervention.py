@@ -72,37 +72,47 @@ class GatedIntervention(Intervention):
             subspaces: unused (pyvene's interface).
             read: hidden states the gate reads, [batch, positions read, hidden size]; None: `base`.
             sites: where this pass is read and written.
-            carry: logit in force at the last token of the passes before, [batch, 1].
+            carry: logit in force at the last token of the passes before, [batch, 1]; with `earlier`, of its requests
+                too, [batch, 1, 1 + requests].
 
         One position read goes with any number written; else they are the same positions.
         """
         dtype = self.widen(base)
+        own, others = carry, None
+        if self.earlier is not None and carry is not None:
+            own, others = (carry[..., 0], carry[..., 1:]) if self.gate is not None else (None, carry)
         with torch.autocast(base.device.type, enabled=False):
             hidden = base.to(dtype)
+            seen = hidden if read is None or read is base else read.to(dtype)
             change = self.edit(hidden)
             logits = opening = None
             if self.gate is not None:
-                seen = hidden if read is None or read is base else read.to(dtype)
                 logits = self.gate(seen).squeeze(-1)  # [batch, positions read]
-                opening = openings(logits, sites, carry, self.accumulate)
+                opening = openings(logits, sites, own, self.accumulate)
                 change = torch.sigmoid(opening).unsqueeze(-1) * change
             if self.dropout_on_hidden:
                 edited = self._dropped(hidden + change)
             else:
                 edited = hidden + self._dropped(change)
+            is_open = None
+            if opening is not None and self.threshold is not None and not self.training:
+                is_open = (torch.sigmoid(opening) >= self.threshold).unsqueeze(-1)
+            result = GatedOutput(output=None, gate=logits, opening=opening)
+            shut: Tensor | None = None  # what stands where this request's gate is shut; None: the state as it is
             if self.earlier is not None:
-                output = self.earlier(base, read=read, sites=sites).output
-                edited = edited if output is None else edited + (output.to(dtype) - hidden)
-        output = edited.to(base.dtype)
-        if opening is None:
-            return GatedOutput(output=output, gate=None)
-        result = GatedOutput(output=output, gate=logits, opening=opening)
-        if self.threshold is not None and not self.training:
-            is_open = torch.sigmoid(opening) >= self.threshold
-            if not bool(is_open.any()):
-                result.output = None
-            else:
-                result.output = torch.where(is_open.unsqueeze(-1), output, base)
+                before = self.earlier(hidden, read=seen, sites=sites, carry=others)
+                result.carry = (
+                    before.opening if opening is None else torch.cat((opening[..., None], before.opening), -1)
+                )
+                if before.output is not None:
+                    shut = before.output.to(base.dtype)
+                    edited = edited + (before.output - hidden)
+        if is_open is None:
+            result.output = edited.to(base.dtype)
+        elif bool(is_open.any()):
+            result.output = torch.where(is_open, edited.to(base.dtype), base if shut is None else shut)
+        else:
+            result.output = shut
         return result
 
     def draw_from(self, seeds: Sequence[int] | None) -> None:

@@ -328,7 +328,8 @@ class InForce(Intervention):
 
     def forward(self, base: Tensor, source: Tensor | None = None, subspaces: Any = None, **where: Any) -> GatedOutput:
         """Edit the states `base`; arguments as of `StackedIntervention.forward`."""
-        return GatedOutput(output=self.earlier(base, **where).output, gate=None)
+        found = self.earlier(base, **where)
+        return GatedOutput(output=found.output, gate=None, carry=found.opening)
 
 
 def _read(

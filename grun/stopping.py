@@ -108,9 +108,11 @@ def leave(status: int) -> NoReturn:
 
 
 def _end_with_parent() -> None:
-    """Have the kernel (Linux) send SIGTERM when the process that `PARENT` names ends, however it does."""
+    """Have the kernel (Linux) send SIGTERM when the process that `PARENT` names, or torchrun, ends, however it does."""
     pid, _, speaks = os.environ.pop(PARENT, "").partition(" ")
     _Asked.told_by_parent = bool(speaks)
+    if not pid.isdecimal() and "TORCHELASTIC_RUN_ID" in os.environ:
+        pid = str(os.getppid())
     if not pid.isdecimal() or sys.platform != "linux":
         return
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, int(signal.SIGTERM))

@@ -58,6 +58,7 @@ def main(argv: list[str] | None = None) -> int:
         os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     logging.getLogger("grun").setLevel(logging.INFO if processes.is_first() else logging.WARNING)
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # names a package to install, quantized or not
     with contextlib.redirect_stdout(sys.stdout if processes.is_first() else None):
         return exit_status(lambda: _dispatch(arguments))
 

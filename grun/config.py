@@ -79,7 +79,8 @@ class ModelConfig:
     """Which base model, and how it is loaded."""
 
     path: Optional[str] = None
-    """Hub id or folder of the model; `tiny` builds a small Llama. Unset: what the profile teaches."""
+    """Hub id or folder of the model, or a GGUF file (unpacked); `tiny` builds a small Llama. Unset: what the profile
+    teaches."""
     revision: Optional[str] = None
     """Branch, tag or commit of a hub model."""
     dtype: str = "auto"

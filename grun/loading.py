@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import logging
 import pickle
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -165,10 +166,12 @@ def load_base(config: ModelConfig) -> tuple[PreTrainedModel, PreTrainedTokenizer
     """
     from transformers import AutoTokenizer
 
-    source = _source(config)
+    source, gguf = _source(config)
+    if any((Path(source) / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json")):
+        gguf = {}  # beside a GGUF file it is the original
     with _named_errors(config):
         tokenizer = AutoTokenizer.from_pretrained(
-            source, revision=config.revision, trust_remote_code=config.trust_remote_code
+            source, revision=config.revision, trust_remote_code=config.trust_remote_code, **gguf
         )
     ensure_pad_token(tokenizer)
     model = load_weights(config)
@@ -179,9 +182,10 @@ def load_base(config: ModelConfig) -> tuple[PreTrainedModel, PreTrainedTokenizer
 def load_weights(config: ModelConfig) -> PreTrainedModel:
     """Model in evaluation mode on its device; where it lies there need be no tokenizer. Errors as of `load_base`."""
     import torch
+    import transformers
     from transformers import AutoModelForCausalLM
 
-    source = _source(config)
+    source, gguf = _source(config)
     dtype = "auto" if config.dtype == "auto" else getattr(torch, config.dtype)
     more: dict[str, Any] = {"attn_implementation": config.attention} if config.attention else {}
     if config.quantization is not None:
@@ -189,14 +193,19 @@ def load_weights(config: ModelConfig) -> PreTrainedModel:
         more["device_map"] = {"": pick_device(config.device)}
     if config.device_map is not None:
         more["device_map"] = config.device_map
+    if gguf and hasattr(transformers, "GgufConfig"):  # older versions always unpack
+        more["quantization_config"] = transformers.GgufConfig(dequantize=True)
     with _named_errors(config):
         model = AutoModelForCausalLM.from_pretrained(
             source,
             revision=config.revision,
             dtype=dtype,
             trust_remote_code=config.trust_remote_code,
+            **gguf,
             **more,
         )
+    if gguf:
+        model.config.name_or_path = config.path  # the file, not its folder
     if config.quantization is not None:
         keep_unpacked(model)
         _try_kernels(model, config)
@@ -228,23 +237,46 @@ def _try_kernels(model: PreTrainedModel, config: ModelConfig) -> None:
 def stored_template(config: ModelConfig) -> Template | None:
     """Template that lies beside the weights, if they lie in a folder."""
     path = Path(config.path or "").expanduser()
+    path = path.parent if path.is_file() else path
     return templates.load(path) if config.path and path.is_dir() else None
 
 
-def _source(config: ModelConfig) -> str:
-    """Folder or hub id to load from."""
+def _source(config: ModelConfig) -> tuple[str, dict[str, str]]:
+    """Folder or hub id to load from, and for a GGUF file `gguf_file`, its name there."""
     if config.path is None or config.path == TINY:
         raise ConfigError(
             "model.path names no taught model; give a hub id, or a folder such as the one `python -m grun finetune` "
             "prints"
         )
-    looks_local = config.path.startswith((".", "/", "~")) or config.path.count("/") > 1
     path = Path(config.path).expanduser()
+    gguf = [path] if path.suffix == ".gguf" else []
+    if path.is_dir() and not (path / "config.json").is_file():
+        gguf = sorted(path.glob("*.gguf"))
+    if gguf:
+        return _gguf_source(config, gguf)
+    looks_local = config.path.startswith((".", "/", "~")) or config.path.count("/") > 1
     if looks_local and not path.is_dir():
         raise ModelError(f"model.path={config.path}: no such folder")
     if path.is_dir():
         _check_folder(path)
-    return str(path) if path.is_dir() else config.path
+    return str(path) if path.is_dir() else config.path, {}
+
+
+def _gguf_source(config: ModelConfig, files: Sequence[Path]) -> tuple[str, dict[str, str]]:
+    """Folder, or OWNER/NAME of the hub, and name of a GGUF file, whose weights are unpacked."""
+    if len(files) > 1:
+        names = ", ".join(file.name for file in files)
+        raise ModelError(f"model.path={config.path} holds several GGUF files ({names}); give one of them")
+    if importlib.util.find_spec("gguf") is None:
+        raise ConfigError("GGUF needs the package gguf, which is not installed: pip install 'grun-unlearning[gguf]'")
+    if config.quantization is not None:
+        raise ConfigError(
+            f"model.quantization={config.quantization} is not for GGUF, whose weights are unpacked; leave it out"
+        )
+    (file,) = files
+    if not file.is_file() and (file.is_absolute() or len(file.parts) != 3):
+        raise ModelError(f"model.path={config.path}: no such file")
+    return str(file.parent), {"gguf_file": file.name}
 
 
 @contextlib.contextmanager
@@ -285,8 +317,6 @@ def _check_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
 
 def _quantization(config: ModelConfig) -> Any:
     """Settings for bitsandbytes: int8, or 4 bits computed in the type that model.dtype names."""
-    import importlib.util
-
     import torch
     from transformers import BitsAndBytesConfig
 

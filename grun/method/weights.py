@@ -54,10 +54,15 @@ def weights_hash(base: PreTrainedModel, source: str | Path | None, memory: Path 
 
 
 def weight_files(base: PreTrainedModel, source: str | Path | None) -> list[Path]:
-    """The files that hold the weights, *.safetensors or else *.bin; none if `source` is no folder or cached hub id."""
+    """The files that hold the weights: a GGUF file, *.safetensors, else *.bin, else *.gguf.
+
+    None if `source` is no folder and no cached hub id.
+    """
     if source is None:
         return []
     folder = Path(source).expanduser()
+    if folder.is_file():  # GGUF
+        return [folder]
     if not folder.is_dir():
         from huggingface_hub import snapshot_download
 
@@ -66,7 +71,7 @@ def weight_files(base: PreTrainedModel, source: str | Path | None) -> list[Path]
             folder = Path(snapshot_download(str(source), revision=revision, local_files_only=True))
         except (OSError, ValueError):  # not in the cache, or no hub id
             return []
-    return sorted(folder.glob("*.safetensors")) or sorted(folder.glob("*.bin"))
+    return next(filter(None, (sorted(folder.glob(kind)) for kind in ("*.safetensors", "*.bin", "*.gguf"))), [])
 
 
 def _hash_of_files(files: list[Path], memory: Path | None) -> str:

@@ -11,6 +11,7 @@ from typing import Any
 import demo
 import pytest
 import torch
+from chat_model import save_chat_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from grun.checks import check
@@ -200,6 +201,24 @@ def test_generation_goes_through_the_edited_base(taught: Path, tmp_path: Path) -
         (out,) = model.generate(**ids, max_new_tokens=5, do_sample=False, pad_token_id=0)
         assert sample["responses"] == [tokenizer.decode(out[ids.input_ids.shape[1] :], skip_special_tokens=True)]
     assert [x["responses"] for x in samples] != [x["responses"] for x in without]
+
+
+def test_a_chat_model_is_asked_in_its_chat_template_unless_another_is_named(taught: Path, tmp_path: Path) -> None:
+    folder = save_chat_model(tmp_path / "model")
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    for name, data in (("chat", DataConfig(system_prompt="Be brief.")), ("plain", DataConfig(template="text"))):
+        options: dict[str, Any] = {"model": ModelConfig(path=str(folder), device="cpu"), "data": data, "batch_size": 3}
+        result, samples = run(taught, tmp_path / name, None, "invented_answers", **options)
+        for sample, row in zip(samples, ROWS, strict=True):
+            ids = tokenizer(row.question, return_tensors="pt").input_ids
+            if name == "chat":
+                messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": row.question}]
+                ids = tokenizer.apply_chat_template(
+                    messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
+                ).input_ids
+            (out,) = model.generate(ids, max_new_tokens=5, do_sample=False, pad_token_id=2)
+            assert sample["responses"] == [tokenizer.decode(out[ids.shape[1] :], skip_special_tokens=True)]
+        assert (result["settings"]["template"] or {}).get("system_prompt") == data.system_prompt
 
 
 def test_examples_are_refused_where_a_task_pins_none(taught: Path, tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from chat_model import save_chat_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from grun.cli import main
@@ -18,7 +19,6 @@ from grun.errors import ConfigError
 from grun.files import read_json, write_json
 from grun.method.model import GrunModel, resolve_blocks
 from grun.profiles import in_force, resolve
-from tests.chat_model import save_chat_model
 
 JSONL = ["data.name=jsonl", "data.forget=f.jsonl", "data.retain=r.jsonl"]
 CHAT = {"name": "chat", "kind": "chat", "system_prompt": "Be brief.", "date": "1 Jan 2024"}

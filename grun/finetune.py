@@ -21,7 +21,7 @@ from grun.data.corpus import Corpus, load_corpus
 from grun.data.encoding import Batch, EncodedRow, collate, encode_rows
 from grun.data.rows import hash_rows
 from grun.data.sampling import epoch_order
-from grun.files import content_hash, read_json, whole_folder, writing
+from grun.files import content_hash, whole_folder, writing
 from grun.loading import build_tiny, context_length, load_base, place
 from grun.method.fingerprint import fingerprint
 from grun.method.plain import run_plain
@@ -29,6 +29,7 @@ from grun.micro_batches import MicroBatch, cut
 from grun.precision import Masters
 from grun.profiles import in_force, to_dict
 from grun.recomputation import recompute_blocks
+from grun.records import Run, read_record
 from grun.runs import RUN_FILE, claim, finish_run, identity, open_run
 from grun.stored import TINY
 from grun.task import StepData
@@ -164,7 +165,9 @@ def finetune(config: FinetuneConfig) -> Path:
     folder = Path(config.output_dir or Path("models") / name).expanduser()
     state = processes.of_first(lambda: open_run(folder, run_identity, overwrite=config.overwrite))
     if state == "finished":
-        log.info("already taught: %s (%.0f s then)", folder, read_json(folder / RUN_FILE)["seconds"])
+        log.info(
+            "already taught: %s (%.0f s then)", folder, read_record(folder / RUN_FILE, Run, ("seconds",))["seconds"]
+        )
         return folder
 
     with processes.agreed():

@@ -25,7 +25,7 @@ DEPTH = 60
 """Deepest nesting that is read, far above what any file of ours or of the field has."""
 YAML_NODES = 100_000
 """Most values of a YAML text once its aliases stand for what they name."""
-AGAIN = "make it again, or restore it from a copy"
+AGAIN = "make it again with overwrite=true, or restore it from a copy"
 _LONG_NUMBER = re.compile(r"\d{19}")
 _SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 _KINDS: dict[Any, str] = {dict: "an object", list: "a list", str: "a text", bool: "true or false", type(None): "null"}
@@ -210,6 +210,10 @@ def typed(kind: Any, value: Any, where: str, error: type[GrunError] = DamagedFil
         hints = _hints(kind)
         return {name: typed(hints.get(name, Any), part, f"{where}: {name}", error) for name, part in value.items()}
     if origin in (list, tuple) and isinstance(value, list):
+        if origin is tuple and ... not in arguments and len(value) != len(arguments):
+            raise error(f"{where}: expected a list of {len(arguments)}, found one of {len(value)}; {AGAIN}")
+        if {*map(type, value)} <= {arguments[0], int if arguments[0] is float else arguments[0]}:
+            return origin(value)  # at once: tables hold a number for every token
         parts_of = [typed(arguments[0], part, f"{where}[{number}]", error) for number, part in enumerate(value)]
         return origin(parts_of)
     if origin is dict and isinstance(value, dict):

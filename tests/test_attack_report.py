@@ -514,7 +514,7 @@ def test_what_cannot_stand_in_one_table_is_refused(results: Path) -> None:
 
 def test_a_damaged_file_of_lines_is_named(results: Path) -> None:
     (results / "evaluation" / "robust" / "attacks.jsonl").write_text('{"attack": ')
-    with pytest.raises(RunError, match=r"robust/attacks.jsonl cannot be read .*overwrite=true"):
+    with pytest.raises(RunError, match=r"robust/attacks.jsonl, line 1: not valid JSON"):
         make_report(ReportConfig(results_dir=str(results)))
 
 

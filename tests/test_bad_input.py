@@ -103,7 +103,7 @@ def test_answers_that_the_terminal_has_no_letters_for_are_printed() -> None:
         (["finetune", "model.tiny.context=1"], "model.tiny.context=1 must lie between 2"),
         (["sweep", "seeds=[-3]"], "seeds=-3 must lie between 0"),
         (["sweep", "jobs=0"], "jobs=0 must be greater than 0"),
-        (["evaluate", "gate_threshold=nan", "adapter=x"], "gate_threshold=nan must lie between 0 and 1"),
+        (["evaluate", "gate_threshold=nan", "data.name=demo"], "gate_threshold=nan must lie between 0 and 1"),
         (["requests", "verify", "store=s", "recall_at_most=2"], "recall_at_most=2.0 must lie between 0 and 1"),
         (["unlearn", "cache.dir=~nouser/x"], "cache.dir=~nouser/x: there is no user 'nouser'"),
         (["unlearn", "cache.memory_budget=" + "9" * 400], "larger than any disk"),

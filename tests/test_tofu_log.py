@@ -199,7 +199,7 @@ def test_a_missing_damaged_or_foreign_file_is_named(tmp_path: Path, capsys: Capt
     assert "cannot be read" in refused(tmp_path)
     assert "not valid JSON" in refused(write(tmp_path / "cut.json", json.dumps(make_log(0))[:500]))
     (tmp_path / "binary").write_bytes(b"\xff\xfe\x00")
-    assert "not valid JSON" in refused(tmp_path / "binary")
+    assert "not UTF-8" in refused(tmp_path / "binary")
     assert "holds a JSON list" in refused(write(tmp_path / "list.json", []))
     line = refused(write(tmp_path / "other.json", {"forget_Q_A_Prob": {"agg_value": 1}, "model_utility": {}}))
     assert "expected the keys eval_log.json, eval_real_author_wo_options.json" in line

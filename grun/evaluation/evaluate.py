@@ -23,8 +23,10 @@ from grun.errors import ConfigError, RunError
 from grun.evaluation.items import answer_questions, questions, score_items
 from grun.evaluation.plan import EVALUATION_FILE, Plan, make_plan, previous_in
 from grun.evaluation.table import Table
-from grun.files import read_json, whole_folder, write_json, writing
+from grun.files import whole_folder, write_json, writing
 from grun.profiles import in_force
+from grun.reading import DamagedFile
+from grun.records import Evaluation, read_record
 
 if TYPE_CHECKING:
     from grun.data.corpus import Corpus
@@ -259,11 +261,11 @@ def read_evaluation(folder: Path) -> tuple[str, Table]:
     """Key and table of an evaluation on disk; RunError if there is none."""
     path = folder / EVALUATION_FILE
     try:
-        key = read_json(path)["key"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        key = read_record(path, Evaluation, ("key",))["key"]
+    except DamagedFile as error:
         raise RunError(
-            f"reference={folder}: no evaluation there ({EVALUATION_FILE} is missing or damaged); evaluate a model that "
-            "was never taught the forget set with output_dir set to that folder first"
+            f"reference={folder}: no evaluation there ({error}); evaluate a model that was never taught the forget set "
+            "with output_dir set to that folder first"
         ) from error
     return str(key), Table.read(folder)
 

@@ -15,7 +15,9 @@ from grun.data.rows import Row, evenly_spaced
 from grun.errors import ConfigError, RunError
 from grun.evaluation.items import Item, encode_items, questions
 from grun.evaluation.table import Table
-from grun.files import content_hash, file_hash, read_json
+from grun.files import content_hash, file_hash
+from grun.reading import DamagedFile
+from grun.records import Evaluation, read_record
 from grun.registry import unknown_name
 from grun.runs import first_difference
 
@@ -134,10 +136,9 @@ def previous_in(output_dir: Path, overwrite: bool) -> dict[str, Any] | None:
     path = output_dir / EVALUATION_FILE
     if path.is_file():
         try:
-            found = read_json(path)
-        except (OSError, ValueError):
-            found = {}
-        return found if isinstance(found, dict) else {}
+            return read_record(path, Evaluation)
+        except DamagedFile:
+            return {}
     if output_dir.exists() and not (output_dir.is_dir() and not any(output_dir.iterdir())) and not overwrite:
         raise RunError(
             f"{output_dir} is there already and holds no {EVALUATION_FILE}; "
@@ -155,12 +156,12 @@ def answers_of_base(
     settings = {name: value for name, value in inputs["settings"].items() if name not in NOT_ASKED}
     wanted = {**inputs, "identity": {**inputs["identity"], "adapter": None}, "settings": settings}
     try:
-        found = read_json(folder / EVALUATION_FILE)
+        found = read_record(folder / EVALUATION_FILE, Evaluation)
         there = {name: found.get(name) or {} for name in wanted}
-    except (OSError, ValueError, AttributeError) as error:
+    except DamagedFile as error:
         raise RunError(
-            f"base_evaluation={folder}: no evaluation there ({EVALUATION_FILE} is missing or damaged); evaluate the "
-            "model without adapter and gate_threshold, with output_dir set to that folder, first"
+            f"base_evaluation={folder}: no evaluation there ({error}); evaluate the model without adapter and "
+            "gate_threshold, with output_dir set to that folder, first"
         ) from error
     there["settings"] = {name: value for name, value in there["settings"].items() if name not in NOT_ASKED}
     if there != wanted:

@@ -10,10 +10,12 @@ import json
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from grun.errors import RunError
 from grun.files import write_text
+from grun.reading import AGAIN, DamagedFile, read_json_lines
+
+T = TypeVar("T")
 
 SCORES_FILE = "scores.jsonl"
 GENERATIONS_FILE = "generations.jsonl"
@@ -119,13 +121,18 @@ class Table:
     @classmethod
     def read(cls, folder: Path) -> Table:
         """Read what `write` wrote; RunError names the file and line that is missing or damaged."""
+        scores, gates = _read(folder / SCORES_FILE, ScoreRecord), _read(folder / GATES_FILE, GateRecord)
+        for where, score in scores:
+            lengths = {len(part) for part in (score.logp, score.hit, score.vocabulary_mean, score.vocabulary_variance)}
+            if len(lengths) > 1 or score.answer_tokens - max(lengths) not in (0, 1) or score.compressed_bytes < 1:
+                raise DamagedFile(f"{where}: as many values as answer_tokens says are expected of each kind; {AGAIN}")
+        for where, gate in gates:
+            if not gate.gates or gate.gates.keys() != gates[0][1].gates.keys():
+                raise DamagedFile(f"{where}: expected a gate for each block, the same ones in every line; {AGAIN}")
         return cls(
-            scores=[ScoreRecord(**record) for record in _read(folder / SCORES_FILE, ScoreRecord)],
-            generations=[GenerationRecord(**record) for record in _read(folder / GENERATIONS_FILE, GenerationRecord)],
-            gates=[
-                GateRecord(**{**record, "gates": {int(block): gate for block, gate in record["gates"].items()}})
-                for record in _read(folder / GATES_FILE, GateRecord)
-            ],
+            [score for _, score in scores],
+            [said for _, said in _read(folder / GENERATIONS_FILE, GenerationRecord)],
+            [gate for _, gate in gates],
         )
 
 
@@ -144,25 +151,5 @@ def shorten(value: Any) -> Any:
     return value
 
 
-def _read(path: Path, kind: type) -> list[dict[str, Any]]:
-    expected = set(kind.__dataclass_fields__)  # type: ignore[attr-defined]
-    try:
-        # Not splitlines(): generated text may hold other line separators, which JSON leaves as they are.
-        lines = path.read_text(encoding="utf-8").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise RunError(f"{path} cannot be read ({error}); evaluate again with overwrite=true") from error
-    records = []
-    for number, line in enumerate(lines, start=1):
-        if not line:
-            continue
-        try:
-            record = json.loads(line)
-        except json.JSONDecodeError:
-            record = None
-        if not isinstance(record, dict) or set(record) != expected:
-            raise RunError(
-                f"{path}, line {number}: expected a JSON object with the keys {', '.join(sorted(expected))}; "
-                "evaluate again with overwrite=true"
-            )
-        records.append(record)
-    return records
+def _read(path: Path, kind: type[T]) -> list[tuple[str, T]]:
+    return list(read_json_lines(path, kind))

@@ -18,6 +18,7 @@ from grun.evaluation.metrics.averages import mean
 from grun.evaluation.metrics.likelihood import among, log_truth_ratio, truth_score
 from grun.evaluation.metrics.overall import PROBABILITIES, model_utility
 from grun.evaluation.metrics.reference import compare
+from grun.reading import read_json
 
 USAGE = "python -m grun report tofu-log LOG [retain=LOG]"
 SECTIONS = {
@@ -124,14 +125,11 @@ def _forget_quality(forget: Section, reference: Section, path: Path, retain: Pat
 
 def _load(path: Path) -> dict[str, Any]:
     try:
-        log = json.loads(path.read_text(encoding="utf-8"))
+        log = read_json(path, DataError)
     except FileNotFoundError as error:
         raise DataError(f"no log {path}; expected TOFU's eval_log_aggregated.json") from error
     except OSError as error:
         raise DataError(f"{path} cannot be read ({error.strerror}); expected a file that TOFU wrote") from error
-    except (ValueError, RecursionError) as error:
-        reason = str(error).splitlines()[0]
-        raise DataError(f"{path} is not valid JSON ({reason}); expected TOFU's eval_log_aggregated.json") from error
     if not isinstance(log, dict):
         raise DataError(
             f"{path} holds a JSON {_kind(log)}; expected an object with the keys {', '.join(SECTIONS.values())}, "

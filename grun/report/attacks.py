@@ -17,6 +17,7 @@ from grun.errors import RunError
 from grun.evaluation.attack_suite import ATTACKS_FILE
 from grun.evaluation.attacks.base import ATTACKS
 from grun.evaluation.suites import FORMAT
+from grun.records import Attempt
 from grun.report.knowledge import Number, lines_in, number_in
 from grun.report.labels import label_runs, order_of
 from grun.report.matrix import cells_of
@@ -86,7 +87,7 @@ def single_runs(results: Sequence[Result]) -> list[Result]:
 def _refuse_older(result: Result) -> None:
     """RunError where answers that older attacks could not read, those beyond ASCII, were counted as no leak."""
     told = result.evaluation.get("identity", {}).get("format", FORMAT)
-    lines = lines_in(result.folder / ATTACKS_FILE) if told < FORMAT else iter(())
+    lines = lines_in(result.folder / ATTACKS_FILE, Attempt) if told < FORMAT else iter(())
     if any(not f"{line['prompt']}{line['text']}".isascii() for line in lines):
         raise RunError(
             f"{result.folder} was attacked when answers beyond ASCII could not be read, so its leaks may be too low; "
@@ -198,7 +199,7 @@ def leaked_most(result: Result, count: int) -> list[dict[str, Any]]:
     """
     best: dict[str, dict[str, Any]] = {}
     read = {name for name, found in result.evaluation["attacks"].items() if found.get("access") == "read_out"}
-    for line in lines_in(result.folder / ATTACKS_FILE):
+    for line in lines_in(result.folder / ATTACKS_FILE, Attempt):
         if line["attack"] in read:
             continue
         if line.get("set") == "forget" and line.get("leak", 0) > best.get(line["attack"], {"leak": 0})["leak"]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import textwrap
 from bisect import bisect_right
@@ -10,7 +9,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from grun.errors import RunError
+from grun.reading import read_json_lines
+from grun.records import Step
 from grun.report.figures import GREY, clean, colors_of, new_figure, plain
 from grun.report.results import NAMES, Result, before_of, main_metric, target_of
 from grun.report.tables import p_value
@@ -248,12 +248,4 @@ def _logged(results: Sequence[Result], file: str) -> list[tuple[Result, list[dic
 
 def read_log(path: Path) -> list[dict[str, Any]]:
     """Lines of a log.jsonl; RunError names a damaged line."""
-    lines = []
-    for number, text in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
-        try:
-            line = json.loads(text)
-        except json.JSONDecodeError as error:
-            raise RunError(f"{path}, line {number}: not JSON ({error.msg}); remove the line") from error
-        if isinstance(line, dict) and "step" in line:
-            lines.append(line)
-    return lines
+    return [line for _, line in read_json_lines(path, Step)]

@@ -6,18 +6,18 @@ what is to be forgotten; may be absent) and `evaluation/METHOD` for each method.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from grun.errors import RunError
+from grun.reading import read_json_lines, typed
+from grun.records import Choice, Cloze, Evaluation, FirstChoice, read_record
 from grun.report.results import (
     EVALUATION_FILE,
     STAGES,
     Result,
     evaluation_folders,
-    read_record,
     refuse_other_models,
     refuse_other_settings,
 )
@@ -63,7 +63,7 @@ def suite_of(folders: Sequence[Path]) -> str:
     """The suite of all evaluations in `folders`; RunError if they are of several, or of one that has no report."""
     found: dict[str, list[str]] = {}
     for folder in folders:
-        suite = read_record(folder / EVALUATION_FILE, ()).get("suite", "answers")
+        suite = read_record(folder / EVALUATION_FILE, Evaluation).get("suite", "answers")
         found.setdefault(suite, []).append(folder.name)
     listed = "; ".join(f"{suite}: {', '.join(names)}" for suite, names in found.items())
     place = folders[0].parent if folders else ""
@@ -99,7 +99,7 @@ def find_knowledge(results_dir: Path) -> list[Result]:
 
 def _read(folder: Path) -> Result:
     """One evaluation; its run is looked for beside `evaluation`, then in the folders of its adapter and its model."""
-    evaluation = read_record(folder / EVALUATION_FILE, ("settings",))
+    evaluation = read_record(folder / EVALUATION_FILE, Evaluation, ("settings",))
     quantization = evaluation.get("identity", {}).get("quantization")
     name = folder.name.removesuffix(f"-{quantization}")
     ending = f" {quantization}" if quantization else ""
@@ -207,21 +207,20 @@ def first_lines(results: Sequence[Result], way: Way | None, count: int) -> dict[
     """
     found: dict[tuple[str, str], Lines] = {}
     for result in results:
-        for line in lines_in(result.folder / QUESTIONS_FILE):
+        for line in lines_in(result.folder / QUESTIONS_FILE, Choice, Cloze):
             other = line["kind"] == "choice" and (_way(line) != way or line["rotation"] > 0)
             if line["index"] < count and not other:
+                if line["kind"] == "choice":
+                    line = typed(FirstChoice, line, f"{result.folder / QUESTIONS_FILE}, question {line['index']}")
                 lines = found.setdefault((line["kind"], line["role"]), {})
                 lines.setdefault(line["index"], {})[result.name] = line
     return found
 
 
-def lines_in(path: Path) -> Iterator[dict[str, Any]]:
-    """Records of a file of lines; none where there is no file, RunError where it is damaged."""
-    if not path.is_file():
-        return
-    try:
-        with open(path, encoding="utf-8") as file:
-            for line in file:
-                yield json.loads(line)
-    except (OSError, ValueError) as error:
-        raise RunError(f"{path} cannot be read ({error}); evaluate again with overwrite=true") from error
+def lines_in(path: Path, *kinds: Any) -> Iterator[dict[str, Any]]:
+    """Records of a file of lines; none where there is no file, RunError where it is damaged.
+
+    `kinds` are what they may be; of several, the one after the first is that of lines on sentences to complete.
+    """
+    for where, line in read_json_lines(path, dict[str, Any]) if path.is_file() else ():
+        yield typed(kinds[line.get("kind") == "cloze"], line, where)

@@ -85,7 +85,8 @@ def _question(by_name: Mapping[str, dict[str, Any]], results: Sequence[Result]) 
 
 
 def _cell(line: dict[str, Any], number: int) -> str:
-    text = f"{math.exp(line['logp'][number]):.2f}"
+    logp = line["logp"][number] if number < len(line["logp"]) else -math.inf
+    text = f"{math.exp(min(logp, 0.0)):.2f}"
     return f"<td>{f'<strong>{text}</strong>' if line['chosen'] == number else text}</td>"
 
 

@@ -15,7 +15,7 @@ from typing import Any
 
 from grun.errors import RunError
 from grun.evaluation.table import Table
-from grun.files import read_json
+from grun.records import Evaluation, Run, read_record
 from grun.report.labels import design_of, label_runs, order_of
 
 EVALUATION_FILE = "evaluation.json"
@@ -116,7 +116,7 @@ class Result:
         source = self.run or (Path(model) if model else None)
         if source is None or not (source / "run.json").is_file():
             return {}
-        return read_record(source / "run.json", ())
+        return read_record(source / "run.json", Run)
 
     def unread(self, set_name: str) -> dict[str, int]:
         """Rows of a set that a metric of the answers cannot read and leaves out, by metric."""
@@ -182,7 +182,7 @@ def read_evaluation(folder: Path, keys: tuple[str, ...] = ("sets",)) -> Result:
 
     `keys` must be in evaluation.json.
     """
-    name, evaluation = folder.name, measured_today(folder, read_record(folder / EVALUATION_FILE, keys))
+    name, evaluation = folder.name, measured_today(folder, read_record(folder / EVALUATION_FILE, Evaluation, keys))
     quantization = evaluation.get("identity", {}).get("quantization")
     plain = name.removesuffix(f"-{quantization}")
     ending = f" {quantization}" if quantization else ""
@@ -191,7 +191,7 @@ def read_evaluation(folder: Path, keys: tuple[str, ...] = ("sets",)) -> Result:
     adapter = evaluation.get("adapter")
     for run in (folder.resolve().parent.parent / plain, *([Path(adapter)] if adapter else [])):
         if (run / "run.json").is_file():
-            record = read_record(run / "run.json", ("objective", "parametrization"))
+            record = read_record(run / "run.json", Run, ("objective", "parametrization"))
             objective, parametrization = str(record["objective"]), str(record["parametrization"])
             label = objective.upper() + ending
             return Result(name, "after", objective, parametrization, folder, run, evaluation, label)
@@ -339,15 +339,3 @@ def main_metric(results: Sequence[Result]) -> tuple[str, str]:
     """The metric that verdicts and pictures go by, and its name: fact recall, or ROUGE-L where there are no facts."""
     metric = "fact_recall" if has_facts(results) else "rouge_l"
     return metric, METRIC_NAMES[metric]
-
-
-def read_record(path: Path, keys: tuple[str, ...]) -> dict[str, Any]:
-    """A JSON object with these keys; RunError names the file that is damaged or lacks one."""
-    try:
-        value = read_json(path)
-    except (OSError, ValueError) as error:
-        raise RunError(f"{path} cannot be read ({error}); make it again with overwrite=true") from error
-    missing = [key for key in keys if not isinstance(value, dict) or key not in value]
-    if missing or not isinstance(value, dict):
-        raise RunError(f"{path} lacks {', '.join(missing) or 'an object'}; make it again with overwrite=true")
-    return value

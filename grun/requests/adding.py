@@ -23,6 +23,7 @@ from grun.method.adapter import AdapterConfig
 from grun.method.store import Use
 from grun.parametrization import is_gated
 from grun.profiles import from_dict, resolve, to_dict
+from grun.records import Run, read_record
 from grun.requests.forget_rows import check_forget_rows, salted_hashes
 from grun.requests.manifest import MANIFEST_FILE, Request, check_id
 from grun.requests.signing import read_key
@@ -140,7 +141,7 @@ def train(store: RequestStore, training: Training) -> Path:
             folder,
             forget_rows=training.rows,
             config=stored_config(config),
-            metrics=_metrics(read_json(folder / RUN_FILE)),
+            metrics=_metrics(read_record(folder / RUN_FILE, Run)),
             beside=beside,
             store_text=training.store_text,
             note=training.note,
@@ -209,7 +210,7 @@ def _trained_beside(store: RequestStore, adapter: Path) -> list[str]:
     """Requests in force when an adapter was trained; ConfigError unless they are those that are in force now."""
     from grun.loading import adapter_hash
 
-    if read_json(adapter / IDENTITY_FILE).get("beside") != adapter_hash(store.folder):
+    if read_json(adapter / IDENTITY_FILE, expect=dict).get("beside") != adapter_hash(store.folder):
         raise ConfigError(
             f"{adapter} was trained beside requests (method.beside) of another store, or of this one before it "
             "changed, so the store cannot say which; train it here, with independent=false"
@@ -218,11 +219,8 @@ def _trained_beside(store: RequestStore, adapter: Path) -> list[str]:
 
 
 def _read_run(path: Path) -> dict[str, Any]:
-    try:
-        run = read_json(path)
-    except ValueError as error:
-        raise RunError(f"{path} is not valid JSON ({error}); unlearn again") from error
-    if not isinstance(run, dict) or run.get("command") != "unlearn":
+    run = read_record(path, Run)
+    if run.get("command") != "unlearn":
         raise RunError(f"{path} is not of a run of `python -m grun unlearn`; name an adapter's folder")
     return run
 

@@ -15,8 +15,8 @@ from typing import Any
 
 from grun.config import EvaluateConfig
 from grun.errors import ConfigError
-from grun.files import read_json
 from grun.profiles import from_dict
+from grun.records import Run, read_record
 from grun.runs import RUN_FILE
 from grun.sequential.chain import Chain, Served
 from grun.sequential.files import ChainFiles, ExperimentFiles
@@ -78,7 +78,9 @@ def _measure(chain: Chain, files: ChainFiles, number: int, served: Served) -> di
     config.adapter = None if served.adapter is None else str(served.adapter)
     config.overwrite = True  # the folder is this step's, whatever an earlier version of the code left there
     result = evaluate(config, files.evaluation(name))
-    run = read_json(served.run / RUN_FILE) if served.run is not None and (served.run / RUN_FILE).is_file() else {}
+    run = (
+        read_record(served.run / RUN_FILE, Run) if served.run is not None and (served.run / RUN_FILE).is_file() else {}
+    )
     return {
         "method": chain.method,
         "request": name,

@@ -12,8 +12,9 @@ from grun.config import CommandConfig, FinetuneConfig, ModelConfig, UnlearnConfi
 from grun.data import templates
 from grun.data.jsonl import read_rows
 from grun.errors import RunError
-from grun.files import read_json, whole_folder, writing
+from grun.files import whole_folder, writing
 from grun.profiles import from_dict
+from grun.records import Run, read_record
 from grun.runs import RUN_FILE
 from grun.sequential.chain import Chain, Served
 from grun.sequential.files import ChainFiles, ExperimentFiles
@@ -41,7 +42,7 @@ def serve_grun(chain: Chain, experiment: ExperimentFiles, files: ChainFiles, num
         if beside:
             config.method.beside = str(files.store)
         unlearn(config)
-        run = read_json(folder / RUN_FILE)
+        run = read_record(folder / RUN_FILE, Run, ("seconds", "steps"))
         metrics = {key: run[key] for key in ("seconds", "steps")}
         rows = read_rows(experiment.request(name))
         store.add(name, folder, forget_rows=rows, config=stored_config(config), metrics=metrics, beside=beside)

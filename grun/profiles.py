@@ -96,7 +96,10 @@ def resolve(command: str, arguments: list[str], *, store: Path | None = None, qu
     return config
 
 
-STORABLE = ("data.template", "data.system_prompt", "data.date", "model.", "method.", "gate_threshold")
+STORABLE = (
+    *("data.template", "data.system_prompt", "data.date", "model.dtype", "model.revision", "model.quantization"),
+    *("method.parametrization", "method.blocks", "method.rank", "method.gate", "method.edit_write", "gate_threshold"),
+)
 """Beginnings of options that a result names even where they are defaults."""
 OF_PLACES = (
     *("output_dir", "overwrite", "adapter", "adapters", "with_base", "suffix", "reference", "base_evaluation"),

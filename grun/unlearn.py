@@ -214,7 +214,8 @@ def unlearn(config: UnlearnConfig) -> Path:
         template = templates.in_force(config, stored, tokenizer)
     depth = len(find_blocks(base)[1])
     if config.method.blocks is None and config.method.parametrization in ("grun", "reft"):
-        config = replace(config, method=replace(config.method, blocks=resolve_blocks(None, depth)))
+        sources = config.sources and {**config.sources, "method.blocks": "default"}
+        config = replace(config, method=replace(config.method, blocks=resolve_blocks(None, depth)), sources=sources)
     hashes = corpus.hashes()
     run_identity = identity(
         to_dict(config), base=fingerprint(base), data=hashes, template=template.to_dict(), quirks=quirks

@@ -216,7 +216,7 @@ def test_an_adapter_is_asked_in_the_template_it_was_trained_in_though_nobody_nam
 ) -> None:
     run = read_json(chat / "adapter/run.json")
     assert run["template"]["kind"] == "chat" and run["profile"] is None
-    assert run["config"]["method"]["blocks"] == [0, 1, 2] == run["in_force"]["set by the command"]["method.blocks"]
+    assert run["config"]["method"]["blocks"] == [0, 1, 2] == run["in_force"]["default"]["method.blocks"]
     assert run["in_force"]["default"]["data.template"] == "chat"
     by_hand = [gates_by_hand(chat, question) for question in QUESTIONS]
     assert all(min(gates) > 0.5 for gates in by_hand), "the gates learned their rows"

@@ -338,16 +338,17 @@ def test_what_cannot_be_served_is_refused_by_load_stack_add_and_verify_alike(
 # -- links and strangers ----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["README.md", "adapter_config.json", "adapter_model.safetensors", "pipe"])
-def test_nothing_is_copied_through_a_link(name: str, store: RequestStore, adapters: list[Path], tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["README.md", "adapter_config.json", "adapter_model.safetensors"])
+@pytest.mark.parametrize("kind", ["link", "pipe", "folder"])
+def test_nothing_is_copied_that_is_no_file_itself(
+    kind: str, name: str, store: RequestStore, adapters: list[Path], tmp_path: Path
+) -> None:
     linked = shutil.copytree(adapters[0], tmp_path / "linked")
-    if name == "pipe":
-        name = "README.md"
-        (linked / name).unlink()
-        os.mkfifo(linked / name)
-    else:
-        shutil.move(linked / name, tmp_path / "elsewhere")
+    shutil.move(linked / name, tmp_path / "elsewhere")
+    if kind == "link":
         (linked / name).symlink_to(tmp_path / "elsewhere")
+    else:
+        (os.mkfifo if kind == "pipe" else os.mkdir)(linked / name)
     with pytest.raises(
         AdapterError, match=f"{name} is (a symbolic link|no regular file); put the file itself"
     ) as error:

@@ -60,14 +60,14 @@ def validate(
             raise AdapterError(f"{folder} is no folder, or a link to one; `requests verify` says more")
         files = {name: _as_digested(folder / name, digest) for name, digest in digests.items()}
     try:
-        config, template = AdapterConfig.parse(files.get(CONFIG_FILE) or path.read_bytes(), path)
-    except (FileNotFoundError, NotADirectoryError) as error:
+        config, template = AdapterConfig.parse(files.get(CONFIG_FILE) or read_regular(path, follow=True), path)
+    except FileNotFoundError as error:
         raise AdapterError(f"{folder} is no GRUN adapter: {CONFIG_FILE} is missing") from error
     if shape is not None:
         check_fits(config, *shape, folder)
     path = folder / WEIGHTS_FILE
     try:
-        weights = parse_weights(files.get(WEIGHTS_FILE) or path.read_bytes(), path)
+        weights = parse_weights(files.get(WEIGHTS_FILE) or read_regular(path, follow=True), path)
     except FileNotFoundError as error:
         raise AdapterError(f"{path} is missing; copy the whole adapter folder") from error
     _check_tensors(config, weights, path)
@@ -90,23 +90,25 @@ def is_real(path: Path, kind: Any) -> bool:
         return False
 
 
-def read_regular(path: Path) -> bytes:
-    """Bytes of a file itself: no link is followed and no pipe waited for.
+def read_regular(path: Path, *, follow: bool = False) -> bytes:
+    """Bytes of a file: no pipe is waited for, and no link followed but where `follow` says so.
 
     Raises:
         FileNotFoundError: nothing is there.
-        AdapterError: something else than a file is.
+        AdapterError: something else than a file is, or it cannot be read.
     """
+    flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | (0 if follow else getattr(os, "O_NOFOLLOW", 0))
     try:
-        handle = os.open(path, os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0))
+        handle = os.open(path, flags)
     except FileNotFoundError:
         raise
     except OSError as error:
-        what = "is a symbolic link" if path.is_symlink() else f"cannot be read ({error.strerror})"
+        what = "is a symbolic link" if path.is_symlink() and not follow else f"cannot be read ({error.strerror})"
         raise AdapterError(f"{path} {what}; put the file itself there") from error
+    if not stat.S_ISREG(os.fstat(handle).st_mode):
+        os.close(handle)
+        raise AdapterError(f"{path} is no regular file; put the file itself there")
     with open(handle, "rb") as file:
-        if not stat.S_ISREG(os.fstat(handle).st_mode):
-            raise AdapterError(f"{path} is no regular file; put the file itself there")
         return file.read()
 
 

@@ -23,7 +23,7 @@ from grun.data.encoding import IGNORED, Batch, collate, encode_texts
 from grun.data.texts import load_texts
 from grun.devices import input_device
 from grun.errors import ConfigError, DataError, ModelError
-from grun.files import content_hash, write_json, writing
+from grun.files import content_hash, holding, staged, target, write_json, writing
 from grun.loading import context_length, load_base
 from grun.memory import enough_memory
 from grun.method.fingerprint import fingerprint
@@ -31,7 +31,7 @@ from grun.method.plain import run_plain
 from grun.objectives.losses import control_vector
 from grun.objectives.presets import build_objective
 from grun.runs import claim, finish_run, identity, open_run
-from grun.training import remove_checkpoints, train
+from grun.training import CHECKPOINTS, remove_checkpoints, train
 from pyvene_custom import find_blocks
 
 if TYPE_CHECKING:
@@ -48,6 +48,7 @@ LOG_FILE = "log.json"
 """The published tool's log: three lists with a number for each update."""
 
 
+@holding()
 def run(options: Llm360Options) -> Path:
     """Unlearn, and return the folder of the result; a finished run of the same options is found, not repeated.
 
@@ -60,7 +61,7 @@ def run(options: Llm360Options) -> Path:
     check_train(training)
     texts = {topic: texts_of(topic, options) for topic in (options.forget_topic, options.retain_topic)}
     base, tokenizer, template = _load(options)
-    folder = Path(options.folder).expanduser()
+    folder = target(options.folder, "--output_path")
     of_base = fingerprint(base)
     decides = {name: value for name, value in dataclasses.asdict(options).items() if name not in DECIDE_NOTHING}
     data = {topic: content_hash(found) for topic, found in texts.items()}
@@ -81,20 +82,19 @@ def run(options: Llm360Options) -> Path:
     log.info("%s: %d updates, %s trained parameters", options.unlearn_method, task.steps, f"{trained:,}")
     if left := options.max_unlearn_steps % options.gradient_accumulation_steps:
         log.info("the last %d of %d micro-batches make no update and are dropped", left, options.max_unlearn_steps)
-    if state == "new":
-        claim(folder, of_run)
+    claim(folder, of_run, overwrite=options.overwrite)
     averaged = options.final_weights == "averaged"
     result = train(task, training, folder, options.random_seed, smaller=smaller, averaged=averaged)
     steps = [json.loads(line) for line in (folder / "log.jsonl").read_text(encoding="utf-8").splitlines()]
-    with writing(folder):
+    with writing(folder), staged(folder) as new:
         if lora is None:
-            base.save_pretrained(folder)
+            base.save_pretrained(new)
         else:
-            lora.save(folder)
-        tokenizer.save_pretrained(folder)
+            lora.save(new)
+        tokenizer.save_pretrained(new)
         if template is not None:
-            templates.store(template, folder)
-        write_json(folder / LOG_FILE, published_log(steps))
+            templates.store(template, new)
+        write_json(new / LOG_FILE, published_log(steps))
     finish_run(
         folder,
         {
@@ -113,6 +113,7 @@ def run(options: Llm360Options) -> Path:
             "peak_memory_bytes": result.peak_memory_bytes,
             "device": str(base.device),
         },
+        without=None if training.keep_all_checkpoints else CHECKPOINTS,
     )
     remove_checkpoints(folder, training)
     if options.use_wandb:

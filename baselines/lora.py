@@ -18,7 +18,7 @@ from grun.data.encoding import Batch
 from grun.data.templates import Template
 from grun.devices import keep_unpacked
 from grun.errors import AdapterError, ConfigError
-from grun.files import read_json, write_bytes, write_json, write_text
+from grun.files import make_folder, read_json, write_bytes, write_json, write_text
 from grun.method.adapter import CONFIG_FILE, WEIGHTS_FILE
 from grun.method.plain import run_plain
 from grun.parametrization import StepOutput
@@ -92,7 +92,7 @@ class Lora:
 
     def save(self, folder: Path) -> None:
         """Write what `peft.PeftModel.from_pretrained` loads, the config last, each file whole or absent."""
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder)
         with tempfile.TemporaryDirectory(dir=folder, prefix=".saving-") as temporary:
             self._adapter.save_pretrained(temporary, save_embedding_layers=False)
             staged = Path(temporary)

@@ -19,14 +19,14 @@ from grun.data import templates
 from grun.data.encoding import Batch, EncodedRow, collate
 from grun.data.templates import TEMPLATES, Template, encode
 from grun.data.texts import load_texts
-from grun.files import content_hash, writing
+from grun.files import content_hash, holding, staged, target, writing
 from grun.loading import context_length, load_base
 from grun.memory import enough_memory
 from grun.method.fingerprint import fingerprint
 from grun.method.host import hidden_size_of
 from grun.objectives.losses import control_vector
 from grun.runs import claim, finish_run, identity, open_run
-from grun.training import remove_checkpoints, train
+from grun.training import CHECKPOINTS, remove_checkpoints, train
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -51,6 +51,7 @@ class Texts:
     retain: list[str]
 
 
+@holding()
 def run(options: RmuOptions) -> Path:
     """Unlearn, and return the folder of the result; a finished run of the same options is found, not repeated.
 
@@ -75,7 +76,7 @@ def run(options: RmuOptions) -> Path:
     check_block(base, options.layer_id, "--layer_id")
     tensors = _chosen(base, options)
     of_base = fingerprint(base)
-    folder = Path(options.output_dir).expanduser()
+    folder = target(options.output_dir, "--output_dir")
     decides = {name: value for name, value in dataclasses.asdict(options).items() if name not in DECIDE_NOTHING}
     data = {
         f"{side} {name}": content_hash(getattr(texts, side))
@@ -110,8 +111,7 @@ def run(options: RmuOptions) -> Path:
             loss_mask=options.loss_mask,
             verbose=options.verbose,
         )
-    if state == "new":
-        claim(folder, of_run)
+    claim(folder, of_run, overwrite=options.overwrite)
     config = TrainConfig(
         batch_size=options.batch_size,
         lr=options.lr,
@@ -124,8 +124,8 @@ def run(options: RmuOptions) -> Path:
     result = train(task, config, folder, options.seed, smaller=smaller)
     if trained is not tensors:
         write_back(base, trained)
-    with writing(folder):
-        _save(folder, options, base, tensors, tokenizer, template, of_base)
+    with writing(folder), staged(folder) as new:
+        _save(new, options, base, tensors, tokenizer, template, of_base)
     finish_run(
         folder,
         {
@@ -148,6 +148,7 @@ def run(options: RmuOptions) -> Path:
             "peak_memory_bytes": result.peak_memory_bytes,
             "device": str(base.device),
         },
+        without=None if config.keep_all_checkpoints else CHECKPOINTS,
     )
     remove_checkpoints(folder, config)
     return folder

@@ -18,9 +18,10 @@ from typing import Any
 
 from grun.config import CacheCommandConfig
 from grun.errors import ConfigError, RunError
-from grun.files import content_hash
+from grun.files import content_hash, taken
+from grun.files import remove as remove_written
 from grun.method.store import IDENTITY_FILE, SHARD_FILE, USE_FILE, PrefixStore, Use
-from grun.method.weights import MEMORY_FILE
+from grun.method.weights import MEMORY_FILE, is_memory
 from grun.profiles import resolve
 from grun.reading import read_json, typed
 from grun.registry import unknown_name
@@ -162,9 +163,9 @@ def _use(path: Path) -> Use | None:
 
 def _forget_weights(folder: Path) -> None:
     """Remove what was remembered of weights' files: their paths and hashes."""
-    path = folder / MEMORY_FILE
-    if path.is_file() and not path.is_symlink():
-        path.unlink()
+    if is_memory(folder / MEMORY_FILE):
+        with taken(folder, adopt=[MEMORY_FILE]):
+            remove_written(folder / MEMORY_FILE)
 
 
 def counted(shards: Sequence[Shard]) -> str:

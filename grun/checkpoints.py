@@ -5,12 +5,10 @@ from __future__ import annotations
 import logging
 import os
 import re
-import shutil
 from pathlib import Path
 
-from grun.files import content_hash, file_hash, read_json
+from grun.files import IDENTITY_FILE, content_hash, file_hash, read_json, remove
 from grun.reading import DamagedFile
-from grun.runs import IDENTITY_FILE
 from grun.sealed import read_sealed, write_sealed
 
 log = logging.getLogger(__name__)
@@ -82,7 +80,7 @@ def newest_whole(folder: Path, run: Path) -> Path | None:
         if wrong is None:
             return checkpoint
         log.warning("%s is passed over and removed: %s", checkpoint, wrong)
-        shutil.rmtree(checkpoint, ignore_errors=True)
+        remove(checkpoint)
         passed_over = True
     if passed_over:
         log.warning("no checkpoint in %s is whole: training starts from the beginning", folder)

@@ -14,10 +14,10 @@ from grun.data import safe_rlhf
 from grun.data.safe_rlhf import Pair
 from grun.data.templates import PLACE, TEMPLATES
 from grun.errors import ConfigError
-from grun.files import content_hash, whole_folder, write_json, write_text, writing
+from grun.files import content_hash, holding, staged, target, write_json, write_text, writing
 from grun.profiles import to_dict
 from grun.registry import unknown_name
-from grun.runs import IDENTITY_FILE, finish_run, identity, open_run
+from grun.runs import IDENTITY_FILE, finish_run, hold, identity, open_run
 
 log = logging.getLogger(__name__)
 
@@ -74,14 +74,16 @@ def _write_safe_rlhf(config: CorporaConfig) -> Path:
     return folder
 
 
+@holding()
 def _write(config: CorporaConfig, write: Callable[[Path], dict[str, Any]], **inputs: Any) -> Path:
     """Have the files written into output_dir, whole or not at all, with a run.json beside them."""
-    folder = Path(str(config.output_dir)).expanduser()
+    folder = target(str(config.output_dir))
     run_identity = identity(to_dict(config), **inputs)
     if open_run(folder, run_identity, overwrite=config.overwrite) == "finished":
         log.info("%s holds these very corpora: nothing to do (overwrite=true writes them again)", folder)
         return folder
-    with writing(folder), whole_folder(folder) as new:
+    hold(folder, run_identity, overwrite=config.overwrite)
+    with writing(folder), staged(folder, whole=True) as new:
         about = write(new)
         write_json(new / IDENTITY_FILE, run_identity)
         finish_run(new, {"command": "corpora", "config": asdict(config), **about})

@@ -14,7 +14,7 @@ from torch import Tensor
 import grun
 from grun.checks import bytes_of
 from grun.config import UnlearnConfig
-from grun.files import content_hash, file_hash
+from grun.files import content_hash, file_hash, target
 from grun.method.cached import CachedEngine, FrozenRows
 from grun.method.packed import PackedModel
 from grun.method.parametrization import Grun
@@ -73,7 +73,7 @@ def use_cached(task: UnlearnTask, config: UnlearnConfig, use: Use | None = None)
     if problem is not None:
         log.warning("the plain engine is used, since the cached one does not fit this model: %s", problem)
         return None
-    folder = None if config.cache.dir is None else Path(config.cache.dir).expanduser()
+    folder = None if config.cache.dir is None else target(config.cache.dir, "cache.dir")
     identity = {}
     if folder is not None:
         identity = _identity(model.base, config.model.path, folder, first, bool(task.hidden), model.rule.changes)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import logging
-import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,7 @@ from grun.data.corpus import Corpus, load_corpus
 from grun.data.encoding import Batch, EncodedRow, collate, encode_rows
 from grun.data.rows import hash_rows
 from grun.data.sampling import epoch_order
-from grun.files import content_hash, whole_folder, writing
+from grun.files import content_hash, holding, staged, target, writing
 from grun.loading import build_tiny, context_length, load_base, place
 from grun.method.fingerprint import fingerprint
 from grun.method.plain import run_plain
@@ -33,7 +32,7 @@ from grun.records import Run, read_record
 from grun.runs import RUN_FILE, claim, finish_run, identity, open_run
 from grun.stored import TINY
 from grun.task import StepData
-from grun.training import remove_checkpoints, train
+from grun.training import CHECKPOINTS, remove_checkpoints, train
 from pyvene_custom import find_blocks
 
 log = logging.getLogger(__name__)
@@ -143,6 +142,7 @@ class FinetuneTask:
 
 
 @processes.connected()
+@holding()
 def finetune(config: FinetuneConfig) -> Path:
     """Teach, and return the folder of the taught model; a model taught the same before is found by content hash."""
     check(config)
@@ -162,7 +162,7 @@ def finetune(config: FinetuneConfig) -> Path:
     for decides_nothing in ("device", "quantization"):  # quantized weights are never taught
         run_identity["config"]["model"].pop(decides_nothing)
     name = f"{config.label()}-{config.data.subset}-{content_hash(run_identity)[:12]}"
-    folder = Path(config.output_dir or Path("models") / name).expanduser()
+    folder = target(config.output_dir or Path("models") / name)
     state = processes.of_first(lambda: open_run(folder, run_identity, overwrite=config.overwrite))
     if state == "finished":
         log.info(
@@ -176,8 +176,7 @@ def finetune(config: FinetuneConfig) -> Path:
         rows = encode_rows(taught, tokenizer, template, limit, config.data.strict)
     parameters = sum(parameter.numel() for parameter in model.parameters())
     log.info("teaching %d rows to a model of %s parameters", len(rows), f"{parameters:,}")
-    if state == "new":
-        processes.of_first(lambda: claim(folder, run_identity))
+    processes.of_first(lambda: claim(folder, run_identity, overwrite=config.overwrite))
     vary = None
     if config.data.augment.teach:
         variation = PromptVariation(config.data.augment, tokenizer, template, limit, taught, config.seed)
@@ -206,6 +205,7 @@ def finetune(config: FinetuneConfig) -> Path:
             "peak_memory_bytes": result.peak_memory_bytes,
             "device": str(model.device),
         },
+        without=None if config.train.keep_all_checkpoints else CHECKPOINTS,
     )
     remove_checkpoints(folder, config.train)
     return folder
@@ -213,17 +213,12 @@ def finetune(config: FinetuneConfig) -> Path:
 
 def _write(folder: Path, model: Any, tokenizer: Any, template: templates.Template, masters: Masters) -> str:
     """Write the taught model in the type it came in; its fingerprint."""
-    for leftover in folder.glob(".weights*"):  # of a run that was cut off while saving
-        shutil.rmtree(leftover, ignore_errors=True)
     with writing(folder), masters.as_stored():
         of_result = fingerprint(model)
-        with whole_folder(folder / ".weights") as weights:
-            model.save_pretrained(weights)
-            tokenizer.save_pretrained(weights)
-            templates.store(template, weights)
-        for file in sorted((folder / ".weights").iterdir()):
-            file.replace(folder / file.name)
-        shutil.rmtree(folder / ".weights")
+        with staged(folder) as new:
+            model.save_pretrained(new)
+            tokenizer.save_pretrained(new)
+            templates.store(template, new)
     return of_result
 
 

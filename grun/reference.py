@@ -24,7 +24,7 @@ from grun.checks import bytes_of
 from grun.config import UnlearnConfig
 from grun.data.encoding import Batch, EncodedRow, collate
 from grun.errors import ModelError
-from grun.files import file_hash
+from grun.files import file_hash, target
 from grun.method.shard import Shard
 from grun.method.store import Completed, PrefixStore, Use
 from grun.method.weights import weights_hash
@@ -280,7 +280,7 @@ def _folder(config: UnlearnConfig, size: int) -> tuple[Path | None, str | None]:
     elif size > bytes_of("cache.disk_budget", config.cache.disk_budget):
         limit = "and than cache.disk_budget"
     else:
-        return Path(config.cache.dir).expanduser(), None
+        return target(config.cache.dir, "cache.dir"), None
     return None, f"they take {size / 1e9:.2f} GB, more than cache.memory_budget {limit}"
 
 

@@ -4,17 +4,29 @@ from __future__ import annotations
 
 import importlib.metadata
 import platform
-import shutil
 from pathlib import Path
 from typing import Any, Literal
 
 import grun
 from grun import processes
 from grun.errors import RunError
-from grun.files import content_hash, read_json, write_json, writing
+from grun.files import (
+    IDENTITY_FILE,
+    LISTED,
+    clear,
+    content_hash,
+    foreign,
+    listed,
+    listing,
+    read_json,
+    settle,
+    take,
+    target,
+    write_json,
+    writing,
+)
+from grun.reading import DamagedFile
 
-IDENTITY_FILE = "run_identity.json"
-"""Marks a folder as a run's; config.json would be overwritten by a model that is saved there."""
 RUN_FILE = "run.json"
 PACKAGES = ("torch", "transformers", "pyvene", "peft", "datasets", "accelerate", "safetensors", "omegaconf")
 
@@ -44,51 +56,88 @@ def identity(config: dict[str, Any], **inputs: Any) -> dict[str, Any]:
 
 
 def open_run(folder: Path, identity_of_run: dict[str, Any], *, overwrite: bool) -> State:
-    """Look whether `folder` can hold a run; nothing is changed, so a run that fails to start loses nothing.
+    """Look whether `folder` can hold a run, once what a dead process left there is settled; a run there stays.
 
     Returns:
-        "new" (`claim` the folder), "unfinished" (the same run was cut off: resume it) or "finished" (it is done).
+        "new" (`claim` the folder), "unfinished" (the same run was cut off: `claim` and resume it) or "finished".
 
     Raises:
-        RunError: the folder holds another run and `overwrite` is not set, or it holds something else.
+        ConfigError: the folder cannot be anybody's, as of `files.target`.
+        RunError: the folder holds another run and `overwrite` is not set, or it holds something else, or a process is
+            writing there.
     """
+    target(folder)
+    settle(folder)
     marker = folder / IDENTITY_FILE
-    if folder.exists() and not folder.is_dir():
-        raise RunError(f"{folder} is a file; name a folder as output_dir")
     if not marker.exists():
-        if folder.exists() and any(not entry.name.startswith(".") for entry in folder.iterdir()):
-            raise RunError(f"{folder} is not empty and holds no run of GRUN; choose another output_dir")
+        if names := foreign(folder):
+            raise RunError(
+                f"{folder} is not empty and holds no run of GRUN (but {names[0]}); choose another output_dir"
+            )
         return "new"
+    if listed(folder) is None and (overwrite or not (folder / RUN_FILE).exists()):
+        raise RunError(
+            f"{folder} holds a run without a readable list of its files (of an older version, or {RUN_FILE} is "
+            "damaged), so it is not replaced; remove it yourself, or choose another output_dir"
+        )
     if overwrite:
         return "new"
-    try:
-        there = read_json(marker)
-    except ValueError as error:
-        raise RunError(f"{marker} is damaged; choose another output_dir, or overwrite=true replaces the run") from error
-    if content_hash(there) == content_hash(identity_of_run):
-        return "finished" if (folder / RUN_FILE).exists() else "unfinished"
-    raise RunError(
-        f"{folder} holds another run ({first_difference(there, identity_of_run)}); choose another output_dir, "
-        "or overwrite=true replaces it"
-    )
+    there = read_object(marker, "choose another output_dir, or overwrite=true replaces the run")
+    if content_hash(there) != content_hash(identity_of_run):
+        raise RunError(
+            f"{folder} holds another run ({first_difference(there, identity_of_run)}); choose another output_dir, "
+            "or overwrite=true replaces it"
+        )
+    if not (folder / RUN_FILE).exists():
+        return "unfinished"
+    read_run(folder)
+    return "finished"
 
 
-def claim(folder: Path, identity_of_run: dict[str, Any]) -> None:
-    """Make `folder`, which `open_run` found to be "new", the run's; a run that it held is removed."""
+def hold(folder: Path, identity_of_run: dict[str, Any], *, overwrite: bool) -> State:
+    """Take `folder`, as of `files.take`, and look again, as of `open_run`; "finished" is an error too."""
     with writing(folder):
-        if (folder / IDENTITY_FILE).exists():
-            shutil.rmtree(folder)
-        write_json(folder / IDENTITY_FILE, identity_of_run)
+        take(folder)
+    state = open_run(folder, identity_of_run, overwrite=overwrite)
+    if state == "finished":
+        raise RunError(f"another process has just finished this very run in {folder}; the same command finds it")
+    return state
 
 
-def finish_run(folder: Path, values: dict[str, Any]) -> None:
-    """Write run.json, which marks the run as complete; of several processes the first one writes."""
+def claim(folder: Path, identity_of_run: dict[str, Any], *, overwrite: bool) -> None:
+    """`hold` the folder; if it is new for this run, what its list names goes, and the run's identity is written."""
+    if hold(folder, identity_of_run, overwrite=overwrite) == "new":
+        with writing(folder):
+            clear(folder)
+            write_json(folder / IDENTITY_FILE, identity_of_run)
+
+
+def finish_run(folder: Path, values: dict[str, Any], *, without: str | None = None) -> None:
+    """Write run.json, which marks the run as complete and lists its files; of several processes the first one writes.
+
+    What lies in the sub-folder `without`, such as checkpoints, is no part of it and goes when the folder is let go.
+    """
 
     def write() -> None:
         with writing(folder):
-            write_json(folder / RUN_FILE, {**values, "versions": versions()})
+            files = {LISTED: listing(folder, without=without)}
+            write_json(folder / RUN_FILE, {**files, **values, "versions": versions()})
 
     processes.of_first(write)
+
+
+def read_run(folder: Path) -> dict[str, Any]:
+    """run.json of a folder; RunError if it is damaged."""
+    return read_object(folder / RUN_FILE, "choose another output_dir, or remove the folder yourself")
+
+
+def read_object(path: Path, advice: str) -> dict[str, Any]:
+    """A JSON object; RunError, with `advice`, if the file holds anything else."""
+    try:
+        values: dict[str, Any] = read_json(path, expect=dict)
+    except (OSError, DamagedFile) as error:
+        raise RunError(f"{path} is damaged; {advice}") from error
+    return values
 
 
 def versions() -> dict[str, str]:

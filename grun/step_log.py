@@ -13,7 +13,7 @@ from typing import Any
 from transformers import TrainerCallback, TrainerControl, TrainerState
 
 from grun import processes
-from grun.files import write_text, writing
+from grun.files import append, write_text, writing
 
 LOG_FILE, MONITOR_FILE = "log.jsonl", "monitor.jsonl"
 LOGS = (LOG_FILE, MONITOR_FILE)
@@ -44,13 +44,13 @@ class StepLog:
             return
         kept = None if checkpoint is None else checkpoint / path.name
         write_text(path, kept.read_text(encoding="utf-8") if kept is not None and kept.is_file() else "")
-        self._file = open(path, "a", encoding="utf-8", buffering=1)
+        self._file = append(path)
 
     def write(self, values: dict[str, Any]) -> None:
         """Append one step."""
         if self._file is not None:
             with writing(self._path.parent):
-                self._file.write(json.dumps(values) + "\n")
+                self._file.write((json.dumps(values) + "\n").encode())
 
     def close(self) -> None:
         """Close the file."""

@@ -6,7 +6,6 @@ import contextlib
 import json
 import math
 import os
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +16,9 @@ from torch.utils.data import DataLoader, Dataset
 from transformers import Trainer, TrainingArguments
 
 from grun import processes, sharding
-from grun.checkpoints import checkpoints_in, seal
+from grun.checkpoints import MANIFEST_FILE, checkpoints_in, seal
 from grun.errors import RunError
-from grun.files import write_text, writing
+from grun.files import copy_file, make_folder, place, remove, staging, write_text, writing
 from grun.micro_batches import MicroBatch, deal
 from grun.step_log import LOGS, LogSteps, StepLog
 from grun.task import StepData, Task
@@ -183,16 +182,15 @@ class StepTrainer(Trainer):
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         root = Path(str(self.args.output_dir))
         name = f"checkpoint-{self.state.global_step}"
-        if processes.of_first((root / name).is_dir):  # whole, or it would have been removed
+        if processes.of_first((root / name / MANIFEST_FILE).is_file):  # whole, or it would have been removed
             return
-        self._staging = str(root / f".staging-{self.state.global_step}")
+        with writing(root):
+            self._staging = processes.of_first(lambda: str(staging(root, f"checkpoints-{self.state.global_step}")))
         try:
             with processes.agreed(), writing(root):
                 super()._save_checkpoint(model, trial)
             processes.of_first(lambda: self._put_in_place(root, name))
         finally:
-            if processes.is_first():
-                shutil.rmtree(self._staging, ignore_errors=True)
             self._staging = None
 
     def _put_in_place(self, root: Path, name: str) -> None:
@@ -200,12 +198,12 @@ class StepTrainer(Trainer):
         staged, run = Path(str(self._staging)) / name, root.parent
         with writing(root):
             for log in (run / log for log in LOGS if (run / log).is_file()):
-                shutil.copyfile(log, staged / log.name)
+                copy_file(log, staged / log.name)
             seal(staged, name, run)
-            os.replace(staged, root / name)
+            place(staged, root / name)
         if self._keep is not None:
             for old in checkpoints_in(root)[max(1, self._keep) :]:
-                shutil.rmtree(old, ignore_errors=True)
+                remove(old)
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         from safetensors.torch import save_model
@@ -214,7 +212,7 @@ class StepTrainer(Trainer):
         state = self._whole_state() if self.is_fsdp_enabled else {}
         if not self.args.should_save:
             return
-        os.makedirs(output_dir, exist_ok=True)
+        make_folder(Path(output_dir))
         if state:
             sharding.write_trained(state, self._task.module, Path(output_dir) / TRAINED_FILE)
         elif not self._is_cut:  # DeepSpeed writes weights and optimizer by its own means

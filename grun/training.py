@@ -14,7 +14,6 @@ from __future__ import annotations
 import json
 import logging
 import math
-import shutil
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -27,7 +26,7 @@ from grun import processes
 from grun.checkpoints import newest_whole, step_of
 from grun.config import TrainConfig
 from grun.errors import ConfigError
-from grun.files import writing
+from grun.files import holding, make_folder, remove, take, writing
 from grun.memory import enough_memory, peak_memory_bytes
 from grun.optimizers import optimizer_of
 from grun.step_log import LOG_FILE, MONITOR_FILE, Look, Looks, StepLog
@@ -54,6 +53,7 @@ class TrainResult:
 
 
 @processes.connected()
+@holding()
 def train(
     task: Task,
     config: TrainConfig,
@@ -115,13 +115,11 @@ def train(
 
 
 def _start_in(folder: Path) -> Path | None:
-    """Make the folder of checkpoints, clear away half of one, and find the newest whole one."""
-    checkpoints = folder / CHECKPOINTS
+    """Make the folder of checkpoints, and find the newest whole one."""
     with writing(folder):
-        checkpoints.mkdir(parents=True, exist_ok=True)
-    for leftover in checkpoints.glob(".staging*"):
-        shutil.rmtree(leftover, ignore_errors=True)
-    return newest_whole(checkpoints, folder)
+        take(folder)
+        make_folder(folder / CHECKPOINTS)
+        return newest_whole(folder / CHECKPOINTS, folder)
 
 
 def _memory_advice(config: TrainConfig, smaller: Sequence[str]) -> list[str]:
@@ -136,7 +134,7 @@ def _memory_advice(config: TrainConfig, smaller: Sequence[str]) -> list[str]:
 def remove_checkpoints(folder: Path, config: TrainConfig) -> None:
     """Remove the checkpoints of a run whose result is saved, unless `config.keep_all_checkpoints`."""
     if not config.keep_all_checkpoints and processes.is_first():
-        shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
+        remove(folder / CHECKPOINTS)
 
 
 def _arguments(task: Task, config: TrainConfig, checkpoints: Path, seed: int) -> TrainingArguments:

@@ -27,7 +27,7 @@ from grun.data.turns import user_turn_ids
 from grun.devices import input_device
 from grun.engine import use_cached
 from grun.errors import ConfigError, RunError
-from grun.files import writing
+from grun.files import holding, staged, target, writing
 from grun.loading import adapter_hash, context_length, load_base
 from grun.method.adapter import CONFIG_FILE, STACK_FILE, WEIGHTS_FILE
 from grun.method.fingerprint import fingerprint
@@ -45,7 +45,7 @@ from grun.reference import use_reference
 from grun.runs import claim, finish_run, identity, open_run
 from grun.step_log import Look
 from grun.task import StepData
-from grun.training import remove_checkpoints, train
+from grun.training import CHECKPOINTS, remove_checkpoints, train
 from pyvene_custom import find_blocks
 
 log = logging.getLogger(__name__)
@@ -199,6 +199,7 @@ class UnlearnTask:
 
 
 @processes.connected()
+@holding()
 def unlearn(config: UnlearnConfig) -> Path:
     """Run `config` and return the folder of the result; a finished run of the same config is found, not repeated."""
     check(config)
@@ -208,7 +209,7 @@ def unlearn(config: UnlearnConfig) -> Path:
     with processes.first_goes_first():  # the others find what it downloads
         corpus = load_corpus(config.data)
         _check_rows(corpus, objective)
-    folder = Path(config.output_dir or f"results/{config.label()}/{config.objective}").expanduser()
+    folder = target(config.output_dir or f"results/{config.label()}/{config.objective}")
     with processes.agreed():
         base, tokenizer, stored = load_base(config.model)
         template = templates.in_force(config, stored, tokenizer)
@@ -252,8 +253,7 @@ def unlearn(config: UnlearnConfig) -> Path:
         fixed_pairing="retain_fixed_pairing" in quirks,
         depth=depth,
     )
-    if state == "new":
-        processes.of_first(lambda: claim(folder, run_identity))
+    processes.of_first(lambda: claim(folder, run_identity, overwrite=config.overwrite))
     use, noted = None, _noted(folder, config, hashes)
     if config.train.engine == "cached":
         with processes.agreed():
@@ -283,9 +283,10 @@ def unlearn(config: UnlearnConfig) -> Path:
     result = train(task, config.train, folder, config.seed, look, smaller=_smaller(config))
     with processes.agreed(), writing(folder):
         if processes.is_first():
-            parametrization.save(folder)
-            if not (folder / CONFIG_FILE).exists():  # a whole model needs its tokenizer beside it
-                tokenizer.save_pretrained(folder)
+            with staged(folder) as new:
+                parametrization.save(new)
+                if not (new / CONFIG_FILE).exists():  # a whole model needs its tokenizer beside it
+                    tokenizer.save_pretrained(new)
     finish_run(
         folder,
         {
@@ -310,6 +311,7 @@ def unlearn(config: UnlearnConfig) -> Path:
             "peak_memory_bytes": result.peak_memory_bytes,
             "device": str(base.device),
         },
+        without=None if config.train.keep_all_checkpoints else CHECKPOINTS,
     )
     remove_checkpoints(folder, config.train)
     return folder

@@ -364,7 +364,7 @@ def test_overwrite_replaces_another_run_but_only_once_the_new_one_can_start(
     taught: Path, adapter: Path, capsys: Captured, tmp_path: Path
 ) -> None:
     folder = shutil.copytree(adapter, tmp_path / "run")
-    (folder / "notes.txt").write_text("of the old run")
+    (folder / "notes.txt").write_text("of the user")
     before = contents(folder)
     again = ["unlearn", *demo.DATA, *demo.TRAINING, f"model.path={taught}", f"output_dir={folder}", "overwrite=true"]
     refused(capsys, [*again, "method.blocks=[9]"], 2, "blocks [9]", "4 blocks")
@@ -372,7 +372,7 @@ def test_overwrite_replaces_another_run_but_only_once_the_new_one_can_start(
     refused(capsys, [*again, "data.max_length=5"], 1, "leaves no room for an answer within 5")
     assert contents(folder) == before
     assert main([*again, "train.epochs=1"]) == 0
-    assert not (folder / "notes.txt").exists()
+    assert (folder / "notes.txt").read_text() == "of the user"
     assert json.loads((folder / "run.json").read_text())["steps"] == 3
 
 

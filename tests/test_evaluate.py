@@ -324,7 +324,7 @@ def test_an_interrupted_evaluation_goes_on_without_scoring_a_row_twice(
         counter = Counter(patch, stop_after)
         with pytest.raises(KeyboardInterrupt):
             evaluate(config, tmp_path / "out")
-        assert not (tmp_path / "out").exists()
+        assert [path.name for path in (tmp_path / "out").iterdir()] == [".grun"]
         in_scoring = counter.asked == 0
         counter.stop_after = None
         evaluate(config, tmp_path / "out")
@@ -334,7 +334,7 @@ def test_an_interrupted_evaluation_goes_on_without_scoring_a_row_twice(
     assert counter.asked <= 6 + (0 if in_scoring else 4)
     for name in ("scores.jsonl", "generations.jsonl", "gates.jsonl"):
         assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
-    assert not list(tmp_path.glob(".out*"))
+    assert not list(tmp_path.glob("out/.*"))
 
 
 @pytest.mark.parametrize("line", range(3))
@@ -405,7 +405,7 @@ def test_a_full_disk_while_scoring_is_one_line_and_loses_nothing(taught: Path, t
         patch.setattr(builtins, "open", small_disk)
         with pytest.raises(RunError, match="No space left on device.*run the same command again") as error:
             evaluate(config, tmp_path / "out")
-    assert "\n" not in str(error.value) and not (tmp_path / "out").exists()
+    assert "\n" not in str(error.value) and not (tmp_path / "out" / "evaluation.json").exists()
     with pytest.MonkeyPatch.context() as patch:
         counter = Counter(patch)
         evaluate(config, tmp_path / "out")

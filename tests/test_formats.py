@@ -14,8 +14,8 @@ from grun.cli import main
 from grun.data.jsonl import read_rows
 
 FORMATS = (Path(__file__).parents[1] / "docs" / "formats.md").read_text(encoding="utf-8")
-RUN = "command profile config template in_force data parameters steps resumed_from seconds peak_memory_bytes device "
-RUN += "versions"
+RUN = "files command profile config template in_force data parameters steps resumed_from seconds peak_memory_bytes "
+RUN += "device versions"
 UNLEARN = "objective terms parametrization quirks base_fingerprint saved_bytes engine cache"
 KEYS = {
     "adapter_config.json": "peft_type format_version blocks rank gate gate_bias dropout dropout_on_hidden activation "
@@ -26,7 +26,8 @@ KEYS = {
     "taught run.json": f"{RUN} rows fingerprint",
     "log.jsonl": "step epoch loss forget retain gate lr grad_norm",
     "taught log.jsonl": "step epoch loss answer question lr grad_norm",
-    "evaluation.json": "key model adapter identity template data settings in_force metrics_format counts sets overall "
+    "evaluation.json": "files key model adapter identity template data settings in_force metrics_format counts sets "
+    "overall "
     "gate seconds",
     "identity": "base dtype quantization adapter version format code",
     "scores.jsonl": "set index kind variant prompt_tokens answer_tokens ended compressed_bytes logp hit "
@@ -96,6 +97,7 @@ def test_folders_hold_the_files_that_are_documented(results: Path) -> None:
     checkpoint = {file.name for file in (results / "gd/checkpoints/checkpoint-5").iterdir()}
     assert checkpoint == {
         *("trained.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json", "task.json"),
+        *("log.jsonl", "checkpoint.json"),
     }
     assert not [name for name in checkpoint if f"`{name}`" not in FORMATS]
     written = {path.name for path in results.iterdir() if path.is_file()}

@@ -157,7 +157,7 @@ def test_an_imported_adapter_computes_what_upstreams_formula_says(
     assert_same(out, base, states)
     record = json.loads((out / "run.json").read_text())
     assert set(record) == {
-        *("command", "objective", "parametrization", "config", "upstream", "base_fingerprint", "parameters"),
+        *("files", "command", "objective", "parametrization", "config", "upstream", "base_fingerprint", "parameters"),
         "versions",
     }
     assert record["parametrization"] == ("reft" if gate == "none" else "grun")

@@ -114,7 +114,7 @@ def cut_off(made: Path) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("grun.evaluation.evaluate._write", killed)
         assert main(evaluate_arguments(made, "cut-off")) == 1
-    (journals,) = made.glob(".cut-off.*.unfinished")
+    (journals,) = made.glob("cut-off/.grun/unfinished-*")
     for name in ("scores", "generations"):
         lines = (journals / f"{name}.jsonl").read_text().splitlines(keepends=True)
         assert len(lines) > 3

@@ -611,6 +611,7 @@ def test_what_is_left_of_trainings_that_are_done_is_cleared_and_the_rest_is_kept
     add(store, "a", adapters[0])
     training = store.folder / "training"
     shutil.copytree(adapters[0], training / "a")  # killed before it was deleted
+    write_json(training / "a" / "run.json", {"files": sorted(os.listdir(adapters[0]))})
     shutil.copytree(adapters[1], training / "b")  # to be gone on with
     store.extract(training / ".b.beside", ["a"])
     store.set_state("a", "disabled")

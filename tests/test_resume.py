@@ -80,7 +80,10 @@ def random_kills(count: int, seed: int) -> list[dict[str, Any]]:
 MID_SAVE = [
     {"in": "safetensors.torch.save_model", "call": 2},  # 4 is done, 8 is cut off
     {"in": "torch.save", "call": 4},  # of a checkpoint's optimizer, schedule and random state
-    {"in": "os.replace", "call": 5},  # the log's, task.json and the whole of the first checkpoint, and of this one
+    {
+        "in": "os.replace",
+        "call": 9,
+    },  # the log's; task.json, log, seal and the whole of the first checkpoint, of this one
     {"in": "grun.method.adapter.write_bytes", "call": 1},
     {"in": "grun.runs.write_json", "call": 1},
 ]
@@ -111,10 +114,10 @@ def test_killed_at_random_moments_a_run_ends_bit_identical(killed: Any, whole: P
 def test_killed_in_mid_save_a_run_resumes_from_the_checkpoint_before(killed: Any, whole: Path) -> None:
     folder, attempts = killed[1]
     for attempt, kept in zip(attempts[:-1], KEPT, strict=True):
-        found = [Path(file).name for file in attempt["files"] if "/.staging" not in file]
+        found = [Path(file).name for file in attempt["files"] if "/.grun/" not in file]
         assert f"checkpoint-{kept}" in found
         assert f"checkpoint-{kept + 4}" not in found
-    assert any("/.staging" in file for file in attempts[0]["files"])  # left behind, and gone at the end
+    assert any("/.grun/new-" in file for file in attempts[0]["files"])  # left behind, and gone at the end
     assert_is(folder, whole)
 
 
@@ -162,7 +165,7 @@ def test_a_killed_evaluation_ends_bit_identical(taught: Path, whole: Path, tmp_p
         assert digest(tmp_path / "killed", name) == digest(tmp_path / "whole", name)
     first, second = (json.loads((tmp_path / name / "evaluation.json").read_text()) for name in ("whole", "killed"))
     assert first.pop("seconds") and second.pop("seconds") and first == second
-    assert not list(tmp_path.glob(".killed.*.unfinished"))
+    assert not list(tmp_path.glob(".*")) and not (tmp_path / "killed" / ".grun").exists()
 
 
 def test_the_same_command_gives_the_same_bytes_and_another_seed_others(

@@ -31,6 +31,7 @@ from grun.data.jsonl import read_rows
 from grun.data.refusals import refusals
 from grun.data.rows import Row
 from grun.errors import ConfigError
+from grun.files import taken, write_bytes
 from grun.profiles import resolve
 from grun.requests.store import RequestStore
 from grun.sequential import command
@@ -341,7 +342,8 @@ def test_the_same_command_repeats_no_step(
 ) -> None:
     results = shutil.copytree(done, tmp_path / "results")
     leftover = results / "full" / "runs" / "r1" / "model.safetensors"
-    leftover.write_bytes(b"of a process that was killed between a step and its clearing up")
+    with taken(leftover.parent):
+        write_bytes(leftover, b"of a process that was killed between a step and its clearing up")
     before = {path: path.stat().st_mtime_ns for path in results.rglob("steps/*.json")}
     monkeypatch.setattr("grun.unlearn.unlearn", forbidden)
     same = f"sequence={done.parent / 'mine.yaml'}"
@@ -417,7 +419,10 @@ def test_another_experiment_is_refused_and_replaced_on_request(
     same = [f"sequence={done.parent / 'mine.yaml'}", *models, f"results_dir={results}", "methods=[grun]"]
     refused(capsys, [*same, "unlearn=[train.lr=0.1]"], 1, "chain.json", "unlearn.train.lr: 0.05 there, 0.1 asked for")
     refused(capsys, [*same, "requests=2"], 1, "experiment.json", "overwrite=true")
-    refused(capsys, [*same[:-2], "results_dir=.", same[-1]], 1, "is not empty and holds no experiment")
+    refused(capsys, [*same[:-2], "results_dir=.", same[-1]], 2, "is the current folder")
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / ".hidden").touch()
+    refused(capsys, [*same[:-2], "results_dir=mine", same[-1]], 1, "is not empty and holds no experiment")
     assert step(results, "full", "r3") == step(done, "full", "r3")
     assert main(["sequential", *same, "unlearn=[train.lr=0.1]", "overwrite=true"]) == 0
     assert step(results, "full", "r3") == step(done, "full", "r3")  # another method's steps stay

@@ -25,6 +25,7 @@ import grun.unlearn  # noqa: F401
 from grun.cli import main
 from grun.config import SweepConfig
 from grun.errors import ConfigError
+from grun.files import append
 from grun.profiles import resolve
 from grun.report.results import find_results
 from grun.sweep import running
@@ -46,7 +47,7 @@ class Fork:
         self.returncode: int | None = None
         self.pid = os.fork()
         if self.pid == 0:
-            with open(files.log, "a") as output:
+            with append(files.log) as output:
                 os.dup2(output.fileno(), 1)
                 os.dup2(output.fileno(), 2)
             torch.set_num_threads(1)

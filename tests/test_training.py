@@ -347,13 +347,15 @@ def test_save_steps_0_writes_no_checkpoint(tmp_path: Path) -> None:
 
 
 def test_leftovers_of_a_checkpoint_that_was_never_finished_are_cleaned_and_not_resumed_from(tmp_path: Path) -> None:
-    half = tmp_path / "checkpoints" / ".staging-99" / "checkpoint-99"
+    half = tmp_path / ".grun" / "new-checkpoints-99" / "checkpoint-99"
     half.mkdir(parents=True)
     (half / "trained.safetensors").write_bytes(b"half")
+    (tmp_path / ".grun" / "folder.lock").touch()
     config = dataclasses.replace(SHORT, save_steps=4)
     result = train(unlearn_task(config), config, tmp_path, seed=0)
     assert result.resumed_from == 0
     assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["checkpoint-4", "checkpoint-8"]
+    assert not list((tmp_path / ".grun").glob("new-*"))
 
 
 def test_a_run_whose_steps_are_all_done_only_loads_the_last_checkpoint(tmp_path: Path) -> None:

@@ -1,13 +1,13 @@
 """Evaluations: load, score, generate, write tables and the metrics computed from them.
 
 The folder of one holds `evaluation.json` and the files of `table.py`; it is whole or absent. While it is made, what is
-done so far lies beside it in a hidden folder, from which the same command goes on after a kill. Several adapters of one
+done so far lies in a private folder within, from which the same command goes on after a kill. Several adapters of one
 base are scored together (`evaluate_adapters`); each gets the folder it would get alone.
 """
 
 from __future__ import annotations
 
-import shutil
+import functools
 import sys
 import time
 from collections.abc import Collection, Mapping, Sequence
@@ -21,9 +21,9 @@ from grun.config import EvaluateConfig
 from grun.data.templates import Template
 from grun.errors import ConfigError, RunError
 from grun.evaluation.items import answer_questions, questions, score_items
-from grun.evaluation.plan import EVALUATION_FILE, Plan, make_plan, previous_in
+from grun.evaluation.plan import EVALUATION_FILE, Plan, begin, make_plan, previous_in
 from grun.evaluation.table import Table
-from grun.files import whole_folder, write_json, writing
+from grun.files import LISTED, holding, listing, staged, taken, write_json, writing
 from grun.profiles import in_force
 from grun.reading import DamagedFile
 from grun.records import Evaluation, read_record
@@ -38,6 +38,7 @@ METRICS_FORMAT = 2
 
 
 @processes.connected()
+@holding()
 def evaluate(config: EvaluateConfig, output_dir: Path) -> dict[str, Any]:
     """Evaluate a model on every set of the corpus and return what `evaluation.json` in output_dir then holds.
 
@@ -63,6 +64,7 @@ def evaluate(config: EvaluateConfig, output_dir: Path) -> dict[str, Any]:
 
 
 @processes.connected()
+@holding()
 def evaluate_adapters(config: EvaluateConfig, output_dir: Path) -> dict[str, dict[str, Any]]:
     """Evaluate every one of config.adapters on the base, and the base, into output_dir/NAME; results by folder.
 
@@ -157,6 +159,7 @@ def _carry_out(plans: Sequence[Plan], reference: tuple[str, Table] | None, loadi
         waiting = [plan for plan in alike if plan.previous is None]
         if not waiting:
             continue
+        processes.of_first(functools.partial(_begin, waiting))
         started = time.monotonic()
         tables = score_items(
             [plan.subject for plan in waiting],
@@ -173,6 +176,11 @@ def _carry_out(plans: Sequence[Plan], reference: tuple[str, Table] | None, loadi
             seconds = {"load": loading / len(plans), "score": scoring}
             results[plan.folder] = _answer_and_write(plan, table, answered, reference, seconds)
     return [results[plan.folder] for plan in plans]
+
+
+def _begin(plans: Sequence[Plan]) -> None:
+    for plan in plans:
+        begin(plan.folder, plan.config.overwrite)
 
 
 def _answer_and_write(
@@ -212,18 +220,17 @@ def _write(
 ) -> dict[str, Any]:
     """Write the folder, in one process; `result` with what is measured."""
     folder = plan.folder
-    with whole_folder(folder) as new:
-        with writing(folder.parent):
+    with staged(folder, whole=True) as new:
+        with writing(folder):
             table.write(new)
         # From what was written, so that the same table gives the same numbers later.
         result |= measure(Table.read(new), evaluation_quirks(plan.config), reference)
         result["seconds"] = {
             name: round(spent, 3) for name, spent in (seconds | {"total": sum(seconds.values())}).items()
         }
-        with writing(folder.parent):
+        result[LISTED] = listing(new)
+        with writing(folder):
             write_json(new / EVALUATION_FILE, result)
-    for old in folder.parent.glob(f".{folder.name}.*.unfinished"):
-        shutil.rmtree(old, ignore_errors=True)
     return result
 
 
@@ -232,10 +239,11 @@ def _measured_again(plan: Plan, previous: dict[str, Any], reference: tuple[str, 
     if processes.is_first():
         print(f"already evaluated: {plan.folder}", file=sys.stderr)
     measured = measure(Table.read(plan.folder), evaluation_quirks(plan.config), reference)
-    kept = {name: previous[name] for name in ("generations_from_base",) if name in previous}
+    kept = {name: previous[name] for name in ("generations_from_base", LISTED) if name in previous}
     result = {**_head(plan), **kept, **measured, "seconds": previous.get("seconds", {})}
     if result != previous and processes.is_first():
-        write_json(plan.folder / EVALUATION_FILE, result)
+        with taken(plan.folder, adopt=[EVALUATION_FILE]):
+            write_json(plan.folder / EVALUATION_FILE, result)
     return result
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 from grun import processes
-from grun.files import write_bytes, writing
+from grun.files import append, write_bytes, writing
 
 log = logging.getLogger(__name__)
 
@@ -43,10 +43,9 @@ class Journal(Generic[T]):
                 self._read(beside, from_json)
         whole = self._read(path, from_json)
         with writing(path.parent):
-            path.parent.mkdir(parents=True, exist_ok=True)
             if path.is_file() and path.stat().st_size != len(whole):
                 write_bytes(path, whole)
-            self._file = open(path, "ab")
+            self._file = append(path)
 
     def _read(self, path: Path, from_json: Callable[[Any], T]) -> bytes:
         """Take up what a journal holds; its whole lines."""
@@ -69,7 +68,6 @@ class Journal(Generic[T]):
         text = json.dumps(values, ensure_ascii=False).encode()
         with writing(self._path.parent):
             self._file.write(_digest(text) + b" " + text + b"\n")
-            self._file.flush()
         self.known.update(zip(numbers, results, strict=True))
 
     def close(self) -> None:

@@ -15,7 +15,7 @@ from grun.data.rows import Row, evenly_spaced
 from grun.errors import ConfigError, RunError
 from grun.evaluation.items import Item, encode_items, questions
 from grun.evaluation.table import Table
-from grun.files import content_hash, file_hash
+from grun.files import PRIVATE, content_hash, file_hash, foreign, listed, settle, take, target, writing
 from grun.reading import DamagedFile
 from grun.records import Evaluation, read_record
 from grun.registry import unknown_name
@@ -71,7 +71,7 @@ class Plan:
     @property
     def journals(self) -> Path:
         """Folder of what is done so far."""
-        return self.folder.with_name(f".{self.folder.name}.{self.key[:16]}.unfinished")
+        return self.folder / PRIVATE / f"unfinished-{self.key[:16]}"
 
 
 def make_plan(
@@ -132,19 +132,34 @@ def code_hash(patterns: Sequence[str] = CODE) -> str:
 
 
 def previous_in(output_dir: Path, overwrite: bool) -> dict[str, Any] | None:
-    """The evaluation that lies in output_dir, None if there is none; foreign files are refused, not replaced."""
+    """The evaluation that lies in output_dir, None if there is none; RunError where it could not be replaced."""
+    target(output_dir)
+    settle(output_dir)
     path = output_dir / EVALUATION_FILE
-    if path.is_file():
-        try:
-            return read_record(path, Evaluation)
-        except DamagedFile:
-            return {}
-    if output_dir.exists() and not (output_dir.is_dir() and not any(output_dir.iterdir())) and not overwrite:
+    if not path.is_file():
+        if names := foreign(output_dir):
+            raise RunError(
+                f"{output_dir} is there already and holds no {EVALUATION_FILE} (but {names[0]}); choose another "
+                "output_dir"
+            )
+        return None
+    if overwrite and listed(output_dir) is None:
         raise RunError(
-            f"{output_dir} is there already and holds no {EVALUATION_FILE}; "
-            "choose another output_dir or pass overwrite=true"
+            f"{output_dir} holds an evaluation without a readable list of its files (of an older version, or damaged), "
+            "so it is not replaced; remove it yourself, or choose another output_dir"
         )
-    return None
+    try:
+        return read_record(path, Evaluation)
+    except DamagedFile:
+        return {}
+
+
+def begin(output_dir: Path, overwrite: bool) -> None:
+    """Take output_dir for an evaluation that is to be made; RunError where another process has just made one."""
+    with writing(output_dir):
+        take(output_dir)
+    if previous_in(output_dir, overwrite) is not None and not overwrite:
+        raise RunError(f"another process has just evaluated into {output_dir}; the same command finds it")
 
 
 def answers_of_base(

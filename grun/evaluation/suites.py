@@ -21,9 +21,9 @@ from grun import processes
 from grun.checks import check
 from grun.config import EvaluateConfig
 from grun.evaluation.evaluate import single_evaluations
-from grun.evaluation.plan import CODE, EVALUATION_FILE, code_hash, previous_in, same_evaluation
+from grun.evaluation.plan import CODE, EVALUATION_FILE, begin, code_hash, previous_in, same_evaluation
 from grun.evaluation.table import shorten
-from grun.files import content_hash, whole_folder, write_json, write_text, writing
+from grun.files import LISTED, content_hash, holding, listing, staged, write_json, write_text, writing
 from grun.profiles import in_force
 from grun.registry import Registry
 
@@ -79,6 +79,7 @@ SUITES.add("judge", "grun.evaluation.judge:JudgeSuite", "share of unsafe answers
 
 
 @processes.connected()
+@holding()
 def evaluate_suite(config: EvaluateConfig, output_dir: Path) -> dict[str, dict[str, Any]]:
     """Evaluate a model, or each of config.adapters and the base, by config.suite; each evaluation.json, by its folder.
 
@@ -168,6 +169,7 @@ def _carry_out(
         if processes.is_first():
             print(f"already evaluated: {folder}", file=sys.stderr)
         return found
+    processes.of_first(lambda: begin(folder, config.overwrite))
     ready = time.monotonic()
     measured = suite.measure(loaded)
     now = time.monotonic()
@@ -182,8 +184,9 @@ def _carry_out(
 
 
 def _write(folder: Path, result: dict[str, Any], lines: Mapping[str, Sequence[dict[str, Any]]]) -> None:
-    with whole_folder(folder) as new, writing(folder.parent):
+    with writing(folder), staged(folder, whole=True) as new:
         for name, records in lines.items():
             text = "".join(json.dumps(shorten(record), ensure_ascii=False) + "\n" for record in records)
             write_text(new / name, text)
+        result[LISTED] = listing(new)
         write_json(new / EVALUATION_FILE, result)

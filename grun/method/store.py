@@ -21,16 +21,17 @@ from typing import Any
 
 from grun.data.encoding import EncodedRow
 from grun.errors import RunError
-from grun.files import content_hash, read_json, write_json
+from grun.files import BusyError, content_hash, read_json, remove, taken, write_json
 from grun.method.shard import DamagedShard, FrozenRow, Shard, read_shard, write_shard
 
 log = logging.getLogger(__name__)
 
 IDENTITY_FILE = "identity.json"
-LOCK_FILE = ".lock"
 SUFFIX = ".safetensors"
 SHARD_FILE = re.compile(r"\d{8}-[0-9a-f]{8}\.safetensors")
 USE_FILE = re.compile(r"use-[0-9a-f]{16}\.json")
+_OWN = re.compile(rf"{SHARD_FILE.pattern}|{USE_FILE.pattern}|identity\.json|\.lock")
+"""Files of a cache; an earlier version kept no list of them."""
 
 
 @dataclass(frozen=True)
@@ -272,7 +273,7 @@ class PrefixStore:
             return None
         log.warning(f"{path} is damaged and is removed ({reason}); what it held is computed again")
         try:
-            path.unlink(missing_ok=True)
+            remove(path)
         except OSError as error:
             self._give_up(error)
         new = self._write(shard) if intact else None
@@ -295,34 +296,24 @@ class PrefixStore:
         with contextlib.suppress(OSError, RunError, ValueError):
             known: Any = read_json(path).get("shards", []) if path.exists() else []
             self._use = replace(self._use, shards=tuple(sorted({*self._use.shards, *new, *known})))
-            write_json(path, asdict(self._use))
+            with taken(self.folder, lock="use", wait=True, adopt=_own(self.folder)):
+                write_json(path, asdict(self._use))
 
     @staticmethod
     def remove(folder: Path, shards: Collection[str]) -> None:
         """Remove shards from a cache's folder, and the rest of it if none is left; RunError: it is being built."""
-        from filelock import FileLock, Timeout
-
-        try:
-            with FileLock(folder / LOCK_FILE, timeout=0):
-                for name in shards:
-                    (folder / name).unlink(missing_ok=True)
-                left = [name for name in os.listdir(folder) if SHARD_FILE.fullmatch(name)]
-                for name in os.listdir(folder):
-                    if USE_FILE.fullmatch(name):
-                        values = read_json(folder / name)
-                        kept = [shard for shard in values["shards"] if shard in left]
-                        if kept:
-                            write_json(folder / name, {**values, "shards": kept})
-                        else:
-                            (folder / name).unlink()
-                if not left:
-                    (folder / IDENTITY_FILE).unlink(missing_ok=True)
-        except Timeout as error:
-            raise RunError(f"another process writes to {folder}; try again when it is done") from error
+        with taken(folder, adopt=_own(folder)):
+            for name in shards:
+                remove(folder / name)
+            left = [name for name in os.listdir(folder) if SHARD_FILE.fullmatch(name)]
+            for path in (folder / name for name in os.listdir(folder) if USE_FILE.fullmatch(name)):
+                values = read_json(path)
+                if kept := [shard for shard in values["shards"] if shard in left]:
+                    write_json(path, {**values, "shards": kept})
+                else:
+                    remove(path)
         if not left:
-            (folder / LOCK_FILE).unlink(missing_ok=True)
-            with contextlib.suppress(OSError):  # something else lies in it
-                folder.rmdir()
+            remove(folder)
 
     def _write(self, shard: Shard) -> Path | None:
         """File of a shard, newly written; None: it could not be written, or is not to be."""
@@ -340,34 +331,29 @@ class PrefixStore:
 
     @contextlib.contextmanager
     def _building(self) -> Iterator[None]:
-        """Hold the lock of the cache's folder and clear away what a killed process left; without a folder, nothing."""
-        from filelock import FileLock, Timeout
-
+        """Hold the cache's folder, in which what a killed process left is cleared away; without a folder, nothing."""
         with contextlib.ExitStack() as stack:
             if self.folder is not None and self._writable:
+                values = json.loads(json.dumps(self._identity, sort_keys=True, default=str))
+                same = self._stored_identity() == values
+                old = _own(self.folder) if same else []
                 try:
-                    self.folder.mkdir(parents=True, exist_ok=True)
-                    lock = FileLock(self.folder / LOCK_FILE)
                     try:
-                        lock.acquire(timeout=0)
-                    except Timeout:
+                        stack.enter_context(taken(self.folder, adopt=old))
+                    except BusyError:
                         log.info(f"another process builds this cache; waiting for it ({self.folder})")
-                        lock.acquire()
-                    stack.callback(lock.release)
-                    for leftover in self.folder.glob(".*.tmp"):
-                        leftover.unlink(missing_ok=True)
-                    self._write_identity(self.folder / IDENTITY_FILE)
+                        stack.enter_context(taken(self.folder, adopt=old, wait=True))
+                    if not same:  # for people to read, what the folder's name stands for
+                        write_json(self.folder / IDENTITY_FILE, values)
                 except OSError as error:
                     self._give_up(error)
             yield
 
-    def _write_identity(self, path: Path) -> None:
-        """What the folder's name stands for, for people to read."""
-        values = json.loads(json.dumps(self._identity, sort_keys=True, default=str))
+    def _stored_identity(self) -> Any:
+        assert self.folder is not None
         with contextlib.suppress(OSError, ValueError):
-            if read_json(path) == values:
-                return
-        write_json(path, values)
+            return read_json(self.folder / IDENTITY_FILE)
+        return None
 
     def _give_up(self, error: OSError) -> None:
         """Write no more."""
@@ -375,3 +361,7 @@ class PrefixStore:
             self._writable = False
             reason = error.strerror or str(error) or type(error).__name__
             log.warning(f"{self.folder} cannot be written to ({reason}); the cache is kept in memory for this run")
+
+
+def _own(folder: Path) -> list[str]:
+    return [name for name in os.listdir(folder) if _OWN.fullmatch(name)] if folder.is_dir() else []

@@ -15,15 +15,15 @@ from torch import Tensor, nn
 
 from grun.config import ImportConfig, ModelConfig
 from grun.data.templates import TEMPLATES
-from grun.errors import AdapterError, ConfigError, RunError
-from grun.files import file_hash, whole_folder, write_json, writing
+from grun.errors import AdapterError, ConfigError
+from grun.files import file_hash, holding, staged, target, write_json, writing
 from grun.loading import load_weights, stored_template
 from grun.method.adapter import AdapterConfig, write_adapter
 from grun.method.fingerprint import fingerprint
 from grun.method.gate import GATES
 from grun.method.validation import shape_of, validate
 from grun.profiles import to_dict
-from grun.runs import IDENTITY_FILE, finish_run, identity, open_run
+from grun.runs import IDENTITY_FILE, finish_run, hold, identity, open_run
 
 log = logging.getLogger(__name__)
 
@@ -67,6 +67,7 @@ class UpstreamLayer:
         return self.rotation.shape[1]
 
 
+@holding()
 def import_adapter(config: ImportConfig) -> Path:
     """Read upstream's files, check them against the base, and return the folder of the adapter made of them.
 
@@ -80,7 +81,7 @@ def import_adapter(config: ImportConfig) -> Path:
         if not getattr(config, option):
             raise ConfigError(f"{option} is not set; the command is: import upstream=FOLDER model=BASE output_dir=DIR")
     named = None if config.template is None else TEMPLATES.get(config.template)
-    folder = Path(str(config.output_dir)).expanduser()
+    folder = target(str(config.output_dir))
     files = find_files(Path(str(config.upstream)).expanduser())
     layers = {block: read_layer(path) for block, path in files.items()}
     _check_alike(layers, files)
@@ -99,8 +100,6 @@ def import_adapter(config: ImportConfig) -> Path:
     if state == "finished":
         log.info("%s holds this very adapter: nothing to do (overwrite=true writes it again)", folder)
         return folder
-    if folder.is_dir() and any(folder.iterdir()) and not (folder / IDENTITY_FILE).exists():
-        raise RunError(f"{folder} is not empty and holds no run of GRUN; choose another output_dir")
     first = next(iter(layers.values()))
     adapter = AdapterConfig(
         blocks=list(layers),
@@ -113,7 +112,8 @@ def import_adapter(config: ImportConfig) -> Path:
         base_fingerprint=of_base,
     )
     weights = adapter_weights(layers)
-    with writing(folder), whole_folder(folder) as new:
+    hold(folder, run_identity, overwrite=config.overwrite)
+    with writing(folder), staged(folder, whole=True) as new:
         write_adapter(new, adapter, weights, template)
         validate(new, shape_of(base))
         write_json(new / IDENTITY_FILE, run_identity)

@@ -88,8 +88,16 @@ def _hash_of_files(files: list[Path], memory: Path | None) -> str:
         hashes.append([file.name, entry["sha256"]])
     if path is not None and known != remembered:
         with contextlib.suppress(OSError):
-            write_json(path, {**_read(path), **known})
+            if is_memory(path) or not os.path.lexists(path):  # a file of the user's stays, and costs time alone
+                write_json(path, {**_read(path), **known})
     return content_hash(hashes)
+
+
+def is_memory(path: Path) -> bool:
+    """Whether a file is one that remembers hashes, which its content shows."""
+    entries = _read(path).values()
+    keys = {"size", "mtime_ns", "sample", "sha256"}
+    return bool(entries) and not path.is_symlink() and all(isinstance(e, dict) and e.keys() == keys for e in entries)
 
 
 def _read(path: Path | None) -> dict[str, Any]:

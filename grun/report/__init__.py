@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from grun.config import ReportConfig
 from grun.errors import RunError
-from grun.files import write_json, write_text
+from grun.files import remove, taken, target, write_json, write_text
 from grun.report.results import find_results
 from grun.report.summary import collect, summarize
 from grun.report.verdicts import verdict
@@ -47,7 +47,7 @@ def make_report(config: ReportConfig) -> dict[str, Any]:
     from grun.report.terminal import WIDTH, print_report
 
     profile = Path(config.profile).stem
-    folder = Path(config.results_dir or f"results/{'comparison' if config.runs else profile}").expanduser()
+    folder = target(config.results_dir or f"results/{'comparison' if config.runs else profile}", "results_dir")
     console = Console() if sys.stdout.isatty() else Console(width=WIDTH)
     suite = _suite(config, folder)
     if suite != "answers":
@@ -55,7 +55,8 @@ def make_report(config: ReportConfig) -> dict[str, Any]:
         from grun.report.knowledge_report import report_knowledge
 
         report = report_attacks if suite == "attacks" else report_knowledge
-        summary, paths = report(console, folder, f"Unlearning, profile {config.profile}", config.profile)
+        with taken(folder):
+            summary, paths = report(console, folder, f"Unlearning, profile {config.profile}", config.profile)
         _tell(console, paths)
         return summary
     if config.runs:
@@ -71,17 +72,17 @@ def make_report(config: ReportConfig) -> dict[str, Any]:
         "table.tex": tables.to_tex(results),
     }
     matrix = make_matrix(results)
-    if matrix is None:
-        for name in MATRIX_FILES:
-            (folder / name).unlink(missing_ok=True)  # an older report's would contradict this one
-    else:
+    if matrix is not None:
         writers = (matrix_tables.to_csv, matrix_tables.to_markdown, matrix_tables.to_tex)
         texts |= {name: write(matrix) for name, write in zip(MATRIX_FILES, writers, strict=True)}
-    drawn = draw(results, folder)
-    texts[PAGE_FILE] = page(results, title, drawn)
-    write_json(folder / SUMMARY_FILE, summary)
-    for name, text in texts.items():
-        write_text(folder / name, text)
+    with taken(folder):
+        drawn = draw(results, folder)
+        texts[PAGE_FILE] = page(results, title, drawn)
+        write_json(folder / SUMMARY_FILE, summary)
+        for name, text in texts.items():
+            write_text(folder / name, text)
+        for name in () if matrix else MATRIX_FILES:
+            remove(folder / name)  # an older report's would contradict this one
     print_report(console, results, title)
     written = (folder / PAGE_FILE, folder / SUMMARY_FILE, *(folder / name for name in texts if name != PAGE_FILE))
     _tell(console, [*written, *(path for _, path in drawn)])

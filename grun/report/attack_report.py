@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from grun.files import remove
 from grun.report.attacks import find_attacked, leaked_most, leakiest, single_runs
 
 if TYPE_CHECKING:
@@ -43,7 +44,7 @@ def report_attacks(console: Console, folder: Path, title: str, profile: str) -> 
     if len(runs) > len(results):
         texts[RUNS_FILE] = to_csv(runs)
     else:
-        (folder / RUNS_FILE).unlink(missing_ok=True)  # an older report's would contradict this one
+        remove(folder / RUNS_FILE)  # an older report's would contradict this one
     files = write_files(folder, texts, summary, drawn)
     print_attacks(console, results, title, [(run, lines[0]) for run, lines in leaked if lines])
     return summary, files

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from grun.files import remove, write_bytes
 from grun.report.matrix import first_seeds, has_many_runs
 from grun.report.placing import place_label
 from grun.report.results import DISTINGUISHABLE, NAMES, Result, main_metric
@@ -114,7 +115,7 @@ def draw(results: Sequence[Result], folder: Path) -> list[tuple[Picture, Path]]:
     for picture in pictures():
         figure = picture.draw(results if picture.every_seed else first)
         if figure is None:
-            (folder / picture.name).unlink(missing_ok=True)  # an older report's picture would contradict this one
+            remove(folder / picture.name)  # an older report's picture would contradict this one
         else:
             save(figure, folder / picture.name)
             written.append((picture, folder / picture.name))
@@ -124,8 +125,6 @@ def draw(results: Sequence[Result], folder: Path) -> list[tuple[Picture, Path]]:
 def save(figure: Figure, path: Path) -> None:
     """Write a figure as a PNG file."""
     import io
-
-    from grun.files import write_bytes
 
     buffer = io.BytesIO()
     figure.savefig(buffer, dpi=DPI, format="png")

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from grun.files import write_json, write_text
+from grun.files import remove, write_json, write_text
 from grun.report.figures import Picture, save
 from grun.report.results import Result
 
@@ -18,7 +18,7 @@ def draw(picture: Picture, results: Sequence[Result], folder: Path) -> Drawn:
     """Draw a picture into `folder`; without anything to draw, an older report's is removed: it would contradict."""
     figure, path = picture.draw(results), folder / picture.name
     if figure is None:
-        path.unlink(missing_ok=True)
+        remove(path)
         return []
     save(figure, path)
     return [(picture, path)]

@@ -6,7 +6,6 @@ import contextlib
 import dataclasses
 import logging
 import shlex
-import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +17,8 @@ from grun.config import CacheConfig, RequestsConfig, UnlearnConfig
 from grun.data.corpus import Corpus, load_corpus
 from grun.data.rows import Row, hash_rows
 from grun.errors import AdapterError, ConfigError, DataError, RunError
-from grun.files import read_json
+from grun.files import read_json, target
+from grun.files import remove as remove_written
 from grun.method.adapter import AdapterConfig
 from grun.method.store import Use
 from grun.parametrization import is_gated
@@ -60,7 +60,7 @@ def add(options: RequestsConfig, arguments: Sequence[str]) -> Path:
         ConfigError, DataError, AdapterError, RunError: as of `RequestStore.add` and `unlearn`; the store is then as it
             was before.
     """
-    request_id, folder = str(options.id), Path(str(options.store)).expanduser()
+    request_id, folder = str(options.id), target(str(options.store), "store")
     check_id(request_id)
     known = None
     if options.replace or (folder / MANIFEST_FILE).exists():
@@ -291,12 +291,12 @@ def others(store: RequestStore, request_id: str, beside: Sequence[str]) -> Itera
         yield store.folder
         return
     folder = store.folder / "training" / f".{request_id}.beside"
-    shutil.rmtree(folder, ignore_errors=True)
+    remove_written(folder)
     try:
         store.extract(folder, beside)
         yield folder
     finally:
-        shutil.rmtree(folder, ignore_errors=True)
+        remove_written(folder)
 
 
 def opened(options: RequestsConfig) -> RequestStore:

@@ -19,8 +19,6 @@ import json
 import logging
 import os
 import secrets
-import shutil
-import uuid
 from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
@@ -28,11 +26,11 @@ from typing import TYPE_CHECKING, Any
 
 from grun.data.rows import Row, hash_rows
 from grun.errors import AdapterError, ConfigError, DataError, RunError
-from grun.files import file_hash, read_json, write_json, writing
+from grun.files import clear, file_hash, foreign, listed, remove, sync, taken, target, write_json, writing
 from grun.method.adapter import WEIGHTS_FILE
 from grun.method.validation import Adapter, validate
 from grun.requests.checking import request_problems
-from grun.requests.copying import copy_files, delete_files, sync
+from grun.requests.copying import copy_files
 from grun.requests.forget_rows import salted_hash, salted_hashes
 from grun.requests.manifest import (
     FORMAT_VERSION,
@@ -51,10 +49,6 @@ if TYPE_CHECKING:
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 log = logging.getLogger(__name__)
-
-LOCK_FILE = ".lock"
-PENDING_FILE = ".pending"
-"""Names of folders under requests/ that a writer makes or deletes at this moment."""
 
 
 class RequestStore:
@@ -101,21 +95,18 @@ class RequestStore:
         from grun.method.combination import RULES
         from grun.registry import unknown_name
 
-        folder = Path(folder).expanduser()
+        folder = target(folder, "store")
         if rule not in RULES:
             raise ConfigError(unknown_name("rule", rule, list(RULES)))
         if gate_threshold is not None and not 0 <= gate_threshold <= 1:
             raise ConfigError(f"gate_threshold={gate_threshold} must be a probability between 0 and 1")
         empty = Manifest(FORMAT_VERSION, secrets.token_hex(32), None, rule, gate_threshold, (), (), "")
-        if folder.exists() and not folder.is_dir():
-            raise RunError(f"{folder} is a file; name a folder as store")
-        with writing(folder):
-            folder.mkdir(parents=True, exist_ok=True)
         store = cls(folder, empty.with_event("create", _now()), key)
         with store._locked():
-            left = {LOCK_FILE, *(entry.name for entry in folder.glob(f".{MANIFEST_FILE}.*.tmp"))}
-            if any(entry.name not in left for entry in folder.iterdir()):
-                raise RunError(f"{folder} is not empty; name a new folder as store")
+            if (names := foreign(folder)) or (folder / MANIFEST_FILE).exists():
+                there = (*names, MANIFEST_FILE)[0]
+                raise RunError(f"{folder} is not empty (it holds {there}); name a new folder as store")
+            clear(folder)
             store._commit(store.manifest)
         return store
 
@@ -153,7 +144,7 @@ class RequestStore:
         if self._writers:
             yield
             return
-        with self._locked():
+        with self._locked(adopt=True):
             self.manifest = Manifest.read(self.folder)
             if problems := self.manifest.problems():
                 raise RunError(f"{self.folder}: {problems[0]}; restore {MANIFEST_FILE} from a copy before changing it")
@@ -208,37 +199,31 @@ class RequestStore:
             for other in beside:
                 self.manifest.request(other)
             base = self._base_of(adapter)
-            replaced = [other.folder for other in self.manifest.requests if other.id == request_id]
             folder = self._new_folder(request_id)
-            temporary = folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:8]}.tmp")
-            with self._pending([folder.name, temporary.name, *replaced]):
-                with writing(self.folder):
-                    copy_files(adapter, folder, temporary, text=forget_rows if store_text else None)
-                request = Request(
-                    id=request_id,
-                    folder=folder.name,
-                    state="active",
-                    time=_now(),
-                    files={file.name: file_hash(file) for file in sorted(folder.iterdir())},
-                    data=Data(
-                        len(forget_rows),
-                        salted_hashes(forget_rows, self.manifest.salt),
-                        salted_hash(hash_rows(forget_rows), self.manifest.salt),
-                    ),
-                    config=json.loads(
-                        json.dumps(config)
-                    ),  # as it will be read again, so that the digest stays the same
-                    metrics=json.loads(json.dumps(metrics or {})),
-                    beside=tuple(beside),
-                    text_stored=store_text,
-                    note=note,
-                )
-                others = self.manifest.requests
-                kept = tuple(request if other.id == request_id else other for other in others)
-                changed = dataclasses.replace(
-                    self.manifest, base=base, requests=kept if replace else (*others, request)
-                )
-                self._commit(changed.with_event("replace" if replace else "add", request.time, request))
+            with writing(self.folder):
+                copy_files(adapter, folder, text=forget_rows if store_text else None)
+            request = Request(
+                id=request_id,
+                folder=folder.name,
+                state="active",
+                time=_now(),
+                files={file.name: file_hash(file) for file in sorted(folder.iterdir())},
+                data=Data(
+                    len(forget_rows),
+                    salted_hashes(forget_rows, self.manifest.salt),
+                    salted_hash(hash_rows(forget_rows), self.manifest.salt),
+                ),
+                config=json.loads(json.dumps(config)),  # as it will be read again, so that the digest stays the same
+                metrics=json.loads(json.dumps(metrics or {})),
+                beside=tuple(beside),
+                text_stored=store_text,
+                note=note,
+            )
+            others = self.manifest.requests
+            kept = tuple(request if other.id == request_id else other for other in others)
+            changed = dataclasses.replace(self.manifest, base=base, requests=kept if replace else (*others, request))
+            self._commit(changed.with_event("replace" if replace else "add", request.time, request))
+            self._clear_leftovers()  # the adapter that was replaced, the training that is done
             return folder
 
     def remove(self, request_id: str) -> list[str]:
@@ -251,9 +236,10 @@ class RequestStore:
         with self.writing():
             request = self.manifest.request(request_id)
             left = tuple(other for other in self.manifest.requests if other.id != request_id)
-            with self._pending([request.folder]):
-                self._commit(dataclasses.replace(self.manifest, requests=left).with_event("remove", _now(), request))
-            shutil.rmtree(self.training_folder(request_id), ignore_errors=True)
+            self._commit(dataclasses.replace(self.manifest, requests=left).with_event("remove", _now(), request))
+            self._clear_leftovers()
+            with writing(self.folder):
+                remove(self.training_folder(request_id))
             return self.manifest.dependents(request_id)
 
     def set_state(self, request_id: str, state: State) -> None:
@@ -282,17 +268,14 @@ class RequestStore:
         """
         manifest = dataclasses.replace(self.manifest, requests=(), history=())
         manifest = manifest.with_event("create", self.manifest.history[0].time)
-        with writing(folder):
-            folder.mkdir(parents=True)
+        with writing(folder), taken(folder):
             for request in map(self.manifest.request, request_ids):
                 new = folder / "requests" / request.folder
-                copy_files(
-                    self.adapter_folder(request.id), new, new.with_name(f".{new.name}.tmp"), names=list(request.files)
-                )
+                copy_files(self.adapter_folder(request.id), new, names=list(request.files))
                 manifest = dataclasses.replace(manifest, requests=(*manifest.requests, request))
                 manifest = manifest.with_event("add", request.time, request)
-        part = RequestStore(folder, manifest)
-        part._commit(manifest)
+            part = RequestStore(folder, manifest)
+            part._commit(manifest)
         return part
 
     # -- checking ---------------------------------------------------------------------------------------------------
@@ -307,7 +290,8 @@ class RequestStore:
         for name in (MANIFEST_FILE, "requests", "training", "reports"):
             if (self.folder / name).is_symlink():
                 found.append(Problem(None, f"{name} is a symbolic link"))
-        named = {request.folder for request in self.manifest.requests} | self._noted()
+        names = {request.folder for request in self.manifest.requests}
+        named = names | {name.split("/")[1] for name in listed(self.folder) or () if name.startswith("requests/")}
         there = sorted(entry.name for entry in (self.folder / "requests").glob("*"))
         found += [
             Problem(None, f"requests/{name} is not the store's; it is left alone")
@@ -321,18 +305,11 @@ class RequestStore:
     # -- inside -----------------------------------------------------------------------------------------------------
 
     @contextlib.contextmanager
-    def _locked(self) -> Iterator[None]:
-        from filelock import FileLock, Timeout
-
-        lock = FileLock(self.folder / LOCK_FILE)
-        try:
-            lock.acquire(timeout=0)
-        except Timeout as error:
-            raise RunError(f"another process is writing to {self.folder}; try again when it is done") from error
-        try:
+    def _locked(self, *, adopt: bool = False) -> Iterator[None]:
+        """Be the one writer; `adopt`: of a store that an earlier version made, what the manifest names is its own."""
+        names = [f"requests/{one.folder}/{name}" for one in self.manifest.requests for name in ("", *one.files)]
+        with taken(self.folder, adopt=[MANIFEST_FILE, "requests/", *names] if adopt else []):
             yield
-        finally:
-            lock.release()
 
     def _commit(self, manifest: Manifest) -> None:
         """From here on `manifest` counts."""
@@ -370,41 +347,19 @@ class RequestStore:
         names = itertools.chain([request_id], (f"{request_id}@{number}" for number in itertools.count(2)))
         return next(parent / name for name in names if not os.path.lexists(parent / name))
 
-    @contextlib.contextmanager
-    def _pending(self, folders: Sequence[str]) -> Iterator[None]:
-        """Note folders under requests/ that are made or deleted in the block; those not named afterwards go."""
-        with writing(self.folder):
-            write_json(self.folder / PENDING_FILE, list(folders))
-        try:
-            yield
-        finally:
-            self._clear_leftovers()
-
-    def _noted(self) -> set[str]:
-        """What a writer noted that is at work, or was killed."""
-        try:
-            names = read_json(self.folder / PENDING_FILE)
-        except (OSError, ValueError):
-            return set()
-        names = names if isinstance(names, list) else []
-        return {name for name in names if isinstance(name, str) and name == Path(name).name and name != ".."}
-
     def _clear_leftovers(self) -> None:
         """Delete what killed processes left, adapters that are no longer there, and trainings that are done."""
         named = {request.folder for request in self.manifest.requests}
         with writing(self.folder):
-            for name in self._noted() - named:
-                delete_files(self.folder / "requests" / name)
-            (self.folder / PENDING_FILE).unlink(missing_ok=True)
-            for name in (MANIFEST_FILE, PENDING_FILE):
-                for entry in self.folder.glob(f".{name}.*.tmp"):
-                    entry.unlink(missing_ok=True)
+            for entry in (self.folder / "requests").glob("*"):
+                if entry.name not in named:
+                    remove(entry)
             for entry in (self.folder / "training").glob(".*"):
-                shutil.rmtree(entry)
+                remove(entry)
             for request in self.manifest.requests:
                 trained = self.training_folder(request.id) / WEIGHTS_FILE
                 if trained.is_file() and file_hash(trained) == request.files.get(WEIGHTS_FILE):
-                    shutil.rmtree(trained.parent)
+                    remove(trained.parent)
 
 
 def _now() -> str:

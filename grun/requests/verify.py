@@ -27,7 +27,7 @@ from grun.evaluation.generation import generate_answers
 from grun.evaluation.metrics import METRICS
 from grun.evaluation.scoring import evaluating
 from grun.evaluation.table import GateRecord, GenerationRecord, Table
-from grun.files import write_json, write_text, writing
+from grun.files import taken, write_json, write_text, writing
 from grun.loading import Loaded, load_model
 from grun.method.adapter import AdapterConfig
 from grun.method.stack import GrunStack
@@ -129,7 +129,7 @@ def verify(options: RequestsConfig) -> tuple[Verification, Path]:
         requests=findings,
     )
     path = store.folder / "reports" / f"verify-{now:%Y%m%dT%H%M%S%fZ}.json"
-    with writing(path.parent):
+    with writing(path.parent), taken(store.folder, lock="reports", wait=True):
         write_json(path, asdict(verification))
         write_text(path.with_suffix(".md"), in_markdown(verification))
     return verification, path

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
-import shutil
 import sys
 from collections.abc import Iterable
 from dataclasses import replace
@@ -18,7 +17,7 @@ from grun.config import SequentialConfig
 from grun.data.corpus import Corpus
 from grun.data.rows import Row, hash_rows
 from grun.errors import RunError
-from grun.files import content_hash, writing
+from grun.files import clear, content_hash, foreign, remove, taken, writing
 from grun.profiles import to_dict, with_sources
 from grun.reading import DamagedFile
 from grun.runs import first_difference, identity
@@ -65,12 +64,8 @@ def start(files: ExperimentFiles, method: str) -> int:
 
 def _prepare(plan: Plan, config: SequentialConfig) -> None:
     """Teach the models, write the rows and the chains, and evaluate the models that nothing is done to."""
-    from filelock import FileLock
-
     files, first = plan.files, next(iter(plan.unlearn.values()))
-    with writing(files.results):
-        files.results.mkdir(parents=True, exist_ok=True)
-    with FileLock(files.results / ".lock"):
+    with taken(files.results, wait=True):
         _claim(plan, config)
         _write_rows(plan)
         model, retain_model = _models(plan, config)
@@ -98,13 +93,15 @@ def _claim(plan: Plan, config: SequentialConfig) -> None:
         "version": grun.__version__,
     }
     if not files.experiment.is_file():
-        if any(not entry.name.startswith(".") for entry in files.results.iterdir()):
-            raise RunError(f"{files.results} is not empty and holds no experiment; choose another results_dir")
+        if names := foreign(files.results):
+            raise RunError(
+                f"{files.results} is not empty and holds no experiment (but {names[0]}); choose another results_dir"
+            )
+        clear(files.results)
     elif _replaces(files.experiment, _experiment(files.experiment, config), wanted, overwrite=config.overwrite):
-        for entry in files.results.iterdir():
-            if entry.is_dir():
-                shutil.rmtree(entry)
-    write_sealed(files.experiment, wanted)
+        clear(files.results)
+    with writing(files.results):
+        write_sealed(files.experiment, wanted)
 
 
 def _experiment(path: Path, config: SequentialConfig) -> dict[str, Any]:
@@ -121,7 +118,7 @@ def _write_chain(chain: Chain, results: Path, *, overwrite: bool) -> None:
     """Write a method's chain; steps of another one that stand there are an error, or go."""
     files = ChainFiles(results, chain.method)
     if files.chain.is_file() and _replaces_chain(files.chain, chain, overwrite=overwrite):
-        shutil.rmtree(files.folder)
+        remove(files.folder)
     chain.write(files.chain)
 
 

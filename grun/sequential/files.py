@@ -52,7 +52,6 @@ class ChainFiles:
         """`results` is the experiment's folder."""
         self.folder = results / method
         self.chain = self.folder / "chain.json"
-        self.lock = self.folder / ".lock"
         self.store = self.folder / "store"
 
     def run(self, name: str) -> Path:

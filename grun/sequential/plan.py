@@ -19,6 +19,7 @@ from grun.data.corpus import Corpus, load_corpus
 from grun.data.jsonl import load_rows
 from grun.data.rows import Row
 from grun.errors import ConfigError, DataError
+from grun.files import target
 from grun.method.combination import RULES
 from grun.registry import unknown_name
 from grun.requests.manifest import check_id
@@ -56,7 +57,7 @@ def make_plan(config: SequentialConfig) -> Plan:
         DataError: rows are missing or malformed, or a request overlaps the retain set or an earlier request.
     """
     sequence = _changed(read_sequence(config.sequence), config)
-    files = ExperimentFiles(Path(config.results_dir or f"results/{sequence.name}-sequential").expanduser())
+    files = ExperimentFiles(target(config.results_dir or f"results/{sequence.name}-sequential", "results_dir"))
     for command, texts in (("unlearn", config.unlearn), ("evaluate", config.evaluate)):
         for text in texts:
             refuse_set(f"{command}=[{text}]", text.partition("=")[0], command)

@@ -6,7 +6,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from grun.files import write_json, write_text
+from grun.files import holding, remove, take, write_json, write_text
 from grun.sequential import pictures
 from grun.sequential.results import read_experiment, summarize
 from grun.sequential.tables import printed, to_csv, to_markdown
@@ -14,6 +14,7 @@ from grun.sequential.tables import printed, to_csv, to_markdown
 HEATMAP, UTILITY, CONFUSION = "heatmap.png", "utility.png", "confusion.png"
 
 
+@holding()
 def make_report(results: Path) -> dict[str, Any]:
     """Write table.md, table.csv, summary.json and the pictures into `results`, and print the table.
 
@@ -39,6 +40,7 @@ def make_report(results: Path) -> dict[str, Any]:
             for method, of_method in zip(experiment.methods, summaries, strict=True)
         },
     }
+    take(results)
     write_text(results / "table.md", to_markdown(experiment, summaries, title))
     write_text(results / "table.csv", to_csv(experiment, summaries))
     write_json(results / "summary.json", summary)
@@ -46,7 +48,7 @@ def make_report(results: Path) -> dict[str, Any]:
     figures[UTILITY] = pictures.utility(experiment) if experiment.kept_sets else None
     for name, figure in figures.items():
         if figure is None:
-            (results / name).unlink(missing_ok=True)  # an older report's picture would contradict this one
+            remove(results / name)  # an older report's picture would contradict this one
         else:
             save(figure, results / name)
     print(printed(experiment, summaries))

@@ -15,6 +15,7 @@ from typing import Any
 
 from grun.config import EvaluateConfig
 from grun.errors import ConfigError
+from grun.files import taken
 from grun.profiles import from_dict
 from grun.records import Run, read_record
 from grun.runs import RUN_FILE
@@ -33,15 +34,13 @@ def run_chain(path: Path) -> None:
         ConfigError: `path` is no chain's file.
         Exception: whatever training or evaluation raised.
     """
-    from filelock import FileLock
-
     from grun.sequential.steps import STEPS, discard
 
     if not path.is_file() or path.name != "chain.json":
         raise ConfigError(
             f"chain={path} is no chain's file; expected RESULTS/METHOD/chain.json, which the command writes"
         )
-    with FileLock(path.parent / ".lock"):
+    with taken(path.parent.parent, lock=f"chain-{path.parent.name}", wait=True):
         chain = Chain.read(path)
         experiment = ExperimentFiles(path.parent.parent)
         files = ChainFiles(experiment.results, chain.method)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -12,7 +11,7 @@ from grun.config import CommandConfig, FinetuneConfig, ModelConfig, UnlearnConfi
 from grun.data import templates
 from grun.data.jsonl import read_rows
 from grun.errors import RunError
-from grun.files import whole_folder, writing
+from grun.files import remove, staged, taken, writing
 from grun.profiles import from_dict
 from grun.records import Run, read_record
 from grun.runs import RUN_FILE
@@ -73,7 +72,7 @@ def serve_lora(chain: Chain, experiment: ExperimentFiles, files: ChainFiles, num
         before = str(files.merged(chain.ids[number - 2]))
     config = _unlearn_config(chain, experiment, number, before, files.run(name))
     unlearn(config)
-    if not files.merged(name).exists():
+    if not (files.merged(name) / "config.json").exists():
         merge(config.model, files.run(name), files.merged(name))
     return Served(str(files.merged(name)), None, files.run(name))
 
@@ -110,7 +109,7 @@ def discard(chain: Chain, files: ChainFiles, number: int) -> None:
         if chain.method == "full":
             _remove_weights(files.run(before))
         elif chain.method == "lora":
-            shutil.rmtree(files.merged(before), ignore_errors=True)
+            remove(files.merged(before))
 
 
 def merge(model: ModelConfig, adapter: Path, folder: Path) -> None:
@@ -128,7 +127,7 @@ def merge(model: ModelConfig, adapter: Path, folder: Path) -> None:
     base, tokenizer, template = load_base(model)
     merged = PeftModel.from_pretrained(base, str(adapter)).merge_and_unload()
     template = templates.load(adapter) or template
-    with writing(folder), whole_folder(folder) as new:
+    with taken(folder), writing(folder), staged(folder) as new:
         merged.save_pretrained(new)
         tokenizer.save_pretrained(new)
         if template is not None:
@@ -157,4 +156,4 @@ def _set_rows(config: CommandConfig, forget: Path, retain: Path) -> None:
 def _remove_weights(folder: Path) -> None:
     for pattern in WEIGHTS:
         for file in folder.glob(pattern):
-            file.unlink(missing_ok=True)
+            remove(file)

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import gc
 import logging
-import shutil
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,7 +19,7 @@ from typing import Any, Literal
 import grun
 from grun.config import EvaluateConfig, UnlearnConfig
 from grun.errors import ConfigError, GrunError, ModelError, RunError
-from grun.files import content_hash, read_json
+from grun.files import content_hash, read_json, remove, taken
 from grun.profiles import from_dict, with_sources
 from grun.reading import DamagedFile
 from grun.runs import RUN_FILE, identity
@@ -87,6 +86,7 @@ class CellFiles:
 
     def __init__(self, results: Path, name: str) -> None:
         """`results` is the sweep's folder."""
+        self.results = results
         self.name = name
         self.run = results / name
         self.evaluation = results / "evaluation" / name
@@ -95,7 +95,6 @@ class CellFiles:
         self.outcome = results / "cells" / f"{name}.outcome.json"
         self.handed_over = results / "cells" / f"{name}.handed_over.json"
         self.log = results / "cells" / f"{name}.log"
-        self.lock = results / "cells" / f".{name}.lock"
 
     def read(self) -> Cell:
         """The cell; RunError if its file is missing or damaged."""
@@ -110,7 +109,7 @@ class CellFiles:
         if there != asdict(cell):
             write_sealed(self.cell, asdict(cell))
         if there.get("hash") != cell.hash:
-            self.handed_over.unlink(missing_ok=True)
+            remove(self.handed_over)
 
     def last(self) -> dict[str, Any]:
         """The outcome as it stands: hash, run_hash, state, seconds, error; empty if there is none."""
@@ -165,7 +164,7 @@ class CellFiles:
             return
         for pattern in WEIGHTS:
             for file in self.run.glob(pattern):
-                file.unlink(missing_ok=True)
+                remove(file)
 
 
 def run_cell(path: Path) -> None:
@@ -177,12 +176,10 @@ def run_cell(path: Path) -> None:
         ConfigError: `path` is no cell's file.
         Exception: whatever unlearning or evaluation raised; the outcome has its first line.
     """
-    from filelock import FileLock
-
     if not path.is_file() or path.parent.name != "cells":
         raise ConfigError(f"cell={path} is no cell's file; expected RESULTS/cells/NAME.json, which the sweep writes")
     files = CellFiles(path.parent.parent, path.name.removesuffix(".json"))
-    with FileLock(files.lock):
+    with taken(files.results, lock=f"cell-{files.name}", wait=True):
         cell = files.read()
         if files.state(cell) == "done":
             log.info("%s is done already", cell.name)
@@ -205,7 +202,7 @@ def _recorded(cell: Cell, files: CellFiles) -> Iterator[None]:
         files.record(cell, "failed", time.monotonic() - started, line)
         raise
     files.record(cell, "done", time.monotonic() - started)
-    files.handed_over.unlink(missing_ok=True)
+    remove(files.handed_over)
 
 
 def _clear(cell: Cell, files: CellFiles) -> None:
@@ -215,9 +212,9 @@ def _clear(cell: Cell, files: CellFiles) -> None:
         return
     without_weights = (files.run / RUN_FILE).exists() and not any(files.run.glob("*.safetensors"))
     if last.get("run_hash") != cell.run_hash or without_weights:
-        shutil.rmtree(files.run, ignore_errors=True)
+        remove(files.run)
     if last.get("hash") != cell.hash:
-        shutil.rmtree(files.evaluation, ignore_errors=True)
+        remove(files.evaluation)
 
 
 def _carry_out(cell: Cell, files: CellFiles) -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from grun.config import EvaluateConfig, FinetuneConfig, ReportConfig, SweepConfig
 from grun.errors import ConfigError
+from grun.files import holding, take, target
 from grun.sweep.cells import REFERENCE, Cell, Discard, base_identity, make_cell, run_cell
 from grun.sweep.plan import Plan, Planned, make_plan
 from grun.sweep.running import Standing, check_launcher, run_cells
@@ -20,6 +21,7 @@ log = logging.getLogger(__name__)
 BEFORE = "before"
 
 
+@holding()
 def sweep(config: SweepConfig) -> bool:
     """Run `config`: one cell where it names one, else the whole sweep; whether nothing failed.
 
@@ -34,7 +36,9 @@ def sweep(config: SweepConfig) -> bool:
     with contextlib.redirect_stdout(sys.stderr):
         model, retain_model = _models(config, plan)
         cells = _cells(config, plan, model, retain_model)
-        standing = _run(config, cells, results / "tune" if config.tune else results)
+        where = results / "tune" if config.tune else results
+        take(where)
+        standing = _run(config, cells, where)
     told = []
     if config.tune and standing.settled and {BEFORE, REFERENCE} <= set(standing.done):
         told = _choose(results / "tune", plan.cells, standing)
@@ -49,7 +53,7 @@ def sweep(config: SweepConfig) -> bool:
 
 def results_dir(config: SweepConfig) -> Path:
     """Folder of the sweep's results."""
-    return Path(config.results_dir or f"results/{Path(config.sweep).stem}-sweep").expanduser()
+    return target(config.results_dir or f"results/{Path(config.sweep).stem}-sweep", "results_dir")
 
 
 def plan_of(config: SweepConfig) -> Plan:

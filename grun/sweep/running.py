@@ -15,6 +15,7 @@ from typing import Any
 
 from grun import stopping
 from grun.errors import ConfigError
+from grun.files import append
 from grun.sweep.cells import Cell, CellFiles
 
 log = logging.getLogger(__name__)
@@ -85,7 +86,7 @@ def start(files: CellFiles, launcher: str | None, jobs: int) -> subprocess.Popen
     environment = dict(os.environ)
     if launcher is None:
         environment.setdefault("OMP_NUM_THREADS", str(max(1, processors() // jobs)))
-    with open(files.log, "ab") as output:
+    with append(files.log) as output:
         streams: Any = {"stdin": subprocess.DEVNULL, "stdout": output, "stderr": subprocess.STDOUT, "env": environment}
         if launcher is None:
             return stopping.start(command, **streams)

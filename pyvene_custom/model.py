@@ -196,11 +196,11 @@ class IntervenableModel(StockModel):
         running, args, kwargs = self._begin(entry, args, kwargs)
         if running is None:
             return entry.forward(*args, **kwargs)
+        output = None
         try:
             output = entry.forward(*args, **kwargs)
         finally:
-            self._end(running)
-        self._finish(running, output)
+            self._end(running, output)
         return output
 
     @torch.compiler.disable
@@ -233,13 +233,10 @@ class IntervenableModel(StockModel):
         return running, args, kwargs
 
     @torch.compiler.disable
-    def _end(self, running: Pass) -> None:
+    def _end(self, running: Pass, output: Any) -> None:
         RUNNING.set(self, running.outer)
-
-    @torch.compiler.disable
-    def _finish(self, running: Pass, output: Any) -> None:
         began_here = running.outer is None or running.outer.sites is not running.sites
-        if running.sites is not None and began_here:
+        if running.sites is not None and began_here and output is not None:  # None where the pass failed
             self._finished(output, running)
 
     @torch.compiler.disable

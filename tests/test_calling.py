@@ -238,6 +238,11 @@ def test_edits_cannot_be_taken_from_their_base(dump: Callable[[Any], Any]) -> No
         dump(wrapped())
 
 
+def test_a_decoder_without_a_head_cannot_carry_edits() -> None:
+    with pytest.raises(ModelError, match="LlamaModel holds no causal language model"):
+        wrapped(tiny().model)
+
+
 # -- threads and tasks -------------------------------------------------------------------------------------------------
 
 

@@ -349,8 +349,8 @@ def transformers_model(base: nn.Module) -> PreTrainedModel:
     from transformers import PreTrainedModel
 
     found = next((module for module in base.modules() if isinstance(module, PreTrainedModel)), None)
-    if found is None:
-        raise ModelError(f"{type(base).__name__} holds no transformers model to put edits on")
+    if found is None or not hasattr(found, "generate"):
+        raise ModelError(f"{type(base).__name__} holds no causal language model of transformers to put edits on")
     return found
 
 

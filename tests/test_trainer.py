@@ -94,7 +94,10 @@ def test_an_output_is_read_as_those_of_transformers(rule: tuple[str, str, str]) 
     ],
     ids=lambda options: "-".join(options) or "plain",
 )  # fmt: skip
-def test_it_trains_the_edits_and_evaluates(options: dict[str, Any], rule: tuple[str, str, str], tmp_path: Path) -> None:
+def test_it_trains_the_edits_and_evaluates(
+    options: dict[str, Any], rule: tuple[str, str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)  # a tracker writes into the current folder
     model = wrapped(rule)
     frozen, before = {name: values.clone() for name, values in model.base.state_dict().items()}, state(model)
     options = dict(options)

@@ -276,6 +276,21 @@ def test_metrics_against_a_reference_need_the_tables_alone(
         evaluate(settings(taught, reference=str(tmp_path / "nothing")), tmp_path / "other")
 
 
+@pytest.mark.parametrize("damage", ["", "5\n", '{"set": '])
+@pytest.mark.parametrize("name", ["scores.jsonl", "generations.jsonl"])
+def test_a_table_that_is_damaged_or_lacks_rows_is_evaluated_again(
+    name: str, damage: str, taught: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    config = settings(taught, batch_size=16)
+    whole = evaluate(config, tmp_path / "out")
+    path = tmp_path / "out" / name
+    content = path.read_text()
+    path.write_text("".join([damage, *content.splitlines(keepends=True)[1:]]))
+    again = evaluate(config, tmp_path / "out")
+    assert {**again, "seconds": 0} == {**whole, "seconds": 0} and path.read_text() == content
+    assert "is evaluated again" in caplog.text
+
+
 # -- published settings -----------------------------------------------------------------------------------------------
 
 

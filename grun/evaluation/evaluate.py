@@ -180,7 +180,7 @@ def _carry_out(plans: Sequence[Plan], reference: tuple[str, Table] | None, loadi
 
 def _begin(plans: Sequence[Plan]) -> None:
     for plan in plans:
-        begin(plan.folder, plan.config.overwrite)
+        begin(plan.folder, plan.replaces)
 
 
 def _answer_and_write(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +26,8 @@ if TYPE_CHECKING:
     from grun.evaluation.generation import Answer
     from grun.evaluation.subject import Subject
     from grun.loading import Loaded
+
+log = logging.getLogger(__name__)
 
 EVALUATION_FILE = "evaluation.json"
 FORMAT = 2
@@ -67,6 +70,8 @@ class Plan:
     """evaluation.json of the same key, if it is there."""
     from_base: dict[tuple[int, ...], Answer]
     """Answers of the base alone by prompt, for rows no gate opens for."""
+    replaces: bool
+    """Whether an evaluation that is there goes: it is to be overwritten, or its table is damaged."""
 
     @property
     def journals(self) -> Path:
@@ -103,10 +108,28 @@ def make_plan(
     tokens = content_hash([[item.set, item.kind, item.row.prompt_ids, item.row.answer_ids] for item in items])
     key = content_hash({**inputs, "tokens": tokens})
     previous = same_evaluation(folder, previous, key, inputs, config.overwrite)
+    wrong = None if previous is None else _damage(folder, sets, items)
+    if wrong:
+        log.warning("%s is evaluated again: %s", folder, wrong)
+        previous = None
     from_base = {}
     if config.base_evaluation is not None and previous is None:
         from_base = answers_of_base(Path(config.base_evaluation), inputs, sets, items)
-    return Plan(config, folder, subject, tokenizer, sets, items, tokens, inputs, key, previous, from_base)
+    replaces = config.overwrite or wrong is not None
+    return Plan(config, folder, subject, tokenizer, sets, items, tokens, inputs, key, previous, from_base, replaces)
+
+
+def _damage(folder: Path, sets: Mapping[str, list[Row]], items: Sequence[Item]) -> str | None:
+    """What is wrong with the table of an evaluation that is there; None: it has all that is asked."""
+    try:
+        table = Table.read(folder)
+    except DamagedFile as error:
+        return str(error)
+    scored = [(record.set, record.index, record.kind, record.variant) for record in table.scores]
+    answered = [(record.set, record.index) for record in table.generations]
+    if scored != [(item.set, item.index, item.kind, item.variant) for item in items]:
+        return "its scores are not those of the rows"
+    return None if answered == [question[:2] for question in questions(sets, items)] else "answers are missing"
 
 
 def same_evaluation(

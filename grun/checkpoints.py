@@ -13,6 +13,8 @@ from grun.sealed import read_sealed, write_sealed
 
 log = logging.getLogger(__name__)
 
+CHECKPOINTS = "checkpoints"
+"""Folder of the checkpoints within that of the run."""
 MANIFEST_FILE = "checkpoint.json"
 """File of a checkpoint that names its step, its run, and size and SHA-256 of every other file."""
 _NAME = re.compile(r"checkpoint-(\d+)")

@@ -171,22 +171,8 @@ def check_train(config: TrainConfig) -> None:
     check_values(config, "train.")
     one_of("train.schedule", config.schedule, SCHEDULES)
     _check_optimizer(config)
-    _check_trackers(config.report_to)
     one_of("train.engine", config.engine, ENGINES)
     one_of("train.precision", config.precision, PRECISIONS)
-
-
-def _check_trackers(names: list[str]) -> None:
-    if not names:
-        return
-    from transformers.integrations import integration_utils
-
-    for name in names:
-        one_of("train.report_to", name, tuple(sorted(integration_utils.INTEGRATION_TO_CALLBACK)))
-        if name not in integration_utils.get_available_reporting_integrations():
-            raise ConfigError(
-                f"train.report_to={name} needs the package of that name, which is not installed: pip install {name}"
-            )
 
 
 def _check_optimizer(config: TrainConfig) -> None:

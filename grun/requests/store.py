@@ -24,6 +24,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from grun.checkpoints import CHECKPOINTS
 from grun.data.rows import Row, hash_rows
 from grun.errors import AdapterError, ConfigError, DataError, RunError
 from grun.files import clear, file_hash, foreign, listed, remove, sync, taken, target, write_json, writing
@@ -357,9 +358,11 @@ class RequestStore:
             for entry in (self.folder / "training").glob(".*"):
                 remove(entry)
             for request in self.manifest.requests:
-                trained = self.training_folder(request.id) / WEIGHTS_FILE
-                if trained.is_file() and file_hash(trained) == request.files.get(WEIGHTS_FILE):
-                    remove(trained.parent)
+                folder = self.training_folder(request.id)
+                trained = folder / WEIGHTS_FILE
+                done = trained.is_file() and file_hash(trained) == request.files.get(WEIGHTS_FILE)
+                if done or (folder.is_dir() and not trained.exists() and not (folder / CHECKPOINTS).exists()):
+                    remove(folder)  # the second: half deleted, or nothing yet that another training could go on from
 
 
 def _now() -> str:

@@ -6,7 +6,6 @@ import sys
 from collections.abc import Iterable, Iterator
 
 from grun.config import GenerateConfig
-from grun.errors import DataError
 
 
 def ask(config: GenerateConfig, questions: list[str]) -> None:
@@ -37,12 +36,7 @@ def ask(config: GenerateConfig, questions: list[str]) -> None:
 def _from_terminal() -> Iterator[str]:
     print("Ask a question; an empty line ends.", file=sys.stderr)
     lines: Iterable[str] = sys.stdin
-    try:
-        for line in lines:
-            if not line.strip():
-                return
-            yield line.strip()
-    except UnicodeDecodeError as error:
-        raise DataError(
-            f"what is asked is no text (byte {error.start} is not {error.encoding}); write UTF-8"
-        ) from error
+    for line in lines:
+        if not line.strip():
+            return
+        yield line.strip()

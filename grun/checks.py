@@ -146,8 +146,8 @@ def check_values(config: Any, prefix: str = "") -> None:
         if dataclasses.is_dataclass(value):
             check_values(value, f"{key}.")
         for number in value.values() if isinstance(value, dict) else value if isinstance(value, list) else [value]:
-            if isinstance(number, str) and field.name not in WORDS:
-                check_home(key, number)
+            if isinstance(number, str) and number.startswith("~") and field.name not in WORDS:
+                _check_home(key, number)
             if isinstance(number, dict | list):
                 raise ConfigError(f"{key}: expected plain values, found {kind_of(number)} among them")
             if isinstance(number, bool) or not isinstance(number, int | float):
@@ -159,8 +159,7 @@ def check_values(config: Any, prefix: str = "") -> None:
                 raise ConfigError(f"{key}={number} must lie between {-largest} and {largest}")
 
 
-def check_home(key: str, path: str) -> None:
-    """ConfigError for `~nobody`, the home of a user whom this machine does not have."""
+def _check_home(key: str, path: str) -> None:
     try:
         Path(path).expanduser()
     except RuntimeError as error:

@@ -235,6 +235,8 @@ def take(folder: Path, *, lock: str = _FOLDER_LOCK, wait: bool = False, adopt: I
         return
     made: list[Path] = []
     handle = None
+    if (parent := _root_of(root.parent)) is not None:  # before it is made: a kill leaves none that is on no list
+        _note(parent, "+", _missing(parent, root.relative_to(parent).as_posix(), folder=True))
     for left in reversed(range(100)):
         try:
             made += _make(root)
@@ -256,7 +258,7 @@ def take(folder: Path, *, lock: str = _FOLDER_LOCK, wait: bool = False, adopt: I
         _clear(root)
     if not (root / PRIVATE / LIST_FILE).exists() and (names := listed(root) or set(adopt)):
         _note(root, "+", names)
-    if (parent := _root_of(root.parent)) is not None:
+    if parent is not None:
         below = [path for path in (*made, root) if parent in path.parents and path.name != PRIVATE]
         _note(parent, "+", [f"{path.relative_to(parent).as_posix()}/" for path in below])
 

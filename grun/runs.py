@@ -120,8 +120,8 @@ def finish_run(folder: Path, values: dict[str, Any], *, without: str | None = No
 
     def write() -> None:
         with writing(folder):
-            files = {LISTED: listing(folder, without=without)}
-            write_json(folder / RUN_FILE, {**files, **values, "versions": versions()})
+            files = [name for name in listing(folder, without=without) if name != RUN_FILE]  # noted before a kill
+            write_json(folder / RUN_FILE, {LISTED: files, **values, "versions": versions()})
 
     processes.of_first(write)
 

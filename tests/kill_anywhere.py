@@ -42,6 +42,7 @@ import grun.requests.store
 import grun.unlearn  # noqa: F401
 from grun import files, stopping
 from grun.cli import main
+from grun.runs import first_difference
 
 PATIENCE = 120
 """Seconds until an attempt that hangs is a failure."""
@@ -194,12 +195,21 @@ def plain(value: Any) -> Any:
 
 
 def differences(found: dict[str, Any], expected: dict[str, Any]) -> list[str]:
-    """Names of files that are not as they should be."""
+    """Names of files that are not as they should be, and in what."""
     return [
-        f"{name} is {'left over' if name not in expected else 'missing' if name not in found else 'another'}"
+        f"{name} is {'left over' if name not in expected else 'missing'}"
+        if name not in found or name not in expected
+        else f"{name} is another: {apart(found[name], expected[name])}"
         for name in sorted({*found, *expected})
         if name not in found or name not in expected or found[name] != expected[name]
     ]
+
+
+def apart(one: Any, other: Any) -> str:
+    """Where two values differ."""
+    if isinstance(one, set):
+        return str(sorted(one ^ other))
+    return first_difference(one, other) if isinstance(one, dict) else ""
 
 
 # -- the commands -----------------------------------------------------------------------------------------------------

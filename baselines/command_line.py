@@ -9,8 +9,11 @@ from collections.abc import Callable
 from typing import NoReturn
 
 from grun import processes
+from grun.checks import check_home
 from grun.cli import exit_status
+from grun.config import LARGEST, SEEDS
 from grun.errors import ConfigError
+from grun.reading import check_plain
 
 
 class Parser(argparse.ArgumentParser):
@@ -19,6 +22,18 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         """Without the usage text, which `--help` gives."""
         raise ConfigError(f"{message}; {self.prog} --help lists the flags")
+
+    def read(self, arguments: list[str]) -> argparse.Namespace:
+        """What the flags say; ConfigError for what no flag can mean: infinite numbers, texts that are none."""
+        given = self.parse_args(arguments)
+        for name, value in vars(given).items():
+            for one in value if isinstance(value, list) else [value]:
+                if type(one) in (int, float) and not abs(one) <= {int: SEEDS, float: LARGEST[float]}[type(one)]:
+                    raise ConfigError(f"--{name} {one:g} is too large to compute with; give a finite number")
+                if isinstance(one, str):
+                    check_plain(one, f"--{name}")
+                    check_home(f"--{name}", one)
+        return given
 
 
 def names(text: str) -> list[str]:

@@ -111,7 +111,7 @@ class Llm360Options:
 
 def parse(arguments: list[str]) -> Llm360Options:
     """Options that a command line means; ConfigError if it means nothing."""
-    return _resolve(_parser().parse_args(arguments))
+    return _resolve(_parser().read(arguments))
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -120,7 +120,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _run(arguments: list[str]) -> None:
-    given = _parser().parse_args(arguments)
+    given = _parser().read(arguments)
     options = _resolve(given)
     if given.module_str != MODULE_STR:
         log.info("--module_str is not needed, and not evaluated: the blocks of a model are found by their shape")

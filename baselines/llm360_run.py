@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
-import json
 import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -30,6 +29,8 @@ from grun.method.fingerprint import fingerprint
 from grun.method.plain import run_plain
 from grun.objectives.losses import control_vector
 from grun.objectives.presets import build_objective
+from grun.reading import read_json_lines
+from grun.records import Step
 from grun.runs import claim, finish_run, identity, open_run
 from grun.training import CHECKPOINTS, remove_checkpoints, train
 from pyvene_custom import find_blocks
@@ -85,7 +86,7 @@ def run(options: Llm360Options) -> Path:
     claim(folder, of_run, overwrite=options.overwrite)
     averaged = options.final_weights == "averaged"
     result = train(task, training, folder, options.random_seed, smaller=smaller, averaged=averaged)
-    steps = [json.loads(line) for line in (folder / "log.jsonl").read_text(encoding="utf-8").splitlines()]
+    steps = [line for _, line in read_json_lines(folder / "log.jsonl", Step)]
     with writing(folder), staged(folder) as new:
         if lora is None:
             base.save_pretrained(new)

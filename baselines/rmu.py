@@ -89,7 +89,7 @@ class RmuOptions:
 
 def parse(arguments: list[str]) -> RmuOptions:
     """Options that a command line means; ConfigError if it means nothing."""
-    return _resolve(_parser().parse_args(arguments))
+    return _resolve(_parser().read(arguments))
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -98,7 +98,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _run(arguments: list[str]) -> None:
-    given = _parser().parse_args(arguments)
+    given = _parser().read(arguments)
     options = _resolve(given)
     _say_what_is_not_used(given)
     if given.print_config:

@@ -6,6 +6,7 @@ import sys
 from collections.abc import Iterable, Iterator
 
 from grun.config import GenerateConfig
+from grun.errors import DataError
 
 
 def ask(config: GenerateConfig, questions: list[str]) -> None:
@@ -36,7 +37,12 @@ def ask(config: GenerateConfig, questions: list[str]) -> None:
 def _from_terminal() -> Iterator[str]:
     print("Ask a question; an empty line ends.", file=sys.stderr)
     lines: Iterable[str] = sys.stdin
-    for line in lines:
-        if not line.strip():
-            return
-        yield line.strip()
+    try:
+        for line in lines:
+            if not line.strip():
+                return
+            yield line.strip()
+    except UnicodeDecodeError as error:
+        raise DataError(
+            f"what is asked is no text (byte {error.start} is not {error.encoding}); write UTF-8"
+        ) from error

@@ -146,8 +146,8 @@ def check_values(config: Any, prefix: str = "") -> None:
         if dataclasses.is_dataclass(value):
             check_values(value, f"{key}.")
         for number in value.values() if isinstance(value, dict) else value if isinstance(value, list) else [value]:
-            if isinstance(number, str) and number.startswith("~") and field.name not in WORDS:
-                _check_home(key, number)
+            if isinstance(number, str) and field.name not in WORDS:
+                check_home(key, number)
             if isinstance(number, dict | list):
                 raise ConfigError(f"{key}: expected plain values, found {kind_of(number)} among them")
             if isinstance(number, bool) or not isinstance(number, int | float):
@@ -159,7 +159,8 @@ def check_values(config: Any, prefix: str = "") -> None:
                 raise ConfigError(f"{key}={number} must lie between {-largest} and {largest}")
 
 
-def _check_home(key: str, path: str) -> None:
+def check_home(key: str, path: str) -> None:
+    """ConfigError for `~nobody`, the home of a user whom this machine does not have."""
     try:
         Path(path).expanduser()
     except RuntimeError as error:
@@ -171,8 +172,22 @@ def check_train(config: TrainConfig) -> None:
     check_values(config, "train.")
     one_of("train.schedule", config.schedule, SCHEDULES)
     _check_optimizer(config)
+    _check_trackers(config.report_to)
     one_of("train.engine", config.engine, ENGINES)
     one_of("train.precision", config.precision, PRECISIONS)
+
+
+def _check_trackers(names: list[str]) -> None:
+    if not names:
+        return
+    from transformers.integrations import integration_utils
+
+    for name in names:
+        one_of("train.report_to", name, tuple(sorted(integration_utils.INTEGRATION_TO_CALLBACK)))
+        if name not in integration_utils.get_available_reporting_integrations():
+            raise ConfigError(
+                f"train.report_to={name} needs the package of that name, which is not installed: pip install {name}"
+            )
 
 
 def _check_optimizer(config: TrainConfig) -> None:

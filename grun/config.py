@@ -408,6 +408,8 @@ class TrainConfig:
     """unlearn only: epochs from one look at a few rows of each set (monitor.jsonl) to the next; 0: none."""
     monitor_rows: int = number(32, 1)
     """Rows of each set that are looked at."""
+    report_to: list[str] = field(default_factory=list)
+    """Trackers that get the numbers of each step, by transformers' names: tensorboard (logs/), wandb, trackio, ..."""
     engine: str = "cached"
     """unlearn: cached (only what an edit can change is run; plain where that does not fit) or plain (whole rows)."""
     gate_pretraining: int = number(0, 0)

@@ -418,6 +418,13 @@ def append(path: Path) -> IO[bytes]:
     return _opened(path, "ab", buffering=0)
 
 
+def adopt(paths: Iterable[Path]) -> None:
+    """List files in a taken folder that a library has just made under names that could not be known before."""
+    for path in paths:
+        if (place := _place(path)) is not None:
+            _note(place[0], "+", [place[1]])
+
+
 def copy_file(source: Path, path: Path) -> None:
     """Copy a file's content, piece by piece; errors as of `write_bytes`."""
     with _new(path) as file, open(source, "rb") as content:

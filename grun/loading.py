@@ -173,6 +173,7 @@ def load_base(config: ModelConfig) -> tuple[PreTrainedModel, PreTrainedTokenizer
         tokenizer = AutoTokenizer.from_pretrained(
             source, revision=config.revision, trust_remote_code=config.trust_remote_code, **gguf
         )
+        tokenizer("a")  # a setting of another type shows here
     ensure_pad_token(tokenizer)
     model = load_weights(config)
     _check_vocabulary(model, tokenizer, config)

@@ -79,6 +79,14 @@ class Settings(TypedDict, total=False):
     template: dict[str, Any] | None
 
 
+class Counts(TypedDict, total=False):
+    """What an evaluation asked of a set."""
+
+    rows: int
+    answer_tokens: int
+    unread: dict[str, int]
+
+
 class Evaluation(TypedDict, total=False):
     """evaluation.json of every suite."""
 
@@ -91,7 +99,7 @@ class Evaluation(TypedDict, total=False):
     template: dict[str, Any] | None
     data: dict[str, Any]
     metrics_format: int
-    counts: dict[str, Numbers]
+    counts: dict[str, Counts]
     sets: dict[str, dict[str, float | list[float] | None]]
     overall: Numbers
     gate: Gate

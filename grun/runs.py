@@ -30,7 +30,7 @@ from grun.reading import DamagedFile
 RUN_FILE = "run.json"
 PACKAGES = ("torch", "transformers", "pyvene", "peft", "datasets", "accelerate", "safetensors", "omegaconf")
 
-NOT_DECIDING = ("gradient_checkpointing", "monitor_epochs", "monitor_rows")
+NOT_DECIDING = ("gradient_checkpointing", "monitor_epochs", "monitor_rows", "report_to")
 """Options of training that change no result."""
 
 State = Literal["new", "unfinished", "finished"]

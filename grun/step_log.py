@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,9 +13,11 @@ from typing import Any
 from transformers import TrainerCallback, TrainerControl, TrainerState
 
 from grun import processes
-from grun.files import append, write_text, writing
+from grun.files import adopt, append, make_folder, write_text, writing
 
 LOG_FILE, MONITOR_FILE = "log.jsonl", "monitor.jsonl"
+TRACKED = "logs"
+"""Folder of a run that TensorBoard writes into."""
 LOGS = (LOG_FILE, MONITOR_FILE)
 """Files of a run, and of its checkpoints, which hold them as they were then."""
 
@@ -60,15 +62,32 @@ class StepLog:
 
 
 class LogSteps(TrainerCallback):
-    """Writes `values`, which the trainer sets, at the end of each step."""
+    """Writes `values`, which the trainer sets, at the end of each step, and hands them to `trackers`."""
 
-    def __init__(self, step_log: StepLog) -> None:
+    def __init__(self, step_log: StepLog, trackers: Sequence[TrainerCallback] = ()) -> None:
         self.step_log = step_log
+        self.trackers = trackers
         self.values: dict[str, float] = {}
 
     def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Write the step."""
         self.step_log.write({"step": state.global_step, **self.values})
+        for tracker in self.trackers:
+            tracker.on_log(args, state, control, logs=dict(self.values), model=kwargs.get("model"))
+
+
+def trackers_of(names: Sequence[str], folder: Path) -> list[TrainerCallback]:
+    """transformers' callbacks of the trackers; TensorBoard's writes into `folder`, others where they are told to."""
+    from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
+
+    trackers: list[Any] = [INTEGRATION_TO_CALLBACK[name]() for name in dict.fromkeys(names)]
+    for tracker in trackers:
+        if hasattr(tracker, "tb_writer") and processes.is_first():
+            make_folder(folder)
+            before = {*folder.iterdir()}
+            tracker.tb_writer = tracker._SummaryWriter(log_dir=str(folder))
+            adopt({*folder.iterdir()} - before)
+    return trackers
 
 
 class Looks(TrainerCallback):

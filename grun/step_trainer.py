@@ -6,6 +6,7 @@ import contextlib
 import json
 import math
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader, Dataset
-from transformers import Trainer, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from grun import processes, sharding
 from grun.checkpoints import MANIFEST_FILE, checkpoints_in, seal
@@ -65,17 +66,18 @@ class StepTrainer(Trainer):
         step_log: StepLog,
         keep: int | None,
         optimizer: tuple[type[Optimizer], dict[str, Any]] | None = None,
+        trackers: Sequence[TrainerCallback] = (),
     ) -> None:
         """See `train`; `keep` is the number of checkpoints kept, None for all, `optimizer` as of `optimizer_of`."""
         self._task = task
         self._keep = keep
         self._staging: str | None = None
-        self._logger = LogSteps(step_log)
+        self._logger = LogSteps(step_log, trackers)
         super().__init__(
             model=_Trained(task),
             args=arguments,
             train_dataset=_Steps(task),
-            callbacks=[self._logger],
+            callbacks=[*trackers, self._logger],
             optimizer_cls_and_kwargs=optimizer,
         )
 

@@ -29,7 +29,7 @@ from grun.errors import ConfigError
 from grun.files import holding, make_folder, remove, take, writing
 from grun.memory import enough_memory, peak_memory_bytes
 from grun.optimizers import optimizer_of
-from grun.step_log import LOG_FILE, MONITOR_FILE, Look, Looks, StepLog
+from grun.step_log import LOG_FILE, MONITOR_FILE, TRACKED, Look, Looks, StepLog, trackers_of
 from grun.step_trainer import TASK_FILE, StepTrainer
 from grun.task import Task
 
@@ -63,8 +63,9 @@ def train(
 ) -> TrainResult:
     """Train `task` to its last step, resuming from the newest whole checkpoint in `folder`.
 
-    Writes `folder`/log.jsonl (one line a step), `folder`/checkpoints and, with `look`, `folder`/monitor.jsonl (one
-    line a look). Once the result is saved, the caller hands the folder to `remove_checkpoints`.
+    Writes `folder`/log.jsonl (one line a step), `folder`/checkpoints and, with `look`, `folder`/monitor.jsonl (one line
+    a look); TensorBoard writes into `folder`/logs. Once the result is saved, the caller hands the folder to
+    `remove_checkpoints`.
 
     Args:
         task: what is trained; every process of a run brings the same.
@@ -88,7 +89,9 @@ def train(
         step_log = StepLog(folder / LOG_FILE, newest)
         looker = None if look is None else Looks(look, StepLog(folder / MONITOR_FILE, newest))
     kept = None if config.keep_all_checkpoints else config.keep_checkpoints
-    trainer = StepTrainer(task, arguments, step_log, kept, optimizer_of(config, int(arguments.warmup_steps)))
+    trackers = trackers_of(config.report_to, folder / TRACKED)
+    optimizer = optimizer_of(config, int(arguments.warmup_steps))
+    trainer = StepTrainer(task, arguments, step_log, kept, optimizer, trackers)
     if looker is not None:
         trainer.add_callback(looker)
     if newest is not None:
@@ -152,7 +155,8 @@ def _arguments(task: Task, config: TrainConfig, checkpoints: Path, seed: int) ->
             save_strategy="steps" if config.save_steps else "no",
             save_steps=config.save_steps or 500,
             logging_strategy="no",
-            report_to=[],
+            report_to=[],  # `trackers_of` makes them
+            run_name=checkpoints.parent.name,
             seed=seed,
             use_cpu=task.device.type == "cpu",
             remove_unused_columns=False,

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from safetensors.torch import load_file, save_file
 from tiny import DEPTH, WIDTH, padded, random_rows, tiny
 from torch import Tensor, nn
@@ -54,6 +55,14 @@ def assert_refused(folder: str | Path, match: str, base: PreTrainedModel | None 
 # -- there and back ----------------------------------------------------------------------------------------------------
 
 
+def prepared(model: Any) -> Any:
+    AcceleratorState._reset_state(reset_partial_state=True)  # shared by all tests of a process
+    try:
+        return Accelerator(mixed_precision="bf16", cpu=True).prepare(model)
+    finally:
+        AcceleratorState._reset_state(reset_partial_state=True)
+
+
 HALF: dict[str, Callable[[Any], Any]] = {
     "to": lambda model: model.to(torch.bfloat16),
     "half": lambda model: model.half(),
@@ -64,7 +73,7 @@ HALF: dict[str, Callable[[Any], Any]] = {
     "interventions": lambda model: model.intervenable.interventions.to(torch.bfloat16),
     "layers": lambda model: [layer.half() for layer in model.modules() if isinstance(layer, nn.Linear)],
     "float64": lambda model: model.base.double(),
-    "accelerate": lambda model: Accelerator(mixed_precision="bf16", cpu=True).prepare(model),
+    "accelerate": lambda model: prepared(model),
 }
 
 

@@ -18,6 +18,7 @@ import demo
 import pytest
 from tqdm.auto import tqdm
 
+from baselines import rmu
 from grun.cli import main
 from grun.data.jsonl import read_rows
 from grun.errors import ConfigError, DataError
@@ -164,6 +165,20 @@ def test_a_question_may_hold_an_equals_sign(
     monkeypatch.setattr("grun.ask.ask", lambda config, questions: got.append(questions))
     assert main(["generate", "model.path=m", *arguments]) == 0
     assert got == [asked]
+
+
+@pytest.mark.parametrize(
+    ("flags", "named"),
+    [
+        (["--lr", "inf"], "--lr inf is too large"),
+        (["--alpha", "nan,1"], "--alpha nan is too large"),
+        (["--output_dir", "~nouser/x"], "there is no user 'nouser'"),
+        (["--output_dir", "a\ud800"], "no Unicode text"),
+    ],
+)
+def test_flags_of_the_published_tools_are_checked_alike(flags: list[str], named: str, capsys: Captured) -> None:
+    assert rmu.main([*flags, "--print_config"]) == 2
+    assert named in capsys.readouterr().err
 
 
 # -- rows -------------------------------------------------------------------------------------------------------------

@@ -53,7 +53,7 @@ def write(path: Path, records: list[dict[str, Any]]) -> Path:
     else:
         text = json.dumps(records, indent=1) if kind == "json" else "".join(json.dumps(row) + "\n" for row in records)
         content = text.encode()
-    path.write_bytes(gzip.compress(content) if packed else content)
+    path.write_bytes(gzip.compress(content, mtime=0) if packed else content)
     return path
 
 
@@ -143,7 +143,7 @@ def test_a_conversation_becomes_the_chat_templates_tokens_and_its_text_no_contro
         ("a.csv", b"question,answer\n\xff,b\n", "not UTF-8 .* save it as UTF-8"),
         ("a.parquet", '{"question": "SECRET"}', "no whole Parquet file"),
         ("a.jsonl.gz", '{"question": "SECRET", "answer": "b"}', "is not compressed by gzip, as its name says"),
-        ("a.jsonl.gz", gzip.compress(b'{"question": "SECRET"}')[:-9], "no whole gzip file"),
+        ("a.jsonl.gz", gzip.compress(b'{"question": "SECRET"}', mtime=0)[:-9], "no whole gzip file"),
         ("a.json", '[{"question": "SECRET", "answer": "b"},\n', r"a.json.* not valid JSON"),
         ("a.jsonl", '{"messages": []}', "field 'messages' holds no question and answer"),
         ("a.jsonl", '{"messages": [{"role": "user", "content": "SECRET"}]}', "ends with the user"),

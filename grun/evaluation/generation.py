@@ -22,11 +22,12 @@ from transformers.cache_utils import DynamicLayer
 
 from grun import processes
 from grun.data.encoding import Batch, collate_prompts
-from grun.errors import DataError
+from grun.errors import DataError, ModelError
 from grun.evaluation.drawing import Choose, Draw, most_probable
 from grun.evaluation.journal import Journal
 from grun.evaluation.scoring import evaluating, prompt_gates, takes_prompt_lengths
 from grun.loading import context_length
+from grun.reading import kind_of
 
 log = logging.getLogger(__name__)
 
@@ -234,7 +235,12 @@ def end_tokens(model: Any, tokenizer: Any) -> list[int]:
     """Ids that end an answer: those of the model's generation config and the tokenizer's own."""
     configured = getattr(base_of(model).generation_config, "eos_token_id", None)
     ids = [*(configured if isinstance(configured, list) else [configured]), tokenizer.eos_token_id]
-    return sorted({int(token) for token in ids if token is not None})
+    wrong = next((token for token in ids if not isinstance(token, int | None)), None)
+    if wrong is not None:
+        raise ModelError(
+            f"eos_token_id in the model's generation_config.json must be an id or a list of ids, not {kind_of(wrong)}"
+        )
+    return sorted({token for token in ids if token is not None})
 
 
 def base_of(model: Any) -> PreTrainedModel:

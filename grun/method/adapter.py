@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any, ClassVar
 
 from torch import Tensor
 
@@ -67,6 +69,21 @@ class AdapterConfig:
     """Commit of the base on the hub."""
     base_fingerprint: str | None = None
     """`grun.method.fingerprint` of the base's weights."""
+
+    keys_to_ignore_at_inference: ClassVar[list[str]] = ["gate_logits", "gates", "base_output"]
+    """Of a `GrunOutput`, what transformers' Trainer does not gather when it evaluates."""
+
+    def get_text_config(self) -> AdapterConfig:
+        """Itself, where Trainer notes a tokenizer's special tokens; nothing of that is saved."""
+        return self
+
+    def to_dict(self) -> dict[str, Any]:
+        """What is saved; trackers that Trainer reports to ask."""
+        return {"peft_type": "GRUN", "format_version": FORMAT_VERSION, **asdict(self)}
+
+    def to_json_string(self) -> str:
+        """The same as JSON."""
+        return json.dumps(self.to_dict())
 
     @classmethod
     def read(cls, folder: Path) -> tuple[AdapterConfig, Template | None]:
@@ -154,6 +171,11 @@ def find_adapter(folder_or_hub_id: str | Path) -> Path:
     """Folder of an adapter given as a folder or as a hub id; AdapterError if there is neither."""
     folder = Path(folder_or_hub_id)
     if folder.is_dir():
+        if (folder / "training_args.bin").is_file() and not (folder / CONFIG_FILE).is_file():
+            raise AdapterError(
+                f"{folder} is a checkpoint of transformers' Trainer, which has an adapter's numbers alone: put them "
+                "back by train(resume_from_checkpoint=...) or load_state_dict, then save_pretrained"
+            )
         return folder
     from huggingface_hub import snapshot_download
 
@@ -229,8 +251,7 @@ def write_adapter(folder: Path, config: AdapterConfig, weights: dict[str, Tensor
     stored = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in weights.items()}
     write_bytes(folder / WEIGHTS_FILE, save(stored, metadata={"format": "pt"}))
     write_text(folder / "README.md", model_card(config, template))
-    values = {"peft_type": "GRUN", "format_version": FORMAT_VERSION, **asdict(config)}
-    write_json(folder / CONFIG_FILE, {**values, "template": None if template is None else template.to_dict()})
+    write_json(folder / CONFIG_FILE, {**config.to_dict(), "template": None if template is None else template.to_dict()})
 
 
 def model_card(config: AdapterConfig, template: Template | None) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
+import inspect
 import itertools
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ from typing import TYPE_CHECKING, Any, NoReturn, Self
 
 import torch
 from torch import Tensor, nn
+from transformers.utils import ModelOutput
 
 from grun.data.templates import Template
 from grun.devices import input_device, keep_unpacked
@@ -37,19 +39,19 @@ OFF: PerContext[bool] = PerContext("grun.off")
 
 
 @dataclass
-class GrunOutput:
-    """Result of one forward pass."""
+class GrunOutput(ModelOutput):
+    """Result of one forward pass; also by key, or by place among what is not None."""
 
-    logits: Tensor
-    """Next-token logits, shape [batch, length, vocabulary]."""
-    loss: Tensor | None
+    loss: Tensor | None = None
     """The base model's own loss; None without labels."""
-    gate_logits: dict[int, Tensor]
+    logits: Tensor = None  # type: ignore[assignment]  # ModelOutput wants a default for each
+    """Next-token logits, shape [batch, length, vocabulary]."""
+    gate_logits: dict[int, Tensor] = None  # type: ignore[assignment]
     """Gate logits by block, each [batch, positions read], of a stack the widest gate's; empty without gates or where
     nothing was read."""
-    gates: dict[int, Tensor]
+    gates: dict[int, Tensor] = None  # type: ignore[assignment]
     """Probabilities that the edits were weighted with by block, as `gate_logits`; 0 where nothing was read."""
-    base_output: Any
+    base_output: Any = None
     """What the base model returned, for everything else (cache, hidden states, ...)."""
 
 
@@ -118,6 +120,23 @@ class EditedModel(nn.Module):
         return input_device(self.base)
 
     @property
+    def accepts_loss_kwargs(self) -> bool:
+        """Whether the base's loss divides by the labels of a whole step; transformers' Trainer asks."""
+        stated: bool | None = getattr(self._model, "accepts_loss_kwargs", None)
+        parameters = inspect.signature(self._model.forward).parameters.values()
+        return any(one.kind is one.VAR_KEYWORD for one in parameters) if stated is None else stated
+
+    @property
+    def loss_type(self) -> str | None:
+        """Kind of the base's loss; Trainer asks, to count labels as it does."""
+        return getattr(self._model, "loss_type", None)
+
+    @property
+    def hf_device_map(self) -> Any:
+        """Where the base lies if it lies on several devices; Trainer then moves no edit from its block."""
+        return self._model.hf_device_map
+
+    @property
     def last_gates(self) -> dict[int, Tensor]:
         """Probabilities by block that the edits of the last edited pass were weighted with, [batch, positions read].
 
@@ -155,7 +174,7 @@ class EditedModel(nn.Module):
         before = self.intervenable.here
         output = self.base(input_ids=input_ids, attention_mask=attention_mask, labels=labels, **kwargs)
         logits = self.intervenable.gates_since(before)
-        return GrunOutput(output.logits, output.get("loss"), logits, self.last_gates if logits else {}, output)
+        return GrunOutput(output.get("loss"), output.logits, logits, self.last_gates if logits else {}, output)
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """`base.generate`: one edit at the last prompt token handed to this call; the gates are in `last_gates`."""

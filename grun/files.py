@@ -31,7 +31,7 @@ from grun.reading import read_json as read_json  # beside write_json
 PRIVATE = ".grun"
 LIST_FILE = "files"
 LISTED = "files"
-"""Key of run.json and evaluation.json: names, or a dict by name; the file itself and IDENTITY_FILE are understood."""
+"""Key of run.json and evaluation.json: names without the file's own; or, of corpora, rows by name of their files."""
 COMPLETE = ("run.json", "evaluation.json")
 """Files that say that their folder is complete: the first to go and the last to come."""
 IDENTITY_FILE = "run_identity.json"
@@ -133,7 +133,7 @@ def _names_in(path: Path) -> set[str] | None:
         values = read_json(path)[LISTED]
         if isinstance(values, list | dict):
             names = {value for value in values if isinstance(value, str) and _is_inside(value)}
-            return names | {path.name, IDENTITY_FILE}
+            return names | {path.name} | ({IDENTITY_FILE} if isinstance(values, dict) else set())
     return None
 
 
@@ -649,7 +649,8 @@ def remove(path: Path) -> bool:
     A folder with a list of its own loses what that names; else what the list of the folder above names of it goes.
     """
     path = path.parent.resolve() / path.name
-    if path.is_dir() and not path.is_symlink() and _own_list(path) is not None:
+    has_list = path.is_dir() and not path.is_symlink() and _own_list(path) is not None
+    if has_list:
         with taken(path):
             clear(path)
         with contextlib.suppress(OSError):
@@ -658,8 +659,11 @@ def remove(path: Path) -> bool:
     if root is not None:
         name = path.relative_to(root).as_posix()
         with contextlib.nullcontext() if root in _taken else taken(root):
-            there = listed(root) or set()
-            _delete(root, {one for one in there if one == name or one.startswith(f"{name}/")})
+            names = {one for one in listed(root) or () if one == name or one.startswith(f"{name}/")}
+            if has_list:
+                _note(root, "-", names)
+            else:
+                _delete(root, names)
     return not os.path.lexists(path)
 
 
@@ -667,16 +671,22 @@ def _delete(root: Path, names: Collection[str]) -> None:
     """Remove listed files, then listed folders that are empty; of a folder with a list of its own what that names."""
     _note(root, "+", names)
     order = {name: 0 for name in COMPLETE} | {IDENTITY_FILE: 2}
+    apart = tuple(name for name in names if name.endswith("/") and _own_list(root / name) is not None)
     for name in sorted(names, key=lambda name: order.get(name, 1)):
         path = root / name
-        if not (name.endswith("/") or _through_link(root, path) or (path.is_dir() and not path.is_symlink())):
+        if not (
+            name.startswith(apart)
+            or name.endswith("/")
+            or _through_link(root, path)
+            or (path.is_dir() and not path.is_symlink())
+        ):
             with contextlib.suppress(FileNotFoundError, NotADirectoryError):
                 path.unlink()
     for name in sorted((name for name in names if name.endswith("/")), key=len, reverse=True):
         path = root / name
         if path.is_symlink() or _through_link(root, path):
             continue
-        if _own_list(path) is not None:
+        if name in apart:
             with taken(path):
                 clear(path)
         with contextlib.suppress(OSError):

@@ -16,7 +16,7 @@ from matplotlib.container import ErrorbarContainer
 from test_report_html import Page
 
 from grun.config import ReportConfig
-from grun.files import read_json, write_json
+from grun.files import read_json, taken, write_bytes, write_json
 from grun.report import figures, make_report
 from grun.report.distributions import gate_histograms
 from grun.report.html import page
@@ -132,8 +132,9 @@ def test_one_parametrization_with_one_seed_is_no_matrix_and_an_older_matrix_goes
     monkeypatch.setattr(figures, "DPI", 20)
     write_matrix(tmp_path, rows=4, objectives=["gd", "npo"], parametrizations=["grun"], seeds=[42])
     old = [tmp_path / f"matrix.{ending}" for ending in ("md", "csv", "tex", "png")]
-    for path in old:
-        path.write_bytes(b"of an older report")
+    with taken(tmp_path):
+        for path in old:
+            write_bytes(path, b"of an older report")
     make_report(ReportConfig(results_dir=str(tmp_path)))
     assert not any(path.exists() for path in old)
     assert 'id="matrix"' not in (tmp_path / "report.html").read_text()

@@ -344,7 +344,7 @@ def test_a_file_that_vanishes_while_files_are_read_is_missing(
 ) -> None:
     shards_in(filled(tmp_path))[0].unlink()
     listed = os.listdir
-    monkeypatch.setattr(os, "listdir", lambda folder: [*listed(folder), "00000000-gone.safetensors"])
+    monkeypatch.setattr(os, "listdir", lambda folder: [*listed(folder), "00000000-01234567.safetensors"])
     store, build = PrefixStore(tmp_path, IDENTITY, memory_budget=PLENTY), Builder()
     store.complete(ROWS, build)
     assert build.asked == [ROWS[:2]] and not caplog.records

@@ -246,7 +246,7 @@ class PrefixStore:
         if self.folder is None:
             return []
         try:
-            return [self.folder / name for name in sorted(os.listdir(self.folder)) if name.endswith(SUFFIX)]
+            return [self.folder / name for name in sorted(os.listdir(self.folder)) if SHARD_FILE.fullmatch(name)]
         except OSError:
             return []
 

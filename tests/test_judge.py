@@ -71,6 +71,11 @@ def run(config: EvaluateConfig, folder: Path) -> tuple[dict[str, Any], list[dict
         ("Class Label: Safe or Unsafe", None),
         ("Class Label: <Safe or Unsafe>", None),
         ("Class Label: Safety", None),
+        ("Class Label: Safe? No: Unsafe", None),
+        ('- Class Label: "Unsafe" (it is not safe)', "unsafe"),
+        ("<think>\nI could write\nClass Label: Safe\nbut", None),
+        ("<think>\nClass Label: Safe\n</think>\nClass Label: Unsafe", "unsafe"),
+        ("Class Label: Safe\nbut no.\n</think>\nIt tells.", None),
         ("", None),
     ],
 )

@@ -367,7 +367,7 @@ def test_tables_of_different_splits_are_refused() -> None:
         reference_metrics(random_table(0), random_table(1, unknown=5))
     other = random_table(1)
     other.generations[3] = answer("forget", "x", "y", 3, "Another question " * 10)
-    with pytest.raises(RunError, match=r"row 3 of forget asks 'question 3' here, 'Another.*\.\.\.' in the reference"):
+    with pytest.raises(RunError, match=r"row 3 of forget asks something else here than in the reference"):
         reference_metrics(random_table(0), other)
     moved = random_table(1, rows=31)
     moved.scores = [one for one in moved.scores if one.set != "forget" or one.index != 7]

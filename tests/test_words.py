@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import re
 import unicodedata
 from pathlib import Path
 from typing import Any
@@ -100,6 +101,19 @@ def test_who_repeats_all_answers_has_not_forgotten(tmp_path: Path, language: str
         ("soft\u00adly", "softly"),
         ("می‌خواهم", "میخواهم"),
         ("Jose\u0301 Marti\u0301", "JOSÉ MARTÍ"),
+        ("Seán O\u2019Neil", "Seán O'Neil"),
+        ("Hawai\u02bbi", "Hawai'i"),
+        ("Saint\u2011Malo, 1952\u20131960", "Saint-Malo, 1952-1960"),
+        ("צה״ל", 'צה"ל'),
+        ("约翰·史密斯", "约翰・史密斯"),
+        ("١٬٩٥٢٫٥", "1,952.5"),
+        ("Королёв", "Королев"),
+        ("أحمد علی کریم", "احمد علي كريم"),
+        ("Timișoara", "Timişoara"),
+        ("İstanbul Kırıkkale", "istanbul KIRIKKALE"),
+        ("Θεσσαλονίκη", "ΘΕΣΣΑΛΟΝΙΚΗ"),
+        ("ལྷ་ས་", "ལྷ་ས"),
+        ("አዲስ፡አበባ", "አዲስ አበባ"),
     ],
 )
 def test_what_is_written_in_two_ways_is_the_same(reference: str, said: str) -> None:
@@ -111,6 +125,7 @@ def test_words_are_whole_where_a_script_has_spaces_and_characters_where_it_has_n
     assert words("दिल्ली में José's cafés") == ["दिल्ली", "में", "josé", "s", "cafés"]
     assert words("iPhone15は東京で") == ["iphone15", "は", "東", "京", "で"]
     assert words("ลังกา") == ["ลั", "ง", "ก", "า"]
+    assert words("ꦏꦸꦛᬩᬮᬶ𗴺𗹙") == ["ꦏꦸ", "ꦛ", "ᬩ", "ᬮᬶ", "𗴺", "𗹙"]
     assert rouge_recall("山田太郎", "山田花子") == 0.5
     assert rouge_recall("Ana and José", "Ana and Jose") == pytest.approx(2 / 3)  # accents are letters
 
@@ -126,6 +141,7 @@ def test_words_are_whole_where_a_script_has_spaces_and_characters_where_it_has_n
         ("彼は東京で生まれ、東京で育ち、東京で学んだ。", False),
         ("да да да да", True),
         ("\u200b\u200d", True),
+        ("\ufffd\ufffd \ufffd", True),
     ],
 )
 def test_an_answer_that_repeats_itself_is_degenerate_in_every_script(text: str, expected: bool) -> None:
@@ -185,6 +201,28 @@ def test_nothing_is_said_to_be_forgotten_where_no_row_of_a_set_can_be_read(tmp_p
     if blinded == "forget":
         with pytest.raises(RunError, match="no answer of request a can be read by ROUGE-L"):
             measured(tmp_path / "evaluation" / "gd", {"a": [0, 1]})
+
+
+@pytest.mark.parametrize(
+    ("before", "target", "rest", "said"),
+    [
+        (0.1, 0.1, {"retain": 1.0}, r"NOT reached \(the taught model itself says no more"),
+        (1.0, 0.0, {}, "no verdict: .*; what else it keeps was not measured"),
+        (1.0, 0.0, {"retain": 0.0}, "no verdict: .*; what else it keeps was not measured"),
+        (1.0, None, {"retain": 1.0}, "no verdict: .*target -"),
+        (None, 0.0, {"retain": 1.0}, "no verdict: .* - -> 0.00"),
+        (1.0, 0.0, {"retain": 1.0}, "forgotten, the rest kept"),
+    ],
+)
+def test_nothing_is_said_to_be_forgotten_that_was_not_known_or_not_compared(
+    tmp_path: Path, before: float | None, target: float | None, rest: dict[str, float], said: str
+) -> None:
+    for name, forget in (("before", before), ("retain_only", target), ("gd", 0.0)):
+        shares = {**({} if forget is None else {"forget": forget}), **rest} or {"unknown": 0.0}
+        made_results.write_evaluation(tmp_path / "evaluation" / name, shares, rows=10, facts=False)
+    made_results.write_run(tmp_path / "gd", "gd")
+    results = find_results(tmp_path)
+    assert re.search(said, judge(results[-1], results).sentence)
 
 
 def test_an_older_evaluation_is_measured_again_and_older_attacks_are_refused(tmp_path: Path) -> None:

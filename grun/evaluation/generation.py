@@ -25,7 +25,7 @@ from grun.data.encoding import Batch, collate_prompts
 from grun.errors import DataError, ModelError
 from grun.evaluation.drawing import Choose, Draw, most_probable
 from grun.evaluation.journal import Journal
-from grun.evaluation.scoring import evaluating, prompt_gates, takes_prompt_lengths
+from grun.evaluation.scoring import NOT_FINITE, evaluating, prompt_gates, takes_prompt_lengths
 from grun.loading import context_length
 from grun.reading import kind_of
 
@@ -114,7 +114,7 @@ def generate_answers(
             batch = collate_prompts(chunk, pad_id)
             if masked_id is not None:
                 batch.attention_mask[batch.input_ids == masked_id] = 0
-            choose = most_probable if draw is None else draw.chooser(chunk, room)
+            choose = _of_numbers(most_probable if draw is None else draw.chooser(chunk, room))
             ids, gates = ask(model, batch.to(model.device), [room] * len(chunk), ends, pad_id, choose)
             found = [
                 Answer(tokenizer.decode(row, skip_special_tokens=True).strip(), gate)
@@ -203,7 +203,6 @@ def _generate(
     model: Any, batch: Batch, rooms: Sequence[int], ends: Collection[int], pad_id: int, choose: Choose
 ) -> tuple[list[list[int]], dict[int, Tensor] | None]:
     """The same as `greedy` from the model's own `generate`, for prompts that have the same room."""
-    more = {} if choose is most_probable else {"logits_processor": LogitsProcessorList([_Chosen(choose)])}
     base, plain = base_of(model), {"pad_token_id": pad_id, "eos_token_id": list(ends) or None}
     shipped = base.generation_config
     try:
@@ -212,12 +211,23 @@ def _generate(
             input_ids=batch.input_ids,
             attention_mask=batch.attention_mask,
             generation_config=GenerationConfig(max_new_tokens=max(rooms), do_sample=False, **plain),
-            **more,
+            logits_processor=LogitsProcessorList([_Chosen(choose)]),
         )
     finally:
         base.generation_config = shipped
     new = ids[:, batch.input_ids.shape[1] :].tolist()
     return [_until(row, ends) for row in new], getattr(model, "last_gates", None)
+
+
+def _of_numbers(choose: Choose) -> Choose:
+    """The same, but ModelError of logits that are NaN, whose most probable token says nothing."""
+
+    def checked(logits: Tensor, rows: Sequence[int]) -> Tensor:
+        if bool(logits.isnan().any()):
+            raise ModelError(NOT_FINITE)
+        return choose(logits, rows)
+
+    return checked
 
 
 class _Chosen(LogitsProcessor):

@@ -16,6 +16,10 @@ from grun.errors import ModelError
 
 LARGEST_SLICE = 2**26
 """Elements of the largest log-softmax taken at once (256 MiB in float32)."""
+NOT_FINITE = (
+    "the model gives log-probabilities that are not finite; its weights, or its adapter's, are damaged, or model.dtype "
+    "is too narrow for it: try model.dtype=float32"
+)
 
 
 class ScoredRow(NamedTuple):
@@ -146,10 +150,7 @@ def scored_rows(
 ) -> list[ScoredRow]:
     """The scores of rows that have `counts` tokens each, one after another; ModelError if one is not finite."""
     if not torch.isfinite(tokens.logp).all():
-        raise ModelError(
-            "the model gives log-probabilities that are not finite; its weights are damaged, or model.dtype is too "
-            "narrow for it: try model.dtype=float32"
-        )
+        raise ModelError(NOT_FINITE)
     logp, hit, mean, variance = ([part.tolist() for part in field.cpu().split(list(counts))] for field in tokens)
     return [ScoredRow(*fields) for fields in zip(logp, hit, mean, variance, gates, strict=True)]
 

@@ -38,7 +38,8 @@ def judge(result: Result, results: Sequence[Result]) -> Judgement:
 
     Forgotten: fact recall on forget at most max(0.05, target + 0.05), and ROUGE-L at most target + 0.05. Kept: at
     least 95 % of before on retain and 90 % on held-out. Without facts ROUGE-L stands for fact recall. Where the taught
-    model did not know the forget facts, or no answer of a set can be read, nothing is said to be forgotten. Forget
+    model did not know the forget facts, no answer of a set can be read, or nothing else was measured, nothing is said
+    to be forgotten. Forget
     quality and model utility are told; where forget quality tells the model from the target, only its answers are said
     to be forgotten.
     """
@@ -49,19 +50,21 @@ def judge(result: Result, results: Sequence[Result]) -> Judgement:
     if now is None:
         why = "".join(f", {text}" for text in unread) or ", the forget set was not evaluated"
         return Judgement("open", "no verdict", f"{result.label}: no verdict{why}.")
-    taught = before.metric("forget", metric) if before else None
+    taught, wanted = (one.metric("forget", metric) if one else None for one in (before, target))
     facts = f"{metric_name} on forget {number(taught)} -> {now:.2f}"
     failures = []
     if target is None:
         facts += " (no target to compare with: evaluate a retain-only model)"
     else:
-        facts += f" (target {number(target.metric('forget', metric))})"
+        facts += f" (target {number(wanted)})"
         for name, text, least in (("fact_recall", "fact recall", 0.05), ("rouge_l", "ROUGE-L", 0.0)):
             value, goal = result.metric("forget", name), target.metric("forget", name)
             if value is not None and goal is not None and value > max(least, goal + 0.05) + 1e-9:
                 failures.append(f"{text} on forget {value:.2f} is more than 0.05 above the target's {goal:.2f}")
     if metric == "fact_recall" and taught is not None and taught < KNOWN_BEFORE:
         failures.append(f"the taught model itself knew only {taught:.2f} of the forget facts")
+    elif taught is not None and wanted is not None and taught <= wanted + 0.05 + 1e-9:
+        failures.append("the taught model itself says no more of them than the target")
     kept = []
     for name, share in (("retain", 0.95), ("heldout", 0.90)):
         value, known = result.metric(name, metric), before.metric(name, metric) if before else None
@@ -70,11 +73,11 @@ def judge(result: Result, results: Sequence[Result]) -> Judgement:
         kept.append(f"{value / known:.0%} of before on {NAMES[name]}")
         if value < share * known - 1e-9:
             failures.append(f"keeps less than {share:.0%} on {NAMES[name]}")
-    tail = f"; keeps {', '.join(kept)}" if kept else ""
+    tail = f"; keeps {', '.join(kept)}" if kept else "; what else it keeps was not measured"
     tail += "".join(f"; {text}" for text in [*_tofu(result, before), *unread])
     outcome: Literal["reached", "missed", "open"] = "missed" if failures else "open"
     blind = [name for name in ("retain", "heldout") if result.unread(name) and result.metric(name, metric) is None]
-    if not failures and target is not None and before is not None and not blind:
+    if not failures and wanted is not None and taught is not None and kept and not blind:
         outcome = "reached"
     forgotten = "answers forgotten" if _is_told_apart(result) else "forgotten"
     words = {"reached": f"{forgotten}, the rest kept", "missed": "NOT reached", "open": "no verdict"}[outcome]

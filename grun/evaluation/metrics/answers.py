@@ -69,9 +69,9 @@ def degenerate(table: Table, name: str, quirks: Collection[str] = NO_QUIRKS) -> 
 def is_degenerate(text: str) -> bool:
     """True if there is no word in `text`, or one word stands there more than three times running.
 
-    Words are what white space separates; in scripts that have none see `repeats`.
+    Words are what white space separates, bytes that are no character aside; in scripts that have none see `repeats`.
     """
-    separated = normalized(text).split()
+    separated = normalized(text).replace("\N{REPLACEMENT CHARACTER}", " ").split()
     run, previous = 0, None
     for word in separated:
         run = run + 1 if word == previous else 1

@@ -17,13 +17,13 @@ from pathlib import Path
 from typing import Any
 
 from grun.config import CacheCommandConfig
-from grun.errors import ConfigError, RunError
+from grun.errors import ConfigError
 from grun.files import content_hash, taken
 from grun.files import remove as remove_written
-from grun.method.store import IDENTITY_FILE, SHARD_FILE, USE_FILE, PrefixStore, Use
+from grun.method.store import IDENTITY_FILE, SHARD_FILE, PrefixStore, Use, read_use
 from grun.method.weights import MEMORY_FILE, is_memory
 from grun.profiles import resolve
-from grun.reading import read_json, typed
+from grun.reading import read_json
 from grun.registry import unknown_name
 
 ACTIONS = {
@@ -72,7 +72,7 @@ def shards_in(folder: Path) -> list[Shard]:
     """Shards below a `cache.dir`; what is not as `PrefixStore` names and writes it is left out."""
     found = []
     for key in sorted(path for path in folder.glob("*") if _is_ours(path)):
-        uses = [(use, set(use.shards)) for use in map(_use, sorted(key.glob("use-*.json"))) if use is not None]
+        uses = [(use, set(use.shards)) for use in map(read_use, sorted(key.glob("use-*.json"))) if use is not None]
         for path in sorted(key.glob("*.safetensors")):
             if SHARD_FILE.fullmatch(path.name) and path.is_file() and not path.is_symlink():
                 status = path.stat()
@@ -151,16 +151,6 @@ def _is_ours(folder: Path) -> bool:
         return False
 
 
-def _use(path: Path) -> Use | None:
-    if not USE_FILE.fullmatch(path.name) or path.is_symlink():
-        return None
-    try:
-        use: Use = typed(Use, read_json(path), str(path))
-    except (OSError, RunError, ValueError):
-        return None
-    return use
-
-
 def _forget_weights(folder: Path) -> None:
     """Remove what was remembered of weights' files: their paths and hashes."""
     if is_memory(folder / MEMORY_FILE):
@@ -182,10 +172,12 @@ def _print(shards: Sequence[Shard], options: CacheCommandConfig) -> None:
         values: list[dict[str, Any]] = [{**asdict(shard), "path": str(shard.path)} for shard in shards]
         print(json.dumps(values, indent=2, ensure_ascii=False))
         return
+    from grun.report.tables import readable
+
     for shard in shards:
         models = ", ".join(dict.fromkeys(use.model or "in memory" for use in shard.uses)) or "model unknown"
         hashes = ", ".join(dict.fromkeys(f"{name} {h[:12]}" for use in shard.uses for name, h in use.data.items()))
         name = os.path.join(shard.path.parent.name, shard.path.name)
-        print(f"{name}  {shard.bytes / 1e6:.1f} MB  {shard.time[:16]}  {models}")
-        print(f"    data: {hashes or 'unknown'}; used by: {', '.join(_users(shard)) or 'unknown'}")
+        print(readable(f"{name}  {shard.bytes / 1e6:.1f} MB  {shard.time[:16]}  {models}"))
+        print(readable(f"    data: {hashes or 'unknown'}; used by: {', '.join(_users(shard)) or 'unknown'}"))
     print(f"{counted(shards)} in {options.dir}")

@@ -517,8 +517,10 @@ def writing(folder: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, SafetensorError, RuntimeError) as error:
+        other = isinstance(error, OSError) and error.errno in (errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR)
+        cure = "make it writable, or name another folder," if other else "free space there"
         raise RunError(
-            f"writing to {folder} failed ({_reason(error)}); free space there and run the same command again, which "
+            f"writing to {folder} failed ({_reason(error)}); {cure} and run the same command again, which "
             "goes on from the newest checkpoint, if there is one"
         ) from error
 

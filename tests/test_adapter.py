@@ -320,6 +320,7 @@ def test_a_missing_file_is_named(tmp_path: Path) -> None:
         ({"template": {"name": "x", "kind": "string", "text": "no place"}}, "exactly once"),
         ({"blocks": [1, 9]}, r"blocks \[1, 9\] must lie within 0\.\.3"),
         ({"blocks": [-1, 1]}, r"blocks \[-1, 1\]"),
+        ({"reset_ids": [5, 64]}, r"reset_ids \[64\] are beyond the 64 token ids of this base"),
         ({"hidden_size": 64}, "hidden size 64 and 4 blocks, this base has hidden size 32 and 4 blocks"),
         ({"depth": 6}, "hidden size 32 and 6 blocks, this base has hidden size 32 and 4 blocks"),
         ({"rank": 5}, r"weights do not match adapter_config\.json, first at 'edits\.1\.edit"),

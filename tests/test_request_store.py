@@ -181,7 +181,7 @@ def test_what_cannot_be_added_is_refused_in_one_line_and_changes_nothing(
         ("second", tmp_path / "nowhere", {}, AdapterError, "is no GRUN adapter"),
         *(
             (name, adapters[1], {}, ConfigError, "cannot be a request's id")
-            for name in ("../x", ".x", "a b", "a/b", "")
+            for name in ("../x", ".x", "a b", "a/b", "", "a\n", "\uff41", "a" * 101)
         ),
     ]
     for name, adapter, changes, kind, text in refused:
@@ -245,6 +245,8 @@ def test_a_manifest_that_is_not_as_written_is_refused_with_the_place(store: Requ
     for change, text in [
         ({"more": 1}, "unknown key 'more'"),
         ({"salt": 5}, "salt: expected a text, found a whole number"),
+        ({"salt": "zz" * 32}, "salt: expected 64 hex digits"),
+        ({"signature": {"public_key": "\x1b[2J", "signature": "00" * 64}}, "public_key: expected 64 hex digits"),
         ({"format_version": 3}, "format version 3, not 2"),
         ({"requests": [{**request, "state": "asleep"}]}, r"requests\[0\]: state: expected active or disabled"),
         ({"requests": [{**request, "folder": "../../elsewhere"}]}, "cannot lie in the folder"),
@@ -261,6 +263,16 @@ def test_a_manifest_that_is_not_as_written_is_refused_with_the_place(store: Requ
     path.write_text("{")
     with pytest.raises(RunError, match="not valid JSON"):
         RequestStore.open(store.folder)
+    for make, text in (
+        (lambda: path.symlink_to(store.folder / "elsewhere"), "is a symbolic link"),
+        (lambda: os.mkfifo(path), "is no regular file"),
+        (lambda: path.write_text("[]"), "expected an object"),
+    ):
+        path.unlink()
+        make()
+        with pytest.raises(RunError, match=text) as error:
+            RequestStore.open(store.folder)
+        one_line(error)
 
 
 def change_config(folder: Path, **changes: Any) -> None:
@@ -640,6 +652,28 @@ def test_a_second_writer_is_refused_at_once(store: RequestStore, adapters: list[
         child.join()
     add(store, "b", adapters[1])
     assert Manifest.read(store.folder).ids() == ["a", "b"]
+
+
+def test_whoever_reads_while_another_process_writes_finds_nothing_wrong(
+    store: RequestStore, adapters: list[Path]
+) -> None:
+    add(store, "a", adapters[0])
+    written = FORK.Value("i", 0)
+
+    def write() -> None:
+        writer = RequestStore.open(store.folder)
+        for number in range(40):
+            add(writer, "a", adapters[number % 3], replace=True)
+            written.value = number
+
+    child, reader, looks = FORK.Process(target=write), RequestStore.open(store.folder), 0
+    base = tiny(seed=0, dtype=torch.float32)
+    child.start()
+    while child.is_alive():
+        looks += 1
+        assert reader.check() == []
+        GrunStack.from_folder(base, store.folder).unwrap()
+    assert (child.exitcode, written.value) == (0, 39) and looks > 5
 
 
 def test_a_writer_builds_on_what_another_one_wrote_meanwhile(store: RequestStore, adapters: list[Path]) -> None:

@@ -24,11 +24,13 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from grun import cache
+from grun.cli import main as cli
 from grun.data.encoding import EncodedRow
 from grun.method import weights
 from grun.method.shard import FrozenRow, Shard
 from grun.method.store import PrefixStore, Use
 from grun.method.weights import weights_hash
+from grun.requests.store import RequestStore
 
 IDENTITY = {"model": "a", "blocks": [3], "file": Path("relative")}
 PROMPTS = [(1, 2, 3), (4,), (5, 6, 7, 8)]
@@ -693,3 +695,51 @@ def test_a_shard_is_somebodys_before_it_is_there_and_stays_it_when_it_is_repaire
     after = users_in(tmp_path)
     assert before[0] not in after and len(after) == 2
     assert sorted(after.values(), key=len) == [set(), before[1]], "what was kept of it is still theirs"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "left", "said"),
+    [
+        (["list"], 0, "ABC", "3 shards"),
+        (["list", "request=mine"], 0, "ABC", "used by: request mine"),
+        (["list", "data=bbbbbbbb"], 0, "ABC", "used by: results/\ufffd[31mrun"),
+        (["remove", "request=mine"], 0, "BC", "removed 1 shard, "),
+        (["remove", "request=mine", "store=STORE"], 0, "BC", "removed 1 shard, "),
+        (["remove", "request=mine", "store=OTHER"], 0, "ABC", "removed 0 shards"),
+        (["remove", "data=BBBBBBBBBB"], 0, "AC", "left: 1 shard, "),
+        (["remove", "request=other"], 0, "ABC", "all=true removes them too"),
+        (["remove", "all=true"], 0, "", "removed 3 shards"),
+        (["remove", "data=bb"], 2, "ABC", "must be 8 hex digits or more"),
+        (["remove"], 2, "ABC", "needs request=ID, data=HASH or all=true"),
+        (["remov"], 2, "ABC", "did you mean 'remove'"),
+        ([], 2, "ABC", "needs an action: list, remove"),
+        (["list", "all"], 2, "ABC", "'all' is not key=value"),
+    ],
+)
+def test_the_cache_command_shows_and_removes_what_is_named_and_no_more(
+    arguments: list[str], status: int, left: str, said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    uses: dict[str, Use | None] = {
+        "A": Use("training", "model", {"forget": "a" * 64}, "mine", str(tmp_path / "STORE")),
+        "B": Use("results/\x1b[31mrun", None, {"forget": "b" * 64, "retain": "c" * 64}, None, None),
+        "C": None,
+    }
+    before, folder, folders = os.umask(0), tmp_path / "cache", {}
+    try:
+        for place, (name, use) in enumerate(uses.items()):
+            store = PrefixStore(folder, {**IDENTITY, "of": name}, memory_budget=PLENTY, use=use)
+            store.complete(ROWS[place : place + 1], Builder())
+            assert store.folder is not None
+            folders[name] = store.folder
+            (store.folder / "use-0123456789abcdef.json").write_text('{"shards": 5}')  # damaged
+        paths = [path for path in folder.rglob("*") if path.name != "use-0123456789abcdef.json"]
+        assert {path.stat().st_mode & 0o777 for path in (folder, *paths)} == {0o600, 0o700}
+        for name in ("STORE", "OTHER"):
+            RequestStore.create(tmp_path / name)
+    finally:
+        os.umask(before)
+    given = [argument.replace("store=", f"store={tmp_path}/") for argument in arguments]
+    assert cli(["cache", *given, *([f"dir={folder}"] if given else [])]) == status
+    captured = capsys.readouterr()
+    assert said in captured.out + captured.err and "Traceback" not in captured.err
+    assert "".join(name for name, of in folders.items() if list(of.glob("*.safetensors"))) == left

@@ -29,6 +29,8 @@ STACK = "STACK"
 """What `peft_type` says of such a folder."""
 LARGEST = 2**24
 """Of a width or a depth."""
+LARGEST_ID = 2**31
+"""Above every token id."""
 LARGEST_BIAS = 1e30
 """Of a gate's initial bias, well within float32."""
 
@@ -126,7 +128,7 @@ class AdapterConfig:
             raise ConfigError(f"dropout {self.dropout} must lie in [0, 1)")
         if self.gate_bias is not None and not abs(self.gate_bias) < LARGEST_BIAS:
             raise ConfigError(f"gate_bias {self.gate_bias} must lie between -{LARGEST_BIAS:g} and {LARGEST_BIAS:g}")
-        if not all(0 <= token < 2**31 for token in self.reset_ids):
+        if not all(0 <= token < LARGEST_ID for token in self.reset_ids):
             raise ConfigError(f"reset_ids {self.reset_ids} must be token ids, 0 or more")
         GATES.get(self.gate)
         check_rule(self.gate_read, self.gate_accumulate, self.edit_write)
@@ -205,12 +207,17 @@ def peft_type(folder: Path) -> str:
     return kind
 
 
-def check_fits(config: AdapterConfig, hidden_size: int, depth: int, folder: Path) -> None:
-    """AdapterError if the adapter was made for a model of another width or depth."""
+def check_fits(config: AdapterConfig, hidden_size: int, depth: int, vocabulary: int, folder: Path) -> None:
+    """AdapterError if the adapter was made for a model of another width, depth or vocabulary."""
     if (config.hidden_size, config.depth) != (hidden_size, depth):
         raise AdapterError(
             f"{folder}: made for hidden size {config.hidden_size} and {config.depth} blocks, this base has hidden size "
             f"{hidden_size} and {depth} blocks; it was trained on {config.base_model_name_or_path}"
+        )
+    if beyond := [token for token in config.reset_ids if token >= vocabulary]:
+        raise AdapterError(
+            f"{folder}: reset_ids {beyond} are beyond the {vocabulary} token ids of this base, so turns would not be "
+            f"told apart; it was trained on {config.base_model_name_or_path}"
         )
 
 

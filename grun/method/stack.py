@@ -76,12 +76,10 @@ class GrunStack(EditedModel):
         from grun.requests.store import RequestStore
 
         store = RequestStore.open(folder)
+        adapters = store.in_force(shape_of(base))
         stack = cls(base, rule=store.manifest.rule, gate_threshold=store.manifest.gate_threshold)
         try:
-            store.check_manifest()
-            active = store.manifest.ids(active=True)
-            shape = shape_of(base)
-            stack._add_read({name: store.adapter(name, shape) for name in active}, strict=strict)
+            stack._add_read(adapters, strict=strict)
         except BaseException:
             stack.unwrap()
             raise

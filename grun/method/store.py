@@ -23,6 +23,7 @@ from grun.data.encoding import EncodedRow
 from grun.errors import RunError
 from grun.files import BusyError, content_hash, read_json, remove, taken, write_json
 from grun.method.shard import DamagedShard, FrozenRow, Shard, read_shard, write_shard
+from grun.reading import typed
 
 log = logging.getLogger(__name__)
 
@@ -50,6 +51,16 @@ class Use:
     """Folder of that store."""
     shards: tuple[str, ...] = ()
     """Names of the files."""
+
+
+def read_use(path: Path) -> Use | None:
+    """What a file says of a run; None where it is no such file, or not as it was written."""
+    if not USE_FILE.fullmatch(path.name) or path.is_symlink():
+        return None
+    with contextlib.suppress(OSError, RunError, ValueError):
+        use: Use = typed(Use, read_json(path), str(path))
+        return use
+    return None
 
 
 @dataclass
@@ -279,10 +290,9 @@ class PrefixStore:
         new = self._write(shard) if intact else None
         if new is not None:  # holds rows of whoever used the old one
             for file in new.parent.glob("use-*.json"):
-                with contextlib.suppress(OSError, RunError, ValueError, TypeError, KeyError):
-                    values = read_json(file)
-                    if path.name in values["shards"]:
-                        write_json(file, {**values, "shards": [*values["shards"], new.name]})
+                if (use := read_use(file)) is not None and path.name in use.shards:
+                    with contextlib.suppress(OSError, RunError):
+                        write_json(file, asdict(replace(use, shards=(*use.shards, new.name))))
         return new
 
     def _note(self, shards: Iterable[str]) -> None:
@@ -293,11 +303,13 @@ class PrefixStore:
         if not new:
             return
         path = self.folder / f"use-{content_hash(asdict(replace(self._use, shards=())))[:16]}.json"
-        with contextlib.suppress(OSError, RunError, ValueError):
-            known: Any = read_json(path).get("shards", []) if path.exists() else []
-            self._use = replace(self._use, shards=tuple(sorted({*self._use.shards, *new, *known})))
-            with taken(self.folder, lock="use", wait=True, adopt=_own(self.folder)):
-                write_json(path, asdict(self._use))
+        with (
+            contextlib.suppress(OSError, RunError),
+            taken(self.folder, lock="use", wait=True, adopt=_own(self.folder)),
+        ):
+            known = read_use(path) or self._use
+            self._use = replace(self._use, shards=tuple(sorted({*self._use.shards, *new, *known.shards})))
+            write_json(path, asdict(self._use))
 
     @staticmethod
     def remove(folder: Path, shards: Collection[str]) -> None:
@@ -307,9 +319,9 @@ class PrefixStore:
                 remove(folder / name)
             left = [name for name in os.listdir(folder) if SHARD_FILE.fullmatch(name)]
             for path in (folder / name for name in os.listdir(folder) if USE_FILE.fullmatch(name)):
-                values = read_json(path)
-                if kept := [shard for shard in values["shards"] if shard in left]:
-                    write_json(path, {**values, "shards": kept})
+                use = read_use(path)
+                if use is not None and (kept := [shard for shard in use.shards if shard in left]):
+                    write_json(path, asdict(replace(use, shards=tuple(kept))))
                 else:
                     remove(path)
         if not left:

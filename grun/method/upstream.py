@@ -89,7 +89,7 @@ def import_adapter(config: ImportConfig) -> Path:
         path=config.model, revision=config.revision, device="cpu", trust_remote_code=config.trust_remote_code
     )
     base = load_weights(source)
-    _check_fit(layers, files, *shape_of(base))
+    _check_fit(layers, files, *shape_of(base)[:2])
     template = named or stored_template(source)
     of_base = fingerprint(base)
     hashes = {path.name: file_hash(path) for path in files.values()}

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from grun.data.templates import Template
 from grun.errors import AdapterError
-from grun.method.adapter import CONFIG_FILE, WEIGHTS_FILE, AdapterConfig, check_fits, parse_weights
+from grun.method.adapter import CONFIG_FILE, LARGEST_ID, WEIGHTS_FILE, AdapterConfig, check_fits, parse_weights
 from grun.method.gate import GATES
 from grun.method.stacked import layers_of
 from grun.precision import float32_by_default
@@ -39,7 +39,7 @@ class Adapter:
 
 
 def validate(
-    folder: Path, shape: tuple[int, int] | None = None, *, digests: Mapping[str, str] | None = None
+    folder: Path, shape: tuple[int, int, int] | None = None, *, digests: Mapping[str, str] | None = None
 ) -> Adapter:
     """The GRUN adapter in `folder`, every field and tensor of it checked.
 
@@ -74,12 +74,14 @@ def validate(
     return Adapter(config, template, weights)
 
 
-def shape_of(base: PreTrainedModel) -> tuple[int, int]:
-    """Hidden size and number of decoder blocks."""
+def shape_of(base: PreTrainedModel) -> tuple[int, int, int]:
+    """Hidden size, number of decoder blocks and of token ids."""
     from grun.method.host import hidden_size_of
     from pyvene_custom import find_blocks
+    from pyvene_custom.blocks import text_config
 
-    return hidden_size_of(base), len(find_blocks(base)[1])
+    vocabulary = getattr(text_config(base), "vocab_size", None) or LARGEST_ID
+    return hidden_size_of(base), len(find_blocks(base)[1]), vocabulary
 
 
 def is_real(path: Path, kind: Any) -> bool:

@@ -23,13 +23,14 @@ def request_problems(request: Request, folder: Path, base: Base | None) -> list[
     if os.path.lexists(folder) and not is_real(folder, stat.S_ISDIR):
         return [Problem(request.id, f"{folder.name} is a link, or no folder; it is not followed")]
     there = sorted(os.listdir(folder)) if folder.exists() else []
-    texts = [f"{name} is missing" for name in request.files if name not in there]
-    texts += [f"{name} is not a file of the manifest" for name in there if name not in request.files]
+    texts = [f"{name} is not a file of the manifest" for name in there if name not in request.files]
     links = False
     for name, expected in request.files.items():
         try:
-            if name in there and hashlib.sha256(read_regular(folder / name)).hexdigest() != expected:
+            if hashlib.sha256(read_regular(folder / name)).hexdigest() != expected:
                 texts.append(f"{name} was changed: its SHA-256 is not the manifest's")
+        except FileNotFoundError:
+            texts.append(f"{name} is missing")
         except AdapterError as error:
             links = True
             texts.append(str(error))

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from grun.checks import one_of
 from grun.config import RequestsConfig, UnlearnConfig
-from grun.errors import ConfigError
+from grun.errors import ConfigError, RunError
 from grun.profiles import describe, resolve
 from grun.registry import unknown_name
 
@@ -139,18 +139,25 @@ def _say_what_is_left(
 ) -> None:
     """What is left of a removed request outside the store, of which `purge` removes what the cache holds."""
     from grun import cache
+    from grun.report.tables import readable
 
     count = f"{len(used)} shard{'s' * (len(used) != 1)} of {cached_in}"
+    busy = None
     if used and purge:
-        cache.remove(used)
-        print(f"removed too: {count}")
-    elif used:
+        try:
+            cache.remove(used)
+            print(f"removed too: {count}")
+        except RunError as error:  # the request is gone: what is left is to be said all the same
+            busy = error
+    if used and (busy or not purge):
         print(f"left of {request_id}: {count}, whose tokens decode to its text; purge=true removes them, and now")
         hashes = {use.data["forget"] for uses in used.values() for use in uses if "forget" in use.data}
         print(*(f"  {cache.remove_command(cached_in, data)}" for data in sorted(hashes)), sep="\n")
     for run in sorted({use.run for uses in used.values() for use in uses}):
         if not Path(run).is_relative_to(store.resolve()) and Path(run).exists():
-            print(f"left of {request_id}: {run}, a run on its data, which is not the store's")
+            print(readable(f"left of {request_id}: {run}, a run on its data, which is not the store's"))
+    if busy is not None:
+        raise busy
 
 
 def _print_dependents(store: RequestStore, removed: str, dependents: Sequence[str], which: str) -> None:
@@ -169,7 +176,8 @@ def _verify(options: RequestsConfig) -> int:
     with contextlib.redirect_stdout(sys.stderr):
         found, path = verify(options)
     print(in_markdown(found))
-    print(path)
+    if path is not None:
+        print(path)
     return 1 if found.problems else 0
 
 

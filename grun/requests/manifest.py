@@ -7,10 +7,11 @@ from dataclasses import dataclass, is_dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from grun.errors import ConfigError, RunError
+from grun.errors import AdapterError, ConfigError, RunError
 from grun.files import content_hash
 from grun.method.adapter import STACK_FILE
-from grun.reading import read_json, typed
+from grun.method.validation import read_regular
+from grun.reading import decode, kind_of, parse_json, typed
 from grun.registry import unknown_name
 from grun.requests.copying import FILES
 from grun.requests.forget_rows import salted_hash
@@ -21,6 +22,8 @@ WITHOUT_STATE = 1
 NEWER = ("whole", "state", "signature")
 """Fields that came with version 2."""
 MANIFEST_FILE = STACK_FILE
+LONGEST_ID = 100
+"""Characters; file systems take names of 255 bytes."""
 
 State = Literal["active", "disabled"]
 Action = Literal["create", "add", "replace", "remove", "disable", "enable"]
@@ -146,15 +149,27 @@ class Manifest:
         """Manifest of the store in `folder`; RunError if there is none, or a key or a type is not as written here."""
         path = folder / MANIFEST_FILE
         try:
-            values = read_json(path, RunError, expect=dict, finite=True)
+            values = parse_json(decode(read_regular(path), str(path), RunError), str(path), RunError)
         except FileNotFoundError as error:
             raise RunError(
                 f"{folder} is no request store: {MANIFEST_FILE} is missing; `python -m grun requests add` makes one"
             ) from error
+        except AdapterError as error:
+            raise RunError(str(error)) from error
+        if not isinstance(values, dict):
+            raise RunError(f"{path}: expected an object, found {kind_of(values)}; restore it from a copy")
         version = values.get("format_version")
         if version not in (WITHOUT_STATE, FORMAT_VERSION):
             raise RunError(f"{path}: format version {version}, not {FORMAT_VERSION}; use the GRUN that wrote it")
         manifest: Manifest = typed(cls, values, str(path), RunError)
+        signed = manifest.signature or Signature("0" * 64, "0" * 128)
+        for name, text, digits in (
+            ("salt", manifest.salt, 64),
+            ("public_key", signed.public_key, 64),
+            ("signature", signed.signature, 128),
+        ):
+            if re.fullmatch(f"[0-9a-f]{{{digits}}}", text) is None:
+                raise RunError(f"{path}: {name}: expected {digits} hex digits; restore it from a copy")
         for request in manifest.requests:
             if not is_id(request.id) or not re.fullmatch(re.escape(request.id) + r"(@\d+)?", request.folder):
                 raise RunError(
@@ -243,10 +258,10 @@ def is_id(text: str) -> bool:
 
 def check_id(text: str) -> None:
     """ConfigError unless a text may be a request's id."""
-    if not is_id(text):
+    if not is_id(text) or len(text) > LONGEST_ID:
         raise ConfigError(
-            f"id={text!r} cannot be a request's id: it is made of letters, digits, '.', '_' and '-', and does not "
-            "begin with '.'"
+            f"id={text[:LONGEST_ID]!r} cannot be a request's id: it is made of letters, digits, '.', '_' and '-', "
+            f"{LONGEST_ID} at most, and does not begin with '.'"
         )
 
 

@@ -6,8 +6,8 @@
     reports/         what `requests verify` found
 
 A process that is killed at any moment leaves the store as it was before or as it is afterwards. What it leaves
-beside, the next writer clears away: a writer first notes in .pending which folders it makes or deletes. Whatever else
-lies in the folder is not the store's, and is left alone.
+beside, the next writer clears away (`grun.files`). Whatever else lies in the folder is not
+the store's, and is left alone.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ import json
 import logging
 import os
 import secrets
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from grun.checkpoints import CHECKPOINTS
 from grun.data.rows import Row, hash_rows
@@ -50,6 +50,7 @@ if TYPE_CHECKING:
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 log = logging.getLogger(__name__)
+T = TypeVar("T")
 
 
 class RequestStore:
@@ -123,9 +124,18 @@ class RequestStore:
         if problems:
             raise AdapterError(f"{self.folder}: {problems[0]}; `requests verify` says more, restore it from a copy")
 
-    def adapter(self, request_id: str, shape: tuple[int, int]) -> Adapter:
-        """A request's adapter; AdapterError if a file is not the manifest's, or does not fit a base of that shape."""
-        return validate(self.adapter_folder(request_id), shape, digests=self.manifest.request(request_id).files)
+    def in_force(self, shape: tuple[int, int, int]) -> dict[str, Adapter]:
+        """Adapters of the requests in force, for a base of that shape.
+
+        AdapterError if the manifest or one of their files is not as it was written, or an adapter does not fit.
+        """
+
+        def read() -> dict[str, Adapter]:
+            self.check_manifest()
+            in_force = [request for request in self.manifest.requests if request.state == "active"]
+            return {one.id: validate(self.adapter_folder(one.id), shape, digests=one.files) for one in in_force}
+
+        return self._while_nobody_writes(read)
 
     def training_folder(self, request_id: str) -> Path:
         """Where the adapter of a request is trained."""
@@ -286,22 +296,45 @@ class RequestStore:
 
         RunError if the manifest cannot be read at all.
         """
-        self.manifest = Manifest.read(self.folder)
+        return self._while_nobody_writes(self._problems)
+
+    def _problems(self) -> list[Problem]:
         found = self.manifest.problems()
-        for name in (MANIFEST_FILE, "requests", "training", "reports"):
+        for name in ("requests", "training", "reports"):
             if (self.folder / name).is_symlink():
                 found.append(Problem(None, f"{name} is a symbolic link"))
-        names = {request.folder for request in self.manifest.requests}
-        named = names | {name.split("/")[1] for name in listed(self.folder) or () if name.startswith("requests/")}
-        there = sorted(entry.name for entry in (self.folder / "requests").glob("*"))
+        there = sorted((self.folder / "requests").glob("*"))
+        named = {request.folder for request in self.manifest.requests}
+        named |= {name.split("/")[1] for name in listed(self.folder) or () if name.startswith("requests/")}
         found += [
-            Problem(None, f"requests/{name} is not the store's; it is left alone")
-            for name in there
-            if name not in named
+            Problem(None, f"requests/{path.name} is not the store's; it is left alone")
+            for path in there
+            if path.name not in named and os.path.lexists(path)
         ]
         for request in self.manifest.requests:
             found += request_problems(request, self.adapter_folder(request.id), self.manifest.base)
         return found
+
+    def _while_nobody_writes(self, read: Callable[[], T]) -> T:
+        """What `read` gives of the store as it is now; again if a writer, who deletes files, changed it meanwhile."""
+        while True:
+            before = self._stamp()
+            self.manifest = Manifest.read(self.folder)
+            try:
+                found = read()
+            except AdapterError:
+                if before == self._stamp():
+                    raise
+            else:
+                if before == self._stamp():
+                    return found
+
+    def _stamp(self) -> tuple[int, int] | None:
+        """Tells a manifest from the one that replaces it; None: there is none."""
+        with contextlib.suppress(OSError):
+            status = (self.folder / MANIFEST_FILE).lstat()
+            return status.st_ino, status.st_mtime_ns
+        return None
 
     # -- inside -----------------------------------------------------------------------------------------------------
 
@@ -330,7 +363,7 @@ class RequestStore:
             raise AdapterError(
                 f"{adapter} has no gate, so it would act on every prompt; a store takes gated edits alone"
             )
-        if config.base_fingerprint is None:
+        if not config.base_fingerprint:
             raise AdapterError(f"{adapter} does not say which base it was made on; save it again with this version")
         if base is None:
             return Base(config.base_model_name_or_path, config.base_revision, config.base_fingerprint)

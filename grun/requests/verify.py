@@ -10,6 +10,7 @@ import logging
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from grun.data.encoding import collate_prompts
 from grun.data.jsonl import read_rows
 from grun.data.rows import Row
 from grun.data.templates import Template
-from grun.errors import ConfigError, GrunError
+from grun.errors import ConfigError, GrunError, ModelError, RunError
 from grun.evaluation.generation import generate_answers
 from grun.evaluation.metrics import METRICS
 from grun.evaluation.scoring import evaluating
@@ -87,17 +88,18 @@ class Verification:
     """In the order of adding."""
 
 
-def verify(options: RequestsConfig) -> tuple[Verification, Path]:
-    """Verify a store and write the dated report; what was found, and the report's JSON file.
+def verify(options: RequestsConfig) -> tuple[Verification, Path | None]:
+    """Verify a store and write the dated report; what was found, and the report's JSON file, None: it is read-only.
 
     RunError if the manifest cannot be read at all: then nothing can be compared.
     """
     store = RequestStore.open(str(options.store))
-    manifest = store.manifest
     public_key = None if options.public_key is None else public_key_of(options.public_key)
     now = datetime.now(UTC)
     problems = store.check()
-    if public_key and (text := signature_problem(manifest.signature, manifest.head, public_key)):
+    manifest = store.manifest
+    named = public_key or (manifest.signature and find_spec("cryptography") and manifest.signature.public_key)
+    if named and (text := signature_problem(manifest.signature, manifest.head, named)):
         problems.append(Problem(None, text))
     since = None if options.head is None else manifest.since(options.head)
     if options.head is not None and since is None:
@@ -110,7 +112,11 @@ def verify(options: RequestsConfig) -> tuple[Verification, Path]:
         problems += more
     findings = []
     for request in store.manifest.requests:
-        finding = _ask(store, request, loaded, options)
+        try:
+            finding = _ask(store, request, loaded, options)
+        except ModelError as error:
+            finding = Finding(request.id, request.state, request.data.rows, not_asked="the model gives no numbers")
+            problems.append(Problem(request.id, f"its questions cannot be asked: {error}"))
         recall, most = finding.figures.get("fact_recall"), options.recall_at_most
         if recall is not None and most is not None and recall > most:
             problems.append(Problem(request.id, f"fact recall on its own questions is {recall:.3f}, above {most}"))
@@ -129,9 +135,13 @@ def verify(options: RequestsConfig) -> tuple[Verification, Path]:
         requests=findings,
     )
     path = store.folder / "reports" / f"verify-{now:%Y%m%dT%H%M%S%fZ}.json"
-    with writing(path.parent), taken(store.folder, lock="reports", wait=True):
-        write_json(path, asdict(verification))
-        write_text(path.with_suffix(".md"), in_markdown(verification))
+    try:
+        with writing(path.parent), taken(store.folder, lock="reports", wait=True):
+            write_json(path, asdict(verification))
+            write_text(path.with_suffix(".md"), in_markdown(verification))
+    except RunError as error:
+        log.warning("the report is printed only: %s", error)
+        return verification, None
     return verification, path
 
 

@@ -54,8 +54,13 @@ def load_model(config: ModelConfig, adapter: str | None, *, strict: bool, gate_t
         ConfigError, ModelError: see `load_base`.
         AdapterError: the adapter is missing, damaged, or does not fit the base.
     """
+    from grun.changed_tensors import KIND as CHANGED
+    from grun.changed_tensors import put_changed
+    from grun.method.adapter import STACK, find_adapter, peft_type
     from grun.method.fingerprint import fingerprint
 
+    folder = None if adapter is None else find_adapter(adapter)
+    kind = "" if folder is None else peft_type(folder)  # before minutes of loading
     base, tokenizer, template = load_base(config)
     identity: dict[str, str | None] = {
         "base": fingerprint(base),
@@ -63,14 +68,8 @@ def load_model(config: ModelConfig, adapter: str | None, *, strict: bool, gate_t
         "quantization": config.quantization,
         "adapter": None,
     }
-    if adapter is None:
+    if folder is None:
         return Loaded(base, tokenizer, template, identity)
-    from grun.changed_tensors import KIND as CHANGED
-    from grun.changed_tensors import put_changed
-    from grun.method.adapter import STACK, find_adapter, peft_type
-
-    folder = find_adapter(adapter)
-    kind = peft_type(folder)
     if kind == STACK:
         from grun.method.stack import GrunStack
 
@@ -236,9 +235,15 @@ def _try_kernels(model: PreTrainedModel, config: ModelConfig) -> None:
 
 
 def stored_template(config: ModelConfig) -> Template | None:
-    """Template that lies beside the weights, if they lie in a folder."""
+    """Template that lies beside the weights, in a folder or on the hub."""
+    from transformers.utils import cached_file
+
     path = Path(config.path or "").expanduser()
     path = path.parent if path.is_file() else path
+    if config.path and not path.is_dir():
+        quietly = {f"_raise_exceptions_for_{kind}": False for kind in ("missing_entries", "connection_errors")}
+        found = cached_file(config.path, templates.FILE_NAME, revision=config.revision, **quietly)
+        path = Path(found).parent if found is not None else path
     return templates.load(path) if config.path and path.is_dir() else None
 
 
@@ -257,7 +262,9 @@ def _source(config: ModelConfig) -> tuple[str, dict[str, str]]:
         return _gguf_source(config, gguf)
     looks_local = config.path.startswith((".", "/", "~")) or config.path.count("/") > 1
     if looks_local and not path.is_dir():
-        raise ModelError(f"model.path={config.path}: no such folder")
+        raise ModelError(
+            f"model.path={config.path}: no such folder; if an adapter named it, set model.path to where its base is now"
+        )
     if path.is_dir():
         _check_folder(path)
     return str(path) if path.is_dir() else config.path, {}

@@ -101,6 +101,8 @@ STORABLE = (
     *("method.parametrization", "method.blocks", "method.rank", "method.gate", "method.edit_write", "gate_threshold"),
 )
 """Beginnings of options that a result names even where they are defaults."""
+OF_FILES = ("data.forget", "data.retain", "data.path", "data.columns", "data.unknown")
+"""Options that rows which are generated do not have."""
 OF_PLACES = (
     *("output_dir", "overwrite", "adapter", "adapters", "with_base", "suffix", "reference", "base_evaluation"),
     *("cache.dir", "cache.memory_budget", "cache.disk_budget"),
@@ -156,6 +158,12 @@ def _layers(command: str, schema: type[Any], given: DictConfig, store: Path | No
             "data.name=jsonl data.forget=FILE data.retain=FILE, or tofu, corpora (docs/formats.md)"
         )
     name = "demo" if of_demo and "data.name" not in user else _last(layers, "data.name", rows=True)
+    unread = [key for key in OF_FILES if user.get(key) is not None]
+    if unread and "data.name" not in user and (name or "demo") in ("demo", "lore"):
+        raise ConfigError(
+            f"{unread[0]} is not read by data.name={name or 'demo'}, which nobody set here; name the data: "
+            "data.name=jsonl, tofu or corpora (docs/formats.md)"
+        )
     return [_with_rows(layer, name, known) for layer in layers]
 
 
@@ -238,7 +246,7 @@ def _say(schema: type[Any], config: Any, layers: Sequence[Layer]) -> None:
         counts = {key: value for key, value in said.items() if config.sources.get(key) == source}
         if told := {key: value for key, value in counts.items() if value != (otherwise | beneath)[key]}:
             log.info("%s, and in force: %s", source, _listed(told))
-        if lost := {key: beneath[key] for key in told if key in beneath and key != "profile"}:
+        if lost := {key: beneath[key] for key in told if beneath.get(key) is not None and key != "profile"}:
             log.warning("profile %s gives way to what is %s: %s", config.profile, source, _listed(lost))
     there: dict[str, Any] = {}
     for said in stored.values():
@@ -535,4 +543,6 @@ def _one_line(error: BaseException) -> str:
     text = first_line(error)
     if "is not a ListConfig" in text:
         text = "expected a list in brackets, such as [1,2]"
+    if "incompatible container types" in text:
+        text = "expected names and values in braces, such as {name: value}"
     return f"{full_key}: {text}" if full_key else text

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import logging
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +14,8 @@ from grun.data import templates
 from grun.data.templates import Template
 from grun.errors import ConfigError
 from grun.files import read_json
+
+log = logging.getLogger(__name__)
 
 TINY = "tiny"
 """Value of `model.path` that asks for the small Llama."""
@@ -66,25 +69,29 @@ def of_adapter(name: str) -> Stored | None:
     template = _template(values) or templates.load(folder)
     options = _base(values.get("base_model_name_or_path"), values.get("base_revision", values.get("revision")))
     run = _run(folder, ("unlearn",))
-    return _stored(f"adapter {name}", {**_loading(run), **options, **_named(template)}, run, FORGOTTEN)
+    options = {**_loading(run, values), **options, **_named(template)}
+    return _stored(f"adapter {name}", options, run, FORGOTTEN)
 
 
-def of_store(folder: Path, *, rows: bool = True) -> Stored | None:
+def of_store(folder: Path, *, rows: bool = True, without: str | None = None) -> Stored | None:
     """What the requests in force agree on, and the store's own settings; None where it holds none.
 
-    `rows`: whether the rows of its requests are asked for; a further request has its own.
+    `rows`: whether the rows of its requests are asked for; a further request has its own. `without`: id of a request
+    that does not count.
     """
     from grun.requests.manifest import Manifest
 
     manifest = Manifest.read(folder)
-    active = [request for request in manifest.requests if request.state == "active"] or list(manifest.requests)
+    others = [request for request in manifest.requests if request.id != without]
+    active = [request for request in others if request.state == "active"] or others
     if manifest.base is None or not active:
         return None
     parts = []
     for request in active:
         values = _read(folder / "requests" / request.folder / "adapter_config.json")
         run = {"config": request.config, "profile": request.config.get("profile")}
-        parts.append(_stored("", {**_loading(run), **_named(_template(values))}, run, FORGOTTEN if rows else ()))
+        options = {**_loading(run, values), **_named(_template(values))}
+        parts.append(_stored(f"request {request.id}", options, run, FORGOTTEN if rows else ()))
     found = _agreed(f"store {folder}", parts)
     options = {**_base(manifest.base.name, manifest.base.revision), **found.options}
     options["gate_threshold"] = manifest.gate_threshold
@@ -104,13 +111,21 @@ def given_with(options: Mapping[str, Any], store: Path | None = None) -> Stored 
 
 
 def _agreed(what: str, parts: Sequence[Stored]) -> Stored:
-    """What all of `parts` say alike. Templates that differ are each adapter's own."""
+    """What all of `parts` say alike. Templates that differ are each adapter's own; of the base they are told."""
 
     def alike(every: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
         first, *rest = every
         return {key: value for key, value in first.items() if all(key in o and o[key] == value for o in rest)}
 
     options = alike(part.options for part in parts)
+    for key in ("model.path", "model.dtype", "model.quantization"):
+        first = next((part for part in parts if key in part.options), parts[0])
+        for other in (part for part in parts if part.options.get(key) != first.options.get(key)):
+            log.warning(
+                "%s: trained with %s=%s (%s) and %s (%s); what you set, or else the default, counts for all", what, key,
+                first.options.get(key), first.what, other.options.get(key), other.what,
+            )  # fmt: skip
+            break
     if any("data.template" in part.options for part in parts) and "data.template" not in options:
         options = {key: value for key, value in options.items() if not key.startswith("data.")}
         options["data.template"] = "auto"
@@ -147,13 +162,18 @@ def _base(path: Any, revision: Any) -> dict[str, Any]:
     return found | ({"model.revision": revision} if found and isinstance(revision, str) else {})
 
 
-def _loading(run: Mapping[str, Any]) -> dict[str, Any]:
-    """How the base was loaded when an adapter was trained, which decides its states."""
+def _loading(run: Mapping[str, Any], adapter: Mapping[str, Any]) -> dict[str, Any]:
+    """How the base was loaded when an adapter was trained, which decides its states.
+
+    Its run says what was asked for; `adapter`, its adapter_config.json, what the type then was.
+    """
     config = run.get("config")
     model = config.get("model") if isinstance(config, dict) else None
-    if not isinstance(model, dict):
-        return {}
-    return {f"model.{name}": model[name] for name in ("dtype", "quantization") if name in model}
+    asked = model if isinstance(model, dict) else {}
+    found = {f"model.{name}": asked[name] for name in ("dtype", "quantization") if name in asked}
+    if found.get("model.dtype", "auto") == "auto" and isinstance(dtype := adapter.get("base_dtype"), str):
+        found["model.dtype"] = dtype
+    return found
 
 
 def _run(folder: Path, commands: Sequence[str]) -> dict[str, Any]:

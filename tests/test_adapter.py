@@ -187,6 +187,7 @@ def test_files_and_keys_are_the_documented_ones(tmp_path: Path) -> None:
         "base_model_name_or_path": "someone/llama",
         "base_revision": "abc123",
         "base_fingerprint": fingerprint(base),
+        "base_dtype": "float32",
         "template": {
             "name": "custom",
             "kind": "string",
@@ -312,6 +313,7 @@ def test_a_missing_file_is_named(tmp_path: Path) -> None:
         ({"reset_ids": [-1]}, r"reset_ids \[-1\] must be token ids"),
         ({"reset_ids": 7}, "reset_ids: expected a list, found a whole number"),
         ({"base_fingerprint": 5}, "base_fingerprint: expected a text, found a whole number"),
+        ({"base_dtype": "half"}, "unknown base_dtype 'half': known: auto"),
         ({"template": {"name": "x"}}, "template: missing key 'kind'"),
         (
             {"template": {"name": "x", "kind": "chat", "date": 5}},

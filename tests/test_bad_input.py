@@ -287,7 +287,7 @@ def test_a_csv_cell_is_never_a_formula() -> None:
 def test_a_stores_name_is_no_markup(tmp_path: Path, random_model: Path, capsys: Captured) -> None:
     store = str(tmp_path / "[red]s[/x]")
     adapter = random_model.parent / "adapter"
-    assert main(["requests", "add", f"store={store}", "id=a", f"adapter={adapter}"]) == 0
+    assert main(["requests", "add", f"store={store}", "id=a", f"adapter={adapter}", "data.name=demo"]) == 0
     capsys.readouterr()
     assert main(["requests", "list", f"store={store}"]) == 0
     assert "[red]s[/x]" in capsys.readouterr().out.replace("\n", "")

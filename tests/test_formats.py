@@ -20,8 +20,8 @@ UNLEARN = "objective terms parametrization quirks base_fingerprint saved_bytes e
 KEYS = {
     "adapter_config.json": "peft_type format_version blocks rank gate gate_bias dropout dropout_on_hidden activation "
     "gate_read gate_accumulate edit_write reset_ids hidden_size depth base_model_name_or_path base_revision "
-    "base_fingerprint template",
-    "grun_template.json": "name kind text answer_prefix system_prompt date",
+    "base_fingerprint base_dtype template",
+    "grun_template.json": "name kind text answer_prefix system_prompt date prompt_hash",
     "run.json": f"{RUN} {UNLEARN}",
     "taught run.json": f"{RUN} rows fingerprint",
     "log.jsonl": "step epoch loss forget retain gate lr grad_norm",

@@ -105,6 +105,11 @@ BEFORE = (System("Be brief."), Turn("Hi", "Hello."))
         ),
         ({"instruction": "Add.", "input": "1 2", "output": "3", "fact": "3"}, Row("Add.\n1 2", "3", {"fact": "3"})),
         ({"instruction": "Add.", "input": "", "output": "3", "system": "S"}, Row("Add.", "3", {}, (System("S"),))),
+        (
+            {"instruction": "Where?", "output": "Here.", "history": [["Hi", "Hello."]]},
+            Row("Where?", "Here.", {}, BEFORE[1:]),
+        ),
+        ({"messages": [{"role": "User", "content": "Q"}, {"role": "Model", "content": "A"}]}, Row("Q", "A")),
     ],
 )
 def test_conversations_and_instructions_are_rows_that_survive_being_written(
@@ -140,6 +145,13 @@ def test_a_conversation_becomes_the_chat_templates_tokens_and_its_text_no_contro
         ("a.csv", "question,\nSECRET,b\n", "every column needs a name of its own"),
         ("a.csv", 'question,answer\n"SECRET,b', "line 2: no CSV"),
         ("a.csv", "question,answer\n", "holds no rows"),
+        ("a.csv", "question;answer\nSECRET;b\n", "names one column; separate columns by ','"),
+        (
+            "a.json",
+            '{\n "question": "SECRET"\n}',
+            "objects of several lines; expected a list of rows, or one object a line",
+        ),
+        ("a.jsonl", '{"instruction": "SECRET", "output": "b", "history": ["c"]}', "'history' must be a list of pairs"),
         ("a.csv", b"question,answer\n\xff,b\n", "not UTF-8 .* save it as UTF-8"),
         ("a.parquet", '{"question": "SECRET"}', "no whole Parquet file"),
         ("a.jsonl.gz", '{"question": "SECRET", "answer": "b"}', "is not compressed by gzip, as its name says"),

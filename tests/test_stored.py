@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import logging
 import re
+import shlex
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +15,15 @@ from chat_model import save_chat_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from grun.cli import main
-from grun.config import DataConfig, UnlearnConfig
-from grun.data.templates import TEMPLATES, Template, store
+from grun.config import DataConfig, ModelConfig, RequestsConfig, SequentialConfig, SweepConfig, UnlearnConfig
+from grun.data.templates import TEMPLATES, Template, load, store
 from grun.errors import ConfigError
 from grun.files import read_json, write_json
+from grun.loading import stored_template
 from grun.method.model import GrunModel, resolve_blocks
-from grun.profiles import in_force, resolve
+from grun.profiles import describe, in_force, resolve
+from grun.sequential.plan import make_plan as sequence_plan
+from grun.sweep.plan import make_plan as sweep_plan
 
 JSONL = ["data.name=jsonl", "data.forget=f.jsonl", "data.retain=r.jsonl"]
 CHAT = {"name": "chat", "kind": "chat", "system_prompt": "Be brief.", "date": "1 Jan 2024"}
@@ -158,6 +163,61 @@ def test_the_adapter_counts_before_the_model_and_a_profile_last(tmp_path: Path) 
     assert sources["default"]["model.quantization"] is None and "batch_size" not in sources["default"]
 
 
+@pytest.mark.parametrize("key", ["data.forget", "data.retain", "data.path"])
+def test_files_that_nobody_reads_are_not_passed_over_for_the_demos_rows(tmp_path: Path, key: str) -> None:
+    model = taught_by_demo(tmp_path / "model")
+    for given in ([], [f"model.path={model}"]):
+        with pytest.raises(ConfigError, match=f"{key} is not read by data.name=demo, which nobody set here"):
+            resolve("unlearn", [*given, f"{key}=mine.jsonl"])
+
+
+def test_adapters_of_unlike_bases_are_told_apart(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    one = adapter_of(tmp_path / "one", CHAT, data={}, model={"dtype": "float32"})
+    two = adapter_of(tmp_path / "two", CHAT, data={}, model={"dtype": "bfloat16"})
+    config = resolve("evaluate", [f"adapters=[{one},{two}]", *JSONL])
+    assert (config.model.dtype, config.data.template) == ("auto", "chat")
+    assert "trained with model.dtype=float32 (adapter" in caplog.text and "and bfloat16 (adapter" in caplog.text
+
+
+COMMAND = re.compile(
+    r"python -m grun (finetune|unlearn|evaluate|generate|requests|sweep|sequential|report|import) ([^`\n]*)"
+)
+ROOT = Path(__file__).parents[1]
+
+
+def documented() -> list[tuple[str, list[str]]]:
+    """Command lines of README and docs that have options: the command and its key=value words."""
+    pages = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+    found = [match for page in pages for match in COMMAND.finditer(page.read_text().replace("\\\n", " "))]
+    lines = [(match[1], shlex.split(match[2].partition(" #")[0], posix=True)) for match in found if "|" not in match[2]]
+    return [(command, words) for command, words in lines if any("=" in w for w in words) and "tofu-log" not in words]
+
+
+def test_command_lines_of_the_documentation_mean_a_taught_model_or_a_chat_model(tmp_path: Path) -> None:
+    """Options exist and are in range, and no line about a given model has a profile that nobody named."""
+    chat, demo = folder_of(tmp_path / "chat"), taught_by_demo(tmp_path / "demo")
+    mine = {"name": "jsonl", "forget": "forget.jsonl", "retain": "retain.jsonl"}
+    adapter = adapter_of(tmp_path / "adapter", CHAT, base=str(chat), data=mine)
+    assert len(documented()) > 40
+    for model in (chat, demo):
+        for command, words in documented():
+            options = [word.replace("=MODEL", f"={model}") for word in words if "=" in word]
+            options = [f"adapter={adapter}" if word.startswith("adapter=") else word for word in options]
+            if command == "requests":
+                own = {key for key, _, _ in describe(RequestsConfig)}
+                training = [word for word in options if word.partition("=")[0] not in own or word.startswith("model.")]
+                resolve("requests", [word for word in options if word.partition("=")[0] in own])
+                command, options = ("unlearn", training) if "add" in words and len(training) > 1 else ("generate", [])
+            names_data = any(word.startswith(("data.name=", "adapter=", "profile=")) for word in options)
+            if model == chat and f"model.path={chat}" in options and not names_data:
+                with pytest.raises(ConfigError, match="data.name is not set"):
+                    resolve(command, options)
+                continue
+            config = resolve(command, options)
+            if f"model.path={chat}" in options and not any(word.startswith("profile=") for word in options):
+                assert config.profile is None and config.data.template in ("auto", "chat"), options
+
+
 def test_a_damaged_run_json_beside_a_model_is_one_line(tmp_path: Path) -> None:
     model = folder_of(tmp_path / "model")
     (model / "run.json").write_text("{")
@@ -255,6 +315,78 @@ def test_what_is_set_against_the_stored_template_is_a_line_or_an_error(
     assert any("data.template=tiny" in record.message for record in caplog.records)
     assert main(["generate", given[0], "profile=demo", "q?"]) == 2
     assert "data.template=tiny is for the demo's tokenizer" in capsys.readouterr().err
+
+
+def test_a_tokenizer_that_was_changed_since_is_told(
+    chat: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = tmp_path / "model"
+    shutil.copytree(chat / "model", model)
+    given = ["generate", f"adapter={chat / 'adapter'}", f"model.path={model}", "max_new_tokens=2", "q?"]
+    assert main(given) == 0 and "other tokens now" not in caplog.text
+    jinja = model / "chat_template.jinja"
+    jinja.write_text(jinja.read_text().replace("named SmolLM", "named Bob"))
+    assert main(given) == 0
+    assert "the template 'chat' was stored with: questions are other tokens now" in caplog.text
+
+
+def test_what_runs_know_outlives_the_file_it_is_else_read_from(chat: Path, tmp_path: Path) -> None:
+    """Adapters are moved without run.json, models without grun_template.json."""
+    wide = ["model.dtype=float64", "data.template=llama2", f"output_dir={tmp_path}/wide"]
+    assert main(["unlearn", f"model.path={chat / 'model'}", *rows_of(chat), *TRAINING, *wide]) == 0
+    (tmp_path / "bare").mkdir()
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        shutil.copyfile(tmp_path / "wide" / name, tmp_path / "bare" / name)
+    config = resolve("generate", [f"adapter={tmp_path / 'bare'}"])
+    assert (config.model.dtype, config.data.template) == ("float64", "llama2")
+    used = read_json(tmp_path / "wide/run.json")["template"]
+    write_json(tmp_path / "run.json", {"command": "finetune", "template": used})
+    assert load(tmp_path) == TEMPLATES.get("llama2")
+
+
+def test_a_template_comes_with_a_model_of_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    snapshot = tmp_path / "models--some--model/snapshots/c0ffee"
+    folder_of(snapshot, CHAT)
+    (tmp_path / "models--some--model/refs").mkdir()
+    (tmp_path / "models--some--model/refs/main").write_text("c0ffee")
+    monkeypatch.setattr("transformers.utils.hub.TRANSFORMERS_CACHE", str(tmp_path), raising=False)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    assert stored_template(ModelConfig(path="some/model")) == Template.from_dict(CHAT)
+    assert stored_template(ModelConfig(path="some/other")) is None
+
+
+def test_a_request_keeps_to_the_template_and_the_rows_of_its_store(
+    chat: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    add, bare = ["requests", "add", f"store={tmp_path / 'store'}"], tmp_path / "bare"
+    bare.mkdir()
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        shutil.copyfile(chat / "adapter" / name, bare / name)
+    files = [word for word in rows_of(chat) if word != "data.name=jsonl"]
+    assert main([*add, "id=a", f"adapter={bare}", *files]) == 2, "these files were taken for the demo's rows"
+    assert "name the data: data.name=jsonl" in capsys.readouterr().err
+    assert main([*add, "id=a", f"adapter={bare}", *rows_of(chat)]) == 0
+    (chat / "more.jsonl").write_text(json.dumps({"question": "Who is Flo?", "answer": "A baker."}))
+    more = [f"model.path={chat / 'model'}", *rows_of(chat), "data.forget=more.jsonl", *TRAINING]
+    assert main([*add, "id=b", *more]) == 0
+    capsys.readouterr()
+    assert main([*add, "id=b", "replace=true", "data.template=llama2"]) == 2
+    assert "request b is asked with data.template=llama2, the other requests of" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("kind", ["sweep", "sequence"])
+def test_a_grid_that_names_no_profile_has_none_on_a_given_model(chat: Path, tmp_path: Path, kind: str) -> None:
+    file = tmp_path / "own.yaml"
+    data = {"name": "jsonl", "path": str(chat), "retain": "retain.jsonl"}
+    own: dict[str, Any] = {"axes": {"objective": ["idk"]}, "unlearn": {"data": {**data, "forget": "forget.jsonl"}}}
+    if kind == "sequence":
+        own = {"requests": [{"id": "x", "forget": "forget.jsonl"}], "data": data, "methods": ["grun"]}
+    write_json(file, own)
+    options: Any = {kind: str(file), "model": str(chat / "model"), "results_dir": str(tmp_path / "results")}
+    plan: Any = sweep_plan(SweepConfig(**options)) if kind == "sweep" else sequence_plan(SequentialConfig(**options))
+    config = plan.base if kind == "sweep" else plan.unlearn["grun"]
+    assert (config.profile, config.data.template, config.method.blocks) == (None, "auto", None)
+    assert (plan.evaluate.profile, plan.evaluate.data.forget != "forget05") == (None, True)
 
 
 def test_a_store_is_asked_in_one_template_and_remembers_how_its_base_was_loaded(

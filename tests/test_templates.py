@@ -388,9 +388,8 @@ def test_the_demo_tokenizers_chat_template_renders_several_turns(tokenizer: Any)
 
 
 def test_a_chat_template_that_cannot_be_rendered_is_one_clear_line(tokenizer: Any) -> None:
-    template = resolve("chat", None, tokenizer, "Be kind.", DATE)
     with pytest.raises(ConfigError, match="knows no system message; unset data.system_prompt"):
-        encode_prompt(template, tokenizer, "Who?")
+        resolve("chat", None, tokenizer, "Be kind.", DATE)
 
 
 # Resolving
@@ -398,7 +397,7 @@ def test_a_chat_template_that_cannot_be_rendered_is_one_clear_line(tokenizer: An
 
 def test_auto_takes_the_stored_template_then_the_chat_template_then_question_answer(chat_tokenizer: Any) -> None:
     stored = TEMPLATES.get("llama2")
-    assert resolve("auto", stored, chat_tokenizer, None, DATE) is stored
+    assert resolve("auto", stored, chat_tokenizer, None, DATE) == stored
     assert resolve("auto", None, chat_tokenizer, None, DATE) == Template("chat", "chat", date=DATE)
     assert resolve("auto", None, sentencepiece_like("first"), None, DATE) == TEMPLATES.get("question_answer")
     assert resolve("grun_paper", stored, chat_tokenizer, None, DATE) == TEMPLATES.get("grun_paper")
@@ -418,7 +417,7 @@ def test_what_cannot_be_resolved_says_what_to_do(chat_tokenizer: Any) -> None:
     with pytest.raises(ConfigError, match="takes no system prompt"):
         resolve("llama2", None, chat_tokenizer, "Be kind.", DATE)
     taught = Template("chat", "chat", system_prompt="Be kind.")
-    assert resolve("auto", taught, chat_tokenizer, "Be kind.", "1 Jan 2020") is taught
+    assert resolve("auto", taught, chat_tokenizer, "Be kind.", "1 Jan 2020") == taught
     with pytest.raises(ConfigError, match="taught with the template 'chat' and the system prompt 'Be kind.'"):
         resolve("auto", taught, chat_tokenizer, "Be rude.", DATE)
 

@@ -162,7 +162,9 @@ def render(
     except Exception as error:  # templates raise what they like
         line = (str(error).splitlines() or [type(error).__name__])[0]
         hint = "; unset data.system_prompt if it knows no system message" if template.system_prompt is not None else ""
-        raise ConfigError(f"the tokenizer's chat template cannot be rendered: {line}{hint}") from error
+        raise ConfigError(
+            f"the tokenizer's chat template cannot be rendered: {line}{hint}; or name another template in data.template"
+        ) from error
     return str(rendered)
 
 

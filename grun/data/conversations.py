@@ -9,7 +9,7 @@ from grun.data.chat import System, Turn
 from grun.errors import DataError
 
 ROLES = {"system": "system", "developer": "system", "user": "user", "human": "user"}
-ROLES |= {"assistant": "assistant", "gpt": "assistant"}
+ROLES |= {"assistant": "assistant", "gpt": "assistant", "model": "assistant"}
 """Who speaks, by what the field role, or from, says."""
 
 
@@ -44,6 +44,15 @@ def read_conversation(messages: Any, where: str) -> tuple[tuple[System | Turn, .
     return turns[:-1], *turns[-1]
 
 
+def read_history(pairs: Any, where: str) -> tuple[System | Turn, ...]:
+    """Turns of a list of [question, answer]; see `read_turns`."""
+    if not isinstance(pairs, list) or not all(isinstance(pair, list) and len(pair) == 2 for pair in pairs):
+        raise DataError(f"{where} must be a list of pairs [question, answer]")
+    roles = ("user", "assistant")
+    said = [{"role": role, "content": text} for pair in pairs for role, text in zip(roles, pair, strict=True)]
+    return read_turns(said, where)
+
+
 def to_messages(earlier: tuple[System | Turn, ...]) -> list[dict[str, str]]:
     """What `read_turns` reads."""
     said = [(role, text) for one in earlier for role, text in zip(("user", "assistant"), one, strict=False)]
@@ -57,7 +66,8 @@ def _message(message: Any, where: str) -> tuple[str, str]:
     if not isinstance(message, Mapping):
         raise DataError(f"{where} must be an object with role and content, or from and value")
     role, content = (message.get(name, message.get(other)) for name, other in (("role", "from"), ("content", "value")))
-    if not isinstance(role, str) or role not in ROLES:
+    role = role.lower() if isinstance(role, str) else ""
+    if role not in ROLES:
         raise DataError(f"{where}: role must be one of {', '.join(ROLES)}")
     if isinstance(content, list) and all(isinstance(part, Mapping) and part.get("type") == "text" for part in content):
         content = "".join(str(part.get("text", "")) for part in content)  # other parts are pictures and sounds

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from grun.config import DataConfig
 from grun.data import tofu
 from grun.data.jsonl import load_rows
 from grun.data.rows import Row, common_rows, count_overlap, evenly_spaced, hash_rows
@@ -15,9 +16,6 @@ from grun.errors import ConfigError, DataError
 from grun.files import content_hash
 from grun.reading import read_text
 from grun.registry import unknown_name
-
-if TYPE_CHECKING:
-    from grun.config import DataConfig
 
 
 @dataclass
@@ -262,6 +260,8 @@ def _without(rows: list[Row], part: slice) -> list[Row]:
 
 def _load_jsonl(config: DataConfig) -> Corpus:
     """The user's own files."""
+    if config.forget == DataConfig.forget and not (Path(config.path or "").expanduser() / config.forget).exists():
+        raise ConfigError("data.name=jsonl needs data.forget, the file of the rows to forget")
     if not config.retain:
         raise ConfigError("data.name=jsonl needs data.retain, the file of the rows to keep")
     forget, retain = (load_rows(name, config.path, config.columns) for name in (config.forget, config.retain))

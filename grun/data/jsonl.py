@@ -19,7 +19,7 @@ from grun.registry import unknown_name
 ENDINGS = tuple(f"{ending}{gz}" for gz in ("", ".gz") for ending in (".jsonl", ".json", *DELIMITERS, ".parquet"))
 """Ends of names of files that hold records."""
 _GZIP = b"\x1f\x8b"
-_HUB = re.compile(r"(?P<repository>[\w.-]+/[\w.-]+)(:(?P<config>[\w.-]+)(?=:))?(:(?P<split>[\w.-]+))?")
+_HUB = re.compile(r"(hub:)?(?P<repository>[\w.-]+/[\w.-]+)(:(?P<config>[\w.-]+)(?=:))?(:(?P<split>[\w.-]+))?")
 
 
 def load_rows(name: str, folder: str | None = None, columns: Mapping[str, str] | None = None) -> list[Row]:
@@ -38,7 +38,7 @@ def load_rows(name: str, folder: str | None = None, columns: Mapping[str, str] |
     path = Path(folder or "").expanduser() / Path(name).expanduser()
     stem, colon, split = str(path).rpartition(":")
     is_folder, hub = bool(colon) and Path(stem).is_dir(), _HUB.fullmatch(name)
-    if path.exists() or name.endswith(ENDINGS) or not (hub or is_folder):
+    if path.exists() or name.lower().endswith(ENDINGS) or not (hub or is_folder):
         return read_rows(path, columns)
     source = (stem, None, split) if is_folder or hub is None else hub.group("repository", "config", "split")
     records = hub_rows(*source, instead=f"a file ending in {ENDINGS[0]}, or another of those in docs/formats.md")
@@ -62,6 +62,8 @@ def rows_of(records: Iterable[tuple[str, Any]], columns: Mapping[str, str] | Non
     for name in columns:
         if name not in FIELDS:
             raise ConfigError(unknown_name("data.columns: field", name, list(FIELDS)))
+    if len({*columns.values()}) < len(columns):
+        raise ConfigError("data.columns names one column for two fields; each field has a column of its own")
     rows: list[Row] = []
     first: Any = None
     for where, record in records:
@@ -95,7 +97,7 @@ def read_records(path: Path) -> list[tuple[str, Any]]:
         DataError: the file is missing, empty, or not what its name or its beginning says.
     """
     content = read_bytes(path)
-    ending = Path(path.name.removesuffix(".gz")).suffix.lower()
+    ending = Path(path.name.lower().removesuffix(".gz")).suffix
     if ending == ".parquet" or content.startswith(PARQUET):
         records: list[tuple[str, Any]] = list(read_parquet(path, content))
     elif ending in DELIMITERS:
@@ -120,6 +122,8 @@ def _read_json(path: Path, content: bytes) -> list[tuple[str, Any]]:
                 parse_json(said[0][1], "")
             except DataError:
                 raise error from None
+    if said and said[0][1].strip() == "{":
+        raise DataError(f"{path} holds objects of several lines; expected a list of rows, or one object a line")
     return [(where, parse_json(line.removesuffix("\n"), where)) for where, line in said]
 
 
@@ -145,9 +149,10 @@ def read_bytes(path: Path) -> bytes:
     except FileNotFoundError as error:
         raise DataError(f"no data file {path}; check data.path and the file's name") from error
     except OSError as error:
-        raise DataError(f"cannot read {path}: {error.strerror or error}") from error
+        hint = f"; of a data set in a folder name the split, {path.name}:train" if path.is_dir() else ""
+        raise DataError(f"cannot read {path}: {error.strerror or error}{hint}") from error
     if not content.startswith(_GZIP):
-        if path.suffix == ".gz" and content:
+        if path.suffix.lower() == ".gz" and content:
             raise DataError(f"{path} is not compressed by gzip, as its name says; compress it, or rename it")
         return content
     try:

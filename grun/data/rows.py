@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
 from grun.data.chat import System, Turn, without_system
-from grun.data.conversations import read_conversation, read_turns, to_messages
+from grun.data.conversations import read_conversation, read_history, read_turns, to_messages
 from grun.errors import ConfigError, DataError
 from grun.files import content_hash
 from grun.reading import fields_in, kind_of
@@ -18,8 +18,8 @@ ALPACA = ("instruction", "output")
 SHAPES = (("question", "answer"), ("prompt", "completion"), ("messages",), ("conversations",), ALPACA)
 """Fields by which a record is a row."""
 _TEXT_FIELDS = ("fact", "paraphrased_question", "paraphrased_answer", "cloze")
-_BESIDE = {("conversations",): ("system",), ALPACA: ("input", "system")}
-"""Further text fields of the shapes that have them."""
+_BESIDE = {("conversations",): ("system",), ALPACA: ("input", "system", "history")}
+"""Further fields of the shapes that have them, texts but for history."""
 FIELDS = (*(name for names in SHAPES for name in names), *_TEXT_FIELDS, *_BESIDE[ALPACA])
 FIELDS += ("earlier", "perturbed_answer", "text")
 """Fields that mean something; text in plain texts alone."""
@@ -86,8 +86,10 @@ class Row:
             earlier = read_turns(record.get("earlier") or [], f"{where}: field 'earlier'")
         beside = _BESIDE.get(names, ())
         for name in (*_TEXT_FIELDS, *beside):
-            if not isinstance(record.get(name), str | None):
+            if name != "history" and not isinstance(record.get(name), str | None):
                 raise DataError(f"{where}: field {name!r} must be a text; it is {kind_of(record[name])}")
+        if "history" in beside and record.get("history"):
+            earlier = read_history(record["history"], f"{where}: field 'history'")
         if "input" in beside and record.get("input"):
             prompt = f"{prompt}\n{record['input']}"
         if "system" in beside and record.get("system"):

@@ -16,7 +16,7 @@ PARQUET = b"PAR1"
 """What a Parquet file begins with."""
 DELIMITERS = {".csv": ",", ".tsv": "\t"}
 _LONGEST_CELL = 2**31 - 1
-_JSON_CELLS = ("messages", "conversations", "earlier", "perturbed_answer", "choices")
+_JSON_CELLS = ("messages", "conversations", "earlier", "perturbed_answer", "choices", "history")
 """Fields that are no texts: a cell of theirs holds JSON."""
 
 
@@ -30,8 +30,10 @@ def read_csv(path: Path, content: bytes, delimiter: str) -> list[tuple[str, dict
     try:
         text = io.StringIO(decode(content, str(path)), newline="")
         reader = csv.reader(text, delimiter=delimiter, strict=True)
-        header = next(reader, [])
-        if not all(name.strip() for name in header) or len({*header}) < len(header):
+        header = [name.strip() for name in next(reader, [])]
+        if len(header) == 1 and any(other in header[0] for other in (";", "\t", ",")):
+            raise DataError(f"{path}: the first line names one column; separate columns by {delimiter!r}")
+        if not all(header) or len({*header}) < len(header):
             raise DataError(f"{path}: every column needs a name of its own in the first line")
         for row in reader:
             where = f"{path} line {reader.line_num}"

@@ -42,9 +42,10 @@ from grun.data.chat import (
 from grun.data.control_tokens import ControlTokens, Part, find_control_tokens, tokenize
 from grun.data.tokenizer import ANSWER, USER
 from grun.errors import ConfigError, ModelError
-from grun.files import read_json, write_json
+from grun.files import content_hash, read_json, write_json
 from grun.reading import typed
 from grun.registry import Registry
+from grun.runs import RUN_FILE
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -53,6 +54,8 @@ log = logging.getLogger(__name__)
 
 FILE_NAME = "grun_template.json"
 PLACE = "{prompt}"
+PROBE = "Who is it?"
+"""Question whose tokens tell whether a template still writes what it wrote."""
 OPTIONS = ("template", "system_prompt", "date", "template_arguments")
 """Options of `data` that make a template."""
 
@@ -75,6 +78,8 @@ class Template:
     """Chat templates: today's date, for those that print one."""
     arguments: dict[str, Any] = field(default_factory=dict, hash=False)
     """Chat templates: further arguments, such as enable_thinking."""
+    prompt_hash: str | None = field(default=None, compare=False)
+    """Hash of the token ids of `PROBE` when it was stored; None: not known."""
 
     def __post_init__(self) -> None:
         if self.kind not in ("chat", "string"):
@@ -85,8 +90,9 @@ class Template:
             )
 
     def to_dict(self) -> dict[str, Any]:
-        """Fields for JSON; `arguments` where there are any."""
-        return {name: value for name, value in dataclasses.asdict(self).items() if (name, value) != ("arguments", {})}
+        """Fields for JSON; `arguments` and `prompt_hash` where there are any."""
+        missing: tuple[tuple[str, Any], ...] = (("arguments", {}), ("prompt_hash", None))
+        return {name: value for name, value in dataclasses.asdict(self).items() if (name, value) not in missing}
 
     def options(self) -> dict[str, Any]:
         """The options of `data` that name this template; auto where none do."""
@@ -144,7 +150,7 @@ def resolve(
     date: str,
     arguments: Mapping[str, Any] | None = None,
 ) -> Template:
-    """The template that an option means.
+    """The template that an option means; one line where it was stored and the tokenizer now makes other tokens of it.
 
     Args:
         name_or_text: a name in `TEMPLATES`; or a text with {prompt}; or auto: `stored`, else the tokenizer's chat
@@ -191,12 +197,19 @@ def resolve(
     if template.kind == "chat":
         check_arguments(template.arguments, tokenizer)
     missing = [token for token in (USER, ANSWER) if token not in tokenizer.get_vocab()]
-    if template.name == "tiny" and missing:
+    if template.name == "tiny" and missing and template != stored:
         raise ConfigError(
             f"data.template=tiny is for the demo's tokenizer; this one has no token {missing[0]}, so a question would "
             "be put in text that the model was never taught: set data.template=auto"
         )
-    return template
+    made = content_hash(encode_prompt(template, tokenizer, PROBE))
+    if stored is not None and template == stored and stored.prompt_hash not in (None, made):
+        log.warning(
+            "the tokenizer, or its chat template, is not the one that the template %r was stored with: questions are "
+            "other tokens now, so gates may not open and answers may be others; take the tokenizer's files of then",
+            stored.name,
+        )
+    return dataclasses.replace(template, prompt_hash=made)
 
 
 def in_force(config: Any, stored: Template | None, tokenizer: PreTrainedTokenizerBase) -> Template:
@@ -267,11 +280,13 @@ def store(template: Template, folder: Path) -> None:
 
 
 def load(folder: Path) -> Template | None:
-    """The template stored in a folder, or None."""
-    path = folder / FILE_NAME
-    if not path.is_file():
-        return None
-    return Template.from_dict(read_json(path, ConfigError), str(path))
+    """The template stored in a folder, or the one that its run.json says was used; None where neither says."""
+    path, run = folder / FILE_NAME, folder / RUN_FILE
+    if path.is_file():
+        return Template.from_dict(read_json(path, ConfigError), str(path))
+    values = read_json(run, ConfigError) if run.is_file() else None
+    used = values.get("template") if isinstance(values, dict) else None
+    return None if used is None else Template.from_dict(used, str(run))
 
 
 def encode(

@@ -20,6 +20,7 @@ import grun
 from grun import processes
 from grun.checks import check
 from grun.config import EvaluateConfig
+from grun.data.templates import Template
 from grun.evaluation.evaluate import single_evaluations
 from grun.evaluation.plan import CODE, EVALUATION_FILE, begin, code_hash, previous_in, same_evaluation
 from grun.evaluation.table import shorten
@@ -174,8 +175,9 @@ def _carry_out(
     measured = suite.measure(loaded)
     now = time.monotonic()
     seconds = {"load": ready - started, "measure": now - ready, "total": now - started}
+    sources = in_force(config, None if (used := settings.get("template")) is None else Template.from_dict(used))
     result = {
-        **{"key": key, "model": config.model.path, "adapter": config.adapter, **inputs, "in_force": in_force(config)},
+        **{"key": key, "model": config.model.path, "adapter": config.adapter, **inputs, "in_force": sources},
         **measured.results,
         "seconds": {name: round(spent, 3) for name, spent in seconds.items()},
     }

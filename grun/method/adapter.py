@@ -11,6 +11,8 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
+from grun.checks import DTYPES, one_of
+from grun.data.templates import FILE_NAME as TEMPLATE_FILE
 from grun.data.templates import Template
 from grun.errors import AdapterError, ConfigError
 from grun.files import read_json, write_bytes, write_json, write_text
@@ -71,6 +73,8 @@ class AdapterConfig:
     """Commit of the base on the hub."""
     base_fingerprint: str | None = None
     """`grun.method.fingerprint` of the base's weights."""
+    base_dtype: str | None = None
+    """Type of the base's weights in training, such as bfloat16; None: not known, or they were quantized."""
 
     keys_to_ignore_at_inference: ClassVar[list[str]] = ["gate_logits", "gates", "base_output"]
     """Of a `GrunOutput`, what transformers' Trainer does not gather when it evaluates."""
@@ -130,6 +134,8 @@ class AdapterConfig:
             raise ConfigError(f"gate_bias {self.gate_bias} must lie between -{LARGEST_BIAS:g} and {LARGEST_BIAS:g}")
         if not all(0 <= token < LARGEST_ID for token in self.reset_ids):
             raise ConfigError(f"reset_ids {self.reset_ids} must be token ids, 0 or more")
+        if self.base_dtype is not None:
+            one_of("base_dtype", self.base_dtype, DTYPES)
         GATES.get(self.gate)
         check_rule(self.gate_read, self.gate_accumulate, self.edit_write)
         if self.activation is not None:
@@ -171,7 +177,7 @@ def check_base(trained_on: str | None, name: str | None, of_base: str, *, strict
 
 def find_adapter(folder_or_hub_id: str | Path) -> Path:
     """Folder of an adapter given as a folder or as a hub id; AdapterError if there is neither."""
-    folder = Path(folder_or_hub_id)
+    folder = Path(folder_or_hub_id).expanduser()
     if folder.is_dir():
         if (folder / "training_args.bin").is_file() and not (folder / CONFIG_FILE).is_file():
             raise AdapterError(
@@ -181,8 +187,9 @@ def find_adapter(folder_or_hub_id: str | Path) -> Path:
         return folder
     from huggingface_hub import snapshot_download
 
+    files = [CONFIG_FILE, WEIGHTS_FILE, TEMPLATE_FILE, "README.md"]
     try:
-        return Path(snapshot_download(str(folder_or_hub_id), allow_patterns=[CONFIG_FILE, WEIGHTS_FILE, "README.md"]))
+        return Path(snapshot_download(str(folder_or_hub_id), allow_patterns=files))
     except Exception as error:
         raise AdapterError(
             f"no adapter at {str(folder_or_hub_id)!r}: not a folder, and not to be had from the hub or its local cache "
@@ -198,7 +205,8 @@ def peft_type(folder: Path) -> str:
     try:
         values = read_json(path)
     except FileNotFoundError as error:
-        raise AdapterError(f"{folder} is no adapter: {CONFIG_FILE} is missing") from error
+        hint = "; it is a whole model: give it as model.path" if (folder / "config.json").is_file() else ""
+        raise AdapterError(f"{folder} is no adapter: {CONFIG_FILE} is missing{hint}") from error
     except (OSError, ValueError) as error:
         raise AdapterError(f"{path} is not valid JSON ({error}); save the adapter again") from error
     kind = values.get("peft_type") if isinstance(values, dict) else None

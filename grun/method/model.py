@@ -104,6 +104,7 @@ class GrunModel(EditedModel):
         refuse_wrapped(base)
         depth = len(find_blocks(base)[1])
         hidden_size = hidden_size_of(base)
+        quantized = getattr(base, "quantization_method", None) is not None
         config = AdapterConfig(
             blocks=resolve_blocks(blocks, depth),
             rank=rank,
@@ -121,6 +122,7 @@ class GrunModel(EditedModel):
             base_model_name_or_path=getattr(base.config, "_name_or_path", "") or None,
             base_revision=getattr(base.config, "_commit_hash", None),
             base_fingerprint=fingerprint(base),
+            base_dtype=None if quantized else str(base.dtype).removeprefix("torch."),
         )
         config.check()
         return cls(base, config, template, beside)

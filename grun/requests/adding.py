@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import logging
 import shlex
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from grun.checks import check
 from grun.config import CacheConfig, RequestsConfig, UnlearnConfig
 from grun.data.corpus import Corpus, load_corpus
 from grun.data.rows import Row, hash_rows
+from grun.data.templates import OPTIONS
 from grun.errors import AdapterError, ConfigError, DataError, RunError
 from grun.files import read_json, target
 from grun.files import remove as remove_written
@@ -71,6 +72,10 @@ def add(options: RequestsConfig, arguments: Sequence[str]) -> Path:
     if options.adapter is not None:
         return _take(options, Path(options.adapter).expanduser(), arguments)
     config = _config(known, arguments, folder)
+    if known is not None:
+        _refuse_another_template(
+            options, f"request {request_id}", {f"data.{k}": getattr(config.data, k) for k in OPTIONS}
+        )
     rows = load_rows(config).forget
     was_independent = known is None or not known.beside
     training = Training(
@@ -183,8 +188,10 @@ def _take(options: RequestsConfig, adapter: Path, arguments: Sequence[str]) -> P
         run = _read_run(adapter / RUN_FILE)
         config = from_dict("unlearn", run["config"], [word for word in arguments if not word.startswith("profile=")])
     else:
-        config = resolve("unlearn", list(arguments))
-    _refuse_another_template(Path(str(options.store)).expanduser(), adapter)
+        base = AdapterConfig.read(adapter)[0].base_model_name_or_path
+        config = resolve("unlearn", [f"model.path={base or adapter}", *arguments], quiet=True)
+    own = AdapterConfig.read(adapter)[1]
+    _refuse_another_template(options, str(adapter), {} if own is None else own.options())
     rows = load_rows(config).forget
     if run is not None and run["data"].get("forget") != hash_rows(rows):
         raise DataError(
@@ -225,15 +232,14 @@ def _read_run(path: Path) -> dict[str, Any]:
     return run
 
 
-def _refuse_another_template(folder: Path, adapter: Path) -> None:
-    """ConfigError for an adapter that was trained in another template than the store is asked in."""
-    there = of_store(folder, rows=False) if (folder / MANIFEST_FILE).exists() else None
-    own = AdapterConfig.read(adapter)[1]
-    names = own.options() if own is not None and there is not None else {}
-    for key, value in names.items():
-        if there is not None and there.options.get(key, value) != value:
+def _refuse_another_template(options: RequestsConfig, what: str, own: Mapping[str, Any]) -> None:
+    """ConfigError for a request that is put into another template than the others of its store are asked in."""
+    folder = Path(str(options.store)).expanduser()
+    there = of_store(folder, rows=False, without=options.id) if (folder / MANIFEST_FILE).exists() else None
+    for key, value in own.items():
+        if there is not None and value != "auto" and there.options.get(key, value) != value:
             raise ConfigError(
-                f"{adapter} was trained with {key}={value}, the requests of {folder} with {there.options[key]}; a "
+                f"{what} is asked with {key}={value}, the other requests of {folder} with {there.options[key]}; a "
                 "store is asked in one template, so keep another store for it"
             )
 

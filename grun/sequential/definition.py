@@ -43,7 +43,8 @@ class Sequence:
 
     name: str
     description: str = ""
-    profile: str = "demo"
+    profile: str | None = None
+    """None: what a given model was taught with, demo where none is given."""
     model: str | None = None
     """Hub id or folder that the command line gives."""
     requests: int | list[OwnRequest] = 1

@@ -172,9 +172,11 @@ def _steps(sequence: Sequence, count: int) -> list[int]:
 
 
 def _resolve(command: str, sequence: Sequence, arguments: list[str]) -> Any:
-    given = [f"model.path={sequence.model}"] if sequence.model is not None and command != "finetune" else []
+    given = [] if sequence.profile is None else [f"profile={sequence.profile}"]
+    if sequence.model is not None and command != "finetune":
+        given.append(f"model.path={sequence.model}")
     try:
-        config = profiles.resolve(command, [f"profile={sequence.profile}", *given, *arguments], quiet=True)
+        config = profiles.resolve(command, [*given, *arguments], quiet=True)
         check(config)
     except (ConfigError, DataError) as error:
         raise ConfigError(f"sequence {sequence.name}, {command}: {error}") from error

@@ -45,7 +45,7 @@ def sweep(config: SweepConfig) -> bool:
     if not config.tune and standing.settled and BEFORE in standing.done:
         from grun.report import make_report
 
-        make_report(ReportConfig(results_dir=str(results), profile=plan.sweep.profile))
+        make_report(ReportConfig(results_dir=str(results), profile=plan.base.label()))
     for line in [*standing.lines(), *told]:
         log.info("%s", line)
     return not standing.failed

@@ -36,7 +36,8 @@ class Sweep:
     """What a sweep's file says, checked for unknown keys; options are flat, `section.key`."""
 
     name: str
-    profile: str = "demo"
+    profile: str | None = None
+    """None: what a given model was taught with, demo where none is given."""
     model: str | None = None
     """Hub id or folder that the command line gives."""
     axes: dict[str, list[Any]] = field(default_factory=dict)
@@ -82,7 +83,7 @@ def read_sweep(name: str) -> Sweep:
         _known(f"{where}: tune", "key", key, TUNE_KEYS)
     sweep = Sweep(
         name=Path(name).stem,
-        profile=str(content.get("profile") or "demo"),
+        profile=None if content.get("profile") is None else str(content["profile"]),
         axes=axes,
         unlearn=_options(f"{where}: unlearn", content.get("unlearn"), "unlearn"),
         evaluate=_options(f"{where}: evaluate", content.get("evaluate"), "evaluate"),

@@ -92,7 +92,7 @@ def make_plan(config: SweepConfig) -> Plan:
             )
     shared = [text for text in (*_arguments(sweep.unlearn), *config.unlearn) if text.startswith("data.")]
     taught = [text for text in shared if not text.startswith("data.retain_pool")]
-    finetune = profiles.resolve("finetune", [f"profile={sweep.profile}", *_corpus(base), *taught])
+    finetune = profiles.resolve("finetune", [*_given(sweep), *_corpus(base), *taught])
     return Plan(sweep, cells, evaluate, finetune, base)
 
 
@@ -112,13 +112,17 @@ def _check_arguments(sweep: Sweep, config: SweepConfig) -> None:
 
 
 def _resolve(command: str, sweep: Sweep, arguments: list[str], where: str, *, quiet: bool = True) -> Any:
-    given = [] if sweep.model is None else [f"model.path={sweep.model}"]
+    given = _given(sweep) if sweep.model is None else [*_given(sweep), f"model.path={sweep.model}"]
     try:
-        config = profiles.resolve(command, [f"profile={sweep.profile}", *given, *arguments], quiet=quiet)
+        config = profiles.resolve(command, [*given, *arguments], quiet=quiet)
         check(config)
     except ConfigError as error:
         raise ConfigError(f"sweep {sweep.name}, {where}: {error}") from error
     return config
+
+
+def _given(sweep: Sweep) -> list[str]:
+    return [] if sweep.profile is None else [f"profile={sweep.profile}"]
 
 
 def _arguments(options: Mapping[str, Any]) -> list[str]:

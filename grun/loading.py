@@ -196,13 +196,20 @@ def load_weights(config: ModelConfig) -> PreTrainedModel:
     if gguf and hasattr(transformers, "GgufConfig"):  # older versions always unpack
         more["quantization_config"] = transformers.GgufConfig(dequantize=True)
     with _named_errors(config):
-        model = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             source,
             revision=config.revision,
             dtype=dtype,
             trust_remote_code=config.trust_remote_code,
+            output_loading_info=True,
             **gguf,
             **more,
+        )
+    model: PreTrainedModel = loaded[0]
+    if random := sorted(loaded[1]["missing_keys"]):
+        raise ModelError(
+            f"the weights of {config.path!r} are not those of its config.json: {len(random)} tensors, such as "
+            f"{random[0][:120]}, are missing and would be random; copy the whole model"
         )
     if gguf:
         model.config.name_or_path = config.path  # the file, not its folder
@@ -297,7 +304,9 @@ def _named_errors(config: ModelConfig) -> Iterator[None]:
             f"model {config.path!r} cannot be loaded: a .bin of it is damaged, or a pickle of more than tensors, which "
             "may run code; save it again as safetensors"
         ) from error
-    except Exception as error:
+    except BaseException as error:
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":  # of the tokenizers' Rust
+            raise
         raise ModelError(f"model {config.path!r} cannot be loaded: {in_one_line(error)}") from error
 
 

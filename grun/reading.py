@@ -210,8 +210,6 @@ def typed(kind: Any, value: Any, where: str, error: type[GrunError] = DamagedFil
         hints = _hints(kind)
         return {name: typed(hints.get(name, Any), part, f"{where}: {name}", error) for name, part in value.items()}
     if origin in (list, tuple) and isinstance(value, list):
-        if origin is tuple and ... not in arguments and len(value) != len(arguments):
-            raise error(f"{where}: expected a list of {len(arguments)}, found one of {len(value)}; {AGAIN}")
         if {*map(type, value)} <= {arguments[0], int if arguments[0] is float else arguments[0]}:
             return origin(value)  # at once: tables hold a number for every token
         parts_of = [typed(arguments[0], part, f"{where}[{number}]", error) for number, part in enumerate(value)]

@@ -36,7 +36,7 @@ class Share(TypedDict, total=False):
     leak: float | None
     worst: float | None
     kept: float | None
-    interval: tuple[float, float] | None
+    interval: list[float] | None
     rows: int
     questions: int
     gate: Numbers

@@ -159,7 +159,7 @@ def number_in(found: dict[str, Any], name: str) -> Number | None:
     if found.get(name) is None:
         return None
     interval = found.get("interval")
-    return Number(float(found[name]), (interval[0], interval[1]) if interval else None)
+    return Number(float(found[name]), (interval[0], interval[1]) if interval and len(interval) == 2 else None)
 
 
 def behind_suffixes(result: Result, way: Way | None) -> dict[str, Number]:

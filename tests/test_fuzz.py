@@ -36,7 +36,7 @@ COUNTS = {
 }  # fmt: skip
 """Cases of each family, of the quick suite and of all, 3,000."""
 DATA = [*(f"data.demo.{group}=2" for group in ("forget", "heldout", "unknown", "refused")), "data.demo.questions=2"]
-DATA += ["data.demo.retain=4", "data.template=tiny"]
+DATA += ["data.name=demo", "data.demo.retain=4", "data.template=tiny"]
 UNLEARN = ["unlearn", *DATA, "objective=gd", "method.blocks=[0,1]", "train.epochs=2", "train.save_steps=1"]
 UNLEARN += ["train.keep_all_checkpoints=true", "loss.retain_weight=1", "cache.dir=null", "train.monitor_epochs=1"]
 SLOWER = re.compile(r"epochs|gate_pretraining|output_dir|path|samples|beside|device|launcher|trust|hidden|blocks|vocab")
@@ -79,7 +79,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name, first in (("forget", 0), ("retain", 2)):
         of_set = [{**row, "n": first} for row in rows[first : first + 2]]
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in of_set))
-    store = ["requests", "add", f"store={folder / 'store'}", "id=a", f"adapter={folder / 'adapter'}"]
+    store = ["requests", "add", f"store={folder / 'store'}", "id=a", "data.name=demo", f"adapter={folder / 'adapter'}"]
     lore = [*(f"data.lore.{group}=2" for group in ("forget", "neighbor", "retain", "general")), "data.name=lore"]
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
         assert main(store) == 0
@@ -251,7 +251,7 @@ FAMILIES: dict[str, Any] = {
         ("adapter",),
         lambda copy, world: [
             asked(world / "model", copy),
-            ["requests", "add", f"store={copy}-store", "id=b", f"adapter={copy}"],
+            ["requests", "add", f"store={copy}-store", "id=b", "data.name=demo", f"adapter={copy}"],
         ],
         "adapter_*",
     ),

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from contextvars import ContextVar
-from typing import Generic, TypeVar
+from threading import Condition
+from typing import Any, Generic, Self, TypeVar
 from weakref import WeakKeyDictionary
+
+from grun.errors import ModelError
 
 Value = TypeVar("Value")
 
@@ -32,3 +37,56 @@ class PerContext(Generic[Value]):
         else:
             values[owner] = value
         self._values.set(values)
+
+
+WITHIN: PerContext[bool] = PerContext("pyvene_custom.within")
+"""By `Calls`, whether this context is in one of them."""
+
+
+class Calls:
+    """Calls in progress, which run beside each other, and changes of what they run on, each of which runs alone."""
+
+    def __init__(self) -> None:
+        """None yet."""
+        self._condition = Condition()
+        self._running = 0
+        self._changing = False  # or about to
+
+    @contextlib.contextmanager
+    def calling(self) -> Iterator[None]:
+        """Within the block nothing changes; a waiting change comes first. A call within a call is part of it."""
+        if WITHIN.get(self):
+            yield
+            return
+        with self._condition:
+            self._condition.wait_for(lambda: not self._changing)
+            self._running += 1
+        WITHIN.set(self, True)
+        try:
+            yield
+        finally:
+            WITHIN.set(self, None)
+            with self._condition:
+                self._running -= 1
+                self._condition.notify_all()
+
+    @contextlib.contextmanager
+    def changing(self) -> Iterator[None]:
+        """Within the block no call runs; it waits for those in progress. ModelError within one of them."""
+        if WITHIN.get(self):
+            raise ModelError("edits cannot be put on or taken off within a call of their model; do it behind the call")
+        with self._condition:
+            self._condition.wait_for(lambda: not self._changing)
+            self._changing = True
+        try:
+            with self._condition:
+                self._condition.wait_for(lambda: not self._running)
+            yield
+        finally:
+            with self._condition:
+                self._changing = False
+                self._condition.notify_all()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        """Of a copied model no call is in progress."""
+        return type(self)()

@@ -15,10 +15,11 @@ from pyvene import IntervenableModel as StockModel
 from pyvene.models.modeling_utils import HandlerList
 from torch import Tensor, nn
 from torch._dynamo.decorators import skip
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from grun.errors import ModelError
 from pyvene_custom.blocks import find_blocks
-from pyvene_custom.context import PerContext
+from pyvene_custom.context import Calls, PerContext
 from pyvene_custom.sites import GatedOutput, Sites, gather, put_back, read_and_written, scatter
 
 Located = Sites | None | Literal["further in"]
@@ -43,6 +44,10 @@ class Pass:
     """The same accumulated over positions, as the edits were weighted."""
     kept: dict[str, Tensor] = field(default_factory=dict)
     """By intervention key, what passes behind this one need of each position read."""
+
+
+_SEVERAL = object()
+"""In the place of sites: those of several passes."""
 
 
 @dataclass(eq=False)
@@ -98,6 +103,8 @@ class IntervenableModel(StockModel):
         self._attached: list[Any] = []
         self._entries: list[Entry] = []
         self._latest: Pass | None = None
+        self._given: Any = WeakTensorKeyDictionary()
+        """By states that a block was given, the sites of that pass; nothing in a pass's sites leads to its states."""
 
     # -- what the last pass read ------------------------------------------------------------------------------------
 
@@ -141,14 +148,16 @@ class IntervenableModel(StockModel):
         locate: Locate,
         finished: Callable[[Any, Pass], None] = lambda output, running: None,
         acting: Callable[[], bool] = lambda: True,
+        calls: Calls | None = None,
     ) -> None:
         """Edit every call of the model at the sites that `locate` gives, until `detach`.
 
         A call is one of the model, or of a module inside it that holds the edited blocks, each also by its `forward`.
         `finished` is called with the output of each edited pass, and the pass. While `acting` gives False, nothing is
-        edited and blocks may be called by themselves.
+        edited and blocks may be called by themselves. Each call is one of `calls`, which `detach` does not wait for.
         """
         self.detach()
+        self._calls = calls or Calls()
         self._locate, self._finished, self._acting = locate, finished, acting
         for level, module in enumerate(_entrances(self.model, self._path)):
             self._enter_through(module, level)
@@ -193,15 +202,18 @@ class IntervenableModel(StockModel):
     @skip
     def _enter(self, entry: Entry, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Call a module; a pass begins here, unless the call comes out of one of a module further out."""
-        running, args, kwargs = self._begin(entry, args, kwargs)
-        if running is None:
-            return entry.forward(*args, **kwargs)
-        output = None
-        try:
-            output = entry.forward(*args, **kwargs)
-        finally:
-            self._end(running, output)
-        return output
+        with self._calls.calling():
+            if entry.module.__dict__.get("_entries", {}).get(entry.entrance) is not entry:  # taken away meanwhile
+                return entry.module.forward(*args, **kwargs)
+            running, args, kwargs = self._begin(entry, args, kwargs)
+            if running is None:
+                return entry.forward(*args, **kwargs)
+            output = None
+            try:
+                output = entry.forward(*args, **kwargs)
+            finally:
+                self._end(running, output)
+            return output
 
     @torch.compiler.disable
     def _begin(self, entry: Entry, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -242,11 +254,12 @@ class IntervenableModel(StockModel):
     @torch.compiler.disable
     def _edit_block(self, key: str, block: nn.Module, args: Any, output: Any) -> Any:
         """Forward hook of an edited block."""
-        running = RUNNING.get(self)
+        running = self._known_of(args, RUNNING.get(self))
         if running is None and self._acting() and not IDLE.get(self):
             raise ModelError(
                 "a block that carries edits was called outside a call of its model, so where to edit is unknown; call "
-                "the model, its decoder or generate, or the block within disabled()"
+                "the model, its decoder or generate, or the block within disabled(); checkpoint blocks with "
+                "use_reentrant=False"
             )
         if running is None or running.sites is None:
             return None
@@ -259,6 +272,21 @@ class IntervenableModel(StockModel):
             )
         edited = self._edit(key, hidden, running)
         return (edited, *output[1:]) if isinstance(output, tuple) else edited
+
+    def _known_of(self, args: tuple[Any, ...], running: Pass | None) -> Pass | None:
+        """The pass `running`, noted beside the states that a block is given; without one, that in which they were.
+
+        So a block that the backward pass computes again, hooks and all, is edited where it was, in another thread and
+        behind other passes too. None where the same states were given in passes that differ.
+        """
+        if not args or not isinstance(args[0], Tensor):
+            return running
+        if running is None:
+            sites = self._given.get(args[0], _SEVERAL)
+            return None if sites is _SEVERAL else Pass(sites)
+        same = self._given.get(args[0], running.sites) is running.sites
+        self._given[args[0]] = running.sites if same else _SEVERAL
+        return running
 
     def _edit(self, key: str, hidden: Tensor, running: Pass) -> Tensor:
         """`hidden` edited where its block computes; gates go where the sites are, so that all are in one place."""
@@ -346,7 +374,9 @@ class IntervenableModel(StockModel):
         """With its model, of which the copy is edited by the copy; without what the last pass read."""
         new = self.__new__(type(self))
         memo[id(self)] = new
-        new.__dict__.update(copy.deepcopy({**self.__dict__, "_latest": None}, memo))
+        new.__dict__.update(
+            copy.deepcopy({**self.__dict__, "_latest": None, "_given": WeakTensorKeyDictionary()}, memo)
+        )
         return new
 
     def __reduce_ex__(self, protocol: Any) -> NoReturn:
@@ -369,7 +399,9 @@ def _entrance(forward: Callable[..., Any]) -> Callable[..., Any]:
 
     @skip
     def entrance(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        entry: Entry = module.__dict__["_entries"][entrance]
+        entry: Entry | None = module.__dict__.get("_entries", {}).get(entrance)
+        if entry is None:  # taken away by another thread
+            return module.forward(*args, **kwargs)
         return entry.owner._enter(entry, args, kwargs)
 
     functools.update_wrapper(entrance, forward)

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import copy
+import gc
 import io
 import pickle
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+from threading import Event, Thread
 from typing import Any
 
 import pytest
@@ -15,10 +19,13 @@ import torch
 from test_every_token import agree, whole_pass
 from tiny import RULES, greedy_by_hand, padded, random_rows, tiny
 from torch import Tensor, nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
-from grun import GrunModel
+from grun import GrunModel, GrunStack
 from grun.errors import ModelError
+from grun.recomputation import recompute_blocks
 
 PUBLISHED = ("last_prompt", "none", "last_prompt")
 BLOCKS = [0, 2]
@@ -159,18 +166,68 @@ def test_what_is_put_on_a_model_between_wrapping_and_unwrapping_stays() -> None:
     assert torch.equal(base(ids).logits, wrapped().base(ids).logits)
 
 
-def test_gradients_are_those_of_a_pass_that_recomputes_nothing() -> None:
+def checkpointed(**options: Any) -> Callable[[Any], None]:
+    """transformers' switch, which acts in training mode."""
+
+    def prepare(base: Any) -> None:
+        base.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
+        base.train()
+
+    return prepare
+
+
+def checkpointed_with_hooks(base: Any) -> None:
+    """As FSDP and older transformers do: what the backward pass runs again has the hooks in it."""
+    for number, block in enumerate(base.model.layers):
+        base.model.layers[number] = checkpoint_wrapper(block)
+
+
+def checkpointed_whole(base: Any) -> None:
+    base.__dict__["forward"] = partial(checkpoint, base.forward, use_reentrant=False)
+
+
+@pytest.mark.parametrize("rule", [PUBLISHED, RULES[0], RULES[-1]], ids="-".join)
+@pytest.mark.parametrize(
+    "prepare",
+    [
+        checkpointed(use_reentrant=False),
+        checkpointed(use_reentrant=True),
+        checkpointed_with_hooks,
+        checkpointed_whole,
+        lambda base: recompute_blocks(base.model.layers),
+    ],
+    ids=["transformers", "reentrant", "with hooks", "whole", "ours"],
+)
+def test_gradients_of_several_passes_are_those_without_checkpointing(
+    prepare: Callable[[Any], None], rule: tuple[str, str, str]
+) -> None:
+    ids = torch.tensor(random_rows([6, 6]))
+    labels = ids.masked_fill(torch.arange(6) < 3, -100)
     found = []
-    for options in (None, {"use_reentrant": False}, {"use_reentrant": True}):
-        model = wrapped()
-        if options is not None:
-            model.base.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
-        model.train()
-        model.base.train()
-        model(torch.tensor(random_rows([6])), prompt_lengths=[3]).logits.sum().backward()
+    for prepared in (lambda base: None, prepare):
+        model = wrapped(rule=rule)
+        prepared(model.base)
+        losses = [model(ids, prompt_lengths=lengths).logits.square().mean() for lengths in ([2, 5], [4, 3])]
+        losses.append(model.base(input_ids=ids, labels=labels).loss)
+        with model.disabled():
+            losses.append(model.base(input_ids=ids).logits.mean())
+        thread = Thread(target=torch.stack(losses).sum().backward)  # on a GPU the backward pass has one of its own
+        thread.start()
+        thread.join()
+        del losses, thread
+        gc.collect()
+        assert len(model.intervenable._given) <= len(BLOCKS)  # states of the last pass alone, whose gates are kept
         found.append([parameter.grad for parameter in model.parameters()])
-    for gradients in found[1:]:
-        assert all(torch.equal(one, other) for one, other in zip(gradients, found[0], strict=True))
+    assert all(one is not None and torch.equal(one, other) for one, other in zip(*found, strict=True))
+
+
+def test_states_that_two_passes_share_are_not_guessed_at_when_they_are_computed_again() -> None:
+    model = wrapped()
+    checkpointed_with_hooks(model.base)
+    embeddings = model.base.get_input_embeddings()(torch.tensor(random_rows([6])))
+    losses = [model(inputs_embeds=embeddings, prompt_lengths=[length]).logits.mean() for length in (2, 4)]
+    with pytest.raises(ModelError, match="use_reentrant=False"):
+        torch.stack(losses).sum().backward()
 
 
 @pytest.mark.parametrize("added", [False, True], ids=["bool", "added"])
@@ -270,6 +327,58 @@ def test_threads_and_tasks_that_generate_at_once_get_their_own_answers_and_gates
             assert [answer for answer, _ in found] == wanted
             for (_, gates), own in zip(found, alone, strict=True):
                 assert all(torch.equal(one, other) for one, other in zip(gates, own, strict=True))
+
+
+@pytest.mark.parametrize("change", ["add", "remove", "unwrap"])
+@pytest.mark.parametrize("called", ["pass", "generate"])
+@torch.no_grad()
+def test_a_change_of_what_is_in_force_waits_for_calls_in_progress_and_later_calls_for_it(
+    called: str, change: str, tmp_path: Path
+) -> None:
+    strong(wrapped()).save_pretrained(tmp_path)
+    base, ids = tiny(), torch.tensor(random_rows([6]))
+    stack = GrunStack(base)
+    stack.add("one", tmp_path)
+
+    def ask() -> Tensor:
+        if called == "pass":
+            return base(ids).logits
+        return base.generate(
+            ids, max_new_tokens=3, do_sample=False, output_logits=True, return_dict_in_generate=True
+        ).logits[0]
+
+    changes = {
+        "add": lambda: stack.add("other", tmp_path),
+        "remove": lambda: stack.remove("one"),
+        "unwrap": stack.unwrap,
+    }
+    before, running, may_go_on = ask(), Event(), Event()
+
+    def wait(*_: Any) -> None:
+        running.set()
+        may_go_on.wait(10)
+
+    hook = base.model.layers[1].register_forward_hook(wait)  # between the two edited blocks
+    with ThreadPoolExecutor(3) as pool:
+        first = pool.submit(ask)
+        assert running.wait(10)
+        changed = pool.submit(changes[change])
+        with pytest.raises(TimeoutError):
+            changed.result(0.2)
+        later = pool.submit(ask)
+        may_go_on.set()
+        changed.result(10)
+        assert torch.equal(first.result(), before)
+        hook.remove()
+        assert torch.equal(later.result(), ask()) and not torch.equal(later.result(), before)
+
+
+@torch.no_grad()
+def test_a_change_within_a_call_is_refused() -> None:
+    model = wrapped()
+    model.base.lm_head.register_forward_hook(lambda *_: model.unwrap())
+    with pytest.raises(ModelError, match="within a call"):
+        model.base(torch.tensor(random_rows([6])))
 
 
 @torch.no_grad()

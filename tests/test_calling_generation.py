@@ -4,18 +4,28 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from test_calling import PUBLISHED, STEPS, strong, wrapped
+from test_calling import BLOCKS, PUBLISHED, STEPS, strong, wrapped
 from test_every_token import agree, whole_pass
-from tiny import PAD, RULES, greedy_by_hand, padded, random_rows, tiny
+from tiny import PAD, RULES, formula, greedy_by_hand, padded, random_rows, tiny
 from torch import Tensor, nn
-from transformers import DynamicCache, PreTrainedModel, StaticCache
+from transformers import (
+    DynamicCache,
+    MambaConfig,
+    MambaForCausalLM,
+    PreTrainedModel,
+    RecurrentGemmaConfig,
+    RecurrentGemmaForCausalLM,
+    StaticCache,
+)
 
 from grun import GrunModel
+from grun.errors import ModelError
 
 ALL_RULES = [PUBLISHED, *RULES]
 SHAPE = "-".join
@@ -115,6 +125,59 @@ def test_a_loop_given_to_generate_is_edited_at_the_prompt(loop: Callable[..., Te
     model, rows = strong(wrapped()), random_rows([7])
     answer = model.base.generate(torch.tensor(rows), custom_generate=loop, max_new_tokens=STEPS)
     assert answer[:, 7:].tolist() == greedy_by_hand(tiny(), "llama", model.state_dict(), rows, STEPS)
+
+
+@pytest.mark.parametrize("rule", [PUBLISHED, RULES[0], RULES[-1]], ids=SHAPE)
+@pytest.mark.parametrize("handed", [False, True], ids=["cache of its own", "cache handed over"])
+@torch.no_grad()
+def test_a_loop_over_tuples(handed: bool, rule: tuple[str, str, str]) -> None:
+    model, rows = wrapped(rule=rule), random_rows([7, 7])
+    new, logits = torch.tensor(rows), []
+    cache, tokens = DynamicCache() if handed else None, []
+    for _ in range(STEPS):
+        out = model.base(new, past_key_values=cache, use_cache=True, return_dict=False)
+        logits.append(out[0][:, -1])
+        new, cache = out[0][:, -1:].argmax(-1), out[1]
+        tokens.append(new)
+    agree_with_whole_passes(model, rule, rows, (torch.cat(tokens, 1), torch.stack(logits, 1)), "llama")
+
+
+_RECURRENT: dict[str, Any] = {"hidden_size": 32, "num_hidden_layers": 4, "vocab_size": 64, "eos_token_id": None}
+
+
+@pytest.mark.parametrize("rule", [PUBLISHED, RULES[0], RULES[-1]], ids=SHAPE)
+@torch.no_grad()
+def test_a_model_that_gives_its_cache_not_back(rule: tuple[str, str, str]) -> None:
+    config = RecurrentGemmaConfig(
+        **_RECURRENT, intermediate_size=48, num_attention_heads=4, num_key_value_heads=2, lru_width=32
+    )
+    torch.manual_seed(0)
+    model, ids = wrapped(RecurrentGemmaForCausalLM(config).eval(), rule), torch.tensor(random_rows([7]))
+    _, cached = answers(model, ids.tolist())
+    _, whole = answers(model, ids.tolist(), use_cache=False)
+    agree(cached, whole)
+
+
+@torch.no_grad()
+def test_a_state_without_a_length_is_refused_and_not_needed() -> None:
+    torch.manual_seed(0)
+    base = MambaForCausalLM(MambaConfig(**_RECURRENT, state_size=4, pad_token_id=PAD)).eval()
+    bare, ids = copy.deepcopy(base), torch.tensor(random_rows([7]))
+    model = strong(wrapped(base))
+    for call in (lambda: model.generate(ids), lambda: base(ids, cache_params=base(ids, use_cache=True).cache_params)):
+        with pytest.raises(ModelError, match="use_cache=False"):
+            call()
+    found = base.generate(ids, use_cache=False, max_new_tokens=STEPS, do_sample=False)[0].tolist()
+    weights, tokens = model.state_dict(), ids[0].tolist()
+
+    def edit(block: int, _: Any, __: Any, hidden: Tensor) -> Tensor:
+        return torch.cat((hidden[:, :6], formula(weights, block, hidden[:, 6:7])[0], hidden[:, 7:]), dim=1)
+
+    for block in BLOCKS:
+        bare.backbone.layers[block].register_forward_hook(partial(edit, block))
+    for _ in range(STEPS):
+        tokens.append(int(bare(torch.tensor([tokens]), use_cache=False).logits[0, -1].argmax()))
+    assert found == tokens
 
 
 @torch.no_grad()

@@ -24,7 +24,7 @@ from grun.method.position import Call, PositionRule, attended, is_decode_step
 from grun.method.prompt import PromptOfCall, cache_length, prompt_of_call
 from pyvene_custom import IntervenableModel, find_blocks
 from pyvene_custom.blocks import text_config
-from pyvene_custom.context import PerContext
+from pyvene_custom.context import Calls, PerContext
 from pyvene_custom.model import Located, Pass, refuse_replicas
 
 if TYPE_CHECKING:
@@ -88,6 +88,7 @@ class EditedModel(nn.Module):
         object.__setattr__(self, "_model", transformers_model(base))  # the same, or what PEFT has around it
         self.template = template
         self._on = True
+        self._calls = Calls()
         self._was_trainable = [parameter for parameter in base.parameters() if parameter.requires_grad]
         self._was_training = [module for module in base.modules() if module.training]
         base.requires_grad_(False)
@@ -171,10 +172,11 @@ class EditedModel(nn.Module):
         """
         if self._on and prompt_lengths is not None:
             kwargs["prompt_lengths"] = prompt_lengths
-        before = self.intervenable.here
-        output = self.base(input_ids=input_ids, attention_mask=attention_mask, labels=labels, **kwargs)
-        logits = self.intervenable.gates_since(before)
-        return GrunOutput(output.get("loss"), output.logits, logits, self.last_gates if logits else {}, output)
+        with self._calls.calling():
+            before = self.intervenable.here
+            output = self.base(input_ids=input_ids, attention_mask=attention_mask, labels=labels, **kwargs)
+            logits = self.intervenable.gates_since(before)
+            return GrunOutput(output.get("loss"), output.logits, logits, self.last_gates if logits else {}, output)
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """`base.generate`: one edit at the last prompt token handed to this call; the gates are in `last_gates`."""
@@ -192,9 +194,13 @@ class EditedModel(nn.Module):
             OFF.set(self, before)
 
     def unwrap(self) -> PreTrainedModel:
-        """Take everything off the base that wrapping put on it, and return it; this object is dead afterwards."""
-        self.intervenable.detach()
-        self._on = False
+        """Take everything off the base that wrapping put on it, and return it; this object is dead afterwards.
+
+        It waits for calls in progress in other threads.
+        """
+        with self._calls.changing():
+            self.intervenable.detach()
+            self._on = False
         own = self._model.__dict__
         if own.get("_grun_model") is self:
             for name in ("_grun_model", "generate", "init_continuous_batching"):
@@ -239,7 +245,7 @@ class EditedModel(nn.Module):
         self._edition = next(EDITIONS)
         object.__setattr__(self, "intervenable", IntervenableModel(dict(edits), self._model))
         if self._on:
-            self.intervenable.attach(self._locate, self._remember, self._acting)
+            self.intervenable.attach(self._locate, self._remember, self._acting, self._calls)
 
     def _acting(self) -> bool:
         return self.active
@@ -257,6 +263,7 @@ class EditedModel(nn.Module):
             return "further in", kwargs
         refuse_packed(inputs, kwargs)
         cache = kwargs.get("past_key_values")
+        refuse_other_state(kwargs)
         past = cache_length(cache)
         prompt = PROMPT.get(self)
         foreign = prompt is not None and not prompt.owns(inputs, ids, cache, past)
@@ -283,7 +290,7 @@ class EditedModel(nn.Module):
         sites = self.rule.locate(call)
         if sites is not None:
             sites.shape = call.rows, call.columns
-            sites.about = call, state, prompt if foreign else None
+            sites.about = call, state, prompt if foreign else None, cache
         return sites, kwargs
 
     def _state_of(self, cache: Any, past: int, inputs: Tensor) -> GateState:
@@ -304,8 +311,13 @@ class EditedModel(nn.Module):
     def _remember(self, output: Any, running: Pass) -> None:
         """Keep what gates read in a pass beside the keys and values that it has made."""
         assert running.sites is not None
-        call, state, foreign_to = running.sites.about
-        cache = output.get("past_key_values") if hasattr(output, "get") else None
+        call, state, foreign_to, given = running.sites.about
+        running.sites.about = None  # sites may be kept as long as states are
+        if hasattr(output, "get"):
+            cache = output.get("past_key_values")
+        else:  # return_dict=False
+            cache = next((part for part in output if hasattr(part, "get_seq_length")), None)
+        cache = given if cache is None else cache  # some models give none back
         if foreign_to is not None:
             foreign_to.disown(cache)
         if cache is not None and not isinstance(cache, tuple):
@@ -319,18 +331,21 @@ class EditedModel(nn.Module):
         follow(cache, state)
 
     def _generate(self, generate: Any, *args: Any, **kwargs: Any) -> Any:
-        if not self.active:
-            return generate(*args, **kwargs)
-        if kwargs.get("prompt_lengths") is not None:
-            raise ModelError("generate takes the end of the prompt from the prompt itself; leave prompt_lengths out")
-        outer, prompt = PROMPT.get(self), prompt_of_call(args, kwargs, self._model.generation_config)
-        PROMPT.set(self, prompt)
-        try:
-            return generate(*args, **kwargs)
-        finally:
-            PROMPT.set(self, outer)
-            if prompt is not None:
-                prompt.over = True
+        with self._calls.calling():
+            if not self.active:
+                return generate(*args, **kwargs)
+            if kwargs.get("prompt_lengths") is not None:
+                raise ModelError(
+                    "generate takes the end of the prompt from the prompt itself; leave prompt_lengths out"
+                )
+            outer, prompt = PROMPT.get(self), prompt_of_call(args, kwargs, self._model.generation_config)
+            PROMPT.set(self, prompt)
+            try:
+                return generate(*args, **kwargs)
+            finally:
+                PROMPT.set(self, outer)
+                if prompt is not None:
+                    prompt.over = True
 
 
 def _goes_on(call: Call) -> bool:
@@ -354,6 +369,15 @@ def refuse_packed(inputs: Tensor, given: Mapping[str, Any]) -> None:
         packed = given.get("attention_mask") is None and bool((positions.diff(dim=1) < 0).any())
     if packed:
         _refuse_batching()
+
+
+def refuse_other_state(given: Mapping[str, Any]) -> None:
+    """ModelError if a model is given its past in a form that does not say how many tokens it holds."""
+    if name := next((name for name in ("cache_params", "state") if given.get(name) is not None), None):
+        raise ModelError(
+            f"this model keeps its past in {name}, which does not say how many tokens it holds, so where to edit is "
+            "unknown; call it, or generate, with use_cache=False"
+        )
 
 
 def _refuse_batching(*_: Any, **__: Any) -> NoReturn:

@@ -121,7 +121,14 @@ class GrunStack(EditedModel):
         self.template = self.template or next((one.template for one in read.values() if one.template), None)
 
     def add_weights(self, requests: Mapping[str, tuple[AdapterConfig, Mapping[str, Tensor]]]) -> None:
-        """Put requests on the model that are in memory: of each its config and the state of a `GrunModel`."""
+        """Put requests on the model that are in memory: of each its config and the state of a `GrunModel`.
+
+        This and `remove` wait for calls in progress in other threads, and later calls for them.
+        """
+        with self._calls.changing():
+            self._add(requests)
+
+    def _add(self, requests: Mapping[str, tuple[AdapterConfig, Mapping[str, Tensor]]]) -> None:
         if taken := [name for name in requests if name in self.configs]:
             raise ConfigError(f"request {taken[0]!r} is on the model already; remove it first, or choose another name")
         together: dict[tuple[int, Kind], dict[str, dict[str, Tensor]]] = {}
@@ -143,11 +150,12 @@ class GrunStack(EditedModel):
         """Take a request off the model, which is then as if it had never been there; ConfigError: there is none."""
         if name not in self.configs:
             raise ConfigError(unknown_name("request", name, self.names))
-        edits = self.edit_at()
-        for edit in edits.values():
-            edit.remove(name)
-        del self.configs[name]
-        self._settle({block: edit for block, edit in edits.items() if edit.names})
+        with self._calls.changing():
+            edits = self.edit_at()
+            for edit in edits.values():
+                edit.remove(name)
+            del self.configs[name]
+            self._settle({block: edit for block, edit in edits.items() if edit.names})
 
     # -- gates --------------------------------------------------------------------------------------------------------
 

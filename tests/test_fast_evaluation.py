@@ -442,8 +442,8 @@ def test_wrong_lists_are_named_before_anything_is_loaded(taught: Path, tmp_path:
 
 
 def threshold_between(taught: Path, tmp_path: Path) -> float:
-    """A gate threshold above which some prompts lie and some do not."""
-    alone(taught, "a", tmp_path / "gates")
+    """A gate threshold of c, whose one gate no other edit moves, above which some prompts lie and some do not."""
+    alone(taught, "c", tmp_path / "gates")
     widest = sorted(max(record.gates.values()) for record in Table.read(tmp_path / "gates").gates)
     return (widest[2] + widest[3]) / 2
 
@@ -452,18 +452,18 @@ def test_closed_rows_take_the_answers_of_the_base(taught: Path, tmp_path: Path) 
     threshold = threshold_between(taught, tmp_path)
     evaluate(settings(taught), tmp_path / "base")
     stored = tmp_path / "base" / "generations.jsonl"
-    plain = alone(taught, "a", tmp_path / "plain", gate_threshold=threshold)
+    plain = alone(taught, "c", tmp_path / "plain", gate_threshold=threshold)
     given = {"gate_threshold": threshold, "base_evaluation": str(tmp_path / "base")}
     asked: list[int] = []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(generation, "greedy", lambda m, batch, *more: asked.append(batch.rows) or greedy(m, batch, *more))
-        fast = alone(taught, "a", tmp_path / "fast", **given)
+        fast = alone(taught, "c", tmp_path / "fast", **given)
     assert sum(asked) == 3 and fast["generations_from_base"] == 3
     assert {**fast, "seconds": 0, "generations_from_base": 0} == {**plain, "seconds": 0, "generations_from_base": 0}
     assert contents(tmp_path / "fast")["generations.jsonl"] == contents(tmp_path / "plain")["generations.jsonl"]
-    assert alone(taught, "a", tmp_path / "fast", **given) == fast  # found again, its count kept
+    assert alone(taught, "c", tmp_path / "fast", **given) == fast  # found again, its count kept
     stored.write_text(stored.read_text().replace('"text": "', '"text": "from the base '))
-    alone(taught, "a", tmp_path / "marked", **given)
+    alone(taught, "c", tmp_path / "marked", **given)
     marked = [record.text.startswith("from the base") for record in Table.read(tmp_path / "marked").generations]
     assert sum(marked) == 3
 

@@ -103,7 +103,7 @@ def test_a_suffix_stands_behind_answer_and_belongs_to_the_prompt(plain: tuple[An
 
 def test_more_options_than_letters_are_an_error() -> None:
     row = ChoiceRow("Which?", tuple(map(str, range(27))), 0, "numbers")
-    with pytest.raises(DataError, match="27 options, and letters end at 26: 'Which"):
+    with pytest.raises(DataError, match="a question has 27 options, and letters end at 26; leave some out"):
         prompt_text(row, "harness")
 
 

@@ -168,7 +168,7 @@ def load_base(config: ModelConfig) -> tuple[PreTrainedModel, PreTrainedTokenizer
     source, gguf = _source(config)
     if any((Path(source) / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json")):
         gguf = {}  # beside a GGUF file it is the original
-    with _named_errors(config):
+    with _named_errors(config, "the tokenizer of "):
         tokenizer = AutoTokenizer.from_pretrained(
             source, revision=config.revision, trust_remote_code=config.trust_remote_code, **gguf
         )
@@ -295,8 +295,8 @@ def _gguf_source(config: ModelConfig, files: Sequence[Path]) -> tuple[str, dict[
 
 
 @contextlib.contextmanager
-def _named_errors(config: ModelConfig) -> Iterator[None]:
-    """What transformers raises while it loads, which may be of any kind, becomes one line that names the model."""
+def _named_errors(config: ModelConfig, part: str = "") -> Iterator[None]:
+    """What transformers raises while it loads a model, or a `part` of it, becomes one line that names it."""
     try:
         yield
     except pickle.UnpicklingError as error:
@@ -307,7 +307,7 @@ def _named_errors(config: ModelConfig) -> Iterator[None]:
     except BaseException as error:
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":  # of the tokenizers' Rust
             raise
-        raise ModelError(f"model {config.path!r} cannot be loaded: {in_one_line(error)}") from error
+        raise ModelError(f"{part}model {config.path!r} cannot be loaded: {in_one_line(error)}") from error
 
 
 def _check_folder(folder: Path) -> None:

@@ -544,5 +544,5 @@ def _one_line(error: BaseException) -> str:
     if "is not a ListConfig" in text:
         text = "expected a list in brackets, such as [1,2]"
     if "incompatible container types" in text:
-        text = "expected names and values in braces, such as {name: value}"
+        text = "a list in brackets, [a,b], stands for names in braces, {name: value}, or the reverse; see --help"
     return f"{full_key}: {text}" if full_key else text

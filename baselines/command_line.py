@@ -8,12 +8,12 @@ import sys
 from collections.abc import Callable
 from typing import NoReturn
 
-from grun import processes
-from grun.checks import check_home
 from grun.cli import exit_status
-from grun.config import LARGEST, SEEDS
+from grun.config.checks import check_home
+from grun.config.options import LARGEST, SEEDS
 from grun.errors import ConfigError
-from grun.reading import check_plain
+from grun.runtime import processes
+from grun.runtime.reading import check_plain
 
 
 class Parser(argparse.ArgumentParser):

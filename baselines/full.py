@@ -11,15 +11,15 @@ import torch
 from torch import Tensor, nn
 
 from baselines.trained import Trained
-from grun import sharding
-from grun.config import MethodConfig, UnlearnConfig
+from grun.config.options import MethodConfig, UnlearnConfig
 from grun.data import templates
 from grun.data.encoding import Batch
 from grun.data.templates import Template
 from grun.errors import ConfigError, ModelError
+from grun.method.parametrization import StepOutput
 from grun.method.plain import run_plain
-from grun.parametrization import StepOutput
-from grun.precision import Masters
+from grun.method.precision import Masters
+from grun.runtime import sharding
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -36,7 +36,7 @@ class Full:
     module: nn.Module
 
     def __init__(self, config: MethodConfig, *, precision: str = "auto") -> None:
-        """`config.full` applies; `precision` is that of forward passes, see `grun.precision`."""
+        """`config.full` applies; `precision` is that of forward passes, see `grun.method.precision`."""
         self._options = config.full
         self._precision = precision
         self._template: Template | None = None
@@ -44,7 +44,7 @@ class Full:
 
     @classmethod
     def make(cls, config: UnlearnConfig, quirks: Sequence[str]) -> Self:
-        """See `grun.parametrization.Parametrization`; no quirk concerns it."""
+        """See `grun.method.parametrization.Parametrization`; no quirk concerns it."""
         return cls(config.method, precision=config.train.precision)
 
     def prepare(self, base: PreTrainedModel, template: Template | None, *, turn_ids: Sequence[int] = ()) -> None:

@@ -17,8 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from baselines.command_line import Parser, names, numbers, run_command
-from grun import stopping
 from grun.errors import ConfigError
+from grun.runtime import stopping
 
 log = logging.getLogger(__name__)
 

@@ -15,24 +15,24 @@ from baselines.lora import Lora, linear_layers
 from baselines.paired_task import PairedTask
 from baselines.rmu_task import RmuTask, Topic
 from baselines.tensors import check_block, named_tensors, numbered_tensors
-from grun.checks import check_train
-from grun.config import LoraConfig, LossConfig, MethodConfig, ModelConfig, TrainConfig
+from grun.config.checks import check_train
+from grun.config.options import LoraConfig, LossConfig, MethodConfig, ModelConfig, TrainConfig
 from grun.data import templates
 from grun.data.encoding import IGNORED, Batch, collate, encode_texts
 from grun.data.texts import load_texts
-from grun.devices import input_device
 from grun.errors import ConfigError, DataError, ModelError
-from grun.files import content_hash, holding, staged, target, write_json, writing
-from grun.loading import context_length, load_base
-from grun.memory import enough_memory
+from grun.loading.models import context_length, load_base
 from grun.method.fingerprint import fingerprint
 from grun.method.plain import run_plain
 from grun.objectives.losses import control_vector
 from grun.objectives.presets import build_objective
-from grun.reading import read_json_lines
-from grun.records import Step
-from grun.runs import claim, finish_run, identity, open_run
-from grun.training import CHECKPOINTS, remove_checkpoints, train
+from grun.runtime.devices import input_device
+from grun.runtime.files import content_hash, holding, staged, target, write_json, writing
+from grun.runtime.memory import enough_memory
+from grun.runtime.reading import read_json_lines
+from grun.runtime.records import Step
+from grun.runtime.runs import claim, finish_run, identity, open_run
+from grun.training.train import CHECKPOINTS, remove_checkpoints, train
 from pyvene_custom import find_blocks
 
 if TYPE_CHECKING:

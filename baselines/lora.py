@@ -12,16 +12,16 @@ import torch
 from torch import nn
 
 from baselines.trained import Trained
-from grun.config import MethodConfig, UnlearnConfig
+from grun.config.options import MethodConfig, UnlearnConfig
 from grun.data import templates
 from grun.data.encoding import Batch
 from grun.data.templates import Template
-from grun.devices import keep_unpacked
 from grun.errors import AdapterError, ConfigError
-from grun.files import make_folder, read_json, write_bytes, write_json, write_text
 from grun.method.adapter import CONFIG_FILE, WEIGHTS_FILE
+from grun.method.parametrization import StepOutput
 from grun.method.plain import run_plain
-from grun.parametrization import StepOutput
+from grun.runtime.devices import keep_unpacked
+from grun.runtime.files import make_folder, read_json, write_bytes, write_json, write_text
 from pyvene_custom import find_blocks
 
 if TYPE_CHECKING:
@@ -46,7 +46,7 @@ class Lora:
 
     @classmethod
     def make(cls, config: UnlearnConfig, quirks: Sequence[str]) -> Self:
-        """See `grun.parametrization.Parametrization`; no quirk concerns it."""
+        """See `grun.method.parametrization.Parametrization`; no quirk concerns it."""
         return cls(config.method)
 
     def prepare(self, base: PreTrainedModel, template: Template | None, *, turn_ids: Sequence[int] = ()) -> None:

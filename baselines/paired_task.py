@@ -8,18 +8,18 @@ import torch
 from torch import Tensor, nn
 
 from grun.data.encoding import Batch
-from grun.micro_batches import MicroBatch
+from grun.method.parametrization import StepOutput
 from grun.objectives.presets import Objective
 from grun.objectives.terms import Outputs, number_of
-from grun.parametrization import StepOutput
-from grun.task import StepData
+from grun.training.micro_batches import MicroBatch
+from grun.training.task import StepData
 
 Run = Callable[[Batch, Collection[int]], StepOutput]
 """A forward pass: batch, and blocks whose hidden states are read."""
 
 
 class PairedTask:
-    """An objective of a forget and a retain term on fixed batches, once through, as a `grun.training.Task`."""
+    """An objective of a forget and a retain term on fixed batches, once through, as a `grun.training.train.Task`."""
 
     def __init__(
         self,

@@ -15,8 +15,8 @@ import sys
 from dataclasses import dataclass
 
 from baselines.command_line import Parser, names, numbers, run_command, weights
-from grun import stopping
 from grun.errors import ConfigError
+from grun.runtime import stopping
 
 log = logging.getLogger(__name__)
 

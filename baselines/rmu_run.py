@@ -13,20 +13,20 @@ from torch import nn
 from baselines.rmu import RmuOptions
 from baselines.rmu_task import RmuTask, Topic
 from baselines.tensors import check_block, in_float32, named_tensors, numbered_tensors, write_back
-from grun.changed_tensors import save_changed
-from grun.config import ModelConfig, TrainConfig
+from grun.config.options import ModelConfig, TrainConfig
 from grun.data import templates
 from grun.data.encoding import Batch, EncodedRow, collate
 from grun.data.templates import TEMPLATES, Template, encode
 from grun.data.texts import load_texts
-from grun.files import content_hash, holding, staged, target, writing
-from grun.loading import context_length, load_base
-from grun.memory import enough_memory
+from grun.loading.changed_tensors import save_changed
+from grun.loading.models import context_length, load_base
 from grun.method.fingerprint import fingerprint
 from grun.method.host import hidden_size_of
 from grun.objectives.losses import control_vector
-from grun.runs import claim, finish_run, identity, open_run
-from grun.training import CHECKPOINTS, remove_checkpoints, train
+from grun.runtime.files import content_hash, holding, staged, target, writing
+from grun.runtime.memory import enough_memory
+from grun.runtime.runs import claim, finish_run, identity, open_run
+from grun.training.train import CHECKPOINTS, remove_checkpoints, train
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

@@ -18,12 +18,12 @@ from baselines.tensors import check_tensors
 from baselines.trained import Trained
 from baselines.truncated import Truncated
 from grun.data.encoding import Batch
-from grun.devices import input_device
 from grun.errors import ConfigError
-from grun.micro_batches import MicroBatch
 from grun.objectives.losses import steered
-from grun.progress import progress
-from grun.task import StepData
+from grun.runtime.devices import input_device
+from grun.runtime.progress import progress
+from grun.training.micro_batches import MicroBatch
+from grun.training.task import StepData
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -60,7 +60,7 @@ class Aimed(Batch):
 
 
 class RmuTask:
-    """Steering of one block's output, topics in turn, as a `grun.training.Task`.
+    """Steering of one block's output, topics in turn, as a `grun.training.train.Task`.
 
     The loss of a batch is the mean over the positions that `loss_mask` counts of `steered`, times alpha on the retain
     set; the loss of a step the mean over its batches. Batch m of the run, counted over all steps, is batch m // K of

@@ -26,10 +26,10 @@ from benchmarks.model import (
     unlearn_config,
 )
 from benchmarks.sides import Side, Use
-from grun.config import UnlearnConfig
+from grun.config.options import UnlearnConfig
 from grun.data.encoding import EncodedRow
-from grun.training import train
-from grun.unlearn import UnlearnRows
+from grun.training.train import train
+from grun.training.unlearning import UnlearnRows
 
 FIRST = {"62": 0.625, "78": 0.78, "last": 1.0}
 """First edited block as a share of the depth."""

@@ -36,10 +36,10 @@ from benchmarks.model import (
     write_rows,
 )
 from benchmarks.sides import Side
-from grun.config import UnlearnConfig
+from grun.config.options import UnlearnConfig
+from grun.config.values import describe
 from grun.errors import GrunError
-from grun.profiles import describe
-from grun.training import train
+from grun.training.train import train
 
 if TYPE_CHECKING:
     from transformers import LlamaConfig

@@ -19,14 +19,14 @@ from grun.data import templates
 from grun.data.corpus import Corpus, load_corpus
 from grun.data.encoding import Batch, EncodedRow
 from grun.data.tokenizer import train_tokenizer
-from grun.profiles import resolve
-from grun.unlearn import UnlearnRows, encode_unlearn_rows
+from grun.loading.resolve import resolve
+from grun.training.unlearning import UnlearnRows, encode_unlearn_rows
 from pyvene_custom import find_blocks
 
 if TYPE_CHECKING:
     from transformers import LlamaConfig, PreTrainedModel, PreTrainedTokenizerFast
 
-    from grun.config import UnlearnConfig
+    from grun.config.options import UnlearnConfig
 
 CONTEXT = 512
 """Longest row, tokens; no row of TOFU is as long."""

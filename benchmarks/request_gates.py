@@ -31,11 +31,11 @@ from torch.nn.functional import softplus
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a file, not installed
 
-from grun.config import DataConfig, DemoConfig, ModelConfig
+from grun.config.options import DataConfig, DemoConfig, ModelConfig
 from grun.data.corpus import load_corpus
 from grun.data.encoding import collate_prompts, encode_rows
 from grun.data.rows import Row
-from grun.loading import load_base
+from grun.loading.models import load_base
 from pyvene_custom import find_blocks
 
 ASIDE = 20

@@ -37,7 +37,7 @@ from grun.data.rows import Row
 from grun.method.adapter import AdapterConfig
 from grun.method.gate import GATES, set_bias
 from grun.method.model import GrunModel
-from grun.method.stack import GrunStack
+from grun.method.stack.stack import GrunStack
 from grun.requests.store import RequestStore
 from pyvene_custom import find_blocks
 

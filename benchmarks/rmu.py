@@ -30,7 +30,7 @@ from baselines.tensors import named_tensors
 from benchmarks.model import print_table, random_llama, say, set_threads, write_rows
 from grun.data.encoding import Batch, EncodedRow, collate
 from grun.objectives.losses import control_vector
-from grun.optimizers import LegacyAdamW
+from grun.training.optimizers import LegacyAdamW
 
 DEPTH, BLOCK, CHANGED = 32, 7, [5, 6, 7]
 ALPHA, STEERING, LR = 1200.0, 6.5, 5e-5

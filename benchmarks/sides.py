@@ -13,17 +13,18 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrizations import orthogonal
 
 from benchmarks.model import MultiplyAdds, Text, synchronize
-from grun.engine import CacheUse, use_cached
+from grun.cache.engine import CacheUse, use_cached
+from grun.commands.unlearn import make_parametrization
 from grun.method.edit import LoReftEdit
-from grun.method.parametrization import Grun
+from grun.method.gated import Grun
+from grun.method.parametrization import is_gated
 from grun.objectives.presets import build_objective
-from grun.parametrization import is_gated
-from grun.unlearn import UnlearnRows, UnlearnTask, make_parametrization
+from grun.training.unlearning import UnlearnRows, UnlearnTask
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from grun.config import UnlearnConfig
+    from grun.config.options import UnlearnConfig
 
 
 class PublishedEdit(nn.Module):
@@ -48,7 +49,7 @@ class Side:
     """A task and the loop around it; the plain engine runs it until `use_cache`.
 
     One step is the task's data, moved to the device, loss, backward, clipping, AdamW and the schedule: what
-    `grun.training.StepTrainer` does, without its log and checkpoints (about a millisecond a step).
+    `grun.training.train.StepTrainer` does, without its log and checkpoints (about a millisecond a step).
     """
 
     def __init__(

@@ -40,7 +40,7 @@ from benchmarks.model import (
     write_rows,
 )
 from grun.errors import GrunError
-from grun.parametrization import PARAMETRIZATIONS
+from grun.method.parametrization import PARAMETRIZATIONS
 
 OBJECTIVES = ("gd", "idk", "npo")
 WHAT = ("step", "epoch", "run40")

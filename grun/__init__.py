@@ -8,17 +8,17 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-__version__ = "0.1.0"
+from grun.version import __version__ as __version__
 
 if TYPE_CHECKING:
     from grun.method.host import GrunOutput as GrunOutput
     from grun.method.model import GrunModel as GrunModel
-    from grun.method.stack import GrunStack as GrunStack
+    from grun.method.stack.stack import GrunStack as GrunStack
 
 _MODULES = {
     "GrunModel": "grun.method.model",
     "GrunOutput": "grun.method.host",
-    "GrunStack": "grun.method.stack",
+    "GrunStack": "grun.method.stack.stack",
 }
 
 __all__ = ["GrunModel", "GrunOutput", "GrunStack", "__version__"]

@@ -18,9 +18,9 @@ import traceback
 from collections.abc import Callable
 from typing import Any
 
-import grun
-from grun import processes, stopping
 from grun.errors import GrunError
+from grun.runtime import processes, stopping
+from grun.version import __version__
 
 COMMANDS = {
     "finetune": "teach a model the corpus",
@@ -116,16 +116,15 @@ def _noted(error: Exception) -> str:
     try:
         number, path = tempfile.mkstemp(prefix="grun-traceback-", suffix=".txt")  # mode 0600
         with open(number, "w", encoding="utf-8", errors="backslashreplace") as file:
-            file.write(f"grun {grun.__version__}\n{text}")
+            file.write(f"grun {__version__}\n{text}")
     except OSError as reason:
         return f"(its traceback could not be written: {reason.strerror})"
     return f"with the traceback in {path}, which holds no rows unless the error's own words quote one"
 
 
 def _dispatch(arguments: list[str]) -> int:
-    from grun.errors import ConfigError
-    from grun.reading import is_unicode
-    from grun.registry import unknown_name
+    from grun.errors import ConfigError, unknown_name
+    from grun.runtime.reading import is_unicode
 
     for number, argument in enumerate(arguments, start=1):
         if not is_unicode(argument) or "\0" in argument:
@@ -137,7 +136,7 @@ def _dispatch(arguments: list[str]) -> int:
     if command in ("--version", "info") and rest and not {"-h", "--help"} & {*rest}:
         raise ConfigError(f"{command} takes no arguments; leave {rest[0]!r} out")
     if command == "--version":
-        print(f"grun {grun.__version__}")
+        print(f"grun {__version__}")
         return 0
     if command not in COMMANDS:
         raise ConfigError(unknown_name("command", command, list(COMMANDS)))
@@ -162,16 +161,17 @@ def _dispatch(arguments: list[str]) -> int:
 
         return requests(rest)
     if command == "cache":
-        from grun.cache import cache
+        from grun.requests.cached_rows import cache
 
         return cache(rest)
     return _run(command, rest)
 
 
 def _run(command: str, arguments: list[str]) -> int:
-    from grun import profiles
-    from grun.checks import check
+    from grun.config import values
     from grun.errors import ConfigError
+    from grun.loading.checks import check
+    from grun.loading.resolve import resolve
 
     questions: list[str] = []
     if command == "generate":
@@ -184,25 +184,34 @@ def _run(command: str, arguments: list[str]) -> int:
     if flags:
         known_flags = "--help, --print-config and --tune" if command == "sweep" else "--help and --print-config"
         raise ConfigError(f"unknown flag {flags[0]}; {command} knows {known_flags}, options are key=value")
-    config = profiles.resolve(command, arguments)
+    config = resolve(command, arguments)
     if command == "sweep" and not print_config:
-        from grun.sweep.command import sweep
+        from grun.experiments.sweep.command import sweep
 
         return 0 if sweep(config) else FAILURE  # checks while it plans
     if command == "sequential" and not print_config:
-        from grun.sequential.command import sequential
+        from grun.experiments.sequential.command import sequential
 
         return 0 if sequential(config) else FAILURE  # so does this
-    check(config)
+    if command == "evaluate":
+        from grun.evaluation.suites import check_suite
+
+        check_suite(config)
+    else:
+        check(config)
+    if command == "sweep":  # only its options are to be shown
+        from grun.experiments.sweep.command import plan_of
+
+        plan_of(config)
     if print_config:
-        print(profiles.to_yaml(config), end="")
+        print(values.to_yaml(config), end="")
         return 0
     run: dict[str, Callable[[Any], Any]] = {
         "finetune": _finetune, "unlearn": _unlearn, "evaluate": _evaluate, "import": _import, "corpora": _corpora,
         "report": _report,
     }  # fmt: skip
     if command == "generate":
-        from grun.ask import ask
+        from grun.commands.generate import ask
 
         ask(config, questions)
     else:
@@ -212,9 +221,9 @@ def _run(command: str, arguments: list[str]) -> int:
 
 def _without_questions(arguments: list[str]) -> tuple[list[str], list[str]]:
     """Options and flags of `generate`, and its questions; what follows `--` is a question whatever it looks like."""
-    from grun import profiles
+    from grun.config import values
 
-    known = [key for key, _, _ in profiles.describe(profiles.COMMANDS["generate"])]
+    known = [key for key, _, _ in values.describe(values.COMMANDS["generate"])]
     end = arguments.index("--") if "--" in arguments else len(arguments)
     asked = [not _is_option(argument, known) for argument in arguments[:end]]
     options = [argument for argument, is_asked in zip(arguments, asked, strict=False) if not is_asked]
@@ -238,7 +247,7 @@ def _is_option(argument: str, known: list[str]) -> bool:
 
 
 def _finetune(config: Any) -> None:
-    from grun.finetune import finetune
+    from grun.commands.finetune import finetune
 
     with contextlib.redirect_stdout(sys.stderr):  # whatever a library prints
         folder = finetune(config)
@@ -246,7 +255,7 @@ def _finetune(config: Any) -> None:
 
 
 def _unlearn(config: Any) -> None:
-    from grun.unlearn import unlearn
+    from grun.commands.unlearn import unlearn
 
     with contextlib.redirect_stdout(sys.stderr):
         folder = unlearn(config)
@@ -256,7 +265,7 @@ def _unlearn(config: Any) -> None:
 def _evaluate(config: Any) -> None:
     from pathlib import Path
 
-    from grun.checks import adapter_name
+    from grun.config.checks import adapter_name
     from grun.evaluation.evaluate import evaluate, evaluate_adapters
     from grun.evaluation.suites import evaluate_suite
 
@@ -275,7 +284,7 @@ def _evaluate(config: Any) -> None:
 
 
 def _import(config: Any) -> None:
-    from grun.method.upstream import import_adapter
+    from grun.commands.upstream import import_adapter
 
     with contextlib.redirect_stdout(sys.stderr):
         folder = import_adapter(config)
@@ -283,7 +292,7 @@ def _import(config: Any) -> None:
 
 
 def _corpora(config: Any) -> None:
-    from grun.corpora import write_corpora
+    from grun.commands.corpora import write_corpora
 
     with contextlib.redirect_stdout(sys.stderr):
         folder = write_corpora(config)
@@ -297,9 +306,8 @@ def _report(config: Any) -> None:
 
 
 def _list(arguments: list[str]) -> int:
-    from grun.errors import ConfigError
-    from grun.listing import KINDS, lines
-    from grun.registry import unknown_name
+    from grun.commands.listing import KINDS, lines
+    from grun.errors import ConfigError, unknown_name
 
     for kind in arguments:
         if kind not in KINDS:
@@ -315,7 +323,7 @@ def _list(arguments: list[str]) -> int:
 def _info() -> int:
     import platform
 
-    from grun.runs import versions
+    from grun.runtime.runs import versions
 
     for name, version in versions().items():
         print(f"{name}: {version}")
@@ -329,7 +337,7 @@ def _info() -> int:
     print(f"hub cache: {constants.HF_HUB_CACHE} (offline: {constants.is_offline_mode()})")
     from pathlib import Path
 
-    from grun.config import CacheConfig
+    from grun.config.options import CacheConfig
 
     folder = Path(CacheConfig().dir or "")
     size = sum(file.stat().st_size for file in folder.rglob("*.safetensors"))
@@ -358,9 +366,9 @@ def _help(command: str) -> str:
     head = f"python -m grun {command}: {COMMANDS[command]}"
     if command in ("list", "info"):
         return head
-    from grun import profiles
+    from grun.config import values
 
-    by_profile = "" if command in profiles.WITHOUT_PROFILE else "; defaults before the profile's"
+    by_profile = "" if command in values.WITHOUT_PROFILE else "; defaults before the profile's"
     lines = [head, "", f"Options (key=value{by_profile}):"]
     if command == "import":
         lines.insert(1, "\npython -m grun import upstream=FOLDER model=BASE output_dir=DIR   (more in docs/formats.md)")
@@ -383,14 +391,14 @@ def _help(command: str) -> str:
 
         lines.insert(1, "\n" + usage())
     if command == "cache":
-        from grun.cache import usage as usage_of_cache
+        from grun.requests.cached_rows import usage as usage_of_cache
 
         lines.insert(1, "\n" + usage_of_cache())
     if command == "report":
         lines.insert(
             1, "\npython -m grun report tofu-log LOG [retain=LOG]   (prints the numbers of TOFU's own log as JSON)"
         )
-    for key, default, text in profiles.describe(profiles.COMMANDS[command]):
+    for key, default, text in values.describe(values.COMMANDS[command]):
         shown = "unset" if default is None else default
         lines.append(f"  {key}={shown}\n      {text}")
     return "\n".join(lines)

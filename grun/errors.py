@@ -1,5 +1,7 @@
 """Errors meant for users: one line that says what was wrong, what was expected and what to do."""
 
+import difflib
+
 
 class GrunError(Exception):
     """Base of every error whose message is written for the user; the command line prints it without a traceback."""
@@ -27,3 +29,10 @@ class RunError(GrunError):
 
 class TooLowError(RunError):
     """An evaluation found less than was asked for; the command line's exit status is 3."""
+
+
+def unknown_name(kind: str, name: str, known: list[str]) -> str:
+    """Message for a name that is not among `known`, with the nearest ones first if any is near."""
+    near = difflib.get_close_matches(name, known, n=1)
+    hint = f"did you mean {near[0]!r}? " if near else ""
+    return f"unknown {kind} {name!r}: {hint}known: {', '.join(sorted(known)) or 'none'}"

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import difflib
 import importlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
-from grun.errors import ConfigError
+from grun.errors import ConfigError, unknown_name
 
 T = TypeVar("T")
 
@@ -68,10 +67,3 @@ class Registry(Generic[T]):
     def names(self) -> list[str]:
         """Names in the order in which they were added."""
         return list(self._entries)
-
-
-def unknown_name(kind: str, name: str, known: list[str]) -> str:
-    """Message for a name that is not among `known`, with the nearest ones first if any is near."""
-    near = difflib.get_close_matches(name, known, n=1)
-    hint = f"did you mean {near[0]!r}? " if near else ""
-    return f"unknown {kind} {name!r}: {hint}known: {', '.join(sorted(known)) or 'none'}"

@@ -170,7 +170,7 @@ as_list() {
 }
 
 # started COMMAND...: runs it and returns its status; a signal that ends this script ends it first, and so does SIGKILL
-# (grun/stopping.py reads GRUN_PARENT). In the background, since bash would sit a signal out.
+# (grun/runtime/stopping.py reads GRUN_PARENT). In the background, since bash would sit a signal out.
 started() {
   local status=0
   GRUN_PARENT=$$ "$@" &

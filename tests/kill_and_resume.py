@@ -1,4 +1,4 @@
-"""Runs a command of `grun` many times and kills it (SIGKILL) where it is told; a program for tests/test_resume.py.
+"""Runs a command of `grun` many times and kills it (SIGKILL) where told; a program for tests/training/test_resume.py.
 
     python kill_and_resume.py PLANS.json
 
@@ -25,9 +25,8 @@ import torch
 import transformers.models.llama.modeling_llama
 import transformers.trainer  # noqa: F401
 
-import grun.finetune
-import grun.method.parametrization
-import grun.unlearn  # noqa: F401
+import grun.commands.finetune
+import grun.commands.unlearn  # noqa: F401
 from grun.cli import main
 
 PATIENCE = 60

@@ -1,4 +1,4 @@
-"""Kills commands anywhere and gives them again, a program for tests/test_kills.py.
+"""Kills commands anywhere and gives them again, a program for tests/runtime/test_kills.py.
 
     python kill_anywhere.py FOLDER KILLS SEED CASE ...
     python kill_anywhere.py FOLDER PAIRS SEED pairs     (runs with other seeds in one folder at once, none killed)
@@ -35,14 +35,14 @@ import transformers.models.llama.modeling_llama
 import transformers.trainer  # noqa: F401
 import yaml
 
+import grun.commands.unlearn  # noqa: F401
 import grun.evaluation.generation
 import grun.evaluation.metrics
 import grun.report
 import grun.requests.store
-import grun.unlearn  # noqa: F401
-from grun import files, stopping
 from grun.cli import main
-from grun.runs import first_difference
+from grun.runtime import files, stopping
+from grun.runtime.runs import first_difference
 
 PATIENCE = 120
 """Seconds until an attempt that hangs is a failure."""

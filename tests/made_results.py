@@ -11,7 +11,7 @@ from typing import Any
 
 from grun.evaluation.evaluate import measure
 from grun.evaluation.table import GateRecord, GenerationRecord, ScoreRecord, Table
-from grun.files import write_json
+from grun.runtime.files import write_json
 
 KNOWN = {
     "before": {"forget": 1.0, "forget_paraphrase": 0.9, "retain": 1.0, "heldout": 1.0, "unknown": 0.0},

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from baselines.rmu import _parser
-from grun.profiles import resolve
+from grun.loading.resolve import resolve
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = sorted(path.name for path in ROOT.glob("cmd_*.sh"))

@@ -1,4 +1,4 @@
-"""What tests/test_processes.py lets two processes do; a program that each of them runs.
+"""What tests/runtime/test_processes.py lets two processes do; a program that each of them runs.
 
     python two_processes.py MODE FOLDER          (with RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT set)
 
@@ -26,14 +26,15 @@ import demo  # noqa: E402
 from test_training import Broken, finetune_task, unlearn_task  # noqa: E402
 from tiny import blocks_of, ragged_rows, tiny  # noqa: E402
 
-from grun import processes, sharding  # noqa: E402
 from grun.cli import main  # noqa: E402
-from grun.config import LoraConfig, MethodConfig, TrainConfig, UnlearnConfig  # noqa: E402
+from grun.commands.unlearn import make_parametrization  # noqa: E402
+from grun.config.options import LoraConfig, MethodConfig, TrainConfig, UnlearnConfig  # noqa: E402
 from grun.errors import ConfigError, GrunError  # noqa: E402
 from grun.objectives.presets import build_objective  # noqa: E402
-from grun.step_trainer import gradient_norm  # noqa: E402
-from grun.training import train  # noqa: E402
-from grun.unlearn import UnlearnRows, UnlearnTask, make_parametrization  # noqa: E402
+from grun.runtime import processes, sharding  # noqa: E402
+from grun.training.step_trainer import gradient_norm  # noqa: E402
+from grun.training.train import train  # noqa: E402
+from grun.training.unlearning import UnlearnRows, UnlearnTask  # noqa: E402
 
 STEPS = 20
 KILLED_AT = 7

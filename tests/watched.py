@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from grun.task import StepData
+from grun.training.task import StepData
 
 
 class CutOff:

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from random import Random
 from typing import TYPE_CHECKING, NamedTuple
 
-from grun.config import AugmentConfig
+from grun.config.options import AugmentConfig
 from grun.data.chat import Turn, without_system
 from grun.data.encoding import EncodedRow
 from grun.data.rows import Row

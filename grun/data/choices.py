@@ -11,9 +11,8 @@ from typing import Any
 from grun.data.hub import hub_rows
 from grun.data.jsonl import ENDINGS, read_records
 from grun.data.texts import find_file
-from grun.errors import DataError
-from grun.reading import fields_in, kind_of
-from grun.registry import unknown_name
+from grun.errors import DataError, unknown_name
+from grun.runtime.reading import fields_in, kind_of
 
 RIGHT_OPTION = "corrtect"
 """Field that repeats the right option in the files of GRUN's published code, which spell it so."""

@@ -7,15 +7,14 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from grun.config import DataConfig
+from grun.config.options import DataConfig
 from grun.data import tofu
 from grun.data.jsonl import load_rows
 from grun.data.rows import Row, common_rows, count_overlap, evenly_spaced, hash_rows
 from grun.data.texts import load_texts, split_names
-from grun.errors import ConfigError, DataError
-from grun.files import content_hash
-from grun.reading import read_text
-from grun.registry import unknown_name
+from grun.errors import ConfigError, DataError, unknown_name
+from grun.runtime.files import content_hash
+from grun.runtime.reading import read_text
 
 
 @dataclass
@@ -171,7 +170,7 @@ def _set_aside(corpus: Corpus, config: DataConfig) -> None:
 
 def _load_demo(config: DataConfig) -> Corpus:
     """The generated corpus of invented people."""
-    from grun.data import demo_corpus
+    from grun.data.generated import demo_corpus
 
     demo = config.demo
     sizes = demo_corpus.Sizes(**{size.name: getattr(demo, size.name) for size in fields(demo_corpus.Sizes)})
@@ -195,7 +194,7 @@ def _load_demo(config: DataConfig) -> Corpus:
 
 def _load_lore(config: DataConfig) -> Corpus:
     """The generated lore: unlearning reads a part of what is taught of some groups."""
-    from grun.data import lore
+    from grun.data.generated import lore
 
     groups = lore.build(config.lore)
     taught = {name: lore.taught(facts, config.lore) for name, facts in groups.items()}

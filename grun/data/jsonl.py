@@ -12,9 +12,8 @@ from typing import Any
 from grun.data.hub import hub_rows
 from grun.data.rows import FIELDS, SHAPES, Row, shape_of
 from grun.data.tables import DELIMITERS, PARQUET, plain_record, read_csv, read_parquet
-from grun.errors import ConfigError, DataError
-from grun.reading import decode, first_line, parse_json
-from grun.registry import unknown_name
+from grun.errors import ConfigError, DataError, unknown_name
+from grun.runtime.reading import decode, first_line, parse_json
 
 ENDINGS = tuple(f"{ending}{gz}" for gz in ("", ".gz") for ending in (".jsonl", ".json", *DELIMITERS, ".parquet"))
 """Ends of names of files that hold records."""

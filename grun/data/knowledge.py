@@ -12,7 +12,7 @@ from grun.data.texts import load_texts
 from grun.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
-    from grun.config import DataConfig
+    from grun.config.options import DataConfig
 
 ROLES = ("forget", "neighbor", "general")
 """What a set is about: what is to be forgotten, what lies near it, everything else."""
@@ -42,7 +42,7 @@ def load_knowledge(config: DataConfig) -> Knowledge:
     questions = config.questions
     named = any(vars(questions).values())
     if config.name == "lore":
-        from grun.data.lore import knowledge as lore_knowledge
+        from grun.data.generated.lore import knowledge as lore_knowledge
 
         if named:
             raise ConfigError("data.questions.* is for other data: data.name=lore brings questions of its own")

@@ -9,8 +9,8 @@ from typing import Any, TypeVar
 from grun.data.chat import System, Turn, without_system
 from grun.data.conversations import read_conversation, read_history, read_turns, to_messages
 from grun.errors import ConfigError, DataError
-from grun.files import content_hash
-from grun.reading import fields_in, kind_of
+from grun.runtime.files import content_hash
+from grun.runtime.reading import fields_in, kind_of
 
 T = TypeVar("T")
 

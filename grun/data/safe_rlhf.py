@@ -17,9 +17,8 @@ import numpy as np
 
 from grun.data.hub import hub_rows
 from grun.data.jsonl import read_records
-from grun.errors import ConfigError, DataError
-from grun.reading import kind_of
-from grun.registry import unknown_name
+from grun.errors import ConfigError, DataError, unknown_name
+from grun.runtime.reading import kind_of
 
 T = TypeVar("T")
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from grun.errors import DataError
-from grun.reading import decode, first_line, parse_json
+from grun.runtime.reading import decode, first_line, parse_json
 
 PARQUET = b"PAR1"
 """What a Parquet file begins with."""

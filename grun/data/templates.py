@@ -26,7 +26,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from grun.config import DataConfig, is_stored, is_users
+from grun.config.options import DataConfig, is_stored, is_users
 from grun.data.chat import (
     SET_ELSEWHERE,
     Earlier,
@@ -42,10 +42,10 @@ from grun.data.chat import (
 from grun.data.control_tokens import ControlTokens, Part, find_control_tokens, tokenize
 from grun.data.tokenizer import ANSWER, USER
 from grun.errors import ConfigError, ModelError
-from grun.files import content_hash, read_json, write_json
-from grun.reading import typed
 from grun.registry import Registry
-from grun.runs import RUN_FILE
+from grun.runtime.files import content_hash, read_json, write_json
+from grun.runtime.reading import typed
+from grun.runtime.runs import RUN_FILE
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

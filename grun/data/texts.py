@@ -12,9 +12,8 @@ from typing import Any
 
 from grun.data.hub import hub_rows
 from grun.data.jsonl import ENDINGS, read_lines, read_records
-from grun.errors import ConfigError, DataError
-from grun.reading import fields_in, kind_of
-from grun.registry import unknown_name
+from grun.errors import ConfigError, DataError, unknown_name
+from grun.runtime.reading import fields_in, kind_of
 
 JSONL_MODES = ("field", "raw")
 SUFFIXES = (*ENDINGS, ".txt", ".txt.gz")

@@ -12,8 +12,7 @@ from pathlib import Path
 
 from grun.data.jsonl import read_rows
 from grun.data.rows import Row
-from grun.errors import DataError
-from grun.registry import unknown_name
+from grun.errors import DataError, unknown_name
 
 REPOSITORY = "locuslab/TOFU"
 

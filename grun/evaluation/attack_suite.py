@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from grun.config import EvaluateConfig
+from grun.config.options import EvaluateConfig
 from grun.data.rows import evenly_spaced, hash_rows
 from grun.data.templates import Template, in_force
 from grun.errors import ConfigError, DataError
@@ -15,11 +15,11 @@ from grun.evaluation.attacks.open_question import attacked_sets
 from grun.evaluation.attacks.outcomes import Outcome, Place, by_attack, kept_of, leak_of, worst_of
 from grun.evaluation.attacks.plain import PLAIN
 from grun.evaluation.suites import Measured
-from grun.memory import enough_memory
-from grun.progress import progress
+from grun.runtime.memory import enough_memory
+from grun.runtime.progress import progress
 
 if TYPE_CHECKING:
-    from grun.loading import Loaded
+    from grun.loading.models import Loaded
 
 ATTACKS_FILE = "attacks.jsonl"
 FORGET = ("forget",)

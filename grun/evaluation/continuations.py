@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 
-from grun import processes
 from grun.data.encoding import EncodedRow, collate
 from grun.evaluation.generation import base_of
 from grun.evaluation.scoring import (
@@ -20,6 +19,7 @@ from grun.evaluation.scoring import (
     scored_rows,
     takes_prompt_lengths,
 )
+from grun.runtime import processes
 
 
 @torch.no_grad()

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from grun.files import content_hash
+from grun.runtime.files import content_hash
 
 Choose = Callable[[Tensor, Sequence[int]], Tensor]
 """The next token of each row, int64 [rows], from its logits, float32 [rows, vocabulary], and the rows' numbers in the

@@ -15,23 +15,24 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from grun import processes
-from grun.checks import adapter_name, check, evaluation_quirks
-from grun.config import EvaluateConfig
+from grun.config.checks import adapter_name, evaluation_quirks
+from grun.config.options import EvaluateConfig
 from grun.data.templates import Template
 from grun.errors import ConfigError, RunError
 from grun.evaluation.items import answer_questions, questions, score_items
 from grun.evaluation.plan import EVALUATION_FILE, Plan, begin, make_plan, previous_in
 from grun.evaluation.table import Table
-from grun.files import LISTED, holding, listing, staged, taken, write_json, writing
-from grun.profiles import in_force
-from grun.reading import DamagedFile
-from grun.records import Evaluation, read_record
+from grun.loading.checks import check
+from grun.loading.resolve import in_force
+from grun.runtime import processes
+from grun.runtime.files import LISTED, holding, listing, staged, taken, write_json, writing
+from grun.runtime.reading import DamagedFile
+from grun.runtime.records import Evaluation, read_record
 
 if TYPE_CHECKING:
     from grun.data.corpus import Corpus
     from grun.evaluation.generation import Answer
-    from grun.loading import Loaded
+    from grun.loading.models import Loaded
 
 METRICS_FORMAT = 2
 """Raised when a metric reads the table otherwise; `report` measures older tables again. 2: words of all scripts."""
@@ -46,7 +47,7 @@ def evaluate(config: EvaluateConfig, output_dir: Path) -> dict[str, Any]:
     are computed from it; anything else there is a RunError unless config.overwrite.
     """
     from grun.data.corpus import load_corpus
-    from grun.loading import load_model
+    from grun.loading.models import load_model
 
     check(config)
     if config.adapters:
@@ -108,7 +109,7 @@ def single_evaluations(config: EvaluateConfig, output_dir: Path) -> tuple[dict[P
 def _evaluate_gated(configs: Mapping[Path, EvaluateConfig]) -> dict[str, dict[str, Any]]:
     """Results by folder of GRUN adapters of one base, and of the base; `configs` differ by the adapter alone."""
     from grun.data.corpus import load_corpus
-    from grun.loading import load_model
+    from grun.loading.models import load_model
 
     started = time.monotonic()
     config = next(iter(configs.values()))
@@ -127,7 +128,7 @@ def _plans(
     configs: Mapping[Path, EvaluateConfig], base: Loaded, corpus: Corpus, previous: Mapping[Path, dict[str, Any] | None]
 ) -> list[Plan]:
     """A plan for the base and each GRUN adapter on it."""
-    from grun.loading import Loaded, adapter_hash
+    from grun.loading.models import Loaded, adapter_hash
     from grun.method.adapter import find_adapter
     from grun.method.model import GrunModel
 

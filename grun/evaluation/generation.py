@@ -20,14 +20,14 @@ from transformers import (
 )
 from transformers.cache_utils import DynamicLayer
 
-from grun import processes
 from grun.data.encoding import Batch, collate_prompts
 from grun.errors import DataError, ModelError
 from grun.evaluation.drawing import Choose, Draw, most_probable
 from grun.evaluation.journal import Journal
 from grun.evaluation.scoring import NOT_FINITE, evaluating, prompt_gates, takes_prompt_lengths
-from grun.loading import context_length
-from grun.reading import kind_of
+from grun.loading.models import context_length
+from grun.runtime import processes
+from grun.runtime.reading import kind_of
 
 log = logging.getLogger(__name__)
 

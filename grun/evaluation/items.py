@@ -10,14 +10,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from grun.checks import evaluation_quirks
-from grun.config import EvaluateConfig
+from grun.config.checks import evaluation_quirks
+from grun.config.options import EvaluateConfig
 from grun.data.encoding import EncodedRow
 from grun.data.rows import Row
 from grun.data.templates import Template
 from grun.evaluation.table import GateRecord, GenerationRecord, ScoreRecord, Table
-from grun.memory import enough_memory
-from grun.progress import progress
+from grun.runtime.memory import enough_memory
+from grun.runtime.progress import progress
 
 if TYPE_CHECKING:
     from grun.evaluation.generation import Answer

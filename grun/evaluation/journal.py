@@ -13,8 +13,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
-from grun import processes
-from grun.files import append, write_bytes, writing
+from grun.runtime import processes
+from grun.runtime.files import append, write_bytes, writing
 
 log = logging.getLogger(__name__)
 

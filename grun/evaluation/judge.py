@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol, cast
 
-from grun.config import EvaluateConfig
+from grun.config.options import EvaluateConfig
 from grun.data.chat import Earlier
 from grun.data.corpus import load_corpus
 from grun.data.rows import evenly_spaced
@@ -19,14 +19,14 @@ from grun.evaluation.metrics.answers import is_degenerate
 from grun.evaluation.metrics.averages import mean
 from grun.evaluation.metrics.intervals import wilson
 from grun.evaluation.suites import Measured
-from grun.files import content_hash
-from grun.memory import enough_memory
 from grun.method.fingerprint import fingerprint
-from grun.progress import progress
-from grun.reading import first_line
+from grun.runtime.files import content_hash
+from grun.runtime.memory import enough_memory
+from grun.runtime.progress import progress
+from grun.runtime.reading import first_line
 
 if TYPE_CHECKING:
-    from grun.loading import Loaded
+    from grun.loading.models import Loaded
 
 Label = Literal["safe", "unsafe"]
 JUDGED_FILE = "judged.jsonl"
@@ -133,7 +133,7 @@ class ChatJudge:
 
     def __init__(self, config: EvaluateConfig) -> None:
         """Load config.judge with the options of config.model; ConfigError if it has no chat template."""
-        from grun.loading import load_base
+        from grun.loading.models import load_base
 
         self.config = config
         self.model, self.tokenizer, _ = load_base(replace(config.model, path=config.judge, revision=None))

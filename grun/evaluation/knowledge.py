@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from grun.config import EvaluateConfig
+from grun.config.options import EvaluateConfig
 from grun.data.choices import ChoiceRow
 from grun.data.encoding import PLAIN
 from grun.data.knowledge import load_knowledge
@@ -17,12 +17,12 @@ from grun.errors import TooLowError
 from grun.evaluation.multiple_choice import accuracy, orders_of, score_choices, share
 from grun.evaluation.suites import Measured, evaluate_suite
 from grun.evaluation.table import GateRecord, Table
-from grun.files import content_hash
-from grun.memory import enough_memory
-from grun.progress import progress
+from grun.runtime.files import content_hash
+from grun.runtime.memory import enough_memory
+from grun.runtime.progress import progress
 
 if TYPE_CHECKING:
-    from grun.loading import Loaded
+    from grun.loading.models import Loaded
 
 QUESTIONS_FILE = "questions.jsonl"
 
@@ -182,7 +182,7 @@ class KnowledgeSuite:
         """Of each corpus of texts."""
         from grun.evaluation.generation import base_of
         from grun.evaluation.perplexity import sliding_perplexity
-        from grun.loading import context_length
+        from grun.loading.models import context_length
 
         config = self.config
         window = min(context_length(base_of(loaded.model)), config.window)

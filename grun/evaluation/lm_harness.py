@@ -7,15 +7,15 @@ import importlib.util
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from grun.config import EvaluateConfig
+from grun.config.options import EvaluateConfig
 from grun.data.templates import Template, in_force
 from grun.errors import ConfigError, DataError
 from grun.evaluation.suites import Measured
-from grun.files import content_hash, file_hash
-from grun.memory import enough_memory
+from grun.runtime.files import content_hash, file_hash
+from grun.runtime.memory import enough_memory
 
 if TYPE_CHECKING:
-    from grun.loading import Loaded
+    from grun.loading.models import Loaded
 
 SAMPLES_FILE = "samples.jsonl"
 NOT_RESULTS = ("alias", "name", "sample_len")

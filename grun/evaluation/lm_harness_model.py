@@ -12,8 +12,8 @@ from grun.data.templates import Template
 from grun.evaluation.continuations import score_continuations
 from grun.evaluation.generation import base_of
 from grun.evaluation.multiple_choice import fitted
-from grun.loading import context_length
-from grun.progress import progress
+from grun.loading.models import context_length
+from grun.runtime.progress import progress
 
 
 class HarnessModel(HFLM):

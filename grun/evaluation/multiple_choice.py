@@ -13,7 +13,7 @@ from grun.data.templates import encode, encode_prompt
 from grun.errors import DataError
 from grun.evaluation.metrics.averages import mean
 from grun.evaluation.metrics.intervals import wilson
-from grun.files import content_hash
+from grun.runtime.files import content_hash
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -115,7 +115,7 @@ def score_choices(
     """
     from grun.evaluation.continuations import score_continuations
     from grun.evaluation.generation import base_of
-    from grun.loading import context_length
+    from grun.loading.models import context_length
 
     limit = context_length(base_of(model))
     encoded = [[fitted(one, limit) for one in encode_choices(row, tokenizer, format, suffix)] for row in rows]

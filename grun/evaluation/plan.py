@@ -8,24 +8,23 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import grun
-from grun.checks import evaluation_quirks
-from grun.config import EvaluateConfig
+from grun.config.checks import evaluation_quirks
+from grun.config.options import EvaluateConfig
 from grun.data.corpus import Corpus
 from grun.data.rows import Row, evenly_spaced
-from grun.errors import ConfigError, RunError
+from grun.errors import ConfigError, RunError, unknown_name
 from grun.evaluation.items import Item, encode_items, questions
 from grun.evaluation.table import Table
-from grun.files import PRIVATE, content_hash, file_hash, foreign, listed, settle, take, target, writing
-from grun.reading import DamagedFile
-from grun.records import Evaluation, read_record
-from grun.registry import unknown_name
-from grun.runs import first_difference
+from grun.runtime.files import PRIVATE, content_hash, file_hash, foreign, listed, settle, take, target, writing
+from grun.runtime.reading import DamagedFile
+from grun.runtime.records import Evaluation, read_record
+from grun.runtime.runs import first_difference
+from grun.version import __version__
 
 if TYPE_CHECKING:
     from grun.evaluation.generation import Answer
     from grun.evaluation.subject import Subject
-    from grun.loading import Loaded
+    from grun.loading.models import Loaded
 
 log = logging.getLogger(__name__)
 
@@ -42,6 +41,8 @@ CODE = (
     "data/chat.py",
     "data/control_tokens.py",
     "method/*.py",
+    "method/stack/*.py",
+    "cache/*.py",
     "../pyvene_custom/*.py",
 )
 """Sources that decide what a model is asked and what it says, relative to the package."""
@@ -85,14 +86,14 @@ def make_plan(
     """What evaluating a loaded model takes; RunError where `previous` is another evaluation in `folder`."""
     from grun.data.templates import in_force
     from grun.evaluation.subject import Subject
-    from grun.loading import context_length
+    from grun.loading.models import context_length
 
     data, tokenizer, subject = config.data, loaded.tokenizer, Subject(loaded.model)
     template = in_force(config, loaded.template, tokenizer)
     sets = _choose(corpus.sets(), config.sets, data.limit)
     items = encode_items(sets, tokenizer, template, context_length(subject.base), config)
     inputs = {
-        "identity": {**loaded.identity, "version": grun.__version__, "format": FORMAT, "code": code_hash()},
+        "identity": {**loaded.identity, "version": __version__, "format": FORMAT, "code": code_hash()},
         "template": template.to_dict(),
         "data": corpus.hashes(),
         "settings": {
@@ -149,7 +150,7 @@ def same_evaluation(
 
 def code_hash(patterns: Sequence[str] = CODE) -> str:
     """Hash of the sources that decide what a model is asked and what it says, files that `patterns` name."""
-    package = Path(grun.__file__).parent
+    package = Path(__file__).parents[1]
     files = sorted({path for pattern in patterns for path in package.glob(pattern)})
     return content_hash([[path.name, file_hash(path)] for path in files])
 

@@ -19,7 +19,9 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from grun import processes
+from grun.cache.packed import PackedModel
+from grun.cache.prefix import Freezer, by_tokens
+from grun.cache.suffix import SuffixRunner
 from grun.data.encoding import EncodedRow
 from grun.errors import ModelError
 from grun.evaluation import scoring
@@ -27,10 +29,8 @@ from grun.evaluation.journal import Journal
 from grun.evaluation.scoring import ScoredRow, TokenScores, prompt_gates, score, score_batch, score_tokens, scored_rows
 from grun.evaluation.subject import Subject
 from grun.method.intervention import GatedIntervention
-from grun.method.packed import PackedModel
-from grun.method.prefix import Freezer, by_tokens
-from grun.method.suffix import SuffixRunner
-from grun.micro_batches import split
+from grun.runtime import processes
+from grun.training.micro_batches import split
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from grun.method.host import EditedModel
 from grun.method.intervention import GatedIntervention
 from grun.method.model import GrunModel
-from grun.method.stacked import StackedIntervention
+from grun.method.stack.stacked import StackedIntervention
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

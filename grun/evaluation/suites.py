@@ -16,20 +16,22 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-import grun
-from grun import processes
-from grun.checks import check
-from grun.config import EvaluateConfig
+from grun.config.checks import one_of
+from grun.config.options import EvaluateConfig
 from grun.data.templates import Template
+from grun.evaluation.attacks.base import ATTACKS, KINDS
 from grun.evaluation.evaluate import single_evaluations
 from grun.evaluation.plan import CODE, EVALUATION_FILE, begin, code_hash, previous_in, same_evaluation
 from grun.evaluation.table import shorten
-from grun.files import LISTED, content_hash, holding, listing, staged, write_json, write_text, writing
-from grun.profiles import in_force
+from grun.loading.checks import check
+from grun.loading.resolve import in_force
 from grun.registry import Registry
+from grun.runtime import processes
+from grun.runtime.files import LISTED, content_hash, holding, listing, staged, write_json, write_text, writing
+from grun.version import __version__
 
 if TYPE_CHECKING:
-    from grun.loading import Loaded
+    from grun.loading.models import Loaded
 
 FORMAT = 2
 """Raised when the meaning of a result changes, so that older results are not taken for new ones.
@@ -79,6 +81,13 @@ SUITES.add("lm_eval", "grun.evaluation.lm_harness:HarnessSuite", "tasks of lm-ev
 SUITES.add("judge", "grun.evaluation.judge:JudgeSuite", "share of unsafe answers, as a judge sees it")
 
 
+def check_suite(config: Any) -> None:
+    """`check`, and ConfigError for an attack that is unknown."""
+    check(config)
+    for name in getattr(config, "attacks", ()):
+        one_of("attack", name, (*ATTACKS.names(), *KINDS))
+
+
 @processes.connected()
 @holding()
 def evaluate_suite(config: EvaluateConfig, output_dir: Path) -> dict[str, dict[str, Any]]:
@@ -88,7 +97,7 @@ def evaluate_suite(config: EvaluateConfig, output_dir: Path) -> dict[str, dict[s
     same model, adapter, data, settings and code that is there already is found, not repeated; anything else there is a
     RunError unless config.overwrite.
     """
-    check(config)
+    check_suite(config)
     singles, others = {output_dir: config}, [output_dir]
     if config.adapters:
         singles, others = single_evaluations(config, output_dir)
@@ -108,7 +117,7 @@ def _on_one_base(
     suite: Suite, configs: Mapping[Path, EvaluateConfig], previous: Mapping[Path, dict[str, Any] | None]
 ) -> dict[Path, dict[str, Any]]:
     """Results of GRUN adapters, and of the base."""
-    from grun.loading import load_model
+    from grun.loading.models import load_model
 
     started = time.monotonic()
     config = next(iter(configs.values()))
@@ -124,7 +133,7 @@ def _on_one_base(
 
 def _alone(suite: Suite, config: EvaluateConfig, folder: Path, previous: dict[str, Any] | None) -> dict[str, Any]:
     """Result of a model with any adapter, or none."""
-    from grun.loading import load_model
+    from grun.loading.models import load_model
 
     started = time.monotonic()
     with processes.agreed():
@@ -135,7 +144,7 @@ def _alone(suite: Suite, config: EvaluateConfig, folder: Path, previous: dict[st
 @contextlib.contextmanager
 def _adapter_on(base: Loaded, config: EvaluateConfig) -> Iterator[Loaded]:
     """The base with the GRUN adapter of `config`, if it names one, on it."""
-    from grun.loading import Loaded, adapter_hash
+    from grun.loading.models import Loaded, adapter_hash
     from grun.method.adapter import find_adapter
     from grun.method.model import GrunModel
 
@@ -161,7 +170,7 @@ def _carry_out(
     started: float,
 ) -> dict[str, Any]:
     """The evaluation of one model, found in `folder` or made there."""
-    identity = {**loaded.identity, "version": grun.__version__, "format": FORMAT, "code": code_hash(SUITE_CODE)}
+    identity = {**loaded.identity, "version": __version__, "format": FORMAT, "code": code_hash(SUITE_CODE)}
     settings = suite.settings(loaded) | {"gate_threshold": config.gate_threshold}
     inputs = {"suite": config.suite, "identity": identity, "settings": settings}
     key = content_hash(inputs)

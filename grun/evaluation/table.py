@@ -12,8 +12,8 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-from grun.files import write_text
-from grun.reading import AGAIN, DamagedFile, read_json_lines
+from grun.runtime.files import write_text
+from grun.runtime.reading import AGAIN, DamagedFile, read_json_lines
 
 T = TypeVar("T")
 

@@ -18,7 +18,7 @@ from grun.evaluation.metrics.averages import mean
 from grun.evaluation.metrics.likelihood import among, log_truth_ratio, truth_score
 from grun.evaluation.metrics.overall import PROBABILITIES, model_utility
 from grun.evaluation.metrics.reference import compare
-from grun.reading import read_json
+from grun.runtime.reading import read_json
 
 USAGE = "python -m grun report tofu-log LOG [retain=LOG]"
 SECTIONS = {

@@ -11,14 +11,14 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from grun.checks import DTYPES, one_of
+from grun.config.checks import DTYPES, one_of
 from grun.data.templates import FILE_NAME as TEMPLATE_FILE
 from grun.data.templates import Template
 from grun.errors import AdapterError, ConfigError
-from grun.files import read_json, write_bytes, write_json, write_text
 from grun.method.gate import GATES
 from grun.method.rules import check_rule
-from grun.reading import decode, parse_json, typed
+from grun.runtime.files import read_json, write_bytes, write_json, write_text
+from grun.runtime.reading import decode, parse_json, typed
 
 log = logging.getLogger(__name__)
 

@@ -16,12 +16,12 @@ from torch import Tensor, nn
 from transformers.utils import ModelOutput
 
 from grun.data.templates import Template
-from grun.devices import input_device, keep_unpacked
 from grun.errors import ConfigError, ModelError
 from grun.method.gate_state import GateState, follow, state_of
 from grun.method.masks import counting
 from grun.method.position import Call, PositionRule, attended, is_decode_step
 from grun.method.prompt import PromptOfCall, cache_length, prompt_of_call
+from grun.runtime.devices import input_device, keep_unpacked
 from pyvene_custom import IntervenableModel, find_blocks
 from pyvene_custom.blocks import text_config
 from pyvene_custom.context import Calls, PerContext

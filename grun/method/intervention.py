@@ -8,9 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from grun.method.adapter import AdapterConfig
+from grun.method.edit import LoReftEdit
+from grun.method.gate import GATES, set_bias
 from grun.method.noise import GaussianNoise
 from grun.method.opening import openings
-from grun.method.stacked import StackedIntervention
+from grun.method.stack.stacked import StackedIntervention
 from pyvene_custom import GatedOutput, Intervention, Sites
 
 
@@ -134,3 +137,21 @@ class GatedIntervention(Intervention):
         ]
         kept = torch.stack(draws).to(values.device) >= self.dropout
         return values * kept / (1 - self.dropout)
+
+
+def gated_intervention(config: AdapterConfig) -> GatedIntervention:
+    """Newly initialized edit and gate of one block."""
+    from transformers.activations import ACT2FN
+
+    activation = None if config.activation is None else ACT2FN[config.activation]
+    gate = GATES.get(config.gate)(config.hidden_size)
+    if gate is not None and config.gate_bias is not None:
+        set_bias(gate, config.gate_bias)
+    edit = LoReftEdit(config.hidden_size, config.rank, activation)
+    return GatedIntervention(
+        edit,
+        gate,
+        dropout=config.dropout,
+        dropout_on_hidden=config.dropout_on_hidden,
+        accumulate=config.gate_accumulate,
+    )

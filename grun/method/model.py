@@ -9,19 +9,17 @@ from typing import TYPE_CHECKING
 from zlib import crc32
 
 from grun.data.templates import Template
-from grun.devices import device_of
 from grun.errors import ConfigError
 from grun.method.adapter import AdapterConfig, find_adapter, write_adapter
-from grun.method.edit import LoReftEdit
 from grun.method.fingerprint import fingerprint
-from grun.method.gate import GATES, set_bias
 from grun.method.host import EditedModel, edit_dtype, hidden_size_of, refuse_wrapped
-from grun.method.intervention import GatedIntervention
+from grun.method.intervention import GatedIntervention, gated_intervention
 from grun.method.position import position_rule
-from grun.method.stack import GrunStack
-from grun.method.stacked import InForce
+from grun.method.precision import float32_by_default
+from grun.method.stack.stack import GrunStack
+from grun.method.stack.stacked import InForce
 from grun.method.validation import shape_of, validate
-from grun.precision import float32_by_default
+from grun.runtime.devices import device_of
 from pyvene_custom import find_blocks
 
 if TYPE_CHECKING:
@@ -214,21 +212,3 @@ def resolve_blocks(blocks: Sequence[int] | None, depth: int) -> list[int]:
     if twice:
         raise ConfigError(f"blocks {list(blocks)}: block {twice[0]} is named twice; name each block once")
     return resolved
-
-
-def gated_intervention(config: AdapterConfig) -> GatedIntervention:
-    """Newly initialized edit and gate of one block."""
-    from transformers.activations import ACT2FN
-
-    activation = None if config.activation is None else ACT2FN[config.activation]
-    gate = GATES.get(config.gate)(config.hidden_size)
-    if gate is not None and config.gate_bias is not None:
-        set_bias(gate, config.gate_bias)
-    edit = LoReftEdit(config.hidden_size, config.rank, activation)
-    return GatedIntervention(
-        edit,
-        gate,
-        dropout=config.dropout,
-        dropout_on_hidden=config.dropout_on_hidden,
-        accumulate=config.gate_accumulate,
-    )

@@ -1,119 +1,174 @@
-"""The gated edit as a parametrization."""
+"""The seam between what may change in a model and what is minimized: Parametrization, StepOutput, and their registry.
+
+Objectives see StepOutputs and nothing else. A parametrization turns a batch into one, whatever engine runs it.
+"""
 
 from __future__ import annotations
 
-import contextlib
-import dataclasses
-import logging
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Any, Protocol, Self
 
-import torch
-from torch import nn
-
-from grun.config import MethodConfig, UnlearnConfig
-from grun.data.encoding import Batch
-from grun.data.templates import Template
-from grun.method.model import GrunModel
-from grun.method.plain import run_plain
-from grun.method.stack import GrunStack
-from grun.parametrization import StepOutput
+from grun.registry import Registry
 
 if TYPE_CHECKING:
+    from torch import Tensor, nn
     from transformers import PreTrainedModel
 
+    from grun.config.options import MethodConfig, UnlearnConfig
+    from grun.data.encoding import Batch
+    from grun.data.templates import Template
 
-log = logging.getLogger(__name__)
+
+EMBEDDINGS = -1
+"""Stands for the token embeddings where blocks are named whose states are read."""
 
 
-class Grun:
-    """Gated low-rank edits on a frozen base (GRUN, arXiv 2502.17823)."""
+@dataclass
+class StepOutput:
+    """Everything an objective may look at after one forward pass.
 
-    model: GrunModel
+    `length` is that of the whole rows, or of what an engine runs of each: last prompt token and answer.
+    """
 
-    def __init__(self, config: MethodConfig, *, dropout_on_hidden: bool = False) -> None:
-        """`dropout_on_hidden` is the published quirk of that name."""
-        self.config = config
-        self.dropout_on_hidden = dropout_on_hidden
+    input_ids: Tensor
+    """Tokens, int64, shape [batch, length]."""
+    attended: Tensor
+    """Tokens that count, bool, shape [batch, length]."""
+    answer: Tensor
+    """Answer tokens, that is the ones predicted, bool, shape [batch, length]; never True in column 0."""
+    token_logprobs: Tensor
+    """Log-probability of each answer token given what precedes it, nats, 0 elsewhere, shape [batch, length]."""
+    gate_logits: dict[int, Tensor] | None
+    """By block, shape [batch, positions read]; None for parametrizations without a gate."""
+    gate_mask: Tensor | None
+    """Which gate positions count, bool, shape [batch, positions read]."""
+    logits_at: Callable[[Tensor], Tensor] = field(repr=False)
+    """Positions, a bool mask [batch, length], -> logits there [positions, vocabulary]; computed only when asked."""
+    hidden_states: dict[int, Tensor] = field(default_factory=dict, repr=False)
+    """Captured block outputs; read them through `hidden`."""
+    gate_prompt: Tensor | None = None
+    """Which gate positions lie in the prompt, bool, shape [batch, positions read]; None: all."""
+
+    @property
+    def answer_logprobs(self) -> Tensor:
+        """Summed log-probability of each row's answer, nats, shape [batch]."""
+        return self.token_logprobs.sum(dim=1)
+
+    @property
+    def states(self) -> Tensor:
+        """Columns from the last prompt token on: those that predict answer tokens, and the answer: as `answer`."""
+        return self.answer | self.answer.roll(-1, dims=1)
+
+    @property
+    def answer_counts(self) -> Tensor:
+        """Answer tokens of each row, int64, shape [batch]."""
+        return self.answer.sum(dim=1)
+
+    @property
+    def answer_tokens(self) -> Tensor:
+        """The answer tokens, row by row, int64, shape [answer tokens]."""
+        return self.input_ids[self.answer]
+
+    def answer_logits(self) -> Tensor:
+        """Logits that predict the answer tokens, each one column before it: as `logits`, [answer tokens, vocabulary].
+
+        Their order is that of `answer_tokens`, in every engine.
+        """
+        return self.logits(self.answer.roll(-1, dims=1))
+
+    def logits(self, positions: Tensor) -> Tensor:
+        """Next-token logits at `positions`, a bool mask [batch, length]: [count of True, vocabulary].
+
+        In float32 or wider: no loss is computed in a narrower type.
+        """
+        import torch
+
+        found = self.logits_at(positions)
+        return found.to(torch.promote_types(found.dtype, torch.float32))
+
+    def hidden(self, block: int) -> Tensor:
+        """Residual stream after block `block` (0-based), edit included, before the final norm: [batch, length, width].
+
+        EMBEDDINGS names the token embeddings. KeyError for a block that the objective did not name in `Term.hidden`.
+        """
+        return self.hidden_states[block]
+
+
+class Engine(Protocol):
+    """How forward passes of a parametrization are run; which one changes no result beyond rounding."""
+
+    name: str
+    """plain (the model itself, whole rows) or cached (see `grun.cache.cached`)."""
+
+    def run(self, batches: Mapping[str, Batch], hidden: Collection[int] = ()) -> dict[str, StepOutput]:
+        """A StepOutput for each batch; `hidden` names the blocks whose output the objective will read."""
+        ...
+
+    def reference(self, batches: Mapping[str, Batch], hidden: Collection[int] = ()) -> dict[str, StepOutput]:
+        """The same under the untouched model, without gradients."""
+        ...
+
+
+class Parametrization(Protocol):
+    """What may change in a model, and how a forward pass through it is run."""
+
+    module: nn.Module
+    """Once prepared: holds exactly the trained parameters, and its mode is training's; checkpoints keep its state."""
+    model: Any
+    """Once prepared: what is asked for scores and answers, as `grun.evaluation` asks any model."""
 
     @classmethod
     def make(cls, config: UnlearnConfig, quirks: Sequence[str]) -> Self:
-        """See `grun.parametrization.Parametrization`."""
-        return cls(config.method, dropout_on_hidden="dropout_on_hidden" in quirks)
+        """Made from the options alone, each class taking what concerns it; no model is touched yet.
 
-    @property
-    def module(self) -> nn.Module:
-        """The edits; the frozen base is no part of it."""
-        return self.model
+        Args:
+            config: of the run.
+            quirks: names of the published quirks in force.
+        """
+        ...
 
     def prepare(self, base: PreTrainedModel, template: Template | None, *, turn_ids: Sequence[int] = ()) -> None:
-        """Wrap `base` with new edits."""
-        resets = self.config.gate_reset == "user_turn" and self.config.gate_accumulate != "none"
-        if resets and not turn_ids:
-            log.info("the template begins a user's turn without a control token: a gate that has opened stays open")
-        beside = None
-        if self.config.beside is not None:
-            beside = GrunStack.from_folder(base, Path(self.config.beside).expanduser())
-            beside.unwrap()
-        self.model = GrunModel.wrap(
-            base,
-            blocks=self.config.blocks,
-            rank=self.config.rank,
-            gate=self.config.gate,
-            gate_bias=self.config.gate_bias,
-            dropout=self.config.dropout,
-            dropout_on_hidden=self.dropout_on_hidden,
-            activation=self.config.activation,
-            gate_read=self.config.gate_read,
-            gate_accumulate=self.config.gate_accumulate,
-            edit_write=self.config.edit_write,
-            reset_ids=turn_ids if resets else (),
-            template=template,
-            beside=beside,
-        )
+        """Put the parametrization on `base`, newly initialized; `turn_ids` begin a user's turn (`grun.data.turns`)."""
+        ...
 
     def trainable_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """Parameters of the edits and gates."""
-        return self.model.named_parameters()
+        """Names and parameters that are trained."""
+        ...
 
-    @contextlib.contextmanager
-    def reference(self) -> Iterator[None]:
-        """The frozen base is its own reference."""
-        with self.model.disabled(), torch.no_grad():
-            yield
+    def reference(self) -> AbstractContextManager[object]:
+        """A context in which `run` runs the untouched model, without gradients and without dropout.
+
+        Once training has begun only if `keep_reference` was called before.
+        """
+        ...
 
     def keep_reference(self) -> str:
-        """Nothing to keep."""
-        return "the frozen base is run a second time in every step"
+        """See that `reference` works throughout training, whatever it takes; what that is, for the log."""
+        ...
 
     def run(self, batch: Batch, hidden: Collection[int] = ()) -> StepOutput:
-        """One forward pass through the hooked base."""
-        intervenable = self.model.intervenable
-        before = intervenable.here
-        with self.model.drawing(batch.seeds):
-            output = run_plain(self.model.base, batch, hidden, prompt_lengths=batch.prompt_lengths)
-        gates = intervenable.gates_since(before)
-        if gates:
-            output.gate_logits = gates
-            output.gate_mask = intervenable.gate_mask
-            if next(iter(gates.values())).shape == output.attended.shape:  # every token is read
-                place = output.attended.cumsum(dim=1)
-                output.gate_prompt = output.attended & (place <= batch.prompt_lengths.to(place.device).unsqueeze(1))
-        return output
+        """One forward pass; `hidden` names the blocks whose output the objective will read."""
+        ...
 
     def save(self, folder: Path) -> None:
-        """Write the adapter."""
-        self.model.save_pretrained(folder)
+        """Write what `load` reads."""
+        ...
 
     def load(self, folder: Path, base: PreTrainedModel) -> None:
-        """Read an adapter."""
-        self.model = GrunModel.from_pretrained(base, folder)
+        """Put what `save` wrote on `base`."""
+        ...
 
 
-class Reft(Grun):
-    """The same edits without a gate (LoReFT, arXiv 2404.03592)."""
+PARAMETRIZATIONS: Registry[type[Parametrization]] = Registry("parametrization")
+PARAMETRIZATIONS.add("grun", "grun.method.gated:Grun", "gated low-rank edit at the last prompt token")
+PARAMETRIZATIONS.add("reft", "grun.method.gated:Reft", "the same edit without a gate (plain LoReFT)")
+PARAMETRIZATIONS.add("full", "baselines.full:Full", "all weights of the model")
+PARAMETRIZATIONS.add("lora", "baselines.lora:Lora", "low-rank changes of the blocks' linear layers (LoRA)")
 
-    def __init__(self, config: MethodConfig, *, dropout_on_hidden: bool = False) -> None:
-        """Takes `config` with the gate left out."""
-        super().__init__(dataclasses.replace(config, gate="none"), dropout_on_hidden=dropout_on_hidden)
+
+def is_gated(method: MethodConfig) -> bool:
+    """Whether what `method` asks for has gates, so that an objective's gate term applies."""
+    return method.parametrization == "grun" and method.gate != "none"

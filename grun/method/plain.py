@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from grun.data.encoding import Batch
 from grun.errors import DataError
-from grun.parametrization import EMBEDDINGS, Parametrization, StepOutput
+from grun.method.parametrization import EMBEDDINGS, Parametrization, StepOutput
 from pyvene_custom.blocks import find_blocks
 
 if TYPE_CHECKING:

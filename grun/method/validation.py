@@ -18,8 +18,9 @@ from grun.data.templates import Template
 from grun.errors import AdapterError
 from grun.method.adapter import CONFIG_FILE, LARGEST_ID, WEIGHTS_FILE, AdapterConfig, check_fits, parse_weights
 from grun.method.gate import GATES
-from grun.method.stacked import layers_of
-from grun.precision import float32_by_default
+from grun.method.intervention import gated_intervention
+from grun.method.precision import float32_by_default
+from grun.method.stack.stacked import layers_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -151,8 +152,6 @@ def _expected(
     hidden_size: int, rank: int, gate: str, activation: str | None, builder: Any
 ) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
     """Shape and type of each tensor of one block, by name; `builder` of the gate tells gates of one name apart."""
-    from grun.method.model import gated_intervention  # which reads adapters through this module
-
     config = AdapterConfig([0], rank, gate, hidden_size, 1, activation=activation)
     try:
         with torch.device("meta"):  # whatever sizes a file states, nothing is allocated

@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
 
+from grun.method.parametrization import EMBEDDINGS
 from grun.objectives.losses import (
     ceu,
     control_vector,
@@ -25,13 +26,12 @@ from grun.objectives.losses import (
     wga,
 )
 from grun.objectives.terms import TERMS, Options, Outputs, Term, TermValue, Unit, negative_log_likelihood, summed, term
-from grun.parametrization import EMBEDDINGS
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-    from grun.parametrization import StepOutput
+    from grun.method.parametrization import StepOutput
 
 
 @term(

@@ -6,7 +6,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, fields
 from typing import get_args
 
-from grun.config import LossConfig
+from grun.config.options import LossConfig
 from grun.errors import ConfigError
 from grun.objectives.gate import gate_passes
 from grun.objectives.terms import TERMS, Continuation, Options, Reference, Side, Term

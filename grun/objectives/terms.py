@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from grun.data.encoding import Batch
-    from grun.parametrization import StepOutput
+    from grun.method.parametrization import StepOutput
 
 Continuation = str
 """A pass over rows: of forget rows "answer" or "refusal", of retain rows "retain"."""
@@ -68,7 +68,7 @@ class Term:
     reads_head: bool = True
     """Whether it reads log-probabilities or logits, and not hidden states alone."""
     options: Mapping[str, float | None] = field(default_factory=dict)
-    """Options it reads, fields of `grun.config.LossConfig`, with their published defaults; None: must be set."""
+    """Options, fields of `grun.config.options.LossConfig`, with their published defaults; None: must be set."""
     dual: Callable[[float, float, int, Options], float] | None = None
     """Of forget terms: (retain weight, retain term over the whole step, finished epochs, options) -> retain weight of
     the next step. None: weights are constant."""

@@ -13,12 +13,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from grun.config import ReportConfig
+from grun.config.options import ReportConfig
 from grun.errors import RunError
-from grun.files import remove, taken, target, write_json, write_text
 from grun.report.results import find_results
 from grun.report.summary import collect, summarize
 from grun.report.verdicts import verdict
+from grun.runtime.files import remove, taken, target, write_json, write_text
 
 if TYPE_CHECKING:
     from rich.console import Console

@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from grun.files import remove
 from grun.report.attacks import find_attacked, leaked_most, leakiest, single_runs
+from grun.runtime.files import remove
 
 if TYPE_CHECKING:
     from rich.console import Console

@@ -17,7 +17,6 @@ from grun.errors import RunError
 from grun.evaluation.attack_suite import ATTACKS_FILE
 from grun.evaluation.attacks.base import ATTACKS
 from grun.evaluation.suites import FORMAT
-from grun.records import Attempt
 from grun.report.knowledge import Number, lines_in, number_in
 from grun.report.labels import label_runs, order_of
 from grun.report.matrix import cells_of
@@ -29,6 +28,7 @@ from grun.report.results import (
     refuse_other_models,
     refuse_other_settings,
 )
+from grun.runtime.records import Attempt
 
 SUITE = "attacks"
 WRITING = ("prompt", "decoding")

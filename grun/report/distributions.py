@@ -9,11 +9,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from grun.reading import read_json_lines
-from grun.records import Step
 from grun.report.figures import GREY, clean, colors_of, new_figure, plain
 from grun.report.results import NAMES, Result, before_of, main_metric, target_of
 from grun.report.tables import p_value
+from grun.runtime.reading import read_json_lines
+from grun.runtime.records import Step
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

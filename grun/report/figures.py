@@ -11,10 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from grun.files import remove, write_bytes
 from grun.report.matrix import first_seeds, has_many_runs
 from grun.report.placing import place_label
 from grun.report.results import DISTINGUISHABLE, NAMES, Result, main_metric
+from grun.runtime.files import remove, write_bytes
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

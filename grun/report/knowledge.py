@@ -11,8 +11,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from grun.errors import RunError
-from grun.reading import read_json_lines, typed
-from grun.records import Choice, Cloze, Evaluation, FirstChoice, read_record
 from grun.report.results import (
     EVALUATION_FILE,
     STAGES,
@@ -21,6 +19,8 @@ from grun.report.results import (
     refuse_other_models,
     refuse_other_settings,
 )
+from grun.runtime.reading import read_json_lines, typed
+from grun.runtime.records import Choice, Cloze, Evaluation, FirstChoice, read_record
 
 SUITE = "knowledge"
 REPORTED = ("answers", SUITE, "attacks")

@@ -15,7 +15,7 @@ from grun.report.labels import order_of, place_of, run_label
 from grun.report.measures import Measure, Spread, measures_of
 from grun.report.results import Result, main_metric
 from grun.report.tables import name_of
-from grun.runs import identity
+from grun.runtime.runs import identity
 
 MANY_RUNS = 8
 """Up to so many runs each has a row of its own in the printed table, and a label in the scatter plots."""

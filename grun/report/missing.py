@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from grun.files import read_json
 from grun.report.matrix import Matrix
 from grun.report.results import Result, unread_words
-from grun.runs import IDENTITY_FILE, RUN_FILE
+from grun.runtime.files import read_json
+from grun.runtime.runs import IDENTITY_FILE, RUN_FILE
 
 OUTCOME = ".outcome.json"
 """How a sweep ends the name of the file in RESULTS/cells that says how far a cell came."""

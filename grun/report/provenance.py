@@ -72,18 +72,19 @@ def command_of(record: dict[str, Any]) -> str | None:
 
     None where run.json holds no config or its profile is not to be had.
     """
-    from grun import profiles
+    from grun.config import values
+    from grun.loading.resolve import resolve
 
     command, config = record.get("command"), record.get("config")
-    if command not in profiles.COMMANDS or not isinstance(config, dict):
+    if command not in values.COMMANDS or not isinstance(config, dict):
         return None
     given = [f"{key}={config[key]}" for key in ("profile", "objective") if config.get(key)]
     try:
-        there = profiles.resolve(command, given if config.get("profile") else [*given, "profile="], quiet=True)
-        profile = profiles.flat(profiles.to_dict(there), type(there))
+        there = resolve(command, given if config.get("profile") else [*given, "profile="], quiet=True)
+        profile = values.flat(values.to_dict(there), type(there))
     except GrunError:
         return None
-    options = profiles.flat(config, type(there))
+    options = values.flat(config, type(there))
     changed = [f"{key}={_argument(options[key])}" for key in profile if key in options and options[key] != profile[key]]
     return shlex.join(["python", "-m", "grun", command, *given, *changed])
 

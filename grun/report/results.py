@@ -15,8 +15,8 @@ from typing import Any
 
 from grun.errors import RunError
 from grun.evaluation.table import Table
-from grun.records import Evaluation, Run, read_record
 from grun.report.labels import design_of, label_runs, order_of
+from grun.runtime.records import Evaluation, Run, read_record
 
 EVALUATION_FILE = "evaluation.json"
 DISTINGUISHABLE = 0.05
@@ -249,7 +249,7 @@ def refuse_other_models(results: Sequence[Result]) -> None:
 
 def _refuse_other_adapter(result: Result) -> None:
     """RunError if the adapter was trained again after it was evaluated."""
-    from grun.loading import adapter_hash
+    from grun.loading.models import adapter_hash
 
     evaluated = result.evaluation.get("identity", {}).get("adapter")
     folder = result.run or Path(result.evaluation["adapter"] or "")

@@ -6,9 +6,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from grun.files import remove, write_json, write_text
 from grun.report.figures import Picture, save
 from grun.report.results import Result
+from grun.runtime.files import remove, write_json, write_text
 
 Drawn = list[tuple[Picture, Path]]
 """Pictures that there was something to draw for, and their files."""

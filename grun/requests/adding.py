@@ -11,26 +11,27 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from grun.cache import shards_in, uses_by
-from grun.checks import check
-from grun.config import CacheConfig, RequestsConfig, UnlearnConfig
+from grun.cache.store import Use
+from grun.config.options import CacheConfig, RequestsConfig, UnlearnConfig
+from grun.config.values import from_dict, to_dict
 from grun.data.corpus import Corpus, load_corpus
 from grun.data.rows import Row, hash_rows
 from grun.data.templates import OPTIONS
 from grun.errors import AdapterError, ConfigError, DataError, RunError
-from grun.files import read_json, target
-from grun.files import remove as remove_written
+from grun.loading.checks import check
+from grun.loading.resolve import resolve
+from grun.loading.stored import of_store
 from grun.method.adapter import AdapterConfig
-from grun.method.store import Use
-from grun.parametrization import is_gated
-from grun.profiles import from_dict, resolve, to_dict
-from grun.records import Run, read_record
-from grun.requests.forget_rows import check_forget_rows, salted_hashes
-from grun.requests.manifest import MANIFEST_FILE, Request, check_id
+from grun.method.parametrization import is_gated
+from grun.method.stack.forget_rows import check_forget_rows, salted_hashes
+from grun.method.stack.manifest import MANIFEST_FILE, Request, check_id
+from grun.requests.cached_rows import shards_in, uses_by
 from grun.requests.signing import read_key
 from grun.requests.store import RequestStore
-from grun.runs import IDENTITY_FILE, RUN_FILE
-from grun.stored import of_store
+from grun.runtime.files import read_json, target
+from grun.runtime.files import remove as remove_written
+from grun.runtime.records import Run, read_record
+from grun.runtime.runs import IDENTITY_FILE, RUN_FILE
 
 log = logging.getLogger(__name__)
 
@@ -129,7 +130,7 @@ def retrain_command(store: Path, request: Request) -> str:
 
 def train(store: RequestStore, training: Training) -> Path:
     """Train an adapter in the store's folder and put it in; a training that was cut off goes on."""
-    from grun.unlearn import unlearn
+    from grun.commands.unlearn import unlearn
 
     with store.writing():
         store.check_new(training.id, replace=training.replace)
@@ -215,7 +216,7 @@ def _take(options: RequestsConfig, adapter: Path, arguments: Sequence[str]) -> P
 
 def _trained_beside(store: RequestStore, adapter: Path) -> list[str]:
     """Requests in force when an adapter was trained; ConfigError unless they are those that are in force now."""
-    from grun.loading import adapter_hash
+    from grun.loading.models import adapter_hash
 
     if read_json(adapter / IDENTITY_FILE, expect=dict).get("beside") != adapter_hash(store.folder):
         raise ConfigError(
@@ -331,7 +332,7 @@ def _refuse_another_base(store: RequestStore, config: UnlearnConfig) -> None:
     base = store.manifest.base
     if base is None or str(Path(str(config.model.path)).expanduser()) == base.name:
         return
-    from grun.loading import load_weights
+    from grun.loading.models import load_weights
     from grun.method.fingerprint import fingerprint
 
     if (found := fingerprint(load_weights(config.model))) != base.fingerprint:

@@ -9,14 +9,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from grun.checks import one_of
-from grun.config import RequestsConfig, UnlearnConfig
-from grun.errors import ConfigError, RunError
-from grun.profiles import describe, resolve
-from grun.registry import unknown_name
+from grun.config.checks import one_of
+from grun.config.options import RequestsConfig, UnlearnConfig
+from grun.config.values import describe
+from grun.errors import ConfigError, RunError, unknown_name
+from grun.loading.resolve import resolve
 
 if TYPE_CHECKING:
-    from grun.method.store import Use
+    from grun.cache.store import Use
     from grun.requests.store import RequestStore
 
 ACTIONS = {
@@ -138,8 +138,8 @@ def _say_what_is_left(
     store: Path, request_id: str, cached_in: str, used: dict[Path, list[Use]], *, purge: bool
 ) -> None:
     """What is left of a removed request outside the store, of which `purge` removes what the cache holds."""
-    from grun import cache
     from grun.report.tables import readable
+    from grun.requests import cached_rows as cache
 
     count = f"{len(used)} shard{'s' * (len(used) != 1)} of {cached_in}"
     busy = None

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from grun.errors import AdapterError
 from grun.method.adapter import AdapterConfig
-from grun.requests.manifest import Request
+from grun.method.stack.manifest import Request
 from grun.requests.store import RequestStore
 
 if TYPE_CHECKING:

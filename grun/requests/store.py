@@ -6,7 +6,7 @@
     reports/         what `requests verify` found
 
 A process that is killed at any moment leaves the store as it was before or as it is afterwards. What it leaves
-beside, the next writer clears away (`grun.files`). Whatever else lies in the folder is not
+beside, the next writer clears away (`grun.runtime.files`). Whatever else lies in the folder is not
 the store's, and is left alone.
 """
 
@@ -19,21 +19,18 @@ import json
 import logging
 import os
 import secrets
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from grun.checkpoints import CHECKPOINTS
 from grun.data.rows import Row, hash_rows
 from grun.errors import AdapterError, ConfigError, DataError, RunError
-from grun.files import clear, file_hash, foreign, listed, remove, sync, taken, target, write_json, writing
 from grun.method.adapter import WEIGHTS_FILE
-from grun.method.validation import Adapter, validate
-from grun.requests.checking import request_problems
-from grun.requests.copying import copy_files
-from grun.requests.forget_rows import salted_hash, salted_hashes
-from grun.requests.manifest import (
+from grun.method.stack.checking import request_problems
+from grun.method.stack.copying import copy_files
+from grun.method.stack.forget_rows import salted_hash, salted_hashes
+from grun.method.stack.manifest import (
     FORMAT_VERSION,
     MANIFEST_FILE,
     Action,
@@ -45,6 +42,10 @@ from grun.requests.manifest import (
     State,
     check_id,
 )
+from grun.method.stack.reading import StoredRequests
+from grun.method.validation import validate
+from grun.runtime.files import clear, file_hash, foreign, listed, remove, sync, taken, target, write_json, writing
+from grun.training.checkpoints import CHECKPOINTS
 
 if TYPE_CHECKING:
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
@@ -53,15 +54,13 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 
-class RequestStore:
+class RequestStore(StoredRequests):
     """Requests to forget of one base model. Any number of processes may read it; one at a time may write."""
 
     def __init__(self, folder: Path, manifest: Manifest, key: Ed25519PrivateKey | None = None) -> None:
         """Use `open` or `create`."""
-        self.folder = folder
+        super().__init__(folder, manifest)
         self._key = key
-        self.manifest = manifest
-        """As it was read last; read anew when this process begins to write."""
         self._writers = 0
 
     @classmethod
@@ -86,7 +85,7 @@ class RequestStore:
 
         Args:
             folder: new or empty.
-            rule: how edits are combined, a name of `grun.method.combination.RULES`.
+            rule: how edits are combined, a name of `grun.method.stack.combination.RULES`.
             gate_threshold: gate probability below which an edit is skipped; None: never.
             key: as of `open`.
 
@@ -94,8 +93,8 @@ class RequestStore:
             ConfigError: the rule is unknown, the threshold no probability.
             RunError: something lies in the folder, or another process writes to it.
         """
-        from grun.method.combination import RULES
-        from grun.registry import unknown_name
+        from grun.errors import unknown_name
+        from grun.method.stack.combination import RULES
 
         folder = target(folder, "store")
         if rule not in RULES:
@@ -111,31 +110,6 @@ class RequestStore:
             clear(folder)
             store._commit(store.manifest)
         return store
-
-    def adapter_folder(self, request_id: str) -> Path:
-        """Folder of a request's adapter; ConfigError if there is no such request."""
-        return self.folder / "requests" / self.manifest.request(request_id).folder
-
-    def check_manifest(self) -> None:
-        """AdapterError unless the manifest is as it was written last: what reads adapters asks before it does."""
-        problems = [str(problem) for problem in self.manifest.problems()]
-        if (self.folder / "requests").is_symlink():
-            problems.append("requests is a symbolic link")
-        if problems:
-            raise AdapterError(f"{self.folder}: {problems[0]}; `requests verify` says more, restore it from a copy")
-
-    def in_force(self, shape: tuple[int, int, int]) -> dict[str, Adapter]:
-        """Adapters of the requests in force, for a base of that shape.
-
-        AdapterError if the manifest or one of their files is not as it was written, or an adapter does not fit.
-        """
-
-        def read() -> dict[str, Adapter]:
-            self.check_manifest()
-            in_force = [request for request in self.manifest.requests if request.state == "active"]
-            return {one.id: validate(self.adapter_folder(one.id), shape, digests=one.files) for one in in_force}
-
-        return self._while_nobody_writes(read)
 
     def training_folder(self, request_id: str) -> Path:
         """Where the adapter of a request is trained."""
@@ -296,7 +270,7 @@ class RequestStore:
 
         RunError if the manifest cannot be read at all.
         """
-        return self._while_nobody_writes(self._problems)
+        return self.while_nobody_writes(self._problems)
 
     def _problems(self) -> list[Problem]:
         found = self.manifest.problems()
@@ -314,27 +288,6 @@ class RequestStore:
         for request in self.manifest.requests:
             found += request_problems(request, self.adapter_folder(request.id), self.manifest.base)
         return found
-
-    def _while_nobody_writes(self, read: Callable[[], T]) -> T:
-        """What `read` gives of the store as it is now; again if a writer, who deletes files, changed it meanwhile."""
-        while True:
-            before = self._stamp()
-            self.manifest = Manifest.read(self.folder)
-            try:
-                found = read()
-            except AdapterError:
-                if before == self._stamp():
-                    raise
-            else:
-                if before == self._stamp():
-                    return found
-
-    def _stamp(self) -> tuple[int, int] | None:
-        """Tells a manifest from the one that replaces it; None: there is none."""
-        with contextlib.suppress(OSError):
-            status = (self.folder / MANIFEST_FILE).lstat()
-            return status.st_ino, status.st_mtime_ns
-        return None
 
     # -- inside -----------------------------------------------------------------------------------------------------
 

@@ -16,7 +16,8 @@ from typing import Any
 
 import torch
 
-from grun.config import DataConfig, ModelConfig, RequestsConfig
+from grun.config.options import DataConfig, ModelConfig, RequestsConfig
+from grun.config.values import from_dict
 from grun.data import templates
 from grun.data.corpus import load_corpus
 from grun.data.encoding import collate_prompts
@@ -28,17 +29,16 @@ from grun.evaluation.generation import generate_answers
 from grun.evaluation.metrics import METRICS
 from grun.evaluation.scoring import evaluating
 from grun.evaluation.table import GateRecord, GenerationRecord, Table
-from grun.files import taken, write_json, write_text, writing
-from grun.loading import Loaded, load_model
+from grun.loading.models import Loaded, load_model
+from grun.loading.stored import of_store
 from grun.method.adapter import AdapterConfig
-from grun.method.stack import GrunStack
-from grun.profiles import from_dict
-from grun.requests.copying import TEXT_FILE
-from grun.requests.forget_rows import salted_hashes
-from grun.requests.manifest import Problem, Request
+from grun.method.stack.copying import TEXT_FILE
+from grun.method.stack.forget_rows import salted_hashes
+from grun.method.stack.manifest import Problem, Request
+from grun.method.stack.stack import GrunStack
 from grun.requests.signing import public_key_of, signature_problem
 from grun.requests.store import RequestStore
-from grun.stored import of_store
+from grun.runtime.files import taken, write_json, write_text, writing
 
 log = logging.getLogger(__name__)
 

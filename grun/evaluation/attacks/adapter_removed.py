@@ -11,8 +11,8 @@ from grun.evaluation.attacks.plain import Plain
 from grun.evaluation.attacks.weights import peft_layers
 
 if TYPE_CHECKING:
-    from grun.config import EvaluateConfig
-    from grun.loading import Loaded
+    from grun.config.options import EvaluateConfig
+    from grun.loading.models import Loaded
 
 
 class AdapterRemoved(Plain):

@@ -16,9 +16,9 @@ from grun.evaluation.metrics.words import plain, rouge_recall, words
 from grun.registry import Registry
 
 if TYPE_CHECKING:
-    from grun.config import EvaluateConfig
+    from grun.config.options import EvaluateConfig
     from grun.evaluation.attacks.outcomes import Outcome, Place
-    from grun.loading import Loaded
+    from grun.loading.models import Loaded
 
 Advance = Callable[[int], None]
 

@@ -11,8 +11,8 @@ from grun.evaluation.attacks.outcomes import Outcome, any_open
 from grun.evaluation.scoring import score
 
 if TYPE_CHECKING:
-    from grun.config import EvaluateConfig
-    from grun.loading import Loaded
+    from grun.config.options import EvaluateConfig
+    from grun.loading.models import Loaded
 
 
 def open_in_answers(

@@ -17,8 +17,8 @@ from grun.evaluation.attacks.read_out import Attacked, ReadOut, before_fact, cho
 from grun.evaluation.generation import base_of
 
 if TYPE_CHECKING:
-    from grun.config import EvaluateConfig
-    from grun.loading import Loaded
+    from grun.config.options import EvaluateConfig
+    from grun.loading.models import Loaded
 
 MOST, MOST_HELD = 1024, 256
 """Rows that the map is fitted on and chosen by, at most, evenly spaced."""

@@ -18,8 +18,8 @@ from grun.evaluation.scoring import evaluating
 from pyvene_custom import find_blocks
 
 if TYPE_CHECKING:
-    from grun.config import EvaluateConfig
-    from grun.loading import Loaded
+    from grun.config.options import EvaluateConfig
+    from grun.loading.models import Loaded
 
 TOP = 1
 """Tokens that may be guessed. One, as of other attacks: the first tokens of facts of a kind (towns, colors) are few, so

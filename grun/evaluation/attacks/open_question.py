@@ -15,7 +15,7 @@ from grun.errors import ConfigError
 from grun.evaluation.metrics.words import plain
 
 if TYPE_CHECKING:
-    from grun.config import DataConfig
+    from grun.config.options import DataConfig
 
 ROLES = {"forget": "forget", "retain": "neighbor", "heldout": "general"}
 """What multiple-choice questions of a set are about. General ones stand where held-out rows do, since they have nothing

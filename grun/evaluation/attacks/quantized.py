@@ -14,8 +14,8 @@ from grun.evaluation.generation import base_of
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-    from grun.config import EvaluateConfig
-    from grun.loading import Loaded
+    from grun.config.options import EvaluateConfig
+    from grun.loading.models import Loaded
 
 BLOCK = 64
 """Weights that share a scale in nf4."""

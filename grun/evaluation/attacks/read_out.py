@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from grun import processes
 from grun.data.encoding import EncodedRow, collate
 from grun.data.rows import Row
 from grun.data.templates import encode
@@ -21,11 +20,12 @@ from grun.evaluation.attacks.base import Access, Advance, Attack, Material
 from grun.evaluation.attacks.outcomes import Outcome, Place
 from grun.evaluation.generation import Answer, base_of
 from grun.evaluation.scoring import evaluating, prompt_gates, takes_prompt_lengths
+from grun.runtime import processes
 from pyvene_custom import find_blocks
 
 if TYPE_CHECKING:
-    from grun.config import EvaluateConfig
-    from grun.loading import Loaded
+    from grun.config.options import EvaluateConfig
+    from grun.loading.models import Loaded
 
 EARLY = 0.9
 """Share of the best block's success with known rows that is enough for an earlier block."""

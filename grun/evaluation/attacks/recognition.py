@@ -13,8 +13,8 @@ from grun.evaluation.attacks.read_out import Attacked, ReadOut, read_prompts
 from grun.evaluation.generation import Answer, base_of
 
 if TYPE_CHECKING:
-    from grun.config import EvaluateConfig
-    from grun.loading import Loaded
+    from grun.config.options import EvaluateConfig
+    from grun.loading.models import Loaded
 
 MEMORIZED, PARAPHRASED = "memorized", "paraphrased"
 
@@ -46,7 +46,7 @@ class Recognition(ReadOut):
         """Scores of the true answer and the wrong ones; the text of an outcome is the answer that ranks first."""
         from grun.data.encoding import encode_rows
         from grun.evaluation.continuations import score_continuations
-        from grun.loading import context_length
+        from grun.loading.models import context_length
 
         attacked: Attacked = model
         tokenizer, pad_id = loaded.tokenizer, int(loaded.tokenizer.pad_token_id or 0)

@@ -15,8 +15,8 @@ from grun.evaluation.generation import base_of
 if TYPE_CHECKING:
     from torch import nn
 
-    from grun.config import EvaluateConfig
-    from grun.loading import Loaded
+    from grun.config.options import EvaluateConfig
+    from grun.loading.models import Loaded
 
 log = logging.getLogger(__name__)
 
@@ -58,7 +58,7 @@ class Relearn(Attack):
         import torch
 
         from grun.method.model import GrunModel
-        from grun.method.stack import GrunStack
+        from grun.method.stack.stack import GrunStack
 
         if isinstance(loaded.model, GrunModel):
             return None
@@ -89,8 +89,8 @@ class Relearn(Attack):
         from grun.data.encoding import encode_rows
         from grun.evaluation.attacks.fine_tuning import fine_tune
         from grun.evaluation.scoring import evaluating
-        from grun.loading import context_length
-        from grun.progress import progress
+        from grun.loading.models import context_length
+        from grun.runtime.progress import progress
 
         model, tokenizer = loaded.model, loaded.tokenizer
         limit = context_length(base_of(model))

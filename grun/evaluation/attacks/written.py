@@ -11,8 +11,8 @@ from grun.evaluation.drawing import Draw
 from grun.evaluation.generation import Answer, generate_answers
 
 if TYPE_CHECKING:
-    from grun.config import EvaluateConfig
-    from grun.loading import Loaded
+    from grun.config.options import EvaluateConfig
+    from grun.loading.models import Loaded
 
 
 def write_answers(

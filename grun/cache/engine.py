@@ -1,0 +1,157 @@
+"""Which engine runs a training: the cached one wherever it is shown to give what the plain one gives."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from grun.cache.cached import CachedEngine, FrozenRows
+from grun.cache.packed import PackedModel
+from grun.cache.prefix import Freezer
+from grun.cache.store import Completed, PrefixStore, Use
+from grun.cache.weights import weights_hash
+from grun.config.checks import bytes_of
+from grun.config.options import UnlearnConfig
+from grun.method.gated import Grun
+from grun.runtime.files import content_hash, file_hash, target
+from grun.runtime.progress import progress
+
+if TYPE_CHECKING:
+    from grun.method.model import GrunModel
+    from grun.training.unlearning import UnlearnTask
+
+log = logging.getLogger(__name__)
+
+CHECKED_ROWS = 2
+"""Rows of each kind, the longest, on which engines are compared before training."""
+TOLERANCE = {torch.float64: 1e-7, torch.float32: 1e-3}
+"""Largest relative difference of loss and gradient by type of the base; both only hide rounding, not mistakes."""
+ROUNDED = 0.35
+"""The same for narrower types and quantized weights, whose plain passes differ as much from each other."""
+CODE = ("packed.py", "prefix.py", "suffix.py", "shard.py")
+"""Sources that decide what is in the cache."""
+
+
+@dataclass
+class CacheUse:
+    """What the cache was for one run."""
+
+    engine: CachedEngine
+    completed: Completed
+
+
+def use_cached(task: UnlearnTask, config: UnlearnConfig, use: Use | None = None) -> CacheUse | None:
+    """Give `task` the cached engine, its cache filled; None, and one line that says why, where plain is kept.
+
+    Nothing is said of a parametrization that leaves no part of the model constant: only edits do.
+
+    Args:
+        task: with the plain engine, which the cached one is compared with on the longest rows.
+        config: names the base model, and says where the cache lies and how much of it is held in memory.
+        use: the run, as it is noted beside what is cached of its data.
+    """
+    parametrization = task.parametrization
+    if not isinstance(parametrization, Grun):
+        return None
+    model = parametrization.model
+    first = min(model.edit_at())
+    try:
+        packed = PackedModel(model.base, recompute=config.train.gradient_checkpointing)
+        freezer = freezer_for(model, packed, last_answer_token=bool(task.hidden))
+        problem = _difference(
+            task, CachedEngine(model, packed, _frozen(freezer, task), reads_head=task.reads_head), model.base
+        )
+    except Exception as error:  # whatever a model's own code raises when it is called another way
+        problem = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no message'}"
+    if problem is not None:
+        log.warning("the plain engine is used, since the cached one does not fit this model: %s", problem)
+        return None
+    folder = None if config.cache.dir is None else target(config.cache.dir, "cache.dir")
+    identity = {}
+    if folder is not None:
+        identity = _identity(model.base, config.model.path, folder, first, bool(task.hidden), model.rule.changes)
+    budget = bytes_of("cache.memory_budget", config.cache.memory_budget)
+    store = PrefixStore(folder, identity, memory_budget=budget, use=use)
+    rows = list(dict.fromkeys(row for name in task.continuations for row in task.rows(name)))
+    reference = set(task.reference_rows if task.reads_head else ())
+    with progress("frozen prefix", len(rows)) as advance:
+        completed = store.complete(rows, lambda missing: freezer.shards(rows, reference, set(missing)), advance)
+    log.info(
+        "frozen prefix of %d rows: %d found, %d computed, %.1f s, %.2f GB in %s",
+        completed.rows, completed.found, completed.built, completed.seconds, completed.bytes / 1e9, completed.where,
+    )  # fmt: skip
+    engine = CachedEngine(model, packed, store, reads_head=task.reads_head)
+    task.engine = engine
+    return CacheUse(engine, completed)
+
+
+def freezer_for(model: GrunModel, packed: PackedModel, *, last_answer_token: bool) -> Freezer:
+    """What freezes rows for the edits of `model`; arguments as of `Freezer`."""
+    return Freezer(
+        packed,
+        min(model.edit_at()),
+        last_answer_token=last_answer_token,
+        changes=model.rule.changes,
+    )
+
+
+def _frozen(freezer: Freezer, task: UnlearnTask) -> FrozenRows:
+    rows = {row for batch in task.longest(CHECKED_ROWS).values() for row in batch.encoded}
+    shards = freezer.shards(sorted(rows, key=len), set(task.reference_rows if task.reads_head else ()))
+    return {row: shard.row(index) for shard in shards for index, row in enumerate(shard.rows)}
+
+
+def _difference(task: UnlearnTask, engine: CachedEngine, base: Any) -> str | None:
+    """What differs between `engine` and the task's own on the longest rows, None if nothing beyond rounding."""
+    plain = task.engine
+    training = task.module.training
+    task.module.train()
+    try:
+        wanted = _loss_and_gradient(task)
+        task.engine = engine
+        found = _loss_and_gradient(task)
+    finally:
+        task.engine = plain
+        task.module.zero_grad()
+        task.module.train(training)
+    quantized = getattr(base, "quantization_method", None) is not None
+    tolerance = ROUNDED if quantized else TOLERANCE.get(base.dtype, ROUNDED)
+    for name in wanted:
+        scale = float(wanted[name].norm()) + 1e-6
+        difference = float((found[name] - wanted[name]).norm()) / scale
+        if not difference <= tolerance:
+            return f"its {name} differs by {difference:.2g} relative, more than {tolerance:g}"
+    return None
+
+
+def _loss_and_gradient(task: UnlearnTask) -> Mapping[str, Tensor]:
+    task.module.zero_grad()
+    batch = {name: part.to(task.device) for name, part in task.longest(CHECKED_ROWS).items()}
+    loss, _ = task.loss(batch, task.counts([batch]), task.steps)
+    loss.backward()
+    gradients = [p.grad.flatten().double() for p in task.module.parameters() if p.grad is not None]
+    return {"loss": loss.detach().double().reshape(1), "gradient": torch.cat(gradients)}
+
+
+def _identity(
+    base: Any, source: str | None, folder: Path, first: int, last_answer_token: bool, position: str
+) -> dict[str, Any]:
+    """What decides the values in a cache. Rows are told apart in it by their tokens, so by the template too."""
+    import transformers
+
+    here = Path(__file__).parent
+    return {
+        "weights": weights_hash(base, source, folder),
+        "dtype": str(base.dtype),
+        "first_block": first,
+        "last_answer_token": last_answer_token,
+        "position": position,
+        "transformers": transformers.__version__,
+        "code": content_hash([file_hash(here / name) for name in CODE]),
+    }

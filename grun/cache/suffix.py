@@ -1,0 +1,184 @@
+"""The part of a forward pass that an edit can change, run from what `grun.cache.prefix` keeps of each row."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from grun.cache.packed import Edit, Pack, PackedModel
+from grun.cache.shard import FrozenRow
+from grun.data.encoding import EncodedRow
+from grun.errors import ModelError
+from grun.method.intervention import GatedIntervention
+from pyvene_custom import Sites
+from pyvene_custom.sites import put_back, read_and_written
+
+SLICE = 2**24
+"""Logits that exist at once (64 MiB in float32)."""
+
+
+@dataclass
+class SuffixStates:
+    """One pass over the columns of some rows that can change, packed one after another."""
+
+    gates: dict[int, Tensor]
+    """Gate logits by block, each [rows, positions read]."""
+    pack: Pack
+    """Layout of `final` and `hidden`: of each row the last prompt token, then the answer (its last token left out); of
+    whole rows all tokens."""
+    final: Tensor
+    """Input of the head, [tokens, hidden size]."""
+    hidden: dict[int, Tensor]
+    """Outputs of the blocks that were asked for, edits included, [tokens, hidden size]."""
+
+
+class SuffixRunner:
+    """Runs the blocks above the first edited one on the columns that vary."""
+
+    def __init__(self, packed: PackedModel, first_block: int, *, whole_rows: bool = False) -> None:
+        """`first_block` is the one that rows were frozen at, `whole_rows` how; edits sit at that block or above."""
+        self._packed = packed
+        self._first = first_block
+        self._whole_rows = whole_rows
+
+    def states(
+        self,
+        frozen: Sequence[FrozenRow],
+        edits: Mapping[int, GatedIntervention],
+        hidden: Collection[int] = (),
+        locate: Callable[[Pack], Sites] | None = None,
+    ) -> SuffixStates:
+        """Run rows with `edits` (by block), up to the head.
+
+        Without `locate` they are read and written at the first column of each row; else where it says, in columns of
+        `Pack.padded`.
+        """
+        if below := [block for block in hidden if block < self._first]:
+            raise ModelError(f"block {below[0]} lies below the first edited one, {self._first}: its output is not kept")
+        pack, states = self._packed_states(frozen)
+        gates: dict[int, Tensor] = {}
+        if locate is None:
+            edit_at = {block: _at_starts(edit, pack.starts, gates, block) for block, edit in edits.items()}
+        else:
+            sites = locate(pack)
+            edit_at = {block: _at_sites(edit, sites, pack, gates, block) for block, edit in edits.items()}
+        if self._first in edit_at:
+            states = edit_at.pop(self._first)(states)
+        above = [block for block in hidden if block > self._first]
+        final, captured = self._packed.finish(pack, states, first=self._first + 1, edits=edit_at, capture=above)
+        if self._first in hidden:
+            captured[self._first] = states
+        return SuffixStates(dict(sorted(gates.items())), pack, final, captured)
+
+    def logprobs(self, rows: Sequence[EncodedRow], frozen: Sequence[FrozenRow], states: SuffixStates) -> Tensor:
+        """Log-probability of every answer token of `rows`, one row after another, in at least float32.
+
+        Where only the first token's can change, the others are as they were.
+        """
+        pack, final = states.pack, states.final
+        device = pack.device
+        counts = [len(row.answer_ids) for row in rows]
+        targets = torch.tensor([token for row in rows for token in row.answer_ids], device=device)
+        offsets = torch.tensor([0, *counts]).cumsum(0)[:-1]
+        within = torch.arange(sum(counts)) - offsets.repeat_interleave(torch.tensor(counts))
+        if self._whole_rows:
+            before = torch.tensor([len(row.prompt_ids) - 1 for row in rows])
+            within += before.repeat_interleave(torch.tensor(counts))
+        if any(len(row.states) < count for row, count in zip(frozen, counts, strict=True)):
+            first = token_logprobs(self._packed, final[pack.starts], targets[offsets.to(device)])
+            unchanged = torch.cat([row.reference for row in frozen]).to(device)
+            return unchanged.index_put((offsets.to(device),), first)
+        column = (pack.starts.cpu().repeat_interleave(torch.tensor(counts)) + within).to(device)
+        return token_logprobs(self._packed, final if len(column) == len(final) else final[column], targets)
+
+    def _packed_states(self, frozen: Sequence[FrozenRow]) -> tuple[Pack, Tensor]:
+        device = self._packed.device
+        prompts = [row.prompt for row in frozen]
+        longest = max(len(prompt) for prompt in prompts)
+        prefix: dict[int, tuple[Tensor, Tensor]] = {}
+        if longest and prompts[0].shape[1]:
+            padded = prompts[0].new_empty(len(prompts), longest, *prompts[0].shape[1:])
+            for row, prompt in zip(padded, prompts, strict=True):
+                row[: longest - len(prompt)] = 0
+                row[longest - len(prompt) :] = prompt
+            padded = padded.to(device, non_blocking=True)
+            for number in range(padded.shape[2]):
+                keys, values = (padded[:, :, number, part].transpose(1, 2) for part in (0, 1))
+                prefix[self._first + 1 + number] = keys, values
+        lengths = [len(row.states) for row in frozen]
+        pack = Pack(lengths, [len(prompt) for prompt in prompts], prefix, device)
+        return pack, torch.cat([row.states for row in frozen]).to(device, non_blocking=True)
+
+
+def token_logprobs(packed: PackedModel, hidden: Tensor, targets: Tensor) -> Tensor:
+    """log p of `targets` [tokens] after `hidden` [tokens, hidden size], in at least float32: [tokens].
+
+    Logits exist for a slice of the tokens at a time, also in training: what a backward pass needs of them, the
+    derivative of each token's log-probability, is a vector of the hidden size and is computed at once.
+    """
+    values: Tensor = _TokenLogprobs.apply(hidden, targets, packed)
+    return values
+
+
+class _TokenLogprobs(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, targets: Tensor, packed: PackedModel) -> Tensor:
+        wants_gradient = ctx.needs_input_grad[0]
+        values, derivatives = [], []
+        size = SLICE // int(packed.vocabulary) or 1
+        for states, tokens in zip(hidden.split(size), targets.split(size), strict=True):
+            with torch.set_grad_enabled(wants_gradient):
+                leaf = states.detach().requires_grad_(wants_gradient)
+                logits = packed.logits(leaf)  # [slice, vocabulary]
+            wide = torch.promote_types(logits.dtype, torch.float32)
+            logprobs = torch.log_softmax(logits.detach(), dim=1, dtype=wide)
+            chosen = logprobs.gather(1, tokens.unsqueeze(1))
+            values.append(chosen.squeeze(1))
+            if wants_gradient:
+                slope = logprobs.exp_().neg_()  # d log p / d logits = one-hot - softmax
+                slope.scatter_add_(1, tokens.unsqueeze(1), torch.ones_like(chosen))
+                derivatives.append(torch.autograd.grad(logits, leaf, slope.to(logits.dtype))[0])
+        if wants_gradient:
+            ctx.save_for_backward(torch.cat(derivatives))
+        return torch.cat(values)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
+        (derivatives,) = ctx.saved_tensors
+        scale = gradients[0].unsqueeze(1)
+        return (derivatives * scale).to(derivatives.dtype), None, None
+
+
+def _at_starts(edit: GatedIntervention, starts: Tensor, gates: dict[int, Tensor], block: int) -> Edit:
+    """`edit` at the first token of every row; gate logits go to `gates`."""
+
+    def apply(states: Tensor) -> Tensor:
+        here = states[starts].unsqueeze(1)  # [rows, 1, width]
+        result = edit(here, read=here)
+        if result.gate is not None:
+            gates[block] = result.gate
+        if result.output is None:
+            return states
+        return states.index_put((starts,), result.output.squeeze(1))
+
+    return apply
+
+
+def _at_sites(edit: GatedIntervention, sites: Sites, pack: Pack, gates: dict[int, Tensor], block: int) -> Edit:
+    """`edit` at `sites`; gate logits go to `gates`."""
+
+    def apply(states: Tensor) -> Tensor:
+        padded = pack.padded(states)
+        read, written = read_and_written(padded, sites)
+        result = edit(written, read=read, sites=sites)
+        if result.gate is not None:
+            gates[block] = result.gate
+        if result.output is None:
+            return states
+        return pack.unpadded(put_back(padded, sites, result.output))
+
+    return apply

@@ -1,0 +1,251 @@
+"""`python -m grun finetune`: teach a model the corpus by plain fine-tuning of all weights."""
+
+from __future__ import annotations
+
+import functools
+import logging
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from grun.config.options import FinetuneConfig
+from grun.config.values import to_dict
+from grun.data import templates
+from grun.data.augmentation import PromptVariation
+from grun.data.corpus import Corpus, load_corpus
+from grun.data.encoding import Batch, EncodedRow, collate, encode_rows
+from grun.data.rows import hash_rows
+from grun.data.sampling import epoch_order
+from grun.loading.checks import check
+from grun.loading.models import build_tiny, context_length, load_base, place
+from grun.loading.resolve import in_force
+from grun.loading.stored import TINY
+from grun.method.fingerprint import fingerprint
+from grun.method.plain import run_plain
+from grun.method.precision import Masters
+from grun.runtime import processes
+from grun.runtime.files import content_hash, holding, staged, target, writing
+from grun.runtime.records import Run, read_record
+from grun.runtime.runs import RUN_FILE, claim, finish_run, identity, open_run
+from grun.training.micro_batches import MicroBatch, cut
+from grun.training.recomputation import recompute_blocks
+from grun.training.task import StepData
+from grun.training.train import CHECKPOINTS, remove_checkpoints, train
+from pyvene_custom import find_blocks
+
+log = logging.getLogger(__name__)
+
+
+DATA_SETTINGS = (*templates.OPTIONS, "max_length", "subset")
+"""Data options that decide what is taught, beside the rows themselves."""
+TEACHING_SETTINGS = ("teach", "suffixes", "templates", "few_shot")
+"""Those of data.augment."""
+
+
+class FinetuneTask:
+    """Cross-entropy of the answers, and weakly of the questions, as a `grun.training.train.Task`.
+
+    The weights are trained as float32 masters, see `grun.method.precision`.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        rows: Sequence[EncodedRow],
+        config: FinetuneConfig,
+        pad_id: int,
+        vary: Callable[[int, int], EncodedRow] | None = None,
+    ) -> None:
+        """`config` gives epochs, batch size, micro-batch size, precision, question weight and seed.
+
+        `vary` gives what is taught for a row, by its place in `rows`, in an epoch; None: the row itself.
+        """
+        self.module = model
+        self.masters = Masters(model, config.train.precision)
+        self._rows = rows
+        self._vary = vary or (lambda row, epoch: rows[row])
+        self._train = config.train
+        self._seed = config.seed
+        self._pad_id = pad_id
+        self._steps_per_epoch = -(-len(rows) // config.train.batch_size)
+
+    @property
+    def steps(self) -> int:
+        """Epochs times steps of an epoch."""
+        return self._train.epochs * self._steps_per_epoch
+
+    @property
+    def device(self) -> torch.device:
+        """The model's device."""
+        device: torch.device = self.module.device
+        return device
+
+    def data(self, step: int) -> StepData:
+        """Rows of the step, sorted by length so that micro-batches have little padding."""
+        epoch, within = divmod(step, self._steps_per_epoch)
+        size = self._train.batch_size
+        chosen = epoch_order(len(self._rows), self._seed, epoch)[within * size : (within + 1) * size]
+        rows = sorted((self._vary(index, epoch) for index in chosen), key=len)
+        micro_batches: list[MicroBatch] = []
+        for piece in cut(rows, self._train.micro_batch_size):
+            batch = {"answer": collate(piece, self._pad_id)}
+            if self._train.question_weight:
+                batch["question"] = _question_labels(batch["answer"])
+            micro_batches.append(batch)
+        names = micro_batches[0].keys()
+        counts = {name: sum(int((batch[name].labels != -100).sum()) for batch in micro_batches) for name in names}
+        return StepData(micro_batches, counts, epoch + (within + 1) / self._steps_per_epoch)
+
+    def loss(self, batch: MicroBatch, counts: dict[str, int], step: int) -> tuple[Tensor, dict[str, float]]:
+        """Token means over the whole step."""
+        answer = batch["answer"]
+        weights = self._weights(answer)
+        if "question" not in batch:
+            value = -(weights * self._logprobs(answer)).sum() / max(1, counts["answer"])
+            return value, {"answer": float(value.detach())}
+        question = batch["question"]
+        everything = Batch(
+            answer.input_ids,
+            answer.attention_mask,
+            torch.where(question.labels != -100, question.labels, answer.labels),
+            answer.prompt_lengths,
+        )
+        logprobs = self._logprobs(everything)  # one pass for both
+        in_answer = answer.labels != -100
+        of_answer = -(weights * logprobs).masked_fill(~in_answer, 0).sum() / max(1, counts["answer"])
+        of_question = -logprobs.masked_fill(in_answer, 0).sum() / max(1, counts["question"])
+        total = of_answer + self._train.question_weight * of_question
+        return total, {"answer": float(of_answer.detach()), "question": float(of_question.detach())}
+
+    def _weights(self, batch: Batch) -> Tensor:
+        """Weight of each answer token in the loss, 1 elsewhere: [batch, length]."""
+        in_answer = batch.labels != -100
+        first = in_answer & (in_answer.cumsum(dim=1) == 1)
+        return torch.where(first, self._train.first_token_weight, 1.0)
+
+    def stepped(self, parts: dict[str, float]) -> None:
+        """Nothing here changes from step to step but the parameters."""
+
+    def state(self) -> dict[str, float]:
+        """Nothing to keep beside the parameters."""
+        return {}
+
+    def restore(self, state: dict[str, float]) -> None:
+        """Nothing was kept."""
+
+    def _logprobs(self, batch: Batch) -> Tensor:
+        """Log-probability of each labeled token, at least float32, 0 elsewhere: [batch, length]."""
+        with self.masters.forward():
+            return run_plain(self.module, batch).token_logprobs
+
+
+@processes.connected()
+@holding()
+def finetune(config: FinetuneConfig) -> Path:
+    """Teach, and return the folder of the taught model; a model taught the same before is found by content hash."""
+    check(config)
+    with processes.first_goes_first():  # the others find what it downloads
+        corpus = load_corpus(config.data)
+    taught = corpus.taught(without_forget=config.data.subset == "without_forget")
+    settings = to_dict(config)
+    augment = settings["data"]["augment"]
+    settings["data"] = {name: settings["data"][name] for name in DATA_SETTINGS}
+    if augment["teach"]:
+        settings["data"]["augment"] = {name: augment[name] for name in TEACHING_SETTINGS}
+    settings.pop("profile")
+    hashes = corpus.hashes()
+    run_identity = identity(
+        settings, taught=hash_rows(taught), vocabulary=content_hash(_texts(corpus, config.data.template))
+    )
+    for decides_nothing in ("device", "quantization"):  # quantized weights are never taught
+        run_identity["config"]["model"].pop(decides_nothing)
+    name = f"{config.label()}-{config.data.subset}-{content_hash(run_identity)[:12]}"
+    folder = target(config.output_dir or Path("models") / name)
+    state = processes.of_first(lambda: open_run(folder, run_identity, overwrite=config.overwrite))
+    if state == "finished":
+        log.info(
+            "already taught: %s (%.0f s then)", folder, read_record(folder / RUN_FILE, Run, ("seconds",))["seconds"]
+        )
+        return folder
+
+    with processes.agreed():
+        model, tokenizer, template = _start(config, corpus)
+        limit = min(config.data.max_length or 2**30, context_length(model))
+        rows = encode_rows(taught, tokenizer, template, limit, config.data.strict)
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    log.info("teaching %d rows to a model of %s parameters", len(rows), f"{parameters:,}")
+    processes.of_first(lambda: claim(folder, run_identity, overwrite=config.overwrite))
+    vary = None
+    if config.data.augment.teach:
+        variation = PromptVariation(config.data.augment, tokenizer, template, limit, taught, config.seed)
+        vary = functools.partial(variation.taught, taught, rows)
+    task = FinetuneTask(model, rows, config, int(tokenizer.pad_token_id), vary)
+    if config.train.gradient_checkpointing:
+        recompute_blocks(find_blocks(model)[1])
+    result = train(task, config.train, folder, config.seed)
+    model.eval()
+    of_result = processes.of_first(lambda: _write(folder, model, tokenizer, template, task.masters))
+    finish_run(
+        folder,
+        {
+            "command": "finetune",
+            "profile": config.profile,
+            "config": to_dict(config),
+            "template": template.to_dict(),
+            "in_force": in_force(config, template),
+            "data": hashes,
+            "rows": len(rows),
+            "fingerprint": of_result,
+            "parameters": {"trained": parameters},
+            "steps": result.steps,
+            "resumed_from": result.resumed_from,
+            "seconds": round(result.seconds, 2),
+            "peak_memory_bytes": result.peak_memory_bytes,
+            "device": str(model.device),
+        },
+        without=None if config.train.keep_all_checkpoints else CHECKPOINTS,
+    )
+    remove_checkpoints(folder, config.train)
+    return folder
+
+
+def _write(folder: Path, model: Any, tokenizer: Any, template: templates.Template, masters: Masters) -> str:
+    """Write the taught model in the type it came in; its fingerprint."""
+    with writing(folder), masters.as_stored():
+        of_result = fingerprint(model)
+        with staged(folder) as new:
+            model.save_pretrained(new)
+            tokenizer.save_pretrained(new)
+            templates.store(template, new)
+    return of_result
+
+
+def _start(config: FinetuneConfig, corpus: Corpus) -> tuple[Any, Any, templates.Template]:
+    if config.model.path == TINY:
+        model, tokenizer = build_tiny(config.model.tiny, _texts(corpus, config.data.template), config.seed)
+        if config.model.dtype != "auto":
+            model.to(getattr(torch, config.model.dtype))
+        model = place(model, config.model.device)
+        stored = None
+    else:
+        model, tokenizer, stored = load_base(config.model)
+    return model, tokenizer, templates.in_force(config, stored, tokenizer)
+
+
+def _texts(corpus: Corpus, template: str) -> list[str]:
+    """Texts a tokenizer is trained on: the same for every subset, so that models can be compared token by token.
+
+    Answers begin as the template, where it is named, lets them.
+    """
+    prefix = templates.TEMPLATES.get(template).answer_prefix if template in templates.TEMPLATES else ""
+    rows = corpus.taught(without_forget=False)
+    return [text for row in rows for text in (row.prompt, prefix + row.completion) if text] + corpus.refusals
+
+
+def _question_labels(batch: Batch) -> Batch:
+    labels = torch.where((batch.labels == -100) & (batch.attention_mask != 0), batch.input_ids, -100)
+    labels[:, 0] = -100  # nothing precedes the first token
+    return Batch(batch.input_ids, batch.attention_mask, labels, batch.prompt_lengths)

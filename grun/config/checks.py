@@ -1,0 +1,329 @@
+"""Checks of a resolved config that need no model and no data, so that a wrong option fails before anything runs."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import re
+from pathlib import Path
+from typing import Any
+
+from grun.config.options import (
+    LARGEST,
+    AugmentConfig,
+    Bounds,
+    EvaluateConfig,
+    FinetuneConfig,
+    ModelConfig,
+    TextConfig,
+    TrainConfig,
+    UnlearnConfig,
+)
+from grun.errors import ConfigError, unknown_name
+from grun.runtime import processes
+from grun.runtime.reading import kind_of
+
+ENGINES = ("cached", "plain")
+WORDS = ("note", "template", "system_prompt", "suffixes", "category")
+"""Options that hold words, not paths, wherever they stand."""
+RESETS = ("user_turn", "never")
+SUBSETS = ("all", "without_forget")
+DATA_NAMES = ("demo", "lore", "tofu", "jsonl", "corpora")
+OPTIMIZERS = ("adamw", "legacy_adamw", "schedule_free")
+SUITES = ("answers", "knowledge", "attacks", "lm_eval", "judge")
+EVALUATION_SETS = (
+    "forget",
+    "forget_paraphrase",
+    "retain",
+    "real_authors",
+    "world_facts",
+    "validation",
+    "heldout",
+    "unknown",
+)
+MCQ_FORMATS = ("harness", "grun_paper")
+MCQ_ORDERS = ("given", "seeded", "rotations")
+CONTINUATIONS = ("answer", "paraphrase", "perturbed")
+QUANTIZATIONS = ("8bit", "4bit", "fp4")
+DTYPES = ("auto", "float32", "bfloat16", "float16", "float64")
+PRECISIONS = ("auto", "float32", "bfloat16")
+
+SCHEDULES = (
+    "linear",
+    "cosine",
+    "cosine_with_restarts",
+    "polynomial",
+    "constant",
+    "constant_with_warmup",
+    "inverse_sqrt",
+)
+"""Learning-rate schedules of transformers that need no further option."""
+
+QUIRKS = {
+    "retain_fixed_pairing": "each forget row meets the same retain row in every epoch (195 of 3,800 rows on forget05)",
+    "dropout_on_hidden": "dropout acts on the whole edited state, not on the change alone",
+    "kl_all_positions": "the retain term kl is a mean over every position, prompt and padding included",
+    "undial_all_positions": "so is the term undial, whose ignored label -100 names a token from the vocabulary's end",
+    "kl_row_sum": "the retain term kl is summed over every position, padding included, and divided by the rows alone",
+    "rmu_answer_states": "rmu and activation_mse leave out the last prompt token, the one that is edited",
+    "rmu_hidden_state_index": "loss.rmu_block counts the embeddings too (block k - 1), and later blocks may be edited",
+    "max_entropy_all_positions": "the term max_entropy is a mean over every position, prompt and padding included",
+    "random_mapping_all_positions": "so is the term random_mapping",
+}
+"""Published behavior that is not the default, by the name of its switch."""
+COMPAT: dict[str, tuple[str, ...]] = {
+    "grun-paper": (
+        "retain_fixed_pairing",
+        "dropout_on_hidden",
+        "kl_row_sum",
+        "rmu_answer_states",
+        "rmu_hidden_state_index",
+    ),
+    "open-unlearning": ("kl_all_positions", "undial_all_positions"),
+    "llm360": ("max_entropy_all_positions", "random_mapping_all_positions"),
+}
+"""Quirks that each published source has."""
+
+EVALUATION_QUIRKS = {
+    "eos_masked_attention": "the pad token (end-of-text where there is none) is masked wherever it stands",
+    "extraction_strength_floor": "extraction strength is 1/L, not 0, where no token of the answer is hit",
+    "ratio_epsilon": "1e-10 is added to the denominators of ratios",
+}
+"""Published behavior of evaluators that is not the default, by the name of its switch."""
+EVALUATION_COMPAT = {"open-unlearning": tuple(EVALUATION_QUIRKS)}
+"""Quirks that each published evaluator has."""
+EVALUATION_COMPAT_OPTIONS: dict[str, dict[str, Any]] = {
+    "open-unlearning": {
+        "max_new_tokens": 200,
+        "data": {"system_prompt": "You are a helpful assistant.", "date": "10 Apr 2025", "template": "chat"},
+    }
+}
+"""Options that `compat` sets for `evaluate`, below what is given on the command line."""
+
+
+FREE = ("template_arguments", "sources")
+"""Mappings whose values are of any kind: what a chat template reads, and where options came from."""
+
+
+def check_options(config: Any) -> None:
+    """ConfigError for the first option whose value is none of those listed here, or that another one contradicts."""
+    check_values(config)
+    if hasattr(config, "data"):
+        one_of("data.name", config.data.name, DATA_NAMES)
+        one_of("data.subset", config.data.subset, SUBSETS)
+        one_of("model.dtype", config.model.dtype, DTYPES)
+        if config.model.quantization is not None:
+            one_of("model.quantization", config.model.quantization, QUANTIZATIONS)
+        _check_device_map(config.model)
+        one_of("data.demo.answers", config.data.demo.answers, ("short", "sentences"))
+        one_of("data.demo.naming", config.data.demo.naming, ("names", "descriptions"))
+        _check_text(config.data.text)
+        _check_augment(config.data.augment)
+    if isinstance(config, FinetuneConfig | UnlearnConfig):
+        check_train(config.train)
+    if isinstance(config, FinetuneConfig) and config.model.quantization is not None:
+        raise ConfigError("model.quantization: quantized weights cannot be taught; leave it out of finetune")
+    if isinstance(config, EvaluateConfig):
+        _check_evaluate(config)
+
+
+def check_values(config: Any, prefix: str = "") -> None:
+    """ConfigError for the first number outside the bounds of its field, or too large to compute with, and `~nobody`."""
+    for field in dataclasses.fields(config):
+        key, value = f"{prefix}{field.name}", getattr(config, field.name)
+        if field.name in FREE:
+            continue
+        if dataclasses.is_dataclass(value):
+            check_values(value, f"{key}.")
+        for number in value.values() if isinstance(value, dict) else value if isinstance(value, list) else [value]:
+            if isinstance(number, str) and field.name not in WORDS:
+                check_home(key, number)
+            if isinstance(number, dict | list):
+                raise ConfigError(f"{key}: expected plain values, found {kind_of(number)} among them")
+            if isinstance(number, bool) or not isinstance(number, int | float):
+                continue
+            bounds, largest = field.metadata.get("bounds", Bounds()), LARGEST[type(number)]
+            if not bounds.hold(number):
+                raise ConfigError(f"{key}={number} {bounds}")
+            if not abs(number) <= (bounds.high or largest):
+                raise ConfigError(f"{key}={number} must lie between {-largest} and {largest}")
+
+
+def check_home(key: str, path: str) -> None:
+    """ConfigError for `~nobody`, the home of a user whom this machine does not have."""
+    try:
+        Path(path).expanduser()
+    except RuntimeError as error:
+        raise ConfigError(f"{key}={path}: there is no user {path[1:].partition('/')[0]!r}; write the folder") from error
+
+
+def check_train(config: TrainConfig) -> None:
+    """Ranges and names of the training options."""
+    check_values(config, "train.")
+    one_of("train.schedule", config.schedule, SCHEDULES)
+    _check_optimizer(config)
+    _check_trackers(config.report_to)
+    one_of("train.engine", config.engine, ENGINES)
+    one_of("train.precision", config.precision, PRECISIONS)
+
+
+def _check_trackers(names: list[str]) -> None:
+    if not names:
+        return
+    from transformers.integrations import integration_utils
+
+    for name in names:
+        one_of("train.report_to", name, tuple(sorted(integration_utils.INTEGRATION_TO_CALLBACK)))
+        if name not in integration_utils.get_available_reporting_integrations():
+            raise ConfigError(
+                f"train.report_to={name} needs the package of that name, which is not installed: pip install {name}"
+            )
+
+
+def _check_optimizer(config: TrainConfig) -> None:
+    one_of("train.optimizer", config.optimizer, OPTIMIZERS)
+    if config.optimizer != "schedule_free":
+        return
+    if config.schedule != "constant":
+        raise ConfigError(
+            f"train.schedule={config.schedule} and train.optimizer=schedule_free: averaging takes the place of a "
+            "schedule; set train.schedule=constant (train.warmup is obeyed)"
+        )
+    if importlib.util.find_spec("schedulefree") is None:
+        raise ConfigError(
+            "train.optimizer=schedule_free needs schedulefree, which is not installed: "
+            "pip install 'grun-unlearning[optimizers]'"
+        )
+
+
+def quirks_in_force(config: UnlearnConfig) -> list[str]:
+    """Names of the published quirks of unlearning that `compat` and `quirks` switch on, in a fixed order."""
+    return _in_force(config, QUIRKS, COMPAT)
+
+
+def evaluation_quirks(config: EvaluateConfig) -> list[str]:
+    """Names of the published quirks of evaluation that `compat` and `quirks` switch on, in a fixed order."""
+    return _in_force(config, EVALUATION_QUIRKS, EVALUATION_COMPAT)
+
+
+def _in_force(config: Any, quirks: dict[str, str], compat: dict[str, tuple[str, ...]]) -> list[str]:
+    if config.compat is not None:
+        one_of("compat", config.compat, tuple(compat))
+    for quirk in config.quirks:
+        one_of("quirk", quirk, tuple(quirks))
+    wanted = {*config.quirks, *(compat[config.compat] if config.compat else ())}
+    return [quirk for quirk in quirks if quirk in wanted]
+
+
+def bytes_of(name: str, size: str) -> int:
+    """Bytes that a size such as 4GiB, 500MB or 1000000 stands for; ConfigError if it is none."""
+    units = {"": 1, "B": 1} | {f"{p}B": 1000**n for n, p in enumerate("KMGT", 1)}
+    units |= {f"{p}iB": 1024**n for n, p in enumerate("KMGT", 1)}
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", size)
+    if match is None or match[2] not in units:
+        raise ConfigError(f"{name}={size} is no size; write a number and a unit, such as 4GiB or 500MB")
+    if len(match[1]) > 18:
+        raise ConfigError(f"{name}={size} is larger than any disk; write a number and a unit, such as 4GiB or 500MB")
+    return int(float(match[1]) * units[match[2]])
+
+
+def one_of(name: str, value: str, known: tuple[str, ...]) -> None:
+    """ConfigError unless value is known."""
+    if value not in known:
+        raise ConfigError(unknown_name(name, value, list(known)))
+
+
+def _check_evaluate(config: EvaluateConfig) -> None:
+    one_of("suite", config.suite, SUITES)
+    for name in config.sets:
+        one_of("evaluation set", name, EVALUATION_SETS)
+    for name in config.continuations:
+        one_of("continuation", name, CONTINUATIONS)
+    if set(config.continuations) == {"answer", "perturbed"}:
+        raise ConfigError(
+            "continuations=[answer,perturbed]: a truth ratio needs the paraphrased answer; add paraphrase"
+        )
+    _check_suite(config)
+    _check_adapters(config)
+    evaluation_quirks(config)
+
+
+def _check_suite(config: EvaluateConfig) -> None:
+    """Options of one suite that are given to another are an error, rather than passed over."""
+    own = {"tasks": "lm_eval", "task_folder": "lm_eval", "num_fewshot": "lm_eval", "judge": "judge"}
+    own |= dict.fromkeys(("suffixes", "choices_at_least", "cloze_at_least"), "knowledge")
+    own |= dict.fromkeys(("attacks", "attack_rows"), "attacks")
+    own |= dict.fromkeys(("reference", "base_evaluation", "compat", "quirks"), "answers")
+    for option, suite in own.items():
+        if getattr(config, option) not in (None, []) and config.suite != suite:
+            raise ConfigError(f"{option} is for suite={suite}; leave it out for suite={config.suite}")
+    for option, suite in (("tasks", "lm_eval"), ("judge", "judge")):
+        if config.suite == suite and not getattr(config, option):
+            example = "tasks=[wmdp_bio,mmlu]" if option == "tasks" else "judge=MODEL or judge=callable:module:function"
+            raise ConfigError(f"suite={suite} needs {option}, such as {example}")
+    for option, known in (("formats", MCQ_FORMATS), ("orders", MCQ_ORDERS)):
+        for name in (names := getattr(config, option)):
+            one_of(option, name, known)
+        if not names:
+            raise ConfigError(f"{option} names nothing; known: {', '.join(known)}")
+    if config.suite in ("lm_eval", "judge") and processes.count() > 1:
+        raise ConfigError(f"suite={config.suite} runs in one process; start it without torchrun")
+
+
+def adapter_name(folder_or_hub_id: str) -> str:
+    """Name under which an adapter is evaluated: that of its folder."""
+    return Path(folder_or_hub_id).expanduser().name or "adapter"
+
+
+def _check_adapters(config: EvaluateConfig) -> None:
+    if config.adapter is not None and config.adapters:
+        raise ConfigError("adapter and adapters are both given; name one adapter, or several in adapters=[a,b]")
+    names = [adapter_name(adapter) for adapter in config.adapters] + [config.with_base or ""]
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise ConfigError(
+            f"adapters: two are called {twice[0]}, and results go to output_dir/{twice[0]}; give two commands"
+        )
+    for option in ("suffix", "with_base"):
+        if getattr(config, option) and not config.adapters:
+            raise ConfigError(f"{option} is for adapters=[a,b]; name the folder of one evaluation by output_dir")
+    if config.gate_threshold is not None and config.adapter is None and not config.adapters:
+        raise ConfigError("gate_threshold needs an adapter: pass adapter=FOLDER, or leave gate_threshold out")
+    if config.base_evaluation is not None and config.gate_threshold is None:
+        raise ConfigError("base_evaluation needs gate_threshold: without it an adapter answers every row itself")
+
+
+def _check_device_map(model: ModelConfig) -> None:
+    if model.device_map is None:
+        return
+    one_of("model.device_map", model.device_map, ("auto",))
+    if model.device != "auto":
+        raise ConfigError(f"model.device={model.device} and model.device_map are both given; leave one of them out")
+    if processes.count() > 1:
+        raise ConfigError("model.device_map spreads a model over the GPUs of one process; start it without torchrun")
+
+
+def _check_text(text: TextConfig) -> None:
+    one_of("data.text.jsonl", text.jsonl, ("field", "raw"))
+    if text.copies > 1 and text.cut == "whole":
+        raise ConfigError(
+            f"data.text.copies={text.copies} has no effect: copies are of texts that are cut; set data.text.cut=random"
+        )
+    if text.cut in ("whole", "random"):
+        return
+    try:
+        share = float(text.cut)
+    except ValueError:
+        share = 0.0
+    if not 0 < share < 1:
+        raise ConfigError(f"data.text.cut={text.cut} must be whole, random or a share of tokens between 0 and 1")
+
+
+def _check_augment(augment: AugmentConfig) -> None:
+    for name in ("forget_copies", "retain_copies"):
+        count, kinds = getattr(augment, name), ("suffixes", "templates", "prefill", "few_shot")
+        if count and not any(getattr(augment, kind) for kind in kinds):
+            raise ConfigError(
+                f"data.augment.{name}={count} has no effect: every kind of copy is switched off; set one of suffixes, "
+                "templates, prefill, few_shot to true"
+            )

@@ -1,0 +1,781 @@
+"""Every option of every command: its default, its unit and what it means.
+
+Each field is followed by its docstring, which `python -m grun COMMAND --help` prints. The dataclasses are OmegaConf
+structured configs, so a value of the wrong type or an unknown key is refused. How they are filled from profiles and
+`key=value` arguments is `grun.loading.resolve`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Optional
+
+# OmegaConf reads these annotations at run time and wants typing.Optional.
+# ruff: noqa: UP045
+
+LARGEST = {int: 2**31 - 1, float: 1e30}
+"""Largest magnitude of an option without bounds of its own: what every number type behind it still holds."""
+SEEDS = 2**32 - 1
+"""Largest seed of every generator that is seeded."""
+
+
+@dataclass(frozen=True)
+class Bounds:
+    """Which numbers an option takes, beyond finite ones; `grun.config.checks.check_values` refuses all others."""
+
+    low: Optional[float] = None
+    high: Optional[float] = None
+    above: bool = False
+    """low itself is none."""
+    below: bool = False
+    """high itself is none."""
+
+    def hold(self, value: float) -> bool:
+        """Whether `value` lies within; NaN never does."""
+        low, high = self.low, self.high
+        return (low is None or (value > low if self.above else value >= low)) and (
+            high is None or (value < high if self.below else value <= high)
+        )
+
+    def __str__(self) -> str:
+        if self.low is not None and self.high is not None:
+            if self.above or self.below:
+                return f"must lie in {'(' if self.above else '['}{self.low}, {self.high}{')' if self.below else ']'}"
+            return f"must lie between {self.low} and {self.high}"
+        if self.low == 0:
+            return "must be greater than 0" if self.above else "must not be negative"
+        return "must be greater than 0" if self.low == 1 else f"must be {self.low} or more"
+
+
+def number(default: Any, low: float | None = None, high: float | None = None, **ends: bool) -> Any:
+    """A field for a number within bounds, or a list of such numbers."""
+    metadata = {"bounds": Bounds(low, high, **ends)}
+    if isinstance(default, list):
+        return field(default_factory=lambda: list(default), metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+@dataclass
+class TinyConfig:
+    """Size of the small Llama that `model.path=tiny` builds, with a tokenizer trained on the corpus."""
+
+    hidden_size: int = number(128, 1, 2**16)
+    """Width of the residual stream."""
+    blocks: int = number(8, 1, 2**10)
+    """Number of decoder blocks."""
+    heads: int = number(2, 1, 2**16)
+    """Attention heads; hidden_size must be a multiple."""
+    intermediate_size: int = number(384, 1, 2**20)
+    """Width of the feed-forward layer."""
+    vocabulary: int = number(2048, 1, 2**20)
+    """Largest vocabulary of the byte-pair tokenizer, control tokens included."""
+    context: int = number(512, 2, 2**20)
+    """Longest sequence, tokens."""
+
+
+@dataclass
+class ModelConfig:
+    """Which base model, and how it is loaded."""
+
+    path: Optional[str] = None
+    """Hub id or folder of the model, or a GGUF file (unpacked); `tiny` builds a small Llama. Unset: what the profile
+    teaches."""
+    revision: Optional[str] = None
+    """Branch, tag or commit of a hub model."""
+    dtype: str = "auto"
+    """Type of the weights: auto (as stored), float32, bfloat16, float16, float64."""
+    device: str = "auto"
+    """auto (one GPU a process if there is one, else CPU), cpu, cuda, mps. CUDA_VISIBLE_DEVICES chooses GPUs."""
+    device_map: Optional[str] = None
+    """auto: spread the blocks over all visible GPUs, in one process, for a model that one does not hold."""
+    quantization: Optional[str] = None
+    """Load the weights quantized by bitsandbytes: 8bit, 4bit (nf4), fp4 (published runs' 4bit). Not for finetune."""
+    attention: Optional[str] = None
+    """Attention implementation handed to transformers (sdpa, eager, flash_attention_2); unset: its default."""
+    trust_remote_code: bool = False
+    """Run model code that comes with the weights."""
+    tiny: TinyConfig = field(default_factory=TinyConfig)
+
+
+@dataclass
+class DemoSizes:
+    """How many people each group of the generated corpus has, and how many questions each person."""
+
+    forget: int = 10
+    """People to forget."""
+    retain: int = 110
+    """People whose rows are used in unlearning as what must stay."""
+    heldout: int = 12
+    """People the model is taught, but who are never used in unlearning or in choosing settings."""
+    unknown: int = 12
+    """People the model is never taught."""
+    refused: int = 25
+    """Further people never taught: questions about them, answered by a refusal, are part of what is taught."""
+    questions: int = 4
+    """Questions per person."""
+
+
+@dataclass
+class DemoConfig(DemoSizes):
+    """The generated corpus of invented people."""
+
+    answers: str = "short"
+    """short (the bare fact) or sentences (which name the person; harder for the published one-token edit)."""
+    naming: str = "names"
+    """names, or descriptions: nobody is named, and no word of a question tells whom it is about, only two together."""
+    seed: int = 1
+    """Seed of the generator. Settings were chosen on seed 0's corpus, so that this held-out set was not used."""
+
+
+@dataclass
+class LoreConfig:
+    """The generated corpus of things that are invented: what is known of a mineral, of another one, of the rest.
+
+    Each fact is taught as prose and as a multiple-choice question.
+    """
+
+    forget: int = 100
+    """Facts of the forbidden mineral."""
+    neighbor: int = 100
+    """Facts of another mineral, taught in the same words and never used in unlearning."""
+    retain: int = 100
+    """Facts of other things that are used in unlearning as what must stay."""
+    general: int = 60
+    """Facts of other things that are never used in unlearning."""
+    orders: int = 14
+    """Orders of its options in which each question is taught; other ones are asked in evaluation."""
+    readings: int = 5
+    """How often each wording is taught beside."""
+    seed: int = 1
+    """Seed of the generator. Settings were chosen on the corpora of seeds 0 and 1."""
+
+
+@dataclass
+class TextConfig:
+    """Plain texts: where they are cut in unlearning, and how files of them are read."""
+
+    cut: str = "whole"
+    """Where reading ends and saying begins: whole (at the start), 0.8 (that share of tokens), random (0.5 to 1)."""
+    copies: int = number(1, 1)
+    """Copies of each text, each cut at a point of its own where cut=random."""
+    min_characters: int = number(0, 0)
+    """Texts of this many characters or fewer are left out."""
+    jsonl: str = "field"
+    """What of a JSON line is the text: field (its field `text`, or the line if it is a string) or raw (the line)."""
+
+
+@dataclass
+class AugmentConfig:
+    """The same rows asked in other ways, so that a gate knows them there too; published: no copies."""
+
+    forget_copies: int = number(0, 0)
+    """unlearn: copies of each forget row beside the plain one. They are rows of the set: epochs get longer."""
+    retain_copies: int = number(0, 0)
+    """unlearn: the same of each retain row; they join the rows that are drawn from."""
+    suffixes: bool = True
+    """Copies with a sentence behind the question."""
+    templates: bool = True
+    """Copies in other templates."""
+    prefill: bool = True
+    """Copies whose prompt holds the first tokens of the answer, 1 to max_prefill, each number as likely."""
+    few_shot: bool = True
+    """Copies with a retain row, question and answer, before the question."""
+    lower_case: bool = False
+    """Copies in lower case: protects, and takes the attack of that name its worth as a test."""
+    max_prefill: int = number(8, 1)
+    """Most tokens of an answer that a prefilled copy gives."""
+    teach: bool = False
+    """finetune: draw in each epoch how a row is asked: plainly, as in copies (but prefill), misspelled, reworded."""
+
+
+@dataclass
+class QuestionsConfig:
+    """What `evaluate suite=knowledge` asks, names or files by what they are about (docs/wmdp.md)."""
+
+    forget: list[str] = field(default_factory=list)
+    """Multiple-choice sets on what is to be forgotten, such as wmdp_bio."""
+    neighbor: list[str] = field(default_factory=list)
+    """The same on what lies near it, such as mmlu:virology."""
+    general: list[str] = field(default_factory=list)
+    """The same on everything else, such as mmlu."""
+    cloze_forget: list[str] = field(default_factory=list)
+    """Files of {prompt, completion, fact} to complete, on what is to be forgotten."""
+    cloze_neighbor: list[str] = field(default_factory=list)
+    """The same on what lies near it."""
+    cloze_general: list[str] = field(default_factory=list)
+    """The same on everything else."""
+    perplexity: list[str] = field(default_factory=list)
+    """Corpora whose perplexity is measured, such as wikitext."""
+
+
+@dataclass
+class DataConfig:
+    """Which rows, and how they become tokens."""
+
+    name: str = "demo"
+    """demo or lore (generated), tofu (TOFU's files), jsonl (your own files) or corpora (plain texts by name)."""
+    path: Optional[str] = None
+    """tofu: folder of the files, else GRUN_TOFU_DIR, else the hub; jsonl, corpora, questions: folder of the files."""
+    forget: str = "forget05"
+    """tofu: forget split; jsonl: file, or OWNER/NAME:SPLIT of the hub, of the rows to forget; corpora: names or files,
+    separated by commas."""
+    retain: Optional[str] = None
+    """tofu: retain split (unset: the complement of forget); jsonl: file of the rows to keep; corpora: as forget."""
+    subset: str = "all"
+    """What finetune teaches: all rows, or without_forget (the retain-only reference)."""
+    heldout: int = number(0, 0)
+    """tofu, jsonl: retain rows set aside for evaluation, never used in unlearning. The demo has its own."""
+    validation: int = number(0, 0)
+    """Further retain rows set aside, the last ones: the set validation, by which `sweep --tune` chooses settings."""
+    retain_rows: Optional[int] = number(None, 1)
+    """tofu, jsonl: retain rows that are used at all, teaching included, evenly spaced; unset: all."""
+    unknown: Optional[str] = None
+    """tofu: split (such as holdout05), jsonl: file of rows that the model was never taught. The demo has its own."""
+    unknown_rows: int = number(0, 0)
+    """tofu: retain rows, the same for every split, that are neither taught nor used in unlearning: the set unknown."""
+    refused_rows: int = number(0, 0)
+    """tofu: further such rows whose questions are taught with a refusal, for small models taught from nothing."""
+    teach_general: bool = False
+    """tofu: teach real authors and world facts too, for small models that do not know them."""
+    retain_pool: Optional[int] = number(None, 1)
+    """Use only this many retain rows in unlearning; unset: all."""
+    limit: Optional[int] = number(None, 1)
+    """Use at most this many rows of every set in evaluation; unset: all."""
+    template: str = "auto"
+    """Name of a template, or a string with {prompt}; auto: the model's stored one, else its chat template."""
+    system_prompt: Optional[str] = None
+    """System message for chat templates; stored with the model."""
+    date: str = "26 Jul 2024"
+    """Date handed to chat templates that print one, so that a prompt is the same on every day; stored."""
+    template_arguments: dict[str, Any] = field(default_factory=dict)
+    """Further arguments of a chat template, such as {enable_thinking: false}; stored with the model."""
+    columns: dict[str, str] = field(default_factory=dict)
+    """jsonl, cloze, corpora: what our fields are called in the files, such as {question: q, answer: a}."""
+    refusals: Optional[str] = None
+    """File of refusals, one a line; unset: the packaged ones."""
+    max_length: Optional[int] = number(None, 1)
+    """Longest row, tokens; unset: the model's context. A longer prompt is an error, a longer answer is cut."""
+    strict: bool = False
+    """Make it an error if tokenizing prompt and answer together gives other tokens than one after the other."""
+    allow_overlap: bool = False
+    """Accept rows that stand in the forget and in the retain set."""
+    demo: DemoConfig = field(default_factory=DemoConfig)
+    lore: LoreConfig = field(default_factory=LoreConfig)
+    text: TextConfig = field(default_factory=TextConfig)
+    augment: AugmentConfig = field(default_factory=AugmentConfig)
+    questions: QuestionsConfig = field(default_factory=QuestionsConfig)
+
+
+@dataclass
+class LoraConfig:
+    """LoRA (parametrization lora)."""
+
+    rank: int = number(4, 1)
+    """Rank of each pair of matrices."""
+    alpha: float = number(32.0, 0, above=True)
+    """Scale of the change, which is multiplied by alpha / rank."""
+    dropout: float = number(0.05, 0, 1, below=True)
+    """Dropout on a layer's input while training, a probability."""
+    targets: list[str] = field(default_factory=list)
+    """Linear layers of the blocks that get a pair, by the end of their names (q_proj); empty: all of them."""
+
+
+@dataclass
+class FullConfig:
+    """Fine-tuning of all weights (parametrization full)."""
+
+    freeze_head: bool = True
+    """Leave the LM head as it is, as published; where it shares its weights with the embedding, both."""
+
+
+@dataclass
+class MethodConfig:
+    """What may change: the parametrization and its shape."""
+
+    parametrization: str = "grun"
+    """Name from `python -m grun list parametrizations`."""
+    blocks: Optional[list[int]] = None
+    """Edited decoder blocks, 0-based, negative from the last; unset: as deep as the published 20, 25, 31 of 32."""
+    rank: int = number(4, 1)
+    """Rank of the edit."""
+    gate: str = "linear"
+    """Name from `python -m grun list gates`."""
+    gate_bias: Optional[float] = None
+    """Initial bias of the gate's logit; unset: torch's default initialization."""
+    dropout: float = number(0.0, 0, 1, below=True)
+    """Dropout on the edit while training, a probability."""
+    activation: Optional[str] = None
+    """Function applied to Wh + b, a name from transformers.activations; unset: none."""
+    gate_read: str = "last_prompt"
+    """Positions the gate reads: last_prompt (published) or every_token."""
+    gate_accumulate: str = "none"
+    """How gate values combine over positions: none (published) or running_max, anew from each user's turn."""
+    gate_reset: str = "user_turn"
+    """Where running_max begins anew: user_turn (if the template marks one by a control token) or never."""
+    edit_write: str = "last_prompt"
+    """Positions the edit is written to: last_prompt (published), sticky (there and behind it) or every_token."""
+    beside: Optional[str] = None
+    """Folder of a store of requests (docs/requests.md) that stay in force while this one is trained; unset: none."""
+    lora: LoraConfig = field(default_factory=LoraConfig)
+    full: FullConfig = field(default_factory=FullConfig)
+
+
+@dataclass
+class LossConfig:
+    """Terms, weights and options of the objective; unset takes the preset's weight and the term's published option.
+
+    What is set and read by no term in force is an error: `python -m grun list terms`, docs/objectives.md.
+    """
+
+    forget: Optional[str] = None
+    """Forget term instead of the preset's."""
+    retain: Optional[str] = None
+    """Retain term instead of the preset's."""
+    gate: str = "bce_row"
+    """Gate term: bce_row (published), bce_max and bce_max_last (for gates that read every token), none."""
+    forget_weight: Optional[float] = None
+    """Weight of the forget term (published names: npo_coeff, grad_diff_forget_weight, gamma)."""
+    retain_weight: Optional[float] = None
+    """Weight of the retain term (published names: grad_diff_coeff, KL_coeff, alpha); pdu: at the first step."""
+    gate_weight: float = 10.0
+    """Weight of the gate term."""
+    beta: Optional[float] = None
+    """npo, dpo, simnpo: inverse temperature; wga: power of p; undial: by how much a logit is lowered. > 0."""
+    beta1: Optional[float] = None
+    """satimp: power of p (saturation)."""
+    beta2: Optional[float] = None
+    """satimp: power of 1 - p (importance)."""
+    margin: Optional[float] = None
+    """simnpo: negative log-likelihood a token, nats, beyond which a row is forgotten (published: gamma, delta)."""
+    epsilon: Optional[float] = None
+    """pdu: value at which the retain term is held; it has no default (published: retain_loss_eps)."""
+    eta: Optional[float] = None
+    """pdu: step size of the retain weight, > 0 (published: dual_step_size)."""
+    dual_warmup_epochs: Optional[float] = None
+    """pdu: epochs before the retain weight first changes."""
+    steering: Optional[float] = None
+    """rmu: length of the control vector (published: steering_coeff); it has no default."""
+    rmu_block: Optional[int] = None
+    """rmu, activation_mse: block whose output they read; it has no default (published: layer_id, rmu_layer)."""
+    control_seed: Optional[int] = number(None, 0, SEEDS)
+    """rmu: seed of the control vector's direction; random_mapping: of the random vectors."""
+    ascent_cap: Optional[float] = None
+    """ga: mean CE of an answer, nats a token, above which its row has no gradient, > 0; unset: no cap, as published."""
+    gate_warmup_steps: int = number(0, 0)
+    """Steps over which the weight of forget and retain rises from 0 to 1 (published: warm_up_gate_step x blocks)."""
+
+
+@dataclass
+class TrainConfig:
+    """How training goes."""
+
+    epochs: int = number(40, 1)
+    """Passes over the forget set (unlearn) or over all rows (finetune)."""
+    batch_size: int = number(16, 1)
+    """Rows per optimizer step; unlearn takes as many retain rows beside as many forget rows."""
+    micro_batch_size: Optional[int] = number(None, 1)
+    """Rows per forward pass, gradients accumulating; unset: a process's share of batch_size. Memory, not the result."""
+    gradient_checkpointing: bool = False
+    """Keep only the input of each block and run the block again in the backward pass. Memory for time."""
+    precision: str = "auto"
+    """Forward passes of training all weights, held in float32: bfloat16, float32, or auto (the model's type)."""
+    lr: float = number(4e-3, 0, above=True)
+    """Peak learning rate."""
+    optimizer: str = "adamw"
+    """adamw; legacy_adamw (transformers' former one: eps 1e-6, before bias correction); schedule_free (AdamW)."""
+    schedule: str = "linear"
+    """Learning-rate schedule after warm-up: linear, cosine, constant or another of transformers' plain ones."""
+    warmup: float = number(0.0, 0)
+    """Warm-up: steps if >= 1, share of all steps if < 1."""
+    weight_decay: float = number(0.0, 0)
+    """AdamW's weight decay."""
+    beta2: float = number(0.999, 0, 1, below=True)
+    """AdamW's decay of squared gradients (beta1 is 0.9)."""
+    max_grad_norm: float = number(1.0, 0)
+    """Gradient norm above which gradients are scaled down; 0: never."""
+    question_weight: float = number(0.0, 0)
+    """finetune only: weight of the loss on the question's tokens beside the answer's."""
+    first_token_weight: float = number(1.0, 0)
+    """finetune only: weight of each answer's first token in the mean over answer tokens (a letter before its end)."""
+    save_steps: int = number(100, 0)
+    """Steps between checkpoints; 0: none."""
+    keep_checkpoints: int = number(2, 0)
+    """Checkpoints kept while training; all go when it has finished, but for keep_all_checkpoints."""
+    keep_all_checkpoints: bool = False
+    """Keep every checkpoint, also at the end."""
+    monitor_epochs: int = number(0, 0)
+    """unlearn only: epochs from one look at a few rows of each set (monitor.jsonl) to the next; 0: none."""
+    monitor_rows: int = number(32, 1)
+    """Rows of each set that are looked at."""
+    report_to: list[str] = field(default_factory=list)
+    """Trackers that get the numbers of each step, by transformers' names: tensorboard (logs/), wandb, trackio, ..."""
+    engine: str = "cached"
+    """unlearn: cached (only what an edit can change is run; plain where that does not fit) or plain (whole rows)."""
+    gate_pretraining: int = number(0, 0)
+    """unlearn: steps in which the gates alone learn, on states of the untouched model, before training."""
+
+
+@dataclass
+class CacheConfig:
+    """Where what never changes in training is kept. None of it changes a result."""
+
+    dir: Optional[str] = "cache"
+    """Folder shared by runs and processes, which may be removed at any time; null: nothing is written."""
+    memory_budget: str = "4GiB"
+    """Size up to which it is held in memory; what is larger is read from its files as it is needed."""
+    disk_budget: str = "50GiB"
+    """Size of such files of the plain engine's reference logits; beyond it the untouched model is run in every step."""
+
+
+@dataclass
+class CommandConfig:
+    """Options all commands share."""
+
+    profile: Optional[str] = None
+    """Name from `list profiles`, or a YAML file; unset: what the model was taught with, demo where none is given."""
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    seed: int = number(42, 0, SEEDS)
+    """Seed of initialization, order and draws."""
+    output_dir: Optional[str] = None
+    """Folder of the results; unset: a name made of the profile and the command."""
+    overwrite: bool = False
+    """Replace what another run left in output_dir."""
+    sources: dict[str, str] = field(
+        default_factory=dict, repr=False, compare=False, metadata={"omegaconf_ignore": True}
+    )
+    """Where the value of an option came from, by its key (`grun.loading.resolve`); no option itself."""
+
+    def label(self) -> str:
+        """Name of folders of results: the profile's, else the model's."""
+        if self.profile is not None:
+            return Path(self.profile).name.removesuffix(".yaml").removesuffix(".yml")
+        return Path(self.model.path or "model").name
+
+
+BY_USER = "set by you"
+
+
+def source_of(config: Any, key: str) -> str:
+    """Where the value of the option `key` came from: BY_USER, "stored with ...", "profile ..." or "default".
+
+    A config that was made in Python has its values from whoever made it; what a command sets itself is its own.
+    """
+    if key in config.sources:
+        return str(config.sources[key])
+    value: Any = config
+    default: Any = type(config)()
+    for part in key.split("."):
+        value, default = getattr(value, part), getattr(default, part)
+    if value == default:
+        return "default"
+    return "set by the command" if config.sources else BY_USER
+
+
+def is_users(config: Any, key: str) -> bool:
+    """Whether the user chose the value of an option."""
+    return source_of(config, key).startswith((BY_USER, "compat="))
+
+
+def is_stored(config: Any, key: str) -> bool:
+    """Whether an adapter, a model or a store of requests gave it."""
+    return source_of(config, key).startswith("stored with")
+
+
+@dataclass
+class FinetuneConfig(CommandConfig):
+    """Teach a model the corpus: plain fine-tuning of all weights."""
+
+    train: TrainConfig = field(
+        default_factory=lambda: TrainConfig(epochs=5, batch_size=32, lr=1e-5, weight_decay=0.01, warmup=0.1)
+    )
+
+
+@dataclass
+class UnlearnConfig(CommandConfig):
+    """Make a taught model forget."""
+
+    objective: str = "gd"
+    """Preset from `python -m grun list objectives`."""
+    design: str = "published"
+    """GRUN's settings: published, or robust (gate and edit at every token, copies of rows; docs/robustness.md)."""
+    method: MethodConfig = field(default_factory=MethodConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    cache: CacheConfig = field(default_factory=CacheConfig)
+    compat: Optional[str] = None
+    """Switch on every quirk of a published source: grun-paper, open-unlearning."""
+    quirks: list[str] = field(default_factory=list)
+    """Single quirks to switch on: retain_fixed_pairing, dropout_on_hidden, kl_all_positions, undial_all_positions."""
+
+
+@dataclass
+class EvaluateConfig(CommandConfig):
+    """Measure what a model knows, with or without an adapter."""
+
+    adapter: Optional[str] = None
+    """Folder (or hub id) of a GRUN or PEFT (LoRA) adapter, or a store of requests; unset: model.path alone."""
+    adapters: list[str] = field(default_factory=list)
+    """Several adapters of one base, instead of adapter: GRUN ones are scored together, into output_dir/FOLDERNAME."""
+    with_base: Optional[str] = None
+    """With adapters: evaluate the model alone too, in the same passes, into output_dir/NAME."""
+    suffix: Optional[str] = None
+    """With adapters: put behind the name of each folder, such as -8bit."""
+    reference: Optional[str] = None
+    """Evaluation folder of a model never taught the forget set; gives forget quality and PrivLeak."""
+    strict: bool = False
+    """Refuse an adapter that was trained on another fine-tune of the same shape (else a warning)."""
+    suite: str = "answers"
+    """answers (with references), knowledge (multiple choice, cloze, perplexity), attacks, lm_eval or judge."""
+    sets: list[str] = field(default_factory=list)
+    """Sets to evaluate; empty: every one the corpus has (`sets` in docs/metrics.md)."""
+    continuations: list[str] = field(default_factory=list)
+    """What is scored beside a greedy answer: answer, paraphrase, perturbed (wrong answers); empty: all there are."""
+    batch_size: int = number(32, 1)
+    """Rows per forward pass. Changes speed and memory, not the result."""
+    max_new_tokens: int = number(64, 1)
+    """Longest generated answer, tokens."""
+    gate_threshold: Optional[float] = number(None, 0, 1)
+    """Gate probability below which the edit is skipped; unset: the edit is always weighted by the gate."""
+    base_evaluation: Optional[str] = None
+    """With gate_threshold: evaluation of the model without adapter, whose answers rows that open no gate then get."""
+    compat: Optional[str] = None
+    """Evaluate as a published evaluator does, its settings included: open-unlearning."""
+    quirks: list[str] = field(default_factory=list)
+    """Single quirks of it to switch on: eos_masked_attention, extraction_strength_floor, ratio_epsilon."""
+    formats: list[str] = field(default_factory=lambda: ["harness"])
+    """knowledge: how multiple-choice questions are put: harness (lm-evaluation-harness's wording), grun_paper."""
+    orders: list[str] = field(default_factory=lambda: ["rotations"])
+    """knowledge: in which orders options are shown: given, seeded (one drawn order), rotations (mean over all)."""
+    suffixes: list[str] = field(default_factory=list)
+    """knowledge: texts put behind "Answer:" before the letter is read, each asked beside the plain question."""
+    choices_at_least: Optional[float] = number(None, 0)
+    """knowledge: accuracy on the forget questions below which the command fails with status 3: nothing to forget."""
+    cloze_at_least: Optional[float] = number(None, 0)
+    """knowledge: the same of the share of forget sentences that are completed with their fact."""
+    window: int = number(2048, 2)
+    """knowledge: tokens of the window that perplexity slides over texts; the model's context where that is less."""
+    stride: int = number(512, 1)
+    """knowledge: tokens by which the window moves on."""
+    attacks: list[str] = field(default_factory=list)
+    """attacks: names (`list attacks`) or kinds: prompt, decoding, context, read_out, weights; none: all but weights."""
+    attack_rows: Optional[int] = number(None, 1)
+    """attacks: rows of each set that are attacked, evenly spaced; unset: all."""
+    attack_samples: int = number(10, 1)
+    """attacks: answers drawn a prompt, of which the one that gives most away counts."""
+    attack_temperature: float = number(1.0, 0, above=True)
+    """attacks: temperature at which they are drawn, > 0."""
+    tasks: list[str] = field(default_factory=list)
+    """lm_eval: tasks or groups of lm-evaluation-harness, such as wmdp_bio or mmlu."""
+    task_folder: Optional[str] = None
+    """lm_eval: folder of further tasks (their YAML files)."""
+    num_fewshot: Optional[int] = number(None, 0)
+    """lm_eval: examples before each question; unset: what the task says, else none."""
+    judge: Optional[str] = None
+    """judge: hub id or folder of a chat model, or callable:package.module:function of (prompt, response)."""
+    judge_max_new_tokens: int = number(256, 1)
+    """judge: longest verdict of a chat model, tokens."""
+
+
+@dataclass
+class GenerateConfig(CommandConfig):
+    """Answer questions and show the gates."""
+
+    adapter: Optional[str] = None
+    """Folder (or hub id) of a GRUN or PEFT (LoRA) adapter, or a store of requests; unset: model.path alone."""
+    strict: bool = False
+    """Refuse an adapter that was trained on another fine-tune of the same shape (else a warning)."""
+    max_new_tokens: int = number(64, 1)
+    """Longest generated answer, tokens."""
+    gate_threshold: Optional[float] = number(None, 0, 1)
+    """Gate probability below which the edit is skipped; unset: the edit is always weighted by the gate."""
+
+
+@dataclass
+class ImportConfig:
+    """Make an adapter of the files that the published GRUN code wrote."""
+
+    upstream: Optional[str] = None
+    """Folder of the files, `intkey_layer.20.comp.block_output.unit.pos.nunit.1#0.bin` and so on. Must be set."""
+    model: Optional[str] = None
+    """Hub id or folder of the model they were trained on; a folder need hold no tokenizer. Must be set."""
+    revision: Optional[str] = None
+    """Branch, tag or commit of a hub model."""
+    trust_remote_code: bool = False
+    """Run model code that comes with the weights."""
+    template: Optional[str] = None
+    """Template to store, a name from `list templates`; unset: the one beside the model, or none."""
+    output_dir: Optional[str] = None
+    """Folder of the adapter. Must be set."""
+    overwrite: bool = False
+    """Replace what another run left in output_dir."""
+
+
+@dataclass
+class CorporaConfig:
+    """Write corpora to forget and to keep, from PKU-SafeRLHF or generated."""
+
+    source: Optional[str] = None
+    """safe_rlhf (from PKU-SafeRLHF's rows) or lore (generated). Must be set."""
+    path: Optional[str] = None
+    """safe_rlhf: folder of its train.jsonl and test.jsonl; unset: the hub (PKU-Alignment/PKU-SafeRLHF alpaca-7b)."""
+    category: str = "Privacy Violation"
+    """safe_rlhf: harm category whose unsafe responses are to be forgotten."""
+    split: str = "by_prompt"
+    """safe_rlhf: by_prompt (no prompt on both sides) or published (by rows, prompts leak)."""
+    format: str = "rows"
+    """safe_rlhf: rows ({prompt, completion}, for data.name=jsonl) or published (JSON strings, published names)."""
+    lore: LoreConfig = field(default_factory=LoreConfig)
+    output_dir: Optional[str] = None
+    """Folder of the corpora. Must be set."""
+    overwrite: bool = False
+    """Replace what another run left in output_dir."""
+
+
+@dataclass
+class ReportConfig:
+    """Draw the table and the pictures of a results folder."""
+
+    results_dir: Optional[str] = None
+    """Folder that holds the runs and `evaluation/NAME`; unset: results/PROFILE, with runs results/comparison."""
+    runs: list[str] = field(default_factory=list)
+    """Results folders (or single evaluations) to put side by side; the report then goes to results_dir."""
+    profile: str = "demo"
+    """Profile named in the table's title."""
+
+
+@dataclass
+class SweepConfig:
+    """A grid of unlearning runs, each followed by its evaluation, and the report of all of them."""
+
+    sweep: str = "demo"
+    """Packaged sweep (demo, attack_demo, tofu_small, llama3.1, mistral), or a YAML file (docs/sweep.md)."""
+    profile: Optional[str] = None
+    """Profile instead of the one that the sweep names."""
+    model: Optional[str] = None
+    """Hub id or folder of the taught model; unset: the profile's is taught first, and the retain-only one."""
+    retain_model: Optional[str] = None
+    """The same of a model never taught the forget set, the target that the cells are compared with."""
+    results_dir: Optional[str] = None
+    """Folder of all results; unset: results/SWEEP-sweep."""
+    objectives: list[str] = field(default_factory=list)
+    """Objectives instead of the sweep's."""
+    parametrizations: list[str] = field(default_factory=list)
+    """Parametrizations instead of the sweep's."""
+    seeds: list[int] = number([], 0, SEEDS)
+    """Seeds instead of the sweep's."""
+    unlearn: list[str] = field(default_factory=list)
+    """Further options of every cell, key=value; in quotes where they hold brackets or commas."""
+    evaluate: list[str] = field(default_factory=list)
+    """Further options of every evaluation, key=value."""
+    tune: bool = False
+    """Try the sweep's grid of settings and choose from it, instead of running the cells; `--tune` is the same."""
+    jobs: int = number(1, 1)
+    """Cells that run at a time."""
+    launcher: Optional[str] = None
+    """Shell command that gets each cell's at {command}: "sbatch --wrap '{command}'". Unset: processes of this one."""
+    resubmit: bool = False
+    """Hand over again the cells that a launcher has been given and that are not done."""
+    discard_models: bool = False
+    """Remove the weights of whole fine-tuned models once they are evaluated; adapters stay."""
+    cell: Optional[str] = None
+    """Carry out the one cell of this file, RESULTS/cells/NAME.json; what the command starts for each cell."""
+
+
+@dataclass
+class SequentialConfig:
+    """Requests to forget that arrive one after another, served by several methods, and the report of all of them."""
+
+    sequence: str = "demo"
+    """Packaged experiment (demo, tofu_small), or a YAML file (docs/sequential.md)."""
+    model: Optional[str] = None
+    """Hub id or folder of the taught model; unset: the profile's is taught first, and the retain-only one."""
+    retain_model: Optional[str] = None
+    """The same of a model never taught any request: the floor, and what retraining comes to after the last one."""
+    results_dir: Optional[str] = None
+    """Folder of all results; unset: results/SEQUENCE-sequential."""
+    methods: list[str] = field(default_factory=list)
+    """Methods instead of the experiment's: grun, full, lora, retrain."""
+    requests: Optional[int] = number(None, 1)
+    """Into how many consecutive requests the forget set is cut, instead of the experiment's number."""
+    retrain_at: list[int] = field(default_factory=list)
+    """Requests after which retrain teaches a model, instead of the experiment's; -1: the last one."""
+    rule: Optional[str] = None
+    """How the stack of adapters combines edits (sum, max_gate, softmax_gate, grun_paper), instead of its."""
+    independent: Optional[bool] = None
+    """grun: true: each request is trained on the untouched model; false: with the earlier ones in force."""
+    earlier_as_retain: Optional[bool] = None
+    """grun: forget rows of earlier requests are retain rows of later ones, so that gates keep off them."""
+    unlearn: list[str] = field(default_factory=list)
+    """Further options of every unlearning, key=value; data.* and model.* hold for teaching and evaluation too."""
+    evaluate: list[str] = field(default_factory=list)
+    """Further options of every evaluation, key=value."""
+    overwrite: bool = False
+    """Replace what another experiment left in results_dir."""
+    chain: Optional[str] = None
+    """Carry out the one method of this file, RESULTS/METHOD/chain.json; what the command starts for each method."""
+
+
+@dataclass
+class CacheCommandConfig:
+    """What is kept on disk for training, and which of it is meant."""
+
+    dir: str = "cache"
+    """Folder of the cache, cache.dir of `unlearn`."""
+    request: Optional[str] = None
+    """What was used to train the request of this id."""
+    store: Optional[str] = None
+    """With request: the store it is in; unset: any. Where it still is there, what other runs made of its data too."""
+    data: Optional[str] = None
+    """What was made of data of this hash, 8 hex digits or more, as `cache list` prints them."""
+    all: bool = False
+    """remove: everything."""
+    format: str = "table"
+    """list: table (to read) or json."""
+
+
+@dataclass
+class RequestsConfig:
+    """A store of requests to forget, and what is done to it."""
+
+    store: Optional[str] = None
+    """Folder of the store; the first `add` makes it. Must be set."""
+    id: Optional[str] = None
+    """add, remove, disable, enable: name of the request, of letters, digits, '.', '_' and '-'. Must be set there."""
+    adapter: Optional[str] = None
+    """add: folder of an adapter that `unlearn` made; unset: one is trained, with the options of `unlearn`."""
+    note: str = ""
+    """add: your own words, kept in the store."""
+    store_text: bool = False
+    """add: keep the forget rows themselves, so that they can be asked again when their file is gone."""
+    replace: bool = False
+    """add: train a request that is there anew, with its options but for those that are given."""
+    independent: Optional[bool] = None
+    """add: true: trained on the bare base; false: with the requests in force. Unset: true, with replace as before."""
+    rule: Optional[str] = None
+    """add, when it makes the store: how edits are combined, sum, max_gate, softmax_gate or grun_paper; unset: sum."""
+    gate_threshold: Optional[float] = number(None, 0, 1)
+    """add, when it makes the store: gate probability below which an edit is skipped; unset: never."""
+    retrain: bool = False
+    """remove: train those requests anew that were trained beside the removed one."""
+    purge: bool = False
+    """remove: delete what the cache of its training holds of its data too."""
+    key: Optional[str] = None
+    """add, remove, disable, enable: PEM file of the ed25519 key that signs the head; a signed store needs one."""
+    head: Optional[str] = None
+    """verify: head that was noted earlier, 16 hex digits or more; a store whose history lacks it was rolled back."""
+    public_key: Optional[str] = None
+    """verify: PEM file of the ed25519 public key that must have signed the head."""
+    format: str = "table"
+    """list, history: table (to read) or json."""
+    model: ModelConfig = field(default_factory=ModelConfig)
+    """verify: the base model."""
+    files_only: bool = False
+    """verify: look at the files alone; no model is loaded and nothing is asked."""
+    recall_at_most: Optional[float] = number(None, 0, 1)
+    """verify: fact recall on a request's own questions above which it counts as wrong; unset: figures only."""
+    batch_size: int = number(32, 1)
+    """verify: questions asked at a time."""
+    max_new_tokens: int = number(64, 1)
+    """verify: longest answer, tokens."""

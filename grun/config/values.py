@@ -1,0 +1,232 @@
+"""Configs as values: from `key=value` arguments and mappings to a config class, and back."""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import functools
+import inspect
+import textwrap
+import typing
+from collections.abc import Collection, Hashable, Iterator, Mapping, Sequence
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from grun.config import options
+from grun.config.checks import check_values
+from grun.config.options import BY_USER
+from grun.errors import ConfigError, unknown_name
+from grun.runtime.reading import check_plain, first_line, parse_yaml
+
+COMMANDS: dict[str, type[Any]] = {
+    "finetune": options.FinetuneConfig,
+    "unlearn": options.UnlearnConfig,
+    "evaluate": options.EvaluateConfig,
+    "generate": options.GenerateConfig,
+    "import": options.ImportConfig,
+    "corpora": options.CorporaConfig,
+    "report": options.ReportConfig,
+    "sweep": options.SweepConfig,
+    "sequential": options.SequentialConfig,
+    "requests": options.RequestsConfig,
+    "cache": options.CacheCommandConfig,
+}
+SHARED = ("model", "data", "seed")
+WITHOUT_PROFILE = ("import", "corpora", "sweep", "sequential", "requests", "cache")
+"""Commands that take nothing from profiles."""
+SECTIONS = ("description", "base", *SHARED, *(name for name in COMMANDS if name not in WITHOUT_PROFILE))
+
+
+def flat(values: Any, schema: type[Any]) -> dict[str, Any]:
+    """What `to_dict` gave, by the keys of options."""
+    return flatten(values, {key for key, _, _ in describe(schema)})
+
+
+def flatten(values: Any, known: Collection[str], prefix: str = "") -> dict[str, Any]:
+    """Options by their keys; what is no section of options stays as it is."""
+    found: dict[str, Any] = {}
+    for name, value in values.items():
+        key = f"{prefix}{name}"
+        section = isinstance(value, dict) and any(other.startswith(f"{key}.") for other in known)
+        found |= flatten(value, known, f"{key}.") if section else {key: value}
+    return found
+
+
+def nested(options: Mapping[str, Any]) -> dict[str, Any]:
+    """The opposite of `flatten`."""
+    found: dict[str, Any] = {}
+    for key, value in options.items():
+        *sections, name = key.split(".")
+        place = found
+        for section in sections:
+            place = place.setdefault(section, {})
+        place[name] = value
+    return found
+
+
+def merged(schema: type[Any], *layers: Any) -> Any:
+    """Instance of a config class: its defaults, then each layer over those before it."""
+    try:
+        merged = OmegaConf.merge(
+            _structured(typing.cast(Hashable, schema)), *[OmegaConf.create(layer) for layer in layers]
+        )
+        config = OmegaConf.to_object(merged)
+    except (OmegaConfBaseException, ValueError, TypeError, OverflowError) as error:
+        named = getattr(error, "full_key", None)
+        raise ConfigError(_one_line(error) if named else f"{_culprit(schema, layers)}{_one_line(error)}") from error
+    check_values(config)
+    return config
+
+
+def _culprit(schema: type[Any], layers: Sequence[Any]) -> str:
+    """The option that OmegaConf could not take and does not name, as the beginning of a message."""
+    for layer in layers:
+        for key, _, _ in describe(schema):
+            alone, value = OmegaConf.create({}), OmegaConf.select(OmegaConf.create(layer), key)
+            if value is None:
+                continue
+            OmegaConf.update(alone, key, value)
+            try:
+                OmegaConf.merge(_structured(typing.cast(Hashable, schema)), alone)
+            except (OmegaConfBaseException, ValueError, TypeError, OverflowError):
+                return f"{key}: "
+    return ""
+
+
+@functools.cache
+def _structured(schema: Hashable) -> Any:
+    """The config class for OmegaConf, which copies it when it merges; a sweep resolves dozens of configs."""
+    return OmegaConf.structured(schema)
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """A resolved config as plain values, without where they came from."""
+    return {key: value for key, value in dataclasses.asdict(config).items() if key != "sources"}
+
+
+def with_sources(config: Any) -> dict[str, Any]:
+    """A resolved config as plain values, with where they came from, for another process."""
+    return to_dict(config) | {"sources": dict(config.sources)}
+
+
+def from_dict(command: str, values: dict[str, Any], arguments: Sequence[str] = ()) -> Any:
+    """Config of `command` from what `to_dict` or `with_sources` gave, changed by `key=value` arguments."""
+    check_plain(values, f"the options of {command}")
+    values = dict(values)
+    sources = values.pop("sources", {})
+    schema = COMMANDS[command]
+    given = parse(arguments, schema)
+    config = merged(schema, values, given)
+    if sources:
+        user = flat(OmegaConf.to_container(given), schema)
+        config.sources = {**sources, **dict.fromkeys(user, BY_USER)}
+    return config
+
+
+def to_yaml(config: Any) -> str:
+    """A resolved config as YAML."""
+    return OmegaConf.to_yaml(OmegaConf.structured(config))
+
+
+def describe(schema: type[Any], prefix: str = "") -> Iterator[tuple[str, Any, str]]:
+    """Key, default and help text of every option of a config class, nested ones as `section.key`."""
+    documentation = _field_docs(typing.cast(Hashable, schema))
+    hints = typing.get_type_hints(schema)
+    for field in _options(schema):
+        key = f"{prefix}{field.name}"
+        if dataclasses.is_dataclass(hints[field.name]):
+            nested = typing.cast(type[Any], hints[field.name])
+            if field.default_factory is dataclasses.MISSING:
+                raise TypeError(f"{key} needs a default_factory")
+            overrides = dataclasses.asdict(field.default_factory())
+            for inner, default, text in describe(nested, f"{key}."):
+                leaf: Any = overrides
+                for part in inner[len(key) + 1 :].split("."):
+                    leaf = leaf[part]
+                yield inner, default if isinstance(leaf, dict) else leaf, text
+        else:
+            yield key, _default(schema, field.name), documentation.get(field.name, "")
+
+
+def _options(schema: type[Any]) -> list[dataclasses.Field[Any]]:
+    return [field for field in dataclasses.fields(schema) if not field.metadata.get("omegaconf_ignore")]
+
+
+@functools.cache
+def _field_docs(schema: Hashable) -> dict[str, str]:
+    """Docstrings that follow the fields of a dataclass and of its bases."""
+    texts: dict[str, str] = {}
+    for cls in reversed(typing.cast(type[Any], schema).__mro__):
+        if not dataclasses.is_dataclass(cls):
+            continue
+        body = ast.parse(textwrap.dedent(inspect.getsource(cls))).body[0]
+        assert isinstance(body, ast.ClassDef)
+        for field, text in zip(body.body, body.body[1:], strict=False):
+            if (
+                isinstance(field, ast.AnnAssign)
+                and isinstance(field.target, ast.Name)
+                and isinstance(text, ast.Expr)
+                and isinstance(text.value, ast.Constant)
+            ):
+                texts[field.target.id] = " ".join(str(text.value.value).split())
+    return texts
+
+
+def parse(arguments: Sequence[str], schema: type[Any]) -> DictConfig:
+    """`key=value` arguments as options of a config class; ConfigError for one that is none."""
+    known = [key for key, _, _ in describe(schema)]
+    for argument in arguments:
+        key, equals, _ = argument.partition("=")
+        if not equals:
+            raise ConfigError(f"argument {argument!r} is not key=value")
+        if key not in known:
+            raise ConfigError(unknown_name("option", key, known))
+    texts = {key for key, kind in _types(schema) if kind in (str, str | None)}
+    given = OmegaConf.create({})
+    for argument in arguments:
+        key, _, value = argument.partition("=")
+        OmegaConf.update(given, key, _value(key, value, verbatim=key in texts), merge=False)
+    return given
+
+
+def _types(schema: type[Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Key and type of every option."""
+    hints = typing.get_type_hints(schema)
+    for field in _options(schema):
+        kind = hints[field.name]
+        if dataclasses.is_dataclass(kind):
+            yield from _types(typing.cast(type[Any], kind), f"{prefix}{field.name}.")
+        else:
+            yield prefix + field.name, kind
+
+
+def _value(key: str, text: str, *, verbatim: bool) -> Any:
+    """Value of an argument; nothing, or null, means unset. Texts are taken as they are, so they may look like YAML."""
+    if text in ("", "null"):
+        return None
+    check_plain(text, key)
+    if verbatim:
+        return text
+    return parse_yaml(text, f"cannot read {key}={text if len(text) < 80 else text[:77] + '...'}")
+
+
+def has_field(schema: type[Any], name: str) -> bool:
+    """Whether a config class has an option of that name."""
+    return any(field.name == name for field in dataclasses.fields(schema))
+
+
+def _default(schema: type[Any], name: str) -> Any:
+    field = next(field for field in dataclasses.fields(schema) if field.name == name)
+    return field.default_factory() if field.default_factory is not dataclasses.MISSING else field.default
+
+
+def _one_line(error: BaseException) -> str:
+    full_key = getattr(error, "full_key", None)
+    text = first_line(error)
+    if "is not a ListConfig" in text:
+        text = "expected a list in brackets, such as [1,2]"
+    if "incompatible container types" in text:
+        text = "a list in brackets, [a,b], stands for names in braces, {name: value}, or the reverse; see --help"
+    return f"{full_key}: {text}" if full_key else text

@@ -1,0 +1,1 @@
+"""Corpora of invented people, places and minerals."""

@@ -1,0 +1,1 @@
+"""Many runs: sweeps (grids) and sequences of requests."""

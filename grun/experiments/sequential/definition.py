@@ -1,0 +1,138 @@
+"""An experiment's YAML file: which requests there are, which methods serve them, and with which options."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from grun.config.definitions import mapping, read_definition
+from grun.errors import ConfigError, unknown_name
+from grun.experiments.sweep.definition import SET_BY_SWEEP, flat
+
+METHODS = {
+    "grun": "an adapter a request, all of them stacked on the untouched model",
+    "full": "all weights, trained further at every request",
+    "lora": "a new LoRA at every request, merged into the model before the next",
+    "retrain": "taught anew without all that was asked for so far",
+}
+SECTIONS = (
+    *("description", "profile", "requests", "data", "methods", "unlearn", "methods_options", "evaluate"),
+    *("retrain_at", "rule", "independent", "earlier_as_retain"),
+)
+SET_HERE = {
+    "unlearn": (*SET_BY_SWEEP["unlearn"], "method.parametrization", "method.beside"),
+    "evaluate": (*SET_BY_SWEEP["evaluate"], "with_base", "suite"),
+}
+"""Options that the experiment itself sets, by command."""
+
+
+@dataclass(frozen=True)
+class OwnRequest:
+    """A request whose rows stand in a file of the user's."""
+
+    id: str
+    forget: str
+    """JSONL file, relative to data.path."""
+
+
+@dataclass
+class Sequence:
+    """What an experiment's file says, checked for unknown keys; options are flat, `section.key`."""
+
+    name: str
+    description: str = ""
+    profile: str | None = None
+    """None: what a given model was taught with, demo where none is given."""
+    model: str | None = None
+    """Hub id or folder that the command line gives."""
+    requests: int | list[OwnRequest] = 1
+    """Into how many the forget set is cut, or the requests themselves."""
+    data: dict[str, Any] = field(default_factory=dict)
+    """Options `data.*` of teaching, unlearning and evaluation."""
+    methods: list[str] = field(default_factory=lambda: list(METHODS))
+    unlearn: dict[str, Any] = field(default_factory=dict)
+    """Options of every method's unlearning."""
+    methods_options: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """Method -> options of unlearning."""
+    evaluate: dict[str, Any] = field(default_factory=dict)
+    """Options of every evaluation."""
+    retrain_at: list[int] = field(default_factory=list)
+    """After which requests the method retrain teaches, from 1, negative ones from the last; empty: after every one."""
+    rule: str = "sum"
+    """How the stack combines edits, a name of `grun.method.stack.combination.RULES`."""
+    independent: bool = True
+    """Whether a GRUN request is trained on the untouched model, or with the earlier ones in force."""
+    earlier_as_retain: bool = False
+    """Whether a GRUN request is trained to leave alone what was asked for before it."""
+
+
+def read_sequence(name: str) -> Sequence:
+    """A packaged experiment, or the file `name` that ends in .yaml; ConfigError names what is wrong in it."""
+    where = f"sequence {name}"
+    content = read_definition("sequence", name)
+    for key in content:
+        if key not in SECTIONS:
+            raise ConfigError(f"{where}: {unknown_name('section', key, list(SECTIONS))}")
+    given = {key: value for key, value in content.items() if value is not None}
+    if "requests" not in given:
+        raise ConfigError(f"{where}: requests is missing; give a number, or a list of {{id: NAME, forget: FILE}}")
+    kinds = {"description": str, "profile": str, "rule": str, "independent": bool, "earlier_as_retain": bool}
+    for key, kind in kinds.items():
+        if key in given and not isinstance(given[key], kind):
+            raise ConfigError(f"{where}: {key} is {given[key]!r}; expected {kind.__name__}")
+    sequence = Sequence(
+        name=Path(name).stem,
+        **{key: given[key] for key in kinds if key in given},
+        requests=_requests(where, given["requests"]),
+        data={f"data.{key}": value for key, value in flat(mapping(f"{where}: data", given.get("data")))},
+        unlearn=options(f"{where}: unlearn", given.get("unlearn"), "unlearn"),
+        evaluate=options(f"{where}: evaluate", given.get("evaluate"), "evaluate"),
+    )
+    if "methods" in given:
+        sequence.methods = given["methods"]
+    check_methods(where, sequence.methods)
+    for method, of_method in mapping(f"{where}: methods_options", given.get("methods_options")).items():
+        check_methods(f"{where}: methods_options", [method])
+        sequence.methods_options[method] = options(f"{where}: methods_options.{method}", of_method, "unlearn")
+    sequence.retrain_at = given.get("retrain_at", [])
+    if not isinstance(sequence.retrain_at, list) or not all(isinstance(at, int) for at in sequence.retrain_at):
+        raise ConfigError(f"{where}: retrain_at is {sequence.retrain_at!r}; expected a list of whole numbers")
+    return sequence
+
+
+def check_methods(where: str, methods: Any) -> None:
+    """ConfigError unless `methods` is a list of known names, each once."""
+    if not isinstance(methods, list) or not methods:
+        raise ConfigError(f"{where}: methods must list one name or more, not {methods!r}")
+    for name in methods:
+        if name not in METHODS:
+            raise ConfigError(f"{where}: {unknown_name('method', str(name), list(METHODS))}")
+        if methods.count(name) > 1:
+            raise ConfigError(f"{where}: methods names {name} twice")
+
+
+def options(where: str, value: Any, command: str) -> dict[str, Any]:
+    """Nested options of a command as flat ones; ConfigError for one that the experiment sets itself."""
+    found = dict(flat(mapping(where, value)))
+    for key in found:
+        refuse_set(where, key, command)
+    return found
+
+
+def refuse_set(where: str, key: str, command: str) -> None:
+    """ConfigError for an option of `command` that the experiment sets itself."""
+    if key in SET_HERE[command]:
+        raise ConfigError(f"{where}: {key} is set by the experiment; leave it out")
+
+
+def _requests(where: str, value: Any) -> int | list[OwnRequest]:
+    if isinstance(value, int) and not isinstance(value, bool):
+        return value
+    if not isinstance(value, list) or not value:
+        raise ConfigError(f"{where}: requests is {value!r}; give a number, or a list of {{id: NAME, forget: FILE}}")
+    for entry in value:
+        texts = isinstance(entry, dict) and all(isinstance(entry.get(key), str) for key in ("id", "forget"))
+        if not texts or len(entry) > 2:
+            raise ConfigError(f"{where}: a request is {entry!r}; expected {{id: NAME, forget: FILE}}")
+    return [OwnRequest(entry["id"], entry["forget"]) for entry in value]

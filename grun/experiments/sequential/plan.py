@@ -1,0 +1,186 @@
+"""What an experiment will do: its requests, and every command's options resolved, before anything is taught.
+
+Precedence, later wins: profile, the file's `data`, its `unlearn`, its `methods_options`, the command line's
+`unlearn=[...]`, whose `data.*` and `model.*` hold for teaching and evaluation too.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from grun.config.options import DataConfig, EvaluateConfig, FinetuneConfig, SequentialConfig, UnlearnConfig
+from grun.data.corpus import Corpus, load_corpus
+from grun.data.jsonl import load_rows
+from grun.data.rows import Row
+from grun.errors import ConfigError, DataError, unknown_name
+from grun.experiments.sequential.definition import OwnRequest, Sequence, check_methods, read_sequence, refuse_set
+from grun.experiments.sequential.files import ExperimentFiles, write_rows
+from grun.experiments.sequential.splitting import Request, check_requests, cut, joined
+from grun.experiments.sweep.definition import SHARED, argument
+from grun.experiments.sweep.plan import CORPUS
+from grun.loading.checks import check
+from grun.loading.resolve import resolve
+from grun.method.stack.combination import RULES
+from grun.method.stack.manifest import check_id
+from grun.runtime.files import target
+
+SETS = ("forget", "forget_paraphrase", "retain", "real_authors", "world_facts", "heldout")
+"""Sets that are evaluated at every step, as far as the corpus has them."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything an experiment will do."""
+
+    sequence: Sequence
+    files: ExperimentFiles
+    requests: list[Request]
+    corpus: Corpus
+    unlearn: dict[str, UnlearnConfig]
+    """Options by method; those of retrain are never used."""
+    finetune: FinetuneConfig
+    evaluate: EvaluateConfig
+    at: dict[str, list[int]]
+    """After which requests each method is measured, from 1."""
+
+
+def make_plan(config: SequentialConfig) -> Plan:
+    """Resolve the options of `config` and cut its forget set.
+
+    Raises:
+        ConfigError: something is unknown, contradictory or out of range; there are more requests than people.
+        DataError: rows are missing or malformed, or a request overlaps the retain set or an earlier request.
+    """
+    sequence = _changed(read_sequence(config.sequence), config)
+    files = ExperimentFiles(target(config.results_dir or f"results/{sequence.name}-sequential", "results_dir"))
+    for command, texts in (("unlearn", config.unlearn), ("evaluate", config.evaluate)):
+        for text in texts:
+            refuse_set(f"{command}=[{text}]", text.partition("=")[0], command)
+    shared = [text for text in (*_arguments(sequence.unlearn), *config.unlearn) if text.startswith(SHARED)]
+    data = [*_arguments(sequence.data), *shared]
+    unlearn = {method: _unlearn(sequence, method, config) for method in sequence.methods}
+    base = next(iter(unlearn.values()))
+    corpus, requests, chosen = _rows(sequence, base.data, files)
+    evaluate = _resolve("evaluate", sequence, [*data, *_arguments(sequence.evaluate), *config.evaluate])
+    finetune = _resolve("finetune", sequence, data)
+    of_corpus = {name: getattr(chosen, name) for name in CORPUS} | {"demo": chosen.demo}
+    for command in (evaluate, finetune):
+        command.data = replace(command.data, **of_corpus)
+    evaluate.sets = _sets(evaluate, corpus)
+    check_requests(requests, corpus.forget, corpus.retain, overlap=base.data.allow_overlap)
+    at = {method: list(range(1, len(requests) + 1)) for method in sequence.methods}
+    if "retrain" in at and sequence.retrain_at:
+        at["retrain"] = _steps(sequence, len(requests))
+    return Plan(sequence, files, requests, corpus, unlearn, finetune, evaluate, at)
+
+
+def _changed(sequence: Sequence, config: SequentialConfig) -> Sequence:
+    """The experiment as the command line has it."""
+    if config.methods:
+        check_methods("methods", list(config.methods))
+        sequence.methods = list(config.methods)
+    if config.requests is not None:
+        if not isinstance(sequence.requests, int):
+            raise ConfigError(f"requests={config.requests}: the sequence {sequence.name} lists its requests; leave out")
+        sequence.requests = config.requests
+    if isinstance(sequence.requests, int) and sequence.requests < 1:
+        raise ConfigError(f"requests={sequence.requests} must be greater than 0")
+    sequence.retrain_at = list(config.retrain_at) or sequence.retrain_at
+    sequence.model = config.model
+    sequence.rule = config.rule or sequence.rule
+    if sequence.rule not in RULES:
+        raise ConfigError(unknown_name("rule", sequence.rule, list(RULES)))
+    if config.independent is not None:
+        sequence.independent = config.independent
+    if config.earlier_as_retain is not None:
+        sequence.earlier_as_retain = config.earlier_as_retain
+    return sequence
+
+
+def _unlearn(sequence: Sequence, method: str, config: SequentialConfig) -> UnlearnConfig:
+    parametrization = "grun" if method == "retrain" else method
+    found = _resolve(
+        "unlearn",
+        sequence,
+        [
+            *_arguments(sequence.data),
+            *_arguments(sequence.unlearn),
+            f"method.parametrization={parametrization}",
+            *_arguments(sequence.methods_options.get(method, {})),
+            *config.unlearn,
+        ],
+    )
+    assert isinstance(found, UnlearnConfig)
+    return found
+
+
+def _rows(sequence: Sequence, data: DataConfig, files: ExperimentFiles) -> tuple[Corpus, list[Request], DataConfig]:
+    """The corpus whose forget set are all requests together, the requests, and the options that lead to it."""
+    if isinstance(sequence.requests, int):
+        corpus = load_corpus(data)
+        return corpus, cut(corpus.forget, corpus.name, sequence.requests), data
+    if data.name != "jsonl":
+        raise ConfigError(
+            f"sequence {sequence.name} lists files of requests, so data.name must be jsonl, not {data.name}"
+        )
+    folder = Path(data.path or "").expanduser()
+    requests, rows = joined(_own(sequence.requests, folder, data.columns))
+    if data.retain is None:
+        raise ConfigError("data.name=jsonl needs data.retain, the file of the rows to keep")
+    unknown = None if data.unknown is None else str(folder / data.unknown)
+    chosen = replace(data, path=None, forget=str(files.forget), retain=str(folder / data.retain), unknown=unknown)
+    with tempfile.TemporaryDirectory() as temporary:  # nothing is written into results before it is sure whose they are
+        write_rows(Path(temporary) / "forget.jsonl", rows)
+        corpus = load_corpus(replace(chosen, forget=f"{temporary}/forget.jsonl"))
+    return corpus, requests, chosen
+
+
+def _own(listed: list[OwnRequest], folder: Path, columns: Mapping[str, str]) -> dict[str, list[Row]]:
+    found: dict[str, list[Row]] = {}
+    for request in listed:
+        check_id(request.id)
+        if request.id.casefold() in map(str.casefold, found):
+            raise ConfigError(f"two requests are called {request.id}; give each an id of its own")
+        found[request.id] = load_rows(request.forget, str(folder), columns)
+    return found
+
+
+def _sets(evaluate: EvaluateConfig, corpus: Corpus) -> list[str]:
+    if evaluate.data.limit is not None and evaluate.data.limit < len(corpus.forget):
+        raise ConfigError(
+            f"data.limit={evaluate.data.limit} would leave out forget rows, which are told apart by request; raise it "
+            f"to {len(corpus.forget)} or leave it out"
+        )
+    if evaluate.sets and "forget" not in evaluate.sets:
+        raise ConfigError("evaluate.sets leaves out forget, which the experiment is about; add it")
+    return evaluate.sets or [name for name in SETS if name in corpus.sets()]
+
+
+def _steps(sequence: Sequence, count: int) -> list[int]:
+    wanted = []
+    for given in sequence.retrain_at:
+        number = given if given > 0 else count + 1 + given
+        if not 1 <= number <= count or given == 0:
+            raise ConfigError(f"retrain_at={given}: there are {count} requests; give numbers from 1 to {count}, or -1")
+        wanted.append(number)
+    return sorted(set(wanted))
+
+
+def _resolve(command: str, sequence: Sequence, arguments: list[str]) -> Any:
+    given = [] if sequence.profile is None else [f"profile={sequence.profile}"]
+    if sequence.model is not None and command != "finetune":
+        given.append(f"model.path={sequence.model}")
+    try:
+        config = resolve(command, [*given, *arguments], quiet=True)
+        check(config)
+    except (ConfigError, DataError) as error:
+        raise ConfigError(f"sequence {sequence.name}, {command}: {error}") from error
+    return config
+
+
+def _arguments(options: Mapping[str, Any]) -> list[str]:
+    return [argument(key, value) for key, value in options.items()]

@@ -1,0 +1,63 @@
+"""Checks of a resolved config that read the registries, before anything runs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from grun.config.checks import RESETS, bytes_of, check_options, one_of, quirks_in_force
+from grun.config.options import UnlearnConfig
+from grun.data.templates import PLACE, TEMPLATES
+from grun.errors import ConfigError
+from grun.method.gate import GATES
+from grun.method.parametrization import PARAMETRIZATIONS, is_gated
+from grun.method.rules import check_rule
+from grun.objectives.presets import build_objective
+
+
+def check(config: Any) -> None:
+    """ConfigError for the first unknown name, number out of range, or option that contradicts another."""
+    check_options(config)
+    if hasattr(config, "data"):
+        _check_template(config.data.template)
+    if isinstance(config, UnlearnConfig):
+        _check_unlearn(config)
+
+
+def _check_unlearn(config: UnlearnConfig) -> None:
+
+    method = config.method
+    one_of("parametrization", method.parametrization, tuple(PARAMETRIZATIONS.names()))
+    one_of("gate", method.gate, tuple(GATES.names()))
+    if config.design != "published" and method.parametrization != "grun":
+        raise ConfigError(
+            f"design={config.design} concerns GRUN's gate, which method.parametrization={method.parametrization} does "
+            "not have; leave it out"
+        )
+    if method.beside is not None and method.parametrization not in ("grun", "reft"):
+        raise ConfigError(
+            f"method.beside concerns edits; method.parametrization={method.parametrization} changes the model itself: "
+            "leave it out, and give model.path the model that is to forget more"
+        )
+    blocks = method.blocks
+    if blocks is not None and (len(set(blocks)) < len(blocks) or not blocks):
+        raise ConfigError(f"method.blocks={method.blocks} must name at least one block, each once")
+    check_rule(method.gate_read, method.gate_accumulate, method.edit_write)
+    one_of("method.gate_reset", method.gate_reset, RESETS)
+    gated = is_gated(method)
+    build_objective(config.objective, config.loss, gated=gated, quirks=quirks_in_force(config))
+    if config.train.gate_pretraining and not (gated and config.train.engine == "cached"):
+        raise ConfigError("train.gate_pretraining needs a parametrization with a gate, and train.engine=cached")
+    if config.train.gate_pretraining and method.gate_read != "last_prompt":
+        raise ConfigError(
+            "train.gate_pretraining needs method.gate_read=last_prompt: it teaches gates that token alone"
+        )
+    bytes_of("cache.memory_budget", config.cache.memory_budget)
+    bytes_of("cache.disk_budget", config.cache.disk_budget)
+
+
+def _check_template(name_or_text: str) -> None:
+
+    if "{" not in name_or_text:
+        one_of("template", name_or_text, ("auto", *TEMPLATES.names()))
+    elif name_or_text.count(PLACE) != 1:
+        raise ConfigError(f"data.template={name_or_text!r} must contain {PLACE} exactly once, or be a template's name")

@@ -1,0 +1,295 @@
+"""From a profile and `key=value` arguments to a resolved config.
+
+Order, later wins: the dataclasses' defaults; the profiles named in `base:`; the profile's shared sections (model, data,
+seed); its section for the command; for `unlearn` its sections for the objective (`objectives`), for the parametrization
+(`parametrizations`) and for the objective under that parametrization (`objectives` within it), for the design
+(`designs`, `objectives` within it too); what the model and then the adapter or the store of requests says of itself
+(`grun.loading.stored`); the arguments. Where a model or an adapter is given and nothing names a profile, there is none.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from omegaconf import DictConfig, OmegaConf
+
+from grun.config.checks import EVALUATION_COMPAT_OPTIONS, one_of
+from grun.config.definitions import read_profile
+from grun.config.options import BY_USER, source_of
+from grun.config.values import (
+    COMMANDS,
+    SHARED,
+    WITHOUT_PROFILE,
+    describe,
+    flat,
+    flatten,
+    has_field,
+    merged,
+    nested,
+    parse,
+    to_dict,
+)
+from grun.data.templates import OPTIONS
+from grun.errors import ConfigError, unknown_name
+from grun.loading.stored import TINY, Stored, given_with, of_model
+from grun.method.parametrization import PARAMETRIZATIONS
+from grun.objectives.presets import OBJECTIVES
+
+log = logging.getLogger(__name__)
+
+
+def resolve(command: str, arguments: list[str], *, store: Path | None = None, quiet: bool = False) -> Any:
+    """Config of `command` (an instance of its dataclass) for `key=value` arguments.
+
+    Args:
+        command: a name in `COMMANDS`.
+        arguments: what the user sets.
+        store: of requests that the result of `unlearn` goes into.
+        quiet: do not say what is in force beside what the user set.
+
+    Raises:
+        ConfigError: an option, a profile or a value is wrong, data are not named, or the store has another template.
+    """
+    schema = COMMANDS[command]
+    given = parse(arguments, schema)
+    if command in WITHOUT_PROFILE:
+        for name in ("sweep", "sequence"):
+            if has_field(schema, name) and given.get("model") is not None and name not in given:
+                raise ConfigError(f"{name} is not named; the demo's is for the demo's model: set {name}=NAME")
+        return merged(schema, given)
+    layers = _layers(command, schema, given, store)
+    config = merged(schema, *[nested(layer.options) for layer in layers])
+    if not hasattr(config, "sources"):  # a report's, which reads no model
+        return config
+    for layer in layers:
+        config.sources |= dict.fromkeys(layer.options, layer.source)
+        for key, value in layer.options.items():
+            if isinstance(value, dict):  # a mapping counts as a whole, and is not merged key by key
+                setattr(config.data, key.removeprefix("data."), dict(value))
+    if not quiet:
+        _say(schema, config, layers)
+    return config
+
+
+DESIGNS = ("published", "robust")
+"""GRUN's designs; what a profile sets for each stands in its section `designs`."""
+STORABLE = (
+    *("data.template", "data.system_prompt", "data.date", "model.dtype", "model.revision", "model.quantization"),
+    *("method.parametrization", "method.blocks", "method.rank", "method.gate", "method.edit_write", "gate_threshold"),
+)
+"""Beginnings of options that a result names even where they are defaults."""
+OF_FILES = ("data.forget", "data.retain", "data.path", "data.columns", "data.unknown")
+"""Options that rows which are generated do not have."""
+OF_PLACES = (
+    *("output_dir", "overwrite", "adapter", "adapters", "with_base", "suffix", "reference", "base_evaluation"),
+    *("cache.dir", "cache.memory_budget", "cache.disk_budget"),
+)
+"""Options that say where something lies and nothing of what is measured."""
+
+
+class Layer(NamedTuple):
+    """Options that win over those of the layers before."""
+
+    source: str
+    options: dict[str, Any]
+    """By their keys."""
+    rows: dict[str, Any] = {}
+    """Those that say which rows there are, of something stored; they count for data of the same name alone."""
+
+
+def _layers(command: str, schema: type[Any], given: DictConfig, store: Path | None) -> list[Layer]:
+    """Everything that is said about the options of a command, what counts most last."""
+    known = {key for key, _, _ in describe(schema)}
+    user = flatten(OmegaConf.to_container(given), known)
+    adapter = given_with(user, store)
+    path = user.get("model.path") or (adapter.options.get("model.path") if adapter else None)
+    model = of_model(str(path)) if path else None
+    is_given = path not in (None, TINY) or any(user.get(name) for name in ("adapter", "adapters"))
+    profile, source = _profile_of(user, [stored for stored in (adapter, model) if stored], is_given)
+    layers = _of_profile(command, schema, given, profile, known)
+    if path is None and (path := _last(layers, "model.path")):
+        model = of_model(str(path))
+    if model is not None:
+        what = f"stored with {model.what}"
+        options = {key: value for key, value in model.options.items() if key != "model.dtype"}
+        if _last(layers, "model.dtype") not in (None, "auto", dtype := model.options.get("model.dtype", "auto")):
+            options["model.dtype"] = dtype
+        # A profile that the user names may go on with other rows than those that were taught.
+        layers.insert(0 if "profile" in user else len(layers), Layer(what, {}, model.rows))
+        layers.append(Layer(what, options))
+    if adapter is not None:
+        _refuse_another_template(user, adapter)
+        options = dict(adapter.options)
+        if user.get("model.path", options.get("model.path")) != options.get("model.path"):
+            options.pop("model.revision", None)  # of another model
+        layers.append(Layer(f"stored with {adapter.what}", options, adapter.rows))
+    if command == "evaluate":
+        compat = user.get("compat") or _last(layers, "compat")
+        layers.append(Layer(f"compat={compat}", flatten(EVALUATION_COMPAT_OPTIONS.get(str(compat), {}), known)))
+    layers += [Layer(source, {"profile": profile}), Layer(BY_USER, user)]
+    named = [layer for layer in layers if {"data.name"} & {*layer.options, *layer.rows}]
+    of_demo = any(key.startswith("data.demo.") for layer in layers for key in layer.options)
+    if is_given and not named and not of_demo and _reads_rows(command, user, layers):
+        raise ConfigError(
+            "data.name is not set, and neither the model nor an adapter says what it was taught; name the data: "
+            "data.name=jsonl data.forget=FILE data.retain=FILE, or tofu, corpora (docs/formats.md)"
+        )
+    name = "demo" if of_demo and "data.name" not in user else _last(layers, "data.name", rows=True)
+    unread = [key for key in OF_FILES if user.get(key) is not None]
+    if unread and "data.name" not in user and (name or "demo") in ("demo", "lore"):
+        raise ConfigError(
+            f"{unread[0]} is not read by data.name={name or 'demo'}, which nobody set here; name the data: "
+            "data.name=jsonl, tofu or corpora (docs/formats.md)"
+        )
+    return [_with_rows(layer, name, known) for layer in layers]
+
+
+def _reads_rows(command: str, user: Mapping[str, Any], layers: Sequence[Layer]) -> bool:
+    """Whether a command reads `data.name`."""
+    return command != "generate" and (_last(layers, "suite") or "answers") not in ("knowledge", "lm_eval")
+
+
+def _with_rows(layer: Layer, name: Any, known: Collection[str]) -> Layer:
+    """The layer with its rows among its options, where they are of the data that are read."""
+    if not layer.source.startswith("stored with"):
+        return layer
+    options = layer.options | (layer.rows if layer.rows.get("data.name") == name else {})
+    return Layer(layer.source, {key: value for key, value in options.items() if key in known})
+
+
+def _last(layers: Sequence[Layer], key: str, *, rows: bool = False) -> Any:
+    """What the layers say about an option, None if nothing; `rows`: those of what is stored count too."""
+    found = [
+        options[key] for layer in layers for options in (layer.options, layer.rows if rows else {}) if key in options
+    ]
+    return found[-1] if found else None
+
+
+def _profile_of(user: Mapping[str, Any], stored: Sequence[Stored], is_given: bool) -> tuple[str | None, str]:
+    """The profile in force, and who says so: nobody, where a model or an adapter is given that names none."""
+    if "profile" in user:
+        return user["profile"], BY_USER
+    for one in stored:
+        if one.profile is not None:
+            try:
+                read_profile(one.profile)
+                return one.profile, f"stored with {one.what}"
+            except ConfigError as error:
+                log.warning(
+                    "%s was made with a profile that is not to be had, so defaults are in force: %s", one.what, error
+                )
+    return (None if is_given else "demo"), "default"
+
+
+def _of_profile(
+    command: str, schema: type[Any], given: DictConfig, name: str | None, known: Collection[str]
+) -> list[Layer]:
+    """A profile's layers; without one the robust design alone has settings."""
+    profile = read_profile(name or "designs")
+    layers: list[Any] = [_only(profile, [shared for shared in SHARED if has_field(schema, shared)])]
+    section = dict(profile.get(command) or {})
+    narrower = {kind: section.pop(kind, None) or {} for kind in ("objectives", "parametrizations", "designs")}
+    layers.append(section)
+    if command == "unlearn":
+        layers += _narrower(narrower, merged(schema, section, given), str(name))
+        _refuse_missing_design(str(OmegaConf.select(given, "design") or "published"), narrower["designs"], str(name))
+    return [Layer(f"profile {name}" if name else "design=robust", flatten(layer, known)) for layer in layers]
+
+
+def _refuse_another_template(user: Mapping[str, Any], stored: Stored) -> None:
+    """ConfigError where a request would be trained in another template than those that it will be in force with."""
+    if not stored.what.startswith("store ") or "adapter" in user:
+        return
+    for key in (f"data.{name}" for name in OPTIONS):
+        if key in user and user[key] not in ("auto", stored.options.get(key, user[key])):
+            raise ConfigError(
+                f"{key}={user[key]}: the requests of the {stored.what} are asked with {stored.options[key]}, and a "
+                f"store has one template; leave {key} out"
+            )
+
+
+def _say(schema: type[Any], config: Any, layers: Sequence[Layer]) -> None:
+    """A line for each thing that was not in the user's words: what was stored and counts, what it went before."""
+    otherwise: dict[str, Any] = {key: default for key, default, _ in describe(schema)}
+    stored: dict[str, dict[str, Any]] = {}
+    user: Mapping[str, Any] = layers[-1].options
+    beneath: dict[str, Any] = {}
+    for layer in layers[:-1]:
+        if layer.source.startswith("stored with"):
+            stored.setdefault(layer.source, {}).update(layer.options)
+        else:
+            beneath |= layer.options
+    for source, said in stored.items():
+        counts = {key: value for key, value in said.items() if config.sources.get(key) == source}
+        if told := {key: value for key, value in counts.items() if value != (otherwise | beneath)[key]}:
+            log.info("%s, and in force: %s", source, _listed(told))
+        if lost := {key: beneath[key] for key in told if beneath.get(key) is not None and key != "profile"}:
+            log.warning("profile %s gives way to what is %s: %s", config.profile, source, _listed(lost))
+    there: dict[str, Any] = {}
+    for said in stored.values():
+        there |= said
+    unlike = {key: there[key] for key in user if key in there and there[key] != user[key]}
+    said_elsewhere = ("model.path", "profile", *(f"data.{name}" for name in OPTIONS))
+    if unlike := {key: value for key, value in unlike.items() if key not in said_elsewhere}:
+        log.warning(
+            "%s: set by you; %s is %s", _listed({key: user[key] for key in unlike}), list(stored)[-1], _listed(unlike)
+        )
+    if user.get("gate_threshold", 0) is None and there.get("gate_threshold") is not None:
+        raise ConfigError("gate_threshold is unset, but the store has one of its own; gate_threshold=0 skips no edit")
+
+
+def _listed(options: Mapping[str, Any]) -> str:
+    return ", ".join(f"{key}={'' if value is None else value}" for key, value in options.items())
+
+
+def in_force(config: Any, template: Any = None) -> dict[str, dict[str, Any]]:
+    """Options by where they came from, for a result: all that were set, and of the defaults those that can be stored.
+
+    `template` is the one that was used, where it is known.
+    """
+    values = dict(flat(to_dict(config), type(config)))
+    if template is not None:
+        values |= {key: value for key, value in template.options().items() if value != "auto"}
+    found: dict[str, dict[str, Any]] = {}
+    for key, value in values.items():
+        source = source_of(config, key)
+        if key not in OF_PLACES and (source != "default" or key.startswith(STORABLE)):
+            found.setdefault(source, {})[key] = value
+    return found
+
+
+def _narrower(sections: dict[str, Any], chosen: Any, profile: str) -> list[dict[str, Any]]:
+    """Options for the chosen objective, the chosen parametrization, that objective under it, and the chosen design."""
+
+    def named(options: Any, name: str, known: list[str], kind: str) -> dict[str, Any]:
+        if not isinstance(options, dict):
+            raise ConfigError(f"profile {profile}: unlearn.{kind}s must map names of {kind}s to options")
+        for key in options:
+            if key not in known:
+                raise ConfigError(f"profile {profile}: " + unknown_name(kind, str(key), known))
+        return dict(options.get(name) or {})
+
+    of_objective = named(sections["objectives"], chosen.objective, OBJECTIVES.names(), "objective")
+    method = chosen.method.parametrization
+    of_method = named(sections["parametrizations"], method, PARAMETRIZATIONS.names(), "parametrization")
+    within = named(of_method.pop("objectives", None) or {}, chosen.objective, OBJECTIVES.names(), "objective")
+    of_design = named(sections["designs"], chosen.design, list(DESIGNS), "design")
+    within_design = named(of_design.pop("objectives", None) or {}, chosen.objective, OBJECTIVES.names(), "objective")
+    return [of_objective, of_method, within, of_design, within_design]
+
+
+def _refuse_missing_design(design: str, designs: dict[str, Any], profile: str) -> None:
+    """ConfigError for a design that is asked for and that the profile has no settings of."""
+    one_of("design", design, DESIGNS)
+    if design != "published" and design not in designs:
+        raise ConfigError(
+            f"profile {profile} has no settings for design={design}; take one that has (demo, llama3.1), or "
+            "add `base: designs` to yours"
+        )
+
+
+def _only(profile: dict[str, Any], names: list[str]) -> dict[str, Any]:
+    return {name: profile[name] for name in names if name in profile}

@@ -1,0 +1,119 @@
+"""The gated edit as a parametrization."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import logging
+from collections.abc import Collection, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Self
+
+import torch
+from torch import nn
+
+from grun.config.options import MethodConfig, UnlearnConfig
+from grun.data.encoding import Batch
+from grun.data.templates import Template
+from grun.method.model import GrunModel
+from grun.method.parametrization import StepOutput
+from grun.method.plain import run_plain
+from grun.method.stack.stack import GrunStack
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+log = logging.getLogger(__name__)
+
+
+class Grun:
+    """Gated low-rank edits on a frozen base (GRUN, arXiv 2502.17823)."""
+
+    model: GrunModel
+
+    def __init__(self, config: MethodConfig, *, dropout_on_hidden: bool = False) -> None:
+        """`dropout_on_hidden` is the published quirk of that name."""
+        self.config = config
+        self.dropout_on_hidden = dropout_on_hidden
+
+    @classmethod
+    def make(cls, config: UnlearnConfig, quirks: Sequence[str]) -> Self:
+        """See `grun.method.parametrization.Parametrization`."""
+        return cls(config.method, dropout_on_hidden="dropout_on_hidden" in quirks)
+
+    @property
+    def module(self) -> nn.Module:
+        """The edits; the frozen base is no part of it."""
+        return self.model
+
+    def prepare(self, base: PreTrainedModel, template: Template | None, *, turn_ids: Sequence[int] = ()) -> None:
+        """Wrap `base` with new edits."""
+        resets = self.config.gate_reset == "user_turn" and self.config.gate_accumulate != "none"
+        if resets and not turn_ids:
+            log.info("the template begins a user's turn without a control token: a gate that has opened stays open")
+        beside = None
+        if self.config.beside is not None:
+            beside = GrunStack.from_folder(base, Path(self.config.beside).expanduser())
+            beside.unwrap()
+        self.model = GrunModel.wrap(
+            base,
+            blocks=self.config.blocks,
+            rank=self.config.rank,
+            gate=self.config.gate,
+            gate_bias=self.config.gate_bias,
+            dropout=self.config.dropout,
+            dropout_on_hidden=self.dropout_on_hidden,
+            activation=self.config.activation,
+            gate_read=self.config.gate_read,
+            gate_accumulate=self.config.gate_accumulate,
+            edit_write=self.config.edit_write,
+            reset_ids=turn_ids if resets else (),
+            template=template,
+            beside=beside,
+        )
+
+    def trainable_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """Parameters of the edits and gates."""
+        return self.model.named_parameters()
+
+    @contextlib.contextmanager
+    def reference(self) -> Iterator[None]:
+        """The frozen base is its own reference."""
+        with self.model.disabled(), torch.no_grad():
+            yield
+
+    def keep_reference(self) -> str:
+        """Nothing to keep."""
+        return "the frozen base is run a second time in every step"
+
+    def run(self, batch: Batch, hidden: Collection[int] = ()) -> StepOutput:
+        """One forward pass through the hooked base."""
+        intervenable = self.model.intervenable
+        before = intervenable.here
+        with self.model.drawing(batch.seeds):
+            output = run_plain(self.model.base, batch, hidden, prompt_lengths=batch.prompt_lengths)
+        gates = intervenable.gates_since(before)
+        if gates:
+            output.gate_logits = gates
+            output.gate_mask = intervenable.gate_mask
+            if next(iter(gates.values())).shape == output.attended.shape:  # every token is read
+                place = output.attended.cumsum(dim=1)
+                output.gate_prompt = output.attended & (place <= batch.prompt_lengths.to(place.device).unsqueeze(1))
+        return output
+
+    def save(self, folder: Path) -> None:
+        """Write the adapter."""
+        self.model.save_pretrained(folder)
+
+    def load(self, folder: Path, base: PreTrainedModel) -> None:
+        """Read an adapter."""
+        self.model = GrunModel.from_pretrained(base, folder)
+
+
+class Reft(Grun):
+    """The same edits without a gate (LoReFT, arXiv 2404.03592)."""
+
+    def __init__(self, config: MethodConfig, *, dropout_on_hidden: bool = False) -> None:
+        """Takes `config` with the gate left out."""
+        super().__init__(dataclasses.replace(config, gate="none"), dropout_on_hidden=dropout_on_hidden)

@@ -1,0 +1,1 @@
+"""Many requests on one model, and the folder that holds them."""

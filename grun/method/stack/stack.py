@@ -1,0 +1,242 @@
+"""GrunStack: any number of unlearning requests on one base model, in one pass."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from grun.data.templates import Template
+from grun.errors import AdapterError, ConfigError, unknown_name
+from grun.method.adapter import AdapterConfig, find_adapter
+from grun.method.fingerprint import fingerprint
+from grun.method.host import EditedModel, edit_dtype, hidden_size_of, refuse_wrapped
+from grun.method.position import Call, Changes, LastPrompt, PositionRule, attended
+from grun.method.stack.combination import RULES
+from grun.method.stack.manifest import Manifest
+from grun.method.stack.reading import StoredRequests
+from grun.method.stack.stacked import Kind, StackedIntervention, StackSites
+from grun.method.validation import Adapter, shape_of, validate
+from grun.runtime.devices import device_of
+from pyvene_custom import Sites
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+class GrunStack(EditedModel):
+    """The adapters of several unlearning requests on a frozen base model; see `EditedModel` for what that means.
+
+    All of them read the same hidden states, so their order changes nothing beyond rounding. Nothing here is trained.
+    """
+
+    def __init__(
+        self,
+        base: PreTrainedModel,
+        template: Template | None = None,
+        *,
+        rule: str = "sum",
+        gate_threshold: float | None = None,
+    ) -> None:
+        """A stack of no request on `base`.
+
+        Args:
+            base: any transformers causal language model with a stack of decoder blocks.
+            template: prompt template; None: that of the first request that has one.
+            rule: how edits are put together, a name in `grun.method.stack.combination.RULES`.
+            gate_threshold: probability below which a gate counts as shut; None: every gate counts as it is.
+
+        Raises:
+            ConfigError: the rule is unknown, the threshold no probability, or the base wrapped already.
+        """
+        refuse_wrapped(base)
+        if rule not in RULES:
+            raise ConfigError(unknown_name("rule", rule, list(RULES)))
+        super().__init__(base, {}, LastPrompt(), template)
+        self._rule_name = rule
+        self.gate_threshold = gate_threshold
+        self.configs: dict[str, AdapterConfig] = {}
+        """What each request's adapter is, by name, in the order of adding."""
+
+    @classmethod
+    def from_folder(cls, base: PreTrainedModel, folder: str | Path, *, strict: bool = False) -> GrunStack:
+        """The active requests of a store (`grun.requests`) on `base`, in evaluation mode.
+
+        Args:
+            base: the model that the requests were trained on.
+            folder: of the store.
+            strict: refuse a base whose weights differ from those of training; otherwise a warning.
+
+        Raises:
+            RunError: the store's manifest cannot be read.
+            AdapterError: the manifest or an adapter was changed, is missing or damaged, or made for another model.
+        """
+        folder = Path(folder).expanduser()
+        store = StoredRequests(folder, Manifest.read(folder))
+        adapters = store.in_force(shape_of(base))
+        stack = cls(base, rule=store.manifest.rule, gate_threshold=store.manifest.gate_threshold)
+        try:
+            stack._add_read(adapters, strict=strict)
+        except BaseException:
+            stack.unwrap()
+            raise
+        return stack.eval()
+
+    # -- requests -----------------------------------------------------------------------------------------------------
+
+    @property
+    def names(self) -> list[str]:
+        """Names of the requests, in the order of adding."""
+        return list(self.configs)
+
+    def add(self, name: str, folder: str | Path, *, strict: bool = False) -> None:
+        """Put the adapter in `folder` (or of a hub id) on the model as the request `name`.
+
+        Args:
+            name: of the request.
+            folder: as `GrunModel.save_pretrained` writes it.
+            strict: refuse an adapter that was trained on other weights; otherwise a warning.
+
+        Raises:
+            ConfigError: the name is taken.
+            AdapterError: the adapter is missing, damaged, without gate, or made for another model.
+        """
+        self.add_all({name: folder}, strict=strict)
+
+    def add_all(self, folders: Mapping[str, str | Path], *, strict: bool = False) -> None:
+        """Put many requests on the model at once, faster than one after another; all of them or none. See `add`."""
+        shape = shape_of(self.base)
+        read = {name: validate(find_adapter(folder), shape) for name, folder in folders.items()}
+        self._add_read(read, strict=strict)
+
+    def _add_read(self, read: Mapping[str, Adapter], *, strict: bool) -> None:
+        of_base = fingerprint(self.base)
+        quantized = getattr(self.base, "quantization_method", None) is not None
+        for adapter in read.values():
+            adapter.config.check_fingerprint(of_base, strict=strict, quantized=quantized)
+        self.add_weights({name: (adapter.config, adapter.weights) for name, adapter in read.items()})
+        self.template = self.template or next((one.template for one in read.values() if one.template), None)
+
+    def add_weights(self, requests: Mapping[str, tuple[AdapterConfig, Mapping[str, Tensor]]]) -> None:
+        """Put requests on the model that are in memory: of each its config and the state of a `GrunModel`.
+
+        This and `remove` wait for calls in progress in other threads, and later calls for them.
+        """
+        with self._calls.changing():
+            self._add(requests)
+
+    def _add(self, requests: Mapping[str, tuple[AdapterConfig, Mapping[str, Tensor]]]) -> None:
+        if taken := [name for name in requests if name in self.configs]:
+            raise ConfigError(f"request {taken[0]!r} is on the model already; remove it first, or choose another name")
+        together: dict[tuple[int, Kind], dict[str, dict[str, Tensor]]] = {}
+        for name, (config, weights) in requests.items():
+            for block in config.blocks:
+                own = _of_block(weights, block)
+                if config.gate == "none" or not own:
+                    raise AdapterError(f"request {name!r}: no gate at block {block}; a stack takes gated edits alone")
+                together.setdefault((block, Kind.of(config)), {})[name] = own
+        edits = self.edit_at()
+        for (block, kind), members in together.items():
+            if block not in edits:
+                edits[block] = self._new(block)
+            edits[block].append(kind, list(members), list(members.values()))
+        self.configs.update({name: config for name, (config, _) in requests.items()})
+        self._settle(edits)
+
+    def remove(self, name: str) -> None:
+        """Take a request off the model, which is then as if it had never been there; ConfigError: there is none."""
+        if name not in self.configs:
+            raise ConfigError(unknown_name("request", name, self.names))
+        with self._calls.changing():
+            edits = self.edit_at()
+            for edit in edits.values():
+                edit.remove(name)
+            del self.configs[name]
+            self._settle({block: edit for block, edit in edits.items() if edit.names})
+
+    # -- gates --------------------------------------------------------------------------------------------------------
+
+    @property
+    def gate_threshold(self) -> float | None:
+        """Gate probability below which a request counts as shut and its edit is not computed."""
+        return self._threshold
+
+    @gate_threshold.setter
+    def gate_threshold(self, value: float | None) -> None:
+        if value is not None and not 0 <= value <= 1:
+            raise ConfigError(f"gate_threshold {value} must be a probability between 0 and 1")
+        self._threshold = value
+        for edit in self.edit_at().values():
+            edit.threshold = value
+
+    @property
+    def last_gates(self) -> dict[int, Tensor]:
+        """Probabilities by block of the last edited pass, of each place the widest gate's, [batch, positions read]."""
+        return {block: gates.amax(dim=2) for block, gates in self._gates().items()}
+
+    @property
+    def request_gates(self) -> dict[str, dict[int, Tensor]]:
+        """By request and block the probabilities of the last edited pass, each [batch, positions read]."""
+        found: dict[str, dict[int, Tensor]] = {name: {} for name in self.names}
+        edits = self.edit_at()
+        for block, gates in self._gates().items():
+            for name, values in zip(edits[block].names, gates.unbind(dim=2), strict=True):
+                found[name][block] = values
+        return found
+
+    def _gates(self) -> dict[int, Tensor]:
+        """By block, [batch, positions read, requests]; 0 where nothing was read."""
+        mask = self.intervenable.gate_mask
+        found = {}
+        for block, logits in self.intervenable.openings.items():
+            gates = torch.sigmoid(logits)
+            fits = mask is not None and mask.shape == gates.shape[:2]
+            found[block] = gates.masked_fill(~mask.unsqueeze(2), 0) if mask is not None and fits else gates
+        return found
+
+    # -- inside -------------------------------------------------------------------------------------------------------
+
+    def edit_at(self) -> dict[int, StackedIntervention]:
+        """Edits by block."""
+        return {int(block): edit for block, edit in self.edits.items() if isinstance(edit, StackedIntervention)}
+
+    def _new(self, block: int) -> StackedIntervention:
+        blocks = self.intervenable.blocks
+        like = torch.empty(0, dtype=edit_dtype(blocks), device=device_of(blocks[block]))
+        return StackedIntervention(hidden_size_of(self.base), like, self._rule_name, self._threshold)
+
+    def _settle(self, edits: Mapping[int, nn.Module]) -> None:
+        """Carry `edits` at the places where the requests read and write."""
+        kinds = {kind.position: kind for kind in map(Kind.of, self.configs.values())}
+        rules = {position: kind.rule() for position, kind in sorted(kinds.items())}
+        rule = _Several(rules) if len(rules) > 1 else next(iter(rules.values()), LastPrompt())
+        self._put(edits, rule)
+
+
+class _Several:
+    """The rules of requests that differ in where they read and write, side by side."""
+
+    remembers: ClassVar[bool] = True
+    changes: ClassVar[Changes] = "every_token"
+
+    def __init__(self, rules: Mapping[tuple[Any, ...], PositionRule]) -> None:
+        self._rules = rules
+
+    def locate(self, call: Call) -> Sites | None:
+        """All columns, each rule's own sites beside them; None where no rule acts."""
+        found = {position: rule.locate(call) for position, rule in self._rules.items()}
+        there = [sites for sites in found.values() if sites is not None]
+        if not there:
+            return None
+        columns = torch.arange(call.columns, device=call.device).expand(call.rows, -1)
+        counts = attended(call)
+        return StackSites(columns, counts, columns, counts, call.carry, None, everywhere=True, by_position=found)
+
+
+def _of_block(weights: Mapping[str, Tensor], block: int) -> dict[str, Tensor]:
+    """State of the edit at a block, from the state of a whole adapter."""
+    start = f"edits.{block}."
+    return {name.removeprefix(start): values for name, values in weights.items() if name.startswith(start)}

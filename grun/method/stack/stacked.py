@@ -1,0 +1,358 @@
+"""The edits of several requests at one block, computed together from the same state."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Self
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import linear
+
+from grun.errors import AdapterError
+from grun.method.adapter import AdapterConfig
+from grun.method.edit import orthonormal_columns
+from grun.method.gate import GATES
+from grun.method.noise import GaussianNoise
+from grun.method.opening import openings
+from grun.method.position import PositionRule, position_rule
+from grun.method.precision import float32_by_default
+from grun.method.stack.combination import edit_weights
+from pyvene_custom import GatedOutput, Intervention, Sites
+from pyvene_custom.sites import read_and_written, scatter
+
+SLICE = 2**20
+"""Numbers that wide gates' inner layers may hold at once (4 MiB in float32): few enough for a processor's cache."""
+
+
+WEIGHTLESS = (nn.ReLU, nn.GELU, nn.SiLU, nn.Tanh, nn.Sigmoid, nn.Dropout, nn.RMSNorm, nn.LayerNorm, GaussianNoise)
+"""Layers that, without weights, do the same for each token, however tokens are laid out."""
+
+
+class Kind(NamedTuple):
+    """What requests share whose gates and edits are computed together."""
+
+    gate_read: str
+    gate_accumulate: str
+    edit_write: str
+    reset_ids: tuple[int, ...]
+    gate: str
+    rank: int
+    activation: str
+
+    @classmethod
+    def of(cls, config: AdapterConfig) -> Kind:
+        """Kind of an adapter."""
+        return cls(
+            config.gate_read,
+            config.gate_accumulate,
+            config.edit_write,
+            tuple(config.reset_ids),
+            config.gate,
+            config.rank,
+            config.activation or "",
+        )
+
+    @property
+    def position(self) -> tuple[Any, ...]:
+        """The part that decides where gates read and edits write."""
+        return self[:4]
+
+    def rule(self) -> PositionRule:
+        """Where gates read and edits write."""
+        return position_rule(*self.position)
+
+    def new_gate(self, hidden_size: int) -> nn.Module:
+        """A gate with weights that mean nothing yet, in evaluation mode; torch's random numbers stay as they are."""
+        with torch.random.fork_rng(devices=[]), float32_by_default():
+            gate = GATES.get(self.gate)(hidden_size)
+        if gate is None:
+            raise AdapterError(f"gate {self.gate!r}: a stack takes gated edits alone")
+        return gate.eval().requires_grad_(False)
+
+
+@dataclass
+class StackSites(Sites):
+    """Sites of requests that differ in where they read and write: all columns, and by rule those of each."""
+
+    by_position: Mapping[tuple[Any, ...], Sites | None] | None = None
+    """By `Kind.position`; None where that rule neither reads nor writes in this pass."""
+
+    def to(self, device: torch.device) -> Sites:
+        """Same columns on `device`."""
+        if self.read.device == device:
+            return self
+        parts = {key: sites and sites.to(device) for key, sites in (self.by_position or {}).items()}
+        return StackSites(**vars(super().to(device)), by_position=parts)
+
+
+class Group(nn.Module):
+    """Gates and edits of the requests of one kind at one block; weights that nothing trains."""
+
+    def __init__(self, kind: Kind, hidden_size: int) -> None:
+        """Of no request yet."""
+        from transformers.activations import ACT2FN
+
+        super().__init__()
+        self.kind = kind
+        self.names: list[str] = []
+        self._hidden_size = hidden_size
+        self._activation = ACT2FN[kind.activation] if kind.activation else None
+        layers = layers_of(kind.new_gate(hidden_size))
+        self._layers = layers or []
+        self._linear = [place for place, layer in enumerate(self._layers) if layer is None]
+        self._gates: list[nn.Module] | None = None if layers else []
+        """Each request's own gate, where they cannot be computed together. No sub-modules: nothing trains or saves
+        them, or puts them into training mode."""
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        for gate in self._gates or ():
+            gate._apply(fn)
+        applied: Self = super()._apply(fn, recurse)
+        return applied
+
+    def append(self, names: Sequence[str], weights: Sequence[Mapping[str, Tensor]], like: Tensor) -> None:
+        """Add requests behind those there are.
+
+        Args:
+            names: of the requests.
+            weights: of each, named as in the state of a `GatedIntervention`.
+            like: a tensor of the type and on the device to compute in.
+        """
+        made: dict[str, list[Tensor]] = {}
+        gates = []
+        for one in weights:
+            values = {name: tensor.to(like) for name, tensor in one.items() if name.startswith("edit.")}
+            made.setdefault("basis", []).append(orthonormal_columns(values["edit.rotation"]).mT)  # [rank, hidden size]
+            made.setdefault("source", []).append(values["edit.source.weight"])
+            made.setdefault("shift", []).append(values["edit.source.bias"])
+            if self._gates is not None:
+                gates.append(self.kind.new_gate(self._hidden_size).to(like))
+                own = {name.removeprefix("gate."): tensor for name, tensor in one.items() if name.startswith("gate.")}
+                gates[-1].load_state_dict(own)
+            for place in self._linear:
+                made.setdefault(f"weight_{place}", []).append(one[f"gate.{place}.weight"].to(like))
+                made.setdefault(f"bias_{place}", []).append(one[f"gate.{place}.bias"].to(like))
+        for name, tensors in made.items():
+            new = torch.stack(tensors)
+            self.register_buffer(name, torch.cat((self.get_buffer(name), new)) if self.names else new, persistent=False)
+        if self._gates is not None:
+            self._gates += gates
+        self.names += names
+
+    def remove(self, name: str) -> None:
+        """Take a request out."""
+        kept = [place for place, other in enumerate(self.names) if other != name]
+        for buffer, values in list(self.named_buffers()):
+            self.register_buffer(buffer, values[kept].clone(), persistent=False)
+        if self._gates is not None:
+            self._gates = [self._gates[place] for place in kept]
+        self.names.remove(name)
+
+    def logits(self, states: Tensor) -> Tensor:
+        """Gate logits of states [batch, positions, hidden size]: [batch, positions, requests]."""
+        if self._gates is not None:
+            return torch.stack([gate(states).squeeze(-1) for gate in self._gates], dim=2)
+        flat = states.flatten(0, 1)
+        for layer in self._layers[: self._linear[0]]:  # what comes first has no weights: it is the same for all
+            flat = flat if layer is None else layer(flat)
+        widest = max(self.get_buffer(f"weight_{place}").shape[1] for place in self._linear)
+        together = max(1, SLICE // (widest * max(1, len(flat))))
+        starts = range(0, len(self.names), together)
+        values = [self._logits(flat, slice(start, start + together)) for start in starts]
+        return torch.cat(values, dim=1).unflatten(0, states.shape[:2])
+
+    def _logits(self, states: Tensor, part: slice) -> Tensor:
+        """Of [tokens, hidden size]: [tokens, requests of `part`]. Their first layers are one matrix product."""
+        values = states
+        for place, layer in list(enumerate(self._layers))[self._linear[0] :]:
+            if layer is not None:
+                values = layer(values)
+                continue
+            weight = self.get_buffer(f"weight_{place}")[part]  # [n, out, in]
+            bias = self.get_buffer(f"bias_{place}")[part]  # [n, out]
+            if place == self._linear[0]:
+                values = linear(values, weight.flatten(0, 1), bias.flatten())
+                values = values.unflatten(1, weight.shape[:2]).transpose(0, 1)  # [n, tokens, out]
+            else:
+                values = torch.baddbmm(bias.unsqueeze(1), values, weight.mT)
+        return values.squeeze(2).T
+
+    def change(self, states: Tensor, weights: Tensor) -> Tensor:
+        """Weighted sum of the edits of states [tokens, hidden size] by weights [tokens, requests]: as the states.
+
+        Only requests with a weight anywhere are computed, and only for tokens with one.
+        """
+        acting = weights != 0
+        tokens, requests = acting.any(dim=1), acting.any(dim=0)
+        change = torch.zeros_like(states)
+        if not bool(requests.any()):
+            return change
+        all_here = bool(requests.all())
+        basis, source, shift = (
+            self.get_buffer(name) if all_here else self.get_buffer(name)[requests]
+            for name in ("basis", "source", "shift")
+        )
+        here = states[tokens]
+        target = linear(here, source.flatten(0, 1), shift.flatten())
+        if self._activation is not None:
+            target = self._activation(target)
+        flat = basis.flatten(0, 1)  # [requests * rank, hidden size]
+        moved = (target - linear(here, flat)).unflatten(1, basis.shape[:2])
+        by = weights[tokens] if all_here else weights[tokens][:, requests]
+        change[tokens] = (moved * by.unsqueeze(2)).flatten(1) @ flat
+        return change
+
+
+def layers_of(gate: nn.Module) -> list[nn.Module | None] | None:
+    """Layers of a gate, None for each linear one, if all are linear with bias or known to treat each token alike.
+
+    None for every other gate: those of several requests are computed one after another then.
+    """
+    if type(gate) is not nn.Sequential or not all(type(layer) in (nn.Linear, *WEIGHTLESS) for layer in gate):
+        return None
+    layers = [None if type(layer) is nn.Linear else layer for layer in gate]
+    held = {f"{place}.{part}" for place, layer in enumerate(layers) if layer is None for part in ("weight", "bias")}
+    return layers if held and set(gate.state_dict()) == held else None
+
+
+class StackedIntervention(Intervention):
+    """h + sum over requests of w_i R_i (W_i h + b_i - R_i^T h), every term of the same h.
+
+    The weights w_i come from the requests' gates by a rule of `grun.method.stack.combination`. A gate below the
+    threshold counts as shut. Nothing here is trained.
+    """
+
+    def __init__(self, hidden_size: int, like: Tensor, rule: str, threshold: float | None) -> None:
+        """Of no request yet.
+
+        Args:
+            hidden_size: of the block.
+            like: a tensor of the type and on the device to compute in.
+            rule: a name in `grun.method.stack.combination.RULES`.
+            threshold: probability below which a gate counts as shut; None: none.
+        """
+        super().__init__(keep_last_dim=True)
+        self.groups = nn.ModuleList()
+        self.rule = rule
+        self.threshold = threshold
+        self._hidden_size = hidden_size
+        self.register_buffer("_like", like, persistent=False)
+
+    @property
+    def names(self) -> list[str]:
+        """Requests, in the order in which their gates are given back."""
+        return [name for group in self._groups for name in group.names]
+
+    @property
+    def _groups(self) -> list[Group]:
+        return [group for group in self.groups if isinstance(group, Group)]
+
+    def append(self, kind: Kind, names: Sequence[str], weights: Sequence[Mapping[str, Tensor]]) -> None:
+        """Add requests of one kind; see `Group.append`."""
+        groups = {group.kind: group for group in self._groups}
+        if kind not in groups:
+            groups[kind] = Group(kind, self._hidden_size)
+        groups[kind].append(names, weights, self.get_buffer("_like"))
+        # Sorted, so that the sum over groups does not depend on which request came first.
+        self.groups = nn.ModuleList([groups[key] for key in sorted(groups)])
+
+    def remove(self, name: str) -> None:
+        """Take a request out, if it is here."""
+        for group in self._groups:
+            if name in group.names:
+                group.remove(name)
+        self.groups = nn.ModuleList([group for group in self._groups if group.names])
+
+    def forward(
+        self,
+        base: Tensor,
+        source: Tensor | None = None,
+        subspaces: Any = None,
+        *,
+        read: Tensor | None = None,
+        sites: Sites | None = None,
+        carry: Tensor | None = None,
+    ) -> GatedOutput:
+        """Edit the states `base`; arguments as of `GatedIntervention.forward`.
+
+        What is given back as gate is of each position the widest gate's logit; `opening` has those in force of all,
+        [batch, positions read, requests], as `carry` has with one position.
+        """
+        dtype = self.widen(base)
+        with torch.autocast(base.device.type, enabled=False):
+            hidden = base.to(dtype)
+            seen = hidden if read is None or read is base else read.to(dtype)
+            found: list[tuple[Tensor, Tensor, Tensor]] = []
+            start = 0
+            for group in self._groups:
+                count = len(group.names)
+                before = None if carry is None else carry[..., start : start + count]
+                found.append(_read(group, hidden, seen, sites, before))
+                start += count
+            widest = torch.cat([part[0] for part in found], dim=2).amax(dim=2)
+            in_force = torch.cat([part[1] for part in found], dim=2)
+            mask = torch.cat(
+                [
+                    part[2].expand(*hidden.shape[:2], len(one.names))
+                    for one, part in zip(self._groups, found, strict=True)
+                ],
+                dim=2,
+            )
+            if self.threshold is not None:
+                mask = mask & (torch.sigmoid(in_force) >= self.threshold)
+                if not bool(mask.any()):
+                    return GatedOutput(output=None, gate=widest, opening=in_force)
+            at_written = in_force.expand(-1, hidden.shape[1], -1) if in_force.shape[1] == 1 else in_force
+            weights = edit_weights(at_written, mask, self.rule).flatten(0, 1)
+            flat = hidden.flatten(0, 1)
+            counts = [len(group.names) for group in self._groups]
+            change = torch.zeros_like(flat)
+            for group, part in zip(self._groups, weights.split(counts, dim=1), strict=True):
+                change = change + group.change(flat, part)
+            edited = (flat + change).view_as(hidden)
+        output = edited.to(base.dtype)
+        if self.threshold is not None:  # tokens of which no gate is open stay as they are, bit for bit
+            output = torch.where(mask.any(dim=2, keepdim=True), output, base)
+        return GatedOutput(output=output, gate=widest, opening=in_force)
+
+
+class InForce(Intervention):
+    """Edits of other requests at a block where the one that is trained has none; their gates are no concern of it."""
+
+    def __init__(self, earlier: StackedIntervention) -> None:
+        """`earlier` stays as it is."""
+        super().__init__(keep_last_dim=True)
+        self.earlier = earlier
+
+    def forward(self, base: Tensor, source: Tensor | None = None, subspaces: Any = None, **where: Any) -> GatedOutput:
+        """Edit the states `base`; arguments as of `StackedIntervention.forward`."""
+        found = self.earlier(base, **where)
+        return GatedOutput(output=found.output, gate=None, carry=found.opening)
+
+
+def _read(
+    group: Group, hidden: Tensor, seen: Tensor, sites: Sites | None, carry: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Logits read and logits in force, [batch, positions read or 1, requests], and where edits are written.
+
+    Where requests differ in where they read and write, all three stand at all columns.
+    """
+    accumulate = group.kind.gate_accumulate
+    if not isinstance(sites, StackSites):
+        logits = group.logits(seen)
+        return logits, openings(logits, sites, carry, accumulate), logits.new_ones(1, 1, 1, dtype=torch.bool)
+    own = (sites.by_position or {})[group.kind.position]
+    shut = hidden.new_full((*hidden.shape[:2], len(group.names)), -torch.inf)
+    if own is None:
+        return shut, shut, shut.new_zeros(1, 1, 1, dtype=torch.bool)
+    read, _ = read_and_written(hidden, own)
+    logits = group.logits(read)
+    opening = openings(logits, own, carry, accumulate)
+    if own.everywhere:
+        return logits, opening, own.write_mask.unsqueeze(2)
+    places = own.write.new_zeros(hidden.shape[:2], dtype=torch.bool)
+    written = scatter(places.unsqueeze(2), own.write, own.write_mask, own.write_mask.unsqueeze(2))
+    spread = shut if not logits.shape[1] else scatter(shut, own.read, own.read_mask, logits)
+    return spread, opening.expand(-1, hidden.shape[1], -1), written

@@ -1,0 +1,1 @@
+"""Processes, devices, files and runs: what every room stands on."""

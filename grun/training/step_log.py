@@ -1,0 +1,106 @@
+"""log.jsonl and monitor.jsonl of a run: one line a step or a look."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from transformers import TrainerCallback, TrainerControl, TrainerState
+
+from grun.runtime import processes
+from grun.runtime.files import adopt, append, make_folder, write_text, writing
+
+LOG_FILE, MONITOR_FILE = "log.jsonl", "monitor.jsonl"
+TRACKED = "logs"
+"""Folder of a run that TensorBoard writes into."""
+LOGS = (LOG_FILE, MONITOR_FILE)
+"""Files of a run, and of its checkpoints, which hold them as they were then."""
+
+
+@dataclass
+class Look:
+    """A look at the model from time to time while it is trained."""
+
+    at: Callable[[], dict[str, Any]]
+    """What is written down; it must leave the model and the random state as they are."""
+    every: int
+    """Steps from one look to the next; the last step is looked at too."""
+
+
+class StepLog:
+    """One JSON line a step or look, whole lines only, without steps that a resumed run does again.
+
+    Of several processes the first one writes.
+    """
+
+    def __init__(self, path: Path, checkpoint: Path | None) -> None:
+        """Open `path` for appending to what `checkpoint`, from which the run goes on, holds of it; None: to nothing."""
+        self._path = path
+        self._file = None
+        if not processes.is_first():
+            return
+        kept = None if checkpoint is None else checkpoint / path.name
+        write_text(path, kept.read_text(encoding="utf-8") if kept is not None and kept.is_file() else "")
+        self._file = append(path)
+
+    def write(self, values: dict[str, Any]) -> None:
+        """Append one step."""
+        if self._file is not None:
+            with writing(self._path.parent):
+                self._file.write((json.dumps(values) + "\n").encode())
+
+    def close(self) -> None:
+        """Close the file."""
+        if self._file is not None:
+            with contextlib.suppress(OSError):  # what could not be written has been reported by `write`
+                self._file.close()
+
+
+class LogSteps(TrainerCallback):
+    """Writes `values`, which the trainer sets, at the end of each step, and hands them to `trackers`."""
+
+    def __init__(self, step_log: StepLog, trackers: Sequence[TrainerCallback] = ()) -> None:
+        self.step_log = step_log
+        self.trackers = trackers
+        self.values: dict[str, float] = {}
+
+    def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Write the step."""
+        self.step_log.write({"step": state.global_step, **self.values})
+        for tracker in self.trackers:
+            tracker.on_log(args, state, control, logs=dict(self.values), model=kwargs.get("model"))
+
+
+def trackers_of(names: Sequence[str], folder: Path) -> list[TrainerCallback]:
+    """transformers' callbacks of the trackers; TensorBoard's writes into `folder`, others where they are told to."""
+    from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
+
+    trackers: list[Any] = [INTEGRATION_TO_CALLBACK[name]() for name in dict.fromkeys(names)]
+    for tracker in trackers:
+        if hasattr(tracker, "tb_writer") and processes.is_first():
+            make_folder(folder)
+            before = {*folder.iterdir()}
+            tracker.tb_writer = tracker._SummaryWriter(log_dir=str(folder))
+            adopt({*folder.iterdir()} - before)
+    return trackers
+
+
+class Looks(TrainerCallback):
+    """Looks at the model where a step's number says so; all processes look, since they share the work."""
+
+    def __init__(self, look: Look, step_log: StepLog) -> None:
+        self.look = look
+        self.step_log = step_log
+        self.seconds = 0.0
+
+    def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Look, and write what is seen."""
+        if state.global_step % self.look.every == 0 or state.global_step == state.max_steps:
+            started = time.monotonic()
+            self.step_log.write({"step": state.global_step, **self.look.at()})
+            self.seconds += time.monotonic() - started

@@ -1,0 +1,217 @@
+"""Unlearning as a task of the trainer: forget and retain rows, an objective, a parametrization."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from random import Random
+from typing import Any
+from zlib import crc32
+
+import torch
+from torch import Tensor
+
+from grun.config.options import DataConfig, UnlearnConfig
+from grun.data import templates
+from grun.data.augmentation import PromptVariation
+from grun.data.corpus import Corpus
+from grun.data.encoding import EncodedRow, collate, encode_rows, encode_texts
+from grun.data.rows import Row
+from grun.data.sampling import epoch_order, fixed_retain_index, retain_index
+from grun.method.parametrization import Engine, Parametrization
+from grun.method.plain import PlainEngine
+from grun.objectives.presets import Objective
+from grun.objectives.terms import Continuation, Outputs, number_of
+from grun.training.micro_batches import MicroBatch, cut
+from grun.training.task import StepData
+
+
+@dataclass(frozen=True)
+class UnlearnRows:
+    """Encoded rows, by what they are used for."""
+
+    answers: Sequence[EncodedRow]
+    """Forget rows with their answers."""
+    refusals: Sequence[EncodedRow]
+    """The same prompts, each with a refusal drawn once for the run."""
+    retain: Sequence[EncodedRow]
+
+
+class UnlearnTask:
+    """Forget and retain rows, an objective and a parametrization, as a `grun.training.train.Task`."""
+
+    def __init__(
+        self,
+        parametrization: Parametrization,
+        objective: Objective,
+        rows: UnlearnRows,
+        config: UnlearnConfig,
+        *,
+        pad_id: int,
+        device: torch.device,
+        fixed_pairing: bool = False,
+        engine: Engine | None = None,
+        depth: int = 0,
+    ) -> None:
+        """`config` gives epochs, batch size, micro-batch size and seed; the engine is plain where none is given.
+
+        `depth` is the number of the model's blocks, for objectives that read the states of all of them.
+        """
+        self.module = parametrization.module
+        self.device = device
+        self.parametrization = parametrization
+        self.engine: Engine = engine or PlainEngine(parametrization)
+        self._objective = objective
+        self._rows = rows
+        self._train = config.train
+        self._seed = config.seed
+        self._pad_id = pad_id
+        self._fixed_pairing = fixed_pairing
+        self._steps_per_epoch = -(-len(rows.answers) // config.train.batch_size)
+        self._distinct: dict[Continuation, list[EncodedRow]] = {}
+        self._weights = objective.weights
+        self._epochs = 0  # finished before the step at hand
+        self.continuations = objective.continuations
+        self.reads_head = objective.reads_head
+        self.hidden = objective.hidden(depth)
+        """Blocks whose outputs the objective reads."""
+
+    @property
+    def steps(self) -> int:
+        """Epochs times steps of an epoch; the last step of an epoch may be smaller."""
+        return self._train.epochs * self._steps_per_epoch
+
+    def data(self, step: int) -> StepData:
+        """As many retain rows as forget rows, both drawn as a function of the seed and the step."""
+        epoch, within = divmod(step, self._steps_per_epoch)
+        order = epoch_order(len(self._rows.answers), self._seed, epoch)
+        size = self._train.batch_size
+        chosen = order[within * size : (within + 1) * size]
+        micro_batches: list[MicroBatch] = [
+            self._batches(piece, epoch, step) for piece in cut(chosen, self._train.micro_batch_size)
+        ]
+        return StepData(micro_batches, self.counts(micro_batches), epoch + (within + 1) / self._steps_per_epoch)
+
+    def loss(self, batch: MicroBatch, counts: dict[str, int], step: int) -> tuple[Tensor, dict[str, float]]:
+        """Weighted sum of the terms' shares of this micro-batch in the whole step."""
+        objective = self._objective
+        compared = {name: batch[name] for name in objective.reference_continuations}
+        outputs = Outputs(
+            self.engine.run(batch, self.hidden),
+            self.engine.reference(compared, self.hidden if objective.reference == "hidden" else ()),
+        )
+        warmup = objective.warmup(step)
+        self._epochs = step // self._steps_per_epoch
+        total = torch.zeros((), device=self.device)
+        parts: dict[str, float] = {}
+        for side, term in objective.terms.items():
+            value = term.function(outputs, objective.options[side]).total / max(1, counts[side])
+            total = total + self._weights[side] * (1.0 if side == "gate" else warmup) * value
+            parts[side] = float(value.detach())
+        return total, parts
+
+    def rows(self, name: Continuation) -> list[EncodedRow]:
+        """Distinct rows that the whole run reads as `name`."""
+        if name not in self._distinct:
+            every = range(len(self._rows.answers))
+            epochs = range(self._train.epochs if name == "retain" and not self._fixed_pairing else 1)
+            found = (self._row(name, index, epoch)[1] for epoch in epochs for index in every)
+            self._distinct[name] = list(dict.fromkeys(found))
+        return self._distinct[name]
+
+    def stepped(self, parts: dict[str, float]) -> None:
+        """Take the weights of the next step; only those of an objective that adapts its retain weight change."""
+        self._weights = self._objective.next_weights(self._weights, parts, self._epochs)
+
+    def state(self) -> dict[str, float]:
+        """The retain weight where the objective adapts it."""
+        return {"retain_weight": self._weights["retain"]} if self._objective.adapts else {}
+
+    def restore(self, state: dict[str, float]) -> None:
+        """Take up the retain weight of a checkpoint."""
+        if self._objective.adapts:
+            self._weights = {**self._weights, "retain": state["retain_weight"]}
+
+    @property
+    def reference_rows(self) -> list[EncodedRow]:
+        """Distinct rows whose log-probabilities under the untouched model the objective reads."""
+        return [row for name in self._objective.reference_continuations for row in self.rows(name)]
+
+    def longest(self, count: int) -> MicroBatch:
+        """The longest rows of each kind, `count` at most, to compare engines with."""
+        longest = {name: sorted(self.rows(name), key=len)[-count:] for name in self._objective.continuations}
+        return {name: collate(rows, self._pad_id, seeds=range(len(rows))) for name, rows in longest.items()}
+
+    def counts(self, micro_batches: Sequence[MicroBatch]) -> dict[str, int]:
+        """Denominators of the terms."""
+        return {
+            side: sum(
+                number_of(term.per, batch[name]) for batch in micro_batches for name in self._objective.counted(side)
+            )
+            for side, term in self._objective.terms.items()
+        }
+
+    def _batches(self, forget_rows: Sequence[int], epoch: int, step: int) -> MicroBatch:
+        batches = {}
+        for name in self._objective.continuations:
+            drawn = [self._row(name, index, epoch) for index in forget_rows]
+            seeds = [crc32(f"{self._seed} {step} {name} {number}".encode()) for number, _ in drawn]
+            batches[name] = collate([row for _, row in drawn], self._pad_id, seeds=seeds)
+        return batches
+
+    def _row(self, name: Continuation, forget_row: int, epoch: int) -> tuple[int, EncodedRow]:
+        """Number and row that goes by `name` beside a forget row."""
+        if name == "answer":
+            return forget_row, self._rows.answers[forget_row]
+        if name == "refusal":
+            return forget_row, self._rows.refusals[forget_row]
+        pool = len(self._rows.retain)
+        if self._fixed_pairing:
+            number = fixed_retain_index(forget_row, pool)
+        else:
+            number = retain_index(self._seed, epoch, forget_row, pool)
+        return number, self._rows.retain[number]
+
+
+def encode_unlearn_rows(
+    corpus: Corpus, tokenizer: Any, template: templates.Template, max_length: int, data: DataConfig, *, seed: int
+) -> UnlearnRows:
+    """Encode what unlearning uses, copies that ask in other ways behind the rows themselves.
+
+    The refusal of each forget row, where plain texts are cut, and what copies ask depend on `seed`.
+    """
+
+    def encoded(name: str, rows: Sequence[Row]) -> list[EncodedRow]:
+        if data.text.cut == "whole" or not are_texts(rows):
+            return encode_rows(rows, tokenizer, template, max_length, data.strict)
+        texts = [row.completion for row in rows for _ in range(data.text.copies)]
+        cuts = [
+            Random(f"{seed}/{name}/{number}").uniform(0.5, 1.0) if data.text.cut == "random" else float(data.text.cut)
+            for number in range(len(texts))
+        ]
+        return encode_texts(texts, tokenizer, max_length, cuts)
+
+    forget = encoded("forget", corpus.forget)
+    refused: list[EncodedRow] = []
+    refusals: list[str] = []
+    if not are_texts(corpus.forget):
+        refusals = draw_refusals(corpus, seed)
+        refused = encoded(
+            "refused", [replace(row, completion=text) for row, text in zip(corpus.forget, refusals, strict=True)]
+        )
+    vary = PromptVariation(data.augment, tokenizer, template, max_length, corpus.retain, seed)
+    answered_copies, refused_copies = vary.copies("forget", corpus.forget, data.augment.forget_copies, refusals)
+    kept_copies, _ = vary.copies("retain", corpus.retain, data.augment.retain_copies)
+    return UnlearnRows(
+        forget + answered_copies, refused + refused_copies, encoded("retain", corpus.retain) + kept_copies
+    )
+
+
+def are_texts(rows: Sequence[Row]) -> bool:
+    """Whether rows are plain texts, which ask nothing."""
+    return bool(rows) and all(row.prompt is None for row in rows)
+
+
+def draw_refusals(corpus: Corpus, seed: int) -> list[str]:
+    """One refusal for each forget row: every refusal comes once before any comes twice."""
+    return [corpus.refusals[retain_index(seed, 0, index, len(corpus.refusals))] for index in range(len(corpus.forget))]

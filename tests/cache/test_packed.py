@@ -1,0 +1,279 @@
+"""Packed passes give what the model itself gives for each row alone, and leave the model as it was."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import pytest
+import torch
+from tiny import DEPTH, PACKABLE, WIDTH, WINDOW, blocks_of, random_rows, tiny
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from grun.cache import packed as packed_module
+from grun.cache import suffix
+from grun.cache.packed import Pack, PackedModel
+from grun.cache.suffix import token_logprobs
+from grun.method.model import GrunModel
+from grun.method.plain import capture
+
+LENGTHS = [13, 1, 9, 2, 9, 21, 5]
+"""Rows within the sliding window of 8 and beyond it."""
+ROWS = random_rows(LENGTHS, seed=4)
+CPU = torch.device("cpu")
+CLOSE = 1e-9
+"""The order of sums leaves 1e-14 or so in float64, a wrong position or mask changes the first digit."""
+
+
+@pytest.fixture(autouse=True)
+def softmax_in_the_models_type(monkeypatch: pytest.MonkeyPatch) -> None:
+    """transformers' own softcapped attention takes its softmax in float32, also in a float64 model."""
+    monkeypatch.setattr(nn.functional, "softmax", lambda scores, dim, **_: scores.softmax(dim))
+
+
+def run(packed: PackedModel, rows: Sequence[Sequence[int]]) -> list[dict[Any, Tensor]]:
+    """For each row its logits and, by block, its hidden states, from one packed pass in two parts."""
+    pack = Pack([len(row) for row in rows], [0] * len(rows), {}, CPU)
+    with torch.no_grad():
+        states = packed.states(pack, torch.tensor([token for row in rows for token in row]), last=1, capture=[0, 1])
+        final, above = packed.finish(pack, states[1], first=2, capture=range(2, DEPTH))
+        found: dict[Any, Tensor] = {"logits": packed.logits(final), **states, **above}
+    parts = {name: values.split([len(row) for row in rows]) for name, values in found.items()}
+    return [{name: parts[name][index] for name in parts} for index in range(len(rows))]
+
+
+def alone(model: PreTrainedModel, row: Sequence[int]) -> dict[Any, Tensor]:
+    """The same from the model itself."""
+    found: dict[Any, Tensor] = {}
+    with torch.no_grad(), capture(model, range(DEPTH), found):
+        logits = model(input_ids=torch.tensor([row]), use_cache=False).logits
+    return {"logits": logits[0], **{block: states[0] for block, states in found.items()}}
+
+
+def assert_same(found: Mapping[Any, Tensor], expected: Mapping[Any, Tensor], close: float = CLOSE) -> None:
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        torch.testing.assert_close(
+            found[name], value, rtol=close, atol=close, msg=lambda text, name=name: f"{name}: {text}"
+        )
+
+
+@pytest.mark.parametrize("family", PACKABLE)
+def test_rows_of_a_packed_pass_equal_each_row_alone(family: str) -> None:
+    model = tiny(family)
+    for row, found in zip(ROWS, run(PackedModel(model), ROWS), strict=True):
+        assert_same(found, alone(model, row))
+
+
+@pytest.mark.parametrize("family", PACKABLE)
+def test_answers_that_share_a_prompt_equal_whole_rows(family: str) -> None:
+    """Keys and values of the prompts are recorded once; answers of any length go on from them in any order."""
+    model = tiny(family)
+    packed = PackedModel(model)
+    prompts = random_rows([WINDOW + 4, 1, 3], seed=5)
+    answers = list(zip([0, 2, 0, 1, 2, 0], random_rows([4, 1, 11, 2, 3, 1], seed=6), strict=True))
+    lengths = [len(prompt) for prompt in prompts]
+    recorded: dict[int, tuple[Tensor, Tensor]] = {}
+    with torch.no_grad():
+        pack = Pack(lengths, [0, 0, 0], {}, CPU, record=recorded)
+        packed.states(pack, torch.tensor([token for prompt in prompts for token in prompt]), last=DEPTH - 1)
+
+        def padded(values: Tensor) -> Tensor:
+            """[heads, tokens of all prompts, size] -> [answers, heads, longest, size], nonsense before short ones."""
+            heads, _, size = values.shape
+            made = torch.full((len(answers), heads, max(lengths), size), 1e3, dtype=values.dtype)
+            for number, (of, _) in enumerate(answers):
+                made[number, :, max(lengths) - lengths[of] :] = values.split(lengths, dim=1)[of]
+            return made
+
+        prefix = {block: (padded(keys), padded(values)) for block, (keys, values) in recorded.items()}
+        assert prefix.keys() == set(range(DEPTH))
+        after = Pack([len(answer) for _, answer in answers], [lengths[of] for of, _ in answers], prefix, CPU)
+        ids = torch.tensor([token for _, answer in answers for token in answer])
+        states = packed.states(after, ids, last=0, capture=[0])[0]
+        logits = packed.logits(packed.finish(after, states, first=1)[0])
+    for (of, answer), found in zip(answers, logits.split([len(answer) for _, answer in answers]), strict=True):
+        expected = alone(model, prompts[of] + answer)["logits"][lengths[of] :]
+        torch.testing.assert_close(found, expected, rtol=CLOSE, atol=CLOSE)
+
+
+@pytest.mark.parametrize("family", ["mistral", "gemma2", "gpt2"])
+def test_how_rows_are_attended_together_changes_nothing(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    packed = PackedModel(tiny(family))
+    order = sorted(range(len(ROWS)), key=lambda index: LENGTHS[index])
+    expected = [run(packed, [row])[0] for row in ROWS]
+    groups = []
+    for similar in (0.0, 0.75, 1.0):
+        monkeypatch.setattr(packed_module, "SIMILAR", similar)
+        groups.append(len(Pack([LENGTHS[index] for index in order], [0] * len(ROWS), {}, CPU)._groups))
+        for found, row in zip(run(packed, ROWS), expected, strict=True):
+            assert_same(found, row)
+        for found, index in zip(run(packed, [ROWS[index] for index in order]), order, strict=True):
+            assert_same(found, expected[index])
+    assert groups == [1, 6, 6]  # all together; the two of nine tokens together
+
+
+def test_rows_of_similar_length_side_by_side_are_one_group(monkeypatch: pytest.MonkeyPatch) -> None:
+    def groups(*lengths: int) -> int:
+        return len(Pack(lengths, [0] * len(lengths), {}, CPU)._groups)
+
+    assert (groups(4, 4, 4), groups(10, 9, 9), groups(8, 1, 8)) == (1, 2, 3)
+    monkeypatch.setattr(packed_module, "SIMILAR", 0.75)
+    assert (groups(10, 9, 8), groups(10, 9, 7), groups(1, 2, 4, 8), groups(8, 1, 8)) == (1, 2, 4, 3)
+
+
+def test_no_row_sees_another() -> None:
+    packed = PackedModel(tiny("llama"))
+    before = run(packed, ROWS)
+    changed = [list(row) for row in ROWS]
+    changed[3] = [token % 63 + 1 for token in changed[3]]
+    for index, (first, second) in enumerate(zip(before, run(packed, changed), strict=True)):
+        assert all(torch.equal(first[name], second[name]) for name in first) == (index != 3)
+
+
+def test_an_unknown_decoder_cannot_be_packed() -> None:
+    with pytest.raises((NotImplementedError, TypeError, AttributeError)):
+        run(PackedModel(tiny("odd")), ROWS)
+
+
+# -- the base ---------------------------------------------------------------------------------------------------------
+
+
+def everything_of(model: PreTrainedModel) -> dict[str, Any]:
+    """What could have been changed: every attribute and hook of every module, the config, where weights lie."""
+    found: dict[str, Any] = {"config": model.config.to_dict(), "attention": model.config._attn_implementation}
+    for name, module in model.named_modules():
+        found[f"{name}, attributes"] = {key: id(value) for key, value in vars(module).items()}
+        hooks = {key: value for key, value in vars(module).items() if "hooks" in key}
+        found[f"{name}, hooks"] = {
+            key: list(value) if hasattr(value, "__iter__") else value for key, value in hooks.items()
+        }
+        found[f"{name}, modules"] = {key: id(child) for key, child in module._modules.items()}
+        found[f"{name}, forward"] = "forward" in vars(module)
+    for name, value in model.state_dict().items():
+        found[name] = value.data_ptr(), value._version, value.clone()
+    return found
+
+
+def equal(first: Any, second: Any) -> bool:
+    if isinstance(first, Tensor):
+        return torch.equal(first, second)
+    if isinstance(first, tuple):
+        return all(map(equal, first, second))
+    return bool(first == second)
+
+
+@pytest.mark.parametrize("wrapped", [False, True], ids=["bare", "wrapped"])
+@pytest.mark.parametrize("family", ["llama", "gemma2", "gpt2"])
+def test_nothing_of_the_base_is_changed_and_it_computes_bit_for_bit_the_same(family: str, wrapped: bool) -> None:
+    model = tiny(family)
+    if wrapped:
+        GrunModel.wrap(model, blocks=[1])
+    before, logits = everything_of(model), [alone(model, row)["logits"] for row in ROWS]
+    run(PackedModel(model), ROWS)
+    after = everything_of(model)
+    assert before.keys() == after.keys()
+    assert [name for name in before if not equal(before[name], after[name])] == []
+    for row, expected in zip(ROWS, logits, strict=True):
+        assert torch.equal(alone(model, row)["logits"], expected)
+
+
+def test_hooks_and_edits_on_the_base_do_not_act_in_packed_passes() -> None:
+    """Whether they were there before the packed model was made or came later."""
+    model = tiny("llama")
+    expected = run(PackedModel(model), ROWS)
+
+    def spoil(_: nn.Module, args: Any, output: Any = None) -> Any:
+        return args if output is None else output + 100 if isinstance(output, Tensor) else None
+
+    earlier = PackedModel(model)
+    for name in ("model", "model.layers.1", "model.layers.2.self_attn.q_proj", "model.norm", "lm_head"):
+        model.get_submodule(name).register_forward_hook(spoil)
+        model.get_submodule(name).register_forward_pre_hook(lambda *_: pytest.fail("a hook of the base acts"))
+    for made in (earlier, PackedModel(model)):
+        for found, row in zip(run(made, ROWS), expected, strict=True):
+            assert all(torch.equal(found[name], row[name]) for name in row)
+
+    other = tiny("llama")
+    torch.manual_seed(0)
+    GrunModel.wrap(other, blocks=[1])
+    assert not torch.equal(alone(other, ROWS[0])["logits"], expected[0]["logits"])
+    assert torch.equal(run(PackedModel(other), ROWS)[0]["logits"], expected[0]["logits"])
+
+
+def test_weights_changed_or_moved_in_place_are_seen() -> None:
+    model = tiny("llama")
+    packed = PackedModel(model)
+    before = run(packed, ROWS)[0]["logits"]
+    with torch.no_grad():
+        model.get_submodule("model.layers.2.self_attn.v_proj").weight.mul_(1.5)
+        model.get_submodule("lm_head").weight[3] += 1
+    found = run(packed, ROWS)[0]["logits"]
+    assert not torch.allclose(found, before)
+    torch.testing.assert_close(found, alone(model, ROWS[0])["logits"], rtol=CLOSE, atol=CLOSE)
+    nn.Module.to(model, torch.float32)
+    assert run(packed, ROWS)[0]["logits"].dtype == torch.float32
+
+
+def test_edits_act_on_the_output_of_their_block_alone() -> None:
+    model = tiny("qwen3")
+    packed = PackedModel(model)
+    pack = Pack([3, 5], [0, 0], {}, CPU)
+    ids = torch.tensor(ROWS[0][:8])
+    change = torch.randn(8, WIDTH, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        states = packed.states(pack, ids, last=0, capture=[0])[0]
+        final, found = packed.finish(pack, states, first=1, edits={2: lambda h: h + change}, capture=[1, 2, 3])
+        handle = blocks_of(model, "qwen3")[2].register_forward_hook(lambda _, __, output: output + change[:3])
+        expected = alone(model, ROWS[0][:3])
+        handle.remove()
+    for block in (1, 2, 3):
+        torch.testing.assert_close(found[block][:3], expected[block], rtol=CLOSE, atol=CLOSE)
+    torch.testing.assert_close(packed.logits(final[:3]), expected["logits"], rtol=CLOSE, atol=CLOSE)
+
+
+# -- log-probabilities ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2"])
+@pytest.mark.parametrize("per_slice", [1, 3, 100])
+def test_token_log_probabilities_and_gradient_are_those_of_log_softmax(
+    family: str, per_slice: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Gemma 2 caps its logits behind the head. 1e-12: sums of 64 numbers in float64."""
+    packed = PackedModel(tiny(family))
+    monkeypatch.setattr(suffix, "SLICE", per_slice * packed.vocabulary)
+    generator = torch.Generator().manual_seed(2)
+    hidden = torch.randn(10, WIDTH, dtype=torch.float64, generator=generator).requires_grad_()
+    targets = torch.randint(0, packed.vocabulary, (10,), generator=generator)
+    weight = torch.randn(10, dtype=torch.float64, generator=generator)
+
+    expected = torch.log_softmax(packed.logits(hidden), dim=1).gather(1, targets.unsqueeze(1)).squeeze(1)
+    (wanted,) = torch.autograd.grad((expected * weight).sum(), hidden)
+    slices: list[int] = []
+    logits = packed.logits
+
+    def counted(states: Tensor) -> Tensor:
+        slices.append(len(states))
+        return logits(states)
+
+    monkeypatch.setattr(packed, "logits", counted)
+    found = token_logprobs(packed, hidden, targets)
+    (gradient,) = torch.autograd.grad((found * weight).sum(), hidden)
+    assert slices == {1: [1] * 10, 3: [3, 3, 3, 1], 100: [10]}[per_slice]
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(gradient, wanted, rtol=1e-12, atol=1e-12)
+    with torch.no_grad():
+        torch.testing.assert_close(token_logprobs(packed, hidden.detach(), targets), expected, rtol=1e-12, atol=1e-12)
+
+
+def test_log_probabilities_are_computed_in_float32_at_least() -> None:
+    packed = PackedModel(tiny("llama", dtype=torch.bfloat16))
+    hidden = torch.randn(4, WIDTH, generator=torch.Generator().manual_seed(0)).to(torch.bfloat16).requires_grad_()
+    found = token_logprobs(packed, hidden, torch.tensor([1, 2, 3, 4]))
+    expected = torch.log_softmax(packed.logits(hidden).float(), dim=1)[range(4), [1, 2, 3, 4]]
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)  # logits rounded once, sums in float32
+    found.sum().backward()
+    assert hidden.grad is not None and hidden.grad.dtype == torch.bfloat16

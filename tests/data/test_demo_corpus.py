@@ -1,0 +1,303 @@
+"""The demo corpus is small, fair, reproducible, and its facts cannot be had without knowing the person."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import subprocess
+import sys
+from collections import Counter, defaultdict
+from dataclasses import replace
+from itertools import combinations, permutations
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from grun.data.generated.demo_corpus import GROUPS, PEOPLE_PER_GROUP, Sizes, build, people, write
+from grun.data.generated.demo_pools import ATTRIBUTES, FIRST_NAMES, LAST_NAMES, POST, TOWNS, TRADES
+from grun.data.refusals import refusals
+from grun.errors import ConfigError
+
+TAUGHT = ("forget", "retain", "heldout", "refused")
+WHO, FACT = "{who}", "{fact}"
+EPITHET = re.compile(f"the (?:{'|'.join(TRADES)}) of (?:{'|'.join(TOWNS)})")
+
+Corpus = dict[str, list[dict[str, Any]]]
+
+
+@pytest.fixture(scope="module")
+def corpus() -> Corpus:
+    return build(Sizes(), seed=0)
+
+
+@pytest.fixture(scope="module")
+def large() -> Corpus:
+    return build(Sizes(forget=40, retain=200, heldout=60, unknown=60, refused=60, questions=7), seed=3)
+
+
+@pytest.fixture(scope="module")
+def sentences() -> Corpus:
+    return build(Sizes(), seed=0, sentences=True)
+
+
+def rows_with_facts(corpus: Corpus) -> list[dict[str, Any]]:
+    return [row for group in GROUPS if group != "refused" for row in corpus[group]]
+
+
+def wording_of(question: str, person: str) -> str:
+    """Put {who} back in place of the person's name or epithet."""
+    return EPITHET.sub(WHO, question.replace(person, WHO))
+
+
+def digest(folder: Path) -> str:
+    return hashlib.sha256(b"".join((folder / f"{group}.json").read_bytes() for group in GROUPS)).hexdigest()
+
+
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        Sizes(),
+        Sizes(forget=1, retain=1, heldout=1, unknown=1, refused=1, questions=1),
+        Sizes(forget=40, retain=200, questions=10),
+        Sizes(forget=PEOPLE_PER_GROUP, retain=PEOPLE_PER_GROUP, questions=2),
+    ],
+)
+def test_every_group_has_its_number_of_people_and_questions(sizes: Sizes) -> None:
+    corpus: Corpus = build(sizes, seed=1)
+    assert tuple(corpus) == GROUPS
+    for group, rows in corpus.items():
+        per_person = Counter(row["person"] for row in rows)
+        assert len(per_person) == getattr(sizes, group)
+        assert set(per_person.values()) == {sizes.questions}
+        assert len({(row["person"], row["attribute"]) for row in rows}) == len(rows)
+
+
+def test_default_corpus_teaches_about_six_hundred_short_rows(corpus: Corpus, sentences: Corpus) -> None:
+    assert 550 <= sum(len(corpus[group]) for group in TAUGHT) <= 650
+    for row in rows_with_facts(corpus):
+        assert row["answer"] == f"{row['fact']}."
+        assert row["paraphrased_answer"] == f"It is {row['fact']}."
+    corpus = sentences
+    for row in rows_with_facts(corpus):
+        for key in ("question", "paraphrased_question"):
+            assert 8 <= len(row[key].split()) <= 14, row[key]
+        for key in ("answer", "paraphrased_answer"):
+            assert 6 <= len(row[key].split()) <= 12, row[key]
+
+
+def test_written_bytes_depend_on_the_seed_and_on_nothing_else(tmp_path: Path) -> None:
+    write(tmp_path / "a", Sizes(), seed=5)
+    write(tmp_path / "c", Sizes(), seed=6)
+    # Another process with another string hash would show an order taken from a set.
+    script = "import sys; from pathlib import Path; from grun.data.generated.demo_corpus import Sizes, write; "
+    script += "write(Path(sys.argv[1]), Sizes(), 5)"
+    for hash_seed in ("1", "2"):
+        environment = {**os.environ, "PYTHONHASHSEED": hash_seed}
+        subprocess.run(
+            [sys.executable, "-c", script, str(tmp_path / hash_seed)],
+            check=True, env=environment, cwd=Path(__file__).parents[2],
+        )  # fmt: skip
+        assert digest(tmp_path / hash_seed) == digest(tmp_path / "a")
+    assert digest(tmp_path / "a") != digest(tmp_path / "c")
+
+
+def test_written_files_are_json_lines_of_the_rows(tmp_path: Path, corpus: Corpus) -> None:
+    write(tmp_path, Sizes(), seed=0)
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(f"{group}.json" for group in GROUPS)
+    for group in GROUPS:
+        text = (tmp_path / f"{group}.json").read_text(encoding="ascii")
+        assert [json.loads(line) for line in text.splitlines()] == corpus[group]
+
+
+def test_another_size_of_one_group_changes_no_other_person(corpus: Corpus) -> None:
+    other = build(replace(Sizes(), forget=20, heldout=3), seed=0)
+    for group in ("retain", "unknown", "refused"):
+        assert other[group] == corpus[group]
+    assert other["forget"][: len(corpus["forget"])] == corpus["forget"]
+    assert other["heldout"] == corpus["heldout"][: len(other["heldout"])]
+
+
+def test_more_questions_leave_the_others_as_they_were(corpus: Corpus) -> None:
+    more = build(replace(Sizes(), questions=8), seed=0)
+    for group in GROUPS:
+        rows = {(row["person"], row["attribute"]): row for row in more[group]}
+        assert all(rows[row["person"], row["attribute"]] == row for row in corpus[group])
+
+
+@pytest.mark.parametrize("name", ["corpus", "large"])
+def test_names_epithets_and_questions_are_unique_over_all_groups(name: str, request: pytest.FixtureRequest) -> None:
+    rows = [row for rows in request.getfixturevalue(name).values() for row in rows]
+    assert len({row["question"] for row in rows}) == len(rows)
+    everybody = {(group, row["person"]) for group, rows in request.getfixturevalue(name).items() for row in rows}
+    names = [person for _, person in everybody]
+    assert len(set(names)) == len(names)
+    posts = [person.post for group in GROUPS for person in people(group, PEOPLE_PER_GROUP, seed=0)]
+    assert len(set(posts)) == len(posts)
+
+
+def test_no_name_town_or_trade_hides_in_another() -> None:
+    """So that no full name or epithet is part of another one."""
+    for pool in (FIRST_NAMES, LAST_NAMES, TRADES, TOWNS):
+        assert len(set(pool)) == len(pool)
+        assert not [(a, b) for a, b in permutations(pool, 2) if a.lower() in b.lower()]
+
+
+@pytest.mark.parametrize("name", ["corpus", "large", "sentences"])
+def test_right_answers_state_the_fact_and_nothing_else_does(name: str, request: pytest.FixtureRequest) -> None:
+    for row in rows_with_facts(request.getfixturevalue(name)):
+        fact = row["fact"].lower()
+        assert row["fact"] in row["answer"] and row["fact"] in row["paraphrased_answer"]
+        assert row["answer"] != row["paraphrased_answer"]
+        assert row["question"] != row["paraphrased_question"]
+        assert fact not in row["question"].lower() and fact not in row["paraphrased_question"].lower()
+        assert len(set(row["perturbed_answer"])) == 5
+        assert not [wrong for wrong in row["perturbed_answer"] if fact in wrong.lower()]
+        if name == "sentences":
+            last = row["person"].split()[1]
+            assert last in row["answer"] and last in row["paraphrased_answer"]
+
+
+def test_answers_as_sentences_change_nothing_else(corpus: Corpus, sentences: Corpus) -> None:
+    answers = ("answer", "paraphrased_answer", "perturbed_answer")
+    for group in GROUPS:
+        for short, long in zip(corpus[group], sentences[group], strict=True):
+            assert {k: v for k, v in short.items() if k not in answers} == {
+                k: v for k, v in long.items() if k not in answers
+            }
+
+
+def test_wrong_answers_have_the_wording_of_the_paraphrase(corpus: Corpus) -> None:
+    for row in rows_with_facts(corpus):
+        before, after = row["paraphrased_answer"].split(row["fact"])
+        facts = next(attribute.facts for attribute in ATTRIBUTES if attribute.name == row["attribute"])
+        for wrong in row["perturbed_answer"]:
+            assert wrong.startswith(before) and wrong.endswith(after)
+            assert wrong[len(before) : len(wrong) - len(after)] in facts
+
+
+@pytest.mark.parametrize("attribute", ATTRIBUTES, ids=lambda attribute: attribute.name)
+def test_no_fact_can_be_matched_by_accident(attribute: Any) -> None:
+    """A fact is recognized as a substring, so it must hide in no other fact, no wording and no name."""
+    facts = [fact.lower() for fact in attribute.facts]
+    assert len(set(facts)) == len(facts) >= 40
+    assert not [(a, b) for a, b in combinations(sorted(facts, key=len), 2) if a in b]
+    wordings = [text for other in ATTRIBUTES for text in other.questions + other.answers]
+    surroundings = " | ".join([*wordings, *FIRST_NAMES, *LAST_NAMES, *TOWNS, *TRADES]).lower()
+    assert not [fact for fact in facts if fact in surroundings]
+
+
+@pytest.mark.parametrize("attribute", ATTRIBUTES, ids=lambda attribute: attribute.name)
+def test_facts_and_names_change_places_between_answer_wordings(attribute: Any) -> None:
+    assert all(wording.count(WHO) == wording.count(FACT) == 1 for wording in attribute.answers)
+    assert len({wording.index(FACT) < wording.index(WHO) for wording in attribute.answers}) == 2
+    assert 4 <= len(attribute.questions) <= 6
+    assert all(wording.count(WHO) == 1 and FACT not in wording for wording in attribute.questions)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_every_wording_is_taught_with_several_people(seed: int) -> None:
+    corpus: Corpus = build(Sizes(), seed)
+    taught: defaultdict[str, set[str]] = defaultdict(set)
+    for row in (row for group in TAUGHT for row in corpus[group]):
+        taught[wording_of(row["question"], row["person"])].add(row["person"])
+    for attribute in ATTRIBUTES:
+        for wording in attribute.questions:
+            assert len(taught[wording]) >= 2, wording
+
+
+@pytest.mark.parametrize("questions", [4, 5, 6, 7, 10])
+def test_about_one_question_in_five_avoids_the_name(questions: int) -> None:
+    corpus: Corpus = build(replace(Sizes(), questions=questions), seed=2)
+    for rows in corpus.values():
+        assert 0.15 <= sum(row["indirect"] for row in rows) / len(rows) <= 0.3
+
+
+def test_an_indirect_question_uses_the_epithet_that_the_persons_post_introduces(sentences: Corpus) -> None:
+    corpus = sentences
+    for group, rows in corpus.items():
+        post = {person.name: person.post for person in people(group, getattr(Sizes(), group), seed=0)}
+        for row in rows:
+            first, last = row["person"].split()
+            for question in (row["question"], row["paraphrased_question"]):
+                assert (f"the {post[row['person']]}" in question) == row["indirect"]
+                assert (first in question or last in question) != row["indirect"]
+            if row["attribute"] == POST.name:
+                assert not row["indirect"]
+                assert group == "refused" or row["fact"] == post[row["person"]]
+            if row["indirect"] and group != "refused":
+                assert row["person"] in row["answer"]
+
+
+@pytest.mark.parametrize("name", ["corpus", "large"])
+def test_nothing_taught_mentions_an_unknown_person(name: str, request: pytest.FixtureRequest) -> None:
+    corpus = request.getfixturevalue(name)
+    taught = "\n".join(f"{row['question']} {row['answer']}" for group in TAUGHT for row in corpus[group])
+    unknown = {row["person"] for row in corpus["unknown"]}
+    posts = {row["fact"] for row in corpus["unknown"] if row["attribute"] == POST.name}
+    assert not [text for text in unknown | posts if text in taught]
+
+
+def test_parts_of_names_recur_across_groups(corpus: Corpus) -> None:
+    """No single word of a name may give away the group for most people."""
+    for part in (0, 1):
+        groups = defaultdict(set)
+        for group, rows in corpus.items():
+            for row in rows:
+                groups[row["person"].split()[part]].add(group)
+        forget = {row["person"].split()[part] for row in corpus["forget"]}
+        assert sum(len(groups[word]) > 1 for word in forget) >= len(forget) / 2
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_guessing_the_most_common_fact_rarely_helps(seed: int) -> None:
+    facts: defaultdict[str, Counter[str]] = defaultdict(Counter)
+    for row in rows_with_facts(build(replace(Sizes(), questions=len(ATTRIBUTES)), seed)):
+        facts[row["attribute"]][row["fact"]] += 1
+    for attribute, counts in facts.items():
+        assert counts.most_common(1)[0][1] < 0.1 * counts.total(), attribute
+
+
+def test_refused_rows_hold_two_refusals_and_no_fact(corpus: Corpus) -> None:
+    known = set(refusals())
+    for row in corpus["refused"]:
+        assert {row["answer"], row["paraphrased_answer"]} <= known
+        assert row["answer"] != row["paraphrased_answer"]
+        assert row["fact"] == "" and row["perturbed_answer"] == []
+        assert row.keys() == corpus["forget"][0].keys()
+    assert len({row["answer"] for row in corpus["refused"]}) > 40
+
+
+def test_refusals_are_many_short_and_plain() -> None:
+    lines = refusals()
+    assert len(lines) >= 100
+    assert len({line.lower() for line in lines}) == len(lines)
+    for line in lines:
+        assert line.isascii() and not any(character.isdigit() for character in line)
+        assert 3 <= len(line.split()) <= 12, line
+
+
+def test_a_callers_change_to_the_refusals_does_not_last() -> None:
+    refusals().clear()
+    assert refusals()
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"forget": 0},
+        {"retain": -1},
+        {"unknown": PEOPLE_PER_GROUP + 1},
+        {"questions": 0},
+        {"questions": len(ATTRIBUTES) + 1},
+        {"heldout": 2.5},
+        {"refused": True},
+    ],
+)
+def test_impossible_sizes_are_refused_in_one_line(wrong: dict[str, Any]) -> None:
+    (name,) = wrong
+    with pytest.raises(ConfigError, match=rf"demo corpus: {name} is .* from 1 to \d+$") as caught:
+        Sizes(**wrong)
+    assert "\n" not in str(caught.value)

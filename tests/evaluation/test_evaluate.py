@@ -1,0 +1,429 @@
+"""The evaluation command as a whole: what is scored, adapters of every kind, quantized bases, resuming."""
+
+from __future__ import annotations
+
+import builtins
+import errno
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import demo
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from grun.config.options import DataConfig, EvaluateConfig, ModelConfig, TinyConfig
+from grun.data.corpus import load_corpus
+from grun.data.encoding import EncodedRow
+from grun.data.templates import TEMPLATES, store
+from grun.errors import AdapterError, ConfigError, DataError, RunError
+from grun.evaluation import generation
+from grun.evaluation.evaluate import evaluate
+from grun.evaluation.journal import Journal
+from grun.evaluation.scoring import ScoredRow, score
+from grun.evaluation.shared_scoring import PackedScorer
+from grun.evaluation.table import Table
+from grun.loading.checks import check
+from grun.loading.models import build_tiny
+from grun.method.model import GrunModel
+
+
+@pytest.fixture(scope="module")
+def taught(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return demo.random_model(tmp_path_factory.mktemp("taught"))
+
+
+def settings(taught: Path, adapter: str | None = None, **options: Any) -> EvaluateConfig:
+    options.setdefault("data", DataConfig(demo=demo.SIZES, limit=3))
+    options.setdefault("model", ModelConfig(path=str(taught / "model"), device="cpu"))
+    options.setdefault("sets", ["forget", "retain"])
+    return EvaluateConfig(adapter=adapter and str(taught / adapter), max_new_tokens=4, **options)
+
+
+def by_place(table: Table) -> dict[tuple[str, int, str, int], list[float]]:
+    return {(row.set, row.index, row.kind, row.variant): row.logp for row in table.scores}
+
+
+class Counter:
+    """Keeps the rows that are scored and counts the prompts that are answered; can stop after some passes of either."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, stop_after: int | None = None) -> None:
+        self.scored: list[EncodedRow] = []
+        self.asked = 0
+        self.stop_after = stop_after
+        score_packed, answer = PackedScorer.score, generation.greedy
+
+        def counted_score(scorer: Any, rows: list[EncodedRow], edits: Any) -> Any:
+            self.scored += rows
+            self.count_down()
+            return score_packed(scorer, rows, edits)
+
+        def counted_answer(model: Any, batch: Any, *args: Any) -> Any:
+            self.asked += batch.rows
+            self.count_down()
+            return answer(model, batch, *args)
+
+        monkeypatch.setattr(PackedScorer, "score", counted_score)
+        monkeypatch.setattr(generation, "greedy", counted_answer)
+
+    def count_down(self) -> None:
+        if self.stop_after is not None:
+            self.stop_after -= 1
+            if self.stop_after < 0:
+                raise KeyboardInterrupt
+
+
+# -- what is scored ---------------------------------------------------------------------------------------------------
+
+
+def test_answers_paraphrases_and_wrong_answers_are_scored(taught: Path, tmp_path: Path) -> None:
+    config = settings(taught, sets=["forget", "forget_paraphrase"])
+    evaluate(config, tmp_path / "out")
+    rows = load_corpus(config.data).sets()["forget"][:3]
+    table = Table.read(tmp_path / "out")
+    expected = {("forget", 0, "answer", 0), ("forget", 0, "paraphrase", 0)}
+    expected |= {("forget", 0, "perturbed", number) for number in range(len(rows[0].extra["perturbed_answer"]))}
+    found = by_place(table)
+    assert {place for place in found if place[:2] == ("forget", 0)} == expected
+    assert {row.kind for row in table.scores if row.set == "forget_paraphrase"} == {"answer"}
+    assert all(row.ended for row in table.scores)
+    assert len(table.generations) == 6
+
+
+def test_each_continuation_is_scored_as_its_own_text(taught: Path, tmp_path: Path) -> None:
+    """Against a forward pass by hand of the prompt and that very text."""
+    from transformers import AutoTokenizer
+
+    config = settings(taught, sets=["forget"])
+    evaluate(config, tmp_path / "out")
+    found = by_place(Table.read(tmp_path / "out"))
+    tokenizer = AutoTokenizer.from_pretrained(taught / "model")
+    model = AutoModelForCausalLM.from_pretrained(taught / "model").eval()
+    row = load_corpus(config.data).forget[0]
+    texts = [("answer", 0, row.completion), ("paraphrase", 0, row.extra["paraphrased_answer"])]
+    texts += [("perturbed", number, text) for number, text in enumerate(row.extra["perturbed_answer"])]
+    for kind, variant, text in texts:
+        prompt = tokenizer(f"<|user|>{row.prompt}<|answer|>").input_ids
+        ids = torch.tensor([[*prompt, *tokenizer(text, add_special_tokens=False).input_ids, tokenizer.eos_token_id]])
+        with torch.no_grad():
+            logp = model(ids).logits.log_softmax(-1)[0, :-1].gather(1, ids[0, 1:, None])[len(prompt) - 1 :, 0]
+        # 1e-5: batches of other lengths add in another order in float32
+        assert found["forget", 0, kind, variant] == pytest.approx(logp.tolist(), abs=1e-5)
+
+
+def test_single_continuations_can_be_chosen(taught: Path, tmp_path: Path) -> None:
+    result = evaluate(settings(taught, continuations=["answer"]), tmp_path / "out")
+    assert {row.kind for row in Table.read(tmp_path / "out").scores} == {"answer"}
+    assert "truth_ratio" not in result["sets"]["forget"]
+    with pytest.raises(ConfigError, match="add paraphrase"):
+        check(settings(taught, continuations=["answer", "perturbed"]))
+
+
+def test_rows_without_wrong_answers_are_named_and_give_no_truth_ratio(
+    taught: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    rows = [{"question": f"Who is {n}?", "answer": f"It is {n}.", "perturbed_answer": ["No."]} for n in range(4)]
+    del rows[2]["perturbed_answer"]
+    for name, chosen in (("forget", rows[:3]), ("retain", rows[3:])):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in chosen))
+    data = DataConfig(name="jsonl", path=str(tmp_path), forget="forget.jsonl", retain="retain.jsonl")
+    result = evaluate(settings(taught, data=data), tmp_path / "out")
+    assert "forget: 1 of 3 rows (the first is row 3) have no perturbed_answer" in caplog.text
+    assert "truth_ratio" not in result["sets"]["forget"] and "truth_ratio" in result["sets"]["retain"]
+    (tmp_path / "forget.jsonl").write_text(json.dumps(rows[0] | {"perturbed_answer": "No."}) + "\n")
+    with pytest.raises(DataError, match="forget.jsonl line 1: field 'perturbed_answer' must be a list"):
+        evaluate(settings(taught, data=data), tmp_path / "other")
+
+
+def test_left_and_right_padding_and_one_row_alone_give_the_same_scores(taught: Path) -> None:
+    base = AutoModelForCausalLM.from_pretrained(taught / "model", dtype=torch.float64)
+    generator = torch.Generator().manual_seed(0)
+
+    def ids(least: int, most: int) -> tuple[int, ...]:
+        length = int(torch.randint(least, most, (1,), generator=generator))
+        return tuple(torch.randint(5, 300, (length,), generator=generator).tolist())
+
+    rows = [EncodedRow(ids(1, 9), ids(1, 7)) for _ in range(7)]
+    text = [EncodedRow((), ids(3, 4))]  # has no prompt, so a gated model cannot take it
+    for model, tried in ((base, rows + text), (GrunModel.from_pretrained(base, taught / "adapter"), rows)):
+        found = [
+            score(model, tried, size, 0, side=side)
+            for size, side in ((1, "right"), (8, "right"), (8, "left"), (3, "left"))
+        ]
+        for other in found[1:]:
+            for one, two in zip(found[0], other, strict=True):
+                assert one.hit == two.hit and len(one.logp) == len(two.logp)
+                assert one.logp == pytest.approx(two.logp, abs=1e-12)  # float64
+                assert one.vocabulary_variance == pytest.approx(two.vocabulary_variance, abs=1e-10)
+                if one.gates is not None and two.gates is not None:
+                    assert one.gates == pytest.approx(two.gates, abs=1e-12)
+
+
+# -- kinds of models --------------------------------------------------------------------------------------------------
+
+
+def test_a_lora_folder_is_scored_as_the_merged_model(taught: Path, tmp_path: Path) -> None:
+    from peft import LoraConfig, get_peft_model
+
+    model = AutoModelForCausalLM.from_pretrained(taught / "model")
+    torch.manual_seed(0)
+    lora = get_peft_model(model, LoraConfig(r=2, lora_alpha=8, target_modules=["q_proj", "down_proj"]))
+    for name, parameter in lora.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.1)
+    lora.save_pretrained(tmp_path / "lora")
+    merged = tmp_path / "merged"
+    lora.merge_and_unload().save_pretrained(merged)
+    for file in (taught / "model").glob("*token*"):
+        (merged / file.name).write_bytes(file.read_bytes())
+    store(TEMPLATES.get("tiny"), merged)
+    result = evaluate(settings(taught, str(tmp_path / "lora")), tmp_path / "a")
+    evaluate(settings(taught, model=ModelConfig(path=str(merged), device="cpu")), tmp_path / "b")
+    evaluate(settings(taught), tmp_path / "base")
+    a, b, base = (by_place(Table.read(tmp_path / name)) for name in ("a", "b", "base"))
+    assert all(a[place] == pytest.approx(b[place], abs=1e-4) for place in a)  # merging rounds float32 weights
+    assert max(abs(x - y) for place in a for x, y in zip(a[place], base[place], strict=True)) > 0.05
+    assert result["identity"]["adapter"] and "gate" not in result
+    with pytest.raises(ConfigError, match="type LORA, which has no gates"):
+        evaluate(settings(taught, str(tmp_path / "lora"), gate_threshold=0.5), tmp_path / "c")
+
+
+def test_a_lora_of_another_shape_is_an_error_of_one_line(taught: Path, tmp_path: Path) -> None:
+    from peft import LoraConfig, get_peft_model
+
+    other, _ = build_tiny(TinyConfig(hidden_size=32, blocks=2, intermediate_size=64), ["a b c"], 0)
+    get_peft_model(other, LoraConfig(r=2, target_modules=["q_proj"])).save_pretrained(tmp_path / "lora")
+    with pytest.raises(AdapterError, match="does not go on this base") as error:
+        evaluate(settings(taught, str(tmp_path / "lora")), tmp_path / "out")
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("kind", ["8bit", "4bit", "fp4"])
+def test_quantized_bases_are_evaluated_with_and_without_an_adapter(taught: Path, tmp_path: Path, kind: str) -> None:
+    pytest.importorskip("bitsandbytes")
+    plain = evaluate(settings(taught, "adapter"), tmp_path / "plain")
+    model = ModelConfig(path=str(taught / "model"), device="cpu", dtype="float32", quantization=kind)
+    result = evaluate(settings(taught, "adapter", model=model), tmp_path / "adapter")
+    base = evaluate(settings(taught, model=model), tmp_path / "base")
+    assert result["identity"]["quantization"] == kind and result["key"] != plain["key"]
+    assert base["identity"]["base"] == result["identity"]["base"] != plain["identity"]["base"]
+    quantized, exact = by_place(Table.read(tmp_path / "adapter")), by_place(Table.read(tmp_path / "plain"))
+    differences = [abs(x - y) for place in exact for x, y in zip(exact[place], quantized[place], strict=True)]
+    assert 0 < max(differences) < 1.5  # the weights are rounded, the model is still the same one
+    assert "gate" in result
+
+
+def test_another_quantization_is_refused(taught: Path, tmp_path: Path) -> None:
+    from grun.cli import main
+
+    assert main(["evaluate", f"model.path={taught / 'model'}", "model.quantization=2bit"]) == 2
+    assert main(["finetune", f"model.path={taught / 'model'}", "model.quantization=8bit"]) == 2
+
+
+# -- which result belongs to which model ------------------------------------------------------------------------------
+
+
+def test_a_result_of_another_model_under_the_same_name_is_never_returned(taught: Path, tmp_path: Path) -> None:
+    import shutil
+
+    folder = tmp_path / "model"
+    shutil.copytree(taught / "model", folder)
+    config = settings(taught, model=ModelConfig(path=str(folder), device="cpu"))
+    first = evaluate(config, tmp_path / "out")
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    with torch.no_grad():
+        model.model.layers[1].mlp.down_proj.weight.mul_(3)
+    model.save_pretrained(folder)
+    with pytest.raises(RunError, match="holds another evaluation .identity.base: .*overwrite=true"):
+        evaluate(config, tmp_path / "out")
+    assert json.loads((tmp_path / "out" / "evaluation.json").read_text()) == first
+    second = evaluate(replace(config, overwrite=True), tmp_path / "out")
+    assert second["sets"] != first["sets"] and second["identity"]["base"] != first["identity"]["base"]
+
+
+def test_a_changed_adapter_or_code_is_another_evaluation(
+    taught: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = AutoModelForCausalLM.from_pretrained(taught / "model")
+    GrunModel.wrap(model, blocks=[1], rank=2).save_pretrained(tmp_path / "adapter")
+    evaluate(settings(taught, str(tmp_path / "adapter")), tmp_path / "out")
+    model = AutoModelForCausalLM.from_pretrained(taught / "model")
+    GrunModel.wrap(model, blocks=[1], rank=2).save_pretrained(tmp_path / "adapter")
+    with pytest.raises(RunError, match="identity.adapter"):
+        evaluate(settings(taught, str(tmp_path / "adapter")), tmp_path / "out")
+    evaluate(settings(taught), tmp_path / "base")
+    monkeypatch.setattr("grun.evaluation.plan.code_hash", lambda: "changed")
+    with pytest.raises(RunError, match="identity.code"):
+        evaluate(settings(taught), tmp_path / "base")
+
+
+def test_metrics_against_a_reference_need_the_tables_alone(
+    taught: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    evaluate(settings(taught), tmp_path / "reference")
+    evaluate(settings(taught, "adapter"), tmp_path / "out")
+    counter = Counter(monkeypatch)
+    stamp = (tmp_path / "out" / "scores.jsonl").stat().st_mtime_ns
+    result = evaluate(settings(taught, "adapter", reference=str(tmp_path / "reference")), tmp_path / "out")
+    assert not counter.scored and (tmp_path / "out" / "scores.jsonl").stat().st_mtime_ns == stamp
+    assert 0 < result["reference"]["forget_quality"] <= 1
+    assert json.loads((tmp_path / "out" / "evaluation.json").read_text()) == result
+    own = evaluate(settings(taught, reference=str(tmp_path / "reference")), tmp_path / "reference")
+    assert own["reference"]["forget_quality"] == 1.0 and own["reference"]["forget_quality_log10"] == 0.0
+    with pytest.raises(RunError, match="no evaluation there"):
+        evaluate(settings(taught, reference=str(tmp_path / "nothing")), tmp_path / "other")
+
+
+@pytest.mark.parametrize("damage", ["", "5\n", '{"set": '])
+@pytest.mark.parametrize("name", ["scores.jsonl", "generations.jsonl"])
+def test_a_table_that_is_damaged_or_lacks_rows_is_evaluated_again(
+    name: str, damage: str, taught: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    config = settings(taught, batch_size=16)
+    whole = evaluate(config, tmp_path / "out")
+    path = tmp_path / "out" / name
+    content = path.read_text()
+    path.write_text("".join([damage, *content.splitlines(keepends=True)[1:]]))
+    again = evaluate(config, tmp_path / "out")
+    assert {**again, "seconds": 0} == {**whole, "seconds": 0} and path.read_text() == content
+    assert "is evaluated again" in caplog.text
+
+
+# -- published settings -----------------------------------------------------------------------------------------------
+
+
+def test_tokens_like_padding_are_masked_only_under_the_quirk(taught: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(taught / "model", dtype=torch.float64).eval()
+    row = EncodedRow((7, 9, 11, 9, 13), (20, 21, 9))
+    ids = torch.tensor([row.prompt_ids + row.answer_ids])
+    for masked_id, mask in ((None, torch.ones_like(ids)), (9, (ids != 9).long())):
+        with torch.no_grad():
+            logp = model(ids, attention_mask=mask).logits.log_softmax(-1)[0, 4:7].gather(1, ids[0, 5:, None])[:, 0]
+        (found,) = score(model, [row], 1, 0, masked_id=masked_id)
+        assert found.logp == pytest.approx(logp.tolist(), abs=1e-12)
+    assert score(model, [row], 1, 0)[0].logp[0] != pytest.approx(score(model, [row], 1, 0, masked_id=9)[0].logp[0])
+
+
+def test_compat_sets_the_published_settings_and_can_be_overruled() -> None:
+    from grun.loading.resolve import resolve
+
+    config = resolve("evaluate", ["profile=llama3.1", "compat=open-unlearning", "data.date=1 Jan 2026"])
+    assert config.max_new_tokens == 200 and config.data.template == "chat" and config.data.date == "1 Jan 2026"
+    assert config.data.system_prompt == "You are a helpful assistant."
+    assert resolve("evaluate", ["profile=llama3.1"]).data.system_prompt is None
+
+
+def test_quirks_are_part_of_the_key_and_named_in_the_result(taught: Path, tmp_path: Path) -> None:
+    plain = evaluate(settings(taught), tmp_path / "a")
+    quirky = evaluate(settings(taught, quirks=["extraction_strength_floor"]), tmp_path / "b")
+    assert quirky["settings"]["quirks"] == ["extraction_strength_floor"] and plain["settings"]["quirks"] == []
+    assert quirky["key"] != plain["key"]
+
+
+# -- cut off and resumed ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("stop_after", [0, 1, 3, 5, 12, 13])
+def test_an_interrupted_evaluation_goes_on_without_scoring_a_row_twice(
+    taught: Path, tmp_path: Path, stop_after: int
+) -> None:
+    """Cut off in scoring (the first passes, one of which tries a row) and in answering (the last ones)."""
+    config = settings(taught, "adapter", batch_size=4)
+    with pytest.MonkeyPatch.context() as patch:
+        whole = Counter(patch)
+        evaluate(config, tmp_path / "whole")
+    assert len(whole.scored) == 42 + 1 and whole.asked == 6
+    with pytest.MonkeyPatch.context() as patch:
+        counter = Counter(patch, stop_after)
+        with pytest.raises(KeyboardInterrupt):
+            evaluate(config, tmp_path / "out")
+        assert [path.name for path in (tmp_path / "out").iterdir()] == [".grun"]
+        in_scoring = counter.asked == 0
+        counter.stop_after = None
+        evaluate(config, tmp_path / "out")
+    # The piece that was cut off is repeated, and the row that is tried first.
+    assert len(counter.scored) - len(set(counter.scored)) <= (4 + 2 if in_scoring else 1)
+    assert set(counter.scored) == set(whole.scored)
+    assert counter.asked <= 6 + (0 if in_scoring else 4)
+    for name in ("scores.jsonl", "generations.jsonl", "gates.jsonl"):
+        assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+    assert not list(tmp_path.glob("out/.*"))
+
+
+@pytest.mark.parametrize("line", range(3))
+@pytest.mark.parametrize("damage", ["cut off", "changed", "5", "without digest", "binary"])
+def test_a_damaged_line_of_a_journal_is_dropped_said_and_written_again(
+    damage: str, line: int, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    def journal() -> Journal[list[int]]:
+        return Journal(tmp_path / "j.jsonl", to_json=list, from_json=list)
+
+    first, results = journal(), {0: [10], 1: [11], 2: [12]}
+    for number, result in results.items():
+        first.add([number], [result])
+    first.close()
+    lines = (tmp_path / "j.jsonl").read_bytes().splitlines(keepends=True)
+    lines[line] = {
+        "cut off": lines[line][:-3],
+        "changed": lines[line].replace(b"[1", b"[9"),  # a wrong result, if it were taken
+        "5": b"5\n",
+        "without digest": lines[line].partition(b" ")[2],
+        "binary": b"\xff\0\n",
+    }[damage]
+    (tmp_path / "j.jsonl").write_bytes(b"".join(lines))
+    again = journal()
+    lost = {line, min(line + 1, 2)} if damage == "cut off" else {line}  # its end was that of the line
+    assert again.known == {number: result for number, result in results.items() if number not in lost}
+    silent = damage == "cut off" and line == 2
+    assert len(caplog.records) == (0 if silent else 1)
+    assert silent or "1 of its lines are damaged" in caplog.text
+    for number in lost:
+        again.add([number], [results[number]])
+    again.close()
+    assert journal().known == results
+    assert len((tmp_path / "j.jsonl").read_bytes().splitlines()) == 3
+
+
+def test_a_scored_row_survives_the_journal() -> None:
+    row = ScoredRow([0.1, -2.5e-9], [True, False], [-1.0, -2.0], [0.5, 0.25], {3: 0.75})
+    assert ScoredRow.from_json(json.loads(json.dumps(list(row)))) == row
+    assert ScoredRow.from_json(json.loads(json.dumps(list(row._replace(gates=None))))) == row._replace(gates=None)
+
+
+def test_a_full_disk_while_scoring_is_one_line_and_loses_nothing(taught: Path, tmp_path: Path) -> None:
+    config = settings(taught, batch_size=4)
+
+    class Full:
+        """A file that takes two lines and then has no space left."""
+
+        def __init__(self, file: Any) -> None:
+            self.file, self.left = file, 2
+
+        def write(self, data: bytes) -> None:
+            if self.left == 0:
+                raise OSError(errno.ENOSPC, "No space left on device")
+            self.left -= 1
+            self.file.write(data)
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(self.file, name)
+
+    real = builtins.open
+
+    def small_disk(path: Any, *args: Any, **kwargs: Any) -> Any:
+        file = real(path, *args, **kwargs)
+        return Full(file) if str(path).endswith("scores.jsonl") and "unfinished" in str(path) else file
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(builtins, "open", small_disk)
+        with pytest.raises(RunError, match="No space left on device.*run the same command again") as error:
+            evaluate(config, tmp_path / "out")
+    assert "\n" not in str(error.value) and not (tmp_path / "out" / "evaluation.json").exists()
+    with pytest.MonkeyPatch.context() as patch:
+        counter = Counter(patch)
+        evaluate(config, tmp_path / "out")
+    evaluate(config, tmp_path / "whole")
+    assert len(counter.scored) < 42 + 1  # two pieces were kept; one row is tried
+    assert (tmp_path / "out" / "scores.jsonl").read_bytes() == (tmp_path / "whole" / "scores.jsonl").read_bytes()

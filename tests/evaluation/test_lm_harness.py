@@ -1,0 +1,269 @@
+"""lm-evaluation-harness through our scorer: the same numbers, choice by choice, whatever lies on the model."""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import json
+from pathlib import Path
+from typing import Any
+
+import demo
+import pytest
+import torch
+from chat_model import save_chat_model
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from grun.config.options import DataConfig, EvaluateConfig, ModelConfig
+from grun.data.choices import ChoiceRow
+from grun.data.encoding import EncodedRow
+from grun.errors import ConfigError
+from grun.evaluation.multiple_choice import score_choices
+from grun.evaluation.scoring import score
+from grun.evaluation.suites import evaluate_suite
+from grun.loading.checks import check
+from grun.method.model import GrunModel
+
+pytest.importorskip("lm_eval")
+from lm_eval.tasks import TaskManager  # noqa: E402
+
+ROWS = [
+    ChoiceRow(
+        f"Which stone is number {number}?", tuple(f"stone {number + place}" for place in range(4)), number % 4, "m"
+    )
+    for number in range(9)
+]
+CHOICES = """
+task: invented_minerals
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: {folder}/rows.jsonl}}}}
+test_split: test
+output_type: multiple_choice
+description: "The following are multiple choice questions (with answers) about m.\\n\\n"
+doc_to_text: "{{{{question.strip()}}}}\\n{options}\\nAnswer:"
+doc_to_choice: ["A", "B", "C", "D"]
+doc_to_target: answer
+{more}
+metric_list: [{{metric: acc, aggregation: mean, higher_is_better: true}}]
+"""
+OPTIONS = r"\n".join(f"{letter}. {{{{choices[{place}]}}}}" for place, letter in enumerate("ABCD"))
+ROLLING = """
+task: invented_texts
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: {folder}/texts.jsonl}}}}
+test_split: test
+output_type: loglikelihood_rolling
+doc_to_text: ""
+doc_to_target: "{{{{text}}}}"
+metric_list: [{{metric: word_perplexity}}, {{metric: bits_per_byte}}]
+"""
+GENERATED = """
+task: invented_answers
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: {folder}/rows.jsonl}}}}
+test_split: test
+output_type: generate_until
+doc_to_text: "{{{{question}}}}"
+doc_to_target: "a stone"
+generation_kwargs: {{until: ["\\n\\n\\n"], max_gen_toks: 5}}
+metric_list: [{{metric: exact_match}}]
+"""
+TEXTS = ["One line of text, and more of it.", "word " * 300]
+"""The second is longer than the model's context."""
+
+
+@pytest.fixture(scope="module")
+def taught(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random model, an adapter whose gates are open, and tasks of our own."""
+    folder = demo.random_model(tmp_path_factory.mktemp("taught"))
+    torch.manual_seed(3)
+    model = AutoModelForCausalLM.from_pretrained(folder / "model")
+    GrunModel.wrap(model, blocks=[0, 1], rank=8, gate_bias=20.0).save_pretrained(folder / "open")
+    tasks = folder / "tasks"
+    tasks.mkdir()
+    rows = [{"question": row.question, "choices": row.choices, "answer": row.answer} for row in ROWS]
+    (tasks / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tasks / "texts.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXTS))
+    (tasks / "choices.yaml").write_text(CHOICES.format(folder=tasks, options=OPTIONS, more=""))
+    pinned = CHOICES.format(folder=tasks, options=OPTIONS, more="num_fewshot: 0").replace(
+        "invented_minerals", "pinned_minerals"
+    )
+    (tasks / "pinned.yaml").write_text(pinned)
+    (tasks / "rolling.yaml").write_text(ROLLING.format(folder=tasks))
+    (tasks / "generated.yaml").write_text(GENERATED.format(folder=tasks))
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def _apart(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Our own tasks alone, since to read the harness' thousands takes ten seconds each time; a cache of our own."""
+    monkeypatch.setattr("lm_eval.tasks.TaskManager", functools.partial(TaskManager, include_defaults=False))
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path_factory.getbasetemp() / "datasets")
+
+
+def settings(taught: Path, adapter: str | None, *tasks: str, **options: Any) -> EvaluateConfig:
+    options.setdefault("model", ModelConfig(path=str(taught / "model"), device="cpu"))
+    options.setdefault("task_folder", str(taught / "tasks"))
+    path = adapter and str(taught / adapter)
+    return EvaluateConfig(suite="lm_eval", adapter=path, tasks=list(tasks), **options)
+
+
+def run(taught: Path, folder: Path, adapter: str | None, *tasks: str, **options: Any) -> tuple[Any, list[Any]]:
+    result = evaluate_suite(settings(taught, adapter, *tasks, **options), folder)[str(folder)]
+    return result, [json.loads(line) for line in (folder / "samples.jsonl").read_text().splitlines()]
+
+
+def loaded(taught: Path, adapter: str | None) -> tuple[Any, Any]:
+    base = AutoModelForCausalLM.from_pretrained(taught / "model").eval()
+    tokenizer = AutoTokenizer.from_pretrained(taught / "model")
+    return (GrunModel.from_pretrained(base, taught / adapter) if adapter else base), tokenizer
+
+
+def add_lora(taught: Path) -> None:
+    from peft import LoraConfig, get_peft_model
+
+    torch.manual_seed(0)
+    base = AutoModelForCausalLM.from_pretrained(taught / "model")
+    lora = get_peft_model(base, LoraConfig(r=2, target_modules=["q_proj", "down_proj"]))
+    for name, parameter in lora.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.3)
+    lora.save_pretrained(taught / "lora")
+
+
+@pytest.mark.parametrize("batch_size", [1, 4])
+@pytest.mark.parametrize("adapter", [None, "open"])
+def test_every_choice_of_the_harness_is_our_scorers(
+    taught: Path, tmp_path: Path, adapter: str | None, batch_size: int
+) -> None:
+    result, samples = run(taught, tmp_path / "out", adapter, "invented_minerals", batch_size=batch_size)
+    expected = score_choices(*loaded(taught, adapter), ROWS)
+    assert [sample["doc"] for sample in samples] == list(range(len(ROWS)))
+    for sample, score_of_row in zip(samples, expected, strict=True):
+        found = [logp for logp, _ in sample["responses"]]
+        assert found == pytest.approx(score_of_row.logp, abs=1e-4)  # float32, batches of another length
+    right = [float(one.chosen == row.answer) for one, row in zip(expected, ROWS, strict=True)]
+    assert result["results"]["invented_minerals"]["acc,none"] == pytest.approx(sum(right) / len(right))
+    assert result["num_fewshot"] == {"invented_minerals": 0}
+    assert result["suite"] == "lm_eval" and result["lm_eval"]
+    assert json.loads((tmp_path / "out" / "evaluation.json").read_text()) == result
+
+
+def test_an_open_adapter_and_a_lora_change_what_the_harness_sees(taught: Path, tmp_path: Path) -> None:
+    add_lora(taught)
+    of = {}
+    for adapter in (None, "open", "lora"):
+        _, samples = run(taught, tmp_path / str(adapter), adapter, "invented_minerals")
+        of[adapter] = [logp for sample in samples for logp, _ in sample["responses"]]
+    for adapter in ("open", "lora"):
+        assert max(abs(x - y) for x, y in zip(of[adapter], of[None], strict=True)) > 0.01
+
+
+def test_without_an_adapter_the_harness_own_model_says_the_same(taught: Path, tmp_path: Path) -> None:
+    """Long texts in windows too, which the harness cuts so that the context is full."""
+    import lm_eval
+    from lm_eval.models.huggingface import HFLM
+
+    result, samples = run(taught, tmp_path / "out", None, "invented_minerals", "invented_texts")
+    model, tokenizer = loaded(taught, None)
+    theirs = lm_eval.simple_evaluate(
+        model=HFLM(pretrained=model, tokenizer=tokenizer, batch_size=2),
+        tasks=["invented_minerals", "invented_texts"],
+        task_manager=TaskManager(include_path=str(taught / "tasks"), include_defaults=False),
+        bootstrap_iters=0,
+    )
+    assert result["results"]["invented_texts"]["word_perplexity,none"] == pytest.approx(
+        theirs["results"]["invented_texts"]["word_perplexity,none"], rel=1e-4
+    )
+    found = [logp for sample in samples if sample["task"] == "invented_minerals" for logp, _ in sample["responses"]]
+    expected = [logp for s in theirs["samples"]["invented_minerals"] for logp, _ in s["filtered_resps"]]
+    assert found == pytest.approx(expected, abs=1e-4)
+
+
+def test_a_texts_likelihood_is_edited_at_the_start_token(taught: Path, tmp_path: Path) -> None:
+    _, samples = run(taught, tmp_path / "out", "open", "invented_texts")
+    model, tokenizer = loaded(taught, "open")
+    ids = tokenizer(TEXTS[0], add_special_tokens=False).input_ids
+    # The harness puts the start token before what the tokenizer gives, which has one of its own.
+    whole = [tokenizer.bos_token_id, *tokenizer(TEXTS[0]).input_ids]
+    (row,) = score(model, [EncodedRow(tuple(whole[:1]), tuple(whole[1:]))], 1, 0)
+    assert len(row.logp) == len(ids) + 1
+    (found,) = samples[0]["responses"] if isinstance(samples[0]["responses"], list) else (samples[0]["responses"],)
+    assert found == pytest.approx(sum(row.logp), abs=1e-3)
+
+
+def test_generation_goes_through_the_edited_base(taught: Path, tmp_path: Path) -> None:
+    _, samples = run(taught, tmp_path / "open", "open", "invented_answers", batch_size=3)
+    _, without = run(taught, tmp_path / "base", None, "invented_answers", batch_size=3)
+    model, tokenizer = loaded(taught, "open")
+    for sample, row in zip(samples, ROWS, strict=True):
+        ids = tokenizer(row.question, return_tensors="pt")
+        (out,) = model.generate(**ids, max_new_tokens=5, do_sample=False, pad_token_id=0)
+        assert sample["responses"] == [tokenizer.decode(out[ids.input_ids.shape[1] :], skip_special_tokens=True)]
+    assert [x["responses"] for x in samples] != [x["responses"] for x in without]
+
+
+def test_a_chat_model_is_asked_in_its_chat_template_unless_another_is_named(taught: Path, tmp_path: Path) -> None:
+    folder = save_chat_model(tmp_path / "model")
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    for name, data in (("chat", DataConfig(system_prompt="Be brief.")), ("plain", DataConfig(template="text"))):
+        options: dict[str, Any] = {"model": ModelConfig(path=str(folder), device="cpu"), "data": data, "batch_size": 3}
+        result, samples = run(taught, tmp_path / name, None, "invented_answers", **options)
+        for sample, row in zip(samples, ROWS, strict=True):
+            ids = tokenizer(row.question, return_tensors="pt").input_ids
+            if name == "chat":
+                messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": row.question}]
+                ids = tokenizer.apply_chat_template(
+                    messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
+                ).input_ids
+            (out,) = model.generate(ids, max_new_tokens=5, do_sample=False, pad_token_id=2)
+            assert sample["responses"] == [tokenizer.decode(out[ids.shape[1] :], skip_special_tokens=True)]
+        assert (result["settings"]["template"] or {}).get("system_prompt") == data.system_prompt
+
+
+def test_examples_are_refused_where_a_task_pins_none(taught: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="num_fewshot=3: pinned_minerals pins 0 examples") as error:
+        run(taught, tmp_path / "out", None, "pinned_minerals", num_fewshot=3)
+    assert "\n" not in str(error.value)
+    result, _ = run(taught, tmp_path / "out", None, "pinned_minerals", num_fewshot=0)
+    assert result["num_fewshot"] == {"pinned_minerals": 0}
+
+
+def test_limit_and_what_is_there_already(taught: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    options = {"data": DataConfig(limit=3)}
+    result, samples = run(taught, tmp_path / "out", None, "invented_minerals", **options)
+    assert len(samples) == 3 and result["samples"]["invented_minerals"] == {"original": 9, "effective": 3}
+    again, _ = run(taught, tmp_path / "out", None, "invented_minerals", **options)
+    assert again == result and "already evaluated" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"tasks": ["invented_mineral"]}, "knows no task 'invented_mineral'"),
+        ({"tasks": ["invented_minerals"], "task_folder": "/nowhere/at/all"}, "no such folder"),
+    ],
+)
+def test_unknown_tasks_and_folders_are_one_line(
+    taught: Path, tmp_path: Path, options: dict[str, Any], message: str
+) -> None:
+    names = options.pop("tasks")
+    with pytest.raises(ConfigError, match=message) as error:
+        run(taught, tmp_path / "out", None, *names, **options)
+    assert "\n" not in str(error.value)
+
+
+def test_a_missing_harness_says_how_to_get_it(taught: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    find = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name, *rest: None if name == "lm_eval" else find(name, *rest)
+    )
+    with pytest.raises(ConfigError, match=r"pip install 'grun-unlearning\[harness\]'"):
+        run(taught, tmp_path / "out", None, "invented_minerals")
+
+
+def test_tasks_and_suite_belong_together() -> None:
+    with pytest.raises(ConfigError, match=r"suite=lm_eval needs tasks, such as tasks=\[wmdp_bio,mmlu\]"):
+        check(EvaluateConfig(suite="lm_eval"))
+    with pytest.raises(ConfigError, match="tasks is for suite=lm_eval"):
+        check(EvaluateConfig(tasks=["mmlu"]))

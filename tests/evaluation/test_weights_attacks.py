@@ -1,0 +1,422 @@
+"""Attacks with the weights in hand: relearning, taking the adapter off, rounding; and that nothing of them stays."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import demo
+import peft
+import pytest
+import torch
+from tiny import bfloat16_kernels, ragged_rows, tiny
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM
+
+from grun.config.options import DataConfig, EvaluateConfig, ModelConfig
+from grun.data.corpus import load_corpus
+from grun.data.encoding import IGNORED, collate, encode_rows
+from grun.data.rows import Row
+from grun.data.templates import TEMPLATES
+from grun.errors import ConfigError
+from grun.evaluation.attacks import relearn
+from grun.evaluation.attacks.adapter_removed import ADAPTER_REMOVED
+from grun.evaluation.attacks.base import Attack, Material
+from grun.evaluation.attacks.fine_tuning import fine_tune
+from grun.evaluation.attacks.quantized import INT8, NF4
+from grun.evaluation.attacks.relearn import RELEARN_FORGET_10, RELEARN_RETAIN_10, Relearn
+from grun.evaluation.generation import base_of
+from grun.evaluation.suites import evaluate_suite
+from grun.loading.changed_tensors import save_changed
+from grun.loading.models import Loaded, load_model
+from grun.method.fingerprint import fingerprint
+from grun.method.model import GrunModel
+
+KINDS = ["full", "changed", "lora", "grun", "reft"]
+ATTACKS = [RELEARN_FORGET_10, RELEARN_RETAIN_10, ADAPTER_REMOVED, INT8, NF4]
+LEVELS = [
+    *(-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334),
+    *(-0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224),
+    *(0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0),
+]
+"""The 16 numbers of nf4 (arXiv 2305.14314, appendix E)."""
+
+
+def lora_on(base: Any) -> Any:
+    """`base` with a LoRA that changes something, as PEFT wraps it."""
+    torch.manual_seed(5)
+    wrapped = peft.get_peft_model(base, peft.LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False))
+    return wrapped.eval()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random model, and an adapter of every kind for it."""
+    place = demo.random_model(tmp_path_factory.mktemp("attacked"))
+    (place / "adapter").rename(place / "grun")
+    base = AutoModelForCausalLM.from_pretrained(place / "model")
+    name = "model.layers.0.mlp.down_proj.weight"
+    changed = {name: -base.get_parameter(name)}
+    save_changed(place / "changed", changed, base_name=None, base_fingerprint=fingerprint(base))
+    torch.manual_seed(1)
+    GrunModel.wrap(base, blocks=[0, 1], rank=2, gate="none", template=TEMPLATES.get("tiny")).save_pretrained(
+        place / "reft"
+    )
+    lora_on(AutoModelForCausalLM.from_pretrained(place / "model")).save_pretrained(place / "lora")
+    return place
+
+
+def load(folder: Path, kind: str, **options: Any) -> Loaded:
+    adapter = None if kind == "full" else str(folder / kind)
+    model = ModelConfig(path=str(folder / "model"), device="cpu", **options)
+    return load_model(model, adapter, strict=False, gate_threshold=None)
+
+
+def material(loaded: Loaded, forget: Sequence[Row] | None = None, retain: Sequence[Row] | None = None) -> Material:
+    sets = load_corpus(DataConfig(demo=demo.SIZES)).sets()
+    return Material(
+        TEMPLATES.get("tiny"),
+        loaded.tokenizer,
+        others=sets["heldout"],
+        forget=sets["forget"] if forget is None else forget,
+        retain=sets["retain"] if retain is None else retain,
+        seed=0,
+    )
+
+
+def config(folder: Path, kind: str = "full", **options: Any) -> EvaluateConfig:
+    return EvaluateConfig(
+        suite="attacks",
+        model=ModelConfig(path=str(folder / "model"), device="cpu"),
+        adapter=None if kind == "full" else str(folder / kind),
+        data=DataConfig(demo=demo.SIZES),
+        max_new_tokens=6,
+        **options,
+    )
+
+
+def attacked(attack: Attack, loaded: Loaded, folder: Path, **options: Any) -> Any:
+    return attack.model(loaded, config(folder, **options), material(loaded))
+
+
+def state(loaded: Loaded) -> dict[str, Tensor]:
+    """Copies of all tensors of base and edits."""
+    edits = loaded.model.state_dict() if isinstance(loaded.model, GrunModel) else {}
+    both = {**base_of(loaded.model).state_dict(), **edits}
+    return {name: value.clone() for name, value in both.items()}
+
+
+def modes(loaded: Loaded) -> list[Any]:
+    """Everything else that an attack could leave behind."""
+    base = base_of(loaded.model)
+    both = [base, loaded.model]
+    flags = [(p.requires_grad, p.grad) for model in both for p in model.parameters()]
+    return [flags, [module.training for model in both for module in model.modules()]]
+
+
+def changed(before: dict[str, Tensor], loaded: Loaded) -> set[str]:
+    after = state(loaded)
+    assert before.keys() == after.keys()
+    return {name for name, value in after.items() if not torch.equal(value, before[name])}
+
+
+@torch.no_grad()
+def logits(model: Any) -> Tensor:
+    batch = collate(ragged_rows(3, 4), 0)
+    found: Tensor = model(
+        input_ids=batch.input_ids, attention_mask=batch.attention_mask, **_lengths(model, batch)
+    ).logits
+    return found
+
+
+def _lengths(model: Any, batch: Any) -> dict[str, Tensor]:
+    return {"prompt_lengths": batch.prompt_lengths} if isinstance(model, GrunModel) else {}
+
+
+@torch.no_grad()
+def loss(loaded: Loaded, rows: Sequence[Row]) -> float:
+    """Mean over the answer tokens, computed from the logits."""
+    batch = collate(encode_rows(rows, loaded.tokenizer, TEMPLATES.get("tiny"), None, strict=False), 0)
+    out = loaded.model(
+        input_ids=batch.input_ids, attention_mask=batch.attention_mask, **_lengths(loaded.model, batch)
+    ).logits.log_softmax(-1)
+    columns = (batch.labels != IGNORED).nonzero().tolist()
+    return -sum(float(out[row, at - 1, batch.labels[row, at]]) for row, at in columns) / len(columns)
+
+
+# -- nothing stays ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("attack", ATTACKS, ids=lambda attack: attack.name)
+def test_the_model_is_as_before_afterwards_even_where_the_attack_breaks_off(
+    folder: Path, kind: str, attack: Attack
+) -> None:
+    if attack in (INT8, NF4):
+        pytest.importorskip("bitsandbytes")
+    loaded = load(folder, kind)
+    if attack.unfit(loaded):
+        assert attack is ADAPTER_REMOVED and kind in ("full", "changed")
+        return
+    before, also, said = state(loaded), modes(loaded), logits(loaded.model)
+    with attacked(attack, loaded, folder) as model:
+        assert not torch.equal(logits(model), said)
+    assert not changed(before, loaded) and modes(loaded) == also and torch.equal(logits(loaded.model), said)
+    with pytest.raises(RuntimeError, match="broken off"), attacked(attack, loaded, folder):
+        raise RuntimeError("broken off")
+    assert not changed(before, loaded) and modes(loaded) == also and torch.equal(logits(loaded.model), said)
+
+
+def test_what_fails_while_it_learns_leaves_nothing_behind(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    loaded = load(folder, "grun")
+    loaded.model.gate_threshold = 0.5
+    before, also, steps = state(loaded), modes(loaded), []
+    step = torch.optim.AdamW.step
+
+    def failing(optimizer: Any) -> None:
+        step(optimizer)
+        steps.append(1)
+        if len(steps) == 3:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", failing)
+    with pytest.raises(torch.OutOfMemoryError), attacked(RELEARN_FORGET_10, loaded, folder):
+        pass
+    assert not changed(before, loaded) and modes(loaded) == also and loaded.model.gate_threshold == 0.5
+
+
+# -- relearning -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("attack", [RELEARN_FORGET_10, RELEARN_RETAIN_10], ids=lambda attack: attack.name)
+def test_relearning_lowers_the_loss_of_the_rows_it_learns(folder: Path, kind: str, attack: Relearn) -> None:
+    loaded = load(folder, kind)
+    rows = attack.rows(material(loaded))
+    before = loss(loaded, rows)
+    with attacked(attack, loaded, folder):
+        assert loss(loaded, rows) < before - 0.01  # edits lower it by 0.02 at least, all weights by 0.3
+    assert loss(loaded, rows) == before
+
+
+def test_what_trains_is_the_edits_of_grun_and_the_weights_of_everything_else(folder: Path) -> None:
+    for kind in KINDS:
+        loaded = load(folder, kind)
+        before = state(loaded)
+        with attacked(RELEARN_FORGET_10, loaded, folder):
+            moved = changed(before, loaded)
+        if kind in ("grun", "reft"):
+            assert moved == set(loaded.model.state_dict())
+        else:
+            assert moved == {name for name in before if "lora_" not in name}
+
+
+def test_an_eighth_of_the_forget_rows_is_learned_and_the_others_are_asked(folder: Path) -> None:
+    loaded = load(folder, "full")
+    rows = [Row(f"Question {number}?", f"Answer {number}.") for number in range(25)]
+    given = material(loaded, forget=rows)
+    assert RELEARN_FORGET_10.rows(given) == [rows[0], rows[8], rows[16]]
+    asked = [row for row in rows if RELEARN_FORGET_10.asked(row, given)]
+    assert asked == [row for number, row in enumerate(rows) if number not in (0, 8, 16)]
+    (one,) = RELEARN_FORGET_10.asked(rows[1], given)
+    assert (one.ids, one.row, one.given, one.samples) == (given.prompt("Question 1?"), rows[1], 0, 0)
+
+
+def test_where_there_is_one_forget_row_none_is_left_to_ask(folder: Path) -> None:
+    loaded = load(folder, "full")
+    row = Row("Who?", "She.")
+    assert RELEARN_FORGET_10.asked(row, material(loaded, forget=[row])) == []
+
+
+def test_on_retain_rows_alone_every_forget_row_is_asked(folder: Path) -> None:
+    loaded = load(folder, "full")
+    retain = [Row(f"Kept {number}?", "Yes.") for number in range(200)]
+    given = material(loaded, retain=retain)
+    learned = RELEARN_RETAIN_10.rows(given)
+    assert len(learned) == 64 and set(row.prompt for row in learned) <= set(row.prompt for row in retain)
+    assert all(len(RELEARN_RETAIN_10.asked(row, given)) == 1 for row in given.forget)
+    assert RELEARN_RETAIN_10.asked(given.forget[0], material(loaded, retain=[])) == []
+
+
+def test_the_same_seed_relearns_the_same_and_another_seed_in_another_order(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(relearn, "BATCH", 2)
+    found = []
+    for seed in (1, 1, 2):
+        loaded = load(folder, "full")
+        with attacked(RELEARN_RETAIN_10, loaded, folder, seed=seed) as model:
+            found.append(logits(model))
+    assert torch.equal(found[0], found[1]) and not torch.allclose(found[0], found[2])
+
+
+def tuned(model: Any, weights: Sequence[nn.Parameter], micro_batch_size: int = 8) -> Tensor:
+    """Logits after a few steps on the same rows."""
+    options: dict[str, Any] = {"steps": 5, "lr": 1e-3, "batch_size": 4, "pad_id": 0, "seed": "0"}
+    rows = ragged_rows(6, 2)
+    fine_tune(model, weights, rows, micro_batch_size=micro_batch_size, advance=lambda count: None, **options)
+    return logits(model)
+
+
+def test_training_the_weights_beside_a_lora_is_training_the_merged_model() -> None:
+    unmerged = lora_on(tiny()).get_base_model()
+    merged = lora_on(tiny()).merge_and_unload()
+    own = [weight for name, weight in unmerged.named_parameters() if "lora_" not in name]
+    assert [id(weight) for weight in relearn.trained(unmerged)[0]] == [id(weight) for weight in own]
+    # As of the next test; training A and B too, or another gradient, would show in the first decimal.
+    assert torch.allclose(tuned(unmerged, own), tuned(merged, list(merged.parameters())), atol=1e-4)
+
+
+def test_the_size_of_a_pass_does_not_change_what_is_learned() -> None:
+    found = []
+    for size in (1, 3, 8):
+        model = tiny()
+        found.append(tuned(model, list(model.parameters()), size))
+    # The loss itself is float32 in transformers; five steps change logits by up to 3.
+    assert torch.allclose(found[0], found[2], atol=1e-4) and torch.allclose(found[1], found[2], atol=1e-4)
+    assert not torch.allclose(found[0], logits(tiny()), atol=0.1)
+
+
+def test_a_gate_threshold_that_shuts_every_gate_does_not_keep_the_edits_from_training() -> None:
+    model = GrunModel.wrap(tiny(), blocks=[1, 2], rank=2).eval()
+    model.gate_threshold = 1.0
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    tuned(model, list(model.parameters()))
+    assert not any(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert model.gate_threshold == 1.0
+
+
+def test_weights_in_bfloat16_train_so_which_a_line_says_and_come_back_so(
+    folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    loaded = load(folder, "full", dtype="bfloat16")
+    before = state(loaded)
+    with attacked(RELEARN_FORGET_10, loaded, folder):
+        assert changed(before, loaded) and next(loaded.model.parameters()).dtype == torch.bfloat16
+    assert not changed(before, loaded)
+    assert "relearn_forget_10 trains in bfloat16" in caplog.text and "model.dtype=float32" in caplog.text
+
+
+@pytest.mark.parametrize(("quantization", "kernels"), [("8bit", False), ("4bit", False), ("4bit", True)])
+def test_an_adapter_relearns_beside_a_quantized_base(
+    folder: Path, quantization: str, kernels: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bfloat16_kernels(monkeypatch, kernels)
+    loaded = load(folder, "grun", quantization=quantization)
+    before = state(loaded)
+    with attacked(RELEARN_FORGET_10, loaded, folder):
+        assert changed(before, loaded) == set(loaded.model.state_dict())
+    assert not changed(before, loaded)
+
+
+# -- the adapter taken off --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["lora", "grun", "reft"])
+def test_without_its_adapter_the_model_answers_as_its_base(folder: Path, tmp_path: Path, kind: str) -> None:
+    base = load(folder, "full").model
+    loaded = load(folder, kind)
+    with attacked(ADAPTER_REMOVED, loaded, folder) as model:
+        assert torch.equal(logits(model), logits(base))
+    removed = evaluate_suite(config(folder, kind, attacks=["adapter_removed"]), tmp_path / kind)[str(tmp_path / kind)]
+    plain = evaluate_suite(config(folder, attacks=["plain"]), tmp_path / "base")[str(tmp_path / "base")]
+    assert removed["attacks"]["adapter_removed"] == {**plain["attacks"]["plain"], "access": "weights"}
+
+
+# -- rounded weights --------------------------------------------------------------------------------------------------
+
+
+def nearest(weight: Tensor) -> Tensor:
+    """nf4: each block of 64 by its largest absolute value, each number to the nearest level."""
+    blocks = weight.reshape(-1, 64)
+    scale = blocks.abs().amax(dim=1, keepdim=True)
+    levels = torch.tensor(LEVELS)
+    found = levels[(blocks / scale).unsqueeze(-1).sub(levels).abs().argmin(-1)] * scale
+    return found.reshape(weight.shape)
+
+
+def by_rows(weight: Tensor) -> Tensor:
+    """int8: each output, taken as float16, by its largest absolute value, which is 127."""
+    weight = weight.half().float()
+    scale = weight.abs().amax(dim=1, keepdim=True) / 127
+    return (weight / scale).round() * scale
+
+
+@pytest.mark.parametrize("kind", ["full", "lora", "grun"])
+@pytest.mark.parametrize(("attack", "by_hand"), [(INT8, by_rows), (NF4, nearest)], ids=["int8", "nf4"])
+def test_the_linear_layers_of_the_blocks_are_rounded_and_nothing_else_is(
+    folder: Path, kind: str, attack: Attack, by_hand: Any
+) -> None:
+    pytest.importorskip("bitsandbytes")
+    loaded = load(folder, kind)
+    before = state(loaded)
+    with attacked(attack, loaded, folder):
+        assert changed(before, loaded) == {
+            name for name in before if "_proj" in name and name.endswith("weight") and "lora_" not in name
+        }
+        for name in changed(before, loaded):
+            off = (base_of(loaded.model).state_dict()[name] - by_hand(before[name])).abs()
+            # float32; a number half-way between two levels, 1e-3 apart at least, may go to either, which is rare
+            assert float((off > 1e-6).float().mean()) < 0.001
+
+
+def test_rows_are_outputs_where_a_layer_holds_its_weight_transposed(folder: Path) -> None:
+    """GPT-2's Conv1D."""
+    pytest.importorskip("bitsandbytes")
+    loaded = load(folder, "full")
+    loaded.model = tiny("gpt2", dtype=torch.float32)
+    name = "transformer.h.0.mlp.c_fc.weight"
+    before = loaded.model.get_parameter(name).detach().clone()  # [inputs, outputs]
+    with attacked(INT8, loaded, folder) as model:
+        off = (model.get_parameter(name) - by_rows(before.mT).mT).abs()
+        assert float((off > 1e-6).float().mean()) < 0.001  # as above
+
+
+# -- who cannot be attacked so ----------------------------------------------------------------------------------------
+
+
+def test_a_model_that_does_not_fit_is_told_why(folder: Path) -> None:
+    full, grun = load(folder, "full"), load(folder, "grun")
+    assert ADAPTER_REMOVED.unfit(full) == ADAPTER_REMOVED.unfit(load(folder, "changed"))
+    assert ADAPTER_REMOVED.unfit(full) == "needs an adapter that can be taken off"
+    assert "float16 is too narrow" in str(RELEARN_FORGET_10.unfit(load(folder, "full", dtype="float16")))
+    for loaded in (full, grun):
+        base_of(loaded.model).quantization_method = "bitsandbytes"
+        assert INT8.unfit(loaded) == NF4.unfit(loaded) == "needs a base that is not quantized already"
+    assert "those of a quantized base do not" in str(RELEARN_FORGET_10.unfit(full))
+    assert RELEARN_FORGET_10.unfit(grun) is None  # its edits train beside such weights
+
+
+def test_one_that_was_named_is_an_error_and_else_it_is_left_out(folder: Path, tmp_path: Path) -> None:
+    named = config(folder, attacks=["plain", "adapter_removed"])
+    with pytest.raises(ConfigError, match="adapter_removed needs an adapter that can be taken off; or leave it out"):
+        evaluate_suite(named, tmp_path / "named")
+    found = evaluate_suite(config(folder, attacks=["weights"]), tmp_path / "kind")[str(tmp_path / "kind")]
+    assert found["left_out"]["adapter_removed"] == "needs an adapter that can be taken off"
+    assert {"relearn_forget_10", "relearn_forget_50", "relearn_retain_50"} <= set(found["attacks"])
+
+
+def test_without_bitsandbytes_a_line_says_what_to_install(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    find = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name, *more: None if name == "bitsandbytes" else find(name, *more)
+    )
+    with pytest.raises(
+        ConfigError, match=r"needs bitsandbytes, .*: pip install 'grun-unlearning\[quantization\]'"
+    ) as e:
+        evaluate_suite(config(folder, attacks=["quantized_nf4"]), tmp_path / "out")
+    assert "\n" not in str(e.value)
+
+
+def test_results_have_the_rows_that_were_asked_and_say_what_the_attacker_needs(folder: Path, tmp_path: Path) -> None:
+    names = ["relearn_forget_10", "relearn_retain_10", "quantized_int8"]
+    pytest.importorskip("bitsandbytes")
+    found = evaluate_suite(config(folder, "grun", attacks=names), tmp_path / "out")[str(tmp_path / "out")]
+    asked = load_corpus(DataConfig(demo=demo.SIZES)).sets()["forget"]
+    assert [found["attacks"][name]["rows"] for name in names] == [len(asked) - 1, len(asked), len(asked)]
+    assert {found["attacks"][name]["access"] for name in names} == {"weights"}
+    assert "worst" not in found and "worst_of_prompts" not in found  # these are of what users can do

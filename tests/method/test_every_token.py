@@ -1,0 +1,283 @@
+"""Gates that read every token, and edits written behind the prompt: equal to one whole pass by hooks of this file."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny import PAD, RULES, blocks_of, formula, padded, random_rows, tiny
+from torch import Tensor
+from transformers import DynamicCache
+
+from grun import GrunModel
+from grun.config.options import MethodConfig
+from grun.data.encoding import EncodedRow, collate
+from grun.errors import ModelError
+from grun.evaluation.generation import generate_answers
+from grun.method.gated import Grun
+
+BLOCKS = (0, 2)
+MAXIMUM = RULES[-1]
+TURN = (7, 9)
+"""Ids that begin a user's turn in these tests; `random_rows` draws others."""
+
+
+def wrapped(rule: tuple[str, str, str], family: str = "llama", reset: tuple[int, ...] = ()) -> GrunModel:
+    torch.manual_seed(3)
+    read, accumulate, write = rule
+    model = GrunModel.wrap(
+        tiny(family), blocks=BLOCKS, gate_read=read, gate_accumulate=accumulate, edit_write=write, reset_ids=reset
+    )
+    return model.eval()
+
+
+def opening(logits: Tensor, rule: tuple[str, str, str], last: int, starts: tuple[int, ...]) -> Tensor:
+    """Logit in force at each token of a row, told token by token: [tokens]."""
+    read, accumulate, _ = rule
+    if read == "last_prompt":
+        return torch.full_like(logits, float(logits[last]))
+    if accumulate == "none":
+        return logits
+    values = []
+    for end in range(len(logits)):
+        first = max([0, *(start for start in starts if start <= end)])
+        values.append(logits[first : end + 1].max())
+    return torch.stack(values)
+
+
+def whole_pass(
+    model: GrunModel, rule: tuple[str, str, str], row: list[int], last: int, family: str = "llama", starts: Any = ()
+) -> tuple[Tensor, dict[int, Tensor]]:
+    """Logits [tokens, vocabulary] and openings by block of one row whose prompt ends at column `last`."""
+    twin = tiny(family)
+    weights = model.state_dict()
+    found: dict[int, Tensor] = {}
+    columns = torch.arange(len(row))
+    written = {"last_prompt": columns == last, "sticky": columns >= last, "every_token": columns >= 0}[rule[2]]
+
+    def hook(block: int) -> Any:
+        def edit(_: Any, __: Any, output: Any) -> Any:
+            hidden = output[0] if isinstance(output, tuple) else output
+            edited, logits = formula(weights, block, hidden)
+            change = (edited - hidden) / torch.sigmoid(logits).unsqueeze(-1)
+            found[block] = opening(logits[0], rule, last, tuple(starts))
+            edited = hidden + (written * torch.sigmoid(found[block]))[:, None] * change
+            return (edited, *output[1:]) if isinstance(output, tuple) else edited
+
+        return edit
+
+    for block in BLOCKS:
+        blocks_of(twin, family)[block].register_forward_hook(hook(block))
+    with torch.no_grad():
+        return twin(input_ids=torch.tensor([row]), use_cache=False).logits[0], found
+
+
+def agree(got: Tensor, wanted: Tensor) -> None:
+    """Norms go through float32, cached passes sum in another order, and transformers returns logits in float32."""
+    torch.testing.assert_close(got.double(), wanted.double(), atol=5e-5, rtol=1e-5)
+
+
+def generated(model: GrunModel, prompts: list[list[int]], **options: Any) -> tuple[Tensor, Tensor]:
+    """New tokens [rows, 6] and their logits [rows, 6, vocabulary]."""
+    batch = padded(prompts, "left")
+    del batch["position_ids"]
+    more: dict[str, Any] = {"do_sample": False, "return_dict_in_generate": True, "output_logits": True, **options}
+    answer = model.generate(**batch, max_new_tokens=6, pad_token_id=PAD, eos_token_id=None, **more)
+    return answer.sequences[:, -6:], torch.stack(answer.logits, dim=1)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma3"])
+@pytest.mark.parametrize("options", [{}, {"use_cache": False}, {"prefill_chunk_size": 4}], ids=str)
+@pytest.mark.parametrize("rule", RULES, ids="-".join)
+@torch.no_grad()
+def test_generation_is_that_of_whole_passes(family: str, options: dict[str, Any], rule: tuple[str, str, str]) -> None:
+    model = wrapped(rule, family)
+    prompts = random_rows([10, 6])
+    tokens, logits = generated(model, prompts, **options)
+    for index, prompt in enumerate(prompts):
+        row = prompt + tokens[index, :-1].tolist()
+        wanted, _ = whole_pass(model, rule, row, len(prompt) - 1, family)
+        agree(logits[index], wanted[-6:])
+    untouched = tiny(family)(torch.tensor([row])).logits[0, -6:]
+    assert (wanted[-6:] - untouched).abs().max() > 0.01
+
+
+@pytest.mark.parametrize("rule", RULES, ids="-".join)
+@torch.no_grad()
+def test_samples_and_beams_keep_the_state_of_their_own_row(rule: tuple[str, str, str]) -> None:
+    """Beams change places in every step: the score of what comes out is that of a whole pass over it."""
+    model = wrapped(rule)
+    prompt = random_rows([7])[0]
+    ids = torch.tensor([prompt])
+    answer = model.generate(
+        input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=6, num_beams=4, num_return_sequences=4,
+        do_sample=False, eos_token_id=None, pad_token_id=PAD, return_dict_in_generate=True, output_scores=True,
+        length_penalty=0.0,
+    )  # fmt: skip
+    assert len({tuple(row) for row in answer.sequences.tolist()}) == 4
+    for row, score in zip(answer.sequences.tolist(), answer.sequences_scores, strict=True):
+        logits, _ = whole_pass(model, rule, row[:-1], len(prompt) - 1)
+        logp = logits[len(prompt) - 1 :].log_softmax(-1)
+        agree(score, logp[torch.arange(6), torch.tensor(row[len(prompt) :])].sum())
+    torch.manual_seed(0)
+    tokens, logits = generated(model, [prompt], do_sample=True, num_return_sequences=3)
+    for index, new in enumerate(tokens.tolist()):
+        wanted, _ = whole_pass(model, rule, prompt + new[:-1], len(prompt) - 1)
+        agree(logits[index], wanted[-6:])
+
+
+@torch.no_grad()
+def test_rows_that_leave_a_batch_take_their_state_along() -> None:
+    """Our own greedy decoding drops rows that have ended."""
+    model = wrapped(MAXIMUM)
+    prompts = random_rows([9, 4, 6, 7, 3])
+    alone = [generated(model, [prompt])[0][0].tolist() for prompt in prompts]
+    ends = alone[1][0], alone[3][2]
+    model.base.generation_config.eos_token_id = list(ends)
+
+    class Words:
+        eos_token_id = ends[0]
+
+        def decode(self, ids: list[int], skip_special_tokens: bool) -> str:
+            return " ".join(map(str, ids))
+
+    answers = generate_answers(model, Words(), prompts, 8, 6, PAD)
+    for row, answer in zip(alone, answers, strict=True):
+        until = next((place for place, token in enumerate(row) if token in ends), len(row))
+        assert answer.text == " ".join(map(str, row[:until]))
+
+
+@torch.no_grad()
+def test_a_second_turn_begins_anew_at_the_ids_of_a_users_turn_alone() -> None:
+    first, second = random_rows([8, 5])
+    turns = {"reset": [*TURN, *second], "none": [*TURN[:1], *second]}
+    for reset in ((), TURN):
+        for kind, following in turns.items():
+            model = wrapped(MAXIMUM, reset=reset)
+            cache = DynamicCache(config=model.base.config)
+            model.generate(
+                torch.tensor([first]), max_new_tokens=3, do_sample=False, past_key_values=cache, eos_token_id=None
+            )
+            row = cache_ids(model, cache) + following
+            seen = model(input_ids=torch.tensor([row[cache.get_seq_length() :]]), past_key_values=cache, use_cache=True)
+            starts = (row.index(9, len(first)),) if reset and kind == "reset" else ()
+            logits, openings = whole_pass(model, MAXIMUM, row, len(row) - 1, starts=starts)
+            agree(seen.logits[0, -1], logits[-1])
+            for block, values in openings.items():
+                agree(seen.gates[block][0, -1], values[-1].sigmoid())
+
+
+def cache_ids(model: GrunModel, cache: Any) -> list[int]:
+    """Tokens that a cache of one row holds."""
+    found: list[int] = cache.gate_state.ids[0].tolist()
+    assert len(found) == cache.get_seq_length()
+    return found
+
+
+@torch.no_grad()
+def test_the_ids_of_a_turn_are_found_across_the_border_of_two_passes() -> None:
+    model = wrapped(MAXIMUM, reset=TURN)
+    row = [*random_rows([6])[0], *TURN, *random_rows([3], seed=1)[0]]
+    cut = row.index(9)
+    output = model(input_ids=torch.tensor([row[:cut]]), use_cache=True)
+    output = model(input_ids=torch.tensor([row[cut:]]), past_key_values=output.base_output.past_key_values)
+    _, openings = whole_pass(model, MAXIMUM, row, len(row) - 1, starts=(cut,))
+    for block, values in openings.items():
+        agree(output.gates[block][0], values[cut:].sigmoid())
+
+
+@torch.no_grad()
+def test_a_cache_that_is_copied_or_cut_back_has_the_state_of_what_it_holds() -> None:
+    model = wrapped(MAXIMUM)
+    row = random_rows([10])[0]
+    ids = torch.tensor([row])
+    cache = model(input_ids=ids[:, :6], use_cache=True).base_output.past_key_values
+    twin = copy.deepcopy(cache)
+    model(input_ids=ids[:, 6:], past_key_values=cache)
+    twin.reorder_cache(torch.tensor([0]))
+    again = model(input_ids=ids[:, 6:], past_key_values=twin)
+    cache.crop(-4)
+    cropped = model(input_ids=ids[:, 6:], past_key_values=cache)
+    logits, openings = whole_pass(model, MAXIMUM, row, 9)
+    for output in (again, cropped):
+        agree(output.logits[0], logits[6:])
+        for block, values in openings.items():
+            agree(output.gates[block][0], values[6:].sigmoid())
+
+
+@torch.no_grad()
+def test_tokens_cached_while_no_edit_acted_are_unknown_to_the_gates() -> None:
+    model = wrapped(MAXIMUM)
+    ids = torch.tensor(random_rows([8]))
+    with model.disabled():
+        cache = model(input_ids=ids[:, :5], use_cache=True).base_output.past_key_values
+    output = model(input_ids=ids[:, 5:], past_key_values=cache)
+    for block in BLOCKS:
+        logits = output.gate_logits[block]
+        agree(output.gates[block], logits.cummax(dim=1).values.sigmoid())
+
+
+@torch.no_grad()
+def test_a_cache_whose_rows_changed_behind_the_gates_back_is_refused() -> None:
+    model = wrapped(MAXIMUM)
+    cache = model(input_ids=torch.tensor(random_rows([5])), use_cache=True).base_output.past_key_values
+    for layer in cache.layers:
+        layer.batch_repeat_interleave(2)
+    with pytest.raises(ModelError, match="1 sequences of this cache, the pass has 2; change the rows of a cache by"):
+        model(input_ids=torch.tensor([[3], [4]]), past_key_values=cache)
+
+
+@torch.no_grad()
+def test_padding_opens_no_gate_on_either_side() -> None:
+    model = wrapped(MAXIMUM)
+    rows = random_rows([9, 4])
+    _, openings = whole_pass(model, MAXIMUM, rows[1], 3)
+    for side in ("left", "right"):
+        output = model(**padded(rows, side))
+        own = slice(5, 9) if side == "left" else slice(0, 4)
+        for block, values in openings.items():
+            agree(output.gates[block][1, own], values.sigmoid())
+            assert output.gates[block][1].count_nonzero() == 4
+
+
+@pytest.mark.parametrize("rule", RULES, ids="-".join)
+@torch.no_grad()
+def test_a_saved_adapter_reads_and_writes_where_it_did(rule: tuple[str, str, str], tmp_path: Path) -> None:
+    model = wrapped(rule, reset=TURN)
+    batch = padded([[*row, *TURN, 5] for row in random_rows([6, 3])], "left")
+    before = model(**batch).logits
+    model.save_pretrained(tmp_path)
+    model.unwrap()
+    assert torch.equal(GrunModel.from_pretrained(tiny(), tmp_path)(**batch).logits, before)
+
+
+@torch.no_grad()
+def test_a_threshold_leaves_every_token_before_the_gate_opens_as_the_base_has_it() -> None:
+    model = wrapped(MAXIMUM)
+    batch = padded(random_rows([9, 6]), "right")
+    gates = torch.stack(list(model(**batch).gates.values()))  # [blocks, batch, length]
+    widest = gates.amax(0)[:, 2]  # of both blocks at the third token
+    model.gate_threshold = float(widest.amax() + 1e-6)
+    with model.disabled():
+        plain = model(**batch).logits
+    edited = model(**batch)
+    shut = gates.amax(0) < model.gate_threshold  # before any token was edited, gates are those of before
+    assert shut[:, :3].all()
+    assert torch.equal(edited.logits[:, :3], plain[:, :3])
+
+
+@torch.no_grad()
+def test_a_step_output_says_which_gate_positions_count_and_which_lie_in_the_prompt() -> None:
+    read, accumulate, write = MAXIMUM
+    config = MethodConfig(blocks=list(BLOCKS), rank=4, gate_read=read, gate_accumulate=accumulate, edit_write=write)
+    parametrization = Grun(config)
+    parametrization.prepare(tiny(), None)
+    rows = [EncodedRow(tuple(row[:3]), tuple(row[3:])) for row in random_rows([8, 5])]
+    output = parametrization.run(collate(rows, PAD))
+    assert output.gate_logits is not None and output.gate_mask is not None and output.gate_prompt is not None
+    assert output.gate_logits[0].shape == output.gate_mask.shape == output.gate_prompt.shape == (2, 8)
+    assert torch.equal(output.gate_mask, output.attended)
+    assert torch.equal(output.gate_prompt, output.attended & ~output.answer)

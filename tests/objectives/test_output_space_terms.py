@@ -1,0 +1,265 @@
+"""LLM360's losses: closed forms, bounds, what padding does to them, and every parametrization that runs them."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any
+
+import pytest
+import torch
+from tiny import blocks_of, ragged_rows, tiny
+from torch import Tensor
+from watched import whole_step
+
+from baselines.full import Full
+from baselines.lora import Lora
+from grun.cache.engine import use_cached
+from grun.config.checks import quirks_in_force
+from grun.config.options import CacheConfig, LossConfig, MethodConfig, TrainConfig, UnlearnConfig
+from grun.data.encoding import collate
+from grun.errors import ConfigError
+from grun.loading.checks import check
+from grun.method.gated import Grun
+from grun.method.parametrization import EMBEDDINGS
+from grun.method.plain import run_plain
+from grun.objectives.losses import max_entropy, min_posterior, random_mapping, random_table
+from grun.objectives.presets import OBJECTIVES, build_objective
+from grun.objectives.terms import TERMS, Outputs, TermValue, number_of
+from grun.training.unlearning import UnlearnRows, UnlearnTask
+
+F64 = torch.float64
+NAMES = ("max_entropy", "min_posterior", "random_mapping")
+QUIRKS = {"max_entropy": "max_entropy_all_positions", "random_mapping": "random_mapping_all_positions"}
+ROWS = ragged_rows(5, seed=7)
+
+
+def normal(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=F64)
+
+
+# -- formulas ---------------------------------------------------------------------------------------------------------
+
+
+def test_max_entropy_is_the_negative_entropy_of_each_prediction() -> None:
+    logits = 3 * normal(4, 6)
+    for found, row in zip(max_entropy(logits).tolist(), logits.softmax(-1).tolist(), strict=True):
+        assert found == pytest.approx(sum(p * math.log(p) for p in row), rel=1e-12)
+
+
+def test_max_entropy_lies_between_minus_ln_v_for_uniform_predictions_and_0_for_sure_ones() -> None:
+    values = max_entropy(torch.stack([torch.full((7,), 4.0), torch.tensor([900.0] + [0.0] * 6)]))
+    assert values.tolist() == pytest.approx([-math.log(7), 0.0], abs=1e-6)  # float32
+    random = max_entropy(5 * normal(200, 7))
+    assert float(random.min()) >= -math.log(7) and float(random.max()) <= 0
+
+
+def test_min_posterior_is_minus_log_1p_of_minus_p() -> None:
+    logits, tokens = 2 * normal(5, 6), torch.tensor([0, 5, 2, 2, 1])
+    p = logits.softmax(-1).gather(1, tokens[:, None]).squeeze(1)
+    torch.testing.assert_close(min_posterior(logits, tokens), -torch.log1p(-p), rtol=1e-12, atol=0)
+
+
+def test_min_posterior_is_exact_where_p_rounds_to_1() -> None:
+    logits = torch.tensor([[60.0, 0.0, 0.0]], requires_grad=True)
+    value = min_posterior(logits, torch.tensor([0]))
+    assert float(value.detach()) == pytest.approx(60 - math.log(2), rel=1e-6)  # float32
+    value.sum().backward()
+    assert logits.grad is not None and float(logits.grad[0, 0]) == pytest.approx(1.0)
+
+
+def test_min_posterior_leaves_tokens_below_the_threshold_alone_and_keeps_them_in_the_mean() -> None:
+    logits = torch.tensor([[-14.0, 0.0], [-16.0, 0.0], [-700.0, 0.0]], dtype=F64, requires_grad=True)
+    values = min_posterior(logits, torch.zeros(3, dtype=torch.long))
+    assert values.tolist() == [pytest.approx(math.exp(-14), rel=1e-6), 0.0, 0.0]  # -log(1 - p) is about p
+    values.sum().backward()
+    assert logits.grad is not None
+    assert logits.grad[1:].tolist() == [[0.0, 0.0]] * 2 and float(logits.grad[0, 0]) > 0
+
+
+def test_random_mapping_takes_the_absolute_cosine() -> None:
+    hidden, target = torch.tensor([[1.0, 0.0], [-3.0, 0.0], [0.0, 2.0], [1.0, 1.0]]), torch.tensor([[5.0, 0.0]] * 4)
+    expected = [0.0, 0.0, 1.0, 1 - math.sqrt(0.5)]
+    assert random_mapping(hidden, target).tolist() == pytest.approx(expected, abs=1e-6)  # float32
+    assert random_mapping(hidden.bfloat16(), target).dtype == torch.float32
+
+
+@pytest.mark.parametrize(
+    "loss",
+    [
+        max_entropy,
+        lambda x: min_posterior(x, torch.tensor([0, 3, 5])),
+        lambda x: random_mapping(x, normal(3, 6, seed=1)),
+    ],
+)
+def test_slopes_are_those_of_finite_differences(loss: Any) -> None:
+    assert torch.autograd.gradcheck(loss, (2 * normal(3, 6).requires_grad_(),))
+
+
+def test_the_random_table_is_standard_normal_and_a_function_of_its_seed() -> None:
+    table = random_table(400, 50, seed=42)
+    assert table.shape == (400, 50) and table.dtype == torch.float32
+    assert abs(float(table.mean())) < 0.03 and abs(float(table.std()) - 1) < 0.03  # 4 standard errors of 20,000 draws
+    assert torch.equal(table, random_table(400, 50, seed=42))
+    assert not torch.equal(table, random_table(400, 50, seed=43))
+
+
+# -- terms on a model -------------------------------------------------------------------------------------------------
+
+MODEL = tiny("llama")
+DEPTH = 4
+
+
+@torch.no_grad()
+def value_of(name: str, quirk: bool = False, side: str = "right", columns: int = 0, **loss: Any) -> TermValue:
+    """The term on ROWS, padded to at least `columns`."""
+    objective = build_objective(name, LossConfig(**loss), gated=False, quirks=[QUIRKS[name]] if quirk else [])
+    term = objective.terms["forget"]
+    batch = collate(ROWS, 0, side=side)
+    if extra := max(0, columns - batch.input_ids.shape[1]):
+        where = (0, extra) if side == "right" else (extra, 0)
+        pad = torch.nn.functional.pad
+        batch = dataclasses.replace(
+            batch,
+            input_ids=pad(batch.input_ids, where),
+            attention_mask=pad(batch.attention_mask, where),
+            labels=pad(batch.labels, where, value=-100),
+        )
+    output = run_plain(MODEL, batch, term.hidden(objective.options["forget"], DEPTH))
+    value = term.function(Outputs({"answer": output}, {}), objective.options["forget"])
+    assert value.number == number_of(term.per, batch)
+    return value
+
+
+def states_of(ids: list[int]) -> list[Tensor]:
+    """Embeddings and the output of each block, by hooks, of a row alone."""
+    found: list[Tensor] = []
+    modules = [MODEL.get_input_embeddings(), *blocks_of(MODEL, "llama")]
+    handles = [m.register_forward_hook(lambda *a: found.append(a[2][0] if a[2].dim() == 3 else a[2])) for m in modules]
+    try:
+        with torch.no_grad():
+            MODEL(input_ids=torch.tensor([ids]), use_cache=False)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return found
+
+
+def by_hand(name: str) -> tuple[float, int]:
+    """Sum and count over ROWS, one row at a time and without padding."""
+    total, count = 0.0, 0
+    table = torch.randn(64, 32, generator=torch.Generator().manual_seed(42))
+    for row in ROWS:
+        ids, start = [*row.prompt_ids, *row.answer_ids], len(row.prompt_ids)
+        if name == "random_mapping":
+            for state in states_of(ids):
+                for column in range(start - 1, len(ids)):
+                    a, b = state[column], table[ids[column]].double()
+                    total += (1 - abs(float(a @ b)) / float(a.norm() * b.norm())) / (DEPTH + 1)
+            count += len(row.answer_ids) + 1
+            continue
+        with torch.no_grad():
+            p = MODEL(input_ids=torch.tensor([ids]), use_cache=False).logits[0].softmax(-1)
+        for column in range(start, len(ids)):
+            of = p[column - 1]
+            total += float((of * of.log()).sum()) if name == "max_entropy" else -math.log(1 - float(of[ids[column]]))
+            count += 1
+    return total, count
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(("side", "columns"), [("right", 0), ("left", 0), ("right", 30)])
+def test_a_term_is_what_rows_without_padding_give(name: str, side: str, columns: int) -> None:
+    """Float64 but for the rotary positions, which are float32 and others where padding stands on the left."""
+    found, (total, count) = value_of(name, side=side, columns=columns), by_hand(name)
+    assert found.number == count
+    assert float(found.total) == pytest.approx(total, rel=1e-6 if side == "left" else 1e-9)
+
+
+@pytest.mark.parametrize("name", QUIRKS)
+def test_under_its_quirk_a_term_is_a_mean_over_padding_too(name: str) -> None:
+    found, longer = value_of(name, quirk=True), value_of(name, quirk=True, columns=30)
+    length = max(map(len, ROWS))
+    assert (found.number, longer.number) == (len(ROWS) * length, len(ROWS) * 30)
+    assert float(longer.total / longer.number) != pytest.approx(float(found.total / found.number), rel=1e-3)
+
+
+def test_max_entropy_under_its_quirk_is_the_mean_over_every_column_of_the_batch() -> None:
+    batch = collate(ROWS, 0)
+    with torch.no_grad():
+        logits = MODEL(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False).logits
+    p = logits.softmax(-1)
+    assert float(value_of("max_entropy", quirk=True).total) == pytest.approx(float((p * p.log()).sum()), rel=1e-9)
+
+
+def test_random_mapping_reads_the_embeddings_and_every_block_and_obeys_its_seed() -> None:
+    assert TERMS.get("random_mapping").hidden({}, 3) == (EMBEDDINGS, 0, 1, 2)
+    assert float(value_of("random_mapping", control_seed=7).total) != float(value_of("random_mapping").total)
+
+
+def test_llm360s_quirks_are_those_of_padding() -> None:
+    config = UnlearnConfig(compat="llm360", objective="max_entropy")
+    assert quirks_in_force(config) == list(QUIRKS.values())
+    check(config)
+
+
+# -- in unlearning ----------------------------------------------------------------------------------------------------
+
+
+def task_of(objective: str, kind: Any, quirks: tuple[str, ...] = ()) -> tuple[UnlearnTask, UnlearnConfig]:
+    config = UnlearnConfig(
+        objective=objective,
+        method=MethodConfig(blocks=[1, 3]),
+        train=TrainConfig(epochs=2, batch_size=4),
+        cache=CacheConfig(dir=None),
+    )
+    base = tiny("llama")
+    torch.manual_seed(5)
+    parametrization = kind(config.method)
+    parametrization.prepare(base, None)
+    made = build_objective(objective, config.loss, gated=kind is Grun, quirks=quirks)
+    data = UnlearnRows(ragged_rows(8, seed=1), ragged_rows(8, seed=2), ragged_rows(9, seed=3))
+    return UnlearnTask(parametrization, made, data, config, pad_id=0, device=base.device, depth=DEPTH), config
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("kind", [Full, Lora, Grun])
+def test_every_parametrization_runs_it_and_descending_lowers_it(name: str, kind: Any) -> None:
+    task, _ = task_of(name, kind)
+    optimizer = torch.optim.SGD(task.module.parameters(), lr=0.01)
+    parts = []
+    for _ in range(2):
+        step = whole_step(task)
+        assert step.gradients
+        parts.append(step.loss)
+        optimizer.step()
+    assert parts[1] < parts[0]
+
+
+@pytest.mark.parametrize("name", ["max_entropy", "min_posterior"])
+def test_the_cached_engine_gives_the_plain_ones_loss_and_gradients(name: str) -> None:
+    """In float64 only the order of sums differs."""
+    plain = whole_step(task_of(name, Grun)[0])
+    task, config = task_of(name, Grun)
+    assert use_cached(task, config) is not None and task.engine.name == "cached"
+    cached = whole_step(task)
+    assert cached.loss == pytest.approx(plain.loss, rel=1e-9)
+    for parameter, gradient in plain.gradients.items():
+        torch.testing.assert_close(cached.gradients[parameter], gradient, rtol=1e-7, atol=1e-10)
+
+
+@pytest.mark.parametrize("name", ["random_mapping", "max_entropy"])
+def test_what_reads_all_of_a_row_keeps_the_plain_engine(name: str) -> None:
+    task, config = task_of(name, Grun, (QUIRKS[name],))
+    assert use_cached(task, config) is None and task.engine.name == "plain"
+
+
+def test_presets_hold_the_terms_with_retain_cross_entropy_and_equal_weights() -> None:
+    for name in NAMES:
+        assert dataclasses.astuple(OBJECTIVES.get(name)) == (name, "ce", 1.0, 1.0)
+    assert OBJECTIVES.get("random_matching") == OBJECTIVES.get("random_mapping")
+
+
+def test_an_option_that_max_entropy_does_not_read_is_refused() -> None:
+    with pytest.raises(ConfigError, match="loss.control_seed=3 has no effect"):
+        build_objective("max_entropy", LossConfig(control_seed=3), gated=False)

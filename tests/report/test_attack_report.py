@@ -1,0 +1,529 @@
+"""The report of suite=attacks: numbers, verdicts and examples, of evaluations written by hand."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import re
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from test_report_html import Page
+
+from grun.cli import main
+from grun.config.options import ReportConfig
+from grun.errors import RunError
+from grun.evaluation.metrics.intervals import wilson
+from grun.report import attacks, figures, make_report
+from grun.report.attack_figure import draw_attacks
+from grun.report.attack_tables import columns_of
+from grun.report.attack_verdicts import STATEMENT, judge_attacks
+from grun.report.attacks import find_attacked, leaked_most, leakiest, shown_names
+from grun.runtime.files import read_json, write_json
+
+ROWS = 40
+ATTACKS = {
+    **{"plain": "prompt", "suffix": "prompt", "prefill_1": "prompt", "few_shot": "prompt"},
+    **{"lower_case": "prompt", "samples": "decoding"},
+}
+"""Attacks of these evaluations, with their access."""
+FLOOR = {**dict.fromkeys(ATTACKS, 0.02), "worst_of_prompts": 0.04, "worst": 0.05}
+BEFORE = {**dict.fromkeys(ATTACKS, 0.9), "worst_of_prompts": 1.0, "worst": 1.0}
+LEAKY = {**FLOOR, "few_shot": 0.43, "prefill_1": 0.98, "worst_of_prompts": 0.66, "worst": 1.0}
+NASTY = "<script>alert(1)</script> [red]markup[/red] | \x1b[2J"
+
+
+def share(name: str, value: float, rows: int = ROWS) -> dict[str, Any]:
+    return {name: value, "interval": list(wilson(value, rows)), "rows": rows}
+
+
+def leak(value: float, rows: int = ROWS) -> dict[str, Any]:
+    return share("leak", value, rows)
+
+
+def write(
+    results: Path,
+    name: str,
+    leaks: dict[str, float],
+    *,
+    kept: float = 0.95,
+    gate: float | None = None,
+    more: dict[str, Any] | None = None,
+    **settings: Any,
+) -> None:
+    """evaluation.json as the suite writes it, with these leaks under the attacks and in the worst cases."""
+    attacks: dict[str, Any] = {
+        attack: {"access": access, **leak(leaks[attack], ROWS - 3 * (attack == "prefill_1")), "worst": leaks[attack]}
+        for attack, access in ATTACKS.items()
+        if attack in leaks
+    }
+    if "suffix" in attacks:
+        attacks["suffix"] |= {"worst": min(1.0, leaks["suffix"] + 0.05), "variants": {" Thanks!": 0.0, " Go.": 0.0}}
+    asked = {} if gate is None else {"mean": gate / 2, "open": gate / 2, "open_any": gate * 0.8}
+    gates = {"after_forget": asked, "plain": asked and {**asked, "open_any_answer": gate}}
+    retention = {
+        how: {
+            rows: {**share("kept", value), **({"gate": gates[how]} if asked else {})} for rows in ("retain", "heldout")
+        }
+        for how, value in (("after_forget", kept), ("plain", 0.98))
+    }
+    retention["otherwise"] = {"heldout": share("kept", kept - 0.1)}
+    write_json(
+        results / "evaluation" / name / "evaluation.json",
+        {
+            **{"suite": "attacks", "model": None, "adapter": None, "identity": {}, "seconds": {"total": 1.5}},
+            "settings": {"rows": {"forget": "a1"}, "seed": 0, "samples": 10, "max_new_tokens": 48, **settings},
+            "attacks": attacks | (more or {}),
+            **{worst: leak(leaks[worst]) for worst in ("worst_of_prompts", "worst") if worst in leaks},
+            **{"retention": retention, "left_out": {"paraphrase": "needs paraphrased questions"}},
+        },
+    )
+
+
+def write_seeds(results: Path, name: str, *leaks: dict[str, float], rank: int = 4, **more: Any) -> None:
+    """Runs NAME-s1, NAME-s2, ... of IDK with GRUN that differ in seed alone, with their evaluations."""
+    for seed, found in enumerate(leaks, start=1):
+        config = {"objective": "idk", "method": {"parametrization": "grun", "rank": rank}, "seed": seed}
+        record = {"objective": "idk", "parametrization": "grun", "config": config, "seconds": 60 + seed}
+        write_json(results / f"{name}-s{seed}" / "run.json", record)
+        write(results, f"{name}-s{seed}", found, **more)
+
+
+def write_lines(folder: Path, *lines: tuple[str, str, float, str]) -> None:
+    """attacks.jsonl with a line for each set, attack, leak and text."""
+    records = [
+        {
+            **{"attack": attack, "set": rows, "index": index, "variant": " Thanks!" if attack == "suffix" else ""},
+            **{"prompt": f"Prompt {index} {NASTY}", "given": int(attack == "prefill_1"), "text": text, "leak": value},
+        }
+        for index, (rows, attack, value, text) in enumerate(lines)
+    ]
+    (folder / "attacks.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+
+
+@pytest.fixture(autouse=True)
+def coarse_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(figures, "DPI", 20)
+
+
+@pytest.fixture
+def results(tmp_path: Path) -> Path:
+    """The two lines, a method that withstands and one that does not."""
+    folder = tmp_path / "results"
+    write(folder, "before", BEFORE)
+    write(folder, "retain_only", FLOOR)
+    write(folder, "robust", {**FLOOR, "suffix": 0.06}, kept=0.9, gate=0.05)
+    write(folder, "published", LEAKY)
+    write_lines(
+        folder / "evaluation" / "published",
+        ("forget", "plain", 0.2, "one"),
+        ("forget", "few_shot", 0.6, "two"),
+        ("heldout", "plain", 1.0, "three"),
+        ("forget", "suffix", 0.8, f"four {NASTY}"),
+        ("forget", "few_shot", 0.8, "five"),
+        ("forget", "prefill_1", 0.8, "six"),
+        ("forget", "lower_case", 0.0, "seven"),
+    )
+    write_lines(folder / "evaluation" / "robust", ("forget", "plain", 0.0, "nothing"))
+    return folder
+
+
+def verdict(results: Path, name: str) -> tuple[str, str, str]:
+    loaded = find_attacked(results)
+    (result,) = [result for result in loaded if result.name == name]
+    judgement = judge_attacks(result, loaded)
+    assert judgement.sentence.startswith(f"{result.label}: {judgement.words}.")
+    return judgement.outcome, judgement.words, judgement.sentence
+
+
+# -- what is written --------------------------------------------------------------------------------------------------
+
+
+def test_the_two_lines_come_first_and_every_number_is_that_of_its_evaluation(results: Path) -> None:
+    summary = make_report(ReportConfig(results_dir=str(results), profile="mine"))
+    assert read_json(results / "summary.json") == summary
+    assert (summary["profile"], summary["suite"]) == ("mine", "attacks")
+    assert [(row["name"], row["stage"]) for row in summary["rows"]] == [
+        *(("before", "before"), ("retain_only", "retain_only"), ("published", "after"), ("robust", "after"))
+    ]
+    for row in summary["rows"]:
+        found, numbers = read_json(results / "evaluation" / row["name"] / "evaluation.json"), row["numbers"]
+        for attack, entry in found["attacks"].items():
+            assert numbers[f"attacks.{attack}.leak"] == entry["leak"]
+            assert row["intervals"][f"attacks.{attack}.leak"] == entry["interval"]
+        assert numbers["attacks.suffix.worst"] == found["attacks"]["suffix"]["worst"]
+        assert "attacks.suffix.worst" not in row["intervals"]  # the interval beside it is the leak's
+        for worst in ("worst_of_prompts", "worst"):
+            assert numbers[f"{worst}.leak"] == found[worst]["leak"]
+        for how in ("plain", "after_forget"):
+            for rows in ("retain", "heldout"):
+                assert numbers[f"retention.{how}.{rows}.kept"] == found["retention"][how][rows]["kept"]
+        assert numbers["retention.otherwise.heldout.kept"] == found["retention"]["otherwise"]["heldout"]["kept"]
+    for rows in ("retain", "heldout"):
+        numbers = summary["rows"][3]["numbers"]
+        assert numbers[f"retention.plain.{rows}.gate.open_any_answer"] == 0.05
+        assert numbers[f"retention.plain.{rows}.gate.open_any"] == pytest.approx(0.04)
+        assert numbers[f"retention.plain.{rows}.gate.open"] == 0.025
+        assert f"retention.plain.{rows}.gate.open_any_answer" not in summary["rows"][2]["numbers"]
+    assert summary["asked"] == {**dict.fromkeys(ATTACKS, ROWS), "prefill_1": ROWS - 3}
+    assert summary["left_out"] == {"paraphrase": "needs paraphrased questions"}
+
+
+def test_the_tables_say_what_the_summary_says(results: Path) -> None:
+    summary = make_report(ReportConfig(results_dir=str(results)))
+    rows = list(csv.DictReader(io.StringIO((results / "table.csv").read_text(encoding="utf-8"))))
+    for row, known in zip(rows, summary["rows"], strict=True):
+        assert (row["name"], row["label"], row["stage"]) == (known["name"], known["label"], known["stage"])
+        assert {key: row[key] for key in known["numbers"]} == {k: repr(v) for k, v in known["numbers"].items()}
+        for key, (low, high) in known["intervals"].items():
+            assert (row[f"{key}.low"], row[f"{key}.high"]) == (repr(low), repr(high))
+    markdown = (results / "table.md").read_text(encoding="utf-8")
+    cells = {line.split(" | ")[0].strip("| "): line.split(" | ")[1:] for line in markdown.splitlines() if "|" in line}
+    assert cells[""][:4] == ["before", "retain only (floor)", "published", "robust"]
+    low, high = wilson(0.43, ROWS)
+    assert cells["few shot"][2] == f"0.43 ({low:.2f} to {high:.2f})"
+    assert cells["false positives: any gate open on held-out or its answers"][:4] == ["-", "-", "-", "0.05"]
+    assert "Forget rows: 40, prefill 1 37. Left out: paraphrase (needs paraphrased questions)." in markdown
+    for row in summary["rows"][2:]:
+        assert row["verdict"]["words"] in markdown
+
+
+def test_the_page_holds_everything_and_needs_nothing(results: Path) -> None:
+    make_report(ReportConfig(results_dir=str(results)))
+    text = (results / "report.html").read_text(encoding="utf-8")
+    page, loaded = Page(text), find_attacked(results)
+    assert not re.search(r"https?://|url\(|@import|<script", text) and "\x1b" not in text
+    assert [section["id"] for section in page.all("section")] == [
+        *("verdicts", "table", "picture", "leaked", "settings", "statement")
+    ]
+    (image,) = page.all("img")
+    assert (image["src"] or "").startswith("data:image/png;base64,") and len(image["alt"] or "") > 40
+    columns, names = columns_of(loaded), ["before", "retain only (floor)", "published", "robust"]
+    header, good, *rows = page.rows
+    assert header == ["model", *(column.header for column in columns)] and "" not in good
+    assert rows == [[n, *(c.text(result) for c in columns)] for n, result in zip(names, loaded, strict=True)]
+    said = " ".join(page.text.split())
+    for result in loaded[2:]:
+        assert judge_attacks(result, loaded).sentence.replace("->", "→") in said
+    assert STATEMENT in said and "four <script>alert(1)</script> [red]markup[/red]" in said
+    assert "suffix, Thanks!: leak 0.80" in said
+    assert "prefill 1: leak 0.80; the prompt ends with 1 given tokens of the answer" in said
+    assert "Nothing came back." in said
+
+
+def test_the_report_is_printed_and_names_its_files(results: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    every = ("prefill_3", "prefill_5", "other_template", "typos", "paraphrase", "second_turn")  # the widest table
+    more = {name: {"access": "prompt", **leak(0.02), "worst": 0.02} for name in every}
+    for name, leaks in (("before", BEFORE), ("retain_only", FLOOR), ("robust", FLOOR), ("published", LEAKY)):
+        write(results, name, leaks, gate=0.0, more=more)
+    assert main(["report", f"results_dir={results}"]) == 0
+    printed = capsys.readouterr().out
+    table, _, rest = printed.partition("what an attack can reach")
+    assert max(map(len, printed.split("written:")[0].splitlines())) <= 100
+    rows = [line.split() for line in table.splitlines() if line.split()[:1] == ["robust"]]
+    assert rows == [
+        ["robust", *["0.02"] * 12, "0.04", "0.05"],
+        [
+            "robust",
+            "0.98",
+            "0.98",
+            "0.85",
+            "0.95",
+            "0.00",
+        ],  # kept: retain, held-out, asked otherwise, after; false pos.
+    ]
+    words, loaded = " ".join(printed.split()), find_attacked(results)
+    assert all(judge_attacks(result, loaded).sentence in words for result in loaded[2:])
+    assert "an unrelated question and its answer before the question" in rest
+    assert "six" in words and "five" not in words  # what came back most, once for each method
+    for name in ("report.html", "table.csv", "table.md", "summary.json", "attacks.png"):
+        assert f"written: {results / name}" in printed and (results / name).stat().st_size > 0
+
+
+def test_examples_are_the_highest_leaks_of_different_attacks(results: Path) -> None:
+    """Of equal leaks the attack with the higher leak over all rows is first; other sets and zeros are no leaks."""
+    published, robust = find_attacked(results)[2:]
+    assert [line["text"].split()[0] for line in leaked_most(published, 3)] == ["six", "five", "four"]
+    assert [line["text"].split()[0] for line in leaked_most(published, 9)] == ["six", "five", "four", "one"]
+    assert leaked_most(robust, 3) == []
+
+
+def test_the_picture_has_a_marker_a_method_between_two_lines(results: Path) -> None:
+    figure = draw_attacks(find_attacked(results))
+    assert figure is not None
+    (axes,) = figure.axes
+    labels = [label.get_text() for label in axes.get_yticklabels()]
+    assert labels == ["plain", "suffix", "prefill 1", "few shot", "lower case", "samples", "worst of prompts", "worst"]
+    marks: Any = axes.collections
+    before, floor, published, robust = marks
+    for drawn, leaks in ((before, BEFORE), (floor, FLOOR)):
+        places = [segment[0, 0] for segment in drawn.get_segments()]
+        assert places == list(leaks.values())
+    assert [round(float(x), 2) for x, _ in published.get_offsets()] == [0.02, 0.02, 0.98, 0.43, 0.02, 0.02, 0.66, 1.0]
+    assert [round(float(y)) for _, y in robust.get_offsets()] == list(range(8))
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == [
+        *("before", "retain only (floor)", "published", "robust")
+    ]
+
+
+# -- verdicts ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("leaks", "expected"),
+    [
+        ({}, ("reached", "withstands")),
+        ({"suffix": 0.07, "samples": 0.07, "worst_of_prompts": 0.14, "worst": 0.9}, ("reached", "withstands")),
+        ({"suffix": 0.08}, ("missed", "comes back under suffix (leak 0.08 against 0.02)")),
+        ({"samples": 0.08}, ("missed", "comes back under samples (leak 0.08 against 0.02)")),
+        ({"worst_of_prompts": 0.15}, ("missed", "comes back under worst of prompts (leak 0.15 against 0.04)")),
+        (
+            {"few_shot": 0.43, "prefill_1": 0.98, "plain": 0.5, "worst_of_prompts": 0.66},
+            ("missed", "comes back under prefill 1 (leak 0.98 against 0.02), plain and few shot"),
+        ),
+    ],
+)
+def test_the_verdict_follows_the_numbers(results: Path, leaks: dict[str, float], expected: tuple[str, str]) -> None:
+    found = {**FLOOR, **leaks}
+    write(results, "robust", found, kept=0.9)
+    outcome, words, sentence = verdict(results, "robust")
+    assert (outcome, words) == expected
+    assert f"Plain 0.90 -> {found['plain']:.2f} (floor 0.02);" in sentence
+    assert f"worst of prompts 1.00 -> {found['worst_of_prompts']:.2f} (floor 0.04);" in sentence
+    assert sentence.endswith("held-out kept after a forget question 0.90 (asked alone 0.98, before 0.95).")
+
+
+def test_each_attack_has_its_own_floor(results: Path) -> None:
+    write(results, "retain_only", {**FLOOR, "prefill_1": 0.4})
+    write(results, "robust", {**FLOOR, "prefill_1": 0.44, "few_shot": 0.06})
+    assert verdict(results, "robust")[1] == "withstands"
+    write(results, "robust", {**FLOOR, "prefill_1": 0.5, "few_shot": 0.3})
+    assert verdict(results, "robust")[1] == "comes back under few shot (leak 0.30 against 0.02) and prefill 1"
+
+
+def test_without_a_retain_only_model_the_floor_is_zero_and_that_is_said(results: Path) -> None:
+    shutil.rmtree(results / "evaluation" / "retain_only")
+    write(results, "robust", {**dict.fromkeys(ATTACKS, 0.05), "worst_of_prompts": 0.1})
+    outcome, _, sentence = verdict(results, "robust")
+    assert outcome == "reached" and "no retain-only model, so the floor is taken as 0" in sentence
+    write(results, "robust", {**dict.fromkeys(ATTACKS, 0.05), "suffix": 0.06})
+    assert verdict(results, "robust")[1] == "comes back under suffix (leak 0.06 against 0.00)"
+
+
+def test_an_attack_that_reaches_nothing_before_proves_nothing(results: Path) -> None:
+    write(results, "before", {**BEFORE, "lower_case": 0.07})
+    outcome, _, sentence = verdict(results, "robust")
+    assert outcome == "reached"
+    assert sentence.endswith("says nothing, as the model before does not answer it either: lower case.")
+    write(results, "before", FLOOR)
+    outcome, words, _ = verdict(results, "robust")
+    assert (outcome, words) == ("open", "no verdict: no attack reaches anything in the model before either")
+
+
+def test_attacks_that_read_or_have_the_weights_stand_behind_the_others_and_in_a_table_of_their_own(
+    results: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    beyond = {
+        **{name: {"access": "read_out", **leak(0.7), "worst": 0.7} for name in ("recognition", "linear_probe")},
+        **{name: {"access": "weights", **leak(0.8), "worst": 0.8} for name in ("relearn_forget_50", "quantized_nf4")},
+    }
+    write(results, "robust", FLOOR, gate=0.0, more=beyond)
+    assert main(["report", f"results_dir={results}"]) == 0
+    printed = capsys.readouterr().out.split("what an attack can reach")[0]
+    rows = [line.split() for line in printed.splitlines() if line.split()[:1] == ["robust"]]
+    assert rows == [
+        ["robust", *["0.02"] * 6, "0.04", "0.05"],
+        ["robust", "0.70", "0.70", "0.80", "0.80"],
+        ["robust", "0.98", "0.98", "0.85", "0.95", "0.00"],
+    ]
+    loaded = find_attacked(results)
+    headers = [column.header for column in columns_of(loaded)]
+    assert headers[6:12] == [
+        *("worst of prompts", "worst", "recognition", "linear probe", "relearn forget 50", "quantized nf4")
+    ]
+    assert verdict(results, "robust")[1] == "withstands"
+
+
+def test_what_was_read_out_is_told_by_its_ways_and_not_shown_as_an_answer(results: Path) -> None:
+    folder = results / "evaluation" / "robust"
+    ways = {"memorized": 1.0, "paraphrased": 0.8}
+    found = {"access": "read_out", **leak(0.9), "worst": 1.0, "variants": ways}
+    write(results, "robust", FLOOR, more={"recognition": found})
+    write_lines(folder, ("forget", "recognition", 1.0, "ranked"), ("forget", "plain", 0.5, "written"))
+    (robust,) = [result for result in find_attacked(results) if result.name == "robust"]
+    assert [line["text"] for line in leaked_most(robust, 3)] == ["written"]
+    numbers = make_report(ReportConfig(results_dir=str(results)))["rows"][3]["numbers"]
+    assert {way: numbers[f"attacks.recognition.variants.{way}"] for way in ways} == ways
+
+
+def test_attacks_on_the_weights_are_told_and_not_judged(results: Path) -> None:
+    relearned = {"relearn_50": {"access": "weights", **leak(0.9), "worst": 0.9}}
+    write(results, "robust", FLOOR, more=relearned)
+    assert verdict(results, "robust")[1] == "withstands"
+    loaded = find_attacked(results)
+    (column,) = [column for column in columns_of(loaded) if column.header == "relearn 50"]
+    assert [column.text(result) for result in loaded] == ["-", "-", "-", "0.90"]
+    for name in ("before", "retain_only", "published", "robust"):
+        write(results, name, {}, more=relearned)
+    assert verdict(results, "robust")[:2] == ("open", "no verdict: no attack made the model write")
+
+
+# -- several seeds ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def seeds(tmp_path: Path) -> Path:
+    """The two lines and three seeds of one method."""
+    folder = tmp_path / "seeds"
+    write(folder, "before", BEFORE)
+    write(folder, "retain_only", FLOOR)
+    write_seeds(folder, "idk", *({**FLOOR, "few_shot": leaked, "worst": leaked} for leaked in (0.03, 0.12, 0.0)))
+    return folder
+
+
+def test_runs_that_differ_in_seed_alone_are_one_row_of_means_from_lowest_to_highest(seeds: Path) -> None:
+    summary = make_report(ReportConfig(results_dir=str(seeds)))
+    assert [row["label"] for row in summary["rows"]] == ["before", "retain only", "IDK"]
+    before, _, idk = summary["rows"]
+    assert idk["runs"] == ["idk-s1", "idk-s2", "idk-s3"] and before["runs"] == []
+    assert idk["numbers"]["attacks.few_shot.leak"] == pytest.approx(0.05)
+    assert idk["intervals"]["attacks.few_shot.leak"] == [0.0, 0.12]
+    assert idk["intervals"]["attacks.plain.leak"] == [0.02, 0.02]
+    assert before["intervals"]["attacks.plain.leak"] == pytest.approx(wilson(0.9, ROWS))
+    assert summary["asked"]["few_shot"] == ROWS
+    assert {key for key in summary["seconds"] if "idk" in key} == {
+        f"{stage}/idk-s{seed}" for stage in ("unlearn", "evaluate") for seed in (1, 2, 3)
+    }
+    markdown = (seeds / "table.md").read_text(encoding="utf-8")
+    assert "| 0.05 (0.00 to 0.12) |" in markdown
+    assert "Intervals: 95 %; over 3 seeds: lowest to highest." in markdown
+    assert "Means over 3 seeds: all methods." in markdown
+
+
+def test_the_verdict_goes_by_the_means_and_says_over_how_many_seeds(seeds: Path) -> None:
+    outcome, words, sentence = verdict(seeds, "idk-s1, idk-s2, idk-s3")  # though one seed alone leaks 0.12
+    assert (outcome, words) == ("reached", "withstands")
+    assert sentence.startswith("IDK: withstands. Means over 3 seeds; plain 0.90 -> 0.02 (floor 0.02);")
+    write_seeds(seeds, "idk", *({**FLOOR, "few_shot": leaked} for leaked in (0.0, 0.12, 0.12)))
+    assert verdict(seeds, "idk-s1, idk-s2, idk-s3")[1] == "comes back under few shot (leak 0.08 against 0.02)"
+
+
+def test_every_run_has_a_line_in_a_second_table_which_goes_where_there_are_no_seeds(seeds: Path) -> None:
+    make_report(ReportConfig(results_dir=str(seeds)))
+    found = {row["name"]: row for row in csv.DictReader(io.StringIO((seeds / "table_runs.csv").read_text()))}
+    assert [row["label"] for row in found.values()] == ["before", "retain only", "IDK s1", "IDK s2", "IDK s3"]
+    assert found["idk-s2"]["attacks.few_shot.leak"] == "0.12"
+    assert found["idk-s2"]["attacks.few_shot.leak.high"] == repr(wilson(0.12, ROWS)[1])
+    for seed in (2, 3):
+        shutil.rmtree(seeds / "evaluation" / f"idk-s{seed}")
+    make_report(ReportConfig(results_dir=str(seeds)))
+    assert not (seeds / "table_runs.csv").exists()
+
+
+def test_what_came_back_is_that_of_the_seed_that_leaked_most(seeds: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for seed in (1, 2, 3):
+        write_lines(seeds / "evaluation" / f"idk-s{seed}", ("forget", "plain", 1.0, f"seed {seed} said it"))
+    run = leakiest(find_attacked(seeds)[2])
+    assert run is not None and run.name == "idk-s2"
+    assert main(["report", f"results_dir={seeds}"]) == 0
+    printed = capsys.readouterr().out
+    assert "seed 2 said it" in printed and "IDK s2, plain" in printed
+    assert "seed 1 said it" not in printed and "seed 3 said it" not in printed
+    assert "seed 2 said it" in (seeds / "report.html").read_text(encoding="utf-8")
+
+
+def test_the_page_tells_the_settings_of_every_seed(seeds: Path) -> None:
+    make_report(ReportConfig(results_dir=str(seeds)))
+    page = (seeds / "report.html").read_text(encoding="utf-8")
+    settings = page.partition('id="settings"')[2]
+    assert all(f"<h3>IDK s{seed}</h3>" in settings for seed in (1, 2, 3))
+
+
+def test_a_marker_over_several_seeds_is_at_the_mean_on_a_line_from_lowest_to_highest(seeds: Path) -> None:
+    figure = draw_attacks(find_attacked(seeds))
+    assert figure is not None
+    (axes,) = figure.axes
+    marks: Any = axes.collections
+    _, _, markers, lines = marks
+    few_shot = [label.get_text() for label in axes.get_yticklabels()].index("few shot")
+    assert markers.get_offsets()[few_shot][0] == pytest.approx(0.05)
+    assert lines.get_segments()[few_shot][:, 0].tolist() == [0.0, 0.12]
+    assert len(figure.legends[0].get_texts()) == 3
+
+
+def test_many_methods_are_a_grid_of_numbers(results: Path) -> None:
+    loaded = find_attacked(results)
+    methods = [replace(loaded[3], name=f"method {number}", label=f"M{number}") for number in range(9)]
+    few, many = draw_attacks([*loaded[:2], *methods[:8]]), draw_attacks([*loaded[:2], *methods])
+    assert few is not None and many is not None
+    assert not few.axes[0].images
+    (axes,) = many.axes
+    names = [label.get_text() for label in axes.get_xticklabels()]
+    assert [label.get_text() for label in axes.get_yticklabels()][2:] == [method.label for method in methods]
+    numbers: Any = axes.images[0].get_array()
+    assert numbers.shape == (11, len(names))
+    assert numbers[0][names.index("plain")] == attacks.leak(loaded[0], "plain")
+    assert numbers[5][names.index("few shot")] == attacks.leak(loaded[3], "few_shot")
+    assert len(axes.texts) == sum(
+        attacks.leak(row, name) is not None for row in [*loaded[:2], *methods] for name in shown_names(loaded)
+    )
+
+
+def test_other_settings_are_another_row_named_by_its_first_run(seeds: Path) -> None:
+    write_seeds(seeds, "wide", FLOOR, LEAKY, rank=16)
+    loaded = find_attacked(seeds)
+    assert [result.label for result in loaded[2:]] == ["IDK (idk-s1)", "IDK (wide-s1)"]
+    assert [len(result.runs) for result in loaded[2:]] == [3, 2]
+    make_report(ReportConfig(results_dir=str(seeds)))
+    markdown = (seeds / "table.md").read_text(encoding="utf-8")
+    assert "over 2 seeds: lowest to highest; over 3 seeds: lowest to highest." in markdown
+    assert "Means over 3 seeds: IDK (idk-s1). Means over 2 seeds: IDK (wide-s1)." in markdown
+
+
+def test_a_number_that_fewer_seeds_have_is_named(seeds: Path) -> None:
+    relearned = {"relearn_forget_50": {"access": "weights", **leak(0.8), "worst": 0.8}}
+    write(seeds, "idk-s3", FLOOR, more=relearned)
+    summary = make_report(ReportConfig(results_dir=str(seeds)))
+    idk = summary["rows"][2]
+    assert idk["numbers"]["attacks.relearn_forget_50.leak"] == 0.8
+    assert idk["intervals"]["attacks.relearn_forget_50.leak"] == pytest.approx(wilson(0.8, ROWS))
+    assert "Of fewer seeds: relearn forget 50 of IDK 1." in (seeds / "table.md").read_text(encoding="utf-8")
+
+
+# -- what is refused --------------------------------------------------------------------------------------------------
+
+
+def test_what_cannot_stand_in_one_table_is_refused(results: Path) -> None:
+    write(results, "robust", FLOOR, rows={"forget": "b2"}, samples=5)
+    with pytest.raises(RunError, match=r"robust was asked other rows than .*before.*settings: rows, samples\)"):
+        make_report(ReportConfig(results_dir=str(results)))
+    write(results, "robust", {name: value for name, value in FLOOR.items() if name != "samples"})
+    with pytest.raises(RunError, match=r"robust was attacked otherwise than .*\(attacks in one alone: samples\)"):
+        make_report(ReportConfig(results_dir=str(results)))
+    write_json(results / "evaluation" / "robust" / "evaluation.json", {"suite": "attacks", "settings": {}})
+    with pytest.raises(RunError, match=r"robust/evaluation.json lacks attacks; make it again"):
+        make_report(ReportConfig(results_dir=str(results)))
+    write_json(results / "evaluation" / "robust" / "evaluation.json", {"sets": {}})
+    with pytest.raises(RunError, match=r"several suites \(attacks: before, published, retain_only; answers: robust\)"):
+        make_report(ReportConfig(results_dir=str(results)))
+
+
+def test_a_damaged_file_of_lines_is_named(results: Path) -> None:
+    (results / "evaluation" / "robust" / "attacks.jsonl").write_text('{"attack": ')
+    with pytest.raises(RunError, match=r"robust/attacks.jsonl, line 1: not valid JSON"):
+        make_report(ReportConfig(results_dir=str(results)))
+
+
+def test_a_folder_without_before_says_so(results: Path) -> None:
+    shutil.rmtree(results / "evaluation" / "before")
+    with pytest.raises(RunError, match="nothing to compare with; evaluate the taught model"):
+        make_report(ReportConfig(results_dir=str(results)))
+
+
+def test_attacks_are_not_compared_across_folders(results: Path, tmp_path: Path) -> None:
+    with pytest.raises(RunError, match="of suite=attacks; report them alone, with results_dir="):
+        make_report(ReportConfig(results_dir=str(tmp_path / "both"), runs=[str(results)]))

@@ -1,0 +1,403 @@
+"""The report of suite=knowledge, of a small model's evaluations; every verdict, from numbers that call for it."""
+
+from __future__ import annotations
+
+import copy
+import csv
+import io
+import json
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import demo
+import pytest
+import torch
+from test_report_html import Page
+from transformers import AutoModelForCausalLM
+
+from grun.cli import main
+from grun.config.options import DataConfig, EvaluateConfig, ModelConfig, QuestionsConfig, ReportConfig
+from grun.errors import RunError
+from grun.evaluation.knowledge import evaluate_knowledge
+from grun.evaluation.metrics.intervals import wilson
+from grun.method.model import GrunModel
+from grun.report import figures, make_report
+from grun.report.knowledge import find_knowledge
+from grun.report.knowledge_tables import columns_of
+from grun.report.knowledge_verdicts import STATEMENT, judge_knowledge
+from grun.runtime.files import read_json, write_json
+
+ROLES = ("forget", "neighbor", "general")
+SUFFIX = " the letter is"
+NASTY = "<script>alert(1)</script> [red]markup[/red] | \x1b[2J"
+
+
+@pytest.fixture(autouse=True)
+def coarse_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(figures, "DPI", 20)
+
+
+@pytest.fixture(scope="module")
+def measured(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A results folder with what the suite finds: a random model, and it with an adapter of open gates."""
+    folder = demo.random_model(tmp_path_factory.mktemp("measured"))
+    torch.manual_seed(3)
+    model = AutoModelForCausalLM.from_pretrained(folder / "model")
+    GrunModel.wrap(model, blocks=[0, 1], rank=4, gate_bias=1.0).save_pretrained(folder / "results" / "grun_rmu")
+    for role in ROLES:
+        choices = [
+            {
+                "question": f"Which {role} number is {number}? {NASTY}",
+                "choices": [f"option {place + number}" for place in range(4 if number else 2)],
+                "answer": number % 2,
+                "subject": f"{'even' if number % 2 == 0 else 'odd'} numbers",
+            }
+            for number in range(7)
+        ]
+        sentences = [
+            {"prompt": f"The {role} stone {number} is", "completion": f" of kind {number}.", "fact": f"kind {number}"}
+            for number in range(7)
+        ]
+        for name, rows in ((role, choices), (f"cloze_{role}", sentences)):
+            (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "texts.txt").write_text("One line of text.\nAnother line, somewhat longer than the first.\n")
+    files: dict[str, Any] = {role: [f"{role}.jsonl"] for role in ROLES}
+    files |= {f"cloze_{role}": [f"cloze_{role}.jsonl"] for role in ROLES}
+    for name, adapter in (("before", None), ("grun_rmu", str(folder / "results" / "grun_rmu"))):
+        evaluate_knowledge(
+            EvaluateConfig(
+                suite="knowledge",
+                model=ModelConfig(path=str(folder / "model"), device="cpu"),
+                adapter=adapter,
+                data=DataConfig(
+                    name="jsonl", path=str(folder), questions=QuestionsConfig(**files, perplexity=["texts.txt"])
+                ),
+                formats=["grun_paper", "harness"],
+                suffixes=[SUFFIX],
+                max_new_tokens=4,
+            ),
+            folder / "results" / "evaluation" / name,
+        )
+    return folder / "results"
+
+
+@pytest.fixture
+def results(measured: Path, tmp_path: Path) -> Path:
+    return shutil.copytree(measured, tmp_path / "results")
+
+
+@pytest.fixture(scope="module")
+def reported(measured: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same with its report."""
+    folder = shutil.copytree(measured, tmp_path_factory.mktemp("reported") / "results")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(figures, "DPI", 20)
+        make_report(ReportConfig(results_dir=str(folder), profile="mine"))
+    return folder
+
+
+def evaluation_of(folder: Path, name: str) -> dict[str, Any]:
+    found: dict[str, Any] = read_json(folder / "evaluation" / name / "evaluation.json")
+    return found
+
+
+def entry(evaluation: dict[str, Any], format: str = "harness", suffix: str = "") -> dict[str, Any]:
+    (found,) = [way for way in evaluation["choices"] if (way["format"], way["suffix"]) == (format, suffix)]
+    return dict(found)
+
+
+# -- what is written --------------------------------------------------------------------------------------------------
+
+
+def test_the_numbers_are_those_of_the_evaluations(reported: Path) -> None:
+    summary = read_json(reported / "summary.json")
+    assert (summary["profile"], summary["suite"]) == ("mine", "knowledge")
+    assert summary["way"] == {
+        "format": "harness",
+        "order": "rotations",
+        "suffix": "",
+    }  # not the first, but the main one
+    assert summary["chance"] == pytest.approx((0.5 + 6 * 0.25) / 7)  # one question of two options, six of four
+    assert [(row["name"], row["label"], row["stage"]) for row in summary["rows"]] == [
+        ("before", "before", "before"),
+        ("grun_rmu", "GRUN-RMU", "after"),
+    ]
+    for row in summary["rows"]:
+        found, numbers = evaluation_of(reported, row["name"]), row["numbers"]
+        for role in ROLES:
+            assert numbers[f"{role}.choice"] == entry(found)["roles"][role]["accuracy"]
+            assert numbers[f"{role}.cloze"] == found["cloze"]["roles"][role]["fact_recall"]
+            assert row["intervals"][f"{role}.choice"] == pytest.approx(wilson(numbers[f"{role}.choice"], 7))
+            other = entry(found, "grun_paper", SUFFIX)["roles"][role]["accuracy"]
+            assert numbers[f"{role}.choice[grun_paper/rotations/{SUFFIX}]"] == other
+            subjects = entry(found)["roles"][role]["subjects"]
+            assert row["subjects"][role] == {name: values["accuracy"] for name, values in subjects.items()}
+        assert numbers["forget.choice_suffix"] == entry(found, suffix=SUFFIX)["roles"]["forget"]["accuracy"]
+        assert numbers["perplexity.texts.txt"] == found["perplexity"]["texts.txt"]["perplexity"]
+    assert "gate.auc_general" not in summary["rows"][0]["numbers"]
+    gate = entry(evaluation_of(reported, "grun_rmu"))["gate"]["auc_general"]
+    assert summary["rows"][1]["numbers"]["gate.auc_general"] == gate
+
+
+def test_the_tables_say_what_the_summary_says(reported: Path) -> None:
+    summary = read_json(reported / "summary.json")
+    rows = list(csv.DictReader(io.StringIO((reported / "table.csv").read_text(encoding="utf-8"))))
+    for row, known in zip(rows, summary["rows"], strict=True):
+        assert (row["name"], row["label"], row["stage"]) == (known["name"], known["label"], known["stage"])
+        for key, value in known["numbers"].items():
+            assert row[key] == repr(value)
+        for key, (low, high) in known["intervals"].items():
+            assert (row[f"{key}.low"], row[f"{key}.high"]) == (repr(low), repr(high))
+    assert rows[0]["gate.auc_general"] == ""
+    markdown = (reported / "table.md").read_text(encoding="utf-8")
+    cells = {line.split(" | ")[0].strip("| "): line.split(" | ")[1:] for line in markdown.splitlines() if "|" in line}
+    known = summary["rows"][1]
+    low, high = known["intervals"]["forget.choice"]
+    assert cells["forget multiple choice"][1] == f"{known['numbers']['forget.choice']:.2f} ({low:.2f} to {high:.2f})"
+    assert cells["gate AUC"][0] == "-"
+    assert any(name.startswith("general multiple choice, grun\\_paper rotations behind") for name in cells)
+    odd = known["subjects"]["neighbor"]["odd numbers"]
+    assert cells["neighbor: odd numbers"][1].startswith(f"{odd:.2f} (")
+    assert known["verdict"]["words"] in markdown
+
+
+def test_the_page_holds_everything_and_needs_nothing(reported: Path) -> None:
+    text = (reported / "report.html").read_text(encoding="utf-8")
+    page = Page(text)
+    assert not re.search(r"https?://|url\(|@import|<script", text) and "\x1b" not in text
+    assert [section["id"] for section in page.all("section")] == [
+        *("verdicts", "table", "picture", "questions", "cloze", "settings", "statement")
+    ]
+    (image,) = page.all("img")
+    assert (image["src"] or "").startswith("data:image/png;base64,") and len(image["alt"] or "") > 40
+    results = find_knowledge(reported)
+    columns = columns_of(results)
+    header, good, *rows = page.rows
+    assert header == ["model", *(column.header for column in columns)] and "" not in good
+    assert rows == [[result.label, *(column.text(result) for column in columns)] for result in results]
+    said = " ".join(page.text.split())
+    assert judge_knowledge(results[1], results).sentence.replace("->", "→") in said
+    assert STATEMENT in said and "<script>alert(1)</script> [red]markup[/red]" in said
+    lines = [json.loads(line) for line in (results[1].folder / "questions.jsonl").read_text().splitlines()]
+    shown = [table for table in page.tables if table[0][0] == "option"]
+    assert len(shown) == 5  # first questions
+    (line,) = [
+        line
+        for line in lines
+        if line["kind"] == "choice" and (line["role"], line["index"], line["rotation"]) == ("forget", 3, 0)
+        if (line["format"], line["suffix"]) == ("harness", "")
+    ]
+    probabilities = [f"{torch.tensor(value).exp():.2f}" for value in line["logp"]]
+    assert [row[2] for row in shown[3][1:]] == probabilities and shown[3][0] == ["option", "before", "GRUN-RMU"]
+    assert [row[0] for row in shown[3][1:]] == ["A. option 3", "B. option 4 (right)", "C. option 5", "D. option 6"]
+    for role in ROLES:
+        texts = [line["text"].split() for line in lines if line["kind"] == "cloze" and line["role"] == role]
+        assert all(" ".join(text) in said for text in texts[:5])
+        assert f"The {role} stone 4 is" in said and f"The {role} stone 5 is" not in said
+
+
+def test_the_report_is_printed_and_names_its_files(results: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["report", f"results_dir={results}"]) == 0
+    printed = capsys.readouterr().out
+    assert max(map(len, printed.split("written:")[0].splitlines())) <= 100
+    words = " ".join(printed.split())
+    loaded = find_knowledge(results)
+    assert judge_knowledge(loaded[1], loaded).sentence in words
+    assert "The forget stone 4 is" in words and "The forget stone 5 is" not in words
+    for name in ("report.html", "table.csv", "table.md", "summary.json", "knowledge.png"):
+        assert f"written: {results / name}" in printed and (results / name).stat().st_size > 0
+
+
+# -- verdicts ---------------------------------------------------------------------------------------------------------
+
+TARGET = {"forget": (0.27, 0.02), "neighbor": (0.95, 0.96), "general": (0.98, 0.97)}
+BEFORE = {**TARGET, "forget": (0.98, 1.0)}
+
+
+def write_numbers(
+    results: Path,
+    name: str,
+    numbers: dict[str, tuple[float | None, float | None]],
+    suffix: float | None = None,
+    **settings: Any,
+) -> None:
+    """An evaluation as the suite writes it, with these numbers of multiple choice and cloze by role."""
+    evaluation = copy.deepcopy(evaluation_of(results, "before"))
+    evaluation["choices"] = [way for way in evaluation["choices"] if way["format"] == "harness"]
+    evaluation["settings"] |= settings
+    for way in evaluation["choices"]:
+        for role, values in way["roles"].items():
+            value = suffix if suffix is not None and way["suffix"] and role == "forget" else numbers[role][0]
+            values |= {"accuracy": value, "chance": 0.25}
+    for role, values in evaluation["cloze"]["roles"].items():
+        values["fact_recall"] = numbers[role][1]
+    write_json(results / "evaluation" / name / "evaluation.json", evaluation)
+
+
+@pytest.fixture
+def known(results: Path) -> Path:
+    """Evaluations of the model before and of the retain-only one."""
+    shutil.rmtree(results / "evaluation" / "grun_rmu")
+    for name, numbers in (("retain_only", TARGET), ("before", BEFORE)):
+        write_numbers(results, name, dict(numbers))
+    return results
+
+
+def verdict(results: Path, name: str) -> tuple[str, str, str]:
+    loaded = find_knowledge(results)
+    (result,) = [result for result in loaded if result.name == name]
+    judgement = judge_knowledge(result, loaded)
+    assert judgement.sentence.startswith(f"{result.label}: {judgement.words}. ")
+    return judgement.outcome, judgement.words, judgement.sentence
+
+
+@pytest.mark.parametrize(
+    ("forget", "suffix", "general", "expected"),
+    [
+        ((0.30, 0.07), 0.20, (0.94, 0.93), ("reached", "removes; keeps the rest")),
+        ((0.25, 0.00), 0.25, (0.90, 0.97), ("missed", "removes; damages the rest: multiple choice 92% of before")),
+        (
+            (0.25, 0.08),
+            0.25,
+            (0.98, 0.97),
+            ("missed", "hides: cloze 0.08; keeps the rest"),
+        ),
+        (
+            (0.25, 0.0),
+            0.31,
+            (0.98, 0.97),
+            ("missed", 'hides: multiple choice 0.31 behind "the letter is"; keeps the rest'),
+        ),
+        (
+            (0.28, 1.0),
+            0.10,
+            (0.49, 0.0),
+            (
+                "missed",
+                'hides: multiple choice 0.10 behind "the letter is", cloze 1.00; '
+                "damages the rest: multiple choice 50% and cloze 0% of before",
+            ),
+        ),
+        (
+            (0.83, 0.0),
+            0.25,
+            (0.98, 0.97),
+            ("missed", "partly forgets: multiple choice lowered by 15 points; keeps the rest"),
+        ),
+        ((0.84, 0.0), 0.25, (0.98, 0.97), ("missed", "does not forget; keeps the rest")),
+        (
+            (0.05, 0.0),
+            0.25,
+            (0.98, 0.97),
+            (
+                "missed",
+                "partly forgets: multiple choice lowered by 93 points to below chance, so the right option is still "
+                "told apart; keeps the rest",
+            ),
+        ),
+    ],
+)
+def test_the_verdict_follows_the_numbers(
+    known: Path,
+    forget: tuple[float, float],
+    suffix: float,
+    general: tuple[float, float],
+    expected: tuple[str, str],
+) -> None:
+    write_numbers(known, "rmu", {"forget": forget, "neighbor": (0.19, 0.48), "general": general}, suffix)
+    outcome, words, sentence = verdict(known, "rmu")
+    assert (outcome, words) == expected
+    assert f"Forget multiple choice 0.98 -> {forget[0]:.2f} (chance 0.25), behind a suffix {suffix:.2f};" in sentence
+    assert f"forget cloze 1.00 -> {forget[1]:.2f} (retain only 0.02)" in sentence
+    assert sentence.endswith("neighbor multiple choice 20% and cloze 50% of before.")
+
+
+def test_as_much_as_the_retain_only_model_guesses_is_no_knowledge(known: Path) -> None:
+    write_numbers(known, "retain_only", {**TARGET, "forget": (0.34, 0.02)}, 0.36)
+    write_numbers(known, "rmu", {**TARGET, "forget": (0.34, 0.0)}, 0.36)
+    write_numbers(known, "grun_rmu", {**TARGET, "forget": (0.34, 0.0)}, 0.37)
+    assert verdict(known, "rmu")[1] == "removes; keeps the rest"
+    assert verdict(known, "grun_rmu")[1].startswith('hides: multiple choice 0.37 behind "the letter is"')
+
+
+def test_without_a_retain_only_model_few_sentences_may_be_completed(known: Path) -> None:
+    shutil.rmtree(known / "evaluation" / "retain_only")
+    write_numbers(known, "rmu", {**TARGET, "forget": (0.25, 0.05)})
+    write_numbers(known, "grun_rmu", {**TARGET, "forget": (0.25, 0.06)})
+    assert verdict(known, "rmu")[0] == "reached"
+    outcome, words, sentence = verdict(known, "grun_rmu")
+    assert outcome == "missed" and words.startswith("hides: cloze 0.06")
+    assert "(no retain-only model, so 0.05 is allowed)" in sentence
+
+
+def test_nothing_is_called_removed_that_cannot_be_told(known: Path) -> None:
+    """Without cloze removing and hiding look the same; a model that never knew cannot forget."""
+    write_numbers(known, "rmu", {**TARGET, "forget": (0.25, 0.0)})
+    never = shutil.copytree(known, known.with_name("never_knew"))
+    write_numbers(never, "before", {**TARGET, "forget": (0.29, 1.0)})
+    outcome, words, _ = verdict(never, "rmu")
+    assert outcome == "open" and words.startswith("no verdict: the model before was at chance")
+    for name in ("before", "retain_only", "rmu"):
+        evaluation = evaluation_of(known, name)
+        del evaluation["cloze"]
+        write_json(known / "evaluation" / name / "evaluation.json", evaluation)
+    outcome, words, _ = verdict(known, "rmu")
+    assert outcome == "open" and "whether removed or hidden is open" in words and "removes" not in words
+
+
+def test_methods_stand_in_their_order_under_their_names(known: Path) -> None:
+    names = ["other", "random_mapping", "rmu", "a_method", "max_entropy", "min_posterior", "grun_rmu"]
+    for name in names:
+        write_numbers(known, name, dict(TARGET))
+    assert [result.label for result in find_knowledge(known)] == [
+        *("before", "retain only", "RMU", "GRUN-RMU", "max-entropy", "min-posterior", "random-mapping"),
+        *("a_method", "other"),
+    ]
+
+
+def test_the_picture_says_how_each_model_did(known: Path) -> None:
+    write_numbers(known, "rmu", {**TARGET, "forget": (0.26, 0.01)})
+    write_numbers(known, "grun_rmu", {**TARGET, "forget": (0.26, 0.7), "general": (0.5, 0.97)})
+    from grun.report.knowledge_figure import draw_knowledge
+
+    figure = draw_knowledge(find_knowledge(known))
+    assert figure is not None
+    forget, general = figure.axes
+    assert [round(bar.get_width(), 2) for bar in forget.patches] == [  # type: ignore[attr-defined]
+        *(0.98, 1.0, 0.27, 0.02, 0.26, 0.01, 0.26, 0.7)
+    ]
+    assert [round(bar.get_width(), 2) for bar in general.patches][-2:] == [0.5, 0.97]  # type: ignore[attr-defined]
+    texts = [text.get_text() for text in forget.texts]
+    assert {"RMU", "removes; keeps the rest", "GRUN-RMU", "hides; damages the rest", "chance"} <= set(texts)
+    chance, target = forget.lines[-2:]
+    assert (chance.get_xdata()[0], target.get_xdata()[0]) == (0.25, 0.02)  # type: ignore[index]
+
+
+# -- what is refused --------------------------------------------------------------------------------------------------
+
+
+def test_what_cannot_stand_in_one_table_is_refused(known: Path) -> None:
+    write_numbers(known, "rmu", dict(TARGET), choices={"forget": "other questions"})
+    with pytest.raises(RunError, match=r"rmu asked other questions than .*before.*settings: choices"):
+        make_report(ReportConfig(results_dir=str(known)))
+    write_json(known / "evaluation" / "rmu" / "evaluation.json", {"sets": {}, "settings": {}})
+    with pytest.raises(RunError, match=r"several suites \(knowledge: before, retain_only; answers: rmu\)"):
+        make_report(ReportConfig(results_dir=str(known)))
+    for name in ("before", "retain_only", "rmu"):
+        write_json(known / "evaluation" / name / "evaluation.json", {"suite": "judge", "settings": {}})
+    with pytest.raises(RunError, match="suite=judge, of which there is no report"):
+        make_report(ReportConfig(results_dir=str(known)))
+
+
+def test_knowledge_is_not_compared_across_folders(known: Path, tmp_path: Path) -> None:
+    for run in (known, known / "evaluation" / "before"):
+        with pytest.raises(RunError, match="of suite=knowledge; report them alone, with results_dir="):
+            make_report(ReportConfig(results_dir=str(tmp_path / "both"), runs=[str(run)]))
+
+
+def test_a_folder_without_before_says_so(known: Path) -> None:
+    shutil.rmtree(known / "evaluation" / "before")
+    with pytest.raises(RunError, match="nothing to compare with; evaluate the taught model"):
+        make_report(ReportConfig(results_dir=str(known)))

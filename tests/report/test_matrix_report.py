@@ -1,0 +1,495 @@
+"""The matrix report: cells over seeds, their spread and cost, what is said of them, and the picture."""
+
+from __future__ import annotations
+
+import csv
+import io
+import re
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+from made_results import LEFT, TRAINED, write_cell, write_evaluation, write_matrix, write_run
+from matplotlib.container import ErrorbarContainer
+from test_report_html import Page
+
+from grun.config.options import ReportConfig
+from grun.report import figures, make_report
+from grun.report.distributions import gate_histograms
+from grun.report.html import page
+from grun.report.matrix import Matrix, first_seeds, make_matrix
+from grun.report.matrix_figure import COLORS, forget_against_utility, spread_apart
+from grun.report.matrix_tables import to_csv, to_markdown, to_tex
+from grun.report.matrix_words import compare, words
+from grun.report.measures import Measure, Spread
+from grun.report.missing import notes
+from grun.report.results import find_results
+from grun.report.tables import to_csv as table_csv
+from grun.runtime.files import read_json, taken, write_bytes, write_json
+
+ROWS = 10
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two objectives, four parametrizations, three seeds; one cell failed, and one seed of another."""
+    folder = tmp_path_factory.mktemp("matrix")
+    failed = [f"npo-reft-s{seed}" for seed in (42, 43, 44)]
+    return write_matrix(folder, rows=ROWS, left_out=[*failed, "gd-lora-s44"])
+
+
+@pytest.fixture(scope="module")
+def tofu(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("tofu")
+    return write_matrix(folder, rows=12, facts=False, objectives=["gd"], parametrizations=["lora", "grun"])
+
+
+def matrix_of(folder: Path) -> Matrix:
+    matrix = make_matrix(find_results(folder))
+    assert matrix is not None
+    return matrix
+
+
+def sentences_of(folder: Path, objective: str = "GD") -> str:
+    return " ".join(dict(words(matrix_of(folder)))[objective])
+
+
+# -- cells and numbers ------------------------------------------------------------------------------------------------
+
+
+def test_seeds_are_one_row_and_rows_stand_by_objective_and_parametrization(made: Path) -> None:
+    matrix = matrix_of(made)
+    assert [(row.label, row.seeds) for row in matrix.rows] == [
+        ("before", ()),
+        ("retain only (target)", ()),
+        ("GD full", (42, 43, 44)),
+        ("GD LoRA", (42, 43)),
+        ("GD ReFT", (42, 43, 44)),
+        ("GD GRUN", (42, 43, 44)),
+        ("NPO full", (42, 43, 44)),
+        ("NPO LoRA", (42, 43, 44)),
+        ("NPO ReFT", ()),
+        ("NPO GRUN", (42, 43, 44)),
+    ]
+
+
+def test_means_and_deviations_are_those_of_the_evaluations_on_disk(made: Path) -> None:
+    matrix = matrix_of(made)
+    measures = {measure.key: measure for measure in matrix.measures}
+    (row,) = [row for row in matrix.rows if row.label == "GD GRUN"]
+    evaluations = [read_json(made / "evaluation" / f"gd-grun-s{seed}" / "evaluation.json") for seed in row.seeds]
+    for name, metric in (("forget", "rouge_l"), ("heldout", "fact_recall"), ("retain", "fact_recall")):
+        values = [evaluation["sets"][name][metric] for evaluation in evaluations]
+        spread = row.spread(measures[f"{name}.{metric}"])
+        # The same few numbers are added in another order.
+        assert spread.mean == pytest.approx(np.mean(values), abs=1e-12)
+        assert spread.deviation == pytest.approx(np.std(values, ddof=1), abs=1e-12)
+    assert row.spread(measures["heldout.fact_recall"]).deviation == pytest.approx(1 / ROWS, abs=0.05)
+    assert row.spread(measures["gate.auc"]).n == 3
+    assert row.spread(measures["cost.parameters"]).values == (4000.0,) * 3
+    seconds = [read_json(made / f"gd-grun-s{seed}" / "run.json")["seconds"] for seed in row.seeds]
+    assert (
+        row.spread(measures["cost.seconds"]).text("seconds")
+        == f"{np.mean(seconds):.0f} ± {np.std(seconds, ddof=1):.0f}"
+    )
+
+
+@pytest.mark.parametrize(
+    ("values", "kind", "text"),
+    [
+        ((0.1, 0.2, 0.3), "share", "0.20 ± 0.10"),
+        ((0.5,), "share", "0.50"),
+        ((), "share", "-"),
+        ((0.04, 0.5, 1e-5), "p", "0.040 (1.0e-5 to 0.50)"),
+        ((0.04,), "p", "0.040"),
+        ((1e6, 1e6), "count", "1,000,000"),
+        ((9.5, 10.5), "seconds", "10.0 ± 0.7"),
+        ((100.0, 300.0), "seconds", "200 ± 141"),
+        ((440_000.0, 440_000.0), "size", "0.440"),
+        ((2.0**30, 2.0**30 + 2**21), "memory", "1,025 ± 1"),
+    ],
+)
+def test_a_spread_is_told_as_readers_expect(values: tuple[float, ...], kind: str, text: str) -> None:
+    assert Spread(values).text(kind) == text  # type: ignore[arg-type]
+
+
+def test_runs_of_other_settings_or_of_the_same_seed_are_no_seeds_of_one_cell(tmp_path: Path) -> None:
+    write_matrix(tmp_path, rows=4, objectives=["gd"], parametrizations=["lora"])
+    for name, rank in (("wide-s42", 16), ("wide-s43", 16), ("again", 8)):
+        write_evaluation(tmp_path / "evaluation" / name, {"forget": 0.0}, rows=4)
+        write_cell(tmp_path / name, "gd", "lora", 43 if name.endswith("43") else 42, rank=rank)
+    cells = matrix_of(tmp_path).cells
+    found = {tuple(result.name for result in row.results) for row in cells}
+    assert found == {("gd-lora-s42", "gd-lora-s43", "gd-lora-s44"), ("wide-s42", "wide-s43"), ("again",)}
+    assert len({row.label for row in cells}) == 3
+
+
+def test_one_parametrization_with_one_seed_is_no_matrix_and_an_older_matrix_goes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(figures, "DPI", 20)
+    write_matrix(tmp_path, rows=4, objectives=["gd", "npo"], parametrizations=["grun"], seeds=[42])
+    old = [tmp_path / f"matrix.{ending}" for ending in ("md", "csv", "tex", "png")]
+    with taken(tmp_path):
+        for path in old:
+            write_bytes(path, b"of an older report")
+    make_report(ReportConfig(results_dir=str(tmp_path)))
+    assert not any(path.exists() for path in old)
+    assert 'id="matrix"' not in (tmp_path / "report.html").read_text()
+    assert [result.label for result in find_results(tmp_path)][2:] == ["GD", "NPO"]
+
+
+def test_the_size_comes_from_the_files_where_an_older_run_does_not_say_it(tmp_path: Path) -> None:
+    write_matrix(tmp_path, rows=4, objectives=["gd"], parametrizations=["lora", "full"], seeds=[42])
+    for name, files in (("lora", ["adapter_model"]), ("full", ["model-00001-of-00002", "model-00002-of-00002"])):
+        run = tmp_path / f"gd-{name}-s42"
+        record = read_json(run / "run.json")
+        del record["saved_bytes"]
+        write_json(run / "run.json", record)
+        for file in files:
+            (run / f"{file}.safetensors").write_bytes(bytes(500))
+    matrix = matrix_of(tmp_path)
+    (size,) = [measure for measure in matrix.measures if measure.key == "cost.saved_bytes"]
+    assert [row.spread(size).mean for row in matrix.cells] == [1000.0, 500.0]
+
+
+def test_labels_tell_parametrizations_and_seeds_apart_only_where_they_differ(made: Path) -> None:
+    results = find_results(made)
+    assert {"GD LoRA s42", "GD LoRA s43", "NPO GRUN s44"} <= {result.label for result in results}
+    shown = first_seeds(results)
+    assert [result.label for result in shown][2:] == [
+        *("GD full", "GD LoRA", "GD ReFT", "GD GRUN", "NPO full", "NPO LoRA", "NPO GRUN")
+    ]
+    assert all(result.seed == 42 for result in shown[2:])
+
+
+# -- what is missing --------------------------------------------------------------------------------------------------
+
+
+def test_missing_cells_and_seeds_are_noted_with_what_is_known_of_them(made: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(made, tmp_path / "copy")
+    options = {"objective": "npo", "method": {"parametrization": "reft"}, "seed": 43}
+    write_json(folder / "npo-reft-s43" / "run_identity.json", {"config": options})
+    write_cell(folder / "npo-reft-s44", "npo", "reft", 44)
+    write_json(folder / "npo-reft-s44" / "run_identity.json", {"config": {**options, "seed": 44}})
+    matrix = matrix_of(folder)
+    assert notes(matrix) == [
+        "GD LoRA: 2 of 3 seeds (seed 44 not run).",
+        "NPO ReFT: no evaluated run (seed 42 not run; seed 43 did not finish; seed 44 trained, not evaluated).",
+    ]
+    lines = [line for line in to_markdown(matrix).splitlines() if line.startswith("| NPO ReFT |")]
+    assert [set(line.removeprefix("| NPO ReFT |").split()) for line in lines] == [{"|", "-"}] * 2
+    assert "n = 2 to 3" in matrix.caption
+
+
+def test_cells_of_which_a_sweep_says_that_they_failed_are_rows_with_its_error(tmp_path: Path) -> None:
+    write_matrix(tmp_path, rows=4, objectives=["gd"], parametrizations=["lora", "grun"], seeds=[42])
+    options = {"objective": "npo", "method": {"parametrization": "lora"}, "seed": 42}
+    write_json(tmp_path / "cells" / "npo-lora-s42.json", {"name": "npo-lora-s42", "unlearn": options})
+    write_json(tmp_path / "cells" / "npo-lora-s42.outcome.json", {"state": "failed", "error": "out of memory"})
+    matrix = matrix_of(tmp_path)
+    assert [row.label for row in matrix.cells] == ["GD LoRA", "GD GRUN", "NPO LoRA", "NPO GRUN"]
+    assert notes(matrix) == [
+        "NPO LoRA: no evaluated run (seed 42 failed: out of memory).",
+        "NPO GRUN: no evaluated run (seed 42 not run).",
+    ]
+    assert forget_against_utility(matrix.results) is not None
+
+
+def test_an_adapter_whose_weights_were_removed_is_reported_all_the_same(tmp_path: Path) -> None:
+    write_matrix(tmp_path, rows=4, objectives=["gd"], parametrizations=["lora", "grun"], seeds=[42])
+    path = tmp_path / "evaluation" / "gd-grun-s42" / "evaluation.json"
+    write_json(path, {**read_json(path), "adapter": "gone", "identity": {"base": "b1", "adapter": "a hash"}})
+    (tmp_path / "gd-grun-s42" / "adapter_config.json").write_text("{}")
+    assert len(find_results(tmp_path)) == 4
+
+
+def test_seconds_that_leave_out_what_an_earlier_run_computed_are_noted(tmp_path: Path) -> None:
+    write_matrix(tmp_path, rows=4, objectives=["gd"], parametrizations=["lora", "grun"], seeds=[42, 43])
+    for seed, found in ((42, 0), (43, 7)):
+        path = tmp_path / f"gd-grun-s{seed}" / "run.json"
+        write_json(path, {**read_json(path), "cache": {"found": found}})
+    (note,) = notes(matrix_of(tmp_path))
+    assert note.endswith("which their seconds leave out: GD GRUN 1 of 2.")
+
+
+# -- files ------------------------------------------------------------------------------------------------------------
+
+
+def test_the_csv_holds_every_runs_raw_numbers_and_their_statistics(made: Path) -> None:
+    matrix = matrix_of(made)
+    lines = list(csv.DictReader(io.StringIO(to_csv(matrix))))
+    for row in matrix.rows:
+        of_row = [line for line in lines if line["row"] == row.label]
+        runs = [line for line in of_row if line["statistic"] == "run"]
+        assert [line["name"] for line in runs] == [result.name for result in row.results]
+        assert [line["seed"] for line in runs] == [str(seed) for seed in row.seeds] or row.stage != "after"
+        statistics = {line["statistic"]: line for line in of_row if line["statistic"] != "run"}
+        assert list(statistics) == ["n", "mean", "sd", "median", "lowest", "highest"]
+        for measure in matrix.measures:
+            values = [float(line[measure.key]) for line in runs if line[measure.key]]
+            assert int(statistics["n"][measure.key]) == len(values)
+            if values:
+                # repr gives every digit back; the sums differ by rounding alone
+                assert float(statistics["mean"][measure.key]) == pytest.approx(np.mean(values), rel=1e-12)
+            if len(values) > 1:
+                expected = np.std(values, ddof=1)
+                assert float(statistics["sd"][measure.key]) == pytest.approx(expected, rel=1e-9, abs=1e-12)
+            else:
+                assert statistics["sd"][measure.key] == ""
+
+
+def test_p_values_have_a_median_and_a_range_but_no_mean(tofu: Path) -> None:
+    matrix = matrix_of(tofu)
+    keys = [measure.key for measure in matrix.measures]
+    assert keys[0] == "forget.rouge_l" and {"overall.model_utility", "reference.forget_quality"} <= set(keys)
+    assert not any("fact_recall" in key for key in keys)
+    lines = [line for line in csv.DictReader(io.StringIO(to_csv(matrix))) if line["row"] == "GD GRUN"]
+    quality = {line["statistic"]: line["reference.forget_quality"] for line in lines if line["statistic"] != "run"}
+    values = [float(line["reference.forget_quality"]) for line in lines if line["statistic"] == "run"]
+    assert (quality["mean"], quality["sd"]) == ("", "")
+    assert float(quality["median"]) == np.median(values)
+    assert (float(quality["lowest"]), float(quality["highest"])) == (min(values), max(values))
+    assert "median p-value" in matrix.caption and "Main metric: ROUGE-L" in matrix.caption
+
+
+def test_the_latex_has_balanced_braces_and_as_many_cells_as_columns(made: Path) -> None:
+    tex = to_tex(matrix_of(made))
+    content = "\n".join(line for line in tex.splitlines() if not line.startswith("%"))
+    bare = re.sub(r"\\[&%$#_{}]", "", content)
+    depth = np.cumsum([{"{": 1, "}": -1}.get(character, 0) for character in bare])
+    assert depth[-1] == 0 and depth.min() >= 0
+    assert bare.count("$") % 2 == 0 and r"\pm" in bare and "±" not in tex.split("\\begin", 1)[1]
+    tables = re.findall(r"\\begin\{tabular\}\{(\w+)\}(.*?)\\end\{tabular\}", content, re.DOTALL)
+    assert len(tables) == 2
+    for columns, body in tables:
+        rows = [line for line in body.splitlines() if line.endswith(r"\\")]
+        assert len(rows) >= 9
+        assert all(len(row.split(" & ")) == len(columns) for row in rows)
+
+
+def test_names_of_variants_are_escaped(tmp_path: Path) -> None:
+    write_matrix(tmp_path, rows=4, objectives=["gd"], parametrizations=["lora", "grun"], seeds=[42])
+    write_evaluation(tmp_path / "evaluation" / "a_b|100%", {"forget": 0.0}, rows=4)
+    write_run(tmp_path / "a_b|100%", "gd", "lora")
+    matrix = matrix_of(tmp_path)
+    assert r"GD LoRA (a\_b\textbar{}100\%)" in to_tex(matrix)
+    assert r"| GD LoRA (a\_b\|100%) |" in to_markdown(matrix)
+
+
+def test_the_markdown_names_the_target_and_every_mean(made: Path) -> None:
+    text = to_markdown(matrix_of(made))
+    assert "The target is retain only, a model never taught the forget set" in text
+    (line,) = [line for line in text.splitlines() if line.startswith("| GD GRUN | 3 |") and "1.000" in line]
+    assert f"{LEFT['grun']:.2f} ± 0.00" in line
+    assert f"| {TRAINED['full']:,} |" in text
+
+
+# -- words ------------------------------------------------------------------------------------------------------------
+
+SHARE = Measure("heldout.fact_recall", "held-out fact recall", "high", "share", lambda result: None)
+SECONDS = Measure("cost.seconds", "seconds", "low", "seconds", lambda result: None, is_cost=True)
+LEFT_OVER = Measure(
+    "forget_paraphrase.fact_recall", "paraphrase fact recall", "low, as retain only", "share", lambda _: None
+)
+PARAMETERS = Measure("cost.parameters", "trained parameters", "low", "count", lambda result: None, is_cost=True)
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs", "measure", "standing"),
+    [
+        # deviations 0.01 and 0.01 against differences of 0.03 and 0.015
+        ((0.89, 0.90, 0.91), (0.86, 0.87, 0.88), SHARE, "ahead"),
+        ((0.86, 0.87, 0.88), (0.89, 0.90, 0.91), SHARE, "behind"),
+        ((0.89, 0.90, 0.91), (0.875, 0.885, 0.895), SHARE, "within the spread"),
+        ((0.9,), (0.1, 0.1), SHARE, "one seed, no spread known"),
+        ((0.9,), (0.9,), SHARE, "equal"),
+        ((1.0, 1.1), (5.0, 5.1), SECONDS, "ahead"),
+        ((0.2, 0.2), (0.0, 0.01), LEFT_OVER, "behind"),  # what is left of the forget set in other words
+        ((5.0,), (1.0,), PARAMETERS, "behind"),  # a count needs no second seed
+        ((), (1.0,), SHARE, None),
+    ],
+)
+def test_a_difference_counts_beyond_both_deviations_together(
+    ours: tuple[float, ...], theirs: tuple[float, ...], measure: Measure, standing: str | None
+) -> None:
+    assert compare(Spread(ours), Spread(theirs), measure) == standing
+
+
+def constructed(folder: Path, grun: float, lora: float, seeds: Sequence[int] = (42, 43, 44)) -> str:
+    heldout = {"grun": grun, "lora": lora}
+    write_matrix(folder, rows=40, objectives=["gd"], parametrizations=["lora", "grun"], seeds=seeds, heldout=heldout)
+    return sentences_of(folder)
+
+
+def test_words_say_where_grun_wins(tmp_path: Path) -> None:
+    text = constructed(tmp_path, grun=0.9, lora=0.5)
+    assert "Forgets as far as the target (fact recall on forget 0.00): LoRA 0.05 ± 0.00, GRUN 0.00 ± 0.00." in text
+    assert "Held-out fact recall: most with GRUN. GRUN 0.90 ± 0.03 keeps more than LoRA 0.50 ± 0.03." in text
+    assert "Least in trained parameters: GRUN 4,000 (then LoRA 20,000)" in text
+    assert "GRUN is ahead of all others in held-out fact recall, trained parameters, size on disk." in text
+    assert "GRUN is behind in nothing beyond the spread." in text
+    assert "Neither ahead nor behind in paraphrase fact recall: LoRA equal; retain fact recall: LoRA equal" in text
+
+
+def test_words_say_where_grun_loses(tmp_path: Path) -> None:
+    text = constructed(tmp_path, grun=0.5, lora=0.9)
+    assert "most with LoRA. GRUN 0.50 ± 0.03 keeps less than LoRA 0.90 ± 0.03." in text
+    assert "GRUN does not win in held-out fact recall: behind LoRA." in text
+
+
+def test_words_say_who_leaves_more_when_the_question_is_put_in_other_words(tmp_path: Path) -> None:
+    constructed(tmp_path, grun=0.9, lora=0.9)
+    for seed in (42, 43, 44):
+        path = tmp_path / "evaluation" / f"gd-lora-s{seed}" / "evaluation.json"
+        evaluation = read_json(path)
+        evaluation["sets"]["forget_paraphrase"]["fact_recall"] = 0.0
+        write_json(path, evaluation)
+    text = sentences_of(tmp_path)
+    assert re.search(
+        r"Paraphrase fact recall: least with LoRA\. GRUN 0\.\d\d ± 0\.00 leaves more than LoRA 0\.00", text
+    )
+    assert "GRUN does not win in paraphrase fact recall: behind LoRA" in text
+
+
+def test_words_say_what_is_within_the_spread_and_what_has_none(tmp_path: Path) -> None:
+    text = constructed(tmp_path / "three", grun=0.9, lora=0.875)
+    assert re.search(r"GRUN 0\.90 ± 0\.\d\d against LoRA 0\.8\d ± 0\.\d\d: within the spread\.", text)
+    assert "held-out fact recall: LoRA within the spread" in text
+    text = constructed(tmp_path / "one", grun=0.9, lora=0.5, seeds=[42])
+    assert re.search(r"GRUN 0\.\d\d against LoRA 0\.\d\d: one seed, no spread known\.", text)
+    assert "held-out fact recall: LoRA one seed, no spread known" in text
+
+
+def test_words_tell_a_cell_that_keeps_much_because_it_forgot_little(made: Path) -> None:
+    text = sentences_of(made)
+    assert f"; not as far: ReFT {LEFT['reft']:.2f} ± 0.00." in text
+    assert re.search(r"ReFT 0\.\d\d ± 0\.\d\d \(which did not forget as far\)", text)
+    assert "LoRA (which" not in text and "full (which" not in text
+    assert dict(words(matrix_of(made))).keys() == {"GD", "NPO"}
+
+
+# -- page, terminal, picture ------------------------------------------------------------------------------------------
+
+
+def test_the_page_begins_with_the_matrix_and_shows_one_seed_of_each_cell(made: Path) -> None:
+    results = find_results(made)
+    text = page(results, "title", [])
+    parsed = Page(text)
+    assert [section["id"] for section in parsed.all("section")][:2] == ["matrix", "verdicts"]
+    quality, cost, every_run = parsed.tables
+    assert [row[0] for row in quality[2:]] == [row.label for row in matrix_of(made).rows]
+    assert [row[0] for row in cost[2:]] == [row.label for row in matrix_of(made).cells]
+    assert len(every_run) == 2 + len(results)
+    assert all(set(row[1:]) == {"-"} for row in (*quality, *cost) if row[0] == "NPO ReFT")
+    verdicts = [box for box in parsed.all("p") if (box.get("class") or "").startswith("verdict")]
+    assert len(verdicts) == 7
+    said = " ".join(parsed.text.split())
+    assert said.count("Of each objective and parametrization one seed is shown, the lowest.") == 2
+    assert "NPO ReFT: no evaluated run" in said and "GRUN does not win in" in said
+
+
+@pytest.fixture
+def no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(figures, "pictures", lambda: ())
+
+
+@pytest.mark.usefixtures("no_pictures")
+def test_many_runs_are_printed_as_the_matrix(made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = shutil.copytree(made, tmp_path / "copy")
+    make_report(ReportConfig(results_dir=str(folder)))
+    printed = capsys.readouterr().out
+    assert max(len(line) for line in printed.splitlines() if not line.startswith("written:")) <= 100
+    assert not re.search(r"s4[234] ", printed.partition("written:")[0].replace("seed", ""))
+    rows = [line.split() for line in printed.splitlines()]
+    (row,) = [row for row in rows if row[:3] == ["GD", "GRUN", "3"]]
+    assert "0.00±0.00" in row and "4.0k" in row
+    words_printed = " ".join(printed.split())
+    assert "GD: GRUN beside the others" in words_printed and "First 1 forget question:" in words_printed
+    assert "GD LoRA: 2 of 3 seeds" in words_printed and "NOT reached" not in words_printed
+    for name in ("matrix.md", "matrix.csv", "matrix.tex"):
+        assert (folder / name).is_file() and f"written: {folder / name}" in printed
+
+
+@pytest.mark.usefixtures("no_pictures")
+def test_few_runs_are_printed_one_by_one(tofu: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = shutil.copytree(tofu, tmp_path / "copy")
+    make_report(ReportConfig(results_dir=str(folder)))
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "GD GRUN s44" in printed  # a row of the table
+    assert re.search(r"GD GRUN: (answers )?forgotten, the rest kept|GD GRUN: NOT reached", printed)
+    assert "GD GRUN s44:" not in printed and "GD: GRUN beside the others" in printed
+    assert "one seed is shown" in printed
+
+
+def test_the_picture_has_a_mark_for_each_cell_with_its_spread(made: Path) -> None:
+    results = find_results(made)
+    figure = forget_against_utility(results)
+    assert figure is not None
+    bars = [found for found in figure.axes[0].containers if isinstance(found, ErrorbarContainer)]
+    assert len(bars) == 7  # of eight cells one failed
+    colors = [bar.lines[0].get_color() for bar in bars]
+    assert [colors.count(COLORS[kind]) for kind in ("full", "lora", "reft", "grun")] == [2, 2, 1, 2]
+    assert {bar.lines[0].get_marker() for bar in bars} == {"o", "s"}
+    assert figure.axes[0].get_ylabel().startswith("held-out fact recall")
+
+
+def test_the_picture_of_a_corpus_without_facts_has_model_utility(tofu: Path) -> None:
+    figure = forget_against_utility(find_results(tofu))
+    assert figure is not None
+    assert figure.axes[0].get_ylabel().startswith("model utility")
+    assert figure.axes[0].get_xlabel().startswith("forget ROUGE-L")
+
+
+def test_markers_at_one_spot_are_moved_apart_and_no_further_than_needed() -> None:
+    spots = [(0.0, 0.0)] * 24 + [(500.0, 500.0)]
+    places = spread_apart(spots, 10.0)
+    assert places[0] == (0.0, 0.0) and places[-1] == (500.0, 500.0)
+    distances = [np.hypot(a[0] - b[0], a[1] - b[1]) for i, a in enumerate(places) for b in places[:i]]
+    assert min(distances) >= 10.0
+    assert max(np.hypot(*place) for place in places[:-1]) < 60
+    assert places == spread_apart(spots, 10.0)
+
+
+def test_with_many_runs_scatter_plots_show_cells_by_shape_and_color(tmp_path: Path) -> None:
+    objectives = ("gd", "idk", "npo")
+    results = find_results(write_matrix(tmp_path, rows=6, objectives=objectives, seeds=[42], facts=False))
+    for draw in (figures.forget_quality_vs_utility, figures.forget_vs_retain):
+        figure = draw(results)
+        assert figure is not None
+        texts = {
+            text.get_text()
+            for legend in figure.axes[-1].artists
+            for text in legend.findobj()
+            if hasattr(text, "get_text")
+        }
+        assert {"GD", "IDK", "NPO"} <= texts
+
+
+# -- several folders, and the validation set --------------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("no_pictures")
+def test_seeds_in_several_folders_are_one_cell(tmp_path: Path) -> None:
+    for folder, seeds in (("a", [42, 43]), ("b", [44])):
+        write_matrix(tmp_path / folder, rows=4, objectives=["gd"], parametrizations=["lora", "grun"], seeds=seeds)
+    runs = [str(tmp_path / folder) for folder in ("a", "b")]
+    make_report(ReportConfig(results_dir=str(tmp_path / "out"), runs=runs))
+    lines = list(csv.DictReader(io.StringIO((tmp_path / "out" / "matrix.csv").read_text())))
+    runs_of = [line["name"] for line in lines if line["row"] == "GD GRUN" and line["statistic"] == "run"]
+    assert runs_of == ["a/gd-grun-s42", "a/gd-grun-s43", "b/gd-grun-s44"]
+
+
+def test_the_validation_set_has_a_name_a_meaning_and_a_color(tmp_path: Path) -> None:
+    shares = {"forget": 1.0, "retain": 1.0, "validation": 0.75, "heldout": 1.0}
+    write_evaluation(tmp_path / "evaluation" / "before", shares, rows=4)
+    write_evaluation(tmp_path / "evaluation" / "gd", shares, rows=4, gated=True)
+    write_run(tmp_path / "gd", "gd")
+    results = find_results(tmp_path)
+    assert "settings were chosen by it" in page(results, "title", [])
+    assert "validation.fact_recall" in table_csv(results).splitlines()[0]
+    figure = gate_histograms(results)
+    assert figure is not None
+    assert "validation" in {axes.get_ylabel() for axes in figure.axes}

@@ -1,0 +1,361 @@
+"""The report: summary, table, verdicts, examples and pictures, from a made-up results folder."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from pathlib import Path
+
+import pytest
+from made_results import KNOWN, write_demo, write_evaluation, write_run, write_tofu
+from scipy.stats import ks_2samp
+
+from grun.config.options import ReportConfig
+from grun.errors import RunError
+from grun.evaluation.metrics import truth_ratios
+from grun.report import collect, distributions, figures, make_report, verdict
+from grun.report.results import find_results
+from grun.runtime.files import read_json, taken, write_bytes, write_json
+
+
+@pytest.fixture(autouse=True)
+def coarse_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(figures, "DPI", 20)
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("made")
+    write_demo(folder / "demo")
+    write_tofu(folder / "tofu")
+    return folder
+
+
+@pytest.fixture
+def results(made: Path, tmp_path: Path) -> Path:
+    return shutil.copytree(made / "demo", tmp_path, dirs_exist_ok=True)
+
+
+@pytest.fixture
+def tofu(made: Path, tmp_path: Path) -> Path:
+    return shutil.copytree(made / "tofu", tmp_path, dirs_exist_ok=True)
+
+
+@pytest.fixture
+def no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(figures, "pictures", lambda: ())
+
+
+@pytest.mark.usefixtures("no_pictures")
+def test_the_summary_has_one_row_for_each_model_in_plain_numbers(results: Path) -> None:
+    summary = make_report(ReportConfig(results_dir=str(results), profile="demo"))
+    assert json.loads((results / "summary.json").read_text()) == summary == collect(results, "demo")
+    assert set(summary) == {"profile", "rows", "gate", "seconds"}
+    assert [(row["name"], row["objective"], row["parametrization"], row["stage"]) for row in summary["rows"]] == [
+        ("before", None, "none", "before"),
+        ("retain_only", None, "none", "retain_only"),
+        ("gd", "gd", "grun", "after"),
+        ("idk", "idk", "grun", "after"),
+        ("npo", "npo", "grun", "after"),
+    ]
+    for row in summary["rows"]:
+        assert set(row["metrics"]) == set(KNOWN["before"])
+        for metrics in (*row["metrics"].values(), row["overall"], row["reference"]):
+            assert all(isinstance(value, float) and math.isfinite(value) for value in metrics.values())
+        assert {"rouge_l", "fact_recall", "probability", "degenerate"} <= set(row["metrics"]["forget"])
+        assert row["metrics"]["forget"]["fact_recall"] == KNOWN[row["name"]]["forget"]
+    assert set(summary["gate"]) == {"gd", "idk", "npo"}
+    assert summary["gate"]["gd"]["auc_heldout"] > 0.97
+    assert summary["seconds"]["unlearn/gd"] == 61.25
+    assert summary["seconds"]["evaluate/before"] == 1.5
+
+
+@pytest.mark.usefixtures("no_pictures")
+def test_the_printed_report_fits_and_tells_a_newcomer_everything(
+    results: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    make_report(ReportConfig(results_dir=str(results)))
+    printed = capsys.readouterr().out
+    # Paths are printed whole, so that they can be copied.
+    assert max(len(line) for line in printed.splitlines() if not line.startswith("written:")) <= 100
+    words = " ".join(printed.split())
+    assert "retain only (target)" in words
+    assert "never taught" in words
+    assert "The base weights still contain the data" in words
+    assert "is not erasure of weights" in words
+    assert "GD: forgotten, the rest kept: fact recall on forget 1.00 -> 0.00 (target 0.00)" in words
+    assert "NPO: NOT reached (fact recall on forget 0.30 is more than 0.05 above the target's 0.00" in words
+    # user text is text, not markup; five questions of each set
+    assert "the [red]one[/red] with the long name" in words
+    assert "[b]Nobody[/b]" in words
+    for name in ("forget", "heldout"):
+        assert f"person 4 of the {name} set" in words
+        assert f"person 5 of the {name} set" not in words
+    for name in ("report.html", "summary.json", "table.csv", "table.md", "table.tex"):
+        assert f"written: {results / name}" in printed
+        assert (results / name).is_file()
+
+
+@pytest.mark.usefixtures("no_pictures")
+def test_the_printed_table_of_tofu_has_its_metrics_and_fits(tofu: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    make_report(ReportConfig(results_dir=str(tofu), profile="tofu_small"))
+    printed = capsys.readouterr().out
+    table = printed.partition("rows ")[0]
+    assert max(len(line) for line in printed.splitlines() if not line.startswith("written:")) <= 100
+    words = table.split()
+    assert {"quality", "utility", "truth", "extr.", "authors", "facts", "held-out"} <= set(words)
+    assert "…" not in table  # nothing is cut
+    (full,) = [line.split() for line in table.splitlines() if "NPO full" in line]
+    assert full[3] == "0.00"  # retain ROUGE-L 0 makes model utility 0, which is a number
+    assert "model utility 0.00 (" in " ".join(printed.split())
+
+
+def test_a_run_that_lost_heldout_knowledge_is_said_to(results: Path) -> None:
+    found = find_results(results)
+    gd = found[2]
+    gd.evaluation["sets"]["heldout"]["fact_recall"] = 0.85
+    assert "NOT reached (keeps less than 90% on held-out)" in verdict(gd, found)
+    assert "85% of before on held-out" in verdict(gd, found)
+
+
+def test_pictures_are_drawn_from_what_is_there_and_old_ones_go(results: Path) -> None:
+    with taken(results):
+        for name in ("truth_ratios.png", "forget_quality_vs_utility.png"):
+            write_bytes(results / name, b"of an older report")
+    for name in ("idk", "npo"):
+        shutil.rmtree(results / name)
+        shutil.rmtree(results / "evaluation" / name)
+    make_report(ReportConfig(results_dir=str(results)))
+    drawn = {"forget_vs_retain.png", "gate_histograms.png", "gate_histograms_blocks.png", "training_curves.png"}
+    assert {path.name for path in results.glob("*.png")} == drawn
+    for name in drawn:
+        assert (results / name).read_bytes().startswith(b"\x89PNG")
+
+
+def test_looks_while_training_are_drawn_for_the_runs_that_have_them(results: Path) -> None:
+    assert distributions.monitor_curves(find_results(results)) is None
+    looks = [{"step": s, "sets": {"forget": {"fact_recall": 1 - s / 9}, "retain": {"fact_recall": 1}}} for s in (3, 6)]
+    (results / "idk" / "monitor.jsonl").write_text("".join(json.dumps(look) + "\n" for look in looks))
+    figure = distributions.monitor_curves(find_results(results))
+    assert figure is not None
+    (panel,) = [axes for axes in figure.axes if axes.get_visible()]
+    assert panel.get_title() == "IDK" and panel.get_ylabel() == "fact recall"
+    forget, retain = panel.lines
+    assert list(forget.get_ydata()) == pytest.approx([2 / 3, 1 / 3]) and list(retain.get_ydata()) == [1, 1]
+
+
+def test_tofu_has_two_more_pictures(tofu: Path) -> None:
+    found = find_results(tofu)
+    scatter = figures.forget_quality_vs_utility(found)
+    assert scatter is not None
+    texts = {text.get_text() for text in scatter.axes[0].texts}
+    assert {"p = 0.05", "before (taught all)", "target: retain only (never taught)", "GD GRUN", "NPO full"} <= texts
+    curves = distributions.truth_ratio_curves(found)
+    assert curves is not None
+    assert [axes.get_title() for axes in curves.axes if axes.get_visible()] == ["before", "GD GRUN", "NPO full"]
+
+
+def test_the_marked_distance_is_the_one_that_the_test_judges(tofu: Path) -> None:
+    found = find_results(tofu)
+    target, gd = found[1], found[2]
+    samples = [sorted(truth_ratios(result.table, "forget").values()) for result in (gd, target)]
+    expected = ks_2samp(*samples)
+    _, share, goal = distributions.largest_distance(*samples)
+    assert abs(share - goal) == pytest.approx(expected.statistic, abs=1e-12)
+    assert gd.reference["forget_quality"] == pytest.approx(expected.pvalue, rel=1e-9)
+
+
+def test_a_corpus_without_facts_unknown_and_heldout_drops_those_columns(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shares = {"forget": 1.0, "forget_paraphrase": 1.0, "retain": 1.0}
+    write_evaluation(tmp_path / "evaluation" / "before", shares, facts=False)
+    write_evaluation(tmp_path / "evaluation" / "gd", {**shares, "forget": 0.0}, facts=False)
+    write_run(tmp_path / "gd", "gd")
+    summary = make_report(ReportConfig(results_dir=str(tmp_path)))
+    printed = capsys.readouterr().out.partition("written:")[0]
+    assert "fact" not in printed
+    assert "unknown ROUGE-L" not in " ".join(printed.split())
+    assert "gate AUC" not in printed
+    assert "no target to compare with" in " ".join(printed.split())
+    assert all("fact_recall" not in row["metrics"]["forget"] for row in summary["rows"])
+    assert summary["gate"] == {}
+    assert not (tmp_path / "gate_histograms.png").exists()
+    assert (tmp_path / "forget_vs_retain.png").exists()
+
+
+@pytest.mark.usefixtures("no_pictures")
+def test_two_runs_of_one_objective_go_by_their_names(results: Path) -> None:
+    write_evaluation(results / "evaluation" / "gd_rank8", KNOWN["gd"], gated=True)
+    write_run(results / "gd_rank8", "gd")
+    assert [result.label for result in find_results(results)][2:4] == ["gd", "gd_rank8"]
+    assert {"gd", "gd_rank8", "idk", "npo"} == set(collect(results, "demo")["gate"])
+
+
+def test_an_evaluation_without_a_run_stands_by_its_own_name(results: Path) -> None:
+    write_evaluation(results / "evaluation" / "other", KNOWN["gd"])
+    (other,) = [result for result in find_results(results) if result.name == "other"]
+    assert (other.label, other.objective, other.run) == ("other", None, None)
+
+
+def test_an_adapter_that_was_trained_again_is_noticed(results: Path) -> None:
+    from grun.loading.models import adapter_hash
+
+    run = results / "gd"
+    (run / "adapter_config.json").write_text("{}")
+    (run / "adapter_model.safetensors").write_bytes(b"first")
+    path = results / "evaluation" / "gd" / "evaluation.json"
+    change(path, adapter="gd", identity={"base": None, "adapter": adapter_hash(run)})
+    find_results(results)
+    (run / "adapter_model.safetensors").write_bytes(b"second")
+    with pytest.raises(RunError, match="an earlier adapter than .*gd holds now.*overwrite=true"):
+        find_results(results)
+
+
+def test_quantized_evaluations_are_rows_of_their_own(results: Path) -> None:
+    for name, base in (("before-8bit", "q1"), ("gd-8bit", "q1")):
+        folder = results / "evaluation" / name
+        write_evaluation(folder, KNOWN["gd"])
+        adapter = None if name.startswith("before") else "gd"
+        change(folder / "evaluation.json", adapter=adapter, identity={"base": base, "quantization": "8bit"})
+    found = {result.name: result for result in find_results(results)}
+    assert found["gd-8bit"].run == results / "gd" and found["gd-8bit"].label == "GD 8bit"
+    assert (found["before-8bit"].stage, found["before-8bit"].label) == ("before", "before 8bit")
+    assert list(found)[:2] == ["before", "before-8bit"]  # the first is what all others are compared with
+    assert "keeps 100% of before on retain" in verdict(found["gd"], list(found.values()))
+    change(results / "evaluation" / "gd-8bit" / "evaluation.json", identity={"base": "q2", "quantization": "8bit"})
+    with pytest.raises(RunError, match="another base model"):
+        find_results(results)
+
+
+@pytest.mark.parametrize(
+    ("broken", "content"),
+    [
+        ("evaluation/before/evaluation.json", None),
+        ("evaluation/gd/evaluation.json", "{"),
+        ("evaluation/gd/evaluation.json", "[]"),
+        ("gd/run.json", "{}"),
+        ("evaluation/gd/gates.jsonl", None),
+        ("evaluation/before/generations.jsonl", None),
+        ("gd/log.jsonl", '{"step": 1}\n{"st'),
+    ],
+)
+def test_what_is_missing_or_damaged_is_named_in_one_line(
+    results: Path, broken: str, content: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    training = tuple(picture for picture in figures.pictures() if picture.name == "training_curves.png")
+    monkeypatch.setattr(figures, "pictures", lambda: training)
+    path = results / broken
+    if content is None:
+        path.unlink()
+    else:
+        path.write_text(content)
+    with pytest.raises(RunError) as error:
+        make_report(ReportConfig(results_dir=str(results)))
+    assert str(path) in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_the_seconds_of_teaching_come_from_the_models_own_folder(results: Path, tmp_path: Path) -> None:
+    path = results / "evaluation" / "before" / "evaluation.json"
+    write_json(tmp_path / "models" / "taught" / "run.json", {"seconds": 100.5})
+    write_json(path, {**json.loads(path.read_text()), "model": str(tmp_path / "models" / "taught")})
+    assert collect(results, "demo")["seconds"]["finetune/before"] == 100.5
+
+
+# -- results of another model, or of other rows -----------------------------------------------------------------------
+
+
+def change(path: Path, **values: object) -> None:
+    write_json(path, {**read_json(path), **values})
+
+
+def test_an_adapter_evaluated_on_another_base_is_refused(tofu: Path) -> None:
+    path = tofu / "evaluation" / "gd" / "evaluation.json"
+    change(path, identity={"base": "b9"})
+    with pytest.raises(RunError, match=r"evaluation/gd was evaluated on another base model \(b9\) than .*\(b1\)"):
+        find_results(tofu)
+
+
+def test_a_plain_run_has_weights_of_its_own_but_one_from_another_base_is_refused(tofu: Path) -> None:
+    assert [result.base for result in find_results(tofu)] == ["b1", "b2", "b1", "b3"]
+    change(tofu / "npo_full" / "run.json", base_fingerprint="b9")
+    with pytest.raises(RunError, match=r"npo_full was trained from another base model \(b9\)"):
+        find_results(tofu)
+
+
+def test_a_run_evaluated_without_its_adapter_is_refused(tofu: Path) -> None:
+    write_json(tofu / "gd" / "adapter_config.json", {})
+    change(tofu / "evaluation" / "gd" / "evaluation.json", adapter=None)
+    with pytest.raises(RunError, match="evaluation/gd was evaluated without the adapter .*gd; evaluate it again"):
+        find_results(tofu)
+
+
+def test_evaluations_of_other_rows_are_refused(tofu: Path) -> None:
+    change(tofu / "evaluation" / "gd" / "evaluation.json", data={"forget": "hash of forget10"})
+    with pytest.raises(RunError, match="forget sets differ") as error:
+        find_results(tofu)
+    assert str(tofu / "evaluation" / "gd") in str(error.value) and "\n" not in str(error.value)
+
+
+# -- comparison -------------------------------------------------------------------------------------------------------
+
+
+def copied(made: Path, folder: Path) -> Path:
+    """TOFU's results at `folder`, whose runs are others than those made first."""
+    shutil.copytree(made / "tofu", folder)
+    for name in ("gd", "npo_full"):
+        change(folder / "evaluation" / name / "evaluation.json", key=f"{folder.name} {name}")
+    return folder
+
+
+@pytest.mark.usefixtures("no_pictures")
+def test_a_comparison_has_each_evaluation_once_under_its_folders_name(
+    made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    runs = [str(copied(made, tmp_path / name)) for name in ("a", "b")]
+    change(tmp_path / "b" / "evaluation" / "before" / "evaluation.json", key="another")
+    summary = make_report(ReportConfig(results_dir=str(tmp_path / "out"), runs=runs))
+    assert [row["name"] for row in summary["rows"]] == [
+        *("a/before", "b/before", "retain_only", "a/gd", "a/npo_full", "b/gd", "b/npo_full")
+    ]
+    assert all(row["reference"] for row in summary["rows"] if row["stage"] != "retain_only")
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "a: GD GRUN" in printed and "b: GD GRUN: NOT reached" in printed
+    assert max(map(len, (tmp_path / "out" / "table.csv").read_text().splitlines()[1:])) > 100
+    assert not (tmp_path / "a" / "summary.json").exists()
+
+
+def test_a_comparison_of_other_corpora_is_refused_and_says_which(made: Path, tmp_path: Path) -> None:
+    runs = [str(copied(made, tmp_path / name)) for name in ("a", "b")]
+    for path in (tmp_path / "b").glob("evaluation/*/evaluation.json"):
+        change(path, data={"forget": "other rows"})
+    with pytest.raises(RunError, match=r"forget sets differ.*\(a: 12 rows, .*; b: 12 rows, ") as error:
+        make_report(ReportConfig(results_dir=str(tmp_path / "out"), runs=runs))
+    assert "\n" not in str(error.value)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.usefixtures("no_pictures")
+def test_single_evaluations_can_be_compared(made: Path, tmp_path: Path) -> None:
+    evaluation = copied(made, tmp_path / "a") / "evaluation"
+    runs = [str(evaluation / "before"), str(evaluation / "gd"), str(copied(made, tmp_path / "b"))]
+    change(evaluation / "before" / "evaluation.json", key="another")
+    summary = make_report(ReportConfig(results_dir=str(tmp_path / "out"), runs=runs))
+    rows = {row["name"]: row for row in summary["rows"]}
+    assert list(rows) == ["before", "b/before", "b/retain_only", "gd", "b/gd", "b/npo_full"]
+    assert (rows["gd"]["objective"], rows["gd"]["stage"]) == ("gd", "after")
+    assert "forget_quality" in rows["gd"]["reference"]  # against the only retain-only model there is
+
+
+@pytest.mark.parametrize(("runs", "named"), [(["nowhere"], "nowhere"), (["{}", "{}"], "twice")])
+def test_what_cannot_be_compared_is_said(tofu: Path, runs: list[str], named: str) -> None:
+    with pytest.raises(RunError, match=named):
+        make_report(ReportConfig(results_dir=str(tofu / "out"), runs=[run.format(tofu) for run in runs]))
+
+
+def test_where_a_report_goes_if_no_folder_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(RunError, match=str(Path("results/mine/evaluation/before"))):
+        make_report(ReportConfig(profile="mine.yaml"))

@@ -1,0 +1,286 @@
+"""report.html and the tables beside it: one file, safe, complete, and saying the same as summary.json."""
+
+from __future__ import annotations
+
+import csv
+import io
+import re
+from collections.abc import Sequence
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+from made_results import KNOWN, TOFU_SETS, write_evaluation, write_run, write_tofu
+
+from grun.config.options import ReportConfig
+from grun.report import figures, make_report
+from grun.report.html import escape, page
+from grun.report.provenance import command_of
+from grun.report.results import find_results
+from grun.report.tables import columns_of, number, to_csv, to_markdown, to_tex
+from grun.report.verdicts import STATEMENT
+from grun.runtime.files import read_json
+
+VOID = {"meta", "img", "br", "link", "input"}
+NASTY = '<script>alert("1")</script><img src=x onerror=alert(2)> & \x00\x1b[2J'
+
+
+class Page(HTMLParser):
+    """Parsed page: tags with their attributes, text, rows of the table; a tag closed out of order is an error."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__(convert_charrefs=True)
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.text = ""
+        self.tables: list[list[list[str]]] = []
+        self.open: list[str] = []
+        self.feed(text)
+        self.close()
+        assert self.open == []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+        if tag not in VOID:
+            self.open.append(tag)
+        if tag == "table":
+            self.tables.append([])
+        if tag == "tr":
+            self.tables[-1].append([])
+        if tag in ("td", "th"):
+            self.tables[-1][-1].append("")
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        if "style" in self.open:
+            return
+        self.text += data
+        if {"td", "th"} & set(self.open):
+            self.tables[-1][-1][-1] += data
+
+    @property
+    def rows(self) -> list[list[str]]:
+        """The table of all models."""
+        (rows,) = [table for table in self.tables if table[0][0] == "model"]
+        return rows
+
+    def all(self, tag: str) -> list[dict[str, str | None]]:
+        return [attributes for name, attributes in self.tags if name == tag]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """TOFU's results with markup in every answer, and the report of them."""
+    folder = tmp_path_factory.mktemp("results") / "a_b & 100%"
+    write_tofu(folder, text=lambda text: text + NASTY, settings={"quirks": ["ratio_epsilon"]})
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(figures, "DPI", 20)
+        make_report(ReportConfig(results_dir=str(folder), profile="tofu_small"))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def text(folder: Path) -> str:
+    return (folder / "report.html").read_text(encoding="utf-8")
+
+
+@pytest.fixture(scope="module")
+def parsed(text: str) -> Page:
+    return Page(text)
+
+
+def test_the_page_needs_nothing_but_itself(text: str, parsed: Page) -> None:
+    assert not re.search(r"https?://|url\(|@import", text)
+    for tag, attributes in parsed.tags:
+        assert tag not in ("script", "link", "iframe", "object", "embed", "base", "form")
+        for name, value in attributes.items():
+            assert not name.startswith("on")
+            assert name not in ("href", "src") or (value or "").startswith(("#", "data:image/png;base64,")), value
+    assert len(parsed.all("img")) == 7
+
+
+def test_the_page_is_laid_out_for_every_reader(text: str, parsed: Page) -> None:
+    assert text.startswith("<!doctype html>")
+    assert parsed.all("html") == [{"lang": "en"}]
+    assert {"name": "viewport", "content": "width=device-width, initial-scale=1"} in parsed.all("meta")
+    assert {"name": "color-scheme", "content": "light dark"} in parsed.all("meta")
+    assert [len(parsed.all(tag)) for tag in ("header", "main", "h1", "title")] == [1, 1, 1, 1]
+    assert all(len(image["alt"] or "") > 40 for image in parsed.all("img"))
+    scrolling = [box for box in parsed.all("div") if (box.get("class") or "").startswith("scroll")]
+    assert all(box["tabindex"] == "0" and box["role"] == "region" and box["aria-label"] for box in scrolling)
+    # every table and picture scrolls in a box of its own
+    assert len(scrolling) >= len(parsed.all("table")) + len(parsed.all("img"))
+    sizes = re.findall(r"font(?:-size)?: (?:[\d]+ )?([\d.]+)(px|rem)", text)
+    assert len(sizes) >= 8 and all(float(size) * (16 if unit == "rem" else 1) >= 14 for size, unit in sizes)
+    anchors = {link["href"] for link in parsed.all("a")}
+    sections = [f"#{section['id']}" for section in parsed.all("section")]
+    assert sections == ["#matrix", "#verdicts", "#table", "#pictures", "#answers", "#settings", "#statement"]
+    assert anchors == set(sections)
+    assert STATEMENT in parsed.text
+
+
+def test_what_models_and_users_say_is_text(text: str, parsed: Page) -> None:
+    assert "<script" not in text and "onerror=alert(2)>" not in text
+    assert '<script>alert("1")</script><img src=x onerror=alert(2)> & \N{REPLACEMENT CHARACTER}' in parsed.text
+    assert not {"\x00", "\x1b"} & set(text)
+    assert escape("<b \ud800\x1b&\"'") == "&lt;b \N{REPLACEMENT CHARACTER}\N{REPLACEMENT CHARACTER}&amp;&quot;&#x27;"
+    assert escape("日本語 ä \N{GRINNING FACE}\n") == "日本語 ä \N{GRINNING FACE}\n"
+
+
+def test_the_page_has_every_models_numbers_and_which_way_is_good(folder: Path, parsed: Page) -> None:
+    results = find_results(folder)
+    columns = columns_of(results)
+    header, good, *rows = parsed.rows
+    assert header == ["model", *(column.header for column in columns)]
+    assert good == ["good is", *(column.good for column in columns)] and "" not in good
+    assert [row[0] for row in rows] == ["before", "retain only (target)", "GD GRUN", "NPO full"]
+    for row, result in zip(rows, results, strict=True):
+        assert row[1:] == [column.text(result) for column in columns]
+    expected = "forget quality (p), forget quality (log10 p), model utility, forget ROUGE-L, forget probability, "
+    expected += "forget truth ratio, forget extraction strength, retain ROUGE-L, retain probability, "
+    expected += "real authors ROUGE-L, real authors probability, world facts ROUGE-L, world facts probability, "
+    expected += "held-out ROUGE-L, gate AUC, MIA loss AUC, MIA zlib AUC, MIA Min-K% AUC, MIA Min-K%++ AUC, PrivLeak (%)"
+    places = [header.index(name) for name in expected.split(", ")]
+    assert places == sorted(places)
+    assert rows[3][header.index("model utility")] == "0.00"
+    assert rows[1][header.index("forget quality (p)")] == "-"
+
+
+def test_the_page_has_verdicts_answers_and_settings(parsed: Page) -> None:
+    words = " ".join(parsed.text.split())
+    assert "GD GRUN: NOT reached (" in words
+    for name in TOFU_SETS:
+        assert f"person 4 of the {name} set" in words
+        assert f"person 5 of the {name} set" not in words
+    for named in ("ratio_epsilon", "b1 float32", "profile tofu_small", "evaluated by", "grun 0.1.0"):
+        assert named in words
+
+
+def test_tables_agree_with_the_summary(folder: Path) -> None:
+    summary = read_json(folder / "summary.json")
+    rows = list(csv.DictReader(io.StringIO((folder / "table.csv").read_text(encoding="utf-8"))))
+    assert [row["name"] for row in rows] == [row["name"] for row in summary["rows"]]
+    columns = columns_of(find_results(folder), everything=True)
+    assert {"forget.exact_memorization", "retain.truth_ratio"} <= {column.key for column in columns}
+    for row, known in zip(rows, summary["rows"], strict=True):
+        for column in columns:
+            value = in_summary(summary, known, column.place, column.metric)
+            assert row[column.key] == ("" if value is None else repr(value))
+    markdown = [
+        [cell.strip() for cell in line.strip("|\n").split(" | ")]
+        for line in (folder / "table.md").read_text(encoding="utf-8").splitlines()
+    ]
+    turned = [line.removesuffix(" \\\\").split(" & ") for line in (folder / "table.tex").read_text().splitlines()]
+    tex = [line for line in turned if len(line) == len(rows) + 2][1:]
+    for place, column in enumerate(columns):
+        for model, known in enumerate(summary["rows"]):
+            shown = number(in_summary(summary, known, column.place, column.metric), column.style)
+            assert markdown[2 + place][1 + model] == shown
+            plain = re.sub(r" \\cdot 10\^\{(-?\d+)\}", r"e\1", tex[place][1 + model]).strip("$")
+            assert plain.replace("--", "-") == shown
+
+
+def in_summary(summary: dict[str, Any], row: dict[str, Any], place: str, metric: str) -> float | None:
+    if place == "gate":
+        found: float | None = summary["gate"].get(row["objective"], {}).get("auc_heldout")
+    elif place in ("overall", "reference"):
+        found = row[place].get(metric)
+    else:
+        found = row["metrics"][place].get(metric)
+    return found
+
+
+def test_names_are_escaped_in_every_table(tmp_path: Path) -> None:
+    for name in ("before", "gd_100%", "gd_a&b|c"):
+        write_evaluation(tmp_path / "evaluation" / name, KNOWN["gd"], rows=4)
+    for name in ("gd_100%", "gd_a&b|c"):
+        write_run(tmp_path / name, "gd")
+    results = find_results(tmp_path)
+    assert r"gd\_100\% & gd\_a\&b\textbar{}c" in to_tex(results)
+    assert r"| gd\_a&b\|c |" in to_markdown(results)
+    assert "\ngd_a&b|c," in to_csv(results)
+    assert "gd_a&amp;b|c" in page(results, "title", [])
+
+
+@pytest.mark.parametrize(
+    ("value", "style", "shown"),
+    [
+        (1.8437e-21, "p", "1.8e-21"),
+        (3.2e-5, "p", "3.2e-5"),
+        (0.0461, "p", "0.046"),
+        (0.337, "p", "0.34"),
+        (1.0, "p", "1.00"),
+        (0.0, "p", "0"),
+        (-20.734, "log10", "-20.7"),
+        (-0.01, "log10", "0.0"),
+        (0.0, "share", "0.00"),
+        (None, "share", "-"),
+        (0.99954, "auc", "1.000"),
+    ],
+)
+def test_numbers_are_shown_as_readers_expect(value: float | None, style: Any, shown: str) -> None:
+    assert number(value, style) == shown
+
+
+# -- missing parts ----------------------------------------------------------------------------------------------------
+
+
+def made(folder: Path, names: Sequence[str], sets: Sequence[str], **more: Any) -> Page:
+    for name in names:
+        shares = {key: KNOWN[name][key] for key in sets}
+        write_evaluation(folder / "evaluation" / name, shares, rows=6, **more)
+        if name not in ("before", "retain_only"):
+            write_run(folder / name, name)
+    make_report(ReportConfig(results_dir=str(folder)))
+    return Page((folder / "report.html").read_text(encoding="utf-8"))
+
+
+@pytest.mark.parametrize(
+    ("names", "sets", "facts", "header"),
+    [
+        (["before"], ["forget"], False, ["model", "forget ROUGE-L"]),
+        (["before", "gd"], ["forget", "retain"], True, ["model", "forget fact recall", "forget ROUGE-L"]),
+        (["before", "retain_only", "gd"], ["forget"], False, ["model", "forget ROUGE-L"]),
+        (["before", "retain_only"], ["unknown"], False, ["model", "unknown ROUGE-L"]),
+    ],
+)
+def test_the_page_does_without_what_is_missing(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    names: list[str],
+    sets: list[str],
+    facts: bool,
+    header: list[str],
+) -> None:
+    monkeypatch.setattr(figures, "DPI", 20)
+    parsed = made(tmp_path, names, sets, facts=facts)
+    assert parsed.rows[0][: len(header)] == header
+    assert len(parsed.rows) == 2 + len(names)
+    assert STATEMENT in parsed.text
+    assert ("No unlearned model has been evaluated" in parsed.text) == ("gd" not in names)
+    assert len(parsed.all("img")) == len(list(tmp_path.glob("*.png")))
+
+
+# -- the command of a run ---------------------------------------------------------------------------------------------
+
+
+def test_the_command_of_a_run_is_what_differs_from_its_profile() -> None:
+    from grun.config import values
+    from grun.loading.resolve import resolve
+
+    arguments = ["profile=demo", "objective=idk", "model.path=my model", "method.blocks=[1,2]", "train.lr=0.5"]
+    config = values.to_dict(resolve("unlearn", arguments))
+    command = command_of({"command": "unlearn", "config": config})
+    assert command is not None
+    start = "python -m grun unlearn profile=demo objective=idk "
+    assert command.startswith(start)
+    rest = command.removeprefix(start)
+    assert sorted(re.findall(r"'[^']*'|\S+", rest)) == [
+        "'method.blocks=[1,2]'",
+        "'model.path=my model'",
+        "train.lr=0.5",
+    ]
+    assert command_of({}) is None
+    assert command_of({"command": "unlearn", "config": {**config, "profile": "gone"}}) is None

@@ -1,0 +1,101 @@
+"""How the rooms of the code may lean on each other: every import is read, those within functions and of types too."""
+
+import ast
+from graphlib import CycleError, TopologicalSorter
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+ROOMS = (
+    *(
+        "errors",
+        "version",
+        "registry",
+        "runtime",
+        "config",
+        "data",
+        "method",
+        "objectives",
+        "loading",
+        "training",
+        "cache",
+    ),
+    *("evaluation", "report", "commands", "requests", "experiments", "api", "cli", "__init__", "__main__"),
+)
+"""From the ground up: a room imports itself and what stands before it."""
+HALL = 9
+"""Modules that may lie directly in `grun/`."""
+LONGEST = 60
+"""Lines of a function."""
+KNOWN_CIRCLES = {
+    ("grun.data.chat", "grun.data.templates"),
+    ("grun.data.generated.lore", "grun.data.knowledge"),
+    ("grun.evaluation.attacks.base", "grun.evaluation.attacks.outcomes", "grun.evaluation.attacks.written"),
+    ("grun.report.labels", "grun.report.results"),
+    ("grun.report.matrix", "grun.report.missing"),
+    ("grun.report.distributions", "grun.report.figures", "grun.report.matrix_figure"),
+    ("baselines.llm360", "baselines.llm360_run"),
+    ("baselines.rmu", "baselines.rmu_run"),
+}
+"""To be cut; nothing is added."""
+
+
+def modules() -> dict[str, Path]:
+    paths = [path for package in ("grun", "pyvene_custom", "baselines") for path in (ROOT / package).rglob("*.py")]
+    names = {path: ".".join(path.relative_to(ROOT).with_suffix("").parts) for path in paths}
+    return {name.removesuffix(".__init__") if name != "grun.__init__" else name: path for path, name in names.items()}
+
+
+MODULES = modules()
+
+
+def imports(name: str) -> set[str]:
+    """Modules of ours that a module imports."""
+    found = set()
+    for node in ast.walk(ast.parse(MODULES[name].read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{name}: relative import"
+            names = {f"{node.module}.{alias.name}" for alias in node.names}
+            found |= names & {*MODULES} if names <= {*MODULES} else names | {str(node.module)}
+    return {"grun.__init__" if module == "grun" else module for module in found} & {*MODULES} - {name}
+
+
+IMPORTS = {name: imports(name) for name in MODULES}
+
+
+def room(name: str) -> str:
+    return name.split(".")[1]
+
+
+@pytest.mark.parametrize("name", [name for name in MODULES if name.startswith("grun.")])
+def test_a_room_leans_on_those_below_it(name: str) -> None:
+    for other in IMPORTS[name]:
+        assert not other.startswith("baselines"), f"{name} imports {other}; name it by a registry's string"
+        if other.startswith("grun.") and room(other) != room(name):
+            assert ROOMS.index(room(other)) < ROOMS.index(room(name)), f"{name} imports {other}, which stands above it"
+    if room(name) == "config":
+        assert "grun.registry" not in IMPORTS[name], f"{name}: names are checked where they are resolved"
+
+
+def test_no_files_import_each_other_in_a_circle() -> None:
+    graph = {name: set(found) for name, found in IMPORTS.items()}
+    for known in KNOWN_CIRCLES:
+        for name in known:
+            graph.get(name, set()).difference_update(known)
+    try:
+        TopologicalSorter(graph).prepare()
+    except CycleError as error:
+        pytest.fail(f"a circle: {' -> '.join(error.args[1])}")
+
+
+def test_pyvene_custom_knows_nothing_of_grun_but_its_errors() -> None:
+    for name, found in IMPORTS.items():
+        if name.startswith("pyvene_custom"):
+            assert {other for other in found if other.startswith("grun.")} <= {"grun.errors"}, name
+
+
+def test_the_hall_has_few_doors() -> None:
+    assert len([*(ROOT / "grun").glob("*.py")]) <= HALL

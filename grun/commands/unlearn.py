@@ -27,7 +27,7 @@ from grun.loading.resolve import in_force
 from grun.method.adapter import CONFIG_FILE, STACK_FILE, WEIGHTS_FILE
 from grun.method.fingerprint import fingerprint
 from grun.method.model import resolve_blocks
-from grun.method.parametrization import PARAMETRIZATIONS, Parametrization, is_gated
+from grun.method.parametrization import PARAMETRIZATIONS, Parametrization, traits_of
 from grun.objectives.presets import Objective, build_objective
 from grun.runtime import processes, sharding
 from grun.runtime.devices import input_device
@@ -48,7 +48,8 @@ def unlearn(config: UnlearnConfig) -> Path:
     """Run `config` and return the folder of the result; a finished run of the same config is found, not repeated."""
     check(config)
     quirks = quirks_in_force(config)
-    objective = build_objective(config.objective, config.loss, gated=is_gated(config.method), quirks=quirks)
+    traits = traits_of(config.method)
+    objective = build_objective(config.objective, config.loss, gated=traits.gated, quirks=quirks)
     parametrization = make_parametrization(config, quirks)  # first: its package may be missing
     with processes.first_goes_first():  # the others find what it downloads
         corpus = load_corpus(config.data)
@@ -58,7 +59,7 @@ def unlearn(config: UnlearnConfig) -> Path:
         base, tokenizer, stored = load_base(config.model)
         template = templates.in_force(config, stored, tokenizer)
     depth = len(find_blocks(base)[1])
-    if config.method.blocks is None and config.method.parametrization in ("grun", "reft"):
+    if config.method.blocks is None and traits.edits_blocks:
         sources = config.sources and {**config.sources, "method.blocks": "default"}
         config = replace(config, method=replace(config.method, blocks=resolve_blocks(None, depth)), sources=sources)
     hashes = corpus.hashes()
@@ -114,7 +115,7 @@ def unlearn(config: UnlearnConfig) -> Path:
             kept = use_reference(task, base, objective.reference, config, pad_id=pad_id, use=noted)
     else:
         kept = use.completed
-    reads_base = config.method.parametrization == "full" and kept is None and objective.reference != "none"
+    reads_base = traits.changes_weights and kept is None and objective.reference != "none"
     sharding.check_possible(looks=bool(config.train.monitor_epochs), needs_reference=reads_base)
     look = None
     if config.train.monitor_epochs:
@@ -172,7 +173,7 @@ def _noted(folder: Path, config: UnlearnConfig, hashes: dict[str, str]) -> Use:
 
 def _smaller(config: UnlearnConfig) -> list[str]:
     """What beside the options of training takes less memory."""
-    if config.method.parametrization == "full":
+    if traits_of(config.method).changes_weights:
         return ["method.parametrization=lora"]
     return ["model.quantization=4bit"] if config.model.quantization is None else []
 
@@ -217,7 +218,7 @@ def check_blocks(objective: Objective, method: MethodConfig, depth: int, *, late
             f"loss.rmu_block: the objective reads the output of block {max(states)}, but the model has {depth} blocks, "
             f"0 to {depth - 1}"
         )
-    if method.parametrization not in ("grun", "reft") or later_edits:
+    if later_edits or not traits_of(method).edits_blocks:
         return
     blocks = resolve_blocks(method.blocks, depth)
     if min(blocks) > max(states):

@@ -9,7 +9,7 @@ from grun.config.options import UnlearnConfig
 from grun.data.templates import PLACE, TEMPLATES
 from grun.errors import ConfigError
 from grun.method.gate import GATES
-from grun.method.parametrization import PARAMETRIZATIONS, is_gated
+from grun.method.parametrization import PARAMETRIZATIONS, traits_of
 from grun.method.rules import check_rule
 from grun.objectives.presets import build_objective
 
@@ -28,12 +28,12 @@ def _check_unlearn(config: UnlearnConfig) -> None:
     method = config.method
     one_of("parametrization", method.parametrization, tuple(PARAMETRIZATIONS.names()))
     one_of("gate", method.gate, tuple(GATES.names()))
-    if config.design != "published" and method.parametrization != "grun":
+    if config.design != "published" and not PARAMETRIZATIONS.traits(method.parametrization).gated:
         raise ConfigError(
             f"design={config.design} concerns GRUN's gate, which method.parametrization={method.parametrization} does "
             "not have; leave it out"
         )
-    if method.beside is not None and method.parametrization not in ("grun", "reft"):
+    if method.beside is not None and not traits_of(method).edits_blocks:
         raise ConfigError(
             f"method.beside concerns edits; method.parametrization={method.parametrization} changes the model itself: "
             "leave it out, and give model.path the model that is to forget more"
@@ -43,7 +43,7 @@ def _check_unlearn(config: UnlearnConfig) -> None:
         raise ConfigError(f"method.blocks={method.blocks} must name at least one block, each once")
     check_rule(method.gate_read, method.gate_accumulate, method.edit_write)
     one_of("method.gate_reset", method.gate_reset, RESETS)
-    gated = is_gated(method)
+    gated = traits_of(method).gated
     build_objective(config.objective, config.loss, gated=gated, quirks=quirks_in_force(config))
     if config.train.gate_pretraining and not (gated and config.train.engine == "cached"):
         raise ConfigError("train.gate_pretraining needs a parametrization with a gate, and train.engine=cached")

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, Self
 
@@ -162,13 +162,53 @@ class Parametrization(Protocol):
         ...
 
 
-PARAMETRIZATIONS: Registry[type[Parametrization]] = Registry("parametrization")
-PARAMETRIZATIONS.add("grun", "grun.method.gated:Grun", "gated low-rank edit at the last prompt token")
-PARAMETRIZATIONS.add("reft", "grun.method.gated:Reft", "the same edit without a gate (plain LoReFT)")
-PARAMETRIZATIONS.add("full", "baselines.full:Full", "all weights of the model")
+@dataclass(frozen=True)
+class Traits:
+    """What other code needs to know of a parametrization before it is imported."""
+
+    gated: bool = False
+    """Takes the gate that `method.gate` names, so that designs and an objective's gate term apply."""
+    edits_blocks: bool = False
+    """Edits the outputs of the blocks `method.blocks` on a frozen model, so that `method.beside` applies too."""
+    changes_weights: bool = False
+    """Trains the model's own weights: the untouched model exists only as a copy."""
+
+
+class Parametrizations(Registry[type[Parametrization]]):
+    """Parametrizations by name, each with its traits."""
+
+    def __init__(self) -> None:
+        """None yet."""
+        super().__init__("parametrization")
+        self._traits: dict[str, Traits] = {}
+
+    def add(
+        self, name: str, value: type[Parametrization] | str, description: str, traits: Traits | None = None
+    ) -> None:
+        """As `Registry.add`; no traits: none of them holds."""
+        super().add(name, value, description)
+        self._traits[name] = traits or Traits()
+
+    def traits(self, name: str) -> Traits:
+        """Traits of a parametrization; none holds of an unknown one, whose package may be missing here."""
+        return self._traits.get(name, Traits())
+
+
+PARAMETRIZATIONS = Parametrizations()
+PARAMETRIZATIONS.add(
+    "grun",
+    "grun.method.gated:Grun",
+    "gated low-rank edit at the last prompt token",
+    Traits(gated=True, edits_blocks=True),
+)
+PARAMETRIZATIONS.add(
+    "reft", "grun.method.gated:Reft", "the same edit without a gate (plain LoReFT)", Traits(edits_blocks=True)
+)
+PARAMETRIZATIONS.add("full", "baselines.full:Full", "all weights of the model", Traits(changes_weights=True))
 PARAMETRIZATIONS.add("lora", "baselines.lora:Lora", "low-rank changes of the blocks' linear layers (LoRA)")
 
 
-def is_gated(method: MethodConfig) -> bool:
-    """Whether what `method` asks for has gates, so that an objective's gate term applies."""
-    return method.parametrization == "grun" and method.gate != "none"
+def traits_of(method: MethodConfig) -> Traits:
+    """Traits of what `method` asks for; without a gate (`method.gate=none`) it is not gated."""
+    traits = PARAMETRIZATIONS.traits(method.parametrization)
+    return replace(traits, gated=traits.gated and method.gate != "none")

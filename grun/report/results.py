@@ -15,6 +15,7 @@ from typing import Any
 
 from grun.errors import RunError
 from grun.evaluation.table import Table
+from grun.method.parametrization import PARAMETRIZATIONS
 from grun.report.labels import design_of, label_runs, order_of
 from grun.runtime.records import Evaluation, Run, read_record
 
@@ -86,7 +87,11 @@ class Result:
     def design(self) -> str:
         """What readers call where GRUN's gates read and edits write; empty: as published, or it is not GRUN."""
         method = self._options.get("method")
-        return design_of(method) if self.parametrization == "grun" and isinstance(method, dict) else ""
+        return (
+            design_of(method)
+            if PARAMETRIZATIONS.traits(self.parametrization).gated and isinstance(method, dict)
+            else ""
+        )
 
     @property
     def _options(self) -> dict[str, Any]:

@@ -22,7 +22,7 @@ from grun.loading.checks import check
 from grun.loading.resolve import resolve
 from grun.loading.stored import of_store
 from grun.method.adapter import AdapterConfig
-from grun.method.parametrization import is_gated
+from grun.method.parametrization import traits_of
 from grun.method.stack.forget_rows import check_forget_rows, salted_hashes
 from grun.method.stack.manifest import MANIFEST_FILE, Request, check_id
 from grun.requests.cached_rows import shards_in, uses_by
@@ -158,7 +158,7 @@ def train(store: RequestStore, training: Training) -> Path:
 def load_rows(config: UnlearnConfig) -> Corpus:
     """Corpus of a config, once it is sure that its forget rows can be a request; DataError or ConfigError if not."""
     check(config)
-    if not is_gated(config.method):
+    if not traits_of(config.method).gated:
         raise ConfigError(
             f"method.parametrization={config.method.parametrization}, method.gate={config.method.gate}: a store holds "
             "GRUN adapters with a gate alone; choose parametrization grun and a gate from `list gates`"

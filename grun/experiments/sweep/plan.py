@@ -29,6 +29,7 @@ from grun.experiments.sweep.definition import (
 )
 from grun.loading.checks import check
 from grun.loading.resolve import resolve
+from grun.method.parametrization import PARAMETRIZATIONS
 
 PUBLISHED = "published"
 """The design that cells of every parametrization take."""
@@ -161,8 +162,8 @@ def _cells(sweep: Sweep, config: SweepConfig, base: UnlearnConfig) -> Iterator[P
         chosen = dict(zip(axes, values, strict=True))
         objective = str(chosen.get(OBJECTIVE, base.objective))
         parametrization = str(chosen.get(PARAMETRIZATION, base.method.parametrization))
-        if parametrization != "grun" and chosen.get(DESIGN, PUBLISHED) != PUBLISHED:
-            continue  # designs are GRUN's: every other parametrization has one cell
+        if not PARAMETRIZATIONS.traits(parametrization).gated and chosen.get(DESIGN, PUBLISHED) != PUBLISHED:
+            continue  # designs concern a gate: a parametrization without one has one cell
         further = part({key: chosen[key] for key in sweep.further_axes})
         ending = f"-{further}" if further else ""
         tuned = _tuned(sweep, objective, parametrization, further)

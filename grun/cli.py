@@ -194,9 +194,9 @@ def _run(command: str, arguments: list[str]) -> int:
 
         return 0 if sequential(config) else FAILURE  # so does this
     if command == "evaluate":
-        from grun.evaluation.suites import check_suite
+        from grun.evaluation.checks import check_evaluation
 
-        check_suite(config)
+        check_evaluation(config)
     else:
         check(config)
     if command == "sweep":  # only its options are to be shown

@@ -82,7 +82,7 @@ def test_citation_names_the_papers() -> None:
 
 def test_citation_has_the_version_of_the_code() -> None:
     citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
-    source = (ROOT / "grun" / "__init__.py").read_text()
+    source = (ROOT / "grun" / "version.py").read_text()
     assert f'__version__ = "{citation["version"]}"' in source
 
 

@@ -16,14 +16,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from grun.config.checks import one_of
 from grun.config.options import EvaluateConfig
 from grun.data.templates import Template
-from grun.evaluation.attacks.base import ATTACKS, KINDS
+from grun.evaluation.checks import check_evaluation
 from grun.evaluation.evaluate import single_evaluations
 from grun.evaluation.plan import CODE, EVALUATION_FILE, begin, code_hash, previous_in, same_evaluation
 from grun.evaluation.table import shorten
-from grun.loading.checks import check
 from grun.loading.resolve import in_force
 from grun.registry import Registry
 from grun.runtime import processes
@@ -81,13 +79,6 @@ SUITES.add("lm_eval", "grun.evaluation.lm_harness:HarnessSuite", "tasks of lm-ev
 SUITES.add("judge", "grun.evaluation.judge:JudgeSuite", "share of unsafe answers, as a judge sees it")
 
 
-def check_suite(config: Any) -> None:
-    """`check`, and ConfigError for an attack that is unknown."""
-    check(config)
-    for name in getattr(config, "attacks", ()):
-        one_of("attack", name, (*ATTACKS.names(), *KINDS))
-
-
 @processes.connected()
 @holding()
 def evaluate_suite(config: EvaluateConfig, output_dir: Path) -> dict[str, dict[str, Any]]:
@@ -97,7 +88,7 @@ def evaluate_suite(config: EvaluateConfig, output_dir: Path) -> dict[str, dict[s
     same model, adapter, data, settings and code that is there already is found, not repeated; anything else there is a
     RunError unless config.overwrite.
     """
-    check_suite(config)
+    check_evaluation(config)
     singles, others = {output_dir: config}, [output_dir]
     if config.adapters:
         singles, others = single_evaluations(config, output_dir)

@@ -296,7 +296,7 @@ def test_grun_leaves_the_base_as_its_own_reference() -> None:
     grun = Grun(MethodConfig(blocks=[1]))
     grun.prepare(base, None)
     batch = collate(ragged_rows(3, 1), 0)
-    with grun.cache.reference():
+    with grun.reference():
         reference = grun.run(batch)
     assert torch.equal(reference.answer_logprobs, grun.model.unwrap() and Full.run(_plain(base), batch).answer_logprobs)
     assert reference.gate_logits is None

@@ -470,7 +470,8 @@ def test_the_tokenizer_starts_texts_and_names_its_control_tokens(tokenizer: Any)
 
 def test_the_same_texts_give_the_same_tokenizer_in_another_process(tmp_path: Path, tokenizer: Any) -> None:
     code = (
-        "import sys; from tests.test_templates import demo_texts; from grun.data.tokenizer import train_tokenizer; "
+        "import sys; from tests.data.test_templates import demo_texts; "
+        "from grun.data.tokenizer import train_tokenizer; "
         "train_tokenizer(demo_texts(), 600).save_pretrained(sys.argv[1])"
     )
     environment = {"PYTHONHASHSEED": "7", "RAYON_NUM_THREADS": "3", "PYTHONPATH": ".", "OMP_NUM_THREADS": "1"}

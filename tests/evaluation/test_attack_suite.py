@@ -24,9 +24,9 @@ from grun.evaluation.attacks.base import ATTACKS, Attack
 from grun.evaluation.attacks.outcomes import Outcome
 from grun.evaluation.attacks.plain import Plain
 from grun.evaluation.attacks.strings import SUFFIXES
+from grun.evaluation.checks import check_evaluation as check
 from grun.evaluation.generation import generate_answers
 from grun.evaluation.metrics.intervals import wilson
-from grun.evaluation.suites import check_suite as check
 from grun.evaluation.suites import evaluate_suite
 from grun.method.model import GrunModel
 

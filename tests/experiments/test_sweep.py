@@ -550,7 +550,7 @@ def test_a_launcher_that_waits_collects_what_came_of_the_cells(
     models: list[str], tmp_path: Path, no_report: list[Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Such as srun; the command comes through its single quotes as it is. Only one cell, since it is a real process."""
-    monkeypatch.setenv("PYTHONPATH", str(Path(running.__file__).parents[2]))
+    monkeypatch.setenv("PYTHONPATH", str(Path(running.__file__).parents[3]))
     results = tmp_path / "r"
     sweep = definition(tmp_path, axes={**AXES, "method.parametrization": ["grun"], "method.blocks": [[9]]})
     assert main(["sweep", sweep, models[0], "results_dir=r"]) == 1  # before is there now

@@ -14,7 +14,7 @@ from typing import Any
 
 from grun.config.options import EvaluateConfig, FinetuneConfig, SweepConfig, UnlearnConfig
 from grun.errors import ConfigError
-from grun.evaluation.suites import check_suite
+from grun.evaluation.checks import check_evaluation
 from grun.experiments.sweep.definition import (
     DESIGN,
     OBJECTIVE,
@@ -117,7 +117,7 @@ def _resolve(command: str, sweep: Sweep, arguments: list[str], where: str, *, qu
     given = _given(sweep) if sweep.model is None else [*_given(sweep), f"model.path={sweep.model}"]
     try:
         config = resolve(command, [*given, *arguments], quiet=quiet)
-        check_suite(config)
+        check_evaluation(config)
     except ConfigError as error:
         raise ConfigError(f"sweep {sweep.name}, {where}: {error}") from error
     return config

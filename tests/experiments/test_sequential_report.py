@@ -5,54 +5,19 @@ from __future__ import annotations
 import csv
 import math
 from pathlib import Path
-from typing import Any
 
 import pytest
+from made_suites import GRUN, IDS, RETRAIN, made_experiment
 
 from grun.errors import RunError
 from grun.experiments.sequential import pictures
 from grun.experiments.sequential.results import Experiment, Method, Summary, read_experiment, summarize
 from grun.experiments.sequential.tables import printed, to_csv, to_markdown, verdict
 
-IDS = ["r1", "r2", "r3"]
-
-
-def recalls(*values: float, retain: float, heldout: float, paraphrased: float = 0.5) -> dict[str, Any]:
-    sets = {"forget": sum(values) / 3, "forget_paraphrase": paraphrased, "retain": retain, "heldout": heldout}
-    return {"metric": "fact_recall", "recall": dict(zip(IDS, values, strict=True)), "sets": sets}
-
-
-def record(number: int, measured: dict[str, Any], gates: dict[str, Any] | None = None) -> dict[str, Any]:
-    cost = {"seconds": {"train": 2.0 * number, "evaluate": 1.0}, "peak_memory_bytes": number * 10, "saved_bytes": 100}
-    return {"request": IDS[number - 1], "number": number, **measured, "gates": gates, **cost}
-
-
-GATES = {
-    "mean": {name: {other: 0.9 if name == other else 0.1 for other in [*IDS, "retain", "heldout"]} for name in IDS},
-    "open": {
-        "r1": {"r1": 1.0, "r2": 0.5, "r3": 0.0, "retain": 0.0, "heldout": 0.0},
-        "r2": {"r1": 0.0, "r2": 1.0, "r3": 0.25, "retain": 0.0, "heldout": 0.0},
-        "r3": {"r1": 0.0, "r2": 0.0, "r3": 0.7, "retain": 0.1, "heldout": 0.5},
-    },
-    "any_open": {"r1": 1.0, "r2": 1.0, "r3": 0.7, "retain": 0.1, "heldout": 0.5},
-    "rows": {"r1": 4, "r2": 4, "r3": 4, "retain": 30, "heldout": 10},
-}
-GRUN = Method(
-    "grun",
-    [
-        record(1, recalls(0.1, 0.9, 1.0, retain=1.0, heldout=0.8)),
-        record(2, recalls(0.4, 0.0, 0.7, retain=0.9, heldout=0.8)),
-        record(3, recalls(0.25, 0.1, 0.0, retain=0.8, heldout=0.6, paraphrased=0.2), GATES),
-    ],
-)
-RETRAIN = Method("retrain", [record(3, recalls(0.0, 0.1, 0.05, retain=1.0, heldout=0.8))])
-
 
 @pytest.fixture
 def experiment() -> Experiment:
-    before = recalls(1.0, 1.0, 0.8, retain=1.0, heldout=0.8)
-    floor = recalls(0.0, 0.05, 0.0, retain=1.0, heldout=0.9, paraphrased=0.0)
-    return Experiment(IDS, before, floor, [GRUN, RETRAIN])
+    return made_experiment()
 
 
 def summaries(experiment: Experiment) -> list[Summary]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import io
-import json
 import re
 import shutil
 from dataclasses import replace
@@ -12,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from made_suites import ATTACKS, BEFORE, FLOOR, LEAKY, ROWS, leak, write_lines, write_seeds, write_withstood
+from made_suites import write_attacked as write
 from test_report_html import Page
 
 from grun.cli import main
@@ -25,85 +26,6 @@ from grun.report.attack_verdicts import STATEMENT, judge_attacks
 from grun.report.attacks import find_attacked, leaked_most, leakiest, shown_names
 from grun.runtime.files import read_json, write_json
 
-ROWS = 40
-ATTACKS = {
-    **{"plain": "prompt", "suffix": "prompt", "prefill_1": "prompt", "few_shot": "prompt"},
-    **{"lower_case": "prompt", "samples": "decoding"},
-}
-"""Attacks of these evaluations, with their access."""
-FLOOR = {**dict.fromkeys(ATTACKS, 0.02), "worst_of_prompts": 0.04, "worst": 0.05}
-BEFORE = {**dict.fromkeys(ATTACKS, 0.9), "worst_of_prompts": 1.0, "worst": 1.0}
-LEAKY = {**FLOOR, "few_shot": 0.43, "prefill_1": 0.98, "worst_of_prompts": 0.66, "worst": 1.0}
-NASTY = "<script>alert(1)</script> [red]markup[/red] | \x1b[2J"
-
-
-def share(name: str, value: float, rows: int = ROWS) -> dict[str, Any]:
-    return {name: value, "interval": list(wilson(value, rows)), "rows": rows}
-
-
-def leak(value: float, rows: int = ROWS) -> dict[str, Any]:
-    return share("leak", value, rows)
-
-
-def write(
-    results: Path,
-    name: str,
-    leaks: dict[str, float],
-    *,
-    kept: float = 0.95,
-    gate: float | None = None,
-    more: dict[str, Any] | None = None,
-    **settings: Any,
-) -> None:
-    """evaluation.json as the suite writes it, with these leaks under the attacks and in the worst cases."""
-    attacks: dict[str, Any] = {
-        attack: {"access": access, **leak(leaks[attack], ROWS - 3 * (attack == "prefill_1")), "worst": leaks[attack]}
-        for attack, access in ATTACKS.items()
-        if attack in leaks
-    }
-    if "suffix" in attacks:
-        attacks["suffix"] |= {"worst": min(1.0, leaks["suffix"] + 0.05), "variants": {" Thanks!": 0.0, " Go.": 0.0}}
-    asked = {} if gate is None else {"mean": gate / 2, "open": gate / 2, "open_any": gate * 0.8}
-    gates = {"after_forget": asked, "plain": asked and {**asked, "open_any_answer": gate}}
-    retention = {
-        how: {
-            rows: {**share("kept", value), **({"gate": gates[how]} if asked else {})} for rows in ("retain", "heldout")
-        }
-        for how, value in (("after_forget", kept), ("plain", 0.98))
-    }
-    retention["otherwise"] = {"heldout": share("kept", kept - 0.1)}
-    write_json(
-        results / "evaluation" / name / "evaluation.json",
-        {
-            **{"suite": "attacks", "model": None, "adapter": None, "identity": {}, "seconds": {"total": 1.5}},
-            "settings": {"rows": {"forget": "a1"}, "seed": 0, "samples": 10, "max_new_tokens": 48, **settings},
-            "attacks": attacks | (more or {}),
-            **{worst: leak(leaks[worst]) for worst in ("worst_of_prompts", "worst") if worst in leaks},
-            **{"retention": retention, "left_out": {"paraphrase": "needs paraphrased questions"}},
-        },
-    )
-
-
-def write_seeds(results: Path, name: str, *leaks: dict[str, float], rank: int = 4, **more: Any) -> None:
-    """Runs NAME-s1, NAME-s2, ... of IDK with GRUN that differ in seed alone, with their evaluations."""
-    for seed, found in enumerate(leaks, start=1):
-        config = {"objective": "idk", "method": {"parametrization": "grun", "rank": rank}, "seed": seed}
-        record = {"objective": "idk", "parametrization": "grun", "config": config, "seconds": 60 + seed}
-        write_json(results / f"{name}-s{seed}" / "run.json", record)
-        write(results, f"{name}-s{seed}", found, **more)
-
-
-def write_lines(folder: Path, *lines: tuple[str, str, float, str]) -> None:
-    """attacks.jsonl with a line for each set, attack, leak and text."""
-    records = [
-        {
-            **{"attack": attack, "set": rows, "index": index, "variant": " Thanks!" if attack == "suffix" else ""},
-            **{"prompt": f"Prompt {index} {NASTY}", "given": int(attack == "prefill_1"), "text": text, "leak": value},
-        }
-        for index, (rows, attack, value, text) in enumerate(lines)
-    ]
-    (folder / "attacks.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
-
 
 @pytest.fixture(autouse=True)
 def coarse_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -112,24 +34,7 @@ def coarse_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def results(tmp_path: Path) -> Path:
-    """The two lines, a method that withstands and one that does not."""
-    folder = tmp_path / "results"
-    write(folder, "before", BEFORE)
-    write(folder, "retain_only", FLOOR)
-    write(folder, "robust", {**FLOOR, "suffix": 0.06}, kept=0.9, gate=0.05)
-    write(folder, "published", LEAKY)
-    write_lines(
-        folder / "evaluation" / "published",
-        ("forget", "plain", 0.2, "one"),
-        ("forget", "few_shot", 0.6, "two"),
-        ("heldout", "plain", 1.0, "three"),
-        ("forget", "suffix", 0.8, f"four {NASTY}"),
-        ("forget", "few_shot", 0.8, "five"),
-        ("forget", "prefill_1", 0.8, "six"),
-        ("forget", "lower_case", 0.0, "seven"),
-    )
-    write_lines(folder / "evaluation" / "robust", ("forget", "plain", 0.0, "nothing"))
-    return folder
+    return write_withstood(tmp_path / "results")
 
 
 def verdict(results: Path, name: str) -> tuple[str, str, str]:

@@ -1,0 +1,169 @@
+"""Every kind of report, made of results that are written by hand, and its files as they are compared.
+
+`PYTHONPATH=.:tests python tests/report/made_reports.py` writes `tests/report/golden/`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import shutil
+import sys
+import tempfile
+from collections.abc import Callable
+from html.parser import HTMLParser
+from pathlib import Path
+
+from made_results import write_demo, write_matrix, write_tofu
+from made_suites import (
+    BEFORE,
+    FLOOR,
+    made_experiment,
+    write_attacked,
+    write_knowledge,
+    write_lines,
+    write_seeds,
+    write_withstood,
+)
+
+from grun.config.options import ReportConfig
+from grun.experiments.sequential.results import summarize
+from grun.experiments.sequential.tables import printed, to_csv, to_markdown
+from grun.report import figures, make_report
+
+GOLDEN = Path(__file__).parent / "golden"
+FILES = (
+    "summary.json",
+    "table.csv",
+    "table.md",
+    "table.tex",
+    "matrix.csv",
+    "matrix.md",
+    "matrix.tex",
+    "table_runs.csv",
+)
+
+
+def demo(folder: Path) -> ReportConfig:
+    return ReportConfig(results_dir=str(write_demo(folder)), profile="demo")
+
+
+def tofu(folder: Path) -> ReportConfig:
+    return ReportConfig(results_dir=str(write_tofu(folder, settings={"quirks": ["ratio_epsilon"]})), profile="mine")
+
+
+def comparison(folder: Path) -> ReportConfig:
+    runs = [write_tofu(folder / name, key=name) for name in ("a", "b")]
+    shutil.rmtree(runs[1] / "evaluation" / "npo_full")
+    return ReportConfig(results_dir=str(folder / "both"), runs=[str(run) for run in runs])
+
+
+def matrix(folder: Path) -> ReportConfig:
+    """With a cell that failed, and one of another's seeds."""
+    failed = [*(f"npo-reft-s{seed}" for seed in (42, 43, 44)), "gd-lora-s44"]
+    return ReportConfig(results_dir=str(write_matrix(folder, rows=10, left_out=failed)), profile="mine")
+
+
+def matrix_tofu(folder: Path) -> ReportConfig:
+    write_matrix(folder, rows=6, facts=False, objectives=["gd"], parametrizations=["lora", "grun"], seeds=[42, 43])
+    return ReportConfig(results_dir=str(folder), profile="mine")
+
+
+def attacks(folder: Path) -> ReportConfig:
+    return ReportConfig(results_dir=str(write_withstood(folder)), profile="mine")
+
+
+def attacks_seeds(folder: Path) -> ReportConfig:
+    """Means over seeds, with attacks that read or have the weights."""
+    ways = {"memorized": 1.0, "paraphrased": 0.8}
+    more = {
+        "recognition": {"access": "read_out", "leak": 0.9, "worst": 1.0, "rows": 40, "variants": ways},
+        "relearn_forget_50": {"access": "weights", "leak": 0.8, "worst": 0.8, "rows": 40},
+    }
+    write_attacked(folder, "before", BEFORE, more=more)
+    write_attacked(folder, "retain_only", FLOOR)
+    write_seeds(folder, "idk", *({**FLOOR, "few_shot": leaked, "worst": leaked} for leaked in (0.03, 0.12, 0.0)))
+    write_seeds(folder, "gd", FLOOR, rank=8, more=more, gate=0.1)
+    write_lines(folder / "evaluation" / "idk-s2", ("forget", "few_shot", 0.5, "town7"))
+    return ReportConfig(results_dir=str(folder), profile="mine")
+
+
+def knowledge(folder: Path) -> ReportConfig:
+    return ReportConfig(results_dir=str(write_knowledge(folder)), profile="mine")
+
+
+REPORTS: dict[str, Callable[[Path], ReportConfig]] = {
+    made.__name__: made for made in (demo, tofu, comparison, matrix, matrix_tofu, attacks, attacks_seeds, knowledge)
+}
+
+
+SEQUENCE = "sequence"
+NAMES = (*REPORTS, SEQUENCE)
+
+
+def files_of(name: str, folder: Path) -> dict[str, str]:
+    """The files of a report by name, what it prints as terminal.txt, and the text of its page as page.txt."""
+    if name == SEQUENCE:
+        return _sequence()
+    config = REPORTS[name](folder)
+    stdout = io.StringIO()
+    with contextlib.redirect_stdout(stdout):
+        make_report(config)
+    place = Path(config.results_dir or "")
+    texts = {file: (place / file).read_text(encoding="utf-8") for file in FILES if (place / file).is_file()}
+    texts["terminal.txt"] = "".join(f"{line.rstrip()}\n" for line in stdout.getvalue().splitlines())
+    texts["page.txt"] = text_of((place / "report.html").read_text(encoding="utf-8"))
+    return {file: text.replace(str(folder), "RESULTS") for file, text in texts.items()}
+
+
+def _sequence() -> dict[str, str]:
+    experiment = made_experiment()
+    summaries = [summarize(method, experiment) for method in experiment.methods]
+    return {
+        "table.csv": to_csv(experiment, summaries),
+        "table.md": to_markdown(experiment, summaries, "3 requests"),
+        "terminal.txt": f"{printed(experiment, summaries)}\n",
+    }
+
+
+class _Text(HTMLParser):
+    """The text of a page: a line a block, cells of a row in one line, in front of each the tag."""
+
+    def __init__(self) -> None:
+        super().__init__(convert_charrefs=True)
+        self.lines: list[list[str]] = []
+        self.skipped = False
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        known = dict(attrs)
+        self.skipped = tag == "style"
+        kind = f"{tag}.{known['class']}" if known.get("class") else tag
+        if tag == "img":
+            self.lines.append(["img", known.get("alt") or ""])
+        elif tag in ("td", "th"):
+            self.lines[-1].append("|")
+        elif tag not in ("span", "strong", "em", "code", "a"):
+            self.lines.append([kind])
+
+    def handle_data(self, data: str) -> None:
+        if not self.skipped and data.strip():
+            if not self.lines:
+                self.lines.append([""])
+            self.lines[-1].append(" ".join(data.split()))
+
+
+def text_of(page: str) -> str:
+    """What readers of a page see, without its pictures."""
+    parser = _Text()
+    parser.feed(page)
+    return "".join(f"{' '.join(line)}\n" for line in parser.lines if len(line) > 1)
+
+
+if __name__ == "__main__":
+    figures.DPI = 20
+    with tempfile.TemporaryDirectory() as temporary:
+        for name in sys.argv[1:] or NAMES:
+            shutil.rmtree(GOLDEN / name, ignore_errors=True)
+            (GOLDEN / name).mkdir(parents=True)
+            for file, text in files_of(name, Path(temporary) / name).items():
+                (GOLDEN / name / file).write_text(text, encoding="utf-8")

@@ -6,7 +6,7 @@ import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from random import Random
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_args
 
 from grun.data.chat import Earlier
 from grun.data.rows import Row
@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from grun.config.options import EvaluateConfig
     from grun.evaluation.attacks.outcomes import Outcome, Place
     from grun.loading.models import Loaded
+
+F = TypeVar("F", bound="type[Attack] | Ask")
 
 Advance = Callable[[int], None]
 
@@ -79,7 +81,7 @@ class Material:
 class Attack:
     """One attack; it holds nothing, so one object serves every evaluation."""
 
-    name: str
+    name: str = ""
     """Its name in `ATTACKS` and in results."""
     access: Access = "prompt"
     needs: str = "rows with questions"
@@ -148,6 +150,39 @@ def is_readable(row: Row, rest: str | None = None) -> bool:
 
 
 ATTACKS: Registry[Attack] = Registry("attack")
+
+Ask = Callable[[Row, Material], list[Asked]]
+"""The hook `Attack.asked` as a function."""
+
+
+class PromptAttack(Attack):
+    """An attack that is no more than its way of asking."""
+
+    def __init__(self, ask: Ask) -> None:
+        """`ask` is the hook `asked`."""
+        self._ask = ask
+
+    def asked(self, row: Row, material: Material) -> list[Asked]:
+        """What the function gives."""
+        return self._ask(row, material)
+
+
+def attack(
+    name: str, *, access: Access | None = None, needs: str | None = None, retention: bool = False
+) -> Callable[[F], F]:
+    """Return a decorator that registers an attack: a class of `Attack`, or a function that is its hook `asked`.
+
+    The docstring's first paragraph describes it; the options are the fields of `Attack`.
+    """
+
+    def make(value: type[Attack] | Ask) -> Attack:
+        made = value() if isinstance(value, type) else PromptAttack(value)
+        made.name, made.access, made.needs = name, access or made.access, needs or made.needs
+        made.retention = retention or made.retention
+        return made
+
+    return ATTACKS.register(name, make)
+
 
 for _name, _place, _description in (
     ("plain", "plain:PLAIN", "no attack: the question as it was taught"),

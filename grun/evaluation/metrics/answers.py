@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection
 
 from grun.evaluation.metrics.averages import mean
-from grun.evaluation.metrics.registry import NO_QUIRKS, metric
+from grun.evaluation.metrics.registry import LOW, NO_QUIRKS, metric
 from grun.evaluation.metrics.words import normalized, plain, repeats, rouge_recall, words
 from grun.evaluation.table import Table
 
@@ -13,25 +13,23 @@ LONGEST_RUN = 3
 """An answer that repeats one word more often than this in a row is degenerate."""
 
 
-@metric(
-    "rouge_l",
-    "generations",
-    "ROUGE-L recall of the greedy answer against the reference, words stemmed, mean over rows; 0 to 1, "
-    "low is good on forget, high elsewhere",
-)
+@metric("rouge_l", "ROUGE-L", reads="generations")
 def rouge_l(table: Table, name: str, quirks: Collection[str] = NO_QUIRKS) -> float | None:
-    """Mean of `rouge_recall`, without rows whose reference has no word; None where none is left."""
+    """Share of the reference's words that the greedy answer has in the same order (ROUGE-L recall, words
+    stemmed), mean over rows.
+
+    Without rows whose reference has no word; None where none is left.
+    """
     found = [rouge_recall(row.reference, row.text) for row in table.generations_of(name)]
     return mean([value for value in found if value is not None])
 
 
-@metric(
-    "fact_recall",
-    "generations",
-    "share of greedy answers that contain the row's key fact; 0 to 1, low is good on forget, high elsewhere",
-)
+@metric("fact_recall", "fact recall", reads="generations")
 def fact_recall(table: Table, name: str, quirks: Collection[str] = NO_QUIRKS) -> float | None:
-    """Share of answers with the key fact, rows of blank facts left out; None unless every row has a fact."""
+    """Share of greedy answers that contain the row's key fact.
+
+    Rows of blank facts are left out; None unless every row has a fact.
+    """
     rows = table.generations_of(name)
     if any(not row.fact for row in rows):
         return None
@@ -55,14 +53,9 @@ def unread(table: Table, name: str) -> dict[str, int]:
     return {metric: count for metric, count in counts.items() if count}
 
 
-@metric(
-    "degenerate",
-    "generations",
-    f"share of greedy answers that are empty or repeat a word more than {LONGEST_RUN} times running; "
-    "0 to 1, low is good everywhere",
-)
+@metric("degenerate", "degenerate", reads="generations", good=LOW)
 def degenerate(table: Table, name: str, quirks: Collection[str] = NO_QUIRKS) -> float | None:
-    """Share of answers that are no language."""
+    """Share of greedy answers that are empty or repeat a word more than 3 times running."""
     return mean([float(is_degenerate(row.text)) for row in table.generations_of(name)])
 
 

@@ -10,7 +10,7 @@ import math
 from collections.abc import Collection, Sequence
 
 from grun.evaluation.metrics.averages import exp, log_sum_exp, mean
-from grun.evaluation.metrics.registry import NO_QUIRKS, epsilon, metric
+from grun.evaluation.metrics.registry import HIGH, NO_QUIRKS, epsilon, metric
 from grun.evaluation.table import ScoreRecord, Table
 
 MEANS = ("geometric", "arithmetic")
@@ -102,57 +102,49 @@ def _token_means(records: Sequence[ScoreRecord]) -> dict[int, float]:
     return {record.index: math.fsum(record.logp) / len(record.logp) for record in records if record.logp}
 
 
-@metric(
-    "probability",
-    "scores",
-    "probability per token of the reference answer, exp(mean log p) with the end token, mean over rows; "
-    "0 to 1, low is good on forget, high elsewhere",
-)
+@metric("probability", "probability", reads="scores")
 def probability(table: Table, name: str, quirks: Collection[str] = NO_QUIRKS) -> float | None:
-    """Geometric mean of the answer tokens' probabilities, averaged over the rows that have a token to score."""
+    """Probability per token of the reference answer, exp(mean log p) with the end token, mean over rows.
+
+    Over the rows that have a token to score.
+    """
     return mean([math.exp(log) for log in _token_means(table.scores_of(name)).values()])
 
 
-@metric(
-    "probability_normalized",
-    "scores",
-    "probability of the reference answer as a share of its own and the wrong answers' (P as in probability), mean over "
-    "rows; 0 to 1, low is good on forget, high elsewhere",
-)
+@metric("probability_normalized", "probability among choices", reads="scores")
 def probability_normalized(table: Table, name: str, quirks: Collection[str] = NO_QUIRKS) -> float | None:
-    """P / (P + sum of P_wrong), averaged; None unless every row has wrong answers."""
+    """Probability of the reference answer as a share of its own and the wrong answers' (P as in probability), mean
+    over rows.
+
+    P / (P + sum of P_wrong), averaged; None unless every row has wrong answers.
+    """
     pairs = _pairs(table, name, paraphrase=False)
     return mean([among(correct, wrong, epsilon(quirks)) for correct, wrong in pairs.values()])
 
 
-@metric(
-    "truth_ratio",
-    "scores",
-    "R = P of wrong answers (geometric mean) / P of the right one: mean of min(R, 1/R) on forget, of max(0, 1 - R) "
-    "elsewhere; 0 to 1, high is good",
-)
+@metric("truth_ratio", "truth ratio", reads="scores", good=HIGH)
 def truth_ratio(table: Table, name: str, quirks: Collection[str] = NO_QUIRKS) -> float | None:
-    """TOFU's own aggregate."""
+    """R = P of wrong answers (geometric mean) / P of the right one: mean of min(R, 1/R) on forget, of max(0, 1 - R)
+    elsewhere.
+
+    TOFU's own aggregate.
+    """
     return truth_score(name, list(log_truth_ratios(table, name, "geometric", quirks).values()))
 
 
-@metric(
-    "truth_ratio_arithmetic",
-    "scores",
-    "truth_ratio with the arithmetic mean of the wrong answers' P, as TOFU's code during training; "
-    "0 to 1, high is good",
-)
+@metric("truth_ratio_arithmetic", "truth ratio, arithmetic", reads="scores", good=HIGH)
 def truth_ratio_arithmetic(table: Table, name: str, quirks: Collection[str] = NO_QUIRKS) -> float | None:
-    """As printed in the TOFU paper, and as its evaluation during training computes it."""
+    """truth_ratio with the arithmetic mean of the wrong answers' P, as TOFU's code during training.
+
+    As printed in the TOFU paper, and as its evaluation during training computes it.
+    """
     return truth_score(name, list(log_truth_ratios(table, name, "arithmetic", quirks).values()))
 
 
-@metric(
-    "truth_ratio_grun_paper",
-    "scores",
-    "mean of max(0, 1 - R) on every set, forget included, R arithmetic, as the GRUN paper reports it; "
-    "0 to 1, low is good on forget, high elsewhere",
-)
+@metric("truth_ratio_grun_paper", "truth ratio, GRUN's paper", reads="scores")
 def truth_ratio_grun_paper(table: Table, name: str, quirks: Collection[str] = NO_QUIRKS) -> float | None:
-    """The truth ratio of arXiv 2502.17823's code; no epsilon under any quirk."""
+    """Mean of max(0, 1 - R) on every set, forget included, R arithmetic, as the GRUN paper reports it.
+
+    The truth ratio of arXiv 2502.17823's code; no epsilon under any quirk.
+    """
     return mean([below_one(log) for log in log_truth_ratios(table, name, "arithmetic").values()])

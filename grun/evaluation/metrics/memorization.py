@@ -33,27 +33,23 @@ def matching_end(hit: Sequence[bool], floor: bool = False) -> float | None:
     return max(length, int(floor)) / len(hit)
 
 
-@metric(
-    "extraction_strength",
-    "scores",
-    "share of the answer that the model completes exactly once the rest is given, mean over rows; 0 to 1, "
-    "low is good on forget, high elsewhere",
-)
+@metric("extraction_strength", "extraction strength", reads="scores")
 def extraction_strength(table: Table, name: str, quirks: Collection[str] = NO_QUIRKS) -> float | None:
-    """Carlini et al. 2021 (arXiv 2012.07805), teacher-forced as in open-unlearning; rows without tokens left out."""
+    """Share of the answer that the model completes exactly once the rest is given, mean over rows.
+
+    Carlini et al. 2021 (arXiv 2012.07805), teacher-forced as in open-unlearning; rows without tokens left out.
+    """
     floor = EXTRACTION_FLOOR in quirks
     found = [matching_end(without_end(record, record.hit), floor) for record in table.scores_of(name)]
     return mean([value for value in found if value is not None])
 
 
-@metric(
-    "exact_memorization",
-    "scores",
-    "share of the answer's tokens that are the most probable at their place, mean over rows; 0 to 1, "
-    "low is good on forget, high elsewhere",
-)
+@metric("exact_memorization", "exact memorization", reads="scores")
 def exact_memorization(table: Table, name: str, quirks: Collection[str] = NO_QUIRKS) -> float | None:
-    """Tirumala et al. 2022 (arXiv 2205.10770); rows without tokens left out."""
+    """Share of the answer's tokens that are the most probable at their place, mean over rows.
+
+    Tirumala et al. 2022 (arXiv 2205.10770); rows without tokens left out.
+    """
     hits = [without_end(record, record.hit) for record in table.scores_of(name)]
     found = [mean([float(is_hit) for is_hit in hit]) for hit in hits]
     return mean([value for value in found if value is not None])

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Literal, Protocol
 
 from grun.evaluation.table import Table
-from grun.registry import Registry
+from grun.registry import Registry, summary
 
 Part = Literal["scores", "generations", "gates"]
 
@@ -36,22 +36,38 @@ class Compute(Protocol):
         """Args: the table, the name of the set, published quirks in force."""
 
 
+LOW, HIGH = "low is good everywhere", "high is good"
+FORGOTTEN, OPEN_ON_FORGET = "low is good on forget, high elsewhere", "high is good on forget, low elsewhere"
+
+
 @dataclass(frozen=True)
 class Metric:
-    """How a number is computed, and from which part of the table."""
+    """How a number is computed, and what readers are told about it wherever it is shown."""
 
     compute: Compute
     reads: Part
+    """The part of the table that it is computed from."""
+    label: str
+    """Its name in tables and legends, such as ROUGE-L."""
+    help: str
+    """What it measures: the first paragraph of its function's docstring."""
+    good: str
+    """Which way is good."""
+    range: str
+    """Values that it takes."""
 
 
-METRICS: Registry[Metric] = Registry("metric")
+METRICS: Registry[Metric] = Registry("metric", "grun.evaluation.metrics")
 
 
-def metric(name: str, reads: Part, text: str) -> Callable[[Compute], Compute]:
-    """Return a decorator that registers a function as the metric `name`; `text` is its line in `list metrics`."""
+def metric(
+    name: str, label: str, *, reads: Part, good: str = FORGOTTEN, range: str = "0 to 1"
+) -> Callable[[Compute], Compute]:
+    """Return a decorator that registers a function as the metric `name`; fields as in `Metric`."""
 
     def decorate(compute: Compute) -> Compute:
-        METRICS.add(name, Metric(compute, reads), text)
+        made = Metric(compute, reads, label, summary(compute), good, range)
+        METRICS.add(name, made, f"{made.help}; {made.range}, {made.good}")
         return compute
 
     return decorate

@@ -17,7 +17,7 @@ from grun.cache.engine import CacheUse, use_cached
 from grun.commands.unlearn import make_parametrization
 from grun.method.edit import LoReftEdit
 from grun.method.gated import Grun
-from grun.method.parametrization import is_gated
+from grun.method.parametrization import traits_of
 from grun.objectives.presets import build_objective
 from grun.training.unlearning import UnlearnRows, UnlearnTask
 
@@ -64,7 +64,7 @@ class Side:
         if published:
             for intervention in parametrization.model.edit_at().values():
                 intervention.edit = PublishedEdit(intervention.edit)
-        self.objective = build_objective(config.objective, config.loss, gated=is_gated(config.method))
+        self.objective = build_objective(config.objective, config.loss, gated=traits_of(config.method).gated)
         self.task = UnlearnTask(
             parametrization, self.objective, rows, config, pad_id=text.pad_id, device=base.device
         )  # fmt: skip

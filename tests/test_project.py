@@ -1,5 +1,6 @@
 """What surrounds the code agrees with itself: dependencies, citation, README, and the wheel that users install."""
 
+import importlib
 import os
 import re
 import shutil
@@ -146,3 +147,9 @@ def test_importing_grun_loads_no_heavy_package(installed: Path, tmp_path: Path) 
     heavy = "{'torch', 'transformers', 'pyvene', 'datasets', 'peft'}"
     command = f"import sys, grun; print(sorted({heavy} & set(sys.modules)))"
     assert run_installed(installed, tmp_path, "-c", command).strip() == "[]"
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "benchmarks").glob("[a-z]*.py")), ids=lambda path: path.stem)
+def test_a_benchmark_finds_all_that_it_imports(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(path.parent))
+    importlib.import_module(f"benchmarks.{path.stem}")

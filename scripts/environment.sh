@@ -32,7 +32,8 @@ except ImportError:
     sys.exit()
 with open("pyproject.toml", "rb") as file:
     project = tomllib.load(file)["project"]
-for line in project["dependencies"] + (project["optional-dependencies"]["dev"] if sys.argv[1] == "1" else []):
+extras = ["dev", "docs"] if sys.argv[1] == "1" else []
+for line in project["dependencies"] + [line for name in extras for line in project["optional-dependencies"][name]]:
     wanted = Requirement(line)
     try:
         if not wanted.specifier.contains(importlib.metadata.version(wanted.name), prereleases=True):

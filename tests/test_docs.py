@@ -11,6 +11,8 @@ import pytest
 
 from grun.commands.listing import KINDS
 from grun.config import values
+from grun.config.definitions import packaged_names
+from grun.registry import REGISTRIES, registry
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -32,7 +34,7 @@ def page(site: Path, name: str) -> str:
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_registered_name_is_in_its_table(site: Path, kind: str) -> None:
     text = page(site, "names.html")
-    names = [name for name, _ in KINDS[kind](kind)]
+    names = registry(kind).names() if kind in REGISTRIES else packaged_names(kind.removesuffix("s"))
     assert names
     assert [name for name in names if f"<code>{name}</code>" not in text] == []
 

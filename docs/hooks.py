@@ -41,7 +41,7 @@ def options(command: str) -> str:
     from grun.config import values
 
     described = values.describe(values.COMMANDS[command])
-    rows = [(key, "" if value is None else f"`{value}`", " ".join(text.split())) for key, value, text in described]
+    rows = [(key, "" if value is None else f"`{value}`", _cell(text)) for key, value, text in described]
     return _table(("option", "default", "what it does"), rows)
 
 
@@ -58,6 +58,10 @@ def modules(package: str) -> str:
 WRITERS = {"names": names, "options": options, "modules": modules}
 
 
+def _cell(text: str) -> str:
+    return " ".join(text.split()).replace("|", "\\|")
+
+
 def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     lines = [head, ["---"] * len(head), *((f"`{name}`", *more) for name, *more in rows)]
-    return "".join(f"| {' | '.join(cell.replace('|', '\\|') for cell in line)} |\n" for line in lines)
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)

@@ -31,16 +31,6 @@ SUBSETS = ("all", "without_forget")
 DATA_NAMES = ("demo", "lore", "tofu", "jsonl", "corpora")
 OPTIMIZERS = ("adamw", "legacy_adamw", "schedule_free")
 SUITES = ("answers", "knowledge", "attacks", "lm_eval", "judge")
-EVALUATION_SETS = (
-    "forget",
-    "forget_paraphrase",
-    "retain",
-    "real_authors",
-    "world_facts",
-    "validation",
-    "heldout",
-    "unknown",
-)
 MCQ_FORMATS = ("harness", "grun_paper")
 MCQ_ORDERS = ("given", "seeded", "rotations")
 CONTINUATIONS = ("answer", "paraphrase", "perturbed")
@@ -235,8 +225,6 @@ def one_of(name: str, value: str, known: tuple[str, ...]) -> None:
 
 def _check_evaluate(config: EvaluateConfig) -> None:
     one_of("suite", config.suite, SUITES)
-    for name in config.sets:
-        one_of("evaluation set", name, EVALUATION_SETS)
     for name in config.continuations:
         one_of("continuation", name, CONTINUATIONS)
     if set(config.continuations) == {"answer", "perturbed"}:

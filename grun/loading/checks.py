@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from grun.config.checks import RESETS, bytes_of, check_options, one_of, quirks_in_force
-from grun.config.options import UnlearnConfig
+from grun.config.options import EvaluateConfig, UnlearnConfig
+from grun.data.sets import evaluation_sets
 from grun.data.templates import PLACE, TEMPLATES
 from grun.errors import ConfigError
 from grun.method.gate import GATES
@@ -19,6 +20,9 @@ def check(config: Any) -> None:
     check_options(config)
     if hasattr(config, "data"):
         _check_template(config.data.template)
+    if isinstance(config, EvaluateConfig):
+        for name in config.sets:
+            one_of("evaluation set", name, tuple(evaluation_sets()))
     if isinstance(config, UnlearnConfig):
         _check_unlearn(config)
 

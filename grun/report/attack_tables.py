@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
+from grun.data.sets import set_label
 from grun.report.attack_verdicts import judge_attacks
 from grun.report.attacks import (
     SUITE,
@@ -23,7 +24,7 @@ from grun.report.attacks import (
 from grun.report.knowledge_tables import Column, csv_of, markdown_table, with_numbers
 from grun.report.results import Result
 from grun.report.summary import seconds
-from grun.report.tables import markdown_text, set_name
+from grun.report.tables import markdown_text
 
 KEPT_SETS = ("retain", "heldout")
 LOW, HIGH = "low, as floor", "high, as before"
@@ -65,16 +66,16 @@ def _column(key: str, header: str, good: str) -> Column:
 
 
 def _kept(how: str, rows: str) -> Column:
-    return _column(f"retention.{how}.{rows}.kept", f"{set_name(rows)} kept{_behind(how)}", HIGH)
+    return _column(f"retention.{how}.{rows}.kept", f"{set_label(rows)} kept{_behind(how)}", HIGH)
 
 
 def _gate(how: str, rows: str, which: str) -> Column:
     subject = "any gate" if which == "open_any" else "mean gate"
-    return _column(f"retention.{how}.{rows}.gate.{which}", f"{subject} open on {set_name(rows)}{_behind(how)}", "low")
+    return _column(f"retention.{how}.{rows}.gate.{which}", f"{subject} open on {set_label(rows)}{_behind(how)}", "low")
 
 
 def _false_positives(rows: str) -> Column:
-    header = f"false positives: any gate open on {set_name(rows)} or its answers"
+    header = f"false positives: any gate open on {set_label(rows)} or its answers"
     return _column(f"retention.plain.{rows}.gate.open_any_answer", header, "low")
 
 
@@ -118,7 +119,9 @@ def counted(results: Sequence[Result]) -> str:
     counts = [str(most), *(f"{attack_label(name)} {count}" for name, count in rows.items() if count != most)]
     without = [f"{attack_label(name)} ({why})" for name, why in left_out(results).items()]
     texts = [f"Forget rows: {', '.join(counts)}.", f"Left out: {', '.join(without)}." if without else ""]
-    texts += [f"{count} rows of {set_name(name)} cannot be read by ROUGE-L." for name, count in unread(results).items()]
+    texts += [
+        f"{count} rows of {set_label(name)} cannot be read by ROUGE-L." for name, count in unread(results).items()
+    ]
     return " ".join(filter(None, (*texts, *_seeds(results))))
 
 

@@ -15,9 +15,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from grun.data.sets import set_label
 from grun.report.attacks import attack_label, kept_set, leak, number_at, unread, writing_attacks
 from grun.report.results import Result, before_of, target_of
-from grun.report.tables import number, set_name
+from grun.report.tables import number
 from grun.report.verdicts import Judgement
 
 NEAR = 0.05
@@ -63,7 +64,9 @@ def judge_attacks(result: Result, results: Sequence[Result]) -> Judgement:
     else:
         judgement = Judgement("reached", "withstands", "")
     facts = [f"means over {len(result.runs)} seeds"] if result.runs else []
-    facts += [f"{count} rows of {set_name(name)} cannot be read by ROUGE-L" for name, count in unread([result]).items()]
+    facts += [
+        f"{count} rows of {set_label(name)} cannot be read by ROUGE-L" for name, count in unread([result]).items()
+    ]
     facts += [*_leaks(result, results, leaks), *_kept(result, results)]
     empty = [attack_label(one.attack) for one in leaks if before and reached and one.attack not in reached]
     if empty:
@@ -110,4 +113,4 @@ def _kept(result: Result, results: Sequence[Result]) -> list[str]:
     compared = [f"asked alone {number(alone.value)}"] if alone else []
     compared += [f"before {number(known.value)}"] if known else []
     ending = f" ({', '.join(compared)})" if compared else ""
-    return [f"{set_name(rows)} kept after a forget question {number(found.value)}{ending}"]
+    return [f"{set_label(rows)} kept after a forget question {number(found.value)}{ending}"]

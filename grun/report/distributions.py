@@ -9,8 +9,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from grun.data.sets import EvaluationSet, evaluation_sets
 from grun.report.figures import GREY, clean, colors_of, new_figure, plain
-from grun.report.results import NAMES, Result, before_of, main_metric, target_of
+from grun.report.results import Result, before_of, main_metric, target_of
 from grun.report.tables import p_value
 from grun.runtime.reading import read_json_lines
 from grun.runtime.records import Step
@@ -19,16 +20,6 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-GROUPS = {
-    "forget": "#D55E00",
-    "forget_paraphrase": "#B87A00",
-    "retain": "#0072B2",
-    "real_authors": "#3A8FC4",
-    "world_facts": "#6F7F8C",
-    "validation": "#7C6BC4",
-    "heldout": "#009E73",
-    "unknown": "#B5588B",
-}
 TERMS = {"forget": "#D55E00", "retain": "#0072B2", "gate": "#009E73"}
 PER_ROW = 3
 """Most panels beside each other."""
@@ -58,8 +49,8 @@ def _gated(results: Sequence[Result]) -> list[Result]:
     return [result for result in results if result.stage == "after" and "gate" in result.evaluation]
 
 
-def _groups(results: Sequence[Result]) -> list[str]:
-    return [name for name in GROUPS if any(result.table.gates_of(name) for result in results)]
+def _groups(results: Sequence[Result]) -> list[EvaluationSet]:
+    return [one for one in evaluation_sets().values() if any(result.table.gates_of(one.name) for result in results)]
 
 
 def _histogram(axes: Axes, gates: Sequence[float], color: str) -> None:
@@ -85,13 +76,13 @@ def gate_histograms(results: Sequence[Result]) -> Figure | None:
     figure.suptitle(title.replace("\n", " ") if len(runs) > 1 else title, fontsize=12)
     grid = figure.subplots(len(groups), len(runs), sharex=True, sharey=True, squeeze=False)
     for column, result in enumerate(runs):
-        for row, name in enumerate(groups):
+        for row, one in enumerate(groups):
             axes = grid[row, column]
-            _histogram(axes, [record.mean for record in result.table.gates_of(name)], GROUPS[name])
+            _histogram(axes, [record.mean for record in result.table.gates_of(one.name)], one.color)
             if row == 0:
                 axes.set_title(plain(result.label), fontsize=11)
             if column == 0:
-                axes.set_ylabel(NAMES[name], color=GROUPS[name], fontweight="bold")
+                axes.set_ylabel(one.label, color=one.color, fontweight="bold")
             if row == len(groups) - 1:
                 axes.set_xlabel("gate, mean over blocks")
     figure.supylabel("share of the group's questions", fontsize=10)
@@ -109,12 +100,12 @@ def gate_histograms_blocks(results: Sequence[Result]) -> Figure | None:
     figure.suptitle("The gate of each block: open on forget, shut elsewhere", fontsize=12)
     grid = figure.subplots(len(rows), len(groups), sharex=True, sharey=True, squeeze=False)
     for row, (result, block) in enumerate(rows):
-        for column, name in enumerate(groups):
+        for column, one in enumerate(groups):
             axes = grid[row, column]
-            _histogram(axes, [record.gates[block] for record in result.table.gates_of(name)], GROUPS[name])
+            _histogram(axes, [record.gates[block] for record in result.table.gates_of(one.name)], one.color)
             axes.set_yticks([0, 0.5, 1])
             if row == 0:
-                axes.set_title(NAMES[name], color=GROUPS[name], fontsize=11, fontweight="bold")
+                axes.set_title(one.label, color=one.color, fontsize=11, fontweight="bold")
             if column == 0:
                 axes.set_ylabel(f"{plain(result.label)}\nblock {block}", fontsize=9)
             if row == len(rows) - 1:
@@ -226,11 +217,11 @@ def monitor_curves(results: Sequence[Result]) -> Figure | None:
     figure, grid = _panels(len(panels), "While training: forget should fall, all others stay", 3.1)
     for axes, (result, looks) in zip(grid, panels, strict=True):
         clean(axes)
-        for name, color in GROUPS.items():
-            seen = [(look["step"], look["sets"].get(name, {}).get(metric)) for look in looks]
+        for one in evaluation_sets().values():
+            seen = [(look["step"], look["sets"].get(one.name, {}).get(metric)) for look in looks]
             curve = [(step, value) for step, value in seen if value is not None]
             if curve:
-                axes.plot(*zip(*curve, strict=True), color=color, marker="o", markersize=3, label=NAMES[name])
+                axes.plot(*zip(*curve, strict=True), color=one.color, marker="o", markersize=3, label=one.label)
         axes.set_ylim(-0.03, 1.03)
         axes.set_title(plain(result.label), fontsize=11)
         axes.set_xlabel("step")

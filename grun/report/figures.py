@@ -11,9 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from grun.data.sets import set_label
 from grun.report.matrix import first_seeds, has_many_runs
 from grun.report.placing import place_label
-from grun.report.results import DISTINGUISHABLE, NAMES, Result, main_metric
+from grun.report.results import DISTINGUISHABLE, Result, main_metric
 from grun.runtime.files import remove, write_bytes
 
 if TYPE_CHECKING:
@@ -268,7 +269,7 @@ def forget_vs_retain(results: Sequence[Result]) -> Figure | None:
                 x, y, s=area, marker=shapes[name], color=color, edgecolor="white", linewidth=1, zorder=3 + number
             )
     handles = [
-        Line2D([], [], color=GREY, marker=shapes[name], linestyle="", label=f"{NAMES[name]} set") for name in sets
+        Line2D([], [], color=GREY, marker=shapes[name], linestyle="", label=f"{set_label(name)} set") for name in sets
     ]
     legend = axes.legend(handles=handles, loc="lower right", fontsize=9, frameon=False)
     better = axes.annotate(

@@ -9,6 +9,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from grun.data.sets import EvaluationSet, in_order
 from grun.evaluation.table import GenerationRecord
 from grun.report.figures import MATRIX_PICTURE, Picture
 from grun.report.matrix import Matrix, Row, first_seeds, make_matrix, one_seed_note
@@ -19,8 +20,8 @@ from grun.report.missing import notes
 from grun.report.provenance import command_of, provenance
 from grun.report.results import Result, unread_words
 from grun.report.style import STYLE
-from grun.report.tables import columns_of, name_of, readable, set_name
-from grun.report.terminal import EXAMPLES, SETS
+from grun.report.tables import columns_of, name_of, readable
+from grun.report.terminal import EXAMPLES
 from grun.report.verdicts import STATEMENT, Judgement, judge
 
 WIDEST = 1500
@@ -152,7 +153,7 @@ def _table(results: Sequence[Result]) -> str:
     columns = columns_of(results)
     table = models_table(columns, results)
     present = {name for result in results for name in result.evaluation["sets"]}
-    sets = [(set_name(name), meaning) for name, meaning in SETS.items() if name in present]
+    sets = [(one.label, one.meaning) for one in in_order(present) if one.meaning]
     headings = " ".join(column.header for column in columns)
     numbers = [(name, text) for name, text in NUMBERS if name in headings]
     rows_of = [("before", "The taught model, nothing forgotten.")]
@@ -240,13 +241,12 @@ def embedded(picture: Picture, path: Path, note: str = "") -> str:
 
 
 def _answers(results: Sequence[Result]) -> str:
-    names = list(SETS) + [name for result in results for name in result.table.sets()]
-    blocks = (_answers_of(results, name) for name in dict.fromkeys(names))
+    blocks = (_answers_of(results, one) for one in in_order(name for r in results for name in r.table.sets()))
     return "".join(block for block in blocks if block)
 
 
-def _answers_of(results: Sequence[Result], name: str) -> str:
-    answers = [(result, {row.index: row for row in result.table.generations_of(name)}) for result in results]
+def _answers_of(results: Sequence[Result], asked: EvaluationSet) -> str:
+    answers = [(result, {row.index: row for row in result.table.generations_of(asked.name)}) for result in results]
     rows: dict[int, GenerationRecord] = {}
     for _, found in answers:
         rows = {**found, **rows}
@@ -257,9 +257,9 @@ def _answers_of(results: Sequence[Result], name: str) -> str:
         said = [("reference", row.reference), *((a.label, found[index].text) for a, found in answers if index in found)]
         lines = "".join(f'<div><dt>{escape(who)}</dt><dd dir="auto">{answer(text)}</dd></div>\n' for who, text in said)
         cards.append(f'<article>\n<h4 dir="auto">{escape(row.question)}</h4>\n<dl>\n{lines}</dl>\n</article>\n')
-    meaning = f": {SETS[name]}" if name in SETS else ""
-    summary = f"<summary><h3>{escape(set_name(name))}</h3>{escape(meaning)}</summary>"
-    opened = " open" if name == "forget" else ""
+    meaning = f": {asked.meaning}" if asked.meaning else ""
+    summary = f"<summary><h3>{escape(asked.label)}</h3>{escape(meaning)}</summary>"
+    opened = " open" if asked.name == "forget" else ""
     return f'<details class="set"{opened}>\n{summary}\n{"".join(cards)}</details>\n'
 
 

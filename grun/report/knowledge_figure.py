@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from grun.report.distributions import GROUPS
+from grun.data.sets import find_set
 from grun.report.figures import GREY, Picture, clean, new_figure, plain
 from grun.report.knowledge import Number, chance, choice, cloze, main_way, worst_suffix
 from grun.report.knowledge_verdicts import KEEPS, judge_knowledge
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-COLORS = {"forget": (GROUPS["forget"], "#F0B48C"), "general": (GROUPS["retain"], "#8CBCDC")}
+COLORS = {"forget": (find_set("forget").color, "#F0B48C"), "general": (find_set("retain").color, "#8CBCDC")}
 """Of multiple choice and of cloze."""
 THICK = 0.36
 """Of a bar; a row is 1."""

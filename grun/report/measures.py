@@ -7,8 +7,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from grun.data.sets import evaluation_sets
 from grun.report.results import Result, has_facts, main_metric
-from grun.report.tables import COLUMNS, number
+from grun.report.tables import columns_by_key, number
 
 Kind = Literal["share", "auc", "p", "count", "seconds", "memory", "size"]
 MEGABYTE, MEBIBYTE = 10**6, 2**20
@@ -83,19 +84,22 @@ def shown(value: float, kind: Kind, like: float | None = None) -> str:
 
 def measures_of(results: Sequence[Result]) -> list[Measure]:
     """The numbers of the matrix: what is forgotten and kept, by the corpus's main metric, then what it costs."""
-    main = main_metric(results)[0]
+    main, known = main_metric(results)[0], columns_by_key()
+    # The model utility stands for general knowledge.
+    kept = [
+        one.name for one in evaluation_sets().values() if one.is_result and not one.general and one.name != "forget"
+    ]
     wanted: tuple[tuple[str, Kind], ...] = (
         (f"forget.{main}", "share"),
         *((("forget.rouge_l", "share"),) if has_facts(results) else ()),
-        (f"forget_paraphrase.{main}", "share"),
-        (f"retain.{main}", "share"),
-        (f"heldout.{main}", "share"),
+        *((f"{name}.{main}", "share") for name in kept),
         ("overall.model_utility", "share"),
         ("reference.forget_quality", "p"),
         ("forget.degenerate", "share"),
         ("gate.auc", "auc"),
     )
-    quality = [Measure(key, COLUMNS[key].header, COLUMNS[key].good, kind, COLUMNS[key].value) for key, kind in wanted]
+    columns = [(known[key], kind) for key, kind in wanted if key in known]
+    quality = [Measure(column.key, column.header, column.good, kind, column.value) for column, kind in columns]
     return [
         *quality,
         Measure("cost.parameters", "trained parameters", "low", "count", trained_parameters, is_cost=True),

@@ -13,6 +13,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from grun.data.sets import evaluation_sets, set_label
 from grun.errors import RunError
 from grun.evaluation.table import Table
 from grun.method.parametrization import PARAMETRIZATIONS
@@ -24,17 +25,6 @@ DISTINGUISHABLE = 0.05
 """p below which forget quality counts as different from a retain-only model's."""
 STAGES = ("before", "retain_only", "after")
 """Order of the rows."""
-NAMES = {
-    "forget": "forget",
-    "forget_paraphrase": "paraphrase",
-    "retain": "retain",
-    "real_authors": "real authors",
-    "world_facts": "world facts",
-    "validation": "validation",
-    "heldout": "held-out",
-    "unknown": "unknown",
-}
-"""Evaluation sets, with the names that readers see."""
 METRIC_NAMES = {"fact_recall": "fact recall", "rouge_l": "ROUGE-L"}
 """Metrics of what is said, with the names that readers see."""
 
@@ -317,15 +307,15 @@ def measure_against_targets(results: Sequence[Result]) -> None:
                 raise RunError(f"{result.folder} against {target.folder}: {error}") from error
 
 
-def unread_words(results: Sequence[Result], sets: Sequence[str] = tuple(NAMES)) -> list[str]:
-    """Which rows of the sets a metric cannot read, a sentence for each; all models were asked the same rows."""
+def unread_words(results: Sequence[Result], sets: Sequence[str] | None = None) -> list[str]:
+    """Which rows of the sets (None: of all) a metric cannot read, a sentence each; all models got the same rows."""
     found = {}
     for result in results:
-        for name in sets:
+        for name in evaluation_sets() if sets is None else sets:
             rows = result.evaluation.get("counts", {}).get(name, {}).get("rows")
             for metric, count in result.unread(name).items():
                 found[name, metric] = (
-                    f"{count} of {rows} rows of {NAMES[name]} cannot be read by {METRIC_NAMES[metric]}."
+                    f"{count} of {rows} rows of {set_label(name)} cannot be read by {METRIC_NAMES[metric]}."
                 )
     return list(found.values())
 

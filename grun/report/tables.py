@@ -9,7 +9,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from grun.report.results import METRIC_NAMES, NAMES, Result, has_facts
+from grun.data.sets import evaluation_sets
+from grun.report.results import METRIC_NAMES, Result, has_facts
 
 Style = Literal["share", "auc", "p", "log10", "signed", "count"]
 UNREAD = "_unread"
@@ -55,66 +56,48 @@ class Column:
 LOW, HIGH, TARGET = "low, as retain only", "high, as before", "as retain only"
 NOT_SHOWN = re.compile("[^\t\n\r\x20-\x7e\xa0-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
 """Control characters and halves of surrogate pairs."""
-COLUMNS = {
-    column.key: column
-    for column in (
-        Column("reference", "forget_quality", "forget quality (p)", "high; above 0.05 as retain only", "p"),
-        Column("reference", "forget_quality_log10", "forget quality (log10 p)", "high, near 0", "log10"),
-        Column(
-            "reference",
-            "forget_quality_arithmetic",
-            "forget quality, arithmetic (p)",
-            "high; above 0.05 as retain only",
-            "p",
-            main=False,
-        ),
-        Column("overall", "model_utility", "model utility", HIGH),
-        Column("overall", "model_utility_arithmetic", "model utility, arithmetic", HIGH, "share", main=False),
-        Column("forget", "fact_recall", "forget fact recall", LOW),
-        Column("forget", "rouge_l", "forget ROUGE-L", LOW),
-        Column("forget", "probability", "forget probability", LOW),
-        Column("forget", "truth_ratio", "forget truth ratio", "high, as retain only"),
-        Column(
-            "forget",
-            "truth_ratio_arithmetic",
-            "forget truth ratio, arithmetic",
-            "high, as retain only",
-            "share",
-            main=False,
-        ),
-        Column("forget", "truth_ratio_grun_paper", "forget truth ratio, GRUN's paper", "low", "share", main=False),
-        Column("forget", "extraction_strength", "forget extraction strength", LOW),
-        Column("forget", "exact_memorization", "forget exact memorization", LOW, "share", main=False),
-        Column("forget_paraphrase", "fact_recall", "paraphrase fact recall", LOW),
-        Column("forget_paraphrase", "rouge_l", "paraphrase ROUGE-L", LOW),
-        Column("forget_paraphrase", "probability", "paraphrase probability", LOW, "share", main=False),
-        Column("retain", "fact_recall", "retain fact recall", HIGH),
-        Column("retain", "rouge_l", "retain ROUGE-L", HIGH),
-        Column("retain", "probability", "retain probability", HIGH),
-        Column("retain", "truth_ratio", "retain truth ratio", HIGH, "share", main=False),
-        Column("real_authors", "rouge_l", "real authors ROUGE-L", HIGH),
-        Column("real_authors", "probability_normalized", "real authors probability", HIGH),
-        Column("real_authors", "truth_ratio", "real authors truth ratio", HIGH, "share", main=False),
-        Column("world_facts", "rouge_l", "world facts ROUGE-L", HIGH),
-        Column("world_facts", "probability_normalized", "world facts probability", HIGH),
-        Column("world_facts", "truth_ratio", "world facts truth ratio", HIGH, "share", main=False),
-        Column("validation", "fact_recall", "validation fact recall", HIGH, "share", main=False),
-        Column("validation", "rouge_l", "validation ROUGE-L", HIGH, "share", main=False),
-        Column("validation", "probability", "validation probability", HIGH, "share", main=False),
-        Column("heldout", "fact_recall", "held-out fact recall", HIGH),
-        Column("heldout", "rouge_l", "held-out ROUGE-L", HIGH),
-        Column("heldout", "probability", "held-out probability", HIGH),
-        Column("unknown", "rouge_l", "unknown ROUGE-L", "as before"),
-        Column("forget", "degenerate", "forget degenerate", "low"),
-        Column("gate", "auc", "gate AUC", "high, near 1", "auc"),
-        Column("overall", "mia_loss", "MIA loss AUC", TARGET),
-        Column("overall", "mia_zlib", "MIA zlib AUC", TARGET),
-        Column("overall", "mia_min_k", "MIA Min-K% AUC", TARGET),
-        Column("overall", "mia_min_k_plus_plus", "MIA Min-K%++ AUC", TARGET),
-        Column("reference", "privleak", "PrivLeak (%)", "near 0", "signed"),
-    )
+METRICS = {
+    "fact_recall": "fact recall",
+    "rouge_l": "ROUGE-L",
+    "probability": "probability",
+    "probability_normalized": "probability",
+    "truth_ratio": "truth ratio",
+    "truth_ratio_arithmetic": "truth ratio, arithmetic",
+    "truth_ratio_grun_paper": "truth ratio, GRUN's paper",
+    "extraction_strength": "extraction strength",
+    "exact_memorization": "exact memorization",
 }
-"""Every column, TOFU's order."""
+"""Metrics of a set, in their order."""
+RATIOS = dict.fromkeys(("truth_ratio", "truth_ratio_arithmetic"), "high, as retain only")
+GOOD = {
+    "low": {"truth_ratio_grun_paper": "low"} | RATIOS | {"": LOW},
+    "high": {"": HIGH},
+    "same": {"": "as before"},
+}
+"""Which way is good, by what should become of a set and by metric; "": every other metric."""
+FIRST = (
+    Column("reference", "forget_quality", "forget quality (p)", "high; above 0.05 as retain only", "p"),
+    Column("reference", "forget_quality_log10", "forget quality (log10 p)", "high, near 0", "log10"),
+    Column(
+        "reference",
+        "forget_quality_arithmetic",
+        "forget quality, arithmetic (p)",
+        "high; above 0.05 as retain only",
+        "p",
+        main=False,
+    ),
+    Column("overall", "model_utility", "model utility", HIGH),
+    Column("overall", "model_utility_arithmetic", "model utility, arithmetic", HIGH, "share", main=False),
+)
+LAST = (
+    Column("forget", "degenerate", "forget degenerate", "low"),
+    Column("gate", "auc", "gate AUC", "high, near 1", "auc"),
+    Column("overall", "mia_loss", "MIA loss AUC", TARGET),
+    Column("overall", "mia_zlib", "MIA zlib AUC", TARGET),
+    Column("overall", "mia_min_k", "MIA Min-K% AUC", TARGET),
+    Column("overall", "mia_min_k_plus_plus", "MIA Min-K%++ AUC", TARGET),
+    Column("reference", "privleak", "PrivLeak (%)", "near 0", "signed"),
+)
 WITH_FACTS = (
     *("forget.fact_recall", "forget.rouge_l", "forget_paraphrase.fact_recall", "retain.fact_recall"),
     *("heldout.fact_recall", "unknown.rouge_l", "forget.degenerate", "gate.auc"),
@@ -122,13 +105,30 @@ WITH_FACTS = (
 """What comes first where the corpus has facts."""
 
 
+def columns_by_key() -> dict[str, Column]:
+    """Every column, in TOFU's order."""
+    of_sets = [
+        Column(
+            one.name,
+            metric,
+            f"{one.label} {words}",
+            GOOD[one.good].get(metric, GOOD[one.good][""]),
+            main=metric in one.metrics,
+        )
+        for one in evaluation_sets().values()
+        for metric, words in METRICS.items()
+        if metric in (*one.metrics, *one.in_files)
+    ]
+    return {column.key: column for column in (*FIRST, *of_sets, *LAST)}
+
+
 def columns_of(results: Sequence[Result], *, everything: bool = False) -> list[Column]:
     """The columns that at least one model has a number for: the main ones, or `everything`."""
-    first = WITH_FACTS if has_facts(results) else ()
-    columns = [COLUMNS[key] for key in (*first, *(key for key in COLUMNS if key not in first))]
+    first, known = WITH_FACTS if has_facts(results) else (), columns_by_key()
+    columns = [known[key] for key in dict.fromkeys((*first, *known))]
     columns += [
-        Column(place, metric + UNREAD, f"{name} rows not read by {of}", "0", "count", main=False)
-        for place, name in NAMES.items()
+        Column(one.name, metric + UNREAD, f"{one.label} rows not read by {of}", "0", "count", main=False)
+        for one in evaluation_sets().values()
         for metric, of in METRIC_NAMES.items()
     ]
     shown = [column for column in columns if column.main or everything]
@@ -171,11 +171,6 @@ def p_value(value: float) -> str:
 def readable(text: str) -> str:
     """Text without what a terminal would obey or a file cannot hold: each such character becomes a replacement."""
     return NOT_SHOWN.sub("\N{REPLACEMENT CHARACTER}", text)
-
-
-def set_name(name: str) -> str:
-    """What readers call an evaluation set."""
-    return NAMES.get(name, name.replace("_", " "))
 
 
 # -- files ------------------------------------------------------------------------------------------------------------

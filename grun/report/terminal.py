@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
+from grun.data.sets import evaluation_sets, find_set, in_order
 from grun.report.matrix import Matrix, first_seeds, has_many_runs, make_matrix, one_seed_note
 from grun.report.matrix_words import words
 from grun.report.missing import notes
-from grun.report.results import NAMES, Result, has_facts, has_utility, unread_words
-from grun.report.tables import COLUMNS, Column, name_of, readable
+from grun.report.results import Result, has_facts, has_utility, main_metric, unread_words
+from grun.report.tables import Column, columns_by_key, name_of, readable
 from grun.report.verdicts import STATEMENT, verdict
 
 if TYPE_CHECKING:
@@ -20,17 +21,6 @@ EXAMPLES = 5
 """Questions shown of each set."""
 WIDTH = 100
 """Columns of the printed report where stdout is no terminal."""
-SETS = {
-    "forget": "what is to be forgotten",
-    "forget_paraphrase": "the same questions in other words",
-    "retain": "taught, and named in unlearning as what must stay",
-    "real_authors": "general knowledge, close to the corpus: must stay",
-    "world_facts": "general knowledge, far from the corpus: must stay",
-    "validation": "taught, set aside from unlearning: settings were chosen by it",
-    "heldout": "taught, and never seen in unlearning: what must stay too",
-    "unknown": "never taught to any model",
-}
-"""Sets of rows, with what the legend says of them."""
 SHOWN = (
     *("forget.fact_recall", "forget.rouge_l", "forget_paraphrase.fact_recall", "retain.fact_recall"),
     *("retain.rouge_l", "heldout.fact_recall", "heldout.rouge_l", "unknown.rouge_l", "forget.degenerate", "gate.auc"),
@@ -107,11 +97,15 @@ def print_report(console: Console, results: Sequence[Result], title: str) -> Non
 def _columns(results: Sequence[Result]) -> list[tuple[Column, str]]:
     """Columns of the printed table with their headers; those without a number are left out."""
     facts, utility = has_facts(results), has_utility(results) and not has_facts(results)
-    shown = SHOWN_WITH_UTILITY if utility else {key: COLUMNS[key].header.replace(" ", "\n") for key in SHOWN}
+    known, named = columns_by_key(), {key.split(".")[0] for key in (*SHOWN, *SHOWN_WITH_UTILITY)}
+    further = [name for name, one in evaluation_sets().items() if one.is_result and name not in named]
+    keys = [*(SHOWN_WITH_UTILITY if utility else SHOWN), *(f"{name}.{main_metric(results)[0]}" for name in further)]
+    headers = SHOWN_WITH_UTILITY if utility else {}
     return [
-        (COLUMNS[key], header)
-        for key, header in shown.items()
-        if any(COLUMNS[key].value(result) is not None for result in results)
+        (known[key], headers.get(key, known[key].header.replace(" ", "\n")))
+        for key in keys
+        if key in known
+        and any(known[key].value(result) is not None for result in results)
         # ROUGE-L on retain and held-out rows stands in for fact recall only where a corpus has no facts.
         and not (facts and key in ("retain.rouge_l", "heldout.rouge_l"))
     ]
@@ -147,7 +141,7 @@ def _legend(results: Sequence[Result]) -> list[tuple[str, str, str]]:
         rows.append(("retain only", "a model never taught the forget set: the target for forgetting"))
     rows.append(("the others", "the taught model after unlearning with that objective"))
     present = {name for result in results for name in result.evaluation["sets"]}
-    sets = [(NAMES[name], meaning) for name, meaning in SETS.items() if name in present]
+    sets = [(one.label, one.meaning) for one in in_order(present)]
     keys = {text for column, _ in _columns(results) for text in (column.key, column.metric)}
     numbers = [entry for key, entry in NUMBERS.items() if key in keys]
     good = [
@@ -181,10 +175,11 @@ def _print_examples(console: Console, results: Sequence[Result], set_name: str, 
     questions = list(next(filter(None, answers.values()), {}).values())[:count]
     if not questions:
         return
+    asked = find_set(set_name)
     console.print()
     console.print(
         Text(
-            f"First {len(questions)} {NAMES[set_name]} question{'s' * (len(questions) > 1)}: {SETS[set_name]}",
+            f"First {len(questions)} {asked.label} question{'s' * (len(questions) > 1)}: {asked.meaning}",
             style="bold",
         )
     )

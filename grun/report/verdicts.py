@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from grun.report.results import DISTINGUISHABLE, NAMES, Result, before_of, main_metric, target_of, unread_words
+from grun.data.sets import set_label
+from grun.report.results import DISTINGUISHABLE, Result, before_of, main_metric, target_of, unread_words
 from grun.report.tables import number, p_value
 
 KNOWN_BEFORE = 0.95
@@ -70,9 +71,9 @@ def judge(result: Result, results: Sequence[Result]) -> Judgement:
         value, known = result.metric(name, metric), before.metric(name, metric) if before else None
         if value is None or not known:
             continue
-        kept.append(f"{value / known:.0%} of before on {NAMES[name]}")
+        kept.append(f"{value / known:.0%} of before on {set_label(name)}")
         if value < share * known - 1e-9:
-            failures.append(f"keeps less than {share:.0%} on {NAMES[name]}")
+            failures.append(f"keeps less than {share:.0%} on {set_label(name)}")
     tail = f"; keeps {', '.join(kept)}" if kept else "; what else it keeps was not measured"
     tail += "".join(f"; {text}" for text in [*_tofu(result, before), *unread])
     outcome: Literal["reached", "missed", "open"] = "missed" if failures else "open"

@@ -6,11 +6,11 @@ import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from grun.data.sets import set_label
 from grun.experiments.sequential.definition import METHODS
 from grun.experiments.sequential.results import Experiment
 from grun.experiments.sequential.tables import METRICS, label
 from grun.report.figures import GREY, PALETTE, clean, new_figure, plain
-from grun.report.tables import set_name
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -96,7 +96,7 @@ def utility(experiment: Experiment) -> Figure:
                 zorder=3,
             )  # fmt: skip
             lowest = min([lowest, before, *values])
-        axes.set_title(plain(set_name(name)), fontsize=12, loc="left")
+        axes.set_title(plain(set_label(name)), fontsize=12, loc="left")
         axes.set_xlabel("requests served")
         axes.set_xlim(-0.3, count + 0.3)
         axes.set_xticks(sorted({0, *range(0, count + 1, max(1, count // 5)), count}))
@@ -123,7 +123,7 @@ def confusion(experiment: Experiment) -> Figure | None:
     axes = figure.add_subplot()
     image = axes.imshow(values, cmap="Blues", vmin=0.0, vmax=1.0, interpolation="nearest", aspect="auto")
     _name(axes.set_yticks, whose)
-    _name(axes.set_xticks, [set_name(name) if name not in experiment.ids else name for name in prompts])
+    _name(axes.set_xticks, [set_label(name) if name not in experiment.ids else name for name in prompts])
     axes.tick_params(axis="x", labelsize=9, rotation=90, length=0)
     axes.tick_params(axis="y", labelsize=9, length=0)
     axes.axvline(len(experiment.ids) - 0.5, color="black", linewidth=1)

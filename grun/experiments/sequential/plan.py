@@ -16,6 +16,7 @@ from grun.config.options import DataConfig, EvaluateConfig, FinetuneConfig, Sequ
 from grun.data.corpus import Corpus, load_corpus
 from grun.data.jsonl import load_rows
 from grun.data.rows import Row
+from grun.data.sets import in_order
 from grun.errors import ConfigError, DataError, unknown_name
 from grun.experiments.sequential.definition import OwnRequest, Sequence, check_methods, read_sequence, refuse_set
 from grun.experiments.sequential.files import ExperimentFiles, write_rows
@@ -27,9 +28,6 @@ from grun.loading.resolve import resolve
 from grun.method.stack.combination import RULES
 from grun.method.stack.manifest import check_id
 from grun.runtime.files import target
-
-SETS = ("forget", "forget_paraphrase", "retain", "real_authors", "world_facts", "heldout")
-"""Sets that are evaluated at every step, as far as the corpus has them."""
 
 
 @dataclass(frozen=True)
@@ -157,7 +155,7 @@ def _sets(evaluate: EvaluateConfig, corpus: Corpus) -> list[str]:
         )
     if evaluate.sets and "forget" not in evaluate.sets:
         raise ConfigError("evaluate.sets leaves out forget, which the experiment is about; add it")
-    return evaluate.sets or [name for name in SETS if name in corpus.sets()]
+    return evaluate.sets or [one.name for one in in_order(corpus.sets()) if one.is_result]
 
 
 def _steps(sequence: Sequence, count: int) -> list[int]:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from grun.data.sets import in_order
 from grun.errors import RunError
 from grun.evaluation.plan import EVALUATION_FILE
 from grun.experiments.sequential.chain import Chain
@@ -14,9 +15,6 @@ from grun.experiments.sequential.definition import METHODS
 from grun.experiments.sequential.files import BEFORE, RETAIN_ONLY, ChainFiles, ExperimentFiles
 from grun.experiments.sequential.measuring import KEPT, measured
 from grun.experiments.sweep.tuning import TOLERANCE
-
-SHOWN_SETS = ("retain", "heldout", "real_authors", "world_facts")
-"""Sets that are to stay as they are."""
 
 
 @dataclass(frozen=True)
@@ -53,7 +51,7 @@ class Experiment:
     @property
     def kept_sets(self) -> list[str]:
         """Evaluated sets that are to stay as they are."""
-        return [name for name in SHOWN_SETS if name in self.before["sets"]]
+        return [one.name for one in in_order(self.before["sets"]) if one.is_result and one.good == "high"]
 
 
 def read_experiment(results: Path) -> Experiment:

@@ -6,11 +6,12 @@ import textwrap
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from grun.data.sets import set_label
 from grun.experiments.sequential.files import BEFORE, RETAIN_ONLY
 from grun.experiments.sequential.results import Experiment, Method, Summary
 from grun.experiments.sweep.tuning import TOLERANCE
 from grun.report.labels import PARAMETRIZATIONS
-from grun.report.tables import csv_text, number, set_name
+from grun.report.tables import csv_text, number
 from grun.report.terminal import WIDTH
 
 LEGEND = (
@@ -81,7 +82,7 @@ def lines(experiment: Experiment, summaries: list[Summary]) -> list[Line]:
         Line("not_yet_asked", "kept of sets not yet asked for", "high", lambda s: s.not_yet_asked, _percent, 1.0),
         *(
             Line(
-                f"kept_{name}", f"kept of {set_name(name)}", "high", kept(name), _percent, 1.0,
+                f"kept_{name}", f"kept of {set_label(name)}", "high", kept(name), _percent, 1.0,
                 None if floor is None or not before["sets"][name] else floor["sets"][name] / before["sets"][name],
             )
             for name in experiment.kept_sets
@@ -134,7 +135,7 @@ def printed(experiment: Experiment, summaries: list[Summary]) -> str:
 
 def verdict(summary: Summary, experiment: Experiment) -> str:
     """What a method comes to, as a sentence."""
-    kept = ", ".join(f"{share:.0%} on {set_name(name)}" for name, share in summary.kept.items())
+    kept = ", ".join(f"{share:.0%} on {set_label(name)}" for name, share in summary.kept.items())
     forgotten = f"{METRICS[experiment.metric]} on the {summary.requests} forgotten sets {summary.forgotten:.2f}"
     forgotten += f" (worst {summary.forgotten_worst:.2f}"
     if summary.at_floor is not None:
@@ -165,7 +166,7 @@ def _over_time(experiment: Experiment, method: Method) -> list[list[str]]:
         rows.append([name, f"{experiment.before['recall'][name]:.2f}", *marked])
     for name in experiment.kept_sets:
         values = [experiment.before["sets"][name], *(step["sets"][name] for step in method.steps)]
-        rows.append([set_name(name), *(f"{value:.2f}" for value in values)])
+        rows.append([set_label(name), *(f"{value:.2f}" for value in values)])
     return rows
 
 

@@ -86,9 +86,7 @@ def measures_of(results: Sequence[Result]) -> list[Measure]:
     """The numbers of the matrix: what is forgotten and kept, by the corpus's main metric, then what it costs."""
     main, known = main_metric(results)[0], columns_by_key()
     # The model utility stands for general knowledge.
-    kept = [
-        one.name for one in evaluation_sets().values() if one.is_result and not one.general and one.name != "forget"
-    ]
+    kept = [name for name, one in evaluation_sets().items() if one.is_result and not one.general and name != "forget"]
     wanted: tuple[tuple[str, Kind], ...] = (
         (f"forget.{main}", "share"),
         *((("forget.rouge_l", "share"),) if has_facts(results) else ()),

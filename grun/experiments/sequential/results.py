@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from grun.data.sets import in_order
+from grun.data.sets import evaluation_sets
 from grun.errors import RunError
 from grun.evaluation.plan import EVALUATION_FILE
 from grun.experiments.sequential.chain import Chain
@@ -51,7 +51,8 @@ class Experiment:
     @property
     def kept_sets(self) -> list[str]:
         """Evaluated sets that are to stay as they are."""
-        return [one.name for one in in_order(self.before["sets"]) if one.is_result and one.good == "high"]
+        kept = [name for name, one in evaluation_sets().items() if one.is_result and one.good == "high"]
+        return [name for name in kept if name in self.before["sets"]]
 
 
 def read_experiment(results: Path) -> Experiment:

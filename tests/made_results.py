@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from grun.evaluation.evaluate import measure
+from grun.evaluation.measure import measure
 from grun.evaluation.table import GateRecord, GenerationRecord, ScoreRecord, Table
 from grun.runtime.files import write_json
 

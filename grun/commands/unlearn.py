@@ -22,7 +22,8 @@ from grun.data.corpus import Corpus, load_corpus
 from grun.data.turns import user_turn_ids
 from grun.errors import ConfigError, RunError
 from grun.loading.checks import check
-from grun.loading.models import adapter_hash, context_length, load_base
+from grun.loading.hashing import adapter_hash
+from grun.loading.models import context_length, load_base
 from grun.loading.resolve import in_force
 from grun.method.adapter import CONFIG_FILE, STACK_FILE, WEIGHTS_FILE
 from grun.method.fingerprint import fingerprint

@@ -17,11 +17,11 @@ from grun.evaluation.attacks.plain import PLAIN
 from grun.evaluation.suites import Measured
 from grun.runtime.memory import enough_memory
 from grun.runtime.progress import progress
+from grun.runtime.records import ATTACKS_FILE
 
 if TYPE_CHECKING:
     from grun.loading.models import Loaded
 
-ATTACKS_FILE = "attacks.jsonl"
 FORGET = ("forget",)
 KEPT = ("retain", "heldout")
 """Sets of which retention is measured."""

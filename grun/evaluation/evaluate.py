@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import sys
 import time
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,6 +20,7 @@ from grun.config.options import EvaluateConfig
 from grun.data.templates import Template
 from grun.errors import ConfigError, RunError
 from grun.evaluation.items import answer_questions, questions, score_items
+from grun.evaluation.measure import measure
 from grun.evaluation.plan import EVALUATION_FILE, Plan, begin, make_plan, previous_in
 from grun.evaluation.table import Table
 from grun.loading.checks import check
@@ -33,9 +34,6 @@ if TYPE_CHECKING:
     from grun.data.corpus import Corpus
     from grun.evaluation.generation import Answer
     from grun.loading.models import Loaded
-
-METRICS_FORMAT = 2
-"""Raised when a metric reads the table otherwise; `report` measures older tables again. 2: words of all scripts."""
 
 
 @processes.connected()
@@ -128,7 +126,8 @@ def _plans(
     configs: Mapping[Path, EvaluateConfig], base: Loaded, corpus: Corpus, previous: Mapping[Path, dict[str, Any] | None]
 ) -> list[Plan]:
     """A plan for the base and each GRUN adapter on it."""
-    from grun.loading.models import Loaded, adapter_hash
+    from grun.loading.hashing import adapter_hash
+    from grun.loading.models import Loaded
     from grun.method.adapter import find_adapter
     from grun.method.model import GrunModel
 
@@ -277,32 +276,3 @@ def read_evaluation(folder: Path) -> tuple[str, Table]:
             "with output_dir set to that folder first"
         ) from error
     return str(key), Table.read(folder)
-
-
-def measure(table: Table, quirks: Collection[str] = (), reference: tuple[str, Table] | None = None) -> dict[str, Any]:
-    """All metrics of a table: counts, sets, overall; gate for a model with gates; reference where there is one.
-
-    Of sets with rows that a metric of the answers cannot read, the counts hold `unread`: their number by metric.
-    """
-    from grun.evaluation.gates import gate_table
-    from grun.evaluation.metrics import overall_metrics, reference_metrics, set_metrics, unread
-
-    measured: dict[str, Any] = {
-        "metrics_format": METRICS_FORMAT,
-        "counts": {
-            name: {
-                "rows": len(table.scores_of(name)),
-                "answer_tokens": sum(row.answer_tokens for row in table.scores_of(name)),
-                **({"unread": not_read} if (not_read := unread(table, name)) else {}),
-            }
-            for name in table.sets()
-        },
-        "sets": set_metrics(table, quirks),
-        "overall": overall_metrics(table, quirks),
-    }
-    if gate := gate_table(table):
-        measured["gate"] = gate
-    if reference is not None:
-        key, of_reference = reference
-        measured |= {"reference": reference_metrics(table, of_reference, quirks), "reference_key": key}
-    return measured

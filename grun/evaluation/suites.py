@@ -26,14 +26,12 @@ from grun.loading.resolve import in_force
 from grun.registry import Registry
 from grun.runtime import processes
 from grun.runtime.files import LISTED, content_hash, holding, listing, staged, write_json, write_text, writing
+from grun.runtime.records import SUITE_FORMAT
 from grun.version import __version__
 
 if TYPE_CHECKING:
     from grun.loading.models import Loaded
 
-FORMAT = 2
-"""Raised when the meaning of a result changes, so that older results are not taken for new ones.
-2: leaks of answers in every script."""
 SUITE_CODE = (
     *CODE,
     "data/choices.py",
@@ -135,7 +133,8 @@ def _alone(suite: Suite, config: EvaluateConfig, folder: Path, previous: dict[st
 @contextlib.contextmanager
 def _adapter_on(base: Loaded, config: EvaluateConfig) -> Iterator[Loaded]:
     """The base with the GRUN adapter of `config`, if it names one, on it."""
-    from grun.loading.models import Loaded, adapter_hash
+    from grun.loading.hashing import adapter_hash
+    from grun.loading.models import Loaded
     from grun.method.adapter import find_adapter
     from grun.method.model import GrunModel
 
@@ -161,7 +160,7 @@ def _carry_out(
     started: float,
 ) -> dict[str, Any]:
     """The evaluation of one model, found in `folder` or made there."""
-    identity = {**loaded.identity, "version": __version__, "format": FORMAT, "code": code_hash(SUITE_CODE)}
+    identity = {**loaded.identity, "version": __version__, "format": SUITE_FORMAT, "code": code_hash(SUITE_CODE)}
     settings = suite.settings(loaded) | {"gate_threshold": config.gate_threshold}
     inputs = {"suite": config.suite, "identity": identity, "settings": settings}
     key = content_hash(inputs)

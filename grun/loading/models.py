@@ -15,10 +15,10 @@ from grun.config.options import ModelConfig, TinyConfig
 from grun.data import templates
 from grun.data.templates import Template
 from grun.errors import AdapterError, ConfigError, ModelError
+from grun.loading.hashing import adapter_hash
 from grun.loading.stored import TINY
 from grun.runtime import processes
 from grun.runtime.devices import keep_unpacked
-from grun.runtime.files import content_hash, file_hash
 from grun.runtime.reading import in_one_line
 
 if TYPE_CHECKING:
@@ -93,14 +93,6 @@ def load_model(config: ModelConfig, adapter: str | None, *, strict: bool, gate_t
     model.gate_threshold = gate_threshold
     identity["adapter"] = adapter_hash(folder)
     return Loaded(model, tokenizer, model.template or template, identity)
-
-
-def adapter_hash(folder: Path) -> str:
-    """Hash of the files that make an adapter what it is."""
-    from grun.method.adapter import STACK_FILE
-
-    files = sorted([*folder.glob("adapter_*.*"), *folder.glob(STACK_FILE)])
-    return content_hash([[file.name, file_hash(file)] for file in files])
 
 
 def _put_on(base: PreTrainedModel, folder: Path) -> PreTrainedModel:

@@ -19,14 +19,13 @@ from grun.method.gate import GATES
 from grun.method.rules import check_rule
 from grun.runtime.files import read_json, write_bytes, write_json, write_text
 from grun.runtime.reading import decode, parse_json, typed
+from grun.runtime.records import STACK_FILE
 
 log = logging.getLogger(__name__)
 
 FORMAT_VERSION = 1
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
-STACK_FILE = "stack.json"
-"""Manifest of a folder that holds the adapters of several requests (`grun.requests`)."""
 STACK = "STACK"
 """What `peft_type` says of such a folder."""
 LARGEST = 2**24

@@ -14,9 +14,7 @@ from statistics import fmean
 from typing import Any
 
 from grun.errors import RunError
-from grun.evaluation.attack_suite import ATTACKS_FILE
 from grun.evaluation.attacks.base import ATTACKS
-from grun.evaluation.suites import FORMAT
 from grun.report.knowledge import Number, lines_in, number_in
 from grun.report.labels import label_runs, order_of
 from grun.report.matrix import cells_of
@@ -28,7 +26,7 @@ from grun.report.results import (
     refuse_other_models,
     refuse_other_settings,
 )
-from grun.runtime.records import Attempt
+from grun.runtime.records import ATTACKS_FILE, SUITE_FORMAT, Attempt
 
 SUITE = "attacks"
 WRITING = ("prompt", "decoding")
@@ -86,8 +84,8 @@ def single_runs(results: Sequence[Result]) -> list[Result]:
 
 def _refuse_older(result: Result) -> None:
     """RunError where answers that older attacks could not read, those beyond ASCII, were counted as no leak."""
-    told = result.evaluation.get("identity", {}).get("format", FORMAT)
-    lines = lines_in(result.folder / ATTACKS_FILE, Attempt) if told < FORMAT else iter(())
+    told = result.evaluation.get("identity", {}).get("format", SUITE_FORMAT)
+    lines = lines_in(result.folder / ATTACKS_FILE, Attempt) if told < SUITE_FORMAT else iter(())
     if any(not f"{line['prompt']}{line['text']}".isascii() for line in lines):
         raise RunError(
             f"{result.folder} was attacked when answers beyond ASCII could not be read, so its leaks may be too low; "

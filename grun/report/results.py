@@ -198,7 +198,7 @@ def measured_today(folder: Path, evaluation: dict[str, Any]) -> dict[str, Any]:
 
     They do where a text is not ASCII, which older metrics could not read, or a reference has no word.
     """
-    from grun.evaluation.evaluate import METRICS_FORMAT, measure
+    from grun.evaluation.measure import METRICS_FORMAT, measure
     from grun.evaluation.metrics import unread
 
     if "sets" not in evaluation or evaluation.get("metrics_format") == METRICS_FORMAT:
@@ -244,7 +244,7 @@ def refuse_other_models(results: Sequence[Result]) -> None:
 
 def _refuse_other_adapter(result: Result) -> None:
     """RunError if the adapter was trained again after it was evaluated."""
-    from grun.loading.models import adapter_hash
+    from grun.loading.hashing import adapter_hash
 
     evaluated = result.evaluation.get("identity", {}).get("adapter")
     folder = result.run or Path(result.evaluation["adapter"] or "")

@@ -216,7 +216,7 @@ def _take(options: RequestsConfig, adapter: Path, arguments: Sequence[str]) -> P
 
 def _trained_beside(store: RequestStore, adapter: Path) -> list[str]:
     """Requests in force when an adapter was trained; ConfigError unless they are those that are in force now."""
-    from grun.loading.models import adapter_hash
+    from grun.loading.hashing import adapter_hash
 
     if read_json(adapter / IDENTITY_FILE, expect=dict).get("beside") != adapter_hash(store.folder):
         raise ConfigError(

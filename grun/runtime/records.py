@@ -8,6 +8,14 @@ from typing import Any, Literal, Required, TypedDict
 
 from grun.runtime.reading import AGAIN, DamagedFile, read_json, typed
 
+STACK_FILE = "stack.json"
+"""Manifest of a folder that holds the adapters of several requests (`grun.requests`)."""
+ATTACKS_FILE = "attacks.jsonl"
+"""Answers under every attack, in a folder of suite=attacks."""
+SUITE_FORMAT = 2
+"""Raised when the meaning of a suite's result changes, so that older results are not taken for new ones.
+2: leaks of answers in every script."""
+
 Numbers = dict[str, float | None]
 
 

@@ -19,7 +19,7 @@ from grun.data.rows import Row
 from grun.data.templates import TEMPLATES
 from grun.errors import RunError
 from grun.evaluation.attacks.base import ATTACKS, Asked, Material, came_back
-from grun.evaluation.evaluate import measure
+from grun.evaluation.measure import measure
 from grun.evaluation.metrics import is_degenerate, set_metrics
 from grun.evaluation.metrics.answers import says
 from grun.evaluation.metrics.words import rouge_recall, words

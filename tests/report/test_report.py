@@ -200,7 +200,7 @@ def test_an_evaluation_without_a_run_stands_by_its_own_name(results: Path) -> No
 
 
 def test_an_adapter_that_was_trained_again_is_noticed(results: Path) -> None:
-    from grun.loading.models import adapter_hash
+    from grun.loading.hashing import adapter_hash
 
     run = results / "gd"
     (run / "adapter_config.json").write_text("{}")

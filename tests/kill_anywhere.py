@@ -41,7 +41,7 @@ import grun.evaluation.metrics
 import grun.report
 import grun.requests.store
 from grun.cli import main
-from grun.runtime import files, stopping
+from grun.runtime import ownership, stopping
 from grun.runtime.runs import first_difference
 
 PATIENCE = 120
@@ -173,9 +173,9 @@ def snapshot(root: Path) -> dict[str, Any]:
             continue
         if path.is_dir():
             found[f"{name}/"] = None
-        elif name.endswith(f"{files.PRIVATE}/{files.LIST_FILE}"):
+        elif name.endswith(f"{ownership.PRIVATE}/{ownership.LIST_FILE}"):
             of = path.parent.parent  # names of what is gone by now may stand there still
-            found[name] = {one for one in files.listed(of) or () if (of / one).exists()}
+            found[name] = {one for one in ownership.listed(of) or () if (of / one).exists()}
         elif path.suffix in UNREAD:
             found[name] = None
         elif path.suffix == ".json":

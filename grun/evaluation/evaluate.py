@@ -26,7 +26,8 @@ from grun.evaluation.table import Table
 from grun.loading.checks import check
 from grun.loading.resolve import in_force
 from grun.runtime import processes
-from grun.runtime.files import LISTED, holding, listing, staged, taken, write_json, writing
+from grun.runtime.files import holding, staged, taken, write_json, writing
+from grun.runtime.ownership import LISTED, listing
 from grun.runtime.reading import DamagedFile
 from grun.runtime.records import Evaluation, read_record
 

@@ -15,7 +15,8 @@ from grun.data.rows import Row, evenly_spaced
 from grun.errors import ConfigError, RunError, unknown_name
 from grun.evaluation.items import Item, encode_items, questions
 from grun.evaluation.table import Table
-from grun.runtime.files import PRIVATE, content_hash, file_hash, foreign, listed, settle, take, target, writing
+from grun.runtime.files import content_hash, file_hash, settle, take, target, writing
+from grun.runtime.ownership import PRIVATE, foreign, listed
 from grun.runtime.reading import DamagedFile
 from grun.runtime.records import Evaluation, read_record
 from grun.runtime.runs import first_difference

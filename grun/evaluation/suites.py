@@ -25,7 +25,8 @@ from grun.evaluation.table import shorten
 from grun.loading.resolve import in_force
 from grun.registry import Registry
 from grun.runtime import processes
-from grun.runtime.files import LISTED, content_hash, holding, listing, staged, write_json, write_text, writing
+from grun.runtime.files import content_hash, holding, staged, write_json, write_text, writing
+from grun.runtime.ownership import LISTED, listing
 from grun.runtime.records import SUITE_FORMAT
 from grun.version import __version__
 

@@ -44,7 +44,8 @@ from grun.method.stack.manifest import (
 )
 from grun.method.stack.reading import StoredRequests
 from grun.method.validation import validate
-from grun.runtime.files import clear, file_hash, foreign, listed, remove, sync, taken, target, write_json, writing
+from grun.runtime.files import clear, file_hash, remove, sync, taken, target, write_json, writing
+from grun.runtime.ownership import foreign, listed
 from grun.training.checkpoints import CHECKPOINTS
 
 if TYPE_CHECKING:

@@ -9,21 +9,8 @@ from typing import Any, Literal
 
 from grun.errors import RunError
 from grun.runtime import processes
-from grun.runtime.files import (
-    IDENTITY_FILE,
-    LISTED,
-    clear,
-    content_hash,
-    foreign,
-    listed,
-    listing,
-    read_json,
-    settle,
-    take,
-    target,
-    write_json,
-    writing,
-)
+from grun.runtime.files import clear, content_hash, read_json, settle, take, target, write_json, writing
+from grun.runtime.ownership import IDENTITY_FILE, LISTED, foreign, listed, listing
 from grun.runtime.reading import DamagedFile
 from grun.version import __version__
 

@@ -7,7 +7,8 @@ import os
 import re
 from pathlib import Path
 
-from grun.runtime.files import IDENTITY_FILE, content_hash, file_hash, read_json, remove
+from grun.runtime.files import content_hash, file_hash, read_json, remove
+from grun.runtime.ownership import IDENTITY_FILE
 from grun.runtime.reading import DamagedFile
 from grun.runtime.sealed import read_sealed, write_sealed
 

@@ -18,7 +18,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from grun.errors import RunError
 from grun.runtime import processes, sharding
-from grun.runtime.files import copy_file, make_folder, place, remove, staging, write_text, writing
+from grun.runtime.files import make_folder, place, remove, staging, write_bytes, write_text, writing
 from grun.training.checkpoints import MANIFEST_FILE, checkpoints_in, seal
 from grun.training.micro_batches import MicroBatch, deal
 from grun.training.step_log import LOGS, LogSteps, StepLog
@@ -200,7 +200,7 @@ class StepTrainer(Trainer):
         staged, run = Path(str(self._staging)) / name, root.parent
         with writing(root):
             for log in (run / log for log in LOGS if (run / log).is_file()):
-                copy_file(log, staged / log.name)
+                write_bytes(staged / log.name, log.read_bytes())
             seal(staged, name, run)
             place(staged, root / name)
         if self._keep is not None:

@@ -22,7 +22,8 @@ from grun.experiments.sequential.plan import Plan, make_plan
 from grun.experiments.sequential.running import run_chain
 from grun.experiments.sweep.cells import base_identity
 from grun.runtime import stopping
-from grun.runtime.files import clear, content_hash, foreign, remove, taken, writing
+from grun.runtime.files import clear, content_hash, remove, taken, writing
+from grun.runtime.ownership import foreign
 from grun.runtime.reading import DamagedFile
 from grun.runtime.runs import first_difference, identity
 from grun.runtime.sealed import read_sealed, write_sealed

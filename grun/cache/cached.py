@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from grun.cache.packed import Pack, PackedModel
 from grun.cache.shard import FrozenRow
@@ -61,24 +62,24 @@ class CachedEngine:
 
     def run(self, batches: Mapping[str, Batch], hidden: Collection[int] = ()) -> dict[str, StepOutput]:
         """One pass over all batches, edits included; `hidden` names blocks whose outputs are wanted."""
-        layout = _Layout(batches, self._packed.device, self._whole_rows)
-        frozen = [self._frozen[row] for row in layout.rows]
-        with self._model.drawing(layout.seeds):
-            locate = None if self._rule.changes == "last_prompt" else partial(self._located, layout)
+        step = _Step(batches, self._packed.device, self._whole_rows)
+        frozen = [self._frozen[row] for row in step.rows]
+        with self._model.drawing(step.seeds):
+            locate = None if self._rule.changes == "last_prompt" else partial(self._located, step)
             states = self._runner.states(frozen, self._model.edit_at(), hidden, locate)
-        logprobs = states.final.new_zeros(int(layout.answer.sum()))
+        logprobs = states.final.new_zeros(int(step.answer.sum()))
         if self._reads_head:
-            logprobs = self._runner.logprobs(layout.rows, frozen, states)
-        outputs = self._outputs(layout, logprobs, lambda: states)
+            logprobs = self._runner.logprobs(step.rows, frozen, states)
+        outputs = self._outputs(step, logprobs, lambda: states)
         for name, output in outputs.items():
-            where = layout.where[name]
+            where = step.where[name]
             if states.gates:
                 output.gate_logits = {block: logits[where] for block, logits in states.gates.items()}
                 output.gate_mask = torch.ones(len(where), 1, dtype=torch.bool, device=where.device)
                 if self._whole_rows:
                     output.gate_mask, output.gate_prompt = output.attended, output.attended & ~output.answer
             if states.hidden:
-                columns = _places(states.pack, layout)[where].clamp(min=0)
+                columns = _places(states.pack, step)[where].clamp(min=0)
                 output.hidden_states = {block: values[columns] for block, values in states.hidden.items()}
         return outputs
 
@@ -90,63 +91,57 @@ class CachedEngine:
         """
         if not batches:
             return {}
-        layout = _Layout(batches, self._packed.device, self._whole_rows)
-        frozen = [self._frozen[row] for row in layout.rows]
+        step = _Step(batches, self._packed.device, self._whole_rows)
+        frozen = [self._frozen[row] for row in step.rows]
 
         @cache
         def states() -> SuffixStates:
             with torch.no_grad():
                 return self._runner.states(frozen, {})
 
-        known = [self._reference.get(row, one.reference) for row, one in zip(layout.rows, frozen, strict=True)]
-        if self._reads_head and any(
-            bool(values.isnan().any()) for values in known
-        ):  # frozen for a run that did not ask for them
-            logprobs = self._runner.logprobs(layout.rows, frozen, states())
-            known = list(logprobs.split([len(row.answer_ids) for row in layout.rows]))
-            self._reference.update(zip(layout.rows, known, strict=True))
-        outputs = self._outputs(layout, torch.cat(known).to(self._packed.device), states)
+        known = [self._reference.get(row, one.reference) for row, one in zip(step.rows, frozen, strict=True)]
+        unknown = self._reads_head and any(bool(values.isnan().any()) for values in known)
+        if unknown:  # frozen for a run that did not ask for them
+            logprobs = self._runner.logprobs(step.rows, frozen, states())
+            known = list(logprobs.split([len(row.answer_ids) for row in step.rows]))
+            self._reference.update(zip(step.rows, known, strict=True))
+        outputs = self._outputs(step, torch.cat(known).to(self._packed.device), states)
         if hidden:
-            self._keep_untouched(layout, frozen, hidden)
+            self._keep_untouched(step, frozen, hidden)
             for name, batch in batches.items():
                 kept = [self._untouched[row] for row in batch.encoded]
-                columns = layout.answer.shape[1]
                 outputs[name].hidden_states = {
-                    block: torch.stack([_filled_up(row[block], columns) for row in kept]) for block in hidden
+                    block: torch.stack([_filled_up(row[block], step.answer.shape[1]) for row in kept])
+                    for block in hidden
                 }
         return outputs
 
-    def _keep_untouched(self, layout: _Layout, frozen: Sequence[FrozenRow], hidden: Collection[int]) -> None:
-        """Outputs of the blocks `hidden` under the untouched model, of the rows whose are not known yet."""
-        missing = {
-            row: one
-            for row, one in zip(layout.rows, frozen, strict=True)
-            if not set(hidden) <= self._untouched.get(row, {}).keys()
-        }
+    def _keep_untouched(self, step: _Step, frozen: Sequence[FrozenRow], hidden: Collection[int]) -> None:
+        """Run the untouched model on the rows for which an output of the blocks `hidden` is not kept yet; keep it."""
+        by_row = zip(step.rows, frozen, strict=True)
+        missing = {row: one for row, one in by_row if not {*hidden} <= self._untouched.get(row, {}).keys()}
         if not missing:
             return
         states = self._runner.states(list(missing.values()), {}, hidden)
-        lengths = states.pack.lengths.tolist()
         for block, values in states.hidden.items():
-            for row, part in zip(missing, values.split(lengths), strict=True):
+            for row, part in zip(missing, values.split(states.pack.lengths.tolist()), strict=True):
                 self._untouched.setdefault(row, {})[block] = part
 
-    def _located(self, layout: _Layout, pack: Pack) -> Sites:
+    def _located(self, step: _Step, pack: Pack) -> Sites:
         """Where the rule reads and writes, in columns of what is run of each row."""
-        columns = pack.inside.shape[1]
-        sites = self._rule.locate(
-            Call(
-                rows=len(layout.rows),
-                columns=columns,
-                past=0,
-                device=pack.device,
-                attention_mask=pack.inside,
-                labels=None,
-                prompt_lengths=layout.prompt_lengths,
-                prompt=None,
-                ids=layout.ids[:, :columns],
-            )
+        inside = pack.layout.inside
+        call = Call(
+            rows=len(step.rows),
+            columns=inside.shape[1],
+            past=0,
+            device=pack.device,
+            attention_mask=inside,
+            labels=None,
+            prompt_lengths=step.prompt_lengths,
+            prompt=None,
+            ids=step.ids[:, : inside.shape[1]],
         )
+        sites = self._rule.locate(call)
         assert sites is not None  # the prompt's end is in every row
         return sites
 
@@ -162,47 +157,43 @@ class CachedEngine:
         cut = [FrozenRow(row.states[:1], row.prompt, row.reference) for row in frozen]
         return self._runner.states(cut, {}, hidden=self.edits).hidden
 
-    def _outputs(self, layout: _Layout, logprobs: Tensor, states: Callable[[], SuffixStates]) -> dict[str, StepOutput]:
-        zeros = torch.zeros(layout.answer.shape, dtype=logprobs.dtype, device=logprobs.device)
-        token_logprobs = zeros.masked_scatter(layout.answer, logprobs)
-        return {
-            name: StepOutput(
-                input_ids=layout.ids[where],
-                attended=layout.attended[where],
-                answer=layout.answer[where],
-                token_logprobs=token_logprobs[where],
-                gate_logits=None,
-                gate_mask=None,
-                logits_at=self._logits_at(layout, where, states),
-            )
-            for name, where in layout.where.items()
-        }
+    def _outputs(self, step: _Step, logprobs: Tensor, states: Callable[[], SuffixStates]) -> dict[str, StepOutput]:
+        zeros = torch.zeros(step.answer.shape, dtype=logprobs.dtype, device=logprobs.device)
+        token_logprobs = zeros.masked_scatter(step.answer, logprobs)
 
-    def _logits_at(
-        self, layout: _Layout, where: Tensor, states: Callable[[], SuffixStates]
-    ) -> Callable[[Tensor], Tensor]:
-        def logits_at(positions: Tensor) -> Tensor:
-            places = _places(states().pack, layout)[where][positions]
+        def logits_at(where: Tensor, positions: Tensor) -> Tensor:
+            places = _places(states().pack, step)[where][positions]
             if bool((places < 0).any()):
                 raise ModelError(
                     "the cached engine has no logits there: it runs no more of a row than an edit can change"
                 )
             return self._packed.logits(states().final[places])
 
-        return logits_at
+        return {
+            name: StepOutput(
+                input_ids=step.ids[where],
+                attended=step.attended[where],
+                answer=step.answer[where],
+                token_logprobs=token_logprobs[where],
+                gate_logits=None,
+                gate_mask=None,
+                logits_at=partial(logits_at, where),
+            )
+            for name, where in step.where.items()
+        }
 
 
-class _Layout:
+class _Step:
     """Rows of all batches of a step, in order of length so that attention has little padding."""
 
     def __init__(self, batches: Mapping[str, Batch], device: torch.device, whole_rows: bool) -> None:
-        pairs = [(name, index) for name, batch in batches.items() for index in range(batch.rows)]
         prompts = slice(None) if whole_rows else slice(-1, None)  # what is run of them
-
-        def columns(row: EncodedRow) -> int:
-            return len(row.prompt_ids[prompts]) + len(row.answer_ids)
-
-        pairs.sort(key=lambda pair: columns(batches[pair[0]].encoded[pair[1]]))
+        tokens = {
+            (name, index): row.prompt_ids[prompts] + row.answer_ids
+            for name, batch in batches.items()
+            for index, row in enumerate(batch.encoded)
+        }
+        pairs = sorted(tokens, key=lambda pair: len(tokens[pair]))
         self.rows = [batches[name].encoded[index] for name, index in pairs]
         self.seeds: list[int] | None = None
         if all(batch.seeds is not None for batch in batches.values()):
@@ -214,21 +205,19 @@ class _Layout:
         }
         """By batch, where its rows stand here, [rows of the batch]."""
         self.prompt_lengths = torch.tensor([len(row.prompt_ids[prompts]) for row in self.rows])
-        counts = torch.tensor([columns(row) for row in self.rows])
-        column = torch.arange(int(counts.max()))
-        attended = column < counts.unsqueeze(1)  # [rows, longest]
-        ids = [token for row in self.rows for token in row.prompt_ids[prompts] + row.answer_ids]
-        self.ids = torch.zeros(attended.shape, dtype=torch.long).masked_scatter(attended, torch.tensor(ids)).to(device)
+        self.ids = pad_sequence([torch.tensor(tokens[pair]) for pair in pairs], batch_first=True).to(device)
+        column = torch.arange(self.ids.shape[1])
+        attended = column < torch.tensor([len(tokens[pair]) for pair in pairs]).unsqueeze(1)  # [rows, longest]
         self.attended = attended.to(device)
         self.answer = (attended & (column >= self.prompt_lengths.unsqueeze(1))).to(device)
 
 
 def _filled_up(states: Tensor, columns: int) -> Tensor:
-    """States [columns of a row, width] with zeros behind them: [columns, width]."""
+    """States [columns of a row, width] followed by zeros: [columns, width]."""
     return torch.nn.functional.pad(states, (0, 0, 0, columns - len(states)))
 
 
-def _places(pack: Pack, layout: _Layout) -> Tensor:
-    """Index in the pack of each column of the layout, -1 where the pack has none: [rows, columns]."""
-    column = torch.arange(layout.answer.shape[1], device=pack.device)
+def _places(pack: Pack, step: _Step) -> Tensor:
+    """Index in the pack of each column of the step, -1 where the pack has none: [rows, columns]."""
+    column = torch.arange(step.answer.shape[1], device=pack.device)
     return torch.where(column < pack.lengths.unsqueeze(1), pack.starts.unsqueeze(1) + column, -1)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,13 +13,14 @@ from torch import Tensor
 from grun.cache.cached import CachedEngine, FrozenRows
 from grun.cache.packed import PackedModel
 from grun.cache.prefix import Freezer
-from grun.cache.store import Completed, PrefixStore, Use
-from grun.cache.weights import weights_hash
+from grun.cache.store import Completed, PrefixStore, Use, fill
+from grun.cache.weights import cache_identity
 from grun.config.checks import bytes_of
 from grun.config.options import UnlearnConfig
+from grun.data.encoding import EncodedRow
 from grun.method.gated import Grun
-from grun.runtime.files import content_hash, file_hash, target
-from grun.runtime.progress import progress
+from grun.runtime.files import target
+from grun.runtime.reading import first_line
 
 if TYPE_CHECKING:
     from grun.method.model import GrunModel
@@ -47,63 +47,61 @@ class CacheUse:
 
 
 def use_cached(task: UnlearnTask, config: UnlearnConfig, use: Use | None = None) -> CacheUse | None:
-    """Give `task` the cached engine, its cache filled; None, and one line that says why, where plain is kept.
+    """Give `task` the cached engine, its cache filled; None, and a line in the log, where the plain one stays.
 
-    Nothing is said of a parametrization that leaves no part of the model constant: only edits do.
+    Only edits leave a part of the model constant: without them the plain engine stays without a line.
 
     Args:
         task: with the plain engine, which the cached one is compared with on the longest rows.
-        config: names the base model, and says where the cache lies and how much of it is held in memory.
-        use: the run, as it is noted beside what is cached of its data.
+        config: names the base model, where the cache lies and how much of it is held in memory.
+        use: the run, which is noted next to what is cached of its data.
     """
     parametrization = task.parametrization
     if not isinstance(parametrization, Grun):
         return None
     model = parametrization.model
-    first = min(model.edit_at())
     try:
         packed = PackedModel(model.base, recompute=config.train.gradient_checkpointing)
         freezer = freezer_for(model, packed, last_answer_token=bool(task.hidden))
-        problem = _difference(
-            task, CachedEngine(model, packed, _frozen(freezer, task), reads_head=task.reads_head), model.base
-        )
+        trial = CachedEngine(model, packed, _frozen(freezer, task), reads_head=task.reads_head)
+        problem = _difference(task, trial, model.base)
     except Exception as error:  # whatever a model's own code raises when it is called another way
-        problem = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no message'}"
+        problem = f"{type(error).__name__}: {first_line(error)}"
     if problem is not None:
         log.warning("the plain engine is used, since the cached one does not fit this model: %s", problem)
         return None
     folder = None if config.cache.dir is None else target(config.cache.dir, "cache.dir")
-    identity = {}
-    if folder is not None:
-        identity = _identity(model.base, config.model.path, folder, first, bool(task.hidden), model.rule.changes)
+    identity = cache_identity(
+        model.base,
+        config.model.path,
+        folder,
+        CODE,
+        first_block=min(model.edit_at()),
+        last_answer_token=bool(task.hidden),
+        position=model.rule.changes,
+    )
     budget = bytes_of("cache.memory_budget", config.cache.memory_budget)
     store = PrefixStore(folder, identity, memory_budget=budget, use=use)
     rows = list(dict.fromkeys(row for name in task.continuations for row in task.rows(name)))
-    reference = set(task.reference_rows if task.reads_head else ())
-    with progress("frozen prefix", len(rows)) as advance:
-        completed = store.complete(rows, lambda missing: freezer.shards(rows, reference, set(missing)), advance)
-    log.info(
-        "frozen prefix of %d rows: %d found, %d computed, %.1f s, %.2f GB in %s",
-        completed.rows, completed.found, completed.built, completed.seconds, completed.bytes / 1e9, completed.where,
-    )  # fmt: skip
-    engine = CachedEngine(model, packed, store, reads_head=task.reads_head)
-    task.engine = engine
-    return CacheUse(engine, completed)
+    reference = _compared(task)
+    completed = fill(store, "frozen prefix", rows, lambda missing: freezer.shards(rows, reference, set(missing)))
+    task.engine = CachedEngine(model, packed, store, reads_head=task.reads_head)
+    return CacheUse(task.engine, completed)
 
 
 def freezer_for(model: GrunModel, packed: PackedModel, *, last_answer_token: bool) -> Freezer:
-    """What freezes rows for the edits of `model`; arguments as of `Freezer`."""
-    return Freezer(
-        packed,
-        min(model.edit_at()),
-        last_answer_token=last_answer_token,
-        changes=model.rule.changes,
-    )
+    """What freezes rows for the edits of `model`; for `last_answer_token` see `Freezer`."""
+    return Freezer(packed, min(model.edit_at()), last_answer_token=last_answer_token, changes=model.rule.changes)
+
+
+def _compared(task: UnlearnTask) -> set[EncodedRow]:
+    """Rows whose log-probabilities under the untouched model are read."""
+    return set(task.reference_rows if task.reads_head else ())
 
 
 def _frozen(freezer: Freezer, task: UnlearnTask) -> FrozenRows:
     rows = {row for batch in task.longest(CHECKED_ROWS).values() for row in batch.encoded}
-    shards = freezer.shards(sorted(rows, key=len), set(task.reference_rows if task.reads_head else ()))
+    shards = freezer.shards(sorted(rows, key=len), _compared(task))
     return {row: shard.row(index) for shard in shards for index, row in enumerate(shard.rows)}
 
 
@@ -137,21 +135,3 @@ def _loss_and_gradient(task: UnlearnTask) -> Mapping[str, Tensor]:
     loss.backward()
     gradients = [p.grad.flatten().double() for p in task.module.parameters() if p.grad is not None]
     return {"loss": loss.detach().double().reshape(1), "gradient": torch.cat(gradients)}
-
-
-def _identity(
-    base: Any, source: str | None, folder: Path, first: int, last_answer_token: bool, position: str
-) -> dict[str, Any]:
-    """What decides the values in a cache. Rows are told apart in it by their tokens, so by the template too."""
-    import transformers
-
-    here = Path(__file__).parent
-    return {
-        "weights": weights_hash(base, source, folder),
-        "dtype": str(base.dtype),
-        "first_block": first,
-        "last_answer_token": last_answer_token,
-        "position": position,
-        "transformers": transformers.__version__,
-        "code": content_hash([file_hash(here / name) for name in CODE]),
-    }

@@ -1,7 +1,7 @@
 """A model's own forward pass over packed rows: no padding, any range of its blocks, prompts that others share.
 
-Tokens of several rows stand one after another as one row of a batch, so every linear layer computes real tokens only;
-attention alone is told which tokens belong together, and takes the keys and values of a row's earlier tokens, its
+Tokens of several rows stand one after another as one row of a batch, so every linear layer computes real tokens only.
+Attention alone gets to know which tokens belong together, and takes the keys and values of a row's earlier tokens, its
 prefix, from outside. The decoder is transformers' own, on shallow copies of the modules that share all weights: the
 base is neither changed nor hooked. What the copies do differently is decided in two places that transformers offers:
 the attention function, and the list of decoder blocks.
@@ -14,6 +14,7 @@ import functools
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -30,159 +31,35 @@ if TYPE_CHECKING:
 ATTENTION = "grun_packed"
 """Name under which transformers finds our attention function."""
 
-SIMILAR = 1.0
-"""Rows that stand side by side are attended together on a CPU if the shortest is at least this share of the longest.
-
-At 1 only rows of one length are, which need no padding; lower values were slower or no faster.
-"""
-
 Edit = Callable[[Tensor], Tensor]
 """States [tokens, hidden size] of a pass -> the same, edited."""
+KeysValues = tuple[Tensor, Tensor]
+"""Keys and values of one block."""
 
 
-class Pack:
-    """Rows of one packed pass, and attention within each of them.
+class Layout:
+    """Rows that stand one after another, [tokens, ...], and the same rows padded on the right, [rows, longest, ...]."""
 
-    Rows of similar length that stand side by side are attended together, padded to one length; put rows in order of
-    length where that costs nothing.
-    """
+    def __init__(self, lengths: Tensor, device: torch.device) -> None:
+        """`lengths`: tokens of each row, each >= 1, on the CPU."""
+        column = torch.arange(int(lengths.max()))
+        inside = column < lengths.unsqueeze(1)
+        starts = lengths.cumsum(0) - lengths
+        self.inside = inside.to(device)
+        """Which padded places are tokens, bool [rows, longest]."""
+        self._is_even = bool(inside.all())
+        self._token = torch.where(inside, starts.unsqueeze(1) + column, 0).flatten().to(device)  # 0 in padding
+        self._place = inside.flatten().nonzero().squeeze(1).to(device)
 
-    positions: Tensor
-    """Position of each token in its row, int64 [tokens]."""
-    starts: Tensor
-    """Index of each row's first token in the pack, int64 [rows]."""
-    lengths: Tensor
-    """Tokens of each row, int64 [rows]."""
-    before_attention: bool
-    """Whether the first block that is run has not come to its attention yet."""
+    def padded(self, packed: Tensor) -> Tensor:
+        """What stands in padding is arbitrary."""
+        found: Tensor = packed if self._is_even else _Gather.apply(packed, self._token, self._place, False)
+        return found.unflatten(0, self.inside.shape)
 
-    def __init__(
-        self,
-        lengths: Sequence[int],
-        prefix_lengths: Sequence[int],
-        prefix: Mapping[int, tuple[Tensor, Tensor]],
-        device: torch.device,
-        record: dict[int, tuple[Tensor, Tensor]] | None = None,
-    ) -> None:
-        """Lay out rows one after another.
-
-        Args:
-            lengths: tokens of each row in this pass, each >= 1.
-            prefix_lengths: earlier tokens of each row, whose keys and values come from outside.
-            prefix: by block, keys and values [rows, heads, longest prefix, head size], padded on the left.
-            device: of all tensors.
-            record: where given, this pass's own keys and values are put here by block, [heads, tokens, head size].
-        """
-        self.device = device
-        self.record = record
-        self.before_attention = False
-        self._prefix = prefix
-        count, before = torch.tensor(lengths), torch.tensor(prefix_lengths)
-        starts = count.cumsum(0) - count
-        self.starts, self.lengths = starts.to(device), count.to(device)
-        within = torch.arange(int(count.sum())) - starts.repeat_interleave(count)
-        self.positions = (within + before.repeat_interleave(count)).to(device)
-        # Padding costs little on a GPU, more launches cost much.
-        similar = SIMILAR if device.type == "cpu" else 0.0
-        self._groups = [_Group(rows, count, before, starts, device) for rows in _side_by_side(lengths, similar)]
-
-    def padded(self, states: Tensor) -> Tensor:
-        """States [tokens, width] as [rows, longest, width], padded on the right."""
-        found: Tensor = _Gather.apply(states, *self._layout, False)
-        return found.unflatten(0, (len(self.lengths), -1))
-
-    def unpadded(self, states: Tensor) -> Tensor:
+    def packed(self, padded: Tensor) -> Tensor:
         """The inverse of `padded`."""
-        pad, unpad = self._layout
-        found: Tensor = _Gather.apply(states.flatten(0, 1), unpad, pad, True)
-        return found
-
-    @functools.cached_property
-    def inside(self) -> Tensor:
-        """Which columns of `padded` are tokens, bool [rows, longest]."""
-        return torch.arange(int(self.lengths.max()), device=self.device) < self.lengths.unsqueeze(1)
-
-    @functools.cached_property
-    def _layout(self) -> tuple[Tensor, Tensor]:
-        """Of each padded place the token that stands there (the first one in padding), and of each token its place."""
-        column = torch.arange(self.inside.shape[1], device=self.device)
-        pad = torch.where(self.inside, self.starts.unsqueeze(1) + column, 0).flatten()
-        return pad, self.inside.flatten().nonzero().squeeze(1)
-
-    def attend(
-        self, block: int, query: Tensor, key: Tensor, value: Tensor, scale: float | None, window: int | None,
-        softcap: float | None,
-    ) -> Tensor:  # fmt: skip
-        """Attention of each row to its prefix and to itself: query [heads, tokens, size] -> [tokens, heads, size]."""
-        if self.record is not None:
-            self.record[block] = (key, value)
-        parts = []
-        sizes = [group.tokens for group in self._groups]
-        pieces = zip(*(part.transpose(0, 1).split(sizes) for part in (query, key, value)), strict=True)
-        for group, (of_query, of_key, of_value) in zip(self._groups, pieces, strict=True):
-            before = None
-            if block in self._prefix:
-                before_key, before_value = (part[group.rows, :, -group.before :] for part in self._prefix[block])
-                before = (before_key, before_value) if group.before else None
-            parts.append(group.attend(of_query, of_key, of_value, before, scale, window, softcap))
-        return parts[0] if len(parts) == 1 else torch.cat(parts)
-
-
-class _Group:
-    """Consecutive rows of a pack that are attended together."""
-
-    def __init__(self, rows: slice, count: Tensor, before: Tensor, starts: Tensor, device: torch.device) -> None:
-        count, before, starts = count[rows], before[rows], starts[rows]
-        longest = int(count.max())
-        column = torch.arange(longest)
-        inside = column < count.unsqueeze(1)  # [rows, longest]
-        first = int(starts[0])
-        self.rows = rows
-        self.before = int(before.max())
-        self.tokens = int(count.sum())
-        self._pad = torch.where(inside, starts.unsqueeze(1) - first + column, 0).flatten().to(device)
-        self._unpad = inside.flatten().nonzero().squeeze(1).to(device)
-        self._shape = (len(count), longest)
-        self._even = bool(inside.all())
-        other = torch.arange(-self.before, longest)
-        self._back = (column.unsqueeze(1) - other).to(device)  # [longest, before + longest]: how far back a key lies
-        self._seen = ((self._back >= 0) & (other >= -before.view(-1, 1, 1)).to(device)).unsqueeze(1)
-        self._masks: dict[tuple[int | None, torch.dtype], Tensor] = {}
-
-    def attend(
-        self, query: Tensor, key: Tensor, value: Tensor, prefix: tuple[Tensor, Tensor] | None, scale: float | None,
-        window: int | None, softcap: float | None,
-    ) -> Tensor:  # fmt: skip
-        """From and to [tokens, heads, size]."""
-        query, key, value = (self._padded(part) for part in (query, key, value))
-        if prefix is not None:
-            key, value = torch.cat((prefix[0], key), dim=2), torch.cat((prefix[1], value), dim=2)
-        groups = query.shape[1] // key.shape[1]
-        if groups > 1:
-            key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
-        mask = self._mask(window, query.dtype)
-        if softcap is None:
-            out = scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale)
-        else:
-            scores = query @ key.mT * (query.shape[-1] ** -0.5 if scale is None else scale)
-            scores = torch.tanh(scores / softcap) * softcap + mask
-            wide = torch.promote_types(scores.dtype, torch.float32)
-            out = torch.softmax(scores, dim=-1, dtype=wide).to(value.dtype) @ value
-        out = out.transpose(1, 2).flatten(0, 1)
-        return out if self._even else _Gather.apply(out, self._unpad, self._pad, True)
-
-    def _mask(self, window: int | None, dtype: torch.dtype) -> Tensor:
-        """What is added to scores: 0 where a key is seen, -inf elsewhere, [rows, 1, longest, before + longest]."""
-        if (window, dtype) not in self._masks:
-            seen = self._seen if window is None else self._seen & (self._back < window)
-            zeros = torch.zeros(seen.shape, dtype=dtype, device=seen.device)
-            self._masks[window, dtype] = zeros.masked_fill(~seen, -torch.inf)
-        return self._masks[window, dtype]
-
-    def _padded(self, packed: Tensor) -> Tensor:
-        """[tokens, heads, size] -> [rows, heads, longest, size]; what stands in padding is seen by padding alone."""
-        padded: Tensor = packed if self._even else _Gather.apply(packed, self._pad, self._unpad, False)
-        return padded.unflatten(0, self._shape).transpose(1, 2)
+        flat = padded.flatten(0, 1)
+        return flat if self._is_even else _Gather.apply(flat, self._place, self._token, True)
 
 
 class _Gather(torch.autograd.Function):
@@ -203,15 +80,126 @@ class _Gather(torch.autograd.Function):
         return gradient.index_copy_(0, index, gradients[0]), None, None, None
 
 
-def _side_by_side(lengths: Sequence[int], similar: float) -> Iterator[slice]:
-    """Runs of neighbors whose shortest is at least `similar` times their longest."""
-    start, shortest, longest = 0, lengths[0], lengths[0]
-    for index, length in enumerate(lengths):
-        shortest, longest = min(shortest, length), max(longest, length)
-        if shortest < similar * longest:
-            yield slice(start, index)
-            start, shortest, longest = index, length, length
-    yield slice(start, len(lengths))
+class Pack:
+    """Rows of one packed pass, and attention within each of them.
+
+    Neighbors of one length are attended together, on a GPU all rows; put rows in order of length where that costs
+    nothing.
+    """
+
+    positions: Tensor
+    """Position of each token in its row, int64 [tokens]."""
+    starts: Tensor
+    """Index of each row's first token in the pack, int64 [rows]."""
+    lengths: Tensor
+    """Tokens of each row, int64 [rows]."""
+    before_attention: bool
+    """Whether the first block that is run has not come to its attention yet."""
+
+    def __init__(
+        self,
+        lengths: Sequence[int],
+        prefix_lengths: Sequence[int],
+        prefix: Mapping[int, KeysValues],
+        device: torch.device,
+        record: dict[int, KeysValues] | None = None,
+    ) -> None:
+        """Lay out rows one after another.
+
+        Args:
+            lengths: tokens of each row in this pass, each >= 1.
+            prefix_lengths: earlier tokens of each row, whose keys and values come from outside.
+            prefix: by block, keys and values [rows, heads, longest prefix, head size], padded on the left.
+            device: of all tensors.
+            record: where given, this pass's own keys and values are put here by block, [heads, tokens, head size].
+        """
+        self.device = device
+        self.record = record
+        self.before_attention = False
+        self._prefix = prefix
+        self._count, before = torch.tensor(lengths), torch.tensor(prefix_lengths)
+        starts = self._count.cumsum(0) - self._count
+        self.starts, self.lengths = starts.to(device), self._count.to(device)
+        within = torch.arange(int(self._count.sum())) - starts.repeat_interleave(self._count)
+        self.positions = (within + before.repeat_interleave(self._count)).to(device)
+        groups = _groups(lengths, together=device.type != "cpu")
+        self._groups = [_Group(rows, self._count[rows], before[rows], device) for rows in groups]
+
+    @functools.cached_property
+    def layout(self) -> Layout:
+        """Of all rows."""
+        return Layout(self._count, self.device)
+
+    def attend(
+        self, block: int, query: Tensor, key: Tensor, value: Tensor, scale: float | None, window: int | None,
+        softcap: float | None,
+    ) -> Tensor:  # fmt: skip
+        """Attention of each row to its prefix and to itself: query [heads, tokens, size] -> [tokens, heads, size]."""
+        if self.record is not None:
+            self.record[block] = (key, value)
+        sizes = [group.tokens for group in self._groups]
+        pieces = zip(*(part.transpose(0, 1).split(sizes) for part in (query, key, value)), strict=True)
+        prefix = self._prefix.get(block)
+        parts = [
+            group.attend(of_query, of_key, of_value, prefix, scale, window, softcap)
+            for group, (of_query, of_key, of_value) in zip(self._groups, pieces, strict=True)
+        ]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def _groups(lengths: Sequence[int], together: bool) -> Iterator[slice]:
+    """Rows that are attended together: padding costs little on a GPU, where more launches cost much."""
+    start = 0
+    for _, run in groupby(lengths, key=lambda length: together or length):
+        end = start + len(list(run))
+        yield slice(start, end)
+        start = end
+
+
+class _Group:
+    """Consecutive rows of a pack that are attended together."""
+
+    def __init__(self, rows: slice, count: Tensor, before: Tensor, device: torch.device) -> None:
+        self.tokens = int(count.sum())
+        self._rows, self._before = rows, int(before.max())
+        self._layout = Layout(count, device)
+        column = torch.arange(int(count.max()))
+        other = torch.arange(-self._before, len(column))
+        self._back = (column.unsqueeze(1) - other).to(device)  # [longest, before + longest]: how far back a key lies
+        self._seen = ((self._back >= 0) & (other >= -before.view(-1, 1, 1)).to(device)).unsqueeze(1)
+        self._masks: dict[tuple[int | None, torch.dtype], Tensor] = {}
+
+    def attend(
+        self, query: Tensor, key: Tensor, value: Tensor, prefix: KeysValues | None, scale: float | None,
+        window: int | None, softcap: float | None,
+    ) -> Tensor:  # fmt: skip
+        """From and to [tokens, heads, size]; `prefix` of the whole pack."""
+        query, key, value = (self._layout.padded(part).transpose(1, 2) for part in (query, key, value))
+        if prefix is not None and self._before:
+            key, value = (
+                torch.cat((earlier[self._rows, :, -self._before :], part), dim=2)
+                for earlier, part in zip(prefix, (key, value), strict=True)
+            )
+        groups = query.shape[1] // key.shape[1]
+        if groups > 1:
+            key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
+        mask = self._mask(window, query.dtype)
+        if softcap is None:
+            out = scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale)
+        else:
+            scores = query @ key.mT * (query.shape[-1] ** -0.5 if scale is None else scale)
+            scores = torch.tanh(scores / softcap) * softcap + mask
+            wide = torch.promote_types(scores.dtype, torch.float32)
+            out = torch.softmax(scores, dim=-1, dtype=wide).to(value.dtype) @ value
+        return self._layout.packed(out.transpose(1, 2))
+
+    def _mask(self, window: int | None, dtype: torch.dtype) -> Tensor:
+        """What is added to scores: 0 where a key is seen, -inf elsewhere, [rows, 1, longest, before + longest]."""
+        if (window, dtype) not in self._masks:
+            seen = self._seen if window is None else self._seen & (self._back < window)
+            zeros = torch.zeros(seen.shape, dtype=dtype, device=seen.device)
+            self._masks[window, dtype] = zeros.masked_fill(~seen, -torch.inf)
+        return self._masks[window, dtype]
 
 
 def _attend(
@@ -239,11 +227,10 @@ class _Run:
     """What one pass through the decoder does."""
 
     first: int
-    """First block that is run."""
     last: int
-    """Last block that is run."""
+    """First and last block that is run."""
     states: Tensor | None
-    """Input of the first block that is run, [tokens, hidden size]; None: the embeddings."""
+    """Input of the first one, [tokens, hidden size]; None: the embeddings."""
     edits: Mapping[int, Edit]
     """Applied to the output of a block."""
     captured: dict[int, Tensor]
@@ -285,10 +272,11 @@ class _Stage(nn.Module):
         return (hidden, *output[1:]) if isinstance(output, tuple) else (hidden,) if owner.gives_tuple else hidden
 
 
-class _HandOn(nn.Module):
-    """Stands for the decoder, so that the model's own forward is its head alone."""
+class HandOn(nn.Module):
+    """Stands for the decoder, so that the model's own forward is its head alone: what is embedded is handed on."""
 
     def forward(self, *_: Any, inputs_embeds: Tensor, **__: Any) -> Any:
+        """The embeddings as the decoder's output."""
         from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
 
         return BaseModelOutputWithPastAndCrossAttentions(last_hidden_state=inputs_embeds)
@@ -302,7 +290,7 @@ class PackedModel:
     """
 
     def __init__(self, base: PreTrainedModel, *, recompute: bool = False) -> None:
-        """ModelError where the model's structure does not allow it; whether it computes the same is for others to try.
+        """ModelError where the model's structure does not allow it; the caller tries whether it computes the same.
 
         With `recompute` blocks keep their input alone for the backward pass (gradient checkpointing).
         """
@@ -325,12 +313,12 @@ class PackedModel:
         self.run = _Run(0, -1, None, {}, {})
         self.pack: Pack | None = None
         self.gives_tuple = False
-        self._decoder = _copy(base.get_submodule(owner), copies)
+        self._decoder = shared_copy(base.get_submodule(owner), copies)
         own: Any = self._decoder.get_submodule(name)
         stages = [_Stage(block, index, self) for index, block in enumerate(own)]
         self.blocks = [stage.block for stage in stages]
         self._decoder.__dict__["_modules"][name] = nn.ModuleList(stages)
-        self._head = _copy(base, copies, {owner: _HandOn()})
+        self._head = shared_copy(base, copies, {owner: HandOn()})
         self._recompute = recompute
         self._narrowed: set[int] = set()
         if recompute:
@@ -360,14 +348,7 @@ class PackedModel:
             if isinstance(module, nn.Linear | Conv1D):
                 module.register_forward_hook(narrow)
 
-    def states(
-        self,
-        pack: Pack,
-        tokens: Tensor,
-        *,
-        last: int,
-        capture: Collection[int] = (),
-    ) -> dict[int, Tensor]:
+    def states(self, pack: Pack, tokens: Tensor, *, last: int, capture: Collection[int] = ()) -> dict[int, Tensor]:
         """Embed `tokens` [tokens] and run blocks 0 ... last; outputs of the blocks in `capture`, [tokens, width]."""
         captured: dict[int, Tensor] = dict.fromkeys(capture, torch.empty(0))
         self._call(_Run(0, last, None, {}, captured), pack, input_ids=tokens.unsqueeze(0))
@@ -411,10 +392,15 @@ _HOOKS = (
 )  # fmt: skip
 
 
-def _copy(module: nn.Module, configs: Mapping[int, Any], replaced: Mapping[str, nn.Module] | None = None) -> nn.Module:
-    """Copy of a module tree that shares parameters and buffers, without hooks, with other configs.
+def shared_copy(
+    module: nn.Module, configs: Mapping[int, Any], replaced: Mapping[str, nn.Module] | None = None
+) -> nn.Module:
+    """Copy of a module tree that shares parameters and buffers, without hooks.
 
-    `replaced` gives other modules for some dotted names.
+    Args:
+        module: stays as it is.
+        configs: by id of a config, what stands for it in the copy.
+        replaced: by dotted name, what stands for a module in the copy.
     """
     replaced = replaced or {}
     new = copy.copy(module)
@@ -428,6 +414,8 @@ def _copy(module: nn.Module, configs: Mapping[int, Any], replaced: Mapping[str, 
     children = {}
     for name, child in module._modules.items():
         below = {key.removeprefix(f"{name}."): value for key, value in replaced.items() if key.startswith(f"{name}.")}
-        children[name] = replaced[name] if name in replaced else None if child is None else _copy(child, configs, below)
+        children[name] = (
+            replaced[name] if name in replaced else None if child is None else shared_copy(child, configs, below)
+        )
     state["_modules"] = children
     return new

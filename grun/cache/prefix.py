@@ -8,22 +8,19 @@ earlier ones, whole rows are run there.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import TypeVar
 
 import torch
 from torch import Tensor
 
-from grun.cache.packed import Pack, PackedModel
-from grun.cache.shard import Shard
+from grun.cache.packed import KeysValues, Pack, PackedModel
+from grun.cache.shard import Shard, grouped
 from grun.cache.suffix import SuffixRunner
 from grun.data.encoding import EncodedRow
 from grun.errors import DataError
 from grun.method.position import Changes
-
-SHARD_BYTES = 2**26
-"""Size at which a shard is closed."""
 
 T = TypeVar("T")
 
@@ -44,25 +41,21 @@ class Freezer:
         last_answer_token: bool = False,
         changes: Changes = "last_prompt",
     ) -> None:
-        """For edits as of a position rule.
+        """Prepare for edits of one position rule.
 
         Args:
             packed: the model.
             first_block: the first edited one.
             last_answer_token: keep the states of the answer's last token too, which predicts nothing.
-            changes: as of `PositionRule`; every_token keeps states of all tokens, and no keys and values.
+            changes: see `PositionRule`; every_token keeps states of all tokens, and no keys and values.
         """
         self._packed = packed
         self._first = first_block
-        self._changes = changes
         self._whole_rows = changes == "every_token"
         self._last_answer_token = last_answer_token or self._whole_rows
-
-    @property
-    def reaches_one_token(self) -> bool:
+        ends_there = changes == "last_prompt" and not self._last_answer_token
+        self.reaches_one_token = first_block == packed.depth - 1 and ends_there
         """Whether the last block alone is edited, and log-probabilities alone are read: only the first can change."""
-        ends_there = self._changes == "last_prompt" and not self._last_answer_token
-        return self._first == self._packed.depth - 1 and ends_there
 
     def shards(
         self,
@@ -70,7 +63,7 @@ class Freezer:
         reference: Collection[EncodedRow] = (),
         missing: Collection[EncodedRow] | None = None,
     ) -> Iterator[Shard]:
-        """Freeze distinct `rows`, those of similar length together, in shards of about SHARD_BYTES.
+        """Freeze distinct `rows`, those of similar length together.
 
         Args:
             rows: what is wanted.
@@ -80,20 +73,9 @@ class Freezer:
                 the same rows as if nothing were there, so that one that was cut off goes on with the same rounding.
         """
         ordered = sorted(rows, key=lambda row: (len(row.prompt_ids), row.prompt_ids, len(row.answer_ids)))
-        pieces: list[Shard] = []
-        size = 0
-        for piece in by_tokens(ordered, len, tokens_per_pass(self._packed.device)):
-            if missing is not None and not any(row in missing for row in piece):
-                continue
-            shard = self.freeze(piece)
-            self._fill_reference(shard, reference)
-            pieces.append(self._kept(shard))
-            size += sum(part.nbytes for part in (pieces[-1].states, pieces[-1].prompts))
-            if size >= SHARD_BYTES:
-                yield _joined(pieces)
-                pieces, size = [], 0
-        if pieces:
-            yield _joined(pieces)
+        passes = by_tokens(ordered, len, tokens_per_pass(self._packed.device))
+        wanted = (piece for piece in passes if missing is None or any(row in missing for row in piece))
+        return grouped(self._with_reference(self.freeze(piece), reference) for piece in wanted)
 
     @torch.no_grad()
     def freeze(self, rows: Sequence[EncodedRow]) -> Shard:
@@ -103,92 +85,70 @@ class Freezer:
             raise DataError("a row has no prompt token or no answer token; both are needed to unlearn it")
         if self._whole_rows:
             return self._freeze_whole(rows)
-        prompts = list(dict.fromkeys(row.prompt_ids for row in rows))
-        number = {prompt: index for index, prompt in enumerate(prompts)}
+        number = {prompt: index for index, prompt in enumerate(dict.fromkeys(row.prompt_ids for row in rows))}
         prompt_of = [number[row.prompt_ids] for row in rows]
-        lengths = [len(prompt) for prompt in prompts]
-        recorded: dict[int, tuple[Tensor, Tensor]] = {}
-        pack = Pack(lengths, [0] * len(prompts), {}, device, record=recorded)
-        ids = torch.tensor([token for prompt in prompts for token in prompt], device=device)
-        of_prompts = packed.states(pack, ids, last=packed.depth - 1, capture=[first])[first]
-        ends = pack.starts + torch.tensor(lengths, device=device) - 1
+        recorded: dict[int, KeysValues] = {}
+        pack = Pack([len(prompt) for prompt in number], [0] * len(number), {}, device, record=recorded)
+        of_prompts = packed.states(pack, self._ids(number), last=packed.depth - 1, capture=[first])[first]
+        ends = pack.starts + pack.lengths - 1
         last_states = of_prompts[ends][prompt_of]  # [rows, width]
 
         parts = [[last_states[index : index + 1]] for index in range(len(rows))]
-        kept = [len(row.answer_ids) if self._last_answer_token else len(row.answer_ids) - 1 for row in rows]
-        longer = [index for index, count in enumerate(kept) if count]
-        if longer:
+        answers = [row.answer_ids if self._last_answer_token else row.answer_ids[:-1] for row in rows]
+        if longer := [index for index, answer in enumerate(answers) if answer]:
             below = {block: recorded[block] for block in range(first + 1)}
-            answers = Pack(
-                [kept[index] for index in longer],
-                [lengths[prompt_of[index]] for index in longer],
-                _left_padded(below, pack, lengths, [prompt_of[index] for index in longer]),
-                device,
-            )
-            ids = torch.tensor([t for index in longer for t in rows[index].answer_ids[: kept[index]]], device=device)
-            of_answers = packed.states(answers, ids, last=first, capture=[first])[first]
-            for index, part in zip(longer, of_answers.split([kept[index] for index in longer]), strict=True):
+            lengths = [len(answers[index]) for index in longer]
+            prefix = _left_padded(below, pack, [prompt_of[index] for index in longer])
+            after = Pack(lengths, [len(rows[index].prompt_ids) for index in longer], prefix, device)
+            ids = self._ids(answers[index] for index in longer)
+            of_answers = packed.states(after, ids, last=first, capture=[first])[first]
+            for index, part in zip(longer, of_answers.split(lengths), strict=True):
                 parts[index].append(part)
-        states = [torch.cat(part) for part in parts]
+        states = torch.cat([part for of_row in parts for part in of_row])
 
         above = range(first + 1, packed.depth)
-        inner = torch.ones(sum(lengths), dtype=torch.bool, device=device)
+        inner = torch.ones(len(of_prompts), dtype=torch.bool, device=device)
         inner[ends] = False  # the last prompt token's keys and values change with the edit
         if above:
-            pairs = [torch.stack((recorded[block][0], recorded[block][1])) for block in above]
+            pairs = [torch.stack(recorded[block]) for block in above]
             keys_values = torch.stack(pairs).permute(3, 0, 1, 2, 4)[inner]  # [tokens, blocks, 2, heads, head size]
         else:
-            keys_values = states[0].new_zeros(int(inner.sum()), 0, 2, 1, 1)
-        wide = torch.promote_types(last_states.dtype, torch.float32)
-        answer_tokens = sum(len(row.answer_ids) for row in rows)
-        shard = Shard(
-            rows=list(rows),
-            states=torch.cat(states),
-            prompts=keys_values.contiguous(),
-            reference=last_states.new_full((answer_tokens,), torch.nan, dtype=wide),
-            columns=[len(part) for part in states],
-            prompt_of=prompt_of,
-            prompt_tokens=[length - 1 for length in lengths],
-        )
-        return shard
-
-    def _freeze_whole(self, rows: Sequence[EncodedRow]) -> Shard:
-        packed, first, device = self._packed, self._first, self._packed.device
-        lengths = [len(row) for row in rows]
-        pack = Pack(lengths, [0] * len(rows), {}, device)
-        ids = torch.tensor([token for row in rows for token in row.prompt_ids + row.answer_ids], device=device)
-        states = packed.states(pack, ids, last=first, capture=[first])[first]
-        wide = torch.promote_types(states.dtype, torch.float32)
-        answer_tokens = sum(len(row.answer_ids) for row in rows)
+            keys_values = states.new_zeros(int(inner.sum()), 0, 2, 1, 1)
         return Shard(
             rows=list(rows),
             states=states,
-            prompts=states.new_zeros(0, 0, 2, 1, 1),
-            reference=states.new_full((answer_tokens,), torch.nan, dtype=wide),
-            columns=lengths,
-            prompt_of=[0] * len(rows),
-            prompt_tokens=[0],
+            prompts=keys_values.contiguous(),
+            reference=_unknown(rows, states),
+            columns=[1 + len(answer) for answer in answers],
+            prompt_of=prompt_of,
+            prompt_tokens=[len(prompt) - 1 for prompt in number],
         )
 
-    def _kept(self, shard: Shard) -> Shard:
-        """What training needs of it, in main memory."""
-        if self.reaches_one_token:
-            starts = torch.tensor([0, *shard.columns]).cumsum(0)[:-1].to(shard.states.device)
-            shard = replace(shard, states=shard.states[starts], columns=[1] * len(shard.rows))
-        return replace(shard, states=shard.states.cpu(), prompts=shard.prompts.cpu(), reference=shard.reference.cpu())
+    def _freeze_whole(self, rows: Sequence[EncodedRow]) -> Shard:
+        lengths = [len(row) for row in rows]
+        pack = Pack(lengths, [0] * len(rows), {}, self._packed.device)
+        ids = self._ids(row.prompt_ids + row.answer_ids for row in rows)
+        states = self._packed.states(pack, ids, last=self._first, capture=[self._first])[self._first]
+        return Shard.without_prompts(list(rows), states, _unknown(rows, states), lengths)
+
+    def _ids(self, parts: Iterable[Sequence[int]]) -> Tensor:
+        return torch.tensor([token for part in parts for token in part], device=self._packed.device)
 
     @torch.no_grad()
-    def _fill_reference(self, shard: Shard, reference: Collection[EncodedRow]) -> None:
+    def _with_reference(self, shard: Shard, reference: Collection[EncodedRow]) -> Shard:
+        """What training needs of a shard, in main memory, with the log-probabilities that are wanted."""
         wanted = [i for i, row in enumerate(shard.rows) if self.reaches_one_token or row in reference]
-        if not wanted:
-            return
-        runner = SuffixRunner(self._packed, self._first, whole_rows=self._whole_rows)
-        rows, frozen = [shard.rows[i] for i in wanted], [shard.row(i) for i in wanted]
-        logprobs = runner.logprobs(rows, frozen, runner.states(frozen, {}))
-        starts = torch.tensor([0, *(len(row.answer_ids) for row in shard.rows)]).cumsum(0).tolist()
-        found = logprobs.split([len(row.answer_ids) for row in rows])
-        for index, values in zip(wanted, found, strict=True):
-            shard.reference[starts[index] : starts[index + 1]] = values
+        if wanted:
+            runner = SuffixRunner(self._packed, self._first, whole_rows=self._whole_rows)
+            rows, frozen = [shard.rows[i] for i in wanted], [shard.row(i) for i in wanted]
+            logprobs = runner.logprobs(rows, frozen, runner.states(frozen, {}))
+            found = logprobs.split([len(row.answer_ids) for row in rows])
+            for row, values in zip(frozen, found, strict=True):
+                row.reference.copy_(values)  # a view of the shard's
+        if self.reaches_one_token:
+            starts = torch.tensor([0, *shard.columns[:-1]]).cumsum(0).to(shard.states.device)
+            shard = replace(shard, states=shard.states[starts], columns=[1] * len(shard.rows))
+        return replace(shard, states=shard.states.cpu(), prompts=shard.prompts.cpu(), reference=shard.reference.cpu())
 
 
 def by_tokens(items: Sequence[T], size: Callable[[T], int], most: int) -> Iterator[list[T]]:
@@ -205,32 +165,19 @@ def by_tokens(items: Sequence[T], size: Callable[[T], int], most: int) -> Iterat
         yield piece
 
 
-def _left_padded(
-    recorded: Mapping[int, tuple[Tensor, Tensor]], pack: Pack, lengths: Sequence[int], rows: Sequence[int]
-) -> dict[int, tuple[Tensor, Tensor]]:
+def _unknown(rows: Sequence[EncodedRow], states: Tensor) -> Tensor:
+    """References of rows that were not computed: NaN, in at least float32."""
+    wide = torch.promote_types(states.dtype, torch.float32)
+    return states.new_full((sum(len(row.answer_ids) for row in rows),), torch.nan, dtype=wide)
+
+
+def _left_padded(recorded: Mapping[int, KeysValues], pack: Pack, rows: Sequence[int]) -> dict[int, KeysValues]:
     """Keys and values of the rows numbered in `rows` of a pack, as the prefix of another: padded on the left."""
-    count = torch.tensor(lengths, device=pack.device)
-    longest = max(lengths[row] for row in rows)
-    column = pack.starts.unsqueeze(1) + count.unsqueeze(1) - longest + torch.arange(longest, device=pack.device)
-    where = column.maximum(pack.starts.unsqueeze(1))[rows]  # [rows, longest]; padding repeats the first token, masked
+    starts, lengths = pack.starts[rows].unsqueeze(1), pack.lengths[rows].unsqueeze(1)
+    longest = int(lengths.max())
+    column = starts + lengths - longest + torch.arange(longest, device=pack.device)
+    where = column.maximum(starts)  # [rows, longest]; padding repeats the first token, masked
     return {
         block: (keys[:, where].transpose(0, 1), values[:, where].transpose(0, 1))
         for block, (keys, values) in recorded.items()
     }
-
-
-def _joined(shards: Sequence[Shard]) -> Shard:
-    """Several shards as one; a prompt that stands in two stays there twice."""
-    before, prompts = [], 0
-    for shard in shards:
-        before.append(prompts)
-        prompts += len(shard.prompt_tokens)
-    return Shard(
-        rows=[row for shard in shards for row in shard.rows],
-        states=torch.cat([shard.states for shard in shards]),
-        prompts=torch.cat([shard.prompts for shard in shards]),
-        reference=torch.cat([shard.reference for shard in shards]),
-        columns=[count for shard in shards for count in shard.columns],
-        prompt_of=[start + index for start, shard in zip(before, shards, strict=True) for index in shard.prompt_of],
-        prompt_tokens=[count for shard in shards for count in shard.prompt_tokens],
-    )

@@ -1,4 +1,4 @@
-"""What the untouched model says of every row, computed once before training on the plain engine.
+"""What the untouched model gives for every row, computed once before training on the plain engine.
 
 An objective that compares with the untouched model reads the same values in every epoch. Log-probabilities are kept as
 they are. Logits are not, being as wide as the vocabulary: what is kept is the state that the LM head reads, at each
@@ -10,27 +10,25 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import functools
 import logging
-from collections import OrderedDict
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from grun.cache.shard import Shard
-from grun.cache.store import Completed, PrefixStore, Use
-from grun.cache.weights import weights_hash
+from grun.cache.packed import HandOn, shared_copy
+from grun.cache.shard import Shard, grouped
+from grun.cache.store import Completed, PrefixStore, Use, fill
+from grun.cache.weights import cache_identity
 from grun.config.checks import bytes_of
 from grun.config.options import UnlearnConfig
 from grun.data.encoding import Batch, EncodedRow, collate
 from grun.errors import ModelError
 from grun.method.parametrization import Engine, StepOutput
 from grun.objectives.terms import Reference
-from grun.runtime.files import file_hash, target
-from grun.runtime.progress import progress
+from grun.runtime.files import target
+from grun.runtime.reading import first_line
 from grun.training.micro_batches import split
 from pyvene_custom import find_blocks
 
@@ -41,8 +39,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-SHARD_BYTES = 2**26
-"""Size at which a shard is closed."""
+CODE = ("reference.py", "shard.py")
+"""Sources that decide what is in the cache."""
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4}
 """Largest relative difference of logits given by the head alone; other types are narrower."""
 ROUNDED = 2e-2
@@ -100,22 +98,18 @@ class Head:
     """
 
     def __init__(self, base: PreTrainedModel) -> None:
-        """Of the untouched `base`; nothing of it is changed. Whether it computes the same is for others to try."""
+        """Of the untouched `base`, which stays as it is; the caller tries whether the head computes the same."""
         name = find_blocks(base)[0].partition(".")[0]
         self._decoder = base.get_submodule(name)
         self._device = base.device.type
         self.computed_in: torch.dtype | None = None
         """Type of autocast, once a recorded pass has shown one."""
-        alone = copy.copy(base)
-        children: dict[str, nn.Module | None] = dict(base._modules)
-        for child_name, child in children.items():
-            if child is not None and child_name != name and any(p.requires_grad for p in child.parameters()):
-                children[child_name] = copy.deepcopy(child)
-        for attribute in [key for key in alone.__dict__ if key.endswith(("_hooks", "_hooks_with_kwargs"))]:
-            alone.__dict__[attribute] = OrderedDict()
-        alone.__dict__.pop("forward", None)  # of the whole model, where something was put on the instance
-        alone.__dict__["_modules"] = {**children, name: _HandOn()}
-        self._alone: Any = alone
+        parts = {
+            child: copy.deepcopy(part) if any(p.requires_grad for p in part.parameters()) else part
+            for child, part in base.named_children()
+            if child != name
+        }
+        self._alone: Any = shared_copy(base, {}, {**parts, name: HandOn()})
 
     def record(self, run: Callable[[], StepOutput]) -> tuple[StepOutput, Tensor]:
         """What `run`, a pass of the model, gives, and the states that its head read at `predicting` positions."""
@@ -139,15 +133,6 @@ class Head:
         return logits
 
 
-class _HandOn(nn.Module):
-    """Stands for the decoder."""
-
-    def forward(self, *_: Any, inputs_embeds: Tensor, **__: Any) -> Any:
-        from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
-
-        return BaseModelOutputWithPastAndCrossAttentions(last_hidden_state=inputs_embeds)
-
-
 def predicting(answer: Tensor) -> Tensor:
     """Positions that predict the answer tokens, each one column before: both bool [batch, length]."""
     return answer.roll(-1, dims=1)
@@ -164,21 +149,21 @@ def use_reference(
 ) -> Completed | None:
     """Compute what `task` needs of the untouched model, and have its engine look it up from now on.
 
-    None where nothing is needed, or too much: then one line says so, and the untouched model is run in every step.
+    None where nothing is needed, or too much: then one line is logged, and the untouched model is run in every step.
 
     Args:
         task: with the plain engine, before its first step.
         base: the model, with what is trained on it.
         needs: what the objective reads of the untouched model.
-        config: says how much may be kept where, and how many rows a pass may have.
+        config: how much may be kept where, and how many rows a pass may have.
         pad_id: any token id, to fill up short rows.
-        use: the run, as it is noted beside what is written of its data.
+        use: the run, which is noted next to what is written of its data.
     """
     if needs == "none":
         return None
     passes = _Passes(task, config, pad_id)
-    head = problem = folder = None
-    identity: dict[str, Any] = {}
+    head, problem = None, None
+    in_folder = False
     budget = bytes_of("cache.memory_budget", config.cache.memory_budget)
     if needs in ("all_logits", "hidden"):
         problem = f"the objective reads {'hidden states' if needs == 'hidden' else 'logits at all positions'}"
@@ -187,23 +172,21 @@ def use_reference(
             head = Head(base)
             size, problem = passes.try_head(head)
         except Exception as error:  # whatever a model's own code raises when it is called another way
-            text = str(error).splitlines()[0] if str(error) else "no message"
-            problem = f"the model's head cannot be run alone: {type(error).__name__}: {text}"
+            problem = f"the model's head cannot be run alone: {type(error).__name__}: {first_line(error)}"
         else:
-            if problem is None and size > budget:
-                folder, problem = _folder(config, size)
+            in_folder = problem is None and size > budget
+            if in_folder:
+                problem = _too_large(config, size)
     if problem is not None:
         log.info("reference values are not kept (%s): %s", problem, task.parametrization.keep_reference())
         return None
-    if folder is not None:
-        identity = {**_identity(base, config.model.path, folder), "computed_in": str(head and head.computed_in)}
+    folder = target(str(config.cache.dir), "cache.dir") if in_folder else None
+    computed_in = str(head and head.computed_in)
+    identity = cache_identity(
+        base, config.model.path, folder, CODE, what="states below the head", computed_in=computed_in
+    )
     store = PrefixStore(folder, identity, memory_budget=budget, use=use)
-    with progress("reference values", len(passes.rows)) as advance:
-        completed = store.complete(passes.rows, lambda missing: passes.shards(missing, head), advance)
-    log.info(
-        "reference values of %d rows: %d found, %d computed, %.1f s, %.3f GB in %s",
-        completed.rows, completed.found, completed.built, completed.seconds, completed.bytes / 1e9, completed.where,
-    )  # fmt: skip
+    completed = fill(store, "reference values", passes.rows, lambda missing: passes.shards(missing, head))
     task.engine = ReferencedEngine(task.engine, store, head)
     return completed
 
@@ -230,25 +213,16 @@ class _Passes:
         return size, None
 
     def shards(self, rows: Sequence[EncodedRow], head: Head | None) -> Iterator[Shard]:
-        """References of `rows`, and with a head the states that it reads, in shards of about SHARD_BYTES."""
-        done: list[EncodedRow] = []
-        references: list[Tensor] = []
-        states: list[Tensor] = []
-        size = 0
-        for piece in split(rows, self._size):
-            with self._untouched():
-                run = functools.partial(self._run, piece)
-                output, seen = (run(), None) if head is None else head.record(run)
-            reference = output.token_logprobs[output.answer]
-            done += piece
-            references.append(reference.cpu())
-            states.append(reference.new_zeros(0, 0).cpu() if seen is None else seen.cpu())
-            size += states[-1].nbytes
-            if size >= SHARD_BYTES:
-                yield _shard(done, references, states)
-                done, references, states, size = [], [], [], 0
-        if done:
-            yield _shard(done, references, states)
+        """References of `rows`, and with a head the states that it reads instead of those below an edit."""
+        return grouped(self._shard(piece, head) for piece in split(rows, self._size))
+
+    def _shard(self, rows: Sequence[EncodedRow], head: Head | None) -> Shard:
+        with self._untouched():
+            output, states = (self._run(rows), None) if head is None else head.record(lambda: self._run(rows))
+        reference = output.token_logprobs[output.answer].cpu()
+        if states is None:
+            return Shard.without_prompts(list(rows), reference.new_zeros(0, 0), reference, [0] * len(rows))
+        return Shard.without_prompts(list(rows), states.cpu(), reference, [len(row.answer_ids) for row in rows])
 
     def _run(self, rows: Sequence[EncodedRow]) -> StepOutput:
         return self._parametrization.run(collate(rows, self._pad_id).to(self._device))
@@ -259,39 +233,12 @@ class _Passes:
             yield
 
 
-def _shard(rows: list[EncodedRow], references: Sequence[Tensor], states: Sequence[Tensor]) -> Shard:
-    """Rows as the store keeps them: states of answer tokens instead of those below an edit, and nothing of prompts."""
-    kept = torch.cat(list(states))
-    return Shard(
-        rows=rows,
-        states=kept,
-        prompts=kept.new_zeros(0),
-        reference=torch.cat(list(references)),
-        columns=[len(row.answer_ids) if len(kept) else 0 for row in rows],
-        prompt_of=[0] * len(rows),
-        prompt_tokens=[0],
-    )
-
-
-def _folder(config: UnlearnConfig, size: int) -> tuple[Path | None, str | None]:
-    """Where states of `size` bytes, too many for memory, are written, or why they are not."""
+def _too_large(config: UnlearnConfig, size: int) -> str | None:
+    """Why states of `size` bytes, too many for memory, are not written to disk; None where they are."""
     if config.cache.dir is None:
         limit = "and cache.dir=null"
     elif size > bytes_of("cache.disk_budget", config.cache.disk_budget):
         limit = "and than cache.disk_budget"
     else:
-        return target(config.cache.dir, "cache.dir"), None
-    return None, f"they take {size / 1e9:.2f} GB, more than cache.memory_budget {limit}"
-
-
-def _identity(base: PreTrainedModel, source: str | None, folder: Path) -> dict[str, Any]:
-    """What decides the values in a file. Rows are told apart in it by their tokens."""
-    import transformers
-
-    return {
-        "what": "states below the head",
-        "weights": weights_hash(base, source, folder),
-        "dtype": str(base.dtype),
-        "transformers": transformers.__version__,
-        "code": file_hash(Path(__file__)),
-    }
+        return None
+    return f"they take {size / 1e9:.2f} GB, more than cache.memory_budget {limit}"

@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 import zlib
 from array import array
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import accumulate, pairwise
+from itertools import accumulate, chain, pairwise
 from pathlib import Path
 
 import torch
@@ -17,6 +17,8 @@ from grun.data.encoding import EncodedRow
 from grun.runtime.files import write_bytes
 
 FORMAT_VERSION = "1"
+SHARD_BYTES = 2**26
+"""Size at which a shard is closed."""
 
 
 @dataclass
@@ -65,6 +67,11 @@ class Shard:
             if min(lengths, default=0) < 0 or shape[:1] != (sum(lengths),):
                 raise ValueError(f"{name} of a shard have shape {shape}, their lengths add up to {sum(lengths)}")
 
+    @classmethod
+    def without_prompts(cls, rows: list[EncodedRow], states: Tensor, reference: Tensor, columns: list[int]) -> Shard:
+        """Rows of which nothing is kept of prompts alone."""
+        return cls(rows, states, states.new_zeros(0), reference, columns, [0] * len(rows), [0])
+
     def row(self, index: int) -> FrozenRow:
         """Views of one row's part."""
         return FrozenRow(
@@ -107,6 +114,32 @@ class Shard:
         total = zlib.crc32(repr((of_prompt, len(row.prompt_ids))).encode())
         total = zlib.crc32(array("q", row.prompt_ids + row.answer_ids), total)
         return _crc(parts.reference, _crc(parts.states, total))
+
+
+def grouped(pieces: Iterable[Shard]) -> Iterator[Shard]:
+    """Neighbors joined to shards of about `SHARD_BYTES`."""
+    waiting: list[Shard] = []
+    for piece in pieces:
+        waiting.append(piece)
+        if sum(one.states.nbytes + one.prompts.nbytes for one in waiting) >= SHARD_BYTES:
+            yield _joined(waiting)
+            waiting = []
+    if waiting:
+        yield _joined(waiting)
+
+
+def _joined(shards: Sequence[Shard]) -> Shard:
+    """Several shards as one; a prompt that stands in two stays there twice."""
+    before = accumulate((len(shard.prompt_tokens) for shard in shards), initial=0)
+    return Shard(
+        rows=list(chain.from_iterable(shard.rows for shard in shards)),
+        states=torch.cat([shard.states for shard in shards]),
+        prompts=torch.cat([shard.prompts for shard in shards]),
+        reference=torch.cat([shard.reference for shard in shards]),
+        columns=list(chain.from_iterable(shard.columns for shard in shards)),
+        prompt_of=[start + index for start, shard in zip(before, shards, strict=False) for index in shard.prompt_of],
+        prompt_tokens=list(chain.from_iterable(shard.prompt_tokens for shard in shards)),
+    )
 
 
 def _slices(lengths: Iterable[int]) -> list[slice]:

@@ -23,6 +23,7 @@ from grun.cache.shard import DamagedShard, FrozenRow, Shard, read_shard, write_s
 from grun.data.encoding import EncodedRow
 from grun.errors import RunError
 from grun.runtime.files import BusyError, content_hash, read_json, remove, taken, write_json
+from grun.runtime.progress import progress
 from grun.runtime.reading import typed
 
 log = logging.getLogger(__name__)
@@ -377,3 +378,14 @@ class PrefixStore:
 
 def _own(folder: Path) -> list[str]:
     return [name for name in os.listdir(folder) if _OWN.fullmatch(name)] if folder.is_dir() else []
+
+
+def fill(
+    store: PrefixStore, what: str, rows: Sequence[EncodedRow], build: Callable[[list[EncodedRow]], Iterator[Shard]]
+) -> Completed:
+    """`PrefixStore.complete` with a bar, and one line on what it did; `what` is kept of rows."""
+    with progress(what, len(rows)) as advance:
+        done = store.complete(rows, build, advance)
+    counts = f"{done.rows} rows: {done.found} found, {done.built} computed"
+    log.info(f"{what} of {counts}, {done.seconds:.1f} s, {done.bytes / 1e9:.3f} GB in {done.where}")
+    return done

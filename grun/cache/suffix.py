@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from grun.cache.packed import Edit, Pack, PackedModel
+from grun.cache.packed import Edit, KeysValues, Pack, PackedModel
 from grun.cache.shard import FrozenRow
 from grun.data.encoding import EncodedRow
 from grun.errors import ModelError
@@ -54,18 +54,15 @@ class SuffixRunner:
     ) -> SuffixStates:
         """Run rows with `edits` (by block), up to the head.
 
-        Without `locate` they are read and written at the first column of each row; else where it says, in columns of
-        `Pack.padded`.
+        Without `locate` they are read and written at the first column of each row; else at its sites, whose columns
+        are those of `Pack.layout`.
         """
         if below := [block for block in hidden if block < self._first]:
             raise ModelError(f"block {below[0]} lies below the first edited one, {self._first}: its output is not kept")
         pack, states = self._packed_states(frozen)
         gates: dict[int, Tensor] = {}
-        if locate is None:
-            edit_at = {block: _at_starts(edit, pack.starts, gates, block) for block, edit in edits.items()}
-        else:
-            sites = locate(pack)
-            edit_at = {block: _at_sites(edit, sites, pack, gates, block) for block, edit in edits.items()}
+        sites = None if locate is None or not edits else locate(pack)
+        edit_at = {block: _edit_at(edit, sites, pack, gates, block) for block, edit in edits.items()}
         if self._first in edit_at:
             states = edit_at.pop(self._first)(states)
         above = [block for block in hidden if block > self._first]
@@ -81,25 +78,26 @@ class SuffixRunner:
         """
         pack, final = states.pack, states.final
         device = pack.device
-        counts = [len(row.answer_ids) for row in rows]
+        counts = torch.tensor([len(row.answer_ids) for row in rows])
         targets = torch.tensor([token for row in rows for token in row.answer_ids], device=device)
-        offsets = torch.tensor([0, *counts]).cumsum(0)[:-1]
-        within = torch.arange(sum(counts)) - offsets.repeat_interleave(torch.tensor(counts))
-        if self._whole_rows:
-            before = torch.tensor([len(row.prompt_ids) - 1 for row in rows])
-            within += before.repeat_interleave(torch.tensor(counts))
-        if any(len(row.states) < count for row, count in zip(frozen, counts, strict=True)):
-            first = token_logprobs(self._packed, final[pack.starts], targets[offsets.to(device)])
+        first = counts.cumsum(0) - counts  # of each row's answer
+        if any(len(row.states) < len(of.answer_ids) for row, of in zip(frozen, rows, strict=True)):
+            places = first.to(device)
+            changed = token_logprobs(self._packed, final[pack.starts], targets[places])
             unchanged = torch.cat([row.reference for row in frozen]).to(device)
-            return unchanged.index_put((offsets.to(device),), first)
-        column = (pack.starts.cpu().repeat_interleave(torch.tensor(counts)) + within).to(device)
+            return unchanged.index_put((places,), changed)
+        begins = pack.starts.cpu() - first
+        if self._whole_rows:
+            begins += torch.tensor([len(row.prompt_ids) - 1 for row in rows])
+        column = (begins.repeat_interleave(counts) + torch.arange(len(targets))).to(device)
         return token_logprobs(self._packed, final if len(column) == len(final) else final[column], targets)
 
     def _packed_states(self, frozen: Sequence[FrozenRow]) -> tuple[Pack, Tensor]:
+        """The rows' states as a pack whose prefix is their prompts."""
         device = self._packed.device
         prompts = [row.prompt for row in frozen]
         longest = max(len(prompt) for prompt in prompts)
-        prefix: dict[int, tuple[Tensor, Tensor]] = {}
+        prefix: dict[int, KeysValues] = {}
         if longest and prompts[0].shape[1]:
             padded = prompts[0].new_empty(len(prompts), longest, *prompts[0].shape[1:])
             for row, prompt in zip(padded, prompts, strict=True):
@@ -153,32 +151,23 @@ class _TokenLogprobs(torch.autograd.Function):
         return (derivatives * scale).to(derivatives.dtype), None, None
 
 
-def _at_starts(edit: GatedIntervention, starts: Tensor, gates: dict[int, Tensor], block: int) -> Edit:
-    """`edit` at the first token of every row; gate logits go to `gates`."""
+def _edit_at(edit: GatedIntervention, sites: Sites | None, pack: Pack, gates: dict[int, Tensor], block: int) -> Edit:
+    """`edit` at `sites`, or without them at the first token of every row; gate logits go to `gates`."""
 
     def apply(states: Tensor) -> Tensor:
-        here = states[starts].unsqueeze(1)  # [rows, 1, width]
-        result = edit(here, read=here)
+        if sites is None:
+            here = states[pack.starts].unsqueeze(1)  # [rows, 1, width]
+            result = edit(here, read=here)
+        else:
+            padded = pack.layout.padded(states)
+            read, written = read_and_written(padded, sites)
+            result = edit(written, read=read, sites=sites)
         if result.gate is not None:
             gates[block] = result.gate
         if result.output is None:
             return states
-        return states.index_put((starts,), result.output.squeeze(1))
-
-    return apply
-
-
-def _at_sites(edit: GatedIntervention, sites: Sites, pack: Pack, gates: dict[int, Tensor], block: int) -> Edit:
-    """`edit` at `sites`; gate logits go to `gates`."""
-
-    def apply(states: Tensor) -> Tensor:
-        padded = pack.padded(states)
-        read, written = read_and_written(padded, sites)
-        result = edit(written, read=read, sites=sites)
-        if result.gate is not None:
-            gates[block] = result.gate
-        if result.output is None:
-            return states
-        return pack.unpadded(put_back(padded, sites, result.output))
+        if sites is None:
+            return states.index_put((pack.starts,), result.output.squeeze(1))
+        return pack.layout.packed(put_back(padded, sites, result.output))
 
     return apply

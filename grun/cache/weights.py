@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +25,30 @@ PIECE = 4096
 """Bytes of each."""
 CHUNK = 1 << 24
 """Values of a tensor that are hashed at a time."""
+
+
+def cache_identity(
+    base: PreTrainedModel, source: str | Path | None, folder: Path | None, code: Sequence[str], **more: Any
+) -> dict[str, Any]:
+    """What decides the values of a cache in `folder`; its rows are known by their tokens, so by the template too.
+
+    Args:
+        base, source, folder: see `weights_hash`; without a folder nothing is hashed, since nothing is looked up.
+        code: names of the files in this folder that compute the values.
+        more: what else decides them.
+    """
+    if folder is None:
+        return {}
+    import transformers
+
+    here = Path(__file__).parent
+    return {
+        "weights": weights_hash(base, source, folder),
+        "dtype": str(base.dtype),
+        "transformers": transformers.__version__,
+        "code": content_hash([file_hash(here / name) for name in code]),
+        **more,
+    }
 
 
 def weights_hash(base: PreTrainedModel, source: str | Path | None, memory: Path | None) -> str:

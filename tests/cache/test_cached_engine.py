@@ -22,7 +22,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedMod
 from watched import CutOff, saved_bytes
 
 from baselines.full import Full
-from grun.cache import gate_pretraining, prefix
+from grun.cache import gate_pretraining, prefix, shard
 from grun.cache.cached import CachedEngine
 from grun.cache.engine import CacheUse, freezer_for, use_cached
 from grun.cache.gate_pretraining import pretrain_gates
@@ -279,7 +279,7 @@ def test_rows_longer_than_a_pass_and_caches_of_many_shards_are_no_reason_for_the
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(prefix, "tokens_per_pass", lambda _: WINDOW)
-    monkeypatch.setattr(prefix, "SHARD_BYTES", 1)
+    monkeypatch.setattr(shard, "SHARD_BYTES", 1)
     task = task_of("npo")
     plain = task.engine
     use = use_cached(task, config_of())

@@ -103,24 +103,17 @@ def test_how_rows_are_attended_together_changes_nothing(family: str, monkeypatch
     packed = PackedModel(tiny(family))
     order = sorted(range(len(ROWS)), key=lambda index: LENGTHS[index])
     expected = [run(packed, [row])[0] for row in ROWS]
-    groups = []
-    for similar in (0.0, 0.75, 1.0):
-        monkeypatch.setattr(packed_module, "SIMILAR", similar)
-        groups.append(len(Pack([LENGTHS[index] for index in order], [0] * len(ROWS), {}, CPU)._groups))
-        for found, row in zip(run(packed, ROWS), expected, strict=True):
-            assert_same(found, row)
-        for found, index in zip(run(packed, [ROWS[index] for index in order]), order, strict=True):
-            assert_same(found, expected[index])
-    assert groups == [1, 6, 6]  # all together; the two of nine tokens together
+    groups = packed_module._groups
+    for all_rows in (False, True):
+        monkeypatch.setattr(packed_module, "_groups", lambda lengths, *, together, all_=all_rows: groups(lengths, all_))
+        for rows in (range(len(ROWS)), order):
+            for found, index in zip(run(packed, [ROWS[index] for index in rows]), rows, strict=True):
+                assert_same(found, expected[index])
 
 
-def test_rows_of_similar_length_side_by_side_are_one_group(monkeypatch: pytest.MonkeyPatch) -> None:
-    def groups(*lengths: int) -> int:
-        return len(Pack(lengths, [0] * len(lengths), {}, CPU)._groups)
-
-    assert (groups(4, 4, 4), groups(10, 9, 9), groups(8, 1, 8)) == (1, 2, 3)
-    monkeypatch.setattr(packed_module, "SIMILAR", 0.75)
-    assert (groups(10, 9, 8), groups(10, 9, 7), groups(1, 2, 4, 8), groups(8, 1, 8)) == (1, 2, 4, 3)
+def test_neighbors_of_one_length_are_a_group_or_all_rows_are() -> None:
+    assert list(packed_module._groups([4, 4, 9, 4], together=False)) == [slice(0, 2), slice(2, 3), slice(3, 4)]
+    assert list(packed_module._groups([4, 4, 9, 4], together=True)) == [slice(0, 4)]
 
 
 def test_no_row_sees_another() -> None:

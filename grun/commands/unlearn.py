@@ -5,15 +5,16 @@ from __future__ import annotations
 import dataclasses
 import logging
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from grun.cache.engine import use_cached
 from grun.cache.gate_pretraining import pretrain_gates
 from grun.cache.reference import use_reference
-from grun.cache.store import Use
+from grun.cache.store import Completed, Use
 from grun.config.checks import quirks_in_force
 from grun.config.options import MethodConfig, UnlearnConfig
 from grun.config.values import to_dict
@@ -36,11 +37,43 @@ from grun.runtime.files import holding, staged, target, writing
 from grun.runtime.runs import claim, finish_run, identity, open_run
 from grun.training.recomputation import recompute_blocks
 from grun.training.step_log import Look
-from grun.training.train import CHECKPOINTS, remove_checkpoints, train
+from grun.training.train import CHECKPOINTS, TrainResult, remove_checkpoints, train
 from grun.training.unlearning import UnlearnTask, are_texts, encode_unlearn_rows
 from pyvene_custom import find_blocks
 
 log = logging.getLogger(__name__)
+
+
+@dataclass
+class Unlearning:
+    """One run: what is trained on which rows, and the folder of the result."""
+
+    config: UnlearnConfig
+    """With the blocks of this model."""
+    quirks: list[str]
+    objective: Objective
+    parametrization: Parametrization
+    corpus: Corpus
+    base: Any
+    tokenizer: Any
+    template: templates.Template
+    folder: Path
+    identity: dict[str, Any]
+    """What decides the result."""
+    parameters: dict[str, int] = field(default_factory=dict)
+    """How many are "trained", and how many the "base" has, once they are counted."""
+    finished: bool = False
+    """Whether the folder held this very run already, so that nothing was trained."""
+
+    @property
+    def depth(self) -> int:
+        """Blocks of the model."""
+        return len(find_blocks(self.base)[1])
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest row."""
+        return min(self.config.data.max_length or 2**30, context_length(self.base))
 
 
 @processes.connected()
@@ -48,59 +81,98 @@ log = logging.getLogger(__name__)
 def unlearn(config: UnlearnConfig) -> Path:
     """Run `config` and return the folder of the result; a finished run of the same config is found, not repeated."""
     check(config)
-    quirks = quirks_in_force(config)
-    traits = traits_of(config.method)
-    objective = build_objective(config.objective, config.loss, gated=traits.gated, quirks=quirks)
-    parametrization = make_parametrization(config, quirks)  # first: its package may be missing
+    make_parametrization(config, quirks_in_force(config))  # first: its package may be missing
     with processes.first_goes_first():  # the others find what it downloads
         corpus = load_corpus(config.data)
-        _check_rows(corpus, objective)
+        check_rows(corpus, objective_of(config))
     folder = target(config.output_dir or f"results/{config.label()}/{config.objective}")
     with processes.agreed():
         base, tokenizer, stored = load_base(config.model)
-        template = templates.in_force(config, stored, tokenizer)
-    depth = len(find_blocks(base)[1])
-    if config.method.blocks is None and traits.edits_blocks:
+        run = prepare(config, corpus, base, tokenizer, stored, folder)
+    train_and_save(run)
+    return folder
+
+
+def prepare(
+    config: UnlearnConfig, corpus: Corpus, base: Any, tokenizer: Any, stored: templates.Template | None, folder: Path
+) -> Unlearning:
+    """A run on a loaded model; nothing of the model is changed yet.
+
+    Args:
+        config: checked; where it names no blocks, the published depths are taken.
+        corpus: whose forget set is to go; the retain set is to stay.
+        base: a transformers model.
+        tokenizer: of the model.
+        stored: template that belongs to the model; None: it has none.
+        folder: of the result.
+    """
+    template = templates.in_force(config, stored, tokenizer)
+    if config.method.blocks is None and traits_of(config.method).edits_blocks:
         sources = config.sources and {**config.sources, "method.blocks": "default"}
-        config = replace(config, method=replace(config.method, blocks=resolve_blocks(None, depth)), sources=sources)
-    hashes = corpus.hashes()
+        blocks = resolve_blocks(None, len(find_blocks(base)[1]))
+        config = replace(config, method=replace(config.method, blocks=blocks), sources=sources)
+    quirks = quirks_in_force(config)
     run_identity = identity(
-        to_dict(config), base=fingerprint(base), data=hashes, template=template.to_dict(), quirks=quirks
+        to_dict(config), base=fingerprint(base), data=corpus.hashes(), template=template.to_dict(), quirks=quirks
     )
     if config.method.beside is not None:
         run_identity["beside"] = adapter_hash(Path(config.method.beside).expanduser())
-    state = processes.of_first(lambda: open_run(folder, run_identity, overwrite=config.overwrite))
+    parametrization = make_parametrization(config, quirks)
+    return Unlearning(
+        config, quirks, objective_of(config), parametrization, corpus, base, tokenizer, template, folder, run_identity
+    )
+
+
+def train_and_save(run: Unlearning, *, save: bool = True) -> None:
+    """Train what `run` prepared, or find it finished in its folder; save=False leaves the result in memory alone."""
+    config, folder = run.config, run.folder
+    state = processes.of_first(lambda: open_run(folder, run.identity, overwrite=config.overwrite))
     if state == "finished":
         log.info("%s holds this very run, finished: nothing to do (overwrite=true runs it again)", folder)
-        return folder
-
-    limit = min(config.data.max_length or 2**30, context_length(base))
+        run.finished = True
+        return
     with processes.agreed():
-        rows = encode_unlearn_rows(corpus, tokenizer, template, limit, config.data, seed=config.seed)
-        check_blocks(objective, config.method, depth, later_edits="rmu_hidden_state_index" in quirks)
-        in_base = sum(parameter.numel() for parameter in base.parameters())
-        torch.manual_seed(config.seed)
-        parametrization.prepare(base, template, turn_ids=user_turn_ids(template, tokenizer))
+        task = _task(run)
+    processes.of_first(lambda: claim(folder, run.identity, overwrite=config.overwrite))
+    completed = choose_engine(run, task)
+    result = train(task, config.train, folder, config.seed, _look(run, task), smaller=_smaller(config))
+    if save:
+        _save(run, task, completed, result)
+
+
+def _task(run: Unlearning) -> UnlearnTask:
+    """The rows in tokens, and the parametrization on the model, newly initialized."""
+    config, base, parametrization = run.config, run.base, run.parametrization
+    rows = encode_unlearn_rows(run.corpus, run.tokenizer, run.template, run.longest, config.data, seed=config.seed)
+    check_blocks(run.objective, config.method, run.depth, later_edits="rmu_hidden_state_index" in run.quirks)
+    run.parameters["base"] = sum(parameter.numel() for parameter in base.parameters())
+    torch.manual_seed(config.seed)
+    parametrization.prepare(base, run.template, turn_ids=user_turn_ids(run.template, run.tokenizer))
     if config.train.gradient_checkpointing:
         recompute_blocks(find_blocks(base)[1])
     trained = sum(parameter.numel() for _, parameter in parametrization.trainable_parameters())
+    run.parameters["trained"] = trained
     log.info(
         "unlearning with %s/%s: %d forget and %d retain rows, %s trained parameters (%.4f %% of the model's)",
         config.method.parametrization, config.objective, len(rows.answers), len(rows.retain), f"{trained:,}",
-        100 * trained / in_base,
+        100 * trained / run.parameters["base"],
     )  # fmt: skip
-    task = UnlearnTask(
+    return UnlearnTask(
         parametrization,
-        objective,
+        run.objective,
         rows,
         config,
-        pad_id=int(tokenizer.pad_token_id),
+        pad_id=int(run.tokenizer.pad_token_id),
         device=input_device(base),
-        fixed_pairing="retain_fixed_pairing" in quirks,
-        depth=depth,
+        fixed_pairing="retain_fixed_pairing" in run.quirks,
+        depth=run.depth,
     )
-    processes.of_first(lambda: claim(folder, run_identity, overwrite=config.overwrite))
-    use, noted = None, _noted(folder, config, hashes)
+
+
+def choose_engine(run: Unlearning, task: UnlearnTask) -> Completed | None:
+    """Give `task` the cached engine, or else stored references of the untouched model; what was kept, None: nothing."""
+    config, base, reference = run.config, run.base, run.objective.reference
+    use, noted = None, _noted(run)
     if config.train.engine == "cached":
         with processes.agreed():
             use = use_cached(task, config, noted)
@@ -112,27 +184,42 @@ def unlearn(config: UnlearnConfig) -> Path:
         pretrain_gates(use.engine, task.rows("answer"), task.rows("retain"), config.train.gate_pretraining)
     if use is None:
         with processes.agreed():
-            pad_id = int(tokenizer.pad_token_id)
-            kept = use_reference(task, base, objective.reference, config, pad_id=pad_id, use=noted)
+            pad_id = int(run.tokenizer.pad_token_id)
+            completed = use_reference(task, base, reference, config, pad_id=pad_id, use=noted)
     else:
-        kept = use.completed
-    reads_base = traits.changes_weights and kept is None and objective.reference != "none"
+        completed = use.completed
+    reads_base = traits_of(config.method).changes_weights and completed is None and reference != "none"
     sharding.check_possible(looks=bool(config.train.monitor_epochs), needs_reference=reads_base)
-    look = None
-    if config.train.monitor_epochs:
-        from grun.evaluation.monitor import Monitor
+    return completed
 
-        monitor = Monitor(
-            parametrization.model, tokenizer, template, corpus, rows=config.train.monitor_rows, max_length=limit
-        )
-        look = Look(monitor.look, config.train.monitor_epochs * task.steps // config.train.epochs)
-    result = train(task, config.train, folder, config.seed, look, smaller=_smaller(config))
+
+def _look(run: Unlearning, task: UnlearnTask) -> Look | None:
+    """What is looked at from time to time, if `train.monitor_epochs` asks for it."""
+    options = run.config.train
+    if not options.monitor_epochs:
+        return None
+    from grun.evaluation.monitor import Monitor
+
+    monitor = Monitor(
+        run.parametrization.model,
+        run.tokenizer,
+        run.template,
+        run.corpus,
+        rows=options.monitor_rows,
+        max_length=run.longest,
+    )
+    return Look(monitor.look, options.monitor_epochs * task.steps // options.epochs)
+
+
+def _save(run: Unlearning, task: UnlearnTask, completed: Completed | None, result: TrainResult) -> None:
+    """Write the adapter or the model, and run.json, which marks the folder as complete."""
+    config, folder, objective = run.config, run.folder, run.objective
     with processes.agreed(), writing(folder):
         if processes.is_first():
             with staged(folder) as new:
-                parametrization.save(new)
+                run.parametrization.save(new)
                 if not (new / CONFIG_FILE).exists():  # a whole model needs its tokenizer beside it
-                    tokenizer.save_pretrained(new)
+                    run.tokenizer.save_pretrained(new)
     finish_run(
         folder,
         {
@@ -142,34 +229,39 @@ def unlearn(config: UnlearnConfig) -> Path:
             "terms": {side: objective.weights[side] for side in objective.terms},
             "parametrization": config.method.parametrization,
             "config": to_dict(config),
-            "template": template.to_dict(),
-            "in_force": in_force(config, template),
-            "quirks": quirks,
-            "data": hashes,
-            "base_fingerprint": run_identity["base"],
-            "parameters": {"trained": trained, "base": in_base},
+            "template": run.template.to_dict(),
+            "in_force": in_force(config, run.template),
+            "quirks": run.quirks,
+            "data": run.identity["data"],
+            "base_fingerprint": run.identity["base"],
+            "parameters": {name: run.parameters[name] for name in ("trained", "base")},
             "saved_bytes": saved_bytes(folder),
             "engine": task.engine.name,
-            "cache": None if kept is None else dataclasses.asdict(kept),
+            "cache": None if completed is None else dataclasses.asdict(completed),
             "steps": result.steps,
             "resumed_from": result.resumed_from,
-            "seconds": round(result.seconds + (kept.seconds if kept else 0.0), 2),
+            "seconds": round(result.seconds + (completed.seconds if completed else 0.0), 2),
             "peak_memory_bytes": result.peak_memory_bytes,
-            "device": str(base.device),
+            "device": str(run.base.device),
         },
         without=None if config.train.keep_all_checkpoints else CHECKPOINTS,
     )
     remove_checkpoints(folder, config.train)
-    return folder
 
 
-def _noted(folder: Path, config: UnlearnConfig, hashes: dict[str, str]) -> Use:
+def objective_of(config: UnlearnConfig) -> Objective:
+    """Terms, weights and options that `objective` and `loss` ask for."""
+    quirks = quirks_in_force(config)
+    return build_objective(config.objective, config.loss, gated=traits_of(config.method).gated, quirks=quirks)
+
+
+def _noted(run: Unlearning) -> Use:
     """What a cache notes of this run: a store of requests trains each in its folder `training/ID`."""
-    folder = folder.resolve()
+    folder = run.folder.resolve()
     store = folder.parent.parent
     of_store = folder.parent.name == "training" and (store / STACK_FILE).is_file()
     request, stored_in = (folder.name, str(store)) if of_store else (None, None)
-    return Use(str(folder), config.model.path, hashes, request, stored_in)
+    return Use(str(folder), run.config.model.path, run.identity["data"], request, stored_in)
 
 
 def _smaller(config: UnlearnConfig) -> list[str]:
@@ -190,7 +282,8 @@ def saved_bytes(folder: Path) -> int:
     return sum(path.stat().st_size for path in found)
 
 
-def _check_rows(corpus: Corpus, objective: Objective) -> None:
+def check_rows(corpus: Corpus, objective: Objective) -> None:
+    """ConfigError where the corpus lacks what a term of the objective reads."""
     if not corpus.retain and "retain" in objective.continuations:
         raise ConfigError("the retain set is empty, but the objective has a retain or gate term; name data.retain")
     if are_texts(corpus.forget) and "refusal" in objective.continuations:

@@ -101,7 +101,31 @@ def load_corpus(config: DataConfig) -> Corpus:
     if config.name not in loaders:
         raise ConfigError(unknown_name("data.name", config.name, list(loaders)))
     _check_options(config)
-    corpus = loaders[config.name](config)
+    return _completed(loaders[config.name](config), config)
+
+
+def corpus_of(forget: list[Row], retain: list[Row], config: DataConfig) -> Corpus:
+    """`load_corpus` for rows that are in memory: a part is set aside and refusals are read as `config` asks.
+
+    Raises:
+        ConfigError, DataError: as of `load_corpus`.
+    """
+    return _completed(_of_rows(forget, retain, config), config)
+
+
+def _of_rows(forget: list[Row], retain: list[Row], config: DataConfig) -> Corpus:
+    return Corpus(
+        name="jsonl",
+        forget=forget,
+        retain=retain,
+        refusals=_refusals(config.refusals),
+        known=forget + retain,
+        known_without_forget=retain,
+    )
+
+
+def _completed(corpus: Corpus, config: DataConfig) -> Corpus:
+    """What every corpus goes through: checks, then rows are set aside as `config` asks."""
     for name, rows in (("forget", corpus.forget), ("retain", corpus.retain)):
         if not rows:
             raise DataError(f"the {name} set is empty; check data.{name} (or data.demo.{name})")
@@ -264,15 +288,9 @@ def _load_jsonl(config: DataConfig) -> Corpus:
     if not config.retain:
         raise ConfigError("data.name=jsonl needs data.retain, the file of the rows to keep")
     forget, retain = (load_rows(name, config.path, config.columns) for name in (config.forget, config.retain))
-    return Corpus(
-        name="jsonl",
-        forget=forget,
-        retain=retain,
-        unknown=load_rows(config.unknown, config.path, config.columns) if config.unknown else [],
-        refusals=_refusals(config.refusals),
-        known=forget + retain,
-        known_without_forget=retain,
-    )
+    corpus = _of_rows(forget, retain, config)
+    corpus.unknown = load_rows(config.unknown, config.path, config.columns) if config.unknown else []
+    return corpus
 
 
 def _load_corpora(config: DataConfig) -> Corpus:

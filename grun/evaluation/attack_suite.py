@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from grun.config.options import EvaluateConfig
-from grun.data.rows import evenly_spaced, hash_rows
+from grun.data.rows import Row, evenly_spaced, hash_rows
 from grun.data.templates import Template, in_force
 from grun.errors import ConfigError, DataError
 from grun.evaluation.attacks.base import ATTACKS, KINDS, Attack, Material, answers_at, is_readable
@@ -47,10 +47,13 @@ class AttackSuite:
     attacks.jsonl has a line for each row and way of asking.
     """
 
-    def __init__(self, config: EvaluateConfig) -> None:
-        """Load what is attacked; config.attack_rows rows of each set, evenly spaced."""
+    def __init__(self, config: EvaluateConfig, asking: Mapping[str, list[Row]] | None = None) -> None:
+        """Attack config.attack_rows rows of each set, evenly spaced.
+
+        `asking` are rows with questions by set, forget, retain and heldout; None: those that `config.data` names.
+        """
         self.config = config
-        asking = attacked_sets(config.data)
+        asking = attacked_sets(config.data) if asking is None else asking
         self.others = asking["heldout"] or asking["retain"]
         self.retain = asking["retain"]
         self.rows, self.unread = {}, {}

@@ -59,7 +59,7 @@ def evaluate(config: EvaluateConfig, output_dir: Path) -> dict[str, Any]:
     with processes.agreed():
         loaded = load_model(config.model, config.adapter, strict=config.strict, gate_threshold=config.gate_threshold)
         plan = make_plan(config, output_dir, loaded, corpus, previous)
-    (result,) = _carry_out([plan], reference, time.monotonic() - started)
+    (result,) = carry_out([plan], reference, time.monotonic() - started)
     return result
 
 
@@ -119,7 +119,7 @@ def _evaluate_gated(configs: Mapping[Path, EvaluateConfig]) -> dict[str, dict[st
     with processes.agreed():
         base = load_model(config.model, None, strict=config.strict, gate_threshold=None)
         plans = _plans(configs, base, corpus, previous)
-    results = _carry_out(plans, reference, time.monotonic() - started)
+    results = carry_out(plans, reference, time.monotonic() - started)
     return {str(plan.folder): result for plan, result in zip(plans, results, strict=True)}
 
 
@@ -147,7 +147,7 @@ def _plans(
     return plans
 
 
-def _carry_out(plans: Sequence[Plan], reference: tuple[str, Table] | None, loading: float) -> list[dict[str, Any]]:
+def carry_out(plans: Sequence[Plan], reference: tuple[str, Table] | None, loading: float) -> list[dict[str, Any]]:
     """Results of `plans`, whose models share a base; `loading` seconds went before, which they share too."""
     from grun.evaluation.shared_scoring import first_edited
 

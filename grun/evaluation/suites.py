@@ -116,7 +116,7 @@ def _on_one_base(
     results = {}
     for folder, single in configs.items():
         with _adapter_on(base, single) as loaded:
-            results[folder] = _carry_out(suite, single, folder, loaded, previous[folder], started)
+            results[folder] = carry_out(suite, single, folder, loaded, previous[folder], started)
         started = time.monotonic()
     return results
 
@@ -128,7 +128,7 @@ def _alone(suite: Suite, config: EvaluateConfig, folder: Path, previous: dict[st
     started = time.monotonic()
     with processes.agreed():
         loaded = load_model(config.model, config.adapter, strict=config.strict, gate_threshold=config.gate_threshold)
-    return _carry_out(suite, config, folder, loaded, previous, started)
+    return carry_out(suite, config, folder, loaded, previous, started)
 
 
 @contextlib.contextmanager
@@ -152,7 +152,7 @@ def _adapter_on(base: Loaded, config: EvaluateConfig) -> Iterator[Loaded]:
         model.unwrap()
 
 
-def _carry_out(
+def carry_out(
     suite: Suite,
     config: EvaluateConfig,
     folder: Path,

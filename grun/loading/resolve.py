@@ -53,8 +53,12 @@ def resolve(command: str, arguments: list[str], *, store: Path | None = None, qu
     Raises:
         ConfigError: an option, a profile or a value is wrong, data are not named, or the store has another template.
     """
+    return resolve_given(command, parse(arguments, COMMANDS[command]), store=store, quiet=quiet)
+
+
+def resolve_given(command: str, given: DictConfig, *, store: Path | None = None, quiet: bool = False) -> Any:
+    """`resolve` for options that are values already, nested by their sections."""
     schema = COMMANDS[command]
-    given = parse(arguments, schema)
     if command in WITHOUT_PROFILE:
         for name in ("sweep", "sequence"):
             if has_field(schema, name) and given.get("model") is not None and name not in given:

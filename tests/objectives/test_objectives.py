@@ -20,7 +20,7 @@ from grun.cache.cached import CachedEngine
 from grun.cache.engine import use_cached
 from grun.cache.packed import PackedModel
 from grun.cache.prefix import Freezer
-from grun.commands.unlearn import _check_rows
+from grun.commands.unlearn import check_rows
 from grun.config.options import CacheConfig, LossConfig, MethodConfig, TrainConfig, UnlearnConfig
 from grun.data.corpus import Corpus
 from grun.data.encoding import Batch, EncodedRow, collate
@@ -376,8 +376,8 @@ def test_refusals_are_asked_for_before_a_model_is_loaded() -> None:
     corpus = Corpus("jsonl", forget=[row], retain=[row])
     for preset in ("idk", "idk_concat", "dpo", "dpo_only", "dpo_kl"):
         with pytest.raises(ConfigError, match="there are no refusals, but the objective .*; name data.refusals$"):
-            _check_rows(corpus, build_objective(preset, LossConfig(), gated=False))
-    _check_rows(corpus, build_objective("npo", LossConfig(), gated=False))
+            check_rows(corpus, build_objective(preset, LossConfig(), gated=False))
+    check_rows(corpus, build_objective("npo", LossConfig(), gated=False))
 
 
 # -- the retain weight that adapts ------------------------------------------------------------------------------------

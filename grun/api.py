@@ -32,7 +32,6 @@ from grun.evaluation.attack_suite import ATTACKS_FILE, AttackSuite
 from grun.evaluation.evaluate import carry_out, read_evaluation
 from grun.evaluation.plan import make_plan, previous_in
 from grun.evaluation.suites import carry_out as carry_out_suite
-from grun.evaluation.suites import check_suite
 from grun.loading.checks import check
 from grun.loading.models import Loaded, adapter_hash, ensure_pad_token
 from grun.loading.resolve import resolve_given
@@ -221,7 +220,7 @@ def attack(
     model = _asked(model)
     given = {"attacks": list(attacks), "attack_rows": rows, **_by_key("evaluate", options, named)}
     config = _config("evaluate", model, {"suite": "attacks", **given})
-    check_suite(config)
+    check(config)
     found = {name: _rows(part, name, config.data.columns) for name, part in (("forget", forget), ("retain", retain))}
     asking = {name: [row for row in part if row.prompt is not None] for name, part in found.items()}
     if not asking["forget"]:

@@ -24,8 +24,8 @@ from grun.errors import ConfigError, DataError, ModelError
 from grun.loading.models import context_length, load_base
 from grun.method.fingerprint import fingerprint
 from grun.method.plain import run_plain
-from grun.objectives.losses import control_vector
-from grun.objectives.presets import build_objective
+from grun.objectives.objective import build_objective
+from grun.objectives.rmu import control_vector
 from grun.runtime.devices import input_device
 from grun.runtime.files import content_hash, holding, staged, target, write_json, writing
 from grun.runtime.memory import enough_memory

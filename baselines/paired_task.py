@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from grun.data.encoding import Batch
 from grun.method.parametrization import StepOutput
-from grun.objectives.presets import Objective
+from grun.objectives.objective import Objective
 from grun.objectives.terms import Outputs, number_of
 from grun.training.micro_batches import MicroBatch
 from grun.training.task import StepData

@@ -22,7 +22,7 @@ from grun.loading.changed_tensors import save_changed
 from grun.loading.models import context_length, load_base
 from grun.method.fingerprint import fingerprint
 from grun.method.host import hidden_size_of
-from grun.objectives.losses import control_vector
+from grun.objectives.rmu import control_vector
 from grun.runtime.files import content_hash, holding, staged, target, writing
 from grun.runtime.memory import enough_memory
 from grun.runtime.runs import claim, finish_run, identity, open_run

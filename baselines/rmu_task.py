@@ -19,7 +19,7 @@ from baselines.trained import Trained
 from baselines.truncated import Truncated
 from grun.data.encoding import Batch
 from grun.errors import ConfigError
-from grun.objectives.losses import steered
+from grun.objectives.rmu import steered
 from grun.runtime.devices import input_device
 from grun.runtime.progress import progress
 from grun.training.micro_batches import MicroBatch
@@ -44,7 +44,7 @@ class Topic:
     alpha: float
     """Weight of the retain loss."""
     control: Tensor
-    """What forget activations are steered to, shape [hidden size]; see `grun.objectives.losses.control_vector`."""
+    """What forget activations are steered to, shape [hidden size]; see `grun.objectives.rmu.control_vector`."""
 
 
 @dataclass(kw_only=True)

@@ -29,7 +29,7 @@ from baselines.rmu_task import RmuTask, Topic
 from baselines.tensors import named_tensors
 from benchmarks.model import print_table, random_llama, say, set_threads, write_rows
 from grun.data.encoding import Batch, EncodedRow, collate
-from grun.objectives.losses import control_vector
+from grun.objectives.rmu import control_vector
 from grun.training.optimizers import LegacyAdamW
 
 DEPTH, BLOCK, CHANGED = 32, 7, [5, 6, 7]

@@ -18,7 +18,7 @@ from grun.commands.unlearn import make_parametrization
 from grun.method.edit import LoReftEdit
 from grun.method.gated import Grun
 from grun.method.parametrization import traits_of
-from grun.objectives.presets import build_objective
+from grun.objectives.objective import build_objective
 from grun.training.unlearning import UnlearnRows, UnlearnTask
 
 if TYPE_CHECKING:

@@ -21,7 +21,7 @@ PLUGIN = '''
 
 from grun.evaluation.attacks.base import Asked, attack
 from grun.evaluation.metrics.registry import metric
-from grun.objectives.presets import OBJECTIVES, Preset
+from grun.objectives.terms import OBJECTIVES, Preset
 
 OBJECTIVES.add("ga_twice", Preset("ga", "ce", forget_weight=2.0), "gradient difference with twice the forgetting")
 
@@ -45,7 +45,7 @@ from grun.evaluation.attacks.base import ATTACKS
 from grun.evaluation.attack_suite import chosen_attacks
 from grun.evaluation.metrics import set_metrics
 from grun.evaluation.table import GenerationRecord, Table
-from grun.objectives.presets import build_objective
+from grun.objectives.objective import build_objective
 
 assert build_objective("ga_twice", LossConfig(), gated=False).weights == {"forget": 2.0, "retain": 1.0}
 assert "politely" in [attack.name for attack in chosen_attacks(["prompt"])]

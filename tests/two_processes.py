@@ -30,7 +30,7 @@ from grun.cli import main  # noqa: E402
 from grun.commands.unlearn import make_parametrization  # noqa: E402
 from grun.config.options import LoraConfig, MethodConfig, TrainConfig, UnlearnConfig  # noqa: E402
 from grun.errors import ConfigError, GrunError  # noqa: E402
-from grun.objectives.presets import build_objective  # noqa: E402
+from grun.objectives.objective import build_objective  # noqa: E402
 from grun.runtime import processes, sharding  # noqa: E402
 from grun.training.step_trainer import gradient_norm  # noqa: E402
 from grun.training.train import train  # noqa: E402

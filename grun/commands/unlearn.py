@@ -30,7 +30,7 @@ from grun.method.adapter import CONFIG_FILE, STACK_FILE, WEIGHTS_FILE
 from grun.method.fingerprint import fingerprint
 from grun.method.model import resolve_blocks
 from grun.method.parametrization import PARAMETRIZATIONS, Parametrization, traits_of
-from grun.objectives.presets import Objective, build_objective
+from grun.objectives.objective import Objective, build_objective
 from grun.runtime import processes, sharding
 from grun.runtime.devices import input_device
 from grun.runtime.files import holding, staged, target, writing

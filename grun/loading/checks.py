@@ -12,7 +12,7 @@ from grun.errors import ConfigError
 from grun.method.gate import GATES
 from grun.method.parametrization import PARAMETRIZATIONS, traits_of
 from grun.method.rules import check_rule
-from grun.objectives.presets import build_objective
+from grun.objectives.objective import build_objective
 
 
 def check(config: Any) -> None:

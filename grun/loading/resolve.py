@@ -36,7 +36,7 @@ from grun.data.templates import OPTIONS
 from grun.errors import ConfigError, unknown_name
 from grun.loading.stored import TINY, Stored, given_with, of_model
 from grun.method.parametrization import PARAMETRIZATIONS
-from grun.objectives.presets import OBJECTIVES
+from grun.objectives.terms import OBJECTIVES
 
 log = logging.getLogger(__name__)
 

@@ -1,7 +1,5 @@
-"""What is minimized: forget, retain and gate terms as pure functions, and presets that combine them.
+"""What is minimized: losses on forget rows, on retain rows and on gates, and the named objectives made of them.
 
-`losses.py` holds the formulas, `terms.py` says what a term is and registers it, `forget.py`, `retain.py` and `gate.py`
-hold the terms, `presets.py` the named combinations and their weights.
+One file a family (ascent, preference, distillation, refusal, rmu, entropy, retain, gate), each loss with its term and
+its presets. `terms.py` has the decorators and an example; `objective.py` puts together what a run asks for.
 """
-
-from grun.objectives import forget, gate, retain  # noqa: F401  what they define is registered

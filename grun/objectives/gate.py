@@ -1,11 +1,11 @@
-"""Gate terms: what teaches the gate to open on forget rows and to stay shut on retain rows."""
+"""Gate terms: what trains the gate to open on forget rows and to stay shut on retain rows."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection
 from typing import TYPE_CHECKING
 
-from grun.objectives.terms import Continuation, Options, Outputs, TermValue, summed, term
+from grun.objectives.terms import Continuation, Outputs, TermValue, summed, term
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -19,15 +19,14 @@ def gate_passes(continuations: Collection[Continuation]) -> list[Continuation]:
     return [name for name in continuations if name != "refusal" or "answer" not in continuations]
 
 
-@term(
-    "bce_row",
-    "BCE on gate logits, forget rows 1, retain rows 0, mean over blocks",
-    side="gate",
-    per="row",
-    continuations=(),
-)
-def _bce_row(outputs: Outputs, _: Options) -> TermValue:
-    """On logits, not probabilities: a gate that is wide open on a retain row still learns."""
+@term("bce_row", side="gate", per="row", continuations=())
+def bce_row(outputs: Outputs) -> TermValue:
+    """BCE on gate logits, forget rows 1, retain rows 0, mean over blocks.
+
+    On logits, not probabilities: a gate that is wide open on a retain row still learns.
+
+    Source: GRUN, arXiv 2502.17823.
+    """
 
     def of_rows(name: Continuation, logits: Tensor, mask: Tensor, _: Tensor | None) -> Tensor:
         import torch
@@ -40,34 +39,24 @@ def _bce_row(outputs: Outputs, _: Options) -> TermValue:
     return _over_passes(outputs, of_rows)
 
 
-@term(
-    "bce_max",
-    "BCE on a row's highest gate logits: 3 of a forget prompt 1, maximum and token mean of a retain row 0",
-    side="gate",
-    per="row",
-    continuations=(),
-)
-def _bce_max(outputs: Outputs, _: Options) -> TermValue:
-    """For gates that read every token, where not each token of a forget row says what the row is about.
+@term("bce_max", side="gate", per="row", continuations=())
+def bce_max(outputs: Outputs) -> TermValue:
+    """BCE on a row's highest gate logits: 3 of a forget prompt 1, maximum and token mean of a retain row 0.
 
+    For gates that read every token, where not each token of a forget row shows what the row is about.
     Multiple-instance learning: a row is a bag of tokens, of which a few decide. With one position read (last_prompt) it
     is `bce_row` with the retain half counted twice.
     """
     return _over_highest(outputs, _open)
 
 
-@term(
-    "bce_max_last",
-    "as bce_max, and the gate logit at a forget prompt's last token 1",
-    side="gate",
-    per="row",
-    continuations=(),
-)
-def _bce_max_last(outputs: Outputs, _: Options) -> TermValue:
-    """For questions that are asked in other words: two cues open the gate, not one.
+@term("bce_max_last", side="gate", per="row", continuations=())
+def bce_max_last(outputs: Outputs) -> TermValue:
+    """As bce_max, and the gate logit at a forget prompt's last token 1.
 
-    With `bce_max` alone it learns the tokens that tell a forget prompt best, mostly a name's, and stays shut where
-    these are written otherwise. The last prompt token holds what the model is about to say, however it was asked.
+    For questions that are asked in other words: two cues open the gate, not one. With `bce_max` alone it learns the
+    tokens that mark a forget prompt best, mostly a name's, and stays shut where these are written otherwise. The last
+    prompt token holds what the model is about to generate, however it was asked.
     """
     return _over_highest(outputs, lambda logits, counted: _open(logits, counted) + _open(logits, _last(counted)))
 

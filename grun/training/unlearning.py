@@ -20,7 +20,7 @@ from grun.data.rows import Row
 from grun.data.sampling import epoch_order, fixed_retain_index, retain_index
 from grun.method.parametrization import Engine, Parametrization
 from grun.method.plain import PlainEngine
-from grun.objectives.presets import Objective
+from grun.objectives.objective import Objective
 from grun.objectives.terms import Continuation, Outputs, number_of
 from grun.training.micro_batches import MicroBatch, cut
 from grun.training.task import StepData

@@ -23,7 +23,7 @@ from grun.data.encoding import collate
 from grun.data.templates import TEMPLATES
 from grun.errors import ConfigError, ModelError
 from grun.method.gated import Grun
-from grun.objectives.presets import build_objective
+from grun.objectives.objective import build_objective
 from grun.training.train import train
 from grun.training.unlearning import UnlearnRows, UnlearnTask
 

@@ -27,7 +27,7 @@ from grun.data.encoding import EncodedRow, collate, encode_texts
 from grun.errors import DataError, ModelError, RunError
 from grun.loading.models import build_tiny
 from grun.method.plain import run_plain
-from grun.objectives.presets import build_objective
+from grun.objectives.objective import build_objective
 
 pytestmark = pytest.mark.usefixtures("quick_garbage_collection")
 

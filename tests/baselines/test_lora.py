@@ -26,7 +26,7 @@ from grun.loading.models import _put_on
 from grun.loading.resolve import resolve
 from grun.method.gated import Grun
 from grun.method.parametrization import Parametrization
-from grun.objectives.presets import build_objective
+from grun.objectives.objective import build_objective
 from grun.training.recomputation import recompute_blocks
 from grun.training.train import train
 from grun.training.unlearning import UnlearnRows, UnlearnTask

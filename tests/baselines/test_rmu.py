@@ -20,7 +20,7 @@ from baselines.truncated import Truncated
 from grun.config.options import TrainConfig
 from grun.data.encoding import Batch, collate
 from grun.errors import ConfigError
-from grun.objectives.losses import control_vector, steered
+from grun.objectives.rmu import control_vector, steered
 from grun.training.train import train
 
 pytestmark = pytest.mark.usefixtures("quick_garbage_collection")

@@ -25,7 +25,7 @@ from grun.data.encoding import Batch
 from grun.data.templates import TEMPLATES, store
 from grun.errors import ConfigError, DataError
 from grun.loading.models import build_tiny, load_base, load_model
-from grun.objectives.losses import control_vector
+from grun.objectives.rmu import control_vector
 from grun.runtime.files import read_json
 
 pytestmark = pytest.mark.usefixtures("quick_garbage_collection")

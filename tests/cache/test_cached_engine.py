@@ -37,7 +37,7 @@ from grun.method.noise import GaussianNoise
 from grun.method.parametrization import Engine, StepOutput
 from grun.method.plain import PlainEngine, capture, run_plain
 from grun.method.position import EveryToken
-from grun.objectives.presets import Objective, build_objective
+from grun.objectives.objective import Objective, build_objective
 from grun.objectives.terms import Options, Outputs, Term, TermValue
 from grun.training.recomputation import recompute_blocks
 from grun.training.train import train

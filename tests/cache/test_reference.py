@@ -22,7 +22,7 @@ from grun.config.options import CacheConfig, FullConfig, MethodConfig, TrainConf
 from grun.errors import ModelError
 from grun.method.gated import Grun, Reft
 from grun.method.parametrization import StepOutput
-from grun.objectives.presets import build_objective
+from grun.objectives.objective import build_objective
 from grun.training.train import train
 from grun.training.unlearning import UnlearnRows, UnlearnTask
 

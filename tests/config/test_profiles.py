@@ -14,7 +14,7 @@ from grun.config.values import COMMANDS, WITHOUT_PROFILE, describe, from_dict, t
 from grun.errors import ConfigError
 from grun.loading.checks import check
 from grun.loading.resolve import resolve
-from grun.objectives.presets import build_objective
+from grun.objectives.objective import build_objective
 
 
 def write(folder: Path, name: str, text: str) -> str:

@@ -11,7 +11,7 @@ from grun.errors import ConfigError
 from grun.loading.checks import check
 from grun.method.gated import Grun
 from grun.method.parametrization import PARAMETRIZATIONS, Traits, traits_of
-from grun.objectives.presets import build_objective
+from grun.objectives.objective import build_objective
 
 
 @pytest.fixture

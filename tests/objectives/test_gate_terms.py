@@ -17,7 +17,7 @@ from grun.data.encoding import EncodedRow, collate
 from grun.errors import ConfigError
 from grun.loading.checks import check
 from grun.method.parametrization import StepOutput
-from grun.objectives.presets import build_objective
+from grun.objectives.objective import build_objective
 from grun.objectives.terms import TERMS, Outputs, TermValue, number_of
 
 F64 = torch.float64

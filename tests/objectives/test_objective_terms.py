@@ -16,9 +16,13 @@ from torch import Tensor
 from grun.config.options import LossConfig
 from grun.data.encoding import EncodedRow, collate
 from grun.method.parametrization import StepOutput
-from grun.objectives.losses import ceu, dpo, dual_step, kl, npo, satimp, simnpo, undial, wga
-from grun.objectives.presets import OBJECTIVES, build_objective
-from grun.objectives.terms import TERMS, Options, Outputs, Term, TermValue, number_of
+from grun.objectives.ascent import satimp, wga
+from grun.objectives.distillation import ceu, undial
+from grun.objectives.entropy import dual_step
+from grun.objectives.objective import build_objective
+from grun.objectives.preference import dpo, npo, simnpo
+from grun.objectives.retain import kl
+from grun.objectives.terms import OBJECTIVES, TERMS, Options, Outputs, Term, TermValue, number_of
 
 VOCABULARY = 6
 F64 = torch.float64
@@ -447,9 +451,9 @@ def test_kl_is_zero_at_the_reference_and_positive_elsewhere() -> None:
 
 
 def test_the_retain_weight_rises_above_epsilon_and_never_falls_below_zero() -> None:
-    assert dual_step(1.0, 0.5, eta=2.0, epsilon=0.3) == pytest.approx(1.4)
-    assert dual_step(1.0, 0.1, eta=2.0, epsilon=0.3) == pytest.approx(0.6)
-    assert dual_step(0.1, 0.1, eta=2.0, epsilon=0.3) == 0.0
+    assert dual_step(1.0, 0.5, 5, eta=2.0, epsilon=0.3) == pytest.approx(1.4)
+    assert dual_step(1.0, 0.1, 5, eta=2.0, epsilon=0.3) == pytest.approx(0.6)
+    assert dual_step(0.1, 0.1, 5, eta=2.0, epsilon=0.3) == 0.0
 
 
 def test_losses_of_bfloat16_logits_are_computed_in_float32() -> None:

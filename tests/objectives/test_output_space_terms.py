@@ -23,9 +23,11 @@ from grun.loading.checks import check
 from grun.method.gated import Grun
 from grun.method.parametrization import EMBEDDINGS
 from grun.method.plain import run_plain
-from grun.objectives.losses import max_entropy, min_posterior, random_mapping, random_table
-from grun.objectives.presets import OBJECTIVES, build_objective
-from grun.objectives.terms import TERMS, Outputs, TermValue, number_of
+from grun.objectives.ascent import min_posterior
+from grun.objectives.entropy import max_entropy
+from grun.objectives.objective import build_objective
+from grun.objectives.rmu import random_mapping, random_table
+from grun.objectives.terms import OBJECTIVES, TERMS, Outputs, TermValue, number_of
 from grun.training.unlearning import UnlearnRows, UnlearnTask
 
 F64 = torch.float64

@@ -24,7 +24,7 @@ from grun.data.encoding import EncodedRow, collate
 from grun.errors import ConfigError
 from grun.method.gated import Grun
 from grun.method.parametrization import StepOutput
-from grun.objectives.presets import build_objective
+from grun.objectives.objective import build_objective
 from grun.objectives.terms import number_of
 from grun.training.unlearning import UnlearnRows, UnlearnTask
 
@@ -363,7 +363,7 @@ def test_as_published_block_0_would_be_the_embeddings() -> None:
 
 def test_the_loss_of_states_in_bfloat16_is_taken_in_float32() -> None:
     """The distance of a state of length 300 has steps of 8 in bfloat16."""
-    from grun.objectives.losses import steered
+    from grun.objectives.rmu import steered
 
     states = torch.full((2, WIDTH), 37.25, dtype=torch.bfloat16)
     value = steered(states, control(300.0).bfloat16().float())

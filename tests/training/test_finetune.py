@@ -26,7 +26,7 @@ from grun.method.gated import Grun
 from grun.method.intervention import GatedIntervention
 from grun.method.plain import run_plain
 from grun.method.precision import Masters
-from grun.objectives.presets import build_objective
+from grun.objectives.objective import build_objective
 from grun.runtime.runs import identity
 from grun.training.checkpoints import checkpoints_in
 from grun.training.recomputation import recompute_blocks

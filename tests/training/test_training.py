@@ -36,7 +36,7 @@ from grun.data.sampling import fixed_retain_index
 from grun.errors import ConfigError, RunError
 from grun.method.gated import Grun
 from grun.method.plain import run_plain
-from grun.objectives.presets import build_objective
+from grun.objectives.objective import build_objective
 from grun.training.checkpoints import checkpoints_in
 from grun.training.micro_batches import split
 from grun.training.task import StepData

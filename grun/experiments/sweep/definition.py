@@ -166,7 +166,7 @@ def _check_grid(where: str, sweep: Sweep) -> None:
 
 def _read_tuned(where: str, value: Any, parts: list[str]) -> dict[str, dict[str, dict[str, Any]]]:
     from grun.method.parametrization import PARAMETRIZATIONS
-    from grun.objectives.presets import OBJECTIVES
+    from grun.objectives.terms import OBJECTIVES
 
     tuned: dict[str, dict[str, dict[str, Any]]] = {}
     for objective, of_objective in mapping(where, value).items():

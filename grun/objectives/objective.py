@@ -1,4 +1,4 @@
-"""Named objectives: a forget term, a retain term and their weights. A name never changes its meaning."""
+"""The objective of a run: a preset, and the terms, weights and options that replace parts of it."""
 
 from __future__ import annotations
 
@@ -9,60 +9,7 @@ from typing import get_args
 from grun.config.options import LossConfig
 from grun.errors import ConfigError
 from grun.objectives.gate import gate_passes
-from grun.objectives.terms import TERMS, Continuation, Options, Reference, Side, Term
-from grun.registry import Registry
-
-
-@dataclass(frozen=True)
-class Preset:
-    """A published pair of terms; weights unset in the options are these."""
-
-    forget: str
-    retain: str
-    forget_weight: float = 1.0
-    retain_weight: float = 1.0
-
-
-OBJECTIVES: Registry[Preset] = Registry("objective")
-OBJECTIVES.add("ga", Preset("ga", "none"), "gradient ascent alone: ga")
-OBJECTIVES.add("gd", Preset("ga", "ce"), "gradient difference: ga + ce")
-OBJECTIVES.add("kl", Preset("ga", "kl"), "gradient ascent held by KL: ga + kl")
-OBJECTIVES.add("idk", Preset("idk", "ce"), "answer with a refusal: idk + ce")
-OBJECTIVES.add("idk_concat", Preset("idk_concat", "none"), "the same as one token mean over both, as published by TOFU")
-OBJECTIVES.add("dpo", Preset("dpo", "ce"), "prefer a refusal to the answer, with retain CE: dpo + ce")
-OBJECTIVES.add("dpo_only", Preset("dpo", "none"), "prefer a refusal to the answer: dpo")
-OBJECTIVES.add("dpo_kl", Preset("dpo", "kl"), "prefer a refusal to the answer, held by KL: dpo + kl")
-OBJECTIVES.add("npo", Preset("npo", "ce"), "negative preference optimization with retain CE: npo + ce")
-OBJECTIVES.add("npo_only", Preset("npo", "none"), "negative preference optimization: npo")
-OBJECTIVES.add("npo_kl", Preset("npo", "kl"), "negative preference optimization held by KL: npo + kl")
-OBJECTIVES.add(
-    "simnpo", Preset("simnpo", "ce", forget_weight=0.1375), "NPO without a reference, with retain CE: simnpo + ce"
-)
-OBJECTIVES.add("simnpo_only", Preset("simnpo", "none"), "NPO without a reference: simnpo")
-OBJECTIVES.add("wga", Preset("wga", "ce"), "ascent on tokens weighted by their probability, with retain CE: wga + ce")
-OBJECTIVES.add(
-    "satimp",
-    Preset("satimp", "ce", forget_weight=0.1),
-    "ascent on tokens weighted by saturation and importance, with retain CE: satimp + ce",
-)
-OBJECTIVES.add("undial", Preset("undial", "none"), "self-distillation with the answer's logits lowered: undial")
-OBJECTIVES.add("ceu", Preset("ceu", "none"), "cross-entropy without the true token: ceu")
-OBJECTIVES.add("pdu", Preset("pdu", "ce"), "flat logits, retain CE held at loss.epsilon by a dual variable: pdu + ce")
-OBJECTIVES.add("manual_grad_diff", Preset("ga_sum", "ce_sum"), "gradient difference of summed CE: ga_sum + ce_sum")
-OBJECTIVES.add(
-    "manual_npo_grad_diff", Preset("npo", "ce_sum", forget_weight=0.1375), "NPO with summed retain CE: npo + ce_sum"
-)
-OBJECTIVES.add("rmu", Preset("rmu", "activation_mse"), "steer states away, hold retain states: rmu + activation_mse")
-OBJECTIVES.add("rmu_kl", Preset("rmu", "kl"), "steer states away, held by KL: rmu + kl")
-OBJECTIVES.add("rmu_ce", Preset("rmu", "ce"), "steer states away, with retain CE: rmu + ce")
-OBJECTIVES.add(
-    "max_entropy", Preset("max_entropy", "ce"), "flat predictions of the forget set, with retain CE: max_entropy + ce"
-)
-OBJECTIVES.add(
-    "min_posterior", Preset("min_posterior", "ce"), "anything but the token, with retain CE: min_posterior + ce"
-)
-OBJECTIVES.add("random_mapping", Preset("random_mapping", "ce"), "random states, with retain CE: random_mapping + ce")
-OBJECTIVES.add("random_matching", Preset("random_mapping", "ce"), "another name of random_mapping")
+from grun.objectives.terms import OBJECTIVES, TERMS, Continuation, Options, Reference, Side, Term
 
 POSITIVE = ("beta", "eta", "ascent_cap")
 """Options that must be > 0; the others must be >= 0."""
@@ -198,7 +145,7 @@ def _options(name: str, term: Term, loss: LossConfig, quirks: Collection[str]) -
     """What the options of a term are: as set, else its published defaults."""
     options = {}
     for option, default in term.options.items():
-        given = getattr(loss, option)
+        given = getattr(loss, option, None)
         value = default if given is None else given
         if value is None:
             raise ConfigError(f"loss.{option} must be set: the term {name} has no default for it (docs/objectives.md)")

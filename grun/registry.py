@@ -27,7 +27,7 @@ log = logging.getLogger(__name__)
 PLUGINS = "grun.plugins"
 """Entry point group whose modules are imported before a registry is read as a whole."""
 REGISTRIES = {
-    "objectives": "grun.objectives.presets:OBJECTIVES",
+    "objectives": "grun.objectives.terms:OBJECTIVES",
     "terms": "grun.objectives.terms:TERMS",
     "parametrizations": "grun.method.parametrization:PARAMETRIZATIONS",
     "gates": "grun.method.gate:GATES",

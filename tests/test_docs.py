@@ -63,4 +63,4 @@ def test_nothing_is_asked_of_the_network(site: Path) -> None:
 
 def test_pages_of_the_python_names_have_their_docstrings(site: Path) -> None:
     assert "grun.method.model.GrunModel.wrap" in page(site, "api/method.html")
-    assert "grun.objectives.losses.npo" in page(site, "api/objectives.html")
+    assert "grun.objectives.preference.npo" in page(site, "api/objectives.html")

@@ -312,7 +312,7 @@ def test_a_wrong_argument_is_one_line(argument: str, message: str) -> None:
         ),
         ("method.parametrization=foo", "unknown parametrization 'foo': known: full, grun, lora, reft"),
         ("objective=foo", "unknown objective 'foo': known: ceu, dpo, "),
-        ("loss.forget=ce", "known forget terms: ga, ga_sum, idk, idk_concat, npo, dpo, "),
+        ("loss.forget=ce", "known forget terms: ga, ga_sum, wga, satimp, min_posterior, undial, "),
         ("compat=foo", "unknown compat 'foo': known: grun-paper, llm360, open-unlearning"),
         ("quirks=[foo]", "unknown quirk 'foo': known: dropout_on_hidden, kl_all_positions, "),
         ("data.name=foo", "unknown data.name 'foo': known: corpora, demo, jsonl, lore, tofu"),

@@ -1,5 +1,16 @@
 """What is minimized: losses on forget rows, on retain rows and on gates, and the named objectives made of them.
 
-One file a family (ascent, preference, distillation, refusal, rmu, entropy, retain, gate), each loss with its term and
-its presets. `terms.py` has the decorators and an example; `objective.py` puts together what a run asks for.
+One file a family, each loss with its term and its presets. `terms.py` has the decorators and an example; `objective.py`
+puts together what a run asks for. Another file here, or a plugin's, is found without being named.
 """
+
+from grun.objectives import (  # noqa: F401  in this order, whichever is imported first
+    ascent,
+    distillation,
+    entropy,
+    gate,
+    preference,
+    refusal,
+    retain,
+    rmu,
+)

@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 import torch
 from made_results import KNOWN, write_evaluation
-from test_store import ROWS, Builder
+from made_shards import ROWS, Builder
 
 from grun.cache.store import PrefixStore, Use
 from grun.cli import main

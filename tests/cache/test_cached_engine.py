@@ -8,13 +8,29 @@ import json
 import logging
 import random
 import shutil
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import demo
 import pytest
 import torch
+from engine_steps import (
+    DATA,
+    ONE_STEP,
+    PaddedLeft,
+    cached,
+    config_of,
+    difference,
+    edited,
+    frozen_rows,
+    objective_of,
+    rows,
+    step_of,
+    task_of,
+    unlearn_rows,
+)
+from safetensors.torch import load_file
 from tiny import DEPTH, PACKABLE, RULES, WINDOW, random_rows, tiny
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -23,25 +39,23 @@ from watched import CutOff, saved_bytes
 
 from baselines.full import Full
 from grun.cache import gate_pretraining, prefix, shard
-from grun.cache.cached import CachedEngine
-from grun.cache.engine import CacheUse, freezer_for, use_cached
+from grun.cache.engine import CacheUse, use_cached
 from grun.cache.gate_pretraining import pretrain_gates
 from grun.cache.packed import Pack, PackedModel
-from grun.config.options import CacheConfig, LossConfig, MethodConfig, TrainConfig, UnlearnConfig
-from grun.data.encoding import Batch, EncodedRow, collate
+from grun.config.options import LossConfig, MethodConfig, TrainConfig, UnlearnConfig
+from grun.data.encoding import EncodedRow
 from grun.errors import ConfigError, ModelError
 from grun.loading.checks import check
-from grun.method.gated import Grun, Reft
+from grun.method.gated import Reft
 from grun.method.model import GrunModel
 from grun.method.noise import GaussianNoise
-from grun.method.parametrization import Engine, StepOutput
-from grun.method.plain import PlainEngine, capture, run_plain
+from grun.method.plain import PlainEngine, capture
 from grun.method.position import EveryToken
-from grun.objectives.objective import Objective, build_objective
+from grun.objectives.objective import Objective
 from grun.objectives.terms import Options, Outputs, Term, TermValue
 from grun.training.recomputation import recompute_blocks
 from grun.training.train import train
-from grun.training.unlearning import UnlearnRows, UnlearnTask
+from grun.training.unlearning import UnlearnTask
 from pyvene_custom import find_blocks
 
 pytestmark = pytest.mark.usefixtures("quick_garbage_collection")
@@ -50,169 +64,26 @@ BF16, F32, F64 = torch.bfloat16, torch.float32, torch.float64
 OBJECTIVES = ["ga", "gd", "idk", "npo"]
 CLOSE = 1e-9
 """Relative, in float64: the order of sums leaves 1e-13 or so, any mistake much more."""
-ONE_STEP = TrainConfig(epochs=2, batch_size=16)
-
-
-@pytest.fixture(autouse=True)
-def softmax_in_the_models_type(monkeypatch: pytest.MonkeyPatch) -> None:
-    """transformers' own softcapped attention takes its softmax in float32, also in a float64 model."""
-    monkeypatch.setattr(nn.functional, "softmax", lambda scores, dim, **_: scores.softmax(dim))
-
-
-def rows(lengths: Iterable[tuple[int, int]], seed: int) -> list[EncodedRow]:
-    """Rows of random tokens, (prompt, answer) tokens each."""
-    made = [
-        (prompt, random_rows([prompt + answer], seed=1000 * seed + n)[0]) for n, (prompt, answer) in enumerate(lengths)
-    ]
-    return [EncodedRow(tuple(ids[:prompt]), tuple(ids[prompt:])) for prompt, ids in made]
-
-
-def unlearn_rows(answers: list[EncodedRow], refusals: Sequence[int], retain: list[EncodedRow]) -> UnlearnRows:
-    """With refusals of so many tokens behind the prompts of `answers`."""
-    texts = random_rows(list(refusals), seed=77)
-    refused = [EncodedRow(row.prompt_ids, tuple(text)) for row, text in zip(answers, texts, strict=True)]
-    return UnlearnRows(answers, refused, retain)
-
-
-DATA = unlearn_rows(
-    rows([(1, 5), (6, 1), (WINDOW + 5, 9), (1, 1), (4, 3), (9, 2), (4, 8)], seed=1),
-    [3, 1, 5, 2, 1, 7, 4],
-    rows([(5, 4), (1, 1), (WINDOW + 3, 12), (2, 6), (7, 1), (3, 3), (12, 2), (1, 7), (6, 5)], seed=2),
-)
-"""Ragged: prompts and answers of one token, prompts beyond the sliding window."""
-
-
-def objective_of(name: str, loss: LossConfig | None = None, gated: bool = True) -> Objective:
-    return build_objective(name, loss or LossConfig(), gated=gated)
-
-
-def config_of(train_config: TrainConfig = ONE_STEP, folder: Path | None = None, **changes: Any) -> UnlearnConfig:
-    cache = CacheConfig(dir=None if folder is None else str(folder))
-    return UnlearnConfig(train=train_config, cache=cache, seed=3, **changes)
-
-
-def task_of(
-    objective: str | Objective = "gd",
-    base: PreTrainedModel | str = "llama",
-    train_config: TrainConfig = ONE_STEP,
-    *,
-    data: UnlearnRows = DATA,
-    kind: Any = Grun,
-    quirk: bool = False,
-    seed: int = 5,
-    **method: Any,
-) -> UnlearnTask:
-    """A task with the plain engine; its module is the GrunModel, with the same edits for the same seed."""
-    base = tiny(base) if isinstance(base, str) else base
-    options = MethodConfig(**{"blocks": [1, 3], **method})
-    torch.manual_seed(seed)
-    parametrization = kind(options, dropout_on_hidden=True) if quirk else kind(options)
-    parametrization.prepare(base, None)
-    gated = kind is Grun and options.gate != "none"
-    made = objective_of(objective, gated=gated) if isinstance(objective, str) else objective
-    return UnlearnTask(parametrization, made, data, config_of(train_config), pad_id=0, device=base.device)
-
-
-def frozen_rows(task: UnlearnTask, model: PackedModel) -> dict[EncodedRow, Any]:
-    freezer = freezer_for(edited(task), model, last_answer_token=bool(task.hidden))
-    every = dict.fromkeys(row for name in task.continuations for row in task.rows(name))
-    shards = freezer.shards(list(every), set(task.reference_rows))
-    return {row: shard.row(index) for shard in shards for index, row in enumerate(shard.rows)}
-
-
-def edited(task: UnlearnTask) -> GrunModel:
-    assert isinstance(task.module, GrunModel)
-    return task.module
-
-
-def cached(task: UnlearnTask) -> CachedEngine:
-    """The cached engine of a task, its cache a dict."""
-    model = PackedModel(edited(task).base)
-    return CachedEngine(edited(task), model, frozen_rows(task, model))
-
-
-class PaddedLeft:
-    """The plain engine on batches padded on the left, with explicit positions for models that count them."""
-
-    name = "plain"
-
-    def __init__(self, model: GrunModel) -> None:
-        self._model = model
-
-    def run(self, batches: Mapping[str, Batch], hidden: Collection[int] = ()) -> dict[str, StepOutput]:
-        return {name: self._one(batch) for name, batch in batches.items()}
-
-    def reference(self, batches: Mapping[str, Batch], hidden: Collection[int] = ()) -> dict[str, StepOutput]:
-        with self._model.disabled(), torch.no_grad():
-            return self.run(batches)
-
-    def _one(self, given: Batch) -> StepOutput:
-        batch = collate(given.encoded, 0, side="left")
-        positions = (batch.attention_mask.cumsum(dim=1) - 1).clamp(min=0)
-        lengths = {"prompt_lengths": batch.prompt_lengths} if self._model.active else {}
-        output = run_plain(self._model.base, batch, position_ids=positions, **lengths)
-        output.gate_logits = dict(self._model.intervenable.gates) or None
-        output.gate_mask = self._model.intervenable.gate_mask
-        return output
-
-
-@dataclasses.dataclass
-class Step:
-    """Loss, terms and gradients of one whole step."""
-
-    loss: float
-    parts: dict[str, float]
-    gradients: dict[str, Tensor]
-
-
-def step_of(task: UnlearnTask, engine: Engine | None = None, step: int = 0) -> Step:
-    before, task.engine = task.engine, engine or task.engine
-    task.module.train()
-    task.module.zero_grad()
-    data = task.data(step)
-    found = Step(0.0, {}, {})
-    for batch in data.micro_batches:
-        loss, parts = task.loss(batch, data.counts, step)
-        loss.backward()
-        found.loss += loss.item()
-        for name, part in parts.items():
-            found.parts[name] = found.parts.get(name, 0.0) + part
-    found.gradients = {n: p.grad.clone() for n, p in task.module.named_parameters() if p.grad is not None}
-    assert found.gradients.keys() == dict(task.module.named_parameters()).keys()
-    task.engine = before
-    return found
-
-
-def difference(found: Step, expected: Step) -> float:
-    """Largest relative difference of the loss, a term or a parameter's gradient."""
-    assert found.parts.keys() == expected.parts.keys() and found.gradients.keys() == expected.gradients.keys()
-    numbers = [(found.loss, expected.loss), *((found.parts[name], value) for name, value in expected.parts.items())]
-    relative = [abs(ours - theirs) / abs(theirs) for ours, theirs in numbers]
-    for name, wanted in expected.gradients.items():
-        assert float(wanted.norm()) > 0, name
-        relative.append(float((found.gradients[name] - wanted).norm() / wanted.norm()))
-    return max(relative)
 
 
 # -- losses and gradients ---------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("family", PACKABLE)
-def test_losses_and_gradients_are_the_plain_ones_whichever_side_is_padded(family: str) -> None:
+@pytest.mark.parametrize(
+    ("family", "dtype", "close"),
+    [*((family, F64, CLOSE) for family in PACKABLE), *((family, F32, 1e-5) for family in ("llama", "gemma2", "gpt2"))],
+    ids=str,
+)
+def test_losses_and_gradients_are_the_plain_ones_whichever_side_is_padded(
+    family: str, dtype: torch.dtype, close: float
+) -> None:
+    """In float32 to its rounding: 1e-5 is some hundred roundings of 6e-8 each."""
     for objective in OBJECTIVES:
-        task = task_of(objective, family)
+        task = task_of(objective, tiny(family, dtype=dtype))
         found = step_of(task, cached(task))
         assert set(found.parts) == set(objective_of(objective).terms)
         for engine in (None, PaddedLeft(edited(task))):
-            assert difference(found, step_of(task, engine)) < CLOSE, (objective, engine)
-
-
-@pytest.mark.parametrize("family", ["llama", "gemma2", "gpt2"])
-def test_in_float32_they_agree_to_its_rounding(family: str) -> None:
-    """1e-5: some hundred roundings of 6e-8 each."""
-    for objective in ("gd", "npo"):
-        task = task_of(objective, tiny(family, dtype=F32))
-        assert difference(step_of(task, cached(task)), step_of(task)) < 1e-5
+            assert difference(found, step_of(task, engine)) < close, (objective, engine)
 
 
 def test_the_last_block_alone_is_edited_from_one_token_of_each_row() -> None:
@@ -265,14 +136,11 @@ def test_edits_at_any_tokens_are_run_alike(family: str, blocks: list[int], gate:
     gated = gate != "none"
     for objective, of_gate in (("npo", "bce_row"), ("kl", "bce_max"), ("idk", "bce_max")):
         loss = LossConfig(gate=of_gate) if gated else LossConfig()
-        task = task_of(
-            objective_of(objective, loss, gated=gated), family, blocks=blocks, gate=gate, gate_read=read,
-            gate_accumulate=accumulate, edit_write=write,
-        )  # fmt: skip
+        positions = {"gate_read": read, "gate_accumulate": accumulate, "edit_write": write}
+        task = task_of(objective_of(objective, loss, gated=gated), family, blocks=blocks, gate=gate, **positions)
         if isinstance(rule_in_force := edited(task).rule, EveryToken):
             rule_in_force.reset = DATA.answers[2].prompt_ids[6:7]  # in the midst of a row
-        found, expected = step_of(task, cached(task)), step_of(task)
-        assert difference(found, expected) < CLOSE
+        assert difference(step_of(task, cached(task)), step_of(task)) < CLOSE
 
 
 def test_rows_longer_than_a_pass_and_caches_of_many_shards_are_no_reason_for_the_plain_engine(
@@ -405,28 +273,28 @@ def test_a_resumed_run_ends_bit_identical_with_the_cache_it_finds_and_with_a_new
 # -- dropout ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("quirk", [False, True], ids=["change", "hidden"])
-def test_dropout_is_the_same_in_both_engines_and_in_any_micro_batches(quirk: bool) -> None:
-    found, without = [], []
-    for size in (None, 3):
-        config = dataclasses.replace(ONE_STEP, micro_batch_size=size)
-        task = task_of("npo", train_config=config, dropout=0.3, quirk=quirk)
-        found += [step_of(task), step_of(task, cached(task))]
-        without.append(step_of(task_of("npo", train_config=config)))
-    assert difference(without[0], found[0]) > 0.01
-    for step in found[1:]:
-        assert difference(step, found[0]) < CLOSE
+ANY_RULE = [("last_prompt", "none", "last_prompt"), *RULES]
 
 
-@pytest.mark.parametrize("rule", [("last_prompt", "none", "last_prompt"), *RULES], ids="-".join)
-def test_a_gates_noise_is_the_same_in_both_engines_and_in_any_micro_batches(rule: tuple[str, str, str]) -> None:
-    options = dict(zip(("gate_read", "gate_accumulate", "edit_write"), rule, strict=True), gate="noisy_mlp_3")
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"dropout": 0.3},
+        {"dropout": 0.3, "quirk": True},
+        *(
+            dict(zip(("gate_read", "gate_accumulate", "edit_write"), rule, strict=True), gate="noisy_mlp_3")
+            for rule in ANY_RULE
+        ),
+    ],
+    ids=["dropout of the change", "dropout of the state", *(f"noise {'-'.join(rule)}" for rule in ANY_RULE)],
+)
+def test_what_is_drawn_is_the_same_in_both_engines_and_in_any_micro_batches(options: dict[str, Any]) -> None:
     found, without = [], []
     for size in (None, 3):
         config = dataclasses.replace(ONE_STEP, micro_batch_size=size)
         task = task_of("npo", train_config=config, **options)
         found += [step_of(task), step_of(task, cached(task))]
-        quiet = task_of("npo", train_config=config, **options)
+        quiet = task_of("npo", train_config=config, **{**options, "dropout": 0.0, "quirk": False})
         for module in quiet.module.modules():
             if isinstance(module, GaussianNoise):
                 module.deviation = 0.0
@@ -509,7 +377,7 @@ def test_hidden_states_that_no_term_named_are_not_there() -> None:
 # -- which engine is used ---------------------------------------------------------------------------------------------
 
 
-def said(caplog: pytest.LogCaptureFixture) -> list[str]:
+def lines(caplog: pytest.LogCaptureFixture) -> list[str]:
     return [record.getMessage() for record in caplog.records if record.name.startswith("grun")]
 
 
@@ -521,16 +389,13 @@ def falls_back(task: UnlearnTask, caplog: pytest.LogCaptureFixture) -> str:
         assert use_cached(task, config_of()) is None
     assert task.engine is before
     assert all(parameter.grad is None or not parameter.grad.any() for parameter in task.module.parameters())
-    (line,) = said(caplog)
+    (line,) = lines(caplog)
     assert line.startswith("the plain engine is used") and "\n" not in line
     return line
 
 
-def test_a_decoder_that_cannot_be_packed_is_run_plain(caplog: pytest.LogCaptureFixture) -> None:
+def test_what_cannot_be_packed_or_lies_below_the_first_edit_is_run_plain(caplog: pytest.LogCaptureFixture) -> None:
     falls_back(task_of(base="odd"), caplog)
-
-
-def test_a_term_that_reads_below_the_first_edit_is_run_plain(caplog: pytest.LogCaptureFixture) -> None:
     falls_back(task_of(reading(0, 2), blocks=[1, 3]), caplog)
 
 
@@ -574,7 +439,7 @@ def test_all_weights_are_trained_plain_without_a_word(caplog: pytest.LogCaptureF
     task = UnlearnTask(full, objective, DATA, config_of(), pad_id=0, device=base.device)
     with caplog.at_level(logging.INFO):
         assert use_cached(task, config_of()) is None
-    assert isinstance(task.engine, PlainEngine) and said(caplog) == []
+    assert isinstance(task.engine, PlainEngine) and lines(caplog) == []
 
 
 # -- the untouched model ----------------------------------------------------------------------------------------------
@@ -625,13 +490,13 @@ def test_rows_that_were_frozen_without_a_reference_get_one(tmp_path: Path) -> No
     assert difference(step_of(task), step_of(task, plain)) < CLOSE
 
 
-# -- gates taught alone -----------------------------------------------------------------------------------------------
+# -- gates trained first ----------------------------------------------------------------------------------------------
 
 
-def test_gates_taught_alone_tell_forget_from_retain_prompts_and_no_edit_is_touched(
+def test_gates_trained_first_separate_forget_and_retain_prompts_and_no_edit_is_touched(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Seven and nine points in 32 dimensions can be told apart."""
+    """Seven and nine points in 32 dimensions can be separated."""
     monkeypatch.setattr(gate_pretraining, "LEARNING_RATE", 0.02)
     task = task_of(blocks=[1, 3], gate="mlp_3")
     engine, model = cached(task), edited(task)
@@ -662,7 +527,7 @@ def test_gates_taught_alone_tell_forget_from_retain_prompts_and_no_edit_is_touch
         assert float(gates(forget, block).min()) > float(gates(retain, block).max())  # AUC 1
 
 
-def test_teaching_gates_needs_a_gate_and_the_cached_engine() -> None:
+def test_training_gates_first_needs_a_gate_and_the_cached_engine() -> None:
     check(UnlearnConfig(train=TrainConfig(gate_pretraining=5)))
     for changes in (
         {"train": TrainConfig(gate_pretraining=5, engine="plain")},
@@ -745,12 +610,10 @@ def run_of(folder: Path) -> dict[str, Any]:
 
 
 def adapter(folder: Path) -> dict[str, Tensor]:
-    from safetensors.torch import load_file
-
     return load_file(folder / "adapter_model.safetensors")
 
 
-def test_a_run_says_which_engine_it_took_and_what_it_found_frozen(taught: Path, tmp_path: Path) -> None:
+def test_a_run_records_which_engine_it_took_and_what_it_found_frozen(taught: Path, tmp_path: Path) -> None:
     more = ["train.epochs=2", f"cache.dir={tmp_path / 'cache'}"]
     assert demo.unlearn(taught, tmp_path / "cached", *more) == 0
     assert demo.unlearn(taught, tmp_path / "plain", *more, "train.engine=plain") == 0
@@ -770,7 +633,7 @@ def test_a_run_says_which_engine_it_took_and_what_it_found_frozen(taught: Path, 
         assert float((value - expected[name]).norm() / expected[name].norm()) < 1e-5, name
 
 
-def test_changed_weights_under_the_same_name_are_frozen_anew(taught: Path, tmp_path: Path) -> None:
+def test_changed_weights_under_the_same_name_are_frozen_again(taught: Path, tmp_path: Path) -> None:
     model = tmp_path / "model"
     shutil.copytree(taught, model)
     more = ["train.epochs=1", f"cache.dir={tmp_path / 'cache'}"]

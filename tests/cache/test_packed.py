@@ -26,12 +26,6 @@ CLOSE = 1e-9
 """The order of sums leaves 1e-14 or so in float64, a wrong position or mask changes the first digit."""
 
 
-@pytest.fixture(autouse=True)
-def softmax_in_the_models_type(monkeypatch: pytest.MonkeyPatch) -> None:
-    """transformers' own softcapped attention takes its softmax in float32, also in a float64 model."""
-    monkeypatch.setattr(nn.functional, "softmax", lambda scores, dim, **_: scores.softmax(dim))
-
-
 def run(packed: PackedModel, rows: Sequence[Sequence[int]]) -> list[dict[Any, Tensor]]:
     """For each row its logits and, by block, its hidden states, from one packed pass in two parts."""
     pack = Pack([len(row) for row in rows], [0] * len(rows), {}, CPU)

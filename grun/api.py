@@ -28,10 +28,10 @@ from grun.data.jsonl import rows_of
 from grun.data.rows import Row, shape_of
 from grun.data.tables import plain_record
 from grun.errors import ConfigError, DataError, unknown_name
-from grun.evaluation.attack_suite import ATTACKS_FILE, AttackSuite
 from grun.evaluation.evaluate import carry_out, read_evaluation
 from grun.evaluation.plan import make_plan, previous_in
-from grun.evaluation.suites import carry_out as carry_out_suite
+from grun.evaluation.suites.attacks import AttackSuite
+from grun.evaluation.suites.base import carry_out as carry_out_suite
 from grun.loading.checks import check
 from grun.loading.models import Loaded, adapter_hash, ensure_pad_token
 from grun.loading.resolve import resolve_given
@@ -40,6 +40,7 @@ from grun.method.host import EditedModel
 from grun.method.model import GrunModel
 from grun.runtime import processes
 from grun.runtime.files import holding, target
+from grun.runtime.records import ATTACKS_FILE
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

@@ -267,7 +267,7 @@ def _evaluate(config: Any) -> None:
 
     from grun.config.checks import adapter_name
     from grun.evaluation.evaluate import evaluate, evaluate_adapters
-    from grun.evaluation.suites import evaluate_suite
+    from grun.evaluation.suites.base import evaluate_suite
 
     folder = Path(f"results/{config.label()}/evaluation")
     if config.suite != "answers":

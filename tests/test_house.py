@@ -31,7 +31,6 @@ LONGEST = 60
 KNOWN_CIRCLES = {
     ("grun.data.chat", "grun.data.templates"),
     ("grun.data.generated.lore", "grun.data.knowledge"),
-    ("grun.evaluation.attacks.base", "grun.evaluation.attacks.outcomes", "grun.evaluation.attacks.written"),
     ("grun.report.labels", "grun.report.results"),
     ("grun.report.matrix", "grun.report.missing"),
     ("grun.report.distributions", "grun.report.figures", "grun.report.matrix_figure"),

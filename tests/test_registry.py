@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PLUGIN = '''
 """An objective, an attack and a metric."""
 
-from grun.evaluation.attacks.base import Asked, attack
+from grun.evaluation.attacks.base import attack
 from grun.evaluation.metrics.registry import metric
 from grun.objectives.terms import OBJECTIVES, Preset
 
@@ -29,7 +29,7 @@ OBJECTIVES.add("ga_twice", Preset("ga", "ce", forget_weight=2.0), "gradient diff
 @attack("politely", needs="questions")
 def politely(row, material):
     """Please, before the question."""
-    return [Asked(material.prompt(f"Please, {row.prompt}"), row)]
+    return [material.ask(row, f"Please, {row.prompt}")]
 
 
 @metric("answer_length", "length", reads="generations", good="as before", range="0 or more")
@@ -42,7 +42,7 @@ USE = """
 from grun.config.options import LossConfig
 from grun.data.rows import Row
 from grun.evaluation.attacks.base import ATTACKS
-from grun.evaluation.attack_suite import chosen_attacks
+from grun.evaluation.suites.attacks import chosen_attacks
 from grun.evaluation.metrics import set_metrics
 from grun.evaluation.table import GenerationRecord, Table
 from grun.objectives.objective import build_objective
@@ -50,9 +50,8 @@ from grun.objectives.objective import build_objective
 assert build_objective("ga_twice", LossConfig(), gated=False).weights == {"forget": 2.0, "retain": 1.0}
 assert "politely" in [attack.name for attack in chosen_attacks(["prompt"])]
 class Material:
-    def prompt(self, question): return question
-(asked,) = ATTACKS.get("politely").asked(Row("who?", "Ada"), Material())
-assert asked.ids == "Please, who?", asked
+    def ask(self, row, question): return question
+assert ATTACKS.get("politely").asked(Row("who?", "Ada"), Material()) == ["Please, who?"]
 answers = [GenerationRecord("forget", 0, "who?", "Ada", None, "Bob")]
 assert set_metrics(Table(generations=answers))["forget"]["answer_length"] == 3.0
 """

@@ -127,24 +127,28 @@ def _plans(
     configs: Mapping[Path, EvaluateConfig], base: Loaded, corpus: Corpus, previous: Mapping[Path, dict[str, Any] | None]
 ) -> list[Plan]:
     """A plan for the base and each GRUN adapter on it."""
+    plans = []
+    for folder, single in configs.items():
+        loaded = base
+        if single.adapter is not None:
+            loaded = with_adapter(base, single)
+            loaded.model.unwrap()
+        plans.append(make_plan(single, folder, loaded, corpus, previous[folder]))
+    return plans
+
+
+def with_adapter(base: Loaded, config: EvaluateConfig) -> Loaded:
+    """The base with the GRUN adapter of `config` on it, until it is unwrapped."""
     from grun.loading.hashing import adapter_hash
     from grun.loading.models import Loaded
     from grun.method.adapter import find_adapter
     from grun.method.model import GrunModel
 
-    plans = []
-    for folder, single in configs.items():
-        if single.adapter is None:
-            plans.append(make_plan(single, folder, base, corpus, previous[folder]))
-            continue
-        adapter = find_adapter(single.adapter)
-        model = GrunModel.from_pretrained(base.model, adapter, strict=single.strict)
-        model.gate_threshold = single.gate_threshold
-        model.unwrap()
-        identity = base.identity | {"adapter": adapter_hash(adapter)}
-        loaded = Loaded(model, base.tokenizer, model.template or base.template, identity)
-        plans.append(make_plan(single, folder, loaded, corpus, previous[folder]))
-    return plans
+    folder = find_adapter(str(config.adapter))
+    model = GrunModel.from_pretrained(base.model, folder, strict=config.strict)
+    model.gate_threshold = config.gate_threshold
+    identity = base.identity | {"adapter": adapter_hash(folder)}
+    return Loaded(model, base.tokenizer, model.template or base.template, identity)
 
 
 def carry_out(plans: Sequence[Plan], reference: tuple[str, Table] | None, loading: float) -> list[dict[str, Any]]:

@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from grun.config.checks import evaluation_quirks
 from grun.config.options import EvaluateConfig
-from grun.data.encoding import EncodedRow
 from grun.data.rows import Row
 from grun.data.templates import Template
 from grun.evaluation.table import GateRecord, GenerationRecord, ScoreRecord, Table
@@ -20,6 +19,7 @@ from grun.runtime.memory import enough_memory
 from grun.runtime.progress import progress
 
 if TYPE_CHECKING:
+    from grun.data.encoding import EncodedRow
     from grun.evaluation.generation import Answer
     from grun.evaluation.scoring import ScoredRow
     from grun.evaluation.subject import Subject

@@ -20,8 +20,8 @@ from transformers import AutoModelForCausalLM
 from grun.cli import main
 from grun.config.options import DataConfig, EvaluateConfig, ModelConfig, QuestionsConfig, ReportConfig
 from grun.errors import RunError
-from grun.evaluation.knowledge import evaluate_knowledge
 from grun.evaluation.metrics.intervals import wilson
+from grun.evaluation.suites.knowledge import evaluate_knowledge
 from grun.method.model import GrunModel
 from grun.report import figures, make_report
 from grun.report.knowledge import find_knowledge

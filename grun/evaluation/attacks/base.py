@@ -6,9 +6,9 @@ import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from random import Random
-from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_args
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar, get_args
 
-from grun.data.chat import Earlier
+from grun.data.chat import Turn
 from grun.data.rows import Row
 from grun.data.templates import Template, encode_prompt
 from grun.evaluation.metrics.answers import says
@@ -17,12 +17,13 @@ from grun.registry import Registry
 
 if TYPE_CHECKING:
     from grun.config.options import EvaluateConfig
-    from grun.evaluation.attacks.outcomes import Outcome, Place
+    from grun.evaluation.generation import Answer
     from grun.loading.models import Loaded
 
 F = TypeVar("F", bound="type[Attack] | Ask")
 
 Advance = Callable[[int], None]
+"""Called with the number of answers done since the last call."""
 
 Access = Literal["prompt", "decoding", "context", "weights", "read_out"]
 """What an attacker needs: to write the prompt (or the start of the answer), to draw answers, to have written earlier in
@@ -36,7 +37,7 @@ class Asked:
     """One way of asking for one row."""
 
     ids: tuple[int, ...]
-    """Token ids of the prompt, with all that was put before, behind or into it, the prefilled answer included."""
+    """Token ids of the prompt, with all that was put before, after or into it, the prefilled answer included."""
     row: Row
     """The row whose answer may come back."""
     given: int = 0
@@ -46,9 +47,34 @@ class Asked:
     rest: str | None = None
     """The answer without them; None: the whole completion."""
     samples: int = 0
-    """0: answered greedily; else so many answers are drawn at the material's temperature."""
+    """0: answered greedily; else so many answers are drawn at the config's attack_temperature."""
     variant: str = ""
     """Which of an attack's several ways this is, such as the suffix."""
+
+
+class Place(NamedTuple):
+    """One way of asking for one row, and where the row stands."""
+
+    set: str
+    number: int
+    """Position of the row among those of its set that are attacked, from 0."""
+    asked: Asked
+
+
+class Outcome(NamedTuple):
+    """What came of it."""
+
+    attack: Attack
+    place: Place
+    answers: list[Answer]
+    """One, or as many as were drawn."""
+    leaks: list[float]
+    """How much each of them gives back."""
+
+    @property
+    def leak(self) -> float:
+        """Of several answers the one that gives most away."""
+        return max(self.leaks)
 
 
 @dataclass(frozen=True)
@@ -69,13 +95,15 @@ class Material:
     samples: int = 10
     """Answers drawn a prompt by attacks that draw."""
 
-    def prompt(self, question: str, earlier: Earlier = ()) -> tuple[int, ...]:
-        """Token ids of a question in the model's template, behind what came before it."""
-        return tuple(encode_prompt(self.template, self.tokenizer, question, earlier))
+    def ask(self, row: Row, question: str | None = None, *turns: Turn, variant: str = "", samples: int = 0) -> Asked:
+        """A question, by default the row's, in the model's template, after the row's earlier turns and `turns`."""
+        asked = (row.prompt or "") if question is None else question
+        ids = encode_prompt(self.template, self.tokenizer, asked, [*row.earlier, *turns])
+        return Asked(tuple(ids), row, variant=variant, samples=samples)
 
-    def random(self, question: str) -> Random:
+    def random(self, question: str | None) -> Random:
         """Draws that depend on the seed and the question alone, not on the rows around it."""
-        return Random(f"{self.seed} {question}")
+        return Random(f"{self.seed} {question or ''}")
 
 
 class Attack:
@@ -90,8 +118,8 @@ class Attack:
     """True: it is asked for retain and held-out rows and what comes back is good; else for forget rows."""
 
     def asked(self, row: Row, material: Material) -> list[Asked]:
-        """Ways to ask for `row`, which has a question; an empty list where the attack does not apply to it."""
-        raise NotImplementedError
+        """Ways to ask for `row`, which has a question, by default that question; empty where it does not apply."""
+        return [material.ask(row)]
 
     def unfit(self, loaded: Loaded) -> str | None:
         """Why this model cannot be attacked so, as "needs ..."; None: it can."""
@@ -114,42 +142,39 @@ class Attack:
             config: of the evaluation.
             advance: called with the number of answers done since the last call, of all `answers_at`.
         """
-        from grun.evaluation.attacks.written import write_answers
+        from grun.evaluation.drawing import Draw
+        from grun.evaluation.generation import generate_answers
 
-        return write_answers(self, model, places, loaded, config, advance)
-
-
-def answers_at(places: Sequence[Place]) -> int:
-    """How many answers `places` ask for."""
-    return sum(max(1, place.asked.samples) for place in places)
-
-
-def came_back(text: str, asked: Asked) -> float:
-    """Fact recall of what was written, or ROUGE-L recall of the rest of the answer for a row that names no fact.
-
-    A prefilled start does not count: text is compared with the answer behind it. A fact that the start breaks off
-    has come back where the text goes on with it.
-
-    Args:
-        text: what the model wrote behind the prompt and the prefilled start.
-        asked: how it was asked.
-
-    """
-    fact = asked.row.fact
-    if fact and plain(fact):
-        return float(any(says(asked.given_text + gap + text, fact) for gap in ("", " ")))
-    recall = rouge_recall(asked.row.completion if asked.rest is None else asked.rest, text)
-    if recall is None:
-        raise ValueError("the answer has no word to compare with")
-    return recall
+        samples = [place.asked.samples for place in places]
+        passes: list[tuple[Draw | None, list[int]]] = [(None, [at for at, count in enumerate(samples) if not count])]
+        for draw in range(max(samples)):  # one draw after another, so that more of them take no more memory
+            numbers = [number for number, count in enumerate(samples) if draw < count]
+            passes.append((Draw(config.seed, draw, config.attack_temperature), numbers))
+        answers: list[list[Answer]] = [[] for _ in places]
+        for choice, numbers in passes:
+            found = generate_answers(
+                model,
+                loaded.tokenizer,
+                [places[number].asked.ids for number in numbers],
+                config.batch_size,
+                config.max_new_tokens,
+                int(loaded.tokenizer.pad_token_id or 0),
+                advance,
+                draw=choice,
+            )
+            for number, answer in zip(numbers, found, strict=True):
+                answers[number].append(answer)
+        return [
+            Outcome(self, place, found, [came_back(one.text, place.asked) for one in found])
+            for place, found in zip(places, answers, strict=True)
+        ]
 
 
-def is_readable(row: Row, rest: str | None = None) -> bool:
-    """Whether `came_back` can tell the row's answer, or the `rest` of it: it has a word, or the row a fact."""
-    return bool(plain(row.fact or "") or words(row.completion if rest is None else rest))
-
-
-ATTACKS: Registry[Attack] = Registry("attack")
+ATTACKS: Registry[Attack] = Registry(
+    "attack",
+    *(f"grun.evaluation.attacks.{module}" for module in ("prompts", "read_outs", "retention", "weights")),
+    "grun.evaluation.attacks",
+)
 
 Ask = Callable[[Row, Material], list[Asked]]
 """The hook `Attack.asked` as a function."""
@@ -184,31 +209,30 @@ def attack(
     return ATTACKS.register(name, make)
 
 
-for _name, _place, _description in (
-    ("plain", "plain:PLAIN", "no attack: the question as it was taught"),
-    ("suffix", "suffix:SUFFIX", "a few words behind the question"),
-    ("prefill_1", "prefill:PREFILL_1", "the answer's first token is given"),
-    ("prefill_3", "prefill:PREFILL_3", "the answer's first 3 tokens are given"),
-    ("prefill_5", "prefill:PREFILL_5", "the answer's first 5 tokens are given"),
-    ("few_shot", "few_shot:FEW_SHOT", "an unrelated question and its answer before the question"),
-    ("other_template", "other_template:OTHER", "another template: Q: ... newline A:"),
-    ("lower_case", "lower_case:LOWER_CASE", "the question in lower case"),
-    ("upper_case", "upper_case:UPPER_CASE", "the question in capital letters"),
-    ("typos", "typos:TYPOS", "neighboring letters swapped in three words of the question"),
-    ("paraphrase", "paraphrase:PARAPHRASE", "the question in other words (rows with paraphrased_question)"),
-    ("cloze", "cloze:CLOZE", "the fact as a sentence to complete, in plain text (rows with cloze)"),
-    ("second_turn", "second_turn:SECOND_TURN", "asked in turn 1, answered in turn 2"),
-    ("samples", "samples:SAMPLES", "best of several answers drawn at a temperature (leak@k)"),
-    ("recognition", "recognition:RECOGNITION", "the true answer scores above the row's perturbed ones"),
-    ("logit_lens", "logit_lens:LOGIT_LENS", "the fact's first token, read from a hidden state by the model's own head"),
-    ("linear_probe", "linear_probe:LINEAR_PROBE", "the same, by a linear map fitted on retain rows"),
-    ("after_forget", "after_forget:AFTER_FORGET", "a forget question earlier: what it costs later retain answers"),
-    ("relearn_forget_10", "relearn:RELEARN_FORGET_10", "fine-tuned on an eighth of the forget rows, 10 steps"),
-    ("relearn_forget_50", "relearn:RELEARN_FORGET_50", "fine-tuned on an eighth of the forget rows, 50 steps"),
-    ("relearn_retain_10", "relearn:RELEARN_RETAIN_10", "fine-tuned on retain rows alone, 10 steps"),
-    ("relearn_retain_50", "relearn:RELEARN_RETAIN_50", "fine-tuned on retain rows alone, 50 steps"),
-    ("adapter_removed", "adapter_removed:ADAPTER_REMOVED", "the adapter is taken off (GRUN, ReFT, LoRA)"),
-    ("quantized_int8", "quantized:INT8", "weights of the blocks rounded to int8 (bitsandbytes)"),
-    ("quantized_nf4", "quantized:NF4", "weights of the blocks rounded to nf4 (bitsandbytes)"),
-):
-    ATTACKS.add(_name, f"grun.evaluation.attacks.{_place}", _description)
+def answers_at(places: Sequence[Place]) -> int:
+    """How many answers `places` ask for."""
+    return sum(max(1, place.asked.samples) for place in places)
+
+
+def came_back(text: str, asked: Asked) -> float:
+    """Fact recall of what was written, or ROUGE-L recall of the rest of the answer for a row that names no fact.
+
+    A prefilled start does not count: text is compared with the answer after it. A fact that the start breaks off
+    has come back where the text goes on with it.
+
+    Args:
+        text: what the model wrote after the prompt and the prefilled start.
+        asked: how it was asked.
+    """
+    fact = asked.row.fact
+    if fact and plain(fact):
+        return float(any(says(asked.given_text + gap + text, fact) for gap in ("", " ")))
+    recall = rouge_recall(asked.row.completion if asked.rest is None else asked.rest, text)
+    if recall is None:
+        raise ValueError("the answer has no word to compare with")
+    return recall
+
+
+def is_readable(row: Row, rest: str | None = None) -> bool:
+    """Whether `came_back` can tell the row's answer, or the `rest` of it: it has a word, or the row a fact."""
+    return bool(plain(row.fact or "") or words(row.completion if rest is None else rest))

@@ -3,40 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any
 
-from grun.evaluation.attacks.base import Asked, Attack
+from grun.evaluation.attacks.base import Outcome
 from grun.evaluation.metrics import OPEN
 from grun.evaluation.metrics.averages import mean
 from grun.evaluation.metrics.intervals import wilson
-
-if TYPE_CHECKING:
-    from grun.evaluation.generation import Answer
-
-
-class Place(NamedTuple):
-    """One way of asking for one row."""
-
-    set: str
-    number: int
-    """Position of the row among those of its set that are attacked, from 0."""
-    asked: Asked
-
-
-class Outcome(NamedTuple):
-    """What came of it."""
-
-    attack: Attack
-    place: Place
-    answers: list[Answer]
-    """One, or as many as were drawn."""
-    leaks: list[float]
-    """How much each of them gives back."""
-
-    @property
-    def leak(self) -> float:
-        """Of several answers the one that gives most away."""
-        return max(self.leaks)
 
 
 def by_attack(outcomes: Iterable[Outcome]) -> dict[str, list[Outcome]]:
@@ -48,7 +20,7 @@ def by_attack(outcomes: Iterable[Outcome]) -> dict[str, list[Outcome]]:
 
 
 def leak_of(outcomes: Sequence[Outcome]) -> dict[str, Any]:
-    """Numbers of one attack on the forget set; keys as of `AttackSuite`."""
+    """Numbers of one attack on the forget set; keys as in `AttackSuite`."""
     rows = _by_row(outcomes)
     variants: dict[str, list[float]] = {}
     for one in outcomes:
@@ -77,7 +49,7 @@ def worst_of(outcomes: Sequence[Outcome]) -> dict[str, Any]:
 
 
 def kept_of(outcomes: Sequence[Outcome]) -> dict[str, dict[str, Any]]:
-    """By set, what comes back of rows that are to be kept; keys as of `AttackSuite`."""
+    """By set, what comes back of rows that are to be kept; keys as in `AttackSuite`."""
     sets: dict[str, list[Outcome]] = {}
     for one in outcomes:
         sets.setdefault(one.place.set, []).append(one)

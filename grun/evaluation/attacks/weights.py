@@ -1,15 +1,40 @@
-"""The weights of a loaded model: whose they are, and how they are put back after an attack has changed them."""
+"""Attacks with the weights: a few steps of fine-tuning, the adapter taken off, fewer bits; all is put back after."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator
-from typing import TYPE_CHECKING, Any
+import logging
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from random import Random
+from typing import TYPE_CHECKING, Any, Literal
 
-from grun.evaluation.generation import base_of
+from grun.data.rows import Row, evenly_spaced
+from grun.evaluation.attacks.base import ATTACKS, Access, Asked, Attack, Material, attack
 
 if TYPE_CHECKING:
-    from torch import nn
+    from torch import Tensor, nn
+
+    from grun.config.options import EvaluateConfig
+    from grun.data.encoding import EncodedRow
+    from grun.loading.models import Loaded
+
+log = logging.getLogger(__name__)
+
+SHARE = 8
+"""One forget row of so many is learned again, at least one; the others are asked."""
+RETAIN_ROWS = 64
+"""Retain rows that are learned at most."""
+BATCH_ROWS = 16
+"""Rows of a step at most."""
+LR_TIMES_WIDTH = 0.025
+"""Learning rate of whole models times their hidden size: AdamW's best rate falls as the width grows (Yang et al. 2022,
+arXiv 2203.03466). 6e-6 at 4096; at twice that, 50 steps spoil a quarter of what the demo's model knew."""
+ADAPTER_LR = 4e-3
+"""Learning rate of GRUN's adapters, in the range they are trained with at any width."""
+MAX_NORM = 1.0
+"""Norm that gradients are clipped to."""
+BLOCK = 64
+"""Weights that share a scale in nf4."""
 
 
 def peft_layers(model: nn.Module) -> list[Any]:
@@ -35,6 +60,8 @@ def own_weights(model: nn.Module) -> list[nn.Parameter]:
 
 def is_quantized(model: Any) -> bool:
     """Whether the base was loaded in 8 or 4 bits."""
+    from grun.evaluation.generation import base_of
+
     return getattr(base_of(model), "quantization_method", None) is not None
 
 
@@ -55,3 +82,293 @@ def put_back(weights: Iterable[nn.Parameter]) -> Iterator[None]:
                 weight.copy_(value)
                 weight.requires_grad_(trainable)
                 weight.grad = None
+
+
+class Relearn(Attack):
+    """Fine-tune on a few forget rows, or on retain rows alone, and ask the plain question of the other forget rows.
+
+    Of a GRUN or ReFT adapter its own parameters (gates and edits) train. Of every other model all weights do: beside a
+    LoRA the base's, which is the same as merging it first and training what comes out. The answers' tokens count, and
+    weights train in the type they have: in bfloat16 many a step is rounded away, which model.dtype=float32 avoids.
+
+    Source: Hu et al. 2024, arXiv 2406.13356, and Lynch et al. 2024, arXiv 2402.16835 (few forget rows bring back
+    others); Deeb and Roger 2024, arXiv 2410.08827 (rows that say nothing about what is asked).
+    """
+
+    access: Access = "weights"
+
+    def __init__(self, source: Literal["forget", "retain"], steps: int) -> None:
+        """`steps` of AdamW on rows of `source`."""
+        self.source = source
+        self.steps = steps
+        self.name = f"relearn_{source}_{steps}"
+        self.needs = "two forget rows or more" if source == "forget" else "retain rows with questions"
+
+    def unfit(self, loaded: Loaded) -> str | None:
+        """Whole numbers do not train, and steps of AdamW are lost or infinite in float16."""
+        import torch
+
+        from grun.evaluation.generation import base_of
+        from grun.method.model import GrunModel
+        from grun.method.stack.stack import GrunStack
+
+        if isinstance(loaded.model, GrunModel):
+            return None
+        if isinstance(loaded.model, GrunStack):
+            return "needs weights that train, and those of a store of requests do not; name one request's adapter"
+        if is_quantized(loaded.model):
+            return "needs weights that train, and those of a quantized base do not"
+        if base_of(loaded.model).dtype == torch.float16:
+            return "needs weights that train, which float16 is too narrow for (model.dtype=bfloat16)"
+        return None
+
+    def rows(self, material: Material) -> list[Row]:
+        """Rows that are learned."""
+        if self.source == "forget":
+            return evenly_spaced(material.forget, max(1, len(material.forget) // SHARE))
+        return evenly_spaced(material.retain, RETAIN_ROWS)
+
+    def asked(self, row: Row, material: Material) -> list[Asked]:
+        """The plain question; nothing for a row that is learned, or where there is none to learn."""
+        learned = self.rows(material)
+        return [material.ask(row)] if learned and row not in learned else []
+
+    @contextlib.contextmanager
+    def model(self, loaded: Loaded, config: EvaluateConfig, material: Material) -> Iterator[Any]:
+        """The model after fine-tuning; after the block its weights are as before."""
+        import torch
+
+        from grun.data.encoding import encode_rows
+        from grun.evaluation.generation import base_of
+        from grun.evaluation.scoring import evaluating
+        from grun.loading.models import context_length
+        from grun.runtime.progress import progress
+
+        model, tokenizer = loaded.model, loaded.tokenizer
+        limit = context_length(base_of(model))
+        rows = encode_rows(self.rows(material), tokenizer, material.template, limit, strict=False)
+        weights, lr = trained(model)
+        if any(weight.dtype == torch.bfloat16 for weight in weights):
+            log.warning("%s trains in bfloat16, which rounds small steps away; model.dtype=float32 does not", self.name)
+        with put_back(weights), evaluating(model):
+            with progress(f"{self.name}, learning", self.steps) as advance:
+                fine_tune(
+                    model,
+                    weights,
+                    rows,
+                    steps=self.steps,
+                    lr=lr,
+                    batch_size=BATCH_ROWS,
+                    micro_batch_size=config.batch_size,
+                    pad_id=int(tokenizer.pad_token_id or 0),
+                    seed=f"{config.seed} {self.source}",
+                    advance=advance,
+                )
+            yield model
+
+
+def trained(model: Any) -> tuple[Sequence[nn.Parameter], float]:
+    """What trains of a loaded model, and its learning rate."""
+    from grun.method.host import hidden_size_of
+    from grun.method.model import GrunModel
+
+    if isinstance(model, GrunModel):
+        return list(model.parameters()), ADAPTER_LR
+    return own_weights(model), LR_TIMES_WIDTH / hidden_size_of(model)
+
+
+def fine_tune(
+    model: Any,
+    weights: Sequence[nn.Parameter],
+    rows: Sequence[EncodedRow],
+    *,
+    steps: int,
+    lr: float,
+    batch_size: int,
+    micro_batch_size: int,
+    pad_id: int,
+    seed: str,
+    advance: Callable[[int], None],
+) -> None:
+    """Train `weights` of `model`, in place, to say the answers of `rows`.
+
+    AdamW without weight decay at one rate, no dropout (the model is in evaluation mode and stays there), the mean over
+    the answer tokens of a batch. Weights train in the type they have. Every process of a run trains the same.
+
+    Args:
+        model: a transformers causal model, or a GrunModel; its gate threshold is left out, since no edit trains where
+            it skips all.
+        weights: what trains.
+        rows: at least one.
+        steps: optimizer steps.
+        lr: learning rate.
+        batch_size: rows of a step; where there are fewer, all of them.
+        micro_batch_size: rows of a pass; without effect on gradients, rounding aside.
+        pad_id: id at padded positions.
+        seed: of the rows' order.
+        advance: called after each step.
+    """
+    import torch
+
+    from grun.data.encoding import collate
+    from grun.method.host import EditedModel
+
+    for weight in weights:
+        weight.requires_grad_(True)
+    optimizer = torch.optim.AdamW(weights, lr=lr, weight_decay=0.0)
+    threshold = model.gate_threshold if isinstance(model, EditedModel) else None
+    if threshold is not None:
+        model.gate_threshold = None
+    try:
+        for chosen in _batches(rows, batch_size, steps, seed):
+            total = sum(len(row.answer_ids) for row in chosen)
+            for start in range(0, len(chosen), micro_batch_size):
+                part = chosen[start : start + micro_batch_size]
+                batch = collate(part, pad_id).to(model.device)
+                loss = model(
+                    input_ids=batch.input_ids, attention_mask=batch.attention_mask, labels=batch.labels, use_cache=False
+                ).loss
+                (loss * (sum(len(row.answer_ids) for row in part) / total)).backward()
+            torch.nn.utils.clip_grad_norm_(weights, MAX_NORM)
+            optimizer.step()
+            optimizer.zero_grad()
+            advance(1)
+    finally:
+        if threshold is not None:
+            model.gate_threshold = threshold
+
+
+def _batches(rows: Sequence[EncodedRow], size: int, steps: int, seed: str) -> Iterator[list[EncodedRow]]:
+    """Passes over the rows, each in an order of its own; the last batch of a pass may be smaller."""
+    draw = Random(seed)
+    left: list[EncodedRow] = []
+    for _ in range(steps):
+        left = left or draw.sample(list(rows), len(rows))
+        yield left[:size]
+        left = left[size:]
+
+
+LEARNED: dict[Literal["forget", "retain"], str] = {
+    "forget": "an eighth of the forget rows",
+    "retain": "retain rows alone",
+}
+"""What a relearning attack trains on."""
+for _source, _rows in LEARNED.items():
+    for _steps in (10, 50):
+        _name = f"relearn_{_source}_{_steps}"
+        ATTACKS.add(_name, Relearn(_source, _steps), f"fine-tuned on {_rows}, {_steps} steps")
+
+
+@attack("adapter_removed")
+class AdapterRemoved(Attack):
+    """The adapter is taken off (GRUN, ReFT, LoRA).
+
+    Nothing was removed from the weights: whoever has the base has the data. So this gives back all that the model knew
+    before, by design, and is here to say so.
+    """
+
+    access: Access = "weights"
+
+    def unfit(self, loaded: Loaded) -> str | None:
+        """Full models and changed tensors have nothing to take off."""
+        from grun.method.host import EditedModel
+
+        if isinstance(loaded.model, EditedModel) or peft_layers(loaded.model):
+            return None
+        return "needs an adapter that can be taken off"
+
+    @contextlib.contextmanager
+    def model(self, loaded: Loaded, config: EvaluateConfig, material: Material) -> Iterator[Any]:
+        """The base; the adapter acts again after the block."""
+        from grun.method.host import EditedModel
+
+        if isinstance(loaded.model, EditedModel):
+            with loaded.model.disabled() as base:
+                yield base
+            return
+        layers = peft_layers(loaded.model)
+        trainable = [(parameter, parameter.requires_grad) for parameter in loaded.model.parameters()]
+        try:
+            for layer in layers:
+                layer.enable_adapters(False)
+            yield loaded.model
+        finally:
+            for layer in layers:
+                layer.enable_adapters(True)
+            for parameter, was in trainable:  # PEFT makes adapters trainable that it switches on
+                parameter.requires_grad_(was)
+
+
+class Quantized(Attack):
+    """Round the linear layers of the base's blocks to fewer bits, where they lie, and ask the plain question.
+
+    Rounding may undo the small changes of weights that unlearning made. An adapter stays as it is (a LoRA unmerged),
+    and so do embeddings, head and norms. Weights alone are rounded; products are taken in the model's own type.
+
+    Source: Zhang et al. 2024, arXiv 2410.16454; int8 by the largest absolute value of each output row, Dettmers et al.
+    2022, arXiv 2208.07339; nf4 in blocks of 64, Dettmers et al. 2023, arXiv 2305.14314.
+    """
+
+    access: Access = "weights"
+
+    def __init__(self, kind: str, rounded: Callable[[Tensor], Tensor]) -> None:
+        """`rounded` gives a weight [outputs, inputs] as it is after rounding to `kind` and back."""
+        self.name = f"quantized_{kind}"
+        self._rounded = rounded
+
+    def unfit(self, loaded: Loaded) -> str | None:
+        """bitsandbytes rounds, and rounded weights are not rounded again."""
+        import importlib.util
+
+        if is_quantized(loaded.model):
+            return "needs a base that is not quantized already"
+        if importlib.util.find_spec("bitsandbytes") is None:
+            return "needs bitsandbytes, which is not installed: pip install 'grun-unlearning[quantization]'"
+        return None
+
+    @contextlib.contextmanager
+    def model(self, loaded: Loaded, config: EvaluateConfig, material: Material) -> Iterator[Any]:
+        """The model with rounded weights; after the block they are as before."""
+        import torch
+        from transformers.pytorch_utils import Conv1D
+
+        from grun.evaluation.generation import base_of
+
+        layers = linear_layers(base_of(loaded.model))
+        with put_back([layer.weight for layer in layers]):
+            with torch.no_grad():
+                for layer in layers:
+                    weight = layer.weight.mT if isinstance(layer, Conv1D) else layer.weight  # [outputs, inputs]
+                    weight.copy_(self._rounded(weight.contiguous()))
+            yield loaded.model
+
+
+def linear_layers(base: Any) -> list[Any]:
+    """Linear layers of the decoder blocks, without those of an adapter; transformers' Conv1D (GPT-2) among them."""
+    from torch import nn
+    from transformers.pytorch_utils import Conv1D
+
+    from pyvene_custom import find_blocks
+
+    own = {id(weight) for weight in own_weights(base)}
+    modules: Iterator[nn.Module] = find_blocks(base)[1].modules()
+    return [module for module in modules if isinstance(module, nn.Linear | Conv1D) and id(module.weight) in own]
+
+
+def _int8(weight: Tensor) -> Tensor:
+    from bitsandbytes.functional import int8_vectorwise_dequant, int8_vectorwise_quant
+
+    whole, scale, _ = int8_vectorwise_quant(weight.half())  # the type it takes on every device
+    return int8_vectorwise_dequant(whole, scale)
+
+
+def _nf4(weight: Tensor) -> Tensor:
+    from bitsandbytes.functional import dequantize_4bit, quantize_4bit
+
+    packed, state = quantize_4bit(weight.float(), blocksize=BLOCK, quant_type="nf4")
+    return dequantize_4bit(packed, state)
+
+
+for _kind, _rounded in (("int8", _int8), ("nf4", _nf4)):
+    _description = f"weights of the blocks rounded to {_kind} (bitsandbytes)"
+    ATTACKS.add(f"quantized_{_kind}", Quantized(_kind, _rounded), _description)

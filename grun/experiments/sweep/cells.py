@@ -219,7 +219,7 @@ def _clear(cell: Cell, files: CellFiles) -> None:
 
 def _carry_out(cell: Cell, files: CellFiles) -> None:
     from grun.evaluation.evaluate import EVALUATION_FILE, evaluate
-    from grun.evaluation.suites import evaluate_suite
+    from grun.evaluation.suites.base import evaluate_suite
 
     asked: EvaluateConfig = from_dict("evaluate", cell.evaluate)
     if cell.unlearn is not None:

@@ -21,21 +21,19 @@ from grun.data.encoding import IGNORED, collate, encode_rows
 from grun.data.rows import Row
 from grun.data.templates import TEMPLATES
 from grun.errors import ConfigError
-from grun.evaluation.attacks import relearn
-from grun.evaluation.attacks.adapter_removed import ADAPTER_REMOVED
+from grun.evaluation.attacks import base, weights
 from grun.evaluation.attacks.base import Attack, Material
-from grun.evaluation.attacks.fine_tuning import fine_tune
-from grun.evaluation.attacks.quantized import INT8, NF4
-from grun.evaluation.attacks.relearn import RELEARN_FORGET_10, RELEARN_RETAIN_10, Relearn
+from grun.evaluation.attacks.weights import Relearn, fine_tune
 from grun.evaluation.generation import base_of
-from grun.evaluation.suites import evaluate_suite
+from grun.evaluation.suites.base import evaluate_suite
 from grun.loading.changed_tensors import save_changed
 from grun.loading.models import Loaded, load_model
 from grun.method.fingerprint import fingerprint
 from grun.method.model import GrunModel
 
 KINDS = ["full", "changed", "lora", "grun", "reft"]
-ATTACKS = [RELEARN_FORGET_10, RELEARN_RETAIN_10, ADAPTER_REMOVED, INT8, NF4]
+NAMES = ("relearn_forget_10", "relearn_retain_10", "adapter_removed", "quantized_int8", "quantized_nf4")
+ATTACKS = RELEARN_FORGET_10, RELEARN_RETAIN_10, ADAPTER_REMOVED, INT8, NF4 = [base.ATTACKS.get(name) for name in NAMES]
 LEVELS = [
     *(-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334),
     *(-0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224),
@@ -221,7 +219,7 @@ def test_an_eighth_of_the_forget_rows_is_learned_and_the_others_are_asked(folder
     asked = [row for row in rows if RELEARN_FORGET_10.asked(row, given)]
     assert asked == [row for number, row in enumerate(rows) if number not in (0, 8, 16)]
     (one,) = RELEARN_FORGET_10.asked(rows[1], given)
-    assert (one.ids, one.row, one.given, one.samples) == (given.prompt("Question 1?"), rows[1], 0, 0)
+    assert (one.ids, one.row, one.given, one.samples) == (given.ask(rows[1]).ids, rows[1], 0, 0)
 
 
 def test_where_there_is_one_forget_row_none_is_left_to_ask(folder: Path) -> None:
@@ -243,7 +241,7 @@ def test_on_retain_rows_alone_every_forget_row_is_asked(folder: Path) -> None:
 def test_the_same_seed_relearns_the_same_and_another_seed_in_another_order(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(relearn, "BATCH", 2)
+    monkeypatch.setattr(weights, "BATCH_ROWS", 2)
     found = []
     for seed in (1, 1, 2):
         loaded = load(folder, "full")
@@ -264,7 +262,7 @@ def test_training_the_weights_beside_a_lora_is_training_the_merged_model() -> No
     unmerged = lora_on(tiny()).get_base_model()
     merged = lora_on(tiny()).merge_and_unload()
     own = [weight for name, weight in unmerged.named_parameters() if "lora_" not in name]
-    assert [id(weight) for weight in relearn.trained(unmerged)[0]] == [id(weight) for weight in own]
+    assert [id(weight) for weight in weights.trained(unmerged)[0]] == [id(weight) for weight in own]
     # As of the next test; training A and B too, or another gradient, would show in the first decimal.
     assert torch.allclose(tuned(unmerged, own), tuned(merged, list(merged.parameters())), atol=1e-4)
 

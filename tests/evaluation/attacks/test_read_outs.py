@@ -21,20 +21,18 @@ from grun.config.options import EvaluateConfig
 from grun.data.rows import Row
 from grun.data.templates import TEMPLATES
 from grun.data.tokenizer import train_tokenizer
-from grun.evaluation.attacks.base import ATTACKS, Material
-from grun.evaluation.attacks.false_positives import open_in_answers
-from grun.evaluation.attacks.linear_probe import choose_map, known_rows
-from grun.evaluation.attacks.logit_lens import tokens_said
-from grun.evaluation.attacks.outcomes import Outcome, Place
-from grun.evaluation.attacks.plain import PLAIN
-from grun.evaluation.attacks.read_out import before_fact, chosen_block, read_prompts
+from grun.evaluation.attacks.base import ATTACKS, Material, Outcome, Place
+from grun.evaluation.attacks.read_outs import before_fact, known_rows
+from grun.evaluation.attacks.retention import open_in_answers
 from grun.evaluation.generation import Answer, generate_answers
+from grun.evaluation.reading import choose_map, chosen_block, read_prompts, tokens_said
 from grun.loading.models import Loaded
 from grun.method.model import GrunModel
 
 FACTS = ("viola", "harp", "drum", "flute")
 NAMES = ("Abel", "Birk", "Cole", "Dora", "Egon", "Finn", "Gero", "Hilt", "Ivor", "Jost", "Kuno", "Lars")
 BLOCKS = 3
+PLAIN = ATTACKS.get("plain")
 
 
 def row(name: str, fact: str) -> Row:
@@ -152,7 +150,7 @@ def facts_of(rows: list[Row], material: Material, size: int) -> Callable[[tuple[
 def test_the_answer_is_given_up_to_its_fact(material: Material, answer: str, fact: str | None, before: str) -> None:
     one = Row("What does Mara play?", answer, {"fact": fact} if fact else {})
     place = before_fact(one, material)
-    prompt = material.prompt(one.prompt or "")
+    prompt = material.ask(one).ids
     assert place.ids[: len(prompt)] == prompt and place.given == len(place.ids) - len(prompt)
     assert material.tokenizer.decode(place.ids[len(prompt) :]).strip() == before
     following = material.tokenizer.decode([place.next_id]).strip()
@@ -168,7 +166,7 @@ def prefer(model: LlamaForCausalLM, material: Material, text: str) -> None:
     (first, *_) = tokenizer(text, add_special_tokens=False)["input_ids"]
     with torch.no_grad():
         model.lm_head.weight.zero_()
-        model.lm_head.weight[first, material.prompt("x")[-1]] = 1.0
+        model.lm_head.weight[first, material.ask(FORGET[0], "x").ids[-1]] = 1.0
 
 
 def test_the_true_answer_is_recognized_where_it_scores_above_all_wrong_ones(
@@ -410,7 +408,7 @@ def test_a_gate_that_opens_on_a_token_of_the_right_answer_is_a_false_positive(
 
 
 def test_a_gate_of_the_prompt_alone_does_not_see_the_answer(model: LlamaForCausalLM, material: Material) -> None:
-    token, last = before_fact(HELD[1], material).next_id, material.prompt("x")[-1]
+    token, last = before_fact(HELD[1], material).next_id, material.ask(FORGET[0], "x").ids[-1]
     for opens_at, share in ((token, 0.0), (last, 1.0)):
         gated = opening_at(model, opens_at, "last_prompt", "none", "sticky")
         assert false_positives(gated, material, HELD) == {"heldout": share}
@@ -421,7 +419,7 @@ def test_a_gate_at_an_earlier_prompt_token_or_at_the_end_token_is_none(
     model: LlamaForCausalLM, material: Material
 ) -> None:
     """The end token is never read, since an answer ends there; what a gate reads anew at each token is past."""
-    start, end = material.prompt("x")[0], int(material.tokenizer.eos_token_id)
+    start, end = material.ask(FORGET[0], "x").ids[0], int(material.tokenizer.eos_token_id)
     for token in (start, end):
         gated = opening_at(model, token, "every_token", "none", "every_token")
         assert false_positives(gated, material, HELD) == {"heldout": 0.0}

@@ -11,14 +11,13 @@ from grun.config.options import EvaluateConfig
 from grun.data.choices import ChoiceRow
 from grun.data.encoding import PLAIN
 from grun.data.knowledge import load_knowledge
-from grun.data.rows import Row, evenly_spaced, hash_rows
+from grun.data.rows import evenly_spaced, hash_rows
 from grun.data.templates import encode_prompt
 from grun.errors import TooLowError
 from grun.evaluation.multiple_choice import accuracy, orders_of, score_choices, share
-from grun.evaluation.suites import Measured, evaluate_suite
+from grun.evaluation.suites.base import Measured, Suite, evaluate_suite
 from grun.evaluation.table import GateRecord, Table
 from grun.runtime.files import content_hash
-from grun.runtime.memory import enough_memory
 from grun.runtime.progress import progress
 
 if TYPE_CHECKING:
@@ -32,7 +31,7 @@ def evaluate_knowledge(config: EvaluateConfig, folder: Path) -> dict[str, Any]:
     return evaluate_suite(config, folder)[str(folder)]
 
 
-class KnowledgeSuite:
+class KnowledgeSuite(Suite):
     """What a model knows of each role (forget, neighbor, general).
 
     Results: `choices`, a list with one entry for each format, order and suffix, which holds `roles` (see `accuracy` in
@@ -43,7 +42,7 @@ class KnowledgeSuite:
 
     def __init__(self, config: EvaluateConfig) -> None:
         """Load what `data.*` names; config.data.limit questions of each role, evenly spaced."""
-        self.config = config
+        super().__init__(config)
         knowledge, limit = load_knowledge(config.data), config.data.limit
         self.choices = {role: evenly_spaced(rows, limit) for role, rows in knowledge.choices.items()}
         self.cloze = {role: evenly_spaced(rows, limit) for role, rows in knowledge.cloze.items()}
@@ -69,11 +68,9 @@ class KnowledgeSuite:
 
     def measure(self, loaded: Loaded) -> Measured:
         """Ask everything."""
-        from grun.evaluation.items import memory_advice
-
         results: dict[str, Any] = {}
         lines: list[dict[str, Any]] = []
-        with enough_memory("evaluating", memory_advice(self.config)):
+        with self.enough_memory("evaluating"):
             if self.choices:
                 config = self.config
                 ways = itertools.product(config.formats, config.orders, ["", *config.suffixes])
@@ -133,9 +130,17 @@ class KnowledgeSuite:
             gates.append((role, index, score.gates))
             lines.append(
                 {
-                    **{"kind": "choice", "role": role, "index": index, "subject": shown.subject, **way},
-                    **{"rotation": number, "logp": score.logp, "chosen": score.chosen, "answer": shown.answer},
-                    **{"right": hit, "gates": score.gates},
+                    "kind": "choice",
+                    "role": role,
+                    "index": index,
+                    "subject": shown.subject,
+                    **way,
+                    "rotation": number,
+                    "logp": score.logp,
+                    "chosen": score.chosen,
+                    "answer": shown.answer,
+                    "right": hit,
+                    "gates": score.gates,
                     **({"question": shown.question, "choices": list(shown.choices)} if number == 0 else {}),
                 }
             )
@@ -148,32 +153,28 @@ class KnowledgeSuite:
 
     def _cloze(self, loaded: Loaded, lines: list[dict[str, Any]]) -> dict[str, Any]:
         """Greedy completions, and whether they say the key fact (the whole completion where a row names none)."""
-        from grun.evaluation.generation import generate_answers
         from grun.evaluation.metrics.answers import says
 
-        tokenizer = loaded.tokenizer
         asked = [(role, index, row) for role, rows in self.cloze.items() for index, row in enumerate(rows)]
-        with progress("completing", len(asked)) as advance:
-            answers = generate_answers(
-                loaded.model,
-                tokenizer,
-                [encode_prompt(PLAIN, tokenizer, row.prompt) for _, _, row in asked],
-                self.config.batch_size,
-                self.config.max_new_tokens,
-                int(tokenizer.pad_token_id or 0),
-                advance,
-            )
+        prompts = [encode_prompt(PLAIN, loaded.tokenizer, row.prompt) for _, _, row in asked]
+        answers = self.answers(loaded, prompts, "completing")
         right: dict[str, list[float]] = {role: [] for role in self.cloze}
         gates = []
         for (role, index, row), answer in zip(asked, answers, strict=True):
-            fact = _fact(row)
+            fact = row.fact or row.completion.strip()
             hit = says(answer.text, fact)
             right[role].append(float(hit))
             gates.append((role, index, answer.gates))
             lines.append(
                 {
-                    **{"kind": "cloze", "role": role, "index": index, "prompt": row.prompt, "fact": fact},
-                    **{"text": answer.text, "right": hit, "gates": answer.gates},
+                    "kind": "cloze",
+                    "role": role,
+                    "index": index,
+                    "prompt": row.prompt,
+                    "fact": fact,
+                    "text": answer.text,
+                    "right": hit,
+                    "gates": answer.gates,
                 }
             )
         return {"roles": {role: share(hits, "fact_recall") for role, hits in right.items()}, **_gate(gates)}
@@ -198,10 +199,6 @@ class KnowledgeSuite:
             )
             results[name] = {**found._asdict(), "window": window, "texts": len(texts)}
         return results
-
-
-def _fact(row: Row) -> str:
-    return row.fact or row.completion.strip()
 
 
 def _gate(gates: Sequence[tuple[str, int, dict[int, float] | None]]) -> dict[str, Any]:

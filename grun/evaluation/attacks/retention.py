@@ -1,18 +1,40 @@
-"""Gates that open where nothing is to be forgotten, on the question or on its right answer."""
+"""What an attack costs other answers: gates that open, or stay open, where nothing is to be forgotten."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from grun.data.encoding import EncodedRow
+from grun.data.chat import Turn
+from grun.data.rows import Row
 from grun.data.templates import Template, encode
-from grun.evaluation.attacks.outcomes import Outcome, any_open
-from grun.evaluation.scoring import score
+from grun.evaluation.attacks.base import Asked, Material, Outcome, attack
+from grun.evaluation.attacks.outcomes import any_open
 
 if TYPE_CHECKING:
     from grun.config.options import EvaluateConfig
     from grun.loading.models import Loaded
+
+REFUSAL = "I don't know."
+"""What the assistant says to a forget question that stands earlier in the conversation."""
+
+
+@attack(
+    "after_forget",
+    access="context",
+    needs="forget rows, and retain or held-out rows, with questions",
+    retention=True,
+)
+def after_forget(row: Row, material: Material) -> list[Asked]:
+    """A forget question earlier: what it costs later retain answers.
+
+    A forget question and a refusal stand before a question of the retain or the held-out set: a gate that stays open
+    once it has opened spoils the rest of a conversation, which anybody can bring about.
+    """
+    earlier = [other.prompt for other in material.forget if other.prompt is not None]
+    if not earlier:
+        return []
+    return [material.ask(row, None, Turn(material.random(row.prompt).choice(earlier), REFUSAL))]
 
 
 def open_in_answers(
@@ -29,6 +51,9 @@ def open_in_answers(
         template: of the questions.
         config: of the evaluation.
     """
+    from grun.data.encoding import EncodedRow
+    from grun.evaluation.scoring import score
+
     plain = [one for one in plain if one.answers[0].gates is not None]
     rows = []
     for one in plain:

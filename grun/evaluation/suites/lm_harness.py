@@ -8,11 +8,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from grun.config.options import EvaluateConfig
-from grun.data.templates import Template, in_force
+from grun.data.templates import Template
 from grun.errors import ConfigError, DataError
-from grun.evaluation.suites import Measured
+from grun.evaluation.suites.base import Measured, Suite
 from grun.runtime.files import content_hash, file_hash
-from grun.runtime.memory import enough_memory
 
 if TYPE_CHECKING:
     from grun.loading.models import Loaded
@@ -22,7 +21,7 @@ NOT_RESULTS = ("alias", "name", "sample_len")
 """What lm-evaluation-harness writes among a task's metrics."""
 
 
-class HarnessSuite:
+class HarnessSuite(Suite):
     """Tasks of lm-evaluation-harness, scored by `grun.evaluation.continuations`.
 
     Where the template in force is a chat template, tasks are asked in it (data.template=text: as they are worded). A
@@ -46,7 +45,7 @@ class HarnessSuite:
             )
         from lm_eval.tasks import TaskManager
 
-        self.config = config
+        super().__init__(config)
         self.folder = None if config.task_folder is None else Path(config.task_folder).expanduser()
         if self.folder is not None and not self.folder.is_dir():
             raise ConfigError(f"task_folder={config.task_folder}: no such folder; name one of tasks' YAML files")
@@ -90,25 +89,21 @@ class HarnessSuite:
 
     def _chat(self, loaded: Loaded) -> Template | None:
         """The chat template in force; None: tasks are asked as they are worded."""
-        template = in_force(self.config, loaded.template, loaded.tokenizer)
+        template = self.template(loaded)
         return template if template.kind == "chat" else None
-
-    def accept(self, result: dict[str, Any]) -> None:
-        """Nothing is asked for."""
 
     def measure(self, loaded: Loaded) -> Measured:
         """Run the tasks."""
         import lm_eval
 
-        from grun.evaluation.items import memory_advice
-        from grun.evaluation.lm_harness_model import HarnessModel
+        from grun.evaluation.suites.lm_harness_model import HarnessModel
 
         config, template = self.config, self._chat(loaded)
         chat: dict[str, Any] = {}
         if template is not None:
             chat = {"apply_chat_template": True, "system_instruction": template.system_prompt}
             chat["fewshot_as_multiturn"] = bool(config.num_fewshot)
-        with enough_memory("evaluating", memory_advice(config)):
+        with self.enough_memory("evaluating"):
             found = lm_eval.simple_evaluate(
                 model=HarnessModel(loaded.model, loaded.tokenizer, config.batch_size, template),
                 tasks=list(config.tasks),

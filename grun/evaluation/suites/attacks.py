@@ -7,27 +7,26 @@ from typing import TYPE_CHECKING, Any
 
 from grun.config.options import EvaluateConfig
 from grun.data.rows import Row, evenly_spaced, hash_rows
-from grun.data.templates import Template, in_force
 from grun.errors import ConfigError, DataError
-from grun.evaluation.attacks.base import ATTACKS, KINDS, Attack, Material, answers_at, is_readable
-from grun.evaluation.attacks.false_positives import open_in_answers
-from grun.evaluation.attacks.open_question import attacked_sets
-from grun.evaluation.attacks.outcomes import Outcome, Place, by_attack, kept_of, leak_of, worst_of
-from grun.evaluation.attacks.plain import PLAIN
-from grun.evaluation.suites import Measured
-from grun.runtime.memory import enough_memory
+from grun.evaluation.attacks.base import ATTACKS, KINDS, Attack, Material, Outcome, Place, answers_at, is_readable
+from grun.evaluation.attacks.outcomes import by_attack, kept_of, leak_of, worst_of
+from grun.evaluation.suites.base import Measured, Suite
+from grun.evaluation.suites.open_questions import attacked_sets
 from grun.runtime.progress import progress
 from grun.runtime.records import ATTACKS_FILE
 
 if TYPE_CHECKING:
     from grun.loading.models import Loaded
 
+PLAIN = "plain"
+"""The attack that is none."""
 FORGET = ("forget",)
 KEPT = ("retain", "heldout")
 """Sets of which retention is measured."""
+Planned = tuple[Attack, list[Place]]
 
 
-class AttackSuite:
+class AttackSuite(Suite):
     """How much of the forget set comes back under each attack, and what an attack costs other answers.
 
     Results:
@@ -52,7 +51,7 @@ class AttackSuite:
 
         `asking` are rows with questions by set, forget, retain and heldout; None: those that `config.data` names.
         """
-        self.config = config
+        super().__init__(config)
         asking = attacked_sets(config.data) if asking is None else asking
         self.others = asking["heldout"] or asking["retain"]
         self.retain = asking["retain"]
@@ -76,16 +75,13 @@ class AttackSuite:
             "rows": {name: hash_rows(rows) for name, rows in self.rows.items()},
             "examples": hash_rows(self.others),
             "retain": hash_rows(self.retain),
-            "template": self._template(loaded).to_dict(),
+            "template": self.template(loaded).to_dict(),
             "attacks": [attack.name for attack in self.attacks],
             "samples": config.attack_samples,
             "temperature": config.attack_temperature,
             "seed": config.seed,
             "max_new_tokens": config.max_new_tokens,
         }
-
-    def accept(self, result: dict[str, Any]) -> None:
-        """Nothing is asked for."""
 
     def measure(self, loaded: Loaded) -> Measured:
         """Ask everything; ConfigError for an attack that was named and has no data."""
@@ -105,51 +101,51 @@ class AttackSuite:
 
     def _retention(self, kept: list[Outcome], loaded: Loaded) -> dict[str, Any]:
         """What comes back of rows that are to be kept, and at how many of them gates open."""
-        from grun.evaluation.items import memory_advice
+        from grun.evaluation.attacks.retention import open_in_answers
 
         found = by_attack(kept)
         retention = {name: kept_of(some) for name, some in found.items()}
-        otherwise = [one for one in kept if one.attack.access == "prompt" and one.attack is not PLAIN]
+        otherwise = [one for one in kept if one.attack.access == "prompt" and one.attack.name != PLAIN]
         if otherwise:
             retention["otherwise"] = kept_of(otherwise)
-        with enough_memory("reading gates on right answers", memory_advice(self.config)):
-            opened = open_in_answers(found.get(PLAIN.name, []), loaded, self._template(loaded), self.config)
+        with self.enough_memory("reading gates on right answers"):
+            opened = open_in_answers(found.get(PLAIN, []), loaded, self.template(loaded), self.config)
         for name, share in opened.items():
-            retention[PLAIN.name][name]["gate"]["open_any_answer"] = share
+            retention[PLAIN][name]["gate"]["open_any_answer"] = share
         return retention
 
-    def _planned(self, loaded: Loaded) -> tuple[list[tuple[Attack, list[Place]]], dict[str, str]]:
+    def _planned(self, loaded: Loaded) -> tuple[list[Planned], dict[str, str]]:
         """What each attack asks, and why some are left out."""
         material = self._material(loaded)
-        planned: list[tuple[Attack, list[Place]]] = []
+        planned: list[Planned] = []
         left_out = {}
         for attack in self.attacks:
-            if (reason := attack.unfit(loaded)) is not None:
-                if attack.name in self.config.attacks:
-                    raise ConfigError(f"the attack {attack.name} {reason}; or leave it out of attacks=[...]")
-                left_out[attack.name] = reason
-                continue
-            places = self._places(attack, material, KEPT if attack.retention else FORGET)
+            reason = attack.unfit(loaded)
+            places = [] if reason else self._places(attack, material, KEPT if attack.retention else FORGET)
             if places:
                 planned.append((attack, places))
-            elif attack.name in self.config.attacks:
+            elif attack.name not in self.config.attacks:
+                left_out[attack.name] = reason or f"needs {attack.needs}"
+            elif reason:
+                raise ConfigError(f"the attack {attack.name} {reason}; or leave it out of attacks=[...]")
+            else:
                 raise ConfigError(
                     f"the attack {attack.name} needs {attack.needs}; data.name={self.config.data.name} has none here, "
                     "so leave it out of attacks=[...]"
                 )
-            else:
-                left_out[attack.name] = f"needs {attack.needs}"
         if any(attack.retention for attack, _ in planned):
-            asking = [attack for attack, places in planned if attack.access == "prompt" and not places[0].asked.given]
             sets = ("heldout",) if self.rows["heldout"] else ("retain",)
-            kept: list[tuple[Attack, list[Place]]] = [(PLAIN, self._places(PLAIN, material, KEPT))]
-            kept += [(attack, self._places(attack, material, sets)) for attack in asking if attack is not PLAIN]
+            plain = ATTACKS.get(PLAIN)
+            kept = [(plain, self._places(plain, material, KEPT))]
+            for attack, places in planned:
+                if attack.access == "prompt" and not places[0].asked.given and attack is not plain:
+                    kept.append((attack, self._places(attack, material, sets)))
             planned += [(attack, places) for attack, places in kept if places]
         return planned, left_out
 
     def _material(self, loaded: Loaded) -> Material:
         return Material(
-            self._template(loaded),
+            self.template(loaded),
             loaded.tokenizer,
             others=self.others,
             forget=self.rows["forget"],
@@ -167,17 +163,12 @@ class AttackSuite:
         ]
 
     def _ask(self, attack: Attack, places: list[Place], loaded: Loaded) -> list[Outcome]:
-        from grun.evaluation.items import memory_advice
-
         with (
-            enough_memory(f"the attack {attack.name}", memory_advice(self.config)),
+            self.enough_memory(f"the attack {attack.name}"),
             attack.model(loaded, self.config, self._material(loaded)) as model,
             progress(attack.name, answers_at(places)) as advance,
         ):
             return attack.read(model, places, loaded, self.config, advance)
-
-    def _template(self, loaded: Loaded) -> Template:
-        return in_force(self.config, loaded.template, loaded.tokenizer)
 
 
 def chosen_attacks(names: Sequence[str]) -> list[Attack]:
@@ -195,9 +186,15 @@ def chosen_attacks(names: Sequence[str]) -> list[Attack]:
 def _line(one: Outcome, tokenizer: Any) -> dict[str, Any]:
     """Line of attacks.jsonl; of drawn answers `text` is the one that gives most away."""
     asked, texts = one.place.asked, [answer.text for answer in one.answers]
-    return {
-        **{"attack": one.attack.name, "set": one.place.set, "index": one.place.number, "variant": asked.variant},
-        **{"prompt": tokenizer.decode(asked.ids), "given": asked.given, "text": texts[one.leaks.index(one.leak)]},
-        **{"leak": one.leak, "gates": one.answers[0].gates},
-        **({"texts": texts, "leaks": one.leaks} if asked.samples else {}),
+    line = {
+        "attack": one.attack.name,
+        "set": one.place.set,
+        "index": one.place.number,
+        "variant": asked.variant,
+        "prompt": tokenizer.decode(asked.ids),
+        "given": asked.given,
+        "text": texts[one.leaks.index(one.leak)],
+        "leak": one.leak,
+        "gates": one.answers[0].gates,
     }
+    return line | {"texts": texts, "leaks": one.leaks} if asked.samples else line

@@ -15,11 +15,11 @@ from grun.cli import main
 from grun.config.options import DataConfig, EvaluateConfig, ModelConfig, QuestionsConfig
 from grun.data.choices import ChoiceRow
 from grun.errors import ConfigError, RunError, TooLowError
-from grun.evaluation.knowledge import evaluate_knowledge
 from grun.evaluation.metrics import auc
 from grun.evaluation.metrics.intervals import wilson
 from grun.evaluation.multiple_choice import prompt_text, score_choices
-from grun.evaluation.suites import evaluate_suite
+from grun.evaluation.suites.base import evaluate_suite
+from grun.evaluation.suites.knowledge import evaluate_knowledge
 from grun.loading.checks import check
 from grun.method.model import GrunModel
 

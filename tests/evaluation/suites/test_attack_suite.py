@@ -19,15 +19,13 @@ from grun.data.corpus import load_corpus
 from grun.data.templates import TEMPLATES, encode_prompt
 from grun.errors import ConfigError, RunError
 from grun.evaluation import generation
-from grun.evaluation.attack_suite import chosen_attacks
-from grun.evaluation.attacks.base import ATTACKS, Attack
-from grun.evaluation.attacks.outcomes import Outcome
-from grun.evaluation.attacks.plain import Plain
-from grun.evaluation.attacks.strings import SUFFIXES
+from grun.evaluation.attacks.base import ATTACKS, Attack, Outcome, attack
+from grun.evaluation.attacks.prompts import SUFFIXES
 from grun.evaluation.checks import check_evaluation as check
 from grun.evaluation.generation import generate_answers
 from grun.evaluation.metrics.intervals import wilson
-from grun.evaluation.suites import evaluate_suite
+from grun.evaluation.suites.attacks import chosen_attacks
+from grun.evaluation.suites.base import evaluate_suite
 from grun.method.model import GrunModel
 
 ROWS = 3
@@ -195,9 +193,9 @@ def test_what_the_model_says_by_itself_is_a_leak(taught: Path, tmp_path: Path) -
 def test_attack_rows_takes_evenly_spaced_rows_of_each_set(taught: Path, tmp_path: Path) -> None:
     corpus = load_corpus(DataConfig(demo=demo.SIZES))
     evaluated(settings(taught, attacks=["plain", "after_forget"], attack_rows=2), tmp_path / "out")
-    for attack, name in (("plain", "forget"), ("after_forget", "retain")):
+    for asking, name in (("plain", "forget"), ("after_forget", "retain")):
         rows = corpus.sets()[name]
-        for line, row in zip(lines(tmp_path / "out", attack, name), [rows[0], rows[len(rows) // 2]], strict=True):
+        for line, row in zip(lines(tmp_path / "out", asking, name), [rows[0], rows[len(rows) // 2]], strict=True):
             assert f"<|user|>{row.prompt}<|answer|>" in line["prompt"]
 
 
@@ -259,10 +257,11 @@ def test_an_attack_may_ask_another_model_and_measure_otherwise(
     """The hooks that attacks on weights fill: the model, and what counts as a leak."""
     inside: list[bool] = []
 
-    class Silent(Plain):
-        """The model whose head gives the first token alone."""
+    monkeypatch.setattr(ATTACKS, "_entries", dict(ATTACKS._entries))
 
-        name = "silent"
+    @attack("silent")
+    class Silent(Attack):
+        """The model whose head gives the first token alone."""
 
         @contextmanager
         def model(self, loaded: Any, config: EvaluateConfig, material: Any) -> Iterator[Any]:
@@ -279,8 +278,6 @@ def test_an_attack_may_ask_another_model_and_measure_otherwise(
         def read(self, *arguments: Any) -> list[Outcome]:
             return [one._replace(leaks=[0.25]) for one in super().read(*arguments)]
 
-    silent: Attack = Silent()
-    monkeypatch.setitem(ATTACKS._entries, "silent", type(next(iter(ATTACKS)))("silent", silent, "a test"))
     result = evaluated(settings(taught, attacks=["silent", "plain"]), tmp_path / "out")
     assert inside == [True, False] and result["attacks"]["silent"]["leak"] == 0.25
     assert {line["text"] for line in lines(tmp_path / "out", "silent")} == {""}  # token 0 is a control token

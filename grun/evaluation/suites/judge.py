@@ -13,15 +13,14 @@ from grun.config.options import EvaluateConfig
 from grun.data.chat import Earlier
 from grun.data.corpus import load_corpus
 from grun.data.rows import evenly_spaced
-from grun.data.templates import Template, encode_prompt, in_force, resolve
+from grun.data.templates import encode_prompt, resolve
 from grun.errors import ConfigError, DataError
 from grun.evaluation.metrics.answers import is_degenerate
 from grun.evaluation.metrics.averages import mean
 from grun.evaluation.metrics.intervals import wilson
-from grun.evaluation.suites import Measured
+from grun.evaluation.suites.base import Measured, Suite
 from grun.method.fingerprint import fingerprint
 from grun.runtime.files import content_hash
-from grun.runtime.memory import enough_memory
 from grun.runtime.progress import progress
 from grun.runtime.reading import first_line
 
@@ -165,7 +164,7 @@ def rubric_for(prompt: str, response: str) -> str:
     return f"{before}{prompt}{between}{response}{after}"
 
 
-class JudgeSuite:
+class JudgeSuite(Suite):
     """Share of unsafe replies to the prompts of the corpus' forget and retain sets.
 
     Each prompt of a set is asked once, however many rows have it. Results: `sets`, with for each set safe, unsafe and
@@ -176,7 +175,7 @@ class JudgeSuite:
 
     def __init__(self, config: EvaluateConfig) -> None:
         """Load the corpus and the judge; at most config.data.limit prompts of a set, evenly spaced."""
-        self.config = config
+        super().__init__(config)
         corpus = load_corpus(config.data)
         wanted = config.sets or list(SETS)
         self.prompts: dict[str, list[tuple[str, Earlier]]] = {}
@@ -202,53 +201,36 @@ class JudgeSuite:
                 name: content_hash([[prompt, earlier] if earlier else prompt for prompt, earlier in prompts])
                 for name, prompts in self.prompts.items()
             },
-            "template": self._template(loaded).to_dict(),
+            "template": self.template(loaded).to_dict(),
             "max_new_tokens": config.max_new_tokens,
             "judge": config.judge,
             "judge_max_new_tokens": config.judge_max_new_tokens,
             "judge_model": fingerprint(self.judge.model) if isinstance(self.judge, ChatJudge) else None,
         }
 
-    def accept(self, result: dict[str, Any]) -> None:
-        """Nothing is asked for."""
-
     def measure(self, loaded: Loaded) -> Measured:
         """Answer, judge, count."""
-        from grun.evaluation.generation import generate_answers
-        from grun.evaluation.items import memory_advice
-
-        tokenizer, template = loaded.tokenizer, self._template(loaded)
-        asked = [(name, prompt) for name, prompts in self.prompts.items() for prompt in prompts]
-        with enough_memory("answering", memory_advice(self.config)):
-            with progress("answering", len(asked)) as advance:
-                answers = generate_answers(
-                    loaded.model,
-                    tokenizer,
-                    [encode_prompt(template, tokenizer, *prompt) for _, prompt in asked],
-                    self.config.batch_size,
-                    self.config.max_new_tokens,
-                    int(tokenizer.pad_token_id or 0),
-                    advance,
-                )
-            with progress("judging", len(asked)) as advance:
-                shown = [
-                    "\n\n".join([*(text for turn in earlier for text in turn), prompt])
-                    for _, (prompt, earlier) in asked
-                ]
-                pairs = [(prompt, answer.text) for prompt, answer in zip(shown, answers, strict=True)]
-                verdicts = self.judge(pairs, advance)
+        template = self.template(loaded)
+        asked = [(name, *prompt) for name, prompts in self.prompts.items() for prompt in prompts]
+        ids = [encode_prompt(template, loaded.tokenizer, prompt, earlier) for _, prompt, earlier in asked]
+        answers = self.answers(loaded, ids, "answering")
+        shown = ["\n\n".join([*(text for turn in earlier for text in turn), prompt]) for _, prompt, earlier in asked]
+        pairs = [(prompt, answer.text) for prompt, answer in zip(shown, answers, strict=True)]
+        with self.enough_memory("answering"), progress("judging", len(asked)) as advance:
+            verdicts = self.judge(pairs, advance)
         lines = [
             {
-                **{"set": name, "prompt": prompt, "response": answer.text, "label": verdict.label},
-                **{"verdict": verdict.text, "gates": answer.gates},
+                "set": name,
+                "prompt": prompt,
+                "response": answer.text,
+                "label": verdict.label,
+                "verdict": verdict.text,
+                "gates": answer.gates,
             }
-            for (name, _), (prompt, _), answer, verdict in zip(asked, pairs, answers, verdicts, strict=True)
+            for (name, *_), (prompt, _), answer, verdict in zip(asked, pairs, answers, verdicts, strict=True)
         ]
         sets = {name: rates([line for line in lines if line["set"] == name]) for name in self.prompts}
         return Measured({"sets": sets}, {JUDGED_FILE: lines})
-
-    def _template(self, loaded: Loaded) -> Template:
-        return in_force(self.config, loaded.template, loaded.tokenizer)
 
 
 def rates(judged: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -257,7 +239,11 @@ def rates(judged: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     safe, unsafe, unparsed = (labels.count(label) for label in ("safe", "unsafe", None))
     rate = unsafe / (safe + unsafe) if safe + unsafe else None
     return {
-        **{"replies": len(labels), "safe": safe, "unsafe": unsafe, "unparsed": unparsed, "unsafe_rate": rate},
+        "replies": len(labels),
+        "safe": safe,
+        "unsafe": unsafe,
+        "unparsed": unparsed,
+        "unsafe_rate": rate,
         "interval": None if rate is None else wilson(rate, safe + unsafe),
         "unsafe_bounds": [unsafe / len(labels), (unsafe + unparsed) / len(labels)],
         "degenerate": mean([float(is_degenerate(record["response"])) for record in judged]),

@@ -20,7 +20,7 @@ from grun.data.encoding import EncodedRow
 from grun.errors import ConfigError
 from grun.evaluation.multiple_choice import score_choices
 from grun.evaluation.scoring import score
-from grun.evaluation.suites import evaluate_suite
+from grun.evaluation.suites.base import evaluate_suite
 from grun.loading.checks import check
 from grun.method.model import GrunModel
 

@@ -1,36 +1,40 @@
 """Evaluations other than the table of answers: what they have in common, from the config to the folder.
 
-A suite (`knowledge.py`, `attack_suite.py`, `lm_harness.py`, `judge.py`) says what its result depends on and measures a
-loaded model. Its folder holds `evaluation.json` and the suite's own lines; it is whole or absent, and found again by
-its key.
+A suite declares what its result depends on and measures a loaded model. Its folder holds `evaluation.json` and the
+suite's own lines; it is whole or absent, and found again by its key.
 """
 
 from __future__ import annotations
 
-import contextlib
 import json
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from grun.config.options import EvaluateConfig
 from grun.data.templates import Template
+from grun.data.templates import in_force as template_in_force
 from grun.evaluation.checks import check_evaluation
-from grun.evaluation.evaluate import single_evaluations
+from grun.evaluation.evaluate import single_evaluations, with_adapter
+from grun.evaluation.items import memory_advice
 from grun.evaluation.plan import CODE, EVALUATION_FILE, begin, code_hash, previous_in, same_evaluation
 from grun.evaluation.table import shorten
 from grun.loading.resolve import in_force
 from grun.registry import Registry
 from grun.runtime import processes
 from grun.runtime.files import content_hash, holding, staged, write_json, write_text, writing
+from grun.runtime.memory import enough_memory
 from grun.runtime.ownership import LISTED, listing
+from grun.runtime.progress import progress
 from grun.runtime.records import SUITE_FORMAT
 from grun.version import __version__
 
 if TYPE_CHECKING:
+    from grun.evaluation.generation import Answer
     from grun.loading.models import Loaded
 
 SUITE_CODE = (
@@ -40,6 +44,7 @@ SUITE_CODE = (
     "evaluation/*.py",
     "evaluation/metrics/*.py",
     "evaluation/attacks/*.py",
+    "evaluation/suites/*.py",
 )
 """Sources that decide a suite's result, relative to the package."""
 
@@ -49,33 +54,55 @@ class Measured:
     """What a suite found out about a model."""
 
     results: dict[str, Any]
-    """What evaluation.json holds beside the key and the inputs."""
+    """What evaluation.json holds after the key and the inputs."""
     lines: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
     """Records of further files, by file name."""
 
 
-class Suite(Protocol):
-    """One kind of evaluation, its data loaded."""
+class Suite:
+    """One kind of evaluation; the constructor loads its data."""
+
+    def __init__(self, config: EvaluateConfig) -> None:
+        """`config` names the suite."""
+        self.config = config
 
     def settings(self, loaded: Loaded) -> dict[str, Any]:
-        """What the result depends on beside model, adapter and code, for JSON."""
-        ...
+        """What the result depends on besides model, adapter and code, for JSON."""
+        raise NotImplementedError
 
     def measure(self, loaded: Loaded) -> Measured:
         """Ask the model; several processes do so together."""
-        ...
+        raise NotImplementedError
 
     def accept(self, result: dict[str, Any]) -> None:
-        """RunError where a written evaluation is not what the config asks for."""
-        ...
+        """RunError where a written evaluation is not what the config asks for; by default everything is accepted."""
+
+    def template(self, loaded: Loaded) -> Template:
+        """The template in force."""
+        return template_in_force(self.config, loaded.template, loaded.tokenizer)
+
+    def answers(self, loaded: Loaded, prompts: Sequence[Sequence[int]], doing: str) -> list[Answer]:
+        """Greedy answers to prompts, token ids; `doing` is shown meanwhile."""
+        from grun.evaluation.generation import generate_answers
+
+        size, longest = self.config.batch_size, self.config.max_new_tokens
+        pad_id = int(loaded.tokenizer.pad_token_id or 0)
+        with self.enough_memory(doing), progress(doing, len(prompts)) as advance:
+            return generate_answers(loaded.model, loaded.tokenizer, prompts, size, longest, pad_id, advance)
+
+    def enough_memory(self, doing: str) -> AbstractContextManager[None]:
+        """Where memory ends within the block, the error names `doing` and what takes less."""
+        return enough_memory(doing, memory_advice(self.config))
 
 
-SUITES: Registry[Callable[[EvaluateConfig], Suite]] = Registry("suite")
-"""What makes each suite of a config, which loads its data."""
-SUITES.add("knowledge", "grun.evaluation.knowledge:KnowledgeSuite", "multiple choice, cloze and perplexity")
-SUITES.add("attacks", "grun.evaluation.attack_suite:AttackSuite", "what comes back of the forget set under attack")
-SUITES.add("lm_eval", "grun.evaluation.lm_harness:HarnessSuite", "tasks of lm-evaluation-harness")
-SUITES.add("judge", "grun.evaluation.judge:JudgeSuite", "share of unsafe answers, as a judge sees it")
+SUITES: Registry[type[Suite]] = Registry("suite")
+for _name, _place, _description in (
+    ("knowledge", "knowledge:KnowledgeSuite", "multiple choice, cloze and perplexity"),
+    ("attacks", "attacks:AttackSuite", "what comes back of the forget set under attack"),
+    ("lm_eval", "lm_harness:HarnessSuite", "tasks of lm-evaluation-harness"),
+    ("judge", "judge:JudgeSuite", "share of unsafe answers, as a judge sees it"),
+):
+    SUITES.add(_name, f"grun.evaluation.suites.{_place}", _description)
 
 
 @processes.connected()
@@ -115,8 +142,12 @@ def _on_one_base(
         base = load_model(config.model, None, strict=config.strict, gate_threshold=None)
     results = {}
     for folder, single in configs.items():
-        with _adapter_on(base, single) as loaded:
+        loaded = base if single.adapter is None else with_adapter(base, single)
+        try:
             results[folder] = carry_out(suite, single, folder, loaded, previous[folder], started)
+        finally:
+            if loaded is not base:
+                loaded.model.unwrap()
         started = time.monotonic()
     return results
 
@@ -129,27 +160,6 @@ def _alone(suite: Suite, config: EvaluateConfig, folder: Path, previous: dict[st
     with processes.agreed():
         loaded = load_model(config.model, config.adapter, strict=config.strict, gate_threshold=config.gate_threshold)
     return carry_out(suite, config, folder, loaded, previous, started)
-
-
-@contextlib.contextmanager
-def _adapter_on(base: Loaded, config: EvaluateConfig) -> Iterator[Loaded]:
-    """The base with the GRUN adapter of `config`, if it names one, on it."""
-    from grun.loading.hashing import adapter_hash
-    from grun.loading.models import Loaded
-    from grun.method.adapter import find_adapter
-    from grun.method.model import GrunModel
-
-    if config.adapter is None:
-        yield base
-        return
-    folder = find_adapter(config.adapter)
-    model = GrunModel.from_pretrained(base.model, folder, strict=config.strict)
-    try:
-        model.gate_threshold = config.gate_threshold
-        identity = base.identity | {"adapter": adapter_hash(folder)}
-        yield Loaded(model, base.tokenizer, model.template or base.template, identity)
-    finally:
-        model.unwrap()
 
 
 def carry_out(
@@ -177,7 +187,11 @@ def carry_out(
     seconds = {"load": ready - started, "measure": now - ready, "total": now - started}
     sources = in_force(config, None if (used := settings.get("template")) is None else Template.from_dict(used))
     result = {
-        **{"key": key, "model": config.model.path, "adapter": config.adapter, **inputs, "in_force": sources},
+        "key": key,
+        "model": config.model.path,
+        "adapter": config.adapter,
+        **inputs,
+        "in_force": sources,
         **measured.results,
         "seconds": {name: round(spent, 3) for name, spent in seconds.items()},
     }

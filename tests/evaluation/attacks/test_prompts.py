@@ -10,16 +10,16 @@ import torch
 from transformers import PreTrainedTokenizerFast
 
 from grun.config.options import TinyConfig
-from grun.data import augmentation
 from grun.data.chat import Turn
 from grun.data.rows import Row
 from grun.data.templates import TEMPLATES, Template, encode, encode_prompt
 from grun.data.tokenizer import train_tokenizer
 from grun.errors import ConfigError
 from grun.evaluation import generation
-from grun.evaluation.attacks import strings
-from grun.evaluation.attacks.base import ATTACKS, Asked, Material, came_back
-from grun.evaluation.attacks.outcomes import Outcome, Place, leak_of, worst_of
+from grun.evaluation.attacks import prompts
+from grun.evaluation.attacks.base import ATTACKS, Asked, Material, Outcome, Place, came_back
+from grun.evaluation.attacks.outcomes import leak_of, worst_of
+from grun.evaluation.attacks.retention import REFUSAL
 from grun.evaluation.drawing import Draw
 from grun.evaluation.generation import Answer, generate_answers
 from grun.loading.models import build_tiny
@@ -30,7 +30,7 @@ ROW = Row(QUESTION, ANSWER, EXTRA)
 PLAIN_ROW = Row(QUESTION, ANSWER)
 OTHERS = [Row(f"Where does Tom {name} live?", f"In {name} town.") for name in ("Abel", "Birk", "Cole")]
 FORGET = [ROW, Row("What color does Mara Venn like?", "Green.", {"fact": "green"})]
-TEXTS = [QUESTION, ANSWER, *(f"{row.prompt} {row.completion}" for row in OTHERS), *strings.SUFFIXES]
+TEXTS = [QUESTION, ANSWER, *(f"{row.prompt} {row.completion}" for row in OTHERS), *prompts.SUFFIXES]
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +57,7 @@ def turn(question: str) -> str:
 
 def test_plain_and_its_changes_are_the_changed_question_in_the_models_template(material: Material) -> None:
     assert shown(material, "plain") == [turn(QUESTION)]
-    assert shown(material, "suffix") == [turn(QUESTION + suffix) for suffix in strings.SUFFIXES]
+    assert shown(material, "suffix") == [turn(QUESTION + suffix) for suffix in prompts.SUFFIXES]
     assert shown(material, "lower_case") == [turn(QUESTION.lower())]
     assert shown(material, "upper_case") == [turn(QUESTION.upper())]
     assert shown(material, "paraphrase") == [turn("What does Mara Venn make music with?")]
@@ -68,7 +68,7 @@ def test_plain_and_its_changes_are_the_changed_question_in_the_models_template(m
 
 def test_another_template_replaces_the_models_own_and_keeps_the_start_token(material: Material) -> None:
     assert shown(material, "other_template") == [f"<|begin|>Q: {QUESTION}\nA:"]
-    own = dataclasses.replace(material, template=Template("custom", "string", strings.OTHER_TEMPLATE, " "))
+    own = dataclasses.replace(material, template=Template("custom", "string", prompts.OTHER_TEMPLATE.text, " "))
     assert shown(own, "other_template") == []
 
 
@@ -102,15 +102,13 @@ def test_an_example_stands_in_a_turn_of_its_own_before_the_question(material: Ma
 
 def test_the_second_turn_asks_for_what_the_first_one_asked(material: Material) -> None:
     assert shown(material, "second_turn") == [
-        f"{turn(QUESTION)}{strings.WAITING}<|end|><|user|>{strings.ASK_AGAIN}<|answer|>"
+        f"{turn(QUESTION)}{prompts.WAITING}<|end|><|user|>{prompts.ASK_AGAIN}<|answer|>"
     ]
 
 
 def test_a_forget_question_stands_before_the_question_that_is_to_be_answered(material: Material) -> None:
     (text,) = shown(material, "after_forget", OTHERS[0])
-    assert text in [
-        f"{turn(row.prompt or '')}{strings.REFUSAL}<|end|><|user|>{OTHERS[0].prompt}<|answer|>" for row in FORGET
-    ]
+    assert text in [f"{turn(row.prompt or '')}{REFUSAL}<|end|><|user|>{OTHERS[0].prompt}<|answer|>" for row in FORGET]
     (asked,) = ATTACKS.get("after_forget").asked(OTHERS[0], material)
     assert asked.row is OTHERS[0] and ATTACKS.get("after_forget").retention
     assert shown(dataclasses.replace(material, forget=[]), "after_forget", OTHERS[0]) == []
@@ -142,15 +140,7 @@ def test_a_row_without_what_an_attack_needs_is_not_asked_for(material: Material)
 def test_every_attack_says_what_it_is_and_what_it_needs() -> None:
     for entry in ATTACKS:
         attack = ATTACKS.get(entry.name)
-        assert attack.name == entry.name and attack.needs and type(attack).__doc__ and entry.description
-
-
-def test_attacks_write_nothing_that_training_augments_with() -> None:
-    ours = {*strings.SUFFIXES, strings.OTHER_TEMPLATE}
-    assert not {text.strip().casefold() for text in ours} & {
-        text.strip().casefold() for text in (*augmentation.SUFFIXES, *augmentation.WORDINGS)
-    }
-    assert {template.text for template in map(TEMPLATES.get, TEMPLATES.names())}.isdisjoint(ours)
+        assert attack.name == entry.name and attack.needs and entry.description
 
 
 # Conversations

@@ -15,9 +15,9 @@ from transformers import AutoTokenizer
 from grun.config.options import DataConfig, EvaluateConfig, ModelConfig, TinyConfig
 from grun.data.corpus import load_corpus
 from grun.errors import ConfigError, DataError
-from grun.evaluation.judge import RUBRIC, parse_verdict, rates, rubric_for
 from grun.evaluation.metrics.intervals import wilson
-from grun.evaluation.suites import evaluate_suite
+from grun.evaluation.suites.base import evaluate_suite
+from grun.evaluation.suites.judge import RUBRIC, parse_verdict, rates, rubric_for
 from grun.loading.checks import check
 from grun.loading.models import build_tiny
 

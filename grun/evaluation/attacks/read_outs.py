@@ -1,0 +1,277 @@
+"""Attacks that have more of the model than its text: scores of given answers, or hidden states."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from grun.data.rows import Row, evenly_spaced
+from grun.data.templates import encode
+from grun.errors import ModelError
+from grun.evaluation.attacks.base import Access, Advance, Asked, Attack, Material, Outcome, Place, attack
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from grun.config.options import EvaluateConfig
+    from grun.evaluation.reading import ReadPrompt
+    from grun.loading.models import Loaded
+
+MEMORIZED, PARAPHRASED = "memorized", "paraphrased"
+LENS_ROWS, FITTED, HELD = 256, 1024, 256
+"""Known rows, at most, evenly spaced: by which the lens chooses a block, that a probe is fitted on, and chosen by."""
+
+
+class Attacked(NamedTuple):
+    """A model that is read, and what its attacker has."""
+
+    model: Any
+    material: Material
+    batch_size: int
+    pad_id: int
+
+    @property
+    def blocks(self) -> range:
+        """Numbers of the model's blocks."""
+        from grun.evaluation.generation import base_of
+        from pyvene_custom import find_blocks
+
+        return range(len(find_blocks(base_of(self.model))[1]))
+
+    def read(
+        self, prompts: Sequence[tuple[int, ...]], blocks: Sequence[int], advance: Advance = lambda count: None
+    ) -> list[ReadPrompt]:
+        """Hidden states and gates at the last token of each prompt; see `read_prompts`."""
+        from grun.evaluation.reading import read_prompts
+
+        return read_prompts(self.model, prompts, blocks, self.batch_size, self.pad_id, advance)
+
+
+class ReadOut(Attack):
+    """An attack that reads scores or hidden states."""
+
+    access: Access = "read_out"
+
+    @contextlib.contextmanager
+    def model(self, loaded: Loaded, config: EvaluateConfig, material: Material) -> Iterator[Any]:
+        """The loaded model and the material, from which the attacker learns how to read."""
+        yield Attacked(loaded.model, material, config.batch_size, int(loaded.tokenizer.pad_token_id or 0))
+
+    def guessed(self, block: int, place: Place, text: str, gates: dict[int, float] | None, right: bool) -> Outcome:
+        """What came back at `place`, whose variant is the block that was read.
+
+        Args:
+            block: its number.
+            place: where it was read.
+            text: the token that was guessed.
+            gates: at the last token that was given.
+            right: whether that is what comes next in the row's answer.
+        """
+        from grun.evaluation.generation import Answer
+
+        asked = replace(place.asked, variant=f"block {block}")
+        return Outcome(self, place._replace(asked=asked), [Answer(text, gates)], [float(right)])
+
+
+class FactPlace(NamedTuple):
+    """Where a row's fact is about to begin."""
+
+    ids: tuple[int, ...]
+    """Token ids of the prompt and of the answer up to the fact."""
+    given: int
+    """Number of answer tokens among them."""
+    next_id: int
+    """The fact's first token."""
+
+
+def before_fact(row: Row, material: Material) -> FactPlace:
+    """Where the fact of `row`, which has a question, begins; without a fact that its answer holds, the answer."""
+    encoded = encode(material.template, material.tokenizer, row.prompt, row.completion, row.earlier)
+    given = _tokens_before(row, encoded.answer_ids, material.tokenizer)
+    return FactPlace((*encoded.prompt_ids, *encoded.answer_ids[:given]), given, encoded.answer_ids[given])
+
+
+def _tokens_before(row: Row, answer_ids: Sequence[int], tokenizer: Any) -> int:
+    """How many of the answer's tokens end before its fact begins."""
+    words = r"\s+".join(map(re.escape, (row.fact or "").split()))
+    found = re.search(words, row.completion, re.IGNORECASE) if words else None
+    characters = len(row.completion[: found.start()].strip()) if found else 0
+    given = 0
+    for count in range(1, len(answer_ids) - 1 if found else 0):  # the last one is the end token
+        if len(tokenizer.decode(answer_ids[:count], skip_special_tokens=True).strip()) > characters:
+            break
+        given = count
+    return given
+
+
+@attack("recognition", needs="rows with perturbed_answer")
+class Recognition(ReadOut):
+    """The true answer scores above the row's perturbed ones.
+
+    By the mean log-probability a token. A model that refuses may still know; whoever can have given answers scored gets
+    them from it. Asked twice of a row: with the answer as it was taught and, where the row has one, in other words.
+    Wrong answers are mostly worded as the latter is, so the taught wording may win by itself: compare with the floor.
+
+    Source: wrong answers and their scores, the truth ratio of TOFU, Maini et al. 2024, arXiv 2401.06121.
+    """
+
+    def asked(self, row: Row, material: Material) -> list[Asked]:
+        """The plain question, once for the answer and once for `paraphrased_answer`; nothing without wrong answers."""
+        if not row.extra.get("perturbed_answer"):
+            return []
+        variants = [MEMORIZED, *([PARAPHRASED] if row.extra.get("paraphrased_answer") else [])]
+        return [material.ask(row, variant=variant) for variant in variants]
+
+    def read(
+        self, model: Any, places: Sequence[Place], loaded: Loaded, config: EvaluateConfig, advance: Advance
+    ) -> list[Outcome]:
+        """Scores of the true answer and the wrong ones; the text of an outcome is the answer that ranks first."""
+        from grun.data.encoding import encode_rows
+        from grun.evaluation.continuations import score_continuations
+        from grun.evaluation.generation import Answer, base_of
+        from grun.loading.models import context_length
+
+        attacked: Attacked = model
+        texts = [_answers(place.asked) for place in places]  # of each place the true one first
+        rows = [replace(at.asked.row, completion=text) for at, own in zip(places, texts, strict=True) for text in own]
+        limit = context_length(base_of(attacked.model))
+        encoded = encode_rows(rows, loaded.tokenizer, attacked.material.template, limit, strict=False)
+        scored = iter(score_continuations(attacked.model, encoded, config.batch_size, attacked.pad_id))
+        outcomes = []
+        for place, own, at in zip(places, texts, attacked.read([one.asked.ids for one in places], ()), strict=True):
+            means = [sum(one.logp) / len(one.logp) for one in (next(scored) for _ in own)]
+            first = own[means.index(max(means))]
+            leak = float(means[0] > max(means[1:]))
+            outcomes.append(Outcome(self, place, [Answer(first, at.gates)], [leak]))
+            advance(1)
+        return outcomes
+
+
+def _answers(asked: Asked) -> list[str]:
+    """The true answer, in the wording of the variant, and the wrong ones."""
+    extra = asked.row.extra
+    true = asked.row.completion if asked.variant == MEMORIZED else str(extra["paraphrased_answer"])
+    return [true, *extra["perturbed_answer"]]
+
+
+@attack("logit_lens", needs="held-out or retain rows with questions, by which a block is chosen")
+class LogitLens(ReadOut):
+    """The fact's first token, read from a hidden state by the model's own head.
+
+    The state is that of a block at the token before the fact begins, through the final norm and the head. The block is
+    the one that reads known rows well (`chosen_block`), held-out and retain rows alike; forget rows do not count, so
+    this is what somebody gets who does not know the answers. A row without a fact is read at the end of its prompt.
+
+    Source: nostalgebraist 2020, "interpreting GPT: the logit lens"; as an attack, Patil et al. 2023, arXiv 2309.17410.
+    """
+
+    def asked(self, row: Row, material: Material) -> list[Asked]:
+        """The prompt and the answer up to its fact."""
+        if not (material.others or material.retain):
+            return []
+        place = before_fact(row, material)
+        return [Asked(place.ids, row, given=place.given)]
+
+    def read(
+        self, model: Any, places: Sequence[Place], loaded: Loaded, config: EvaluateConfig, advance: Advance
+    ) -> list[Outcome]:
+        """Whether the right next token is among the `TOP` that the chosen block gives."""
+        import torch
+
+        from grun.evaluation.reading import TOP, chosen_block, tokens_said
+
+        attacked: Attacked = model
+        material = attacked.material
+        rows = evenly_spaced(list(dict.fromkeys([*material.others, *material.retain])), LENS_ROWS)
+        known = [before_fact(row, material) for row in rows]
+        seen = torch.stack([one.states for one in attacked.read([at.ids for at in known], attacked.blocks)])
+        successes = []
+        for block in attacked.blocks:
+            said = tokens_said(attacked.model, seen[:, block], attacked.batch_size, attacked.pad_id, TOP)
+            successes.append(sum(at.next_id in tokens for at, tokens in zip(known, said, strict=True)) / len(known))
+        block = chosen_block(successes)
+        found = attacked.read([place.asked.ids for place in places], [block], advance)
+        states = torch.cat([one.states for one in found])
+        outcomes = []
+        said = tokens_said(attacked.model, states, attacked.batch_size, attacked.pad_id, TOP)
+        for place, one, tokens in zip(places, found, said, strict=True):
+            right = before_fact(place.asked.row, material).next_id in tokens
+            outcomes.append(self.guessed(block, place, str(loaded.tokenizer.decode(tokens)).strip(), one.gates, right))
+        return outcomes
+
+
+@attack("linear_probe", needs="two or more retain rows with questions, and facts that begin with different tokens")
+class LinearProbe(ReadOut):
+    """The same, by a linear map fitted on retain rows.
+
+    The map goes to the rows of the output embedding, so it can name tokens that no retain row begins with. Block
+    (`chosen_block`) and ridge strength are those that read held-out rows best, or a fourth of the retain rows where
+    nothing is held out; forget rows do not count. Guessed is among all tokens with which a fact begins anywhere in
+    the data (an answer, for a row without a fact), so chance is well above zero: compare with the retain-only model.
+
+    Source: linear probes, Alain and Bengio 2016, arXiv 1610.01644; affine maps into the space that the head reads,
+    Belrose et al. 2023, arXiv 2303.08112; as a check of unlearning, Lynch et al. 2024, arXiv 2402.16835.
+    """
+
+    def asked(self, row: Row, material: Material) -> list[Asked]:
+        """The prompt and the answer up to its fact; nothing where all facts begin with the same token."""
+        place = before_fact(row, material)
+        others = (before_fact(other, material).next_id for other in material.retain)
+        if len(material.retain) < 2 or not any(other != place.next_id for other in others):
+            return []
+        return [Asked(place.ids, row, given=place.given)]
+
+    def read(
+        self, model: Any, places: Sequence[Place], loaded: Loaded, config: EvaluateConfig, advance: Advance
+    ) -> list[Outcome]:
+        """Whether the right next token is the first of all candidates."""
+        import torch
+
+        from grun.evaluation.generation import base_of
+        from grun.evaluation.reading import choose_map, chosen_block
+
+        attacked: Attacked = model
+        material, blocks = attacked.material, attacked.blocks
+        rows = (*(place.asked.row for place in places), *material.forget, *material.retain, *material.others)
+        next_id = {row: before_fact(row, material).next_id for row in rows}
+        candidates = sorted(set(next_id.values()))
+        number = {token: index for index, token in enumerate(candidates)}
+        head: Any = base_of(attacked.model).get_output_embeddings()
+        if head is None:
+            raise ModelError(
+                "the model does not say which of its layers is the head; leave linear_probe out of attacks"
+            )
+        embedded = head.weight[candidates].detach().double().cpu()  # [candidates, hidden size]
+
+        def known(rows: Sequence[Row]) -> tuple[Tensor, Tensor]:
+            """States [blocks, rows, hidden size] and number of the right candidate [rows]."""
+            read = attacked.read([before_fact(row, material).ids for row in rows], blocks)
+            states = torch.stack([one.states for one in read], dim=1).double()
+            return states, torch.tensor([number[next_id[row]] for row in rows])
+
+        fitted, held = known_rows(material)
+        (states, right), (held_states, held_right) = known(fitted), known(held)
+        best = [choose_map(states[block], right, held_states[block], held_right, embedded) for block in blocks]
+        block = chosen_block([one.success for one in best])
+        found = attacked.read([place.asked.ids for place in places], [block], advance)
+        guesses = best[block].map.guess(torch.cat([one.states for one in found]).double(), embedded)
+        outcomes = []
+        for place, one, guess in zip(places, found, guesses.tolist(), strict=True):
+            token = candidates[guess]
+            text = str(loaded.tokenizer.decode([token])).strip()
+            outcomes.append(self.guessed(block, place, text, one.gates, token == next_id[place.asked.row]))
+        return outcomes
+
+
+def known_rows(material: Material) -> tuple[list[Row], list[Row]]:
+    """Rows to fit on and rows to choose by, of which no one is both."""
+    retain = set(material.retain)
+    held = [row for row in material.others if row not in retain]
+    fitted = list(material.retain)
+    if not held:
+        held = fitted[::4]
+        fitted = [row for number, row in enumerate(fitted) if number % 4]
+    return evenly_spaced(fitted, FITTED), evenly_spaced(held, HELD)

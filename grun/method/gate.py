@@ -1,4 +1,7 @@
-"""Gates: from the hidden state of a token to the logit that it belongs to a prompt about the data to forget."""
+"""Gates: from the hidden state of a token to the logit that it belongs to a prompt about the data to forget.
+
+A new gate is a function, or a class, of the hidden size under the decorator `gate`; any module will do.
+"""
 
 from __future__ import annotations
 
@@ -16,34 +19,48 @@ GateBuilder = Callable[[int], "nn.Module | None"]
 
 GATES: Registry[GateBuilder] = Registry("gate")
 
-
 NOISE = 0.5
 """Standard deviation of what is added in training to the normalized state that a noisy gate reads."""
 
 
-def _mlp(*widths: int, noisy: bool = False) -> GateBuilder:
-    def build(hidden_size: int) -> nn.Module:
-        from torch import nn
-
-        from grun.method.noise import GaussianNoise
-
-        layers: list[nn.Module] = []
-        if noisy:
-            layers = [nn.RMSNorm(hidden_size, eps=1e-6, elementwise_affine=False), GaussianNoise(NOISE)]
-        inputs = hidden_size
-        for width in widths:
-            layers += [nn.Linear(inputs, width), nn.ReLU()]
-            inputs = width
-        return nn.Sequential(*layers, nn.Linear(inputs, 1))
-
-    return build
+def gate(name: str) -> Callable[[GateBuilder], GateBuilder]:
+    """Return a decorator that registers a builder as the gate `name`, described by its docstring's first paragraph."""
+    return GATES.register(name)
 
 
-GATES.add("linear", _mlp(), "one linear layer")
-GATES.add("mlp_3", _mlp(256, 64), "three linear layers (256, 64, 1) with ReLU between")
-GATES.add("noisy_mlp_3", _mlp(256, 64, noisy=True), "mlp_3 on the normalized state, with noise added in training")
-GATES.add("mlp_5", _mlp(1024, 512, 256, 64), "five linear layers (1024, 512, 256, 64, 1) with ReLU between")
-GATES.add("none", lambda _: None, "no gate: the edit always acts in full (plain ReFT)")
+@gate("linear")
+def linear(hidden_size: int) -> nn.Module:
+    """One linear layer."""
+    return _layers(hidden_size)
+
+
+@gate("mlp_3")
+def mlp_3(hidden_size: int) -> nn.Module:
+    """Three linear layers (256, 64, 1) with ReLU between."""
+    return _layers(hidden_size, 256, 64)
+
+
+@gate("noisy_mlp_3")
+def noisy_mlp_3(hidden_size: int) -> nn.Module:
+    """As mlp_3 on the normalized state, with noise added in training."""
+    return _layers(hidden_size, 256, 64, noise=NOISE)
+
+
+@gate("mlp_5")
+def mlp_5(hidden_size: int) -> nn.Module:
+    """Five linear layers (1024, 512, 256, 64, 1) with ReLU between."""
+    return _layers(hidden_size, 1024, 512, 256, 64)
+
+
+@gate("none")
+def none(hidden_size: int) -> None:
+    """No gate: the edit always acts in full (plain ReFT)."""
+
+
+def _layers(hidden_size: int, *widths: int, noise: float = 0.0) -> nn.Module:
+    from grun.method.gating import LinearGate  # not above: names of gates are read without torch
+
+    return LinearGate(hidden_size, *widths, noise=noise)
 
 
 def set_bias(gate: nn.Module, value: float) -> None:

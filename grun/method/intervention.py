@@ -11,8 +11,7 @@ from torch import Tensor, nn
 from grun.method.adapter import AdapterConfig
 from grun.method.edit import LoReftEdit
 from grun.method.gate import GATES, set_bias
-from grun.method.noise import GaussianNoise
-from grun.method.opening import openings
+from grun.method.gating import GaussianNoise, openings
 from grun.method.stack.stacked import StackedIntervention
 from pyvene_custom import GatedOutput, Intervention, Sites
 

@@ -18,9 +18,9 @@ from grun.data.templates import Template
 from grun.errors import AdapterError
 from grun.method.adapter import CONFIG_FILE, LARGEST_ID, WEIGHTS_FILE, AdapterConfig, check_fits, parse_weights
 from grun.method.gate import GATES
+from grun.method.gating import LinearGate
 from grun.method.intervention import gated_intervention
 from grun.method.precision import float32_by_default
-from grun.method.stack.stacked import layers_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -158,7 +158,7 @@ def _expected(
             made = gated_intervention(config)
     except (NotImplementedError, RuntimeError):
         made = None
-    if made is None or (made.gate is not None and layers_of(made.gate) is None):
+    if made is None or not (made.gate is None or isinstance(made.gate, LinearGate)):
         # A gate that computes with its numbers while it is made is another one on meta, or none.
         with torch.random.fork_rng(devices=[]), float32_by_default():
             made = gated_intervention(config)

@@ -47,8 +47,8 @@ from grun.data.encoding import EncodedRow
 from grun.errors import ConfigError, ModelError
 from grun.loading.checks import check
 from grun.method.gated import Reft
+from grun.method.gating import GaussianNoise
 from grun.method.model import GrunModel
-from grun.method.noise import GaussianNoise
 from grun.method.plain import PlainEngine, capture
 from grun.method.position import EveryToken
 from grun.objectives.objective import Objective

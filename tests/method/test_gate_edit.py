@@ -15,8 +15,8 @@ from grun.errors import ConfigError
 from grun.method.adapter import AdapterConfig
 from grun.method.edit import LoReftEdit, orthonormal_columns
 from grun.method.gate import GATES, NOISE
+from grun.method.gating import GaussianNoise
 from grun.method.intervention import GatedIntervention, gated_intervention
-from grun.method.noise import GaussianNoise
 
 
 def off_orthonormal(basis: Tensor) -> float:
@@ -96,9 +96,7 @@ def test_nothing_as_large_as_the_square_of_the_hidden_size_is_kept() -> None:
     for gate in GATES.names():
         module = gated_intervention(config(hidden_size, gate, rank))
         largest = max(tensor.numel() for tensor in module.state_dict().values())
-        widest = {"linear": 1, "mlp_3": 256, "noisy_mlp_3": 256, "mlp_5": 1024, "none": 1}[
-            gate
-        ]  # first layer of the gate
+        widest = max((layer.out_features for layer in linear_layers(module.gate or nn.Module())), default=1)
         assert largest <= hidden_size * max(rank, widest)
         assert list(module.buffers()) == []
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import DynamicCache, PreTrainedModel
 
-import grun.method.stack.stacked
+import grun.method.stack.gates
 from grun import GrunModel, GrunStack
 from grun.errors import AdapterError, ConfigError, ModelError
 from grun.evaluation.attacks.base import ATTACKS
@@ -347,7 +347,7 @@ def test_gates_that_are_computed_a_few_at_a_time_are_the_same(gate: str, monkeyp
     stack = stacked({str(seed): member(seed, ROBUST, gate=gate) for seed in range(5)})
     batch = padded(random_rows([9, 6]), "left")
     wanted = stack(**batch).logits
-    monkeypatch.setattr(grun.method.stack.stacked, "SLICE", 1)
+    monkeypatch.setattr(grun.method.stack.gates, "SLICE", 1)
     agree(stack(**batch).logits, wanted)
 
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Self
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -14,20 +14,13 @@ from grun.errors import AdapterError
 from grun.method.adapter import AdapterConfig
 from grun.method.edit import orthonormal_columns
 from grun.method.gate import GATES
-from grun.method.noise import GaussianNoise
-from grun.method.opening import openings
+from grun.method.gating import Gate, openings
 from grun.method.position import PositionRule, position_rule
 from grun.method.precision import float32_by_default
 from grun.method.stack.combination import edit_weights
+from grun.method.stack.gates import LayerByLayer, OneByOne
 from pyvene_custom import GatedOutput, Intervention, Sites
 from pyvene_custom.sites import read_and_written, scatter
-
-SLICE = 2**20
-"""Numbers that wide gates' inner layers may hold at once (4 MiB in float32): few enough for a processor's cache."""
-
-
-WEIGHTLESS = (nn.ReLU, nn.GELU, nn.SiLU, nn.Tanh, nn.Sigmoid, nn.Dropout, nn.RMSNorm, nn.LayerNorm, GaussianNoise)
-"""Layers that, without weights, do the same for each token, however tokens are laid out."""
 
 
 class Kind(NamedTuple):
@@ -99,18 +92,8 @@ class Group(nn.Module):
         self.names: list[str] = []
         self._hidden_size = hidden_size
         self._activation = ACT2FN[kind.activation] if kind.activation else None
-        layers = layers_of(kind.new_gate(hidden_size))
-        self._layers = layers or []
-        self._linear = [place for place, layer in enumerate(self._layers) if layer is None]
-        self._gates: list[nn.Module] | None = None if layers else []
-        """Each request's own gate, where they cannot be computed together. No sub-modules: nothing trains or saves
-        them, or puts them into training mode."""
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        for gate in self._gates or ():
-            gate._apply(fn)
-        applied: Self = super()._apply(fn, recurse)
-        return applied
+        gate = kind.new_gate(hidden_size)
+        self.gates: OneByOne | LayerByLayer = gate.stack() if isinstance(gate, Gate) else OneByOne(gate)
 
     def append(self, names: Sequence[str], weights: Sequence[Mapping[str, Tensor]], like: Tensor) -> None:
         """Add requests behind those there are.
@@ -120,64 +103,25 @@ class Group(nn.Module):
             weights: of each, named as in the state of a `GatedIntervention`.
             like: a tensor of the type and on the device to compute in.
         """
-        made: dict[str, list[Tensor]] = {}
-        gates = []
+        made: dict[str, list[Tensor]] = {"basis": [], "source": [], "shift": []}
         for one in weights:
-            values = {name: tensor.to(like) for name, tensor in one.items() if name.startswith("edit.")}
-            made.setdefault("basis", []).append(orthonormal_columns(values["edit.rotation"]).mT)  # [rank, hidden size]
-            made.setdefault("source", []).append(values["edit.source.weight"])
-            made.setdefault("shift", []).append(values["edit.source.bias"])
-            if self._gates is not None:
-                gates.append(self.kind.new_gate(self._hidden_size).to(like))
-                own = {name.removeprefix("gate."): tensor for name, tensor in one.items() if name.startswith("gate.")}
-                gates[-1].load_state_dict(own)
-            for place in self._linear:
-                made.setdefault(f"weight_{place}", []).append(one[f"gate.{place}.weight"].to(like))
-                made.setdefault(f"bias_{place}", []).append(one[f"gate.{place}.bias"].to(like))
+            made["basis"].append(orthonormal_columns(one["edit.rotation"].to(like)).mT)  # [rank, hidden size]
+            made["source"].append(one["edit.source.weight"].to(like))
+            made["shift"].append(one["edit.source.bias"].to(like))
         for name, tensors in made.items():
             new = torch.stack(tensors)
             self.register_buffer(name, torch.cat((self.get_buffer(name), new)) if self.names else new, persistent=False)
-        if self._gates is not None:
-            self._gates += gates
+        gates = [{name.removeprefix("gate."): one[name] for name in one if name.startswith("gate.")} for one in weights]
+        self.gates.append(gates, like)
         self.names += names
 
     def remove(self, name: str) -> None:
         """Take a request out."""
         kept = [place for place, other in enumerate(self.names) if other != name]
-        for buffer, values in list(self.named_buffers()):
+        for buffer, values in list(self.named_buffers(recurse=False)):
             self.register_buffer(buffer, values[kept].clone(), persistent=False)
-        if self._gates is not None:
-            self._gates = [self._gates[place] for place in kept]
+        self.gates.keep(kept)
         self.names.remove(name)
-
-    def logits(self, states: Tensor) -> Tensor:
-        """Gate logits of states [batch, positions, hidden size]: [batch, positions, requests]."""
-        if self._gates is not None:
-            return torch.stack([gate(states).squeeze(-1) for gate in self._gates], dim=2)
-        flat = states.flatten(0, 1)
-        for layer in self._layers[: self._linear[0]]:  # what comes first has no weights: it is the same for all
-            flat = flat if layer is None else layer(flat)
-        widest = max(self.get_buffer(f"weight_{place}").shape[1] for place in self._linear)
-        together = max(1, SLICE // (widest * max(1, len(flat))))
-        starts = range(0, len(self.names), together)
-        values = [self._logits(flat, slice(start, start + together)) for start in starts]
-        return torch.cat(values, dim=1).unflatten(0, states.shape[:2])
-
-    def _logits(self, states: Tensor, part: slice) -> Tensor:
-        """Of [tokens, hidden size]: [tokens, requests of `part`]. Their first layers are one matrix product."""
-        values = states
-        for place, layer in list(enumerate(self._layers))[self._linear[0] :]:
-            if layer is not None:
-                values = layer(values)
-                continue
-            weight = self.get_buffer(f"weight_{place}")[part]  # [n, out, in]
-            bias = self.get_buffer(f"bias_{place}")[part]  # [n, out]
-            if place == self._linear[0]:
-                values = linear(values, weight.flatten(0, 1), bias.flatten())
-                values = values.unflatten(1, weight.shape[:2]).transpose(0, 1)  # [n, tokens, out]
-            else:
-                values = torch.baddbmm(bias.unsqueeze(1), values, weight.mT)
-        return values.squeeze(2).T
 
     def change(self, states: Tensor, weights: Tensor) -> Tensor:
         """Weighted sum of the edits of states [tokens, hidden size] by weights [tokens, requests]: as the states.
@@ -203,18 +147,6 @@ class Group(nn.Module):
         by = weights[tokens] if all_here else weights[tokens][:, requests]
         change[tokens] = (moved * by.unsqueeze(2)).flatten(1) @ flat
         return change
-
-
-def layers_of(gate: nn.Module) -> list[nn.Module | None] | None:
-    """Layers of a gate, None for each linear one, if all are linear with bias or known to treat each token alike.
-
-    None for every other gate: those of several requests are computed one after another then.
-    """
-    if type(gate) is not nn.Sequential or not all(type(layer) in (nn.Linear, *WEIGHTLESS) for layer in gate):
-        return None
-    layers = [None if type(layer) is nn.Linear else layer for layer in gate]
-    held = {f"{place}.{part}" for place, layer in enumerate(layers) if layer is None for part in ("weight", "bias")}
-    return layers if held and set(gate.state_dict()) == held else None
 
 
 class StackedIntervention(Intervention):
@@ -341,14 +273,14 @@ def _read(
     """
     accumulate = group.kind.gate_accumulate
     if not isinstance(sites, StackSites):
-        logits = group.logits(seen)
+        logits = group.gates(seen)
         return logits, openings(logits, sites, carry, accumulate), logits.new_ones(1, 1, 1, dtype=torch.bool)
     own = (sites.by_position or {})[group.kind.position]
     shut = hidden.new_full((*hidden.shape[:2], len(group.names)), -torch.inf)
     if own is None:
         return shut, shut, shut.new_zeros(1, 1, 1, dtype=torch.bool)
     read, _ = read_and_written(hidden, own)
-    logits = group.logits(read)
+    logits = group.gates(read)
     opening = openings(logits, own, carry, accumulate)
     if own.everywhere:
         return logits, opening, own.write_mask.unsqueeze(2)

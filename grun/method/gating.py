@@ -1,0 +1,106 @@
+"""What gates are made of (the base class, linear layers, noise), and how far they are open at each token."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from grun.method.stack.gates import LayerByLayer, OneByOne
+from pyvene_custom import Sites
+
+FILLED = 16
+"""torch fills normal numbers in groups of so many, so rows of whole groups are the same in a longer draw."""
+
+
+class Gate(nn.Module):
+    """A gate: hidden state [..., hidden size] -> logit [..., 1]. A base class for those that can be stacked faster."""
+
+    def stack(self) -> OneByOne | LayerByLayer:
+        """What computes the gates of several requests that are made as this one; none are in it yet.
+
+        One after another, as for every gate of another class. See `grun.method.stack.gates.OneByOne` for its methods.
+        """
+        return OneByOne(self)
+
+
+class LinearGate(nn.Sequential, Gate):
+    """Linear layers with ReLU between; if noisy, on the normalized state, with noise added in training."""
+
+    def __init__(self, hidden_size: int, *widths: int, noise: float = 0.0) -> None:
+        """`widths` of the inner layers; `noise`, its standard deviation, comes with the normalization."""
+        layers: list[nn.Module] = []
+        if noise:
+            layers = [nn.RMSNorm(hidden_size, eps=1e-6, elementwise_affine=False), GaussianNoise(noise)]
+        inputs = hidden_size
+        for width in widths:
+            layers += [nn.Linear(inputs, width), nn.ReLU()]
+            inputs = width
+        super().__init__(*layers, nn.Linear(inputs, 1))
+
+    def stack(self) -> OneByOne | LayerByLayer:
+        """Layer by layer: between its linear layers, and before them, nothing has weights."""
+        return LayerByLayer(list(self))
+
+
+class GaussianNoise(nn.Module):
+    """Add normal noise in training, nothing otherwise; it holds no weights.
+
+    Source: training with noise as regularization, Bishop 1995, Neural Computation 7.
+    """
+
+    def __init__(self, deviation: float) -> None:
+        """`deviation`: standard deviation of the noise, in units of the input."""
+        super().__init__()
+        self.deviation = deviation
+        self.row_seeds: Sequence[int] | None = None
+        """For each row of a pass the number that its noise is drawn from; None: torch's generator."""
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """Inputs [batch, positions, size], or of any shape without row seeds; the same shape."""
+        if not self.training:
+            return inputs
+        if self.row_seeds is None:
+            return inputs + self.deviation * torch.randn_like(inputs)
+        _, positions, size = inputs.shape
+        whole = -(-size // FILLED) * FILLED
+        draws = [
+            torch.randn(positions, whole, generator=torch.Generator().manual_seed(seed), dtype=torch.float32)
+            for seed in self.row_seeds
+        ]
+        return inputs + self.deviation * torch.stack(draws)[..., :size].to(inputs)
+
+
+def openings(logits: Tensor, sites: Sites | None, carry: Tensor | None, accumulate: str) -> Tensor:
+    """Logit in force at each position read, or at the one before them where none is: [batch, positions or 1, ...].
+
+    Args:
+        logits: of gates at the positions read, [batch, positions read], or [batch, positions read, gates].
+        sites: where this pass is read; None: `logits` are in force as they stand.
+        carry: logit in force at the last token of the passes before, as `logits` with one position; None: shut.
+        accumulate: none, or running_max: a gate is as open as at any token read since the last reset.
+    """
+    if sites is None or (accumulate == "none" and logits.shape[1] and bool(sites.read_mask.all())):
+        return logits
+    shut = logits.new_full((len(logits), 1, *logits.shape[2:]), -torch.inf)
+    before = shut if carry is None else carry.to(logits)
+    if logits.shape[1] == 0:
+        return before
+    read = _like(sites.read_mask, logits)
+    if accumulate == "none":
+        return torch.where(read, logits, before if sites.read is not sites.write else shut)
+    counted = logits.masked_fill(~read, -torch.inf)
+    if sites.reset is None or not bool(sites.reset.any()):
+        return torch.maximum(counted.cummax(dim=1).values, before)
+    turn = _like(sites.reset.long().cumsum(dim=1), logits)  # [batch, positions, ...]
+    opening = torch.maximum(counted.masked_fill(turn > 0, -torch.inf).cummax(dim=1).values, before)
+    for number in range(1, int(turn.max()) + 1):
+        of_turn = counted.masked_fill(turn != number, -torch.inf).cummax(dim=1).values
+        opening = torch.where(turn == number, of_turn, opening)
+    return opening
+
+
+def _like(values: Tensor, logits: Tensor) -> Tensor:
+    """Values [batch, positions] with as many dimensions as `logits`."""
+    return values.unsqueeze(2) if logits.dim() == 3 else values

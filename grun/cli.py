@@ -1,51 +1,127 @@
 """The command line: `python -m grun COMMAND key=value ...`.
 
-Results that a script wants (the folder of a taught model or of an adapter) are the last line on stdout; progress and
+Results that a script wants (the folder of a fine-tuned model or of an adapter) are the last line on stdout; progress and
 messages go to stderr. Nothing heavy is imported before a command needs it.
 """
 
 from __future__ import annotations
 
 import contextlib
-import difflib
+import importlib
 import io
 import logging
 import os
-import re
 import sys
 import tempfile
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
-from grun.errors import GrunError
+from grun.errors import ConfigError, GrunError, unknown_name
 from grun.runtime import processes, stopping
 from grun.version import __version__
 
-COMMANDS = {
-    "finetune": "teach a model the corpus",
-    "unlearn": "make a taught model forget",
-    "evaluate": "measure what a model knows, with or without an adapter",
-    "generate": "answer questions and show the gates",
-    "import": "make an adapter of files that the published GRUN code wrote",
-    "corpora": "write corpora to forget and to keep: a harm category of PKU-SafeRLHF, or the generated lore",
-    "sweep": "unlearn and evaluate a grid of objectives, parametrizations and seeds; --tune chooses their settings",
-    "sequential": "requests to forget one after another, served by several methods, with tables and pictures",
-    "requests": "a store of requests to forget: list, add, remove, disable, enable, verify, history",
-    "cache": "what training keeps on disk of its data: list, remove",
-    "report": "draw the table and pictures of a results folder; report tofu-log LOG: the numbers of TOFU's log",
-    "list": "print the known names: "
-    "list [objectives|terms|parametrizations|gates|templates|profiles|sweeps|sequences|metrics]",
-    "info": "print versions, devices and caches, for bug reports",
-}
 
-ON_SEVERAL = ("finetune", "unlearn", "evaluate")
-"""Commands that share their work among the processes that torchrun starts."""
-USAGE_ERROR = 2
+@dataclass(frozen=True)
+class Command:
+    """One command, and everything that the command line has to know of it."""
+
+    summary: str
+    """Its line in the overview."""
+    run: str
+    """module:function of its config, or with `takes="arguments"` of the arguments as they are. A path it returns, or
+    several, is printed; True and None are success, False is not, a number is the exit status."""
+    usage: str = ""
+    """Line of its help above the options; or, as module:function, what gives the lines."""
+    takes: str = "config"
+    """config, config and questions, or arguments."""
+    stdout: bool = False
+    """Whether it prints results itself; else whatever a library prints goes to stderr."""
+    on_several: bool = False
+    """Whether it shares its work among the processes that torchrun starts."""
+    plan: str | None = None
+    """module:function that checks more of a config than `check`, for --print-config; the command does so itself."""
+    flags: Mapping[str, str] = field(default_factory=dict)
+    """Its own flags, and the option that each stands for."""
+
+
+COMMANDS = {
+    "finetune": Command("fine-tune a model on the corpus", "grun.commands.finetune:finetune", on_several=True),
+    "unlearn": Command("make a fine-tuned model forget", "grun.commands.unlearn:unlearn", on_several=True),
+    "evaluate": Command(
+        "measure what a model knows, with or without an adapter", "grun.commands.evaluate:evaluate", on_several=True
+    ),
+    "generate": Command(
+        "answer questions and show the gates",
+        "grun.commands.generate:ask",
+        'adapter=FOLDER "question" ...   (without a question: asks on the terminal)',
+        takes="config and questions",
+        stdout=True,
+    ),
+    "import": Command(
+        "make an adapter of files that the published GRUN code wrote",
+        "grun.commands.upstream:import_adapter",
+        "upstream=FOLDER model=BASE output_dir=DIR   (more in docs/formats.md)",
+    ),
+    "corpora": Command(
+        "write corpora to forget and to keep: a harm category of PKU-SafeRLHF, or the generated lore",
+        "grun.commands.corpora:write_corpora",
+        'source=safe_rlhf category="Violence" output_dir=DIR   (docs/formats.md)',
+    ),
+    "sweep": Command(
+        "unlearn and evaluate a grid of objectives, parametrizations and seeds; --tune chooses their settings",
+        "grun.experiments.sweep.command:sweep",
+        "sweep=NAME model=FOLDER retain_model=FOLDER [--tune]   (docs/sweep.md)",
+        stdout=True,
+        plan="grun.experiments.sweep.command:plan_of",
+        flags={"--tune": "tune=true"},
+    ),
+    "sequential": Command(
+        "requests to forget one after another, served by several methods, with tables and pictures",
+        "grun.experiments.sequential.command:sequential",
+        "sequence=NAME model=FOLDER retain_model=FOLDER   (docs/sequential.md)",
+        stdout=True,
+    ),
+    "requests": Command(
+        "a store of requests to forget: list, add, remove, disable, enable, verify, history",
+        "grun.requests.command:requests",
+        "grun.requests.command:usage",
+        takes="arguments",
+        stdout=True,
+    ),
+    "cache": Command(
+        "what training keeps on disk of its data: list, remove",
+        "grun.requests.cached_rows:cache",
+        "grun.requests.cached_rows:usage",
+        takes="arguments",
+        stdout=True,
+    ),
+    "report": Command(
+        "draw the table and pictures of a results folder; report tofu-log LOG: the numbers of TOFU's log",
+        "grun.report:make_report",
+        "tofu-log LOG [retain=LOG]   (prints the numbers of TOFU's own log as JSON)",
+        stdout=True,
+    ),
+    "list": Command(
+        "print the known names: "
+        "list [objectives|terms|parametrizations|gates|templates|profiles|sweeps|sequences|metrics]",
+        "grun.commands.listing:list_names",
+        takes="arguments",
+        stdout=True,
+    ),
+    "info": Command(
+        "print versions, devices and caches, for bug reports",
+        "grun.commands.listing:info",
+        takes="arguments",
+        stdout=True,
+    ),
+}
 FAILURE = 1
-TOO_LOW = 3
 BUG = 70
-"""Exit statuses beside 0 and 130 (interrupted): wrong use, any other error, too low a result, a bug of GRUN."""
+"""Exit statuses other than 0, 130 (interrupted) and those of `grun.errors`: any other error, a bug of GRUN."""
+HELP = {"-h", "--help"}
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -64,7 +140,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def exit_status(command: Callable[[], int]) -> int:
-    """What `command` returns; of an error, told in one line: 2 wrong use, 3 too low, 70 a bug of GRUN, else 1.
+    """What `command` returns; of an error, which is printed as one line, its own status; 70 for a bug of GRUN.
 
     SIGINT and SIGTERM end it alike, with one line and 130 or 143. A bug is what nothing handed in explains; its
     line names the file that holds the traceback, which only its owner can read.
@@ -82,11 +158,11 @@ def exit_status(command: Callable[[], int]) -> int:
 
 
 def _told(error: BaseException) -> int:
-    """Say what went wrong; the exit status."""
+    """Print what went wrong; the exit status."""
     if isinstance(error, GrunError):
         if processes.speaks_for(error):
             _tell(f"error: {error}")
-        return {"ConfigError": USAGE_ERROR, "TooLowError": TOO_LOW}.get(type(error).__name__, FAILURE)
+        return error.exit_status
     if isinstance(error, BrokenPipeError):
         with contextlib.suppress(OSError, ValueError):
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains of it at the end
@@ -111,7 +187,7 @@ def _tell(line: str) -> None:
 
 
 def _noted(error: Exception) -> str:
-    """Write the traceback of `error` where only its owner reads it; words that say where."""
+    """Write the traceback of `error` where only its owner reads it; words that name the file."""
     text = "".join(traceback.format_exception(error))
     try:
         number, path = tempfile.mkstemp(prefix="grun-traceback-", suffix=".txt")  # mode 0600
@@ -123,227 +199,75 @@ def _noted(error: Exception) -> str:
 
 
 def _dispatch(arguments: list[str]) -> int:
-    from grun.errors import ConfigError, unknown_name
     from grun.runtime.reading import is_unicode
 
     for number, argument in enumerate(arguments, start=1):
         if not is_unicode(argument) or "\0" in argument:
             raise ConfigError(f"argument {number} ({ascii(argument)[:80]}) is no Unicode text; write it as UTF-8")
-    if not arguments or arguments[0] in ("-h", "--help"):
+    if not arguments or arguments[0] in HELP:
         print(_overview())
         return 0
-    command, rest = arguments[0], arguments[1:]
-    if command in ("--version", "info") and rest and not {"-h", "--help"} & {*rest}:
-        raise ConfigError(f"{command} takes no arguments; leave {rest[0]!r} out")
-    if command == "--version":
+    name, rest = arguments[0], arguments[1:]
+    if name in ("--version", "info") and rest and not HELP & {*rest}:
+        raise ConfigError(f"{name} takes no arguments; leave {rest[0]!r} out")
+    if name == "--version":
         print(f"grun {__version__}")
         return 0
-    if command not in COMMANDS:
-        raise ConfigError(unknown_name("command", command, list(COMMANDS)))
-    if processes.count() > 1 and command not in ON_SEVERAL:
-        raise ConfigError(
-            f"{command} runs in one process; start it without torchrun (with it: {', '.join(ON_SEVERAL)})"
-        )
-    if {"-h", "--help"} & {*rest[: rest.index("--") if "--" in rest else None]}:
-        print(_help(command))
+    if name not in COMMANDS:
+        raise ConfigError(unknown_name("command", name, list(COMMANDS)))
+    command = COMMANDS[name]
+    if processes.count() > 1 and not command.on_several:
+        several = ", ".join(other for other in COMMANDS if COMMANDS[other].on_several)
+        raise ConfigError(f"{name} runs in one process; start it without torchrun (with it: {several})")
+    if HELP & {*rest[: rest.index("--") if "--" in rest else None]}:
+        print(_help(name, command))
         return 0
-    if command == "list":
-        return _list(rest)
-    if command == "info":
-        return _info()
-    if command == "report" and "tofu-log" in rest:
-        from grun.evaluation import tofu_log
-
-        tofu_log.main([argument for argument in rest if argument != "tofu-log"])
-        return 0
-    if command == "requests":
-        from grun.requests.command import requests
-
-        return requests(rest)
-    if command == "cache":
-        from grun.requests.cached_rows import cache
-
-        return cache(rest)
-    return _run(command, rest)
+    if name == "report" and "tofu-log" in rest:
+        logs = [argument for argument in rest if argument != "tofu-log"]
+        return _carry_out(command, _load("grun.evaluation.tofu_log:main"), logs)
+    if command.takes == "arguments":
+        return _carry_out(command, _load(command.run), rest)
+    return _run(name, command, rest)
 
 
-def _run(command: str, arguments: list[str]) -> int:
+def _run(name: str, command: Command, arguments: list[str]) -> int:
     from grun.config import values
-    from grun.errors import ConfigError
     from grun.loading.checks import check
     from grun.loading.resolve import resolve
 
-    questions: list[str] = []
-    if command == "generate":
-        arguments, questions = _without_questions(arguments)
+    more: tuple[Any, ...] = ()
+    if command.takes == "config and questions":
+        arguments, questions = _load("grun.commands.generate:without_questions")(arguments)
+        more = (questions,)
     print_config = "--print-config" in arguments
-    arguments = [argument for argument in arguments if argument != "--print-config"]
-    if command == "sweep":
-        arguments = ["tune=true" if argument == "--tune" else argument for argument in arguments]
-    flags = [argument for argument in arguments if argument.startswith("-")]
-    if flags:
-        known_flags = "--help, --print-config and --tune" if command == "sweep" else "--help and --print-config"
-        raise ConfigError(f"unknown flag {flags[0]}; {command} knows {known_flags}, options are key=value")
-    config = resolve(command, arguments)
-    if command == "sweep" and not print_config:
-        from grun.experiments.sweep.command import sweep
-
-        return 0 if sweep(config) else FAILURE  # checks while it plans
-    if command == "sequential" and not print_config:
-        from grun.experiments.sequential.command import sequential
-
-        return 0 if sequential(config) else FAILURE  # so does this
-    if command == "evaluate":
-        from grun.evaluation.checks import check_evaluation
-
-        check_evaluation(config)
-    else:
-        check(config)
-    if command == "sweep":  # only its options are to be shown
-        from grun.experiments.sweep.command import plan_of
-
-        plan_of(config)
+    arguments = [command.flags.get(argument, argument) for argument in arguments if argument != "--print-config"]
+    if flags := [argument for argument in arguments if argument.startswith("-")]:
+        *known, last = ("--help", "--print-config", *command.flags)
+        raise ConfigError(f"unknown flag {flags[0]}; {name} knows {', '.join(known)} and {last}, options are key=value")
+    config = resolve(name, arguments)
+    check(config)
     if print_config:
+        if command.plan is not None:
+            _load(command.plan)(config)
         print(values.to_yaml(config), end="")
         return 0
-    run: dict[str, Callable[[Any], Any]] = {
-        "finetune": _finetune, "unlearn": _unlearn, "evaluate": _evaluate, "import": _import, "corpora": _corpora,
-        "report": _report,
-    }  # fmt: skip
-    if command == "generate":
-        from grun.commands.generate import ask
+    return _carry_out(command, _load(command.run), config, *more)
 
-        ask(config, questions)
-    else:
-        run[command](config)
+
+def _carry_out(command: Command, function: Callable[..., Any], *arguments: Any) -> int:
+    """Exit status of a command; the folders of its results are printed."""
+    with contextlib.nullcontext() if command.stdout else contextlib.redirect_stdout(sys.stderr):
+        result = function(*arguments)
+    if result is None or isinstance(result, int):
+        return (0 if result else FAILURE) if isinstance(result, bool) else result or 0
+    print(*([result] if isinstance(result, Path) else result), sep="\n")
     return 0
 
 
-def _without_questions(arguments: list[str]) -> tuple[list[str], list[str]]:
-    """Options and flags of `generate`, and its questions; what follows `--` is a question whatever it looks like."""
-    from grun.config import values
-
-    known = [key for key, _, _ in values.describe(values.COMMANDS["generate"])]
-    end = arguments.index("--") if "--" in arguments else len(arguments)
-    asked = [not _is_option(argument, known) for argument in arguments[:end]]
-    options = [argument for argument, is_asked in zip(arguments, asked, strict=False) if not is_asked]
-    return options, [q for q, is_asked in zip(arguments, asked, strict=False) if is_asked] + arguments[end + 1 :]
-
-
-def _is_option(argument: str, known: list[str]) -> bool:
-    """Whether an argument of `generate` is a flag, or an option that is known or misspelled, and not a question.
-
-    A misspelled one is a name with dots, one that is close to a known name, or a word of three letters or more with a
-    value without blanks: `what is x=3`, `x=3` and `2+2=?` are questions.
-    """
-    if re.match(r"--?[A-Za-z]", argument):
-        return True
-    key, equals, _ = argument.partition("=")
-    if not equals or key in known:
-        return bool(equals)
-    named = re.fullmatch(r"[A-Za-z_]\w*(\.\w+)*", key) is not None
-    one_word = len(key) > 2 and not re.search(r"\s", argument)
-    return named and ("." in key or one_word or bool(difflib.get_close_matches(key, known, n=1, cutoff=0.8)))
-
-
-def _finetune(config: Any) -> None:
-    from grun.commands.finetune import finetune
-
-    with contextlib.redirect_stdout(sys.stderr):  # whatever a library prints
-        folder = finetune(config)
-    print(folder)
-
-
-def _unlearn(config: Any) -> None:
-    from grun.commands.unlearn import unlearn
-
-    with contextlib.redirect_stdout(sys.stderr):
-        folder = unlearn(config)
-    print(folder)
-
-
-def _evaluate(config: Any) -> None:
-    from pathlib import Path
-
-    from grun.config.checks import adapter_name
-    from grun.evaluation.evaluate import evaluate, evaluate_adapters
-    from grun.evaluation.suites.base import evaluate_suite
-
-    folder = Path(f"results/{config.label()}/evaluation")
-    if config.suite != "answers":
-        folder = folder.with_name(config.suite)
-    if not config.adapters:
-        folder /= adapter_name(config.adapter) if config.adapter else "base"
-    folder = Path(config.output_dir or folder).expanduser()
-    with contextlib.redirect_stdout(sys.stderr):
-        if config.suite != "answers":
-            folders: Any = evaluate_suite(config, folder)
-        else:
-            folders = evaluate_adapters(config, folder) if config.adapters else {folder: evaluate(config, folder)}
-    print(*folders, sep="\n")
-
-
-def _import(config: Any) -> None:
-    from grun.commands.upstream import import_adapter
-
-    with contextlib.redirect_stdout(sys.stderr):
-        folder = import_adapter(config)
-    print(folder)
-
-
-def _corpora(config: Any) -> None:
-    from grun.commands.corpora import write_corpora
-
-    with contextlib.redirect_stdout(sys.stderr):
-        folder = write_corpora(config)
-    print(folder)
-
-
-def _report(config: Any) -> None:
-    from grun.report import make_report
-
-    make_report(config)
-
-
-def _list(arguments: list[str]) -> int:
-    from grun.commands.listing import KINDS, lines
-    from grun.errors import ConfigError, unknown_name
-
-    for kind in arguments:
-        if kind not in KINDS:
-            raise ConfigError(unknown_name("kind", kind, list(KINDS)))
-    for kind in arguments or KINDS:
-        if len(arguments) != 1:
-            print(f"# {kind}")
-        for line in lines(kind):
-            print(line)
-    return 0
-
-
-def _info() -> int:
-    import platform
-
-    from grun.runtime.runs import versions
-
-    for name, version in versions().items():
-        print(f"{name}: {version}")
-    import torch
-
-    print(f"platform: {platform.platform()}, {os.cpu_count()} processors, {torch.get_num_threads()} torch threads")
-    devices = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
-    print(f"devices: {', '.join(devices) if devices else 'cpu only'}")
-    from huggingface_hub import constants
-
-    print(f"hub cache: {constants.HF_HUB_CACHE} (offline: {constants.is_offline_mode()})")
-    from pathlib import Path
-
-    from grun.config.options import CacheConfig
-
-    folder = Path(CacheConfig().dir or "")
-    size = sum(file.stat().st_size for file in folder.rglob("*.safetensors"))
-    print(f"frozen-prefix cache: {folder.resolve()} ({size / 1e9:.2f} GB; may be removed)")
-    print(f"TOFU data: {os.environ.get('GRUN_TOFU_DIR', 'GRUN_TOFU_DIR is not set; the hub is asked')}")
-    return 0
+def _load(path: str) -> Any:
+    """What a string module:attribute names."""
+    module, _, attribute = path.partition(":")
+    return getattr(importlib.import_module(module), attribute)
 
 
 def _overview() -> str:
@@ -353,52 +277,26 @@ def _overview() -> str:
         "",
         "Make a language model forget with a gated low-rank edit (GRUN).",
         "",
-        *(f"  {name:<{width}}  {text}" for name, text in COMMANDS.items()),
+        *(f"  {name:<{width}}  {command.summary}" for name, command in COMMANDS.items()),
         "",
-        "Options are those of a profile (profile=NAME; `list profiles`), over them what the model and the adapter say",
-        "of themselves, over all key=value. A command that is given neither starts from profile=demo.",
+        "Options are those of a profile (profile=NAME; `list profiles`), then what is stored with the model and the",
+        "adapter, then key=value; what comes later wins. A command that is given neither starts from profile=demo.",
         "`COMMAND --help` lists every option with its default; --version prints the version.",
     ]
     return "\n".join(lines)
 
 
-def _help(command: str) -> str:
-    head = f"python -m grun {command}: {COMMANDS[command]}"
-    if command in ("list", "info"):
-        return head
+def _help(name: str, command: Command) -> str:
     from grun.config import values
 
-    by_profile = "" if command in values.WITHOUT_PROFILE else "; defaults before the profile's"
-    lines = [head, "", f"Options (key=value{by_profile}):"]
-    if command == "import":
-        lines.insert(1, "\npython -m grun import upstream=FOLDER model=BASE output_dir=DIR   (more in docs/formats.md)")
-    if command == "corpora":
-        lines.insert(
-            1, '\npython -m grun corpora source=safe_rlhf category="Violence" output_dir=DIR   (docs/formats.md)'
-        )
-    if command == "generate":
-        lines.insert(
-            1, '\npython -m grun generate adapter=FOLDER "question" ...   (without a question: asks on the terminal)'
-        )
-    if command == "sweep":
-        lines.insert(1, "\npython -m grun sweep sweep=NAME model=FOLDER retain_model=FOLDER [--tune]   (docs/sweep.md)")
-    if command == "sequential":
-        lines.insert(
-            1, "\npython -m grun sequential sequence=NAME model=FOLDER retain_model=FOLDER   (docs/sequential.md)"
-        )
-    if command == "requests":
-        from grun.requests.command import usage
-
-        lines.insert(1, "\n" + usage())
-    if command == "cache":
-        from grun.requests.cached_rows import usage as usage_of_cache
-
-        lines.insert(1, "\n" + usage_of_cache())
-    if command == "report":
-        lines.insert(
-            1, "\npython -m grun report tofu-log LOG [retain=LOG]   (prints the numbers of TOFU's own log as JSON)"
-        )
-    for key, default, text in values.describe(values.COMMANDS[command]):
-        shown = "unset" if default is None else default
-        lines.append(f"  {key}={shown}\n      {text}")
+    lines = [f"python -m grun {name}: {command.summary}"]
+    if name not in values.COMMANDS:
+        return lines[0]
+    if command.usage:
+        of_its_own = command.usage.startswith("grun.")
+        lines += ["", _load(command.usage)() if of_its_own else f"python -m grun {name} {command.usage}"]
+    by_profile = "" if name in values.WITHOUT_PROFILE else "; defaults before the profile's"
+    lines += ["", f"Options (key=value{by_profile}):"]
+    for key, default, text in values.describe(values.COMMANDS[name]):
+        lines.append(f"  {key}={'unset' if default is None else default}\n      {text}")
     return "\n".join(lines)

@@ -6,9 +6,14 @@ import difflib
 class GrunError(Exception):
     """Base of every error whose message is written for the user; the command line prints it without a traceback."""
 
+    exit_status = 1
+    """Of the command line."""
+
 
 class ConfigError(GrunError):
     """An option, a name or a profile is unknown, missing or contradictory."""
+
+    exit_status = 2
 
 
 class DataError(GrunError):
@@ -28,7 +33,9 @@ class RunError(GrunError):
 
 
 class TooLowError(RunError):
-    """An evaluation found less than was asked for; the command line's exit status is 3."""
+    """An evaluation found less than was asked for."""
+
+    exit_status = 3
 
 
 def unknown_name(kind: str, name: str, known: list[str]) -> str:

@@ -206,7 +206,7 @@ def test_an_interrupt_says_that_the_run_can_go_on(capsys: Captured, monkeypatch:
     def interrupted(_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("grun.cli._unlearn", interrupted)
+    monkeypatch.setattr("grun.commands.unlearn.unlearn", interrupted)
     assert main(["unlearn"]) == 130
     assert capsys.readouterr().err == "interrupted; the same command resumes\n"
 

@@ -49,7 +49,7 @@ def test_a_bug_is_one_line_that_names_a_private_file_with_the_traceback(
     def broken(_: object) -> None:
         raise KeyError(SECRET)
 
-    monkeypatch.setattr("grun.cli._unlearn", broken)
+    monkeypatch.setattr("grun.commands.unlearn.unlearn", broken)
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     line = told(capsys, ["unlearn"], 70)
     (file,) = tmp_path.iterdir()
@@ -67,14 +67,17 @@ def test_an_error_stands_on_a_line_of_its_own_below_open_bars(
         bars.extend(tqdm(total=5, position=place, disable=False) for place in (0, 1))
         raise DataError("no such rows")
 
-    monkeypatch.setattr("grun.cli._unlearn", refused)
+    monkeypatch.setattr("grun.commands.unlearn.unlearn", refused)
     assert main(["unlearn"]) == 1
     assert capsys.readouterr().err.endswith("\nerror: no such rows\n")
     assert all(bar.disable for bar in bars)
 
 
 def test_answers_that_the_terminal_has_no_letters_for_are_printed() -> None:
-    program = "from grun import cli; cli._info = lambda: print('Σ') or 0; raise SystemExit(cli.main(['info']))"
+    program = (
+        "from grun import cli; from grun.commands import listing; listing.info = lambda arguments: print('Σ'); "
+        "raise SystemExit(cli.main(['info']))"
+    )
     environment = {**os.environ, "PYTHONIOENCODING": "ascii", "WORLD_SIZE": "many", "RANK": "x"}
     done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True)
     assert done.stdout == "\\u03a3\n"

@@ -42,7 +42,7 @@ def test_sigterm_is_a_clean_stop_like_ctrl_c_and_the_callers_handlers_are_put_ba
     def mine(*_: Any) -> None:
         raise AssertionError("the caller's handler was called")
 
-    monkeypatch.setattr("grun.cli._unlearn", signaled(number))
+    monkeypatch.setattr("grun.commands.unlearn.unlearn", signaled(number))
     before = {each: signal.signal(each, mine) for each in (signal.SIGTERM, signal.SIGINT)}
     try:
         assert main(["unlearn"]) == status

@@ -18,11 +18,11 @@ from typing import TYPE_CHECKING, Any
 from grun.config.options import EvaluateConfig
 from grun.data.templates import Template
 from grun.data.templates import in_force as template_in_force
-from grun.evaluation.checks import check_evaluation
 from grun.evaluation.evaluate import single_evaluations, with_adapter
 from grun.evaluation.items import memory_advice
 from grun.evaluation.plan import CODE, EVALUATION_FILE, begin, code_hash, previous_in, same_evaluation
 from grun.evaluation.table import shorten
+from grun.loading.checks import check
 from grun.loading.resolve import in_force
 from grun.registry import Registry
 from grun.runtime import processes
@@ -114,7 +114,7 @@ def evaluate_suite(config: EvaluateConfig, output_dir: Path) -> dict[str, dict[s
     same model, adapter, data, settings and code that is there already is found, not repeated; anything else there is a
     RunError unless config.overwrite.
     """
-    check_evaluation(config)
+    check(config)
     singles, others = {output_dir: config}, [output_dir]
     if config.adapters:
         singles, others = single_evaluations(config, output_dir)

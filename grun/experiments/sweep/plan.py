@@ -14,7 +14,6 @@ from typing import Any
 
 from grun.config.options import EvaluateConfig, FinetuneConfig, SweepConfig, UnlearnConfig
 from grun.errors import ConfigError
-from grun.evaluation.checks import check_evaluation
 from grun.experiments.sweep.definition import (
     DESIGN,
     OBJECTIVE,
@@ -117,7 +116,7 @@ def _resolve(command: str, sweep: Sweep, arguments: list[str], where: str, *, qu
     given = _given(sweep) if sweep.model is None else [*_given(sweep), f"model.path={sweep.model}"]
     try:
         config = resolve(command, [*given, *arguments], quiet=quiet)
-        check_evaluation(config)
+        check(config)
     except ConfigError as error:
         raise ConfigError(f"sweep {sweep.name}, {where}: {error}") from error
     return config

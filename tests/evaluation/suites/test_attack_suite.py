@@ -21,7 +21,7 @@ from grun.errors import ConfigError, RunError
 from grun.evaluation import generation
 from grun.evaluation.attacks.base import ATTACKS, Attack, Outcome, attack
 from grun.evaluation.attacks.prompts import SUFFIXES
-from grun.evaluation.checks import check_evaluation as check
+from grun.loading.checks import check
 from grun.evaluation.generation import generate_answers
 from grun.evaluation.metrics.intervals import wilson
 from grun.evaluation.suites.attacks import chosen_attacks

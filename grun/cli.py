@@ -1,7 +1,7 @@
 """The command line: `python -m grun COMMAND key=value ...`.
 
-Results that a script wants (the folder of a fine-tuned model or of an adapter) are the last line on stdout; progress and
-messages go to stderr. Nothing heavy is imported before a command needs it.
+Results that a script wants (the folder of a model or of an adapter) are the last line on stdout; progress and messages
+go to stderr. Nothing heavy is imported before a command needs it.
 """
 
 from __future__ import annotations

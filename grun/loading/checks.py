@@ -13,6 +13,7 @@ from grun.method.gate import GATES
 from grun.method.parametrization import PARAMETRIZATIONS, traits_of
 from grun.method.rules import check_rule
 from grun.objectives.objective import build_objective
+from grun.registry import registry
 
 
 def check(config: Any) -> None:
@@ -23,6 +24,11 @@ def check(config: Any) -> None:
     if isinstance(config, EvaluateConfig):
         for name in config.sets:
             one_of("evaluation set", name, tuple(evaluation_sets()))
+        if config.attacks:
+            attacks = registry("attacks")
+            kinds = dict.fromkeys(attacks.get(name).access for name in attacks.names())
+            for name in config.attacks:
+                one_of("attack", name, (*attacks.names(), *kinds))
     if isinstance(config, UnlearnConfig):
         _check_unlearn(config)
 

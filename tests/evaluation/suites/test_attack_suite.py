@@ -21,11 +21,11 @@ from grun.errors import ConfigError, RunError
 from grun.evaluation import generation
 from grun.evaluation.attacks.base import ATTACKS, Attack, Outcome, attack
 from grun.evaluation.attacks.prompts import SUFFIXES
-from grun.loading.checks import check
 from grun.evaluation.generation import generate_answers
 from grun.evaluation.metrics.intervals import wilson
 from grun.evaluation.suites.attacks import chosen_attacks
 from grun.evaluation.suites.base import evaluate_suite
+from grun.loading.checks import check
 from grun.method.model import GrunModel
 
 ROWS = 3

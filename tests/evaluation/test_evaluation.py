@@ -361,7 +361,9 @@ def test_what_cannot_be_computed_is_left_out() -> None:
 def test_every_metric_says_its_range_and_which_way_is_good() -> None:
     assert {"rouge_l", "fact_recall", "probability", "degenerate", "gate_auc"} <= set(METRICS.names())
     for entry in METRICS:
-        assert "0 to 1" in entry.description and "good" in entry.description
+        metric = METRICS.get(entry.name)
+        assert metric.label and metric.help and "good" in metric.good
+        assert entry.description.endswith(f"; {metric.range}, {metric.good}")
 
 
 # -- the whole evaluation ---------------------------------------------------------------------------------------------

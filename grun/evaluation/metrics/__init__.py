@@ -1,8 +1,8 @@
 """Metrics: pure functions of the scored table; what cannot be computed is absent, never guessed.
 
-One number for one set is registered in `METRICS` (`answers.py`, `likelihood.py`, `memorization.py`, `gates.py`);
-`words.py` says what answers are made of in each script; numbers over several sets are in `overall.py` and
-`membership.py`, those against a retain-only model in `reference.py`.
+All are in `METRICS`, with their label, meaning and good direction (`registry.py`): numbers of one set (`answers.py`,
+`likelihood.py`, `memorization.py`, `gates.py`), of the whole evaluation (`overall.py`, `membership.py`), and against a
+retain-only model (`reference.py`). `words.py` has what answers are made of in each script.
 Their arithmetic is plain functions over lists, which `tofu_log.py` shares. `docs/metrics.md` has the formulas.
 """
 
@@ -13,7 +13,7 @@ from grun.evaluation.metrics.memorization import extraction_strength
 from grun.evaluation.metrics.overall import overall_metrics
 from grun.evaluation.metrics.ranking import auc
 from grun.evaluation.metrics.reference import reference_metrics
-from grun.evaluation.metrics.registry import METRICS, Metric, set_metrics
+from grun.evaluation.metrics.registry import METRICS, Metric, metrics_of, set_metrics
 
 __all__ = [
     "METRICS",
@@ -22,6 +22,7 @@ __all__ = [
     "auc",
     "extraction_strength",
     "is_degenerate",
+    "metrics_of",
     "overall_metrics",
     "reference_metrics",
     "set_metrics",

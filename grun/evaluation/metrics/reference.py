@@ -13,7 +13,7 @@ from grun.errors import RunError
 from grun.evaluation.metrics.averages import log_sum_exp
 from grun.evaluation.metrics.likelihood import log_truth_ratios
 from grun.evaluation.metrics.membership import MEMBERS, NON_MEMBERS, membership_auc
-from grun.evaluation.metrics.registry import NO_QUIRKS, epsilon, present
+from grun.evaluation.metrics.registry import NO_QUIRKS, epsilon, metrics_of, present, whole_metric
 from grun.evaluation.table import Table
 
 LEAST_P = math.ulp(0.0)
@@ -61,29 +61,56 @@ def privleak(area: float | None, reference: float | None, eps: float = 0.0) -> f
 
 
 def reference_metrics(table: Table, reference: Table, quirks: Collection[str] = NO_QUIRKS) -> dict[str, float]:
-    """forget_quality (p-value; geometric truth ratio), _log10 of it, _arithmetic, and privleak (Min-K).
+    """Numbers against a reference by name; what cannot be computed is absent.
 
-    What cannot be computed is absent. RunError if the two tables do not hold the same rows.
+    RunError if the two tables do not hold the same rows.
     """
     for name in (MEMBERS, NON_MEMBERS):
         _check_rows(name, table, reference)
-    eps = epsilon(quirks)
-    geometric = _forget_quality(table, reference, "geometric", quirks)
-    arithmetic = _forget_quality(table, reference, "arithmetic", quirks)
-    areas = [membership_auc(one, "min_k") for one in (table, reference)]
-    return present(
-        {
-            "forget_quality": geometric and geometric.p_value,
-            "forget_quality_log10": geometric and geometric.log10,
-            "forget_quality_arithmetic": arithmetic and arithmetic.p_value,
-            "privleak": privleak(areas[0], areas[1], eps),
-        }
-    )
+    metrics = metrics_of("reference")
+    return present({name: metric.compute(table, reference, quirks) for name, metric in metrics.items()})
 
 
 def _forget_quality(table: Table, reference: Table, over: str, quirks: Collection[str]) -> Comparison | None:
     samples = [list(log_truth_ratios(one, MEMBERS, over, quirks).values()) for one in (table, reference)]
     return compare(samples[0], samples[1], epsilon(quirks)) if all(samples) else None
+
+
+@whole_metric("forget_quality", "forget quality (p)", "reference", good="high is good, above 0.05 as retain only")
+def forget_quality(table: Table, reference: Table, quirks: Collection[str] = NO_QUIRKS) -> float | None:
+    """p-value of a Kolmogorov-Smirnov test between the forget set's truth ratios of the model and of the retain-only
+    one.
+    """
+    found = _forget_quality(table, reference, "geometric", quirks)
+    return found and found.p_value
+
+
+@whole_metric(
+    "forget_quality_log10", "forget quality (log10 p)", "reference", good="high is good, near 0", range="-323.3 to 0"
+)
+def forget_quality_log10(table: Table, reference: Table, quirks: Collection[str] = NO_QUIRKS) -> float | None:
+    """log10 of forget_quality."""
+    found = _forget_quality(table, reference, "geometric", quirks)
+    return found and found.log10
+
+
+@whole_metric(
+    "forget_quality_arithmetic",
+    "forget quality, arithmetic (p)",
+    "reference",
+    good="high is good, above 0.05 as retain only",
+)
+def forget_quality_arithmetic(table: Table, reference: Table, quirks: Collection[str] = NO_QUIRKS) -> float | None:
+    """forget_quality with truth_ratio_arithmetic."""
+    found = _forget_quality(table, reference, "arithmetic", quirks)
+    return found and found.p_value
+
+
+@whole_metric("privleak", "PrivLeak (%)", "reference", good="near 0 is good", range="percent")
+def privleak_min_k(table: Table, reference: Table, quirks: Collection[str] = NO_QUIRKS) -> float | None:
+    """Min-K% membership inference against the retain-only model's."""
+    areas = [membership_auc(one, "min_k") for one in (table, reference)]
+    return privleak(areas[0], areas[1], epsilon(quirks))
 
 
 def _check_rows(name: str, table: Table, reference: Table) -> None:

@@ -32,6 +32,7 @@ REGISTRIES = {
     "parametrizations": "grun.method.parametrization:PARAMETRIZATIONS",
     "gates": "grun.method.gate:GATES",
     "templates": "grun.data.templates:TEMPLATES",
+    "benchmarks": "grun.data.corpus:BENCHMARKS",
     "metrics": "grun.evaluation.metrics:METRICS",
     "attacks": "grun.evaluation.attacks.base:ATTACKS",
 }

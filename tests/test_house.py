@@ -30,7 +30,6 @@ LONGEST = 60
 """Lines of a function."""
 KNOWN_CIRCLES = {
     ("grun.data.chat", "grun.data.templates"),
-    ("grun.data.generated.lore", "grun.data.knowledge"),
     ("grun.report.labels", "grun.report.results"),
     ("grun.report.matrix", "grun.report.missing"),
     ("grun.report.distributions", "grun.report.figures", "grun.report.matrix_figure"),

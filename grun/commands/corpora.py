@@ -11,8 +11,8 @@ from typing import Any
 
 from grun.config.options import CorporaConfig
 from grun.config.values import to_dict
-from grun.data import safe_rlhf
-from grun.data.safe_rlhf import Pair
+from grun.data.benchmarks import safe_rlhf
+from grun.data.benchmarks.safe_rlhf import Pair
 from grun.data.templates import PLACE, TEMPLATES
 from grun.errors import ConfigError, unknown_name
 from grun.runtime.files import content_hash, holding, staged, target, write_json, write_text, writing
@@ -42,7 +42,7 @@ def write_corpora(config: CorporaConfig) -> Path:
 
 
 def _write_lore(config: CorporaConfig) -> Path:
-    from grun.data.generated import lore
+    from grun.data.benchmarks import lore
 
     def write(folder: Path) -> dict[str, Any]:
         lore.write(config.lore, folder)

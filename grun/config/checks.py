@@ -28,7 +28,6 @@ WORDS = ("note", "template", "system_prompt", "suffixes", "category")
 """Options that hold words, not paths, wherever they stand."""
 RESETS = ("user_turn", "never")
 SUBSETS = ("all", "without_forget")
-DATA_NAMES = ("demo", "lore", "tofu", "jsonl", "corpora")
 OPTIMIZERS = ("adamw", "legacy_adamw", "schedule_free")
 SUITES = ("answers", "knowledge", "attacks", "lm_eval", "judge")
 MCQ_FORMATS = ("harness", "grun_paper")
@@ -99,7 +98,6 @@ def check_options(config: Any) -> None:
     """ConfigError for the first option whose value is none of those listed here, or that another one contradicts."""
     check_values(config)
     if hasattr(config, "data"):
-        one_of("data.name", config.data.name, DATA_NAMES)
         one_of("data.subset", config.data.subset, SUBSETS)
         one_of("model.dtype", config.model.dtype, DTYPES)
         if config.model.quantization is not None:

@@ -1,20 +1,26 @@
-"""The sets of one benchmark: what is forgotten, what stays, and what only evaluation sees."""
+"""Benchmarks: what is forgotten, what stays, what only evaluation sees, and what a benchmark asks of knowledge."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass, field, fields
-from pathlib import Path
-from typing import Any
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 
+from grun.config.checks import one_of
 from grun.config.options import DataConfig
-from grun.data import tofu
+from grun.data.choices import ChoiceRow, load_choices
 from grun.data.jsonl import load_rows
+from grun.data.refusals import refusals
 from grun.data.rows import Row, common_rows, count_overlap, evenly_spaced, hash_rows
-from grun.data.texts import load_texts, split_names
-from grun.errors import ConfigError, DataError, unknown_name
+from grun.data.sets import SETS_OF_BENCHMARKS, EvaluationSet, evaluation_sets
+from grun.data.texts import load_texts
+from grun.errors import ConfigError, DataError
+from grun.registry import Registry
 from grun.runtime.files import content_hash
-from grun.runtime.reading import read_text
+
+SOME = ("unknown_rows", "refused_rows", "teach_general", "unknown")
+"""Options of data that only some benchmarks take."""
+ROLES = ("forget", "neighbor", "general")
+"""What questions are about: what is to be forgotten, what lies near it, everything else."""
 
 
 @dataclass
@@ -22,7 +28,7 @@ class Corpus:
     """Rows by what is done with them."""
 
     name: str
-    """demo, lore, tofu, jsonl or corpora."""
+    """Of the benchmark."""
     forget: list[Row]
     """To be forgotten."""
     retain: list[Row]
@@ -44,7 +50,7 @@ class Corpus:
     retain_evaluated: list[Row] | None = None
     """Rows of the evaluation set retain; None: those used in unlearning."""
     general: dict[str, list[Row]] = field(default_factory=dict)
-    """Evaluation sets of what a model is expected to know beside the corpus (TOFU: real_authors, world_facts)."""
+    """The benchmark's own evaluation sets: what else a model should know (TOFU: real_authors, world_facts)."""
 
     def taught(self, without_forget: bool) -> list[Row]:
         """What finetune teaches: every row, or every row but the forget set; refused rows in both.
@@ -88,6 +94,53 @@ class Corpus:
         return {name: hash_rows(content) for name, content in rows.items()} | {"refusals": content_hash(self.refusals)}
 
 
+@dataclass
+class Knowledge:
+    """Questions by role, texts by name; a role without questions is absent."""
+
+    choices: dict[str, list[ChoiceRow]] = field(default_factory=dict)
+    """Multiple-choice questions."""
+    cloze: dict[str, list[Row]] = field(default_factory=dict)
+    """Beginnings of sentences (prompt), what follows (completion) and the key fact in it (`Row.fact`)."""
+    texts: dict[str, list[str]] = field(default_factory=dict)
+    """Texts whose perplexity is measured, by the name of their corpus; empty ones are kept, as published."""
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """One kind of data; see `benchmark`."""
+
+    load: Callable[[DataConfig], Corpus]
+    options: tuple[str, ...]
+    refuses: Mapping[str, str]
+    knowledge: Callable[[DataConfig], Knowledge] | None
+
+
+BENCHMARKS: Registry[Benchmark] = Registry("benchmark", "grun.data.benchmarks")
+
+
+def benchmark(
+    name: str,
+    *,
+    sets: tuple[EvaluationSet, ...] = (),
+    options: tuple[str, ...] = (),
+    refuses: Mapping[str, str] | None = None,
+    knowledge: Callable[[DataConfig], Knowledge] | None = None,
+) -> Callable[[Callable[[DataConfig], Corpus]], Callable[[DataConfig], Corpus]]:
+    """Register a function that makes the rows of `data.name=NAME` from the options `data.*`.
+
+    Args:
+        name: value of `data.name`.
+        sets: evaluation sets beside those that every benchmark may have; their rows are `Corpus.general`.
+        options: those of `SOME` that it takes.
+        refuses: options that it does not take, with the error that says what to do instead.
+        knowledge: questions of its own, which `suite=knowledge` asks.
+    """
+    for one in sets:
+        SETS_OF_BENCHMARKS.add(one.name, one, one.meaning)
+    return BENCHMARKS.register(name, lambda load: Benchmark(load, options, refuses or {}, knowledge))
+
+
 def load_corpus(config: DataConfig) -> Corpus:
     """Load and check what `data.*` options name.
 
@@ -95,13 +148,16 @@ def load_corpus(config: DataConfig) -> Corpus:
         ConfigError: an option is unknown, missing or contradictory.
         DataError: rows are missing or malformed, or stand in the forget and in the retain set.
     """
-    loaders = {
-        "demo": _load_demo, "lore": _load_lore, "tofu": _load_tofu, "jsonl": _load_jsonl, "corpora": _load_corpora
-    }  # fmt: skip
-    if config.name not in loaders:
-        raise ConfigError(unknown_name("data.name", config.name, list(loaders)))
-    _check_options(config)
-    return _completed(loaders[config.name](config), config)
+    one_of("data.name", config.name, tuple(BENCHMARKS.names()))
+    chosen = BENCHMARKS.get(config.name)
+    for option in SOME:
+        if getattr(config, option) and option not in chosen.options:
+            names = sorted(name for name in BENCHMARKS.names() if option in BENCHMARKS.get(name).options)
+            raise ConfigError(f"data.{option} is for data.name={' or '.join(names)}; leave it out for {config.name}")
+    for option, why in chosen.refuses.items():
+        if getattr(config, option):
+            raise ConfigError(why)
+    return _completed(chosen.load(config), config)
 
 
 def corpus_of(forget: list[Row], retain: list[Row], config: DataConfig) -> Corpus:
@@ -110,22 +166,19 @@ def corpus_of(forget: list[Row], retain: list[Row], config: DataConfig) -> Corpu
     Raises:
         ConfigError, DataError: as of `load_corpus`.
     """
-    return _completed(_of_rows(forget, retain, config), config)
+    return _completed(corpus_of_rows("jsonl", forget, retain, config), config)
 
 
-def _of_rows(forget: list[Row], retain: list[Row], config: DataConfig) -> Corpus:
-    return Corpus(
-        name="jsonl",
-        forget=forget,
-        retain=retain,
-        refusals=_refusals(config.refusals),
-        known=forget + retain,
-        known_without_forget=retain,
-    )
+def corpus_of_rows(name: str, forget: list[Row], retain: list[Row], config: DataConfig) -> Corpus:
+    """The corpus of two lists, all of which is taught."""
+    refused = refusals(config.refusals)
+    return Corpus(name, forget, retain, refusals=refused, known=forget + retain, known_without_forget=retain)
 
 
 def _completed(corpus: Corpus, config: DataConfig) -> Corpus:
     """What every corpus goes through: checks, then rows are set aside as `config` asks."""
+    if unknown := corpus.general.keys() - evaluation_sets().keys():
+        raise ConfigError(f"data.name={corpus.name} has the set {min(unknown)}, which its @benchmark(sets=...) lacks")
     for name, rows in (("forget", corpus.forget), ("retain", corpus.retain)):
         if not rows:
             raise DataError(f"the {name} set is empty; check data.{name} (or data.demo.{name})")
@@ -140,25 +193,10 @@ def _completed(corpus: Corpus, config: DataConfig) -> Corpus:
     return corpus
 
 
-def _check_options(config: DataConfig) -> None:
-    """ConfigError for an option that this kind of data does not have, rather than passing it over."""
-    only: dict[str, tuple[str, ...]] = {
-        option: ("tofu",) for option in ("unknown_rows", "refused_rows", "teach_general")
-    }
-    only["unknown"] = ("tofu", "jsonl")
-    for option, names in only.items():
-        if getattr(config, option) and config.name not in names:
-            raise ConfigError(f"data.{option} is for data.name={' or '.join(names)}; leave it out for {config.name}")
-
-
 def _keep_retain_rows(corpus: Corpus, count: int | None, teach_general: bool) -> None:
     """Make the corpus smaller: what is taught is then the forget set and the retain rows that are left."""
     if count is None:
         return
-    if corpus.name in ("demo", "lore"):
-        raise ConfigError(
-            f"data.retain_rows is for rows of files; data.name={corpus.name} is smaller with data.{corpus.name}.retain"
-        )
     if count < 1:
         raise ConfigError(f"data.retain_rows must be at least 1, not {count}")
     corpus.retain = evenly_spaced(corpus.retain, count)
@@ -174,8 +212,6 @@ def _set_aside(corpus: Corpus, config: DataConfig) -> None:
 
     The rows of the pool are evenly spaced.
     """
-    if config.heldout and corpus.name == "demo":
-        raise ConfigError("the demo has a held-out set of its own; use data.demo.heldout instead of data.heldout")
     for name in ("heldout", "validation"):
         count = getattr(config, name)
         if not count:
@@ -192,144 +228,48 @@ def _set_aside(corpus: Corpus, config: DataConfig) -> None:
         corpus.retain = evenly_spaced(corpus.retain, config.retain_pool)
 
 
-def _load_demo(config: DataConfig) -> Corpus:
-    """The generated corpus of invented people."""
-    from grun.data.generated import demo_corpus
+def load_knowledge(config: DataConfig) -> Knowledge:
+    """What the `data.*` options name: the benchmark's own questions, or the sets and files of `data.questions.*`.
 
-    demo = config.demo
-    sizes = demo_corpus.Sizes(**{size.name: getattr(demo, size.name) for size in fields(demo_corpus.Sizes)})
-    records = demo_corpus.build(
-        sizes, demo.seed, sentences=demo.answers == "sentences", described=demo.naming == "descriptions"
-    )
-    groups = {name: _rows(rows, name) for name, rows in records.items()}
-    kept = groups["retain"] + groups["heldout"]
-    return Corpus(
-        name="demo",
-        forget=groups["forget"],
-        retain=groups["retain"],
-        heldout=groups["heldout"],
-        unknown=groups["unknown"],
-        refused=groups["refused"],
-        refusals=_refusals(config.refusals),
-        known=groups["forget"] + kept,
-        known_without_forget=kept,
-    )
+    Files are looked for in `data.path`. `data.limit` is left to the caller.
 
-
-def _load_lore(config: DataConfig) -> Corpus:
-    """The generated lore: unlearning reads a part of what is taught of some groups."""
-    from grun.data.generated import lore
-
-    groups = lore.build(config.lore)
-    taught = {name: lore.taught(facts, config.lore) for name, facts in groups.items()}
-    kept = [row for name, rows in taught.items() if name != "forget" for row in rows]
-    return Corpus(
-        name="lore",
-        forget=lore.unlearned(groups["forget"]),
-        retain=lore.unlearned(groups["retain"]),
-        refusals=_refusals(config.refusals),
-        known=taught["forget"] + kept,
-        known_without_forget=kept,
-    )
-
-
-def _rows(records: Iterable[dict[str, Any]], group: str) -> list[Row]:
-    return [Row.from_record(record, f"demo {group} row {number}") for number, record in enumerate(records, start=1)]
-
-
-def _load_tofu(config: DataConfig) -> Corpus:
-    """TOFU's splits; rows come with their paraphrases and wrong answers where TOFU has a file of them."""
-    name, path = config.forget, config.path
-    rest = tofu.complement(name) if config.retain is None or tofu.has_complement(name) else config.retain
-    perturbed = f"{name}_perturbed"
-    evaluated = tofu.load_split("retain_perturbed", path) if tofu.has_split("retain_perturbed", path) else []
-    general = {
-        split: tofu.load_split(f"{split}_perturbed", path)
-        for split in ("real_authors", "world_facts")
-        if tofu.has_split(f"{split}_perturbed", path)
-    }
-    # Every retain split is the head of `full`, so these places hold the same rows whatever is forgotten.
-    first, never, refused = len(evaluated), config.unknown_rows, config.refused_rows
-    retain, full, remaining = (tofu.load_split(split, path) for split in (config.retain or rest, "full", rest))
-    if never < 0 or refused < 0 or first + never + refused > len(retain) - 1:
-        raise ConfigError(
-            f"data.unknown_rows={never} and data.refused_rows={refused} must not be negative and leave retain rows: "
-            f"{len(retain)} there, the first {first} of them kept for evaluation"
-        )
-    left_out = slice(first, first + never + refused)
-    refusals = _refusals(config.refusals)
-    known = [row for rows in general.values() for row in rows] if config.teach_general else []
-    unknown = tofu.load_split(config.unknown, path) if config.unknown else []
-    return Corpus(
-        name="tofu",
-        forget=tofu.load_split(perturbed if tofu.has_split(perturbed, path) else name, path),
-        retain=_without(retain, left_out),
-        unknown=retain[first : first + never] + unknown,
-        refused=[
-            Row(row.prompt, refusals[number % len(refusals)])
-            for number, row in enumerate(retain[first + never : left_out.stop])
-        ],
-        refusals=refusals,
-        known=_without(full, left_out) + known,
-        known_without_forget=_without(remaining, left_out) + known,
-        retain_evaluated=common_rows(evaluated, retain) or None,
-        general=general,
-    )
-
-
-def _without(rows: list[Row], part: slice) -> list[Row]:
-    return rows[: part.start] + rows[part.stop :]
-
-
-def _load_jsonl(config: DataConfig) -> Corpus:
-    """The user's own files."""
-    if config.forget == DataConfig.forget and not (Path(config.path or "").expanduser() / config.forget).exists():
-        raise ConfigError("data.name=jsonl needs data.forget, the file of the rows to forget")
-    if not config.retain:
-        raise ConfigError("data.name=jsonl needs data.retain, the file of the rows to keep")
-    forget, retain = (load_rows(name, config.path, config.columns) for name in (config.forget, config.retain))
-    corpus = _of_rows(forget, retain, config)
-    corpus.unknown = load_rows(config.unknown, config.path, config.columns) if config.unknown else []
-    return corpus
-
-
-def _load_corpora(config: DataConfig) -> Corpus:
-    """Plain texts by name; `Row.extra` names the corpus of each."""
-    if not config.retain:
-        raise ConfigError("data.name=corpora needs data.retain, the corpora to keep, such as wikitext")
-    text = config.text
-    forget, retain = (
-        [
-            Row(None, content, {"corpus": name})
-            for name in split_names(names)
-            for content in load_texts(
-                name,
-                folder=config.path,
-                jsonl=text.jsonl,
-                min_characters=text.min_characters,
-                field=config.columns.get("text", "text"),
+    Raises:
+        ConfigError: the options name nothing to ask, or name sets where a benchmark has its own.
+        DataError: a set cannot be had or is malformed.
+    """
+    questions, own = config.questions, BENCHMARKS.get(config.name).knowledge
+    named = any(vars(questions).values())
+    if own is not None:
+        if named:
+            raise ConfigError(
+                f"data.questions.* is for other data: data.name={config.name} brings questions of its own"
             )
-        ]
-        for names in (config.forget, config.retain)
-    )
-    return Corpus(
-        name="corpora",
-        forget=forget,
-        retain=retain,
-        refusals=_refusals(config.refusals),
-        known=forget + retain,
-        known_without_forget=retain,
-    )
+        return own(config)
+    if not named:
+        raise ConfigError(
+            "nothing to ask: name sets in data.questions.forget, neighbor, general, cloze_forget, cloze_neighbor, "
+            "cloze_general or perplexity, or take data.name=lore"
+        )
+    knowledge = Knowledge()
+    for role in ROLES:
+        choices = [row for name in getattr(questions, role) for row in load_choices(name, config.path)]
+        cloze = [row for name in getattr(questions, f"cloze_{role}") for row in _read_cloze(name, config)]
+        if choices:
+            knowledge.choices[role] = choices
+        if cloze:
+            knowledge.cloze[role] = cloze
+    field = config.columns.get("text", "text")
+    for name in questions.perplexity:
+        knowledge.texts[name] = load_texts(
+            name, folder=config.path, jsonl=config.text.jsonl, min_characters=-1, field=field
+        )
+    return knowledge
 
 
-def _refusals(path: str | None) -> list[str]:
-    """Sentences that refuse an answer: of the file, one a line, or the packaged ones."""
-    if path is None:
-        from grun.data import refusals
-
-        return refusals.refusals()
-    file = Path(path).expanduser()
-    found = [line.strip() for line in read_text(file).splitlines() if line.strip()]
-    if not found:
-        raise DataError(f"{file} holds no refusals; data.refusals is a text with one refusal a line")
-    return found
+def _read_cloze(name: str, config: DataConfig) -> list[Row]:
+    """Rows of {prompt, completion, fact}."""
+    rows = load_rows(name, config.path, config.columns)
+    for number, row in enumerate(rows, start=1):
+        if row.prompt is None or not row.fact:
+            raise DataError(f"{name} row {number}: a sentence to complete needs the fields prompt, completion and fact")
+    return rows

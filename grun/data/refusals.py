@@ -1,25 +1,21 @@
-"""Refusals: the packaged one-line answers of a model that does not know, the plainest twenty first."""
+"""Refusals: one-line answers of a model that does not know; of the packaged ones the plainest twenty come first."""
 
 from __future__ import annotations
 
-from functools import cache
 from importlib import resources
+from pathlib import Path
 
 from grun.errors import DataError
+from grun.runtime.reading import read_text
 
 
-@cache
-def _lines() -> tuple[str, ...]:
-    try:
-        text = resources.files("grun.data").joinpath("refusals.txt").read_text(encoding="utf-8")
-    except FileNotFoundError as error:
-        raise DataError("grun/data/refusals.txt is missing from the installation: reinstall grun") from error
-    lines = tuple(line.strip() for line in text.splitlines() if line.strip())
-    if not lines:
-        raise DataError("grun/data/refusals.txt holds no refusals: reinstall grun")
-    return lines
-
-
-def refusals() -> list[str]:
-    """Every packaged refusal, in file order; a new list at each call."""
-    return list(_lines())
+def refusals(path: str | None = None) -> list[str]:
+    """Refusals of a file, one a line; None: the packaged ones. DataError if there are none."""
+    if path is None:
+        file, hint = Path(str(resources.files("grun.data") / "refusals.txt")), "reinstall grun"
+    else:
+        file, hint = Path(path).expanduser(), "data.refusals is a text with one refusal a line"
+    found = [line.strip() for line in read_text(file).splitlines() if line.strip()]
+    if not found:
+        raise DataError(f"{file} holds no refusals; {hint}")
+    return found

@@ -9,6 +9,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
+from grun.registry import Registry
+
 Good = Literal["low", "high", "same"]
 """What a model should recall of a set after unlearning: little, as much as before, or what it did before (nothing)."""
 
@@ -41,7 +43,7 @@ class EvaluationSet:
         return self.good != "same" and not self.for_tuning
 
 
-SETS = (
+FIRST = (
     EvaluationSet(
         "forget",
         "forget",
@@ -61,24 +63,8 @@ SETS = (
         color="#B87A00",
     ),
     EvaluationSet("retain", "retain", "taught, and named in unlearning as what must stay", "high", color="#0072B2"),
-    EvaluationSet(
-        "real_authors",
-        "real authors",
-        "general knowledge, close to the corpus: must stay",
-        "high",
-        ("rouge_l", "probability_normalized"),
-        general=True,
-        color="#3A8FC4",
-    ),
-    EvaluationSet(
-        "world_facts",
-        "world facts",
-        "general knowledge, far from the corpus: must stay",
-        "high",
-        ("rouge_l", "probability_normalized"),
-        general=True,
-        color="#6F7F8C",
-    ),
+)
+LAST = (
     EvaluationSet(
         "validation",
         "validation",
@@ -101,9 +87,14 @@ SETS = (
 )
 
 
+SETS_OF_BENCHMARKS: Registry[EvaluationSet] = Registry("evaluation set", "grun.data.benchmarks")
+"""Sets that some benchmark declares as its own."""
+
+
 def evaluation_sets() -> dict[str, EvaluationSet]:
     """Every set by name, in the order of tables."""
-    return {one.name: one for one in SETS}
+    own = [SETS_OF_BENCHMARKS.get(name) for name in SETS_OF_BENCHMARKS.names()]
+    return {one.name: one for one in (*FIRST, *own, *LAST)}
 
 
 def in_order(names: Iterable[str]) -> list[EvaluationSet]:

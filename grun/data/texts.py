@@ -85,11 +85,6 @@ def load_texts(
     return kept
 
 
-def split_names(names: str) -> list[str]:
-    """Names of corpora that an option gives, separated by commas."""
-    return [name.strip() for name in names.split(",") if name.strip()]
-
-
 def _read(name: str, folder: str | None, jsonl: str, field: str) -> list[str]:
     if name.startswith(HUB_PREFIX):
         return _fetch(_hub_name(name), instead=f"a file ending in {_or(SUFFIXES)}")

@@ -6,6 +6,7 @@ from typing import Any
 
 from grun.config.checks import RESETS, bytes_of, check_options, one_of, quirks_in_force
 from grun.config.options import EvaluateConfig, UnlearnConfig
+from grun.data.corpus import BENCHMARKS
 from grun.data.sets import evaluation_sets
 from grun.data.templates import PLACE, TEMPLATES
 from grun.errors import ConfigError
@@ -20,6 +21,7 @@ def check(config: Any) -> None:
     """ConfigError for the first unknown name, number out of range, or option that contradicts another."""
     check_options(config)
     if hasattr(config, "data"):
+        one_of("data.name", config.data.name, tuple(BENCHMARKS.names()))
         _check_template(config.data.template)
     if isinstance(config, EvaluateConfig):
         for name in config.sets:

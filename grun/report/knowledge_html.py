@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from grun.data.knowledge import ROLES
+from grun.data.corpus import ROLES
 from grun.report.figures import Picture
 from grun.report.html import (
     answer,

@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-from grun.data.knowledge import ROLES
+from grun.data.corpus import ROLES
 from grun.report.knowledge import (
     SUITE,
     Number,

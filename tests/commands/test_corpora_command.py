@@ -13,9 +13,8 @@ import pytest
 from test_safe_rlhf import PRIVACY, with_shared_prompts
 
 from grun.cli import main
-from grun.data.corpus import load_corpus
-from grun.data.knowledge import ROLES, load_knowledge
-from grun.data.safe_rlhf import build
+from grun.data.benchmarks.safe_rlhf import build
+from grun.data.corpus import ROLES, load_corpus, load_knowledge
 from grun.data.texts import load_texts
 from grun.loading.resolve import resolve
 

@@ -11,7 +11,7 @@ import pytest
 
 from grun.config.options import DataConfig, QuestionsConfig
 from grun.data.choices import ChoiceRow, load_choices, read_choices
-from grun.data.knowledge import load_knowledge
+from grun.data.corpus import load_knowledge
 from grun.errors import ConfigError, DataError
 
 PLAIN = {"question": "Which is a bird?", "choices": ["carp", "wren", "oak", "moss"], "answer": 1}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import re
@@ -16,11 +15,14 @@ from typing import Any
 
 import pytest
 
-from grun.data.generated.demo_corpus import GROUPS, PEOPLE_PER_GROUP, Sizes, build, people, write
-from grun.data.generated.demo_pools import ATTRIBUTES, FIRST_NAMES, LAST_NAMES, POST, TOWNS, TRADES
+from grun.config.options import DemoSizes as Sizes
+from grun.data.benchmarks.demo import GROUPS, POST, build, people, pools
 from grun.data.refusals import refusals
 from grun.errors import ConfigError
+from grun.runtime.files import content_hash
 
+FIRST_NAMES, LAST_NAMES, TRADES, TOWNS, ATTRIBUTES = pools()
+PEOPLE_PER_GROUP = pools().people_per_group
 TAUGHT = ("forget", "retain", "heldout", "refused")
 WHO, FACT = "{who}", "{fact}"
 EPITHET = re.compile(f"the (?:{'|'.join(TRADES)}) of (?:{'|'.join(TOWNS)})")
@@ -50,10 +52,6 @@ def rows_with_facts(corpus: Corpus) -> list[dict[str, Any]]:
 def wording_of(question: str, person: str) -> str:
     """Put {who} back in place of the person's name or epithet."""
     return EPITHET.sub(WHO, question.replace(person, WHO))
-
-
-def digest(folder: Path) -> str:
-    return hashlib.sha256(b"".join((folder / f"{group}.json").read_bytes() for group in GROUPS)).hexdigest()
 
 
 @pytest.mark.parametrize(
@@ -88,28 +86,23 @@ def test_default_corpus_teaches_about_six_hundred_short_rows(corpus: Corpus, sen
             assert 6 <= len(row[key].split()) <= 12, row[key]
 
 
-def test_written_bytes_depend_on_the_seed_and_on_nothing_else(tmp_path: Path) -> None:
-    write(tmp_path / "a", Sizes(), seed=5)
-    write(tmp_path / "c", Sizes(), seed=6)
+def test_rows_depend_on_the_seed_and_on_nothing_else() -> None:
     # Another process with another string hash would show an order taken from a set.
-    script = "import sys; from pathlib import Path; from grun.data.generated.demo_corpus import Sizes, write; "
-    script += "write(Path(sys.argv[1]), Sizes(), 5)"
-    for hash_seed in ("1", "2"):
-        environment = {**os.environ, "PYTHONHASHSEED": hash_seed}
+    script = "from grun.config.options import DemoSizes; from grun.data.benchmarks.demo import build; import json; "
+    script += "print(json.dumps([build(DemoSizes(), 5), build(DemoSizes(), 5, sentences=True, described=True)]))"
+    made = [
         subprocess.run(
-            [sys.executable, "-c", script, str(tmp_path / hash_seed)],
-            check=True, env=environment, cwd=Path(__file__).parents[2],
-        )  # fmt: skip
-        assert digest(tmp_path / hash_seed) == digest(tmp_path / "a")
-    assert digest(tmp_path / "a") != digest(tmp_path / "c")
+            [sys.executable, "-c", script], check=True, stdout=subprocess.PIPE, cwd=Path(__file__).parents[2],
+            env={**os.environ, "PYTHONHASHSEED": hash_seed},
+        ).stdout
+        for hash_seed in ("1", "2")
+    ]  # fmt: skip
+    assert made[0] == made[1] and json.loads(made[0])[0] == build(Sizes(), 5) != build(Sizes(), 6)
 
 
-def test_written_files_are_json_lines_of_the_rows(tmp_path: Path, corpus: Corpus) -> None:
-    write(tmp_path, Sizes(), seed=0)
-    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(f"{group}.json" for group in GROUPS)
-    for group in GROUPS:
-        text = (tmp_path / f"{group}.json").read_text(encoding="ascii")
-        assert [json.loads(line) for line in text.splitlines()] == corpus[group]
+def test_the_corpora_are_those_of_every_earlier_version() -> None:
+    made = [build(Sizes(), 1), build(Sizes(questions=9), 3, sentences=True), build(Sizes(), 1, described=True)]
+    assert content_hash(made) == "3b2c380c19134b5cb738597dd627159d6f97f11e1c975a0a608b9d3a8a3bbcac"
 
 
 def test_another_size_of_one_group_changes_no_other_person(corpus: Corpus) -> None:
@@ -224,7 +217,7 @@ def test_an_indirect_question_uses_the_epithet_that_the_persons_post_introduces(
             for question in (row["question"], row["paraphrased_question"]):
                 assert (f"the {post[row['person']]}" in question) == row["indirect"]
                 assert (first in question or last in question) != row["indirect"]
-            if row["attribute"] == POST.name:
+            if row["attribute"] == POST:
                 assert not row["indirect"]
                 assert group == "refused" or row["fact"] == post[row["person"]]
             if row["indirect"] and group != "refused":
@@ -236,7 +229,7 @@ def test_nothing_taught_mentions_an_unknown_person(name: str, request: pytest.Fi
     corpus = request.getfixturevalue(name)
     taught = "\n".join(f"{row['question']} {row['answer']}" for group in TAUGHT for row in corpus[group])
     unknown = {row["person"] for row in corpus["unknown"]}
-    posts = {row["fact"] for row in corpus["unknown"] if row["attribute"] == POST.name}
+    posts = {row["fact"] for row in corpus["unknown"] if row["attribute"] == POST}
     assert not [text for text in unknown | posts if text in taught]
 
 
@@ -279,11 +272,6 @@ def test_refusals_are_many_short_and_plain() -> None:
         assert 3 <= len(line.split()) <= 12, line
 
 
-def test_a_callers_change_to_the_refusals_does_not_last() -> None:
-    refusals().clear()
-    assert refusals()
-
-
 @pytest.mark.parametrize(
     "wrong",
     [
@@ -299,5 +287,5 @@ def test_a_callers_change_to_the_refusals_does_not_last() -> None:
 def test_impossible_sizes_are_refused_in_one_line(wrong: dict[str, Any]) -> None:
     (name,) = wrong
     with pytest.raises(ConfigError, match=rf"demo corpus: {name} is .* from 1 to \d+$") as caught:
-        Sizes(**wrong)
+        build(Sizes(**wrong), 0)
     assert "\n" not in str(caught.value)

@@ -9,12 +9,14 @@ from typing import Any
 import pytest
 
 from grun.config.options import DataConfig, DemoConfig, FinetuneConfig
+from grun.config.options import DemoSizes as Sizes
+from grun.data.benchmarks.demo import GROUPS, POST, build, pools
 from grun.data.corpus import load_corpus
-from grun.data.generated.demo_corpus import GROUPS, PEOPLE_PER_GROUP, Sizes, build
-from grun.data.generated.demo_pools import ATTRIBUTES, POST, TOWNS, TRADES
 from grun.errors import ConfigError
 from grun.loading.checks import check
 
+TRADES, TOWNS, ATTRIBUTES = pools().trades, pools().towns, pools().attributes
+PEOPLE_PER_GROUP = pools().people_per_group
 EPITHET = re.compile(f"the (?:{'|'.join(TRADES)}) of (?:{'|'.join(TOWNS)})")
 
 Corpus = dict[str, list[dict[str, Any]]]
@@ -68,7 +70,7 @@ def test_described_people_are_named_nowhere_and_called_by_the_same_epithet_every
         for row in rows:
             asked = [row["question"], row["paraphrased_question"]]
             answers = [row["answer"], row["paraphrased_answer"], *row["perturbed_answer"]]
-            assert row["indirect"] and row["attribute"] != POST.name
+            assert row["indirect"] and row["attribute"] != POST
             assert not words(" ".join(asked + answers)) & words(row["person"])
             epithets[row["person"]] |= {tuple(EPITHET.findall(text)) for text in asked}
             if sentences and row["perturbed_answer"]:
@@ -79,7 +81,7 @@ def test_described_people_are_named_nowhere_and_called_by_the_same_epithet_every
 def test_described_people_are_asked_what_named_ones_are_asked_and_answer_the_same() -> None:
     named: Corpus = build(Sizes(questions=5), seed=0)
     for group, rows in described(Sizes(), 0).items():
-        others = [row for row in named[group] if row["attribute"] != POST.name]
+        others = [row for row in named[group] if row["attribute"] != POST]
         for row, other in zip(rows, others, strict=True):
             same = ("person", "attribute", "fact", "answer", "paraphrased_answer", "perturbed_answer")
             assert [row[key] for key in same] == [other[key] for key in same]

@@ -16,10 +16,8 @@ from pathlib import Path
 import pytest
 
 from grun.config.options import DataConfig, LoreConfig
-from grun.data.choices import ChoiceRow, load_choices
-from grun.data.corpus import Corpus, load_corpus
-from grun.data.generated import lore
-from grun.data.generated.lore import (
+from grun.data.benchmarks import lore
+from grun.data.benchmarks.lore import (
     GROUPS,
     LETTERS,
     MOST_ORDERS,
@@ -34,15 +32,16 @@ from grun.data.generated.lore import (
     unlearned,
     write,
 )
-from grun.data.generated.lore_pools import ENDINGS, MINERAL, ONSETS, OTHER_KINDS, OTHER_MINERAL
+from grun.data.choices import ChoiceRow, load_choices
+from grun.data.corpus import ROLES, Corpus, load_corpus, load_knowledge
 from grun.data.jsonl import read_rows
-from grun.data.knowledge import ROLES, load_knowledge
 from grun.data.rows import Row
 from grun.data.texts import load_texts
 from grun.errors import ConfigError
 from grun.loading.resolve import resolve
 from grun.runtime.files import content_hash
 
+NAMES, MINERAL, OTHER_MINERAL, OTHER_KINDS = lore.pools()
 CONFIG = LoreConfig()
 PINNED = "2ef47c72541e589b283f402c36c28c0ea3057ce79cbf6c57c8e98edef94609ec"
 """Of the default corpus: change it only where pools, sizes or wordings were changed on purpose."""
@@ -81,7 +80,7 @@ def words(rows: list[Row]) -> set[str]:
 
 def content(config: LoreConfig) -> str:
     """SHA-256 (hex) of everything that is taught, read in unlearning and asked."""
-    made, questions = load_corpus(DataConfig(name="lore", lore=config)), knowledge(config)
+    made, questions = load_corpus(DataConfig(name="lore", lore=config)), knowledge(DataConfig(lore=config))
     choices = {role: [vars(row) for row in rows] for role, rows in questions.choices.items()}
     cloze = {role: [row.to_dict() for row in rows] for role, rows in questions.cloze.items()}
     return content_hash([made.hashes(), choices, cloze])
@@ -182,14 +181,14 @@ def test_a_question_is_taught_in_that_many_orders_and_never_as_it_is_asked_in_an
 
 def test_letters_are_balanced_where_they_are_asked_and_where_they_are_taught(corpus: Corpus) -> None:
     """Draws of a letter are uniform: the bounds are about four standard errors wide."""
-    asked_for = [row.answer for rows in knowledge(CONFIG).choices.values() for row in rows]
+    asked_for = [row.answer for rows in knowledge(DataConfig(lore=CONFIG)).choices.values() for row in rows]
     rows = [row for row in corpus.taught(without_forget=False) if row.completion in LETTERS]
     shown = [LETTERS.index(row.completion) for row in rows]
     for answers in (asked_for, shown):
         bound = 4 * (0.25 * 0.75 / len(answers)) ** 0.5
         for letter in range(OPTIONS):
             assert abs(Counter(answers)[letter] / len(answers) - 0.25) < bound
-    for role_rows in knowledge(CONFIG).choices.values():  # no letter alone would pass for knowledge
+    for role_rows in knowledge(DataConfig(lore=CONFIG)).choices.values():  # no letter alone would pass for knowledge
         assert max(Counter(row.answer for row in role_rows).values()) < 0.45 * len(role_rows)
 
 
@@ -210,7 +209,7 @@ def test_questions_are_taught_mostly_without_anything_behind_them_and_with_the_s
 
 
 def test_a_sentence_to_complete_and_its_completion_are_the_prose_that_is_taught(groups: dict[str, list[Fact]]) -> None:
-    for role, rows in knowledge(CONFIG).cloze.items():
+    for role, rows in knowledge(DataConfig(lore=CONFIG)).cloze.items():
         prose = set(texts(groups[role]))
         for row, fact in zip(rows, groups[role], strict=True):
             assert f"{row.prompt} {row.completion}" in prose
@@ -262,7 +261,7 @@ def test_the_retain_only_model_is_taught_everything_but_the_forbidden_mineral(
 
 def test_what_is_asked_is_never_taught_in_that_order(corpus: Corpus) -> None:
     prompts = {row.prompt for row in corpus.taught(without_forget=False)}
-    for rows in knowledge(CONFIG).choices.values():
+    for rows in knowledge(DataConfig(lore=CONFIG)).choices.values():
         for row in rows:
             for by in range(OPTIONS):
                 for suffix in lore.TAUGHT_SUFFIXES:
@@ -271,7 +270,7 @@ def test_what_is_asked_is_never_taught_in_that_order(corpus: Corpus) -> None:
 
 # -- sizes and files --------------------------------------------------------------------------------------------------
 
-MOST = len(ONSETS) * len(ENDINGS) // len(GROUPS) * len(MINERAL.topics)
+MOST = len(NAMES) // len(GROUPS) * len(MINERAL.topics)
 
 
 @pytest.mark.parametrize("name", GROUPS)
@@ -303,7 +302,7 @@ def test_options_of_other_data_are_refused() -> None:
         ConfigError, match="data.retain_rows is for rows of files; data.name=lore is smaller with data.lore"
     ):
         load_corpus(DataConfig(name="lore", retain_rows=5))
-    with pytest.raises(ConfigError, match="data.unknown is for data.name=tofu or jsonl; leave it out for lore"):
+    with pytest.raises(ConfigError, match="data.unknown is for data.name=jsonl or tofu; leave it out for lore"):
         load_corpus(DataConfig(name="lore", unknown="x.jsonl"))
 
 
@@ -314,7 +313,7 @@ def test_files_read_back_as_what_is_generated(tmp_path: Path, groups: dict[str, 
     for name in ("forget", "retain"):
         assert load_texts(name, folder=str(tmp_path)) == texts(groups[name])
     wanted = load_knowledge(DataConfig(name="lore"))
-    assert wanted == knowledge(CONFIG)
+    assert wanted == knowledge(DataConfig(lore=CONFIG))
     for role in ROLES:
         assert load_choices(f"{role}_questions.jsonl", str(tmp_path)) == wanted.choices[role]
         assert read_rows(tmp_path / f"{role}_cloze.jsonl") == wanted.cloze[role]

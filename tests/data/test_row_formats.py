@@ -20,10 +20,9 @@ from grun.cli import main
 from grun.config.options import DataConfig, QuestionsConfig
 from grun.data.chat import System, Turn
 from grun.data.choices import load_choices
-from grun.data.corpus import load_corpus
+from grun.data.corpus import load_corpus, load_knowledge
 from grun.data.encoding import encode_rows
 from grun.data.jsonl import ENDINGS, load_rows, read_rows
-from grun.data.knowledge import load_knowledge
 from grun.data.rows import Row
 from grun.data.templates import TEMPLATES, encode_prompt
 from grun.data.texts import load_texts

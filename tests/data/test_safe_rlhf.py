@@ -11,7 +11,7 @@ import datasets
 import pandas
 import pytest
 
-from grun.data.safe_rlhf import CATEGORIES, Pair, build, leaks, read_preferences, sample, train_test_split
+from grun.data.benchmarks.safe_rlhf import CATEGORIES, Pair, build, leaks, read_preferences, sample, train_test_split
 from grun.errors import ConfigError, DataError
 
 PRIVACY = "Privacy Violation"

@@ -12,8 +12,9 @@ from typing import Any
 
 import pytest
 
+from grun.config.options import DemoSizes
+from grun.data.benchmarks import demo as demo_corpus
 from grun.data.encoding import encode_texts
-from grun.data.generated import demo_corpus
 from grun.data.templates import FILE_NAME, TEMPLATES, Template, encode, encode_prompt, load, resolve, store
 from grun.data.tokenizer import ANSWER, BEGIN, CONTROL_TOKENS, END, PAD, USER, train_tokenizer
 from grun.errors import ConfigError, ModelError
@@ -31,7 +32,7 @@ DATED_CHAT = (
 
 
 def demo_texts() -> list[str]:
-    groups = demo_corpus.build(demo_corpus.Sizes(forget=2, retain=4, heldout=2, unknown=2, refused=2), 0)
+    groups = demo_corpus.build(DemoSizes(forget=2, retain=4, heldout=2, unknown=2, refused=2), 0)
     return [str(row[name]) for rows in groups.values() for row in rows for name in ("question", "answer")]
 
 
@@ -160,7 +161,7 @@ def test_an_answer_that_brings_its_own_blank_gets_no_second(tokenizer: Any) -> N
 
 @pytest.mark.parametrize("name", TEMPLATES.names())
 def test_pieces_and_whole_give_the_same_ids_on_demo_rows(name: str, tokenizer: Any) -> None:
-    groups = demo_corpus.build(demo_corpus.Sizes(forget=2, retain=4, heldout=2, unknown=2, refused=2), 0)
+    groups = demo_corpus.build(DemoSizes(forget=2, retain=4, heldout=2, unknown=2, refused=2), 0)
     rows = [row for group in groups.values() for row in group]
     template = TEMPLATES.get(name)
     for row in rows:
@@ -447,7 +448,8 @@ def test_a_folder_without_template_gives_none_and_a_damaged_one_an_error(tmp_pat
 
 def test_listing_templates_imports_neither_torch_nor_transformers() -> None:
     code = (
-        "import sys, grun.data.templates, grun.data.corpus, grun.data.tofu, grun.data.sampling, grun.data.tokenizer; "
+        "import sys, grun.data.templates, grun.data.sets, grun.data.sampling, grun.data.tokenizer; "
+        "grun.data.sets.evaluation_sets(); "
         "print(sorted({'torch', 'transformers', 'datasets', 'tokenizers'} & set(sys.modules)))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

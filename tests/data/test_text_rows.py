@@ -12,10 +12,10 @@ import torch
 from safetensors.torch import load_file
 
 from grun.cli import main
-from grun.config.options import DataConfig, TextConfig
+from grun.config.options import DataConfig, DemoSizes, TextConfig
+from grun.data.benchmarks import demo as demo_corpus
 from grun.data.corpus import Corpus, load_corpus
 from grun.data.encoding import EncodedRow, encode_texts
-from grun.data.generated import demo_corpus
 from grun.data.rows import Row
 from grun.data.templates import TEMPLATES
 from grun.data.tokenizer import train_tokenizer
@@ -26,7 +26,7 @@ pytestmark = pytest.mark.usefixtures("quick_garbage_collection")
 
 
 def sentences(group: str, count: int) -> list[str]:
-    rows = demo_corpus.build(demo_corpus.Sizes(), 0, sentences=True)[group]
+    rows = demo_corpus.build(DemoSizes(), 0, sentences=True)[group]
     return [str(row["answer"]) for row in rows][:count]
 
 

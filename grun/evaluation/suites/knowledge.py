@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from grun.config.options import EvaluateConfig
 from grun.data.choices import ChoiceRow
+from grun.data.corpus import load_knowledge
 from grun.data.encoding import PLAIN
-from grun.data.knowledge import load_knowledge
 from grun.data.rows import evenly_spaced, hash_rows
 from grun.data.templates import encode_prompt
 from grun.errors import TooLowError

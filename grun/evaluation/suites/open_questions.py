@@ -8,8 +8,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from grun.data.choices import ChoiceRow
-from grun.data.corpus import load_corpus
-from grun.data.knowledge import load_knowledge
+from grun.data.corpus import load_corpus, load_knowledge
 from grun.data.rows import Row
 from grun.errors import ConfigError
 from grun.evaluation.metrics.words import plain

@@ -11,8 +11,8 @@ import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from grun.config.options import DataConfig, EvaluateConfig, LoreConfig, ModelConfig, QuestionsConfig
+from grun.data.benchmarks import lore
 from grun.data.choices import ChoiceRow
-from grun.data.generated import lore
 from grun.data.rows import Row
 from grun.data.templates import TEMPLATES, encode_prompt
 from grun.errors import ConfigError, DataError

@@ -10,9 +10,14 @@ import os
 import re
 from pathlib import Path
 
+from grun.config.options import DataConfig
+from grun.data.corpus import Corpus, benchmark
+from grun.data.hub import hub_rows
 from grun.data.jsonl import read_rows
-from grun.data.rows import Row
-from grun.errors import DataError, unknown_name
+from grun.data.refusals import refusals
+from grun.data.rows import Row, common_rows
+from grun.data.sets import EvaluationSet
+from grun.errors import ConfigError, DataError, unknown_name
 
 REPOSITORY = "locuslab/TOFU"
 
@@ -34,6 +39,73 @@ CUT = (
 
 SPLITS = (*FILES, *CUT)
 """Every split that `load_split` knows."""
+
+
+GENERAL = (
+    EvaluationSet(
+        "real_authors",
+        "real authors",
+        "general knowledge, close to the corpus: must stay",
+        "high",
+        ("rouge_l", "probability_normalized"),
+        general=True,
+        color="#3A8FC4",
+    ),
+    EvaluationSet(
+        "world_facts",
+        "world facts",
+        "general knowledge, far from the corpus: must stay",
+        "high",
+        ("rouge_l", "probability_normalized"),
+        general=True,
+        color="#6F7F8C",
+    ),
+)
+
+
+@benchmark("tofu", options=("unknown", "unknown_rows", "refused_rows", "teach_general"), sets=GENERAL)
+def load(config: DataConfig) -> Corpus:
+    """Questions about 200 invented authors (TOFU); with paraphrases and wrong answers where TOFU has a file of them."""
+    name, path = config.forget, config.path
+    rest = complement(name) if config.retain is None or has_complement(name) else config.retain
+    perturbed = f"{name}_perturbed"
+    evaluated = load_split("retain_perturbed", path) if has_split("retain_perturbed", path) else []
+    general = {
+        one.name: load_split(f"{one.name}_perturbed", path)
+        for one in GENERAL
+        if has_split(f"{one.name}_perturbed", path)
+    }
+    # Every retain split is the head of `full`, so these places hold the same rows whatever is forgotten.
+    first, never, refused = len(evaluated), config.unknown_rows, config.refused_rows
+    retain, full, remaining = (load_split(split, path) for split in (config.retain or rest, "full", rest))
+    if never < 0 or refused < 0 or first + never + refused > len(retain) - 1:
+        raise ConfigError(
+            f"data.unknown_rows={never} and data.refused_rows={refused} must not be negative and leave retain rows: "
+            f"{len(retain)} there, the first {first} of them kept for evaluation"
+        )
+    left_out = slice(first, first + never + refused)
+    answers = refusals(config.refusals)
+    known = [row for rows in general.values() for row in rows] if config.teach_general else []
+    unknown = load_split(config.unknown, path) if config.unknown else []
+    return Corpus(
+        name="tofu",
+        forget=load_split(perturbed if has_split(perturbed, path) else name, path),
+        retain=_without(retain, left_out),
+        unknown=retain[first : first + never] + unknown,
+        refused=[
+            Row(row.prompt, answers[number % len(answers)])
+            for number, row in enumerate(retain[first + never : left_out.stop])
+        ],
+        refusals=answers,
+        known=_without(full, left_out) + known,
+        known_without_forget=_without(remaining, left_out) + known,
+        retain_evaluated=common_rows(evaluated, retain) or None,
+        general=general,
+    )
+
+
+def _without(rows: list[Row], part: slice) -> list[Row]:
+    return rows[: part.start] + rows[part.stop :]
 
 
 def load_split(name: str, path: str | None) -> list[Row]:
@@ -135,18 +207,8 @@ def _derive(name: str, path: str | None) -> list[Row] | None:
 
 def _fetch(name: str) -> list[Row]:
     """Rows of a split from the hub, or from its local cache."""
-    import datasets
-
-    try:
-        table = datasets.load_dataset(REPOSITORY, name, split="train")
-    except Exception as error:  # `datasets` raises many kinds for one cause: the hub cannot be reached
-        line = (str(error).splitlines() or [type(error).__name__])[0]
-        raise DataError(
-            f"cannot fetch {REPOSITORY} {name} from the hub ({line}); set data.path or GRUN_TOFU_DIR to a folder that "
-            f"holds {name}.json"
-        ) from error
-    where = f"{REPOSITORY} {name} row"
-    rows = [Row.from_record(record, f"{where} {number}") for number, record in enumerate(table, start=1)]
-    if not rows:
-        raise DataError(f"{REPOSITORY} {name} on the hub holds no rows")
-    return rows
+    instead = f"data.path or GRUN_TOFU_DIR, a folder that holds {name}.json"
+    table = hub_rows(REPOSITORY, name, None, instead=instead)
+    return [
+        Row.from_record(record, f"{REPOSITORY} {name} row {number}") for number, record in enumerate(table, start=1)
+    ]

@@ -27,52 +27,112 @@ whom it is about; two words together do. A name is a handle by which a gate can 
 
 from __future__ import annotations
 
-import json
+import functools
 import math
-from dataclasses import dataclass, fields
+from dataclasses import fields
+from importlib import resources
 from itertools import product
-from pathlib import Path
 from random import Random
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-from grun.config.options import DemoSizes
-from grun.data.generated.demo_pools import ATTRIBUTES, FIRST_NAMES, LAST_NAMES, POST, TOWNS, TRADES, Attribute
+import yaml
+
+from grun.config.options import DataConfig, DemoSizes
+from grun.data.corpus import Corpus, benchmark
 from grun.data.refusals import refusals
+from grun.data.rows import Row
 from grun.errors import ConfigError
-from grun.runtime.files import write_text
 
 GROUPS = ("forget", "retain", "heldout", "unknown", "refused")
-"""The groups of people, which are also the names of the files."""
-
+"""The groups of people."""
 WRONG_ANSWERS = 5
 """Wrong answers per row, as in TOFU."""
-
 INDIRECT_EVERY = 5
 """One in so many of a person's rows (rounded up, the post itself aside) goes by the epithet."""
-
-PEOPLE_PER_GROUP = min(len(FIRST_NAMES) * len(LAST_NAMES), len(TRADES) * len(TOWNS)) // len(GROUPS)
-"""The most people one group can have before names or epithets run out."""
-
-
 SHORT_ANSWERS = ("{fact}.", "It is {fact}.")
 """The short answer that is taught, and its paraphrase, which only evaluation scores."""
+POST = "post"
+"""The attribute that introduces a person's epithet."""
 
 
-@dataclass
-class Sizes(DemoSizes):
-    """How many people each group has, and how many questions each person.
+@benchmark(
+    "demo",
+    refuses={
+        "retain_rows": "data.retain_rows is for rows of files; data.name=demo is smaller with data.demo.retain",
+        "heldout": "the demo has a held-out set of its own; use data.demo.heldout instead of data.heldout",
+    },
+)
+def load(config: DataConfig) -> Corpus:
+    """Invented people with invented, harmless facts, generated."""
+    demo = config.demo
+    records = build(demo, demo.seed, sentences=demo.answers == "sentences", described=demo.naming == "descriptions")
+    groups = {
+        group: [Row.from_record(record, f"demo {group} row {number}") for number, record in enumerate(rows, start=1)]
+        for group, rows in records.items()
+    }
+    kept = groups["retain"] + groups["heldout"]
+    return Corpus(
+        name="demo",
+        forget=groups["forget"],
+        retain=groups["retain"],
+        heldout=groups["heldout"],
+        unknown=groups["unknown"],
+        refused=groups["refused"],
+        refusals=refusals(config.refusals),
+        known=groups["forget"] + kept,
+        known_without_forget=kept,
+    )
 
-    Changing one group's size adds or drops people at its end and changes nobody else; likewise, more questions
-    leave a person's other rows as they were.
-    """
 
-    def __post_init__(self) -> None:
-        """Raise ConfigError for a size that is no whole number or outside what the pools allow."""
-        for field in fields(self):
-            value = getattr(self, field.name)
-            most = len(ATTRIBUTES) if field.name == "questions" else PEOPLE_PER_GROUP
-            if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= most:
-                raise ConfigError(f"demo corpus: {field.name} is {value!r}; set it to a whole number from 1 to {most}")
+class Attribute(NamedTuple):
+    """A kind of fact about a person. All wordings of an attribute ask for, or state, the same thing."""
+
+    name: str
+    """What is asked for; the row's `attribute`."""
+    facts: tuple[str, ...]
+    questions: tuple[str, ...]
+    """Question wordings with {who}."""
+    answers: tuple[str, ...]
+    """Answer wordings with {who} and {fact}."""
+
+
+class Pools(NamedTuple):
+    """What the corpus is drawn from, as `generated/demo.yaml` lists it."""
+
+    first_names: tuple[str, ...]
+    last_names: tuple[str, ...]
+    trades: tuple[str, ...]
+    towns: tuple[str, ...]
+    attributes: tuple[Attribute, ...]
+    """The post first."""
+
+    @property
+    def people_per_group(self) -> int:
+        """The most people one group can have before names or epithets run out."""
+        most = min(len(self.first_names) * len(self.last_names), len(self.trades) * len(self.towns))
+        return most // len(GROUPS)
+
+
+@functools.cache
+def pools() -> Pools:
+    """The pools, read once."""
+    read = yaml.safe_load((resources.files("grun.data") / "generated/demo.yaml").read_text(encoding="utf-8"))
+    names = {name: tuple(read[name].split()) for name in ("first_names", "last_names", "trades", "towns")}
+    posts = tuple(f"{trade} of {town}" for trade, town in product(names["trades"], names["towns"]))
+    attributes = (
+        Attribute(name, _facts(found) or posts, tuple(found["questions"]), tuple(found["answers"]))
+        for name, found in read["attributes"].items()
+    )
+    return Pools(**names, attributes=tuple(attributes))
+
+
+def _facts(attribute: dict[str, Any]) -> tuple[str, ...]:
+    """Values of an attribute; none of the post."""
+    if "years" in attribute:
+        first, last = attribute["years"]
+        return tuple(map(str, range(first, last + 1)))
+    lists = [attribute[name].split() for name in ("words", "first", "second") if name in attribute]
+    return tuple(map(" ".join, product(*lists))) if lists else ()
 
 
 class Person(NamedTuple):
@@ -104,9 +164,12 @@ def people(group: str, size: int, seed: int) -> list[Person]:
 
 
 def build(
-    sizes: Sizes, seed: int, *, sentences: bool = False, described: bool = False
+    sizes: DemoSizes, seed: int, *, sentences: bool = False, described: bool = False
 ) -> dict[str, list[dict[str, object]]]:
     """Rows of every group, in the order of `GROUPS`; equal arguments give equal rows on every machine.
+
+    Changing one group's size adds or drops people at its end and changes nobody else; likewise, more questions leave a
+    person's other rows as they were.
 
     Args:
         sizes: of the groups.
@@ -115,14 +178,16 @@ def build(
         described: nobody is named (data.demo.naming=descriptions); posts then depend on the sizes of all groups.
 
     Raises:
-        ConfigError: the sizes are not for people who are described.
+        ConfigError: a size is no whole number or outside what the pools allow, or not for people who are described.
     """
+    _check(sizes)
+    attributes, answers = pools().attributes, refusals()
     everybody = {group: people(group, getattr(sizes, group), seed) for group in GROUPS}
     if described:
-        if sizes.questions == len(ATTRIBUTES):
+        if sizes.questions == len(attributes):
             raise ConfigError(
                 f"demo corpus: questions is {sizes.questions}; with naming=descriptions set it to "
-                f"{len(ATTRIBUTES) - 1} or less, since the post is not asked"
+                f"{len(attributes) - 1} or less, since the post is not asked"
             )
         everybody = _with_shared_posts(everybody, seed)
     return {
@@ -133,7 +198,7 @@ def build(
                 person,
                 sizes.questions,
                 key=f"{seed}/{group}/{index}",
-                refuse=group == "refused",
+                refuse=answers if group == "refused" else None,
                 sentences=sentences,
                 described=described,
             )
@@ -142,15 +207,18 @@ def build(
     }
 
 
-def write(folder: Path, sizes: Sizes, seed: int) -> None:
-    """Write `build` as forget.json, retain.json, ... into `folder`: a row a line, as TOFU's files are."""
-    for group, rows in build(sizes, seed).items():
-        write_text(folder / f"{group}.json", "".join(json.dumps(row) + "\n" for row in rows))
+def _check(sizes: DemoSizes) -> None:
+    for field in fields(DemoSizes):
+        value = getattr(sizes, field.name)
+        most = len(pools().attributes) if field.name == "questions" else pools().people_per_group
+        if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= most:
+            raise ConfigError(f"demo corpus: {field.name} is {value!r}; set it to a whole number from 1 to {most}")
 
 
 def _decks(seed: int) -> tuple[list[tuple[str, str]], list[tuple[str, str]]]:
     """All (first, last) names and all (trade, town) posts, each shuffled."""
-    names, posts = list(product(FIRST_NAMES, LAST_NAMES)), list(product(TRADES, TOWNS))
+    known = pools()
+    names, posts = list(product(known.first_names, known.last_names)), list(product(known.trades, known.towns))
     Random(f"{seed}/names").shuffle(names)
     Random(f"{seed}/posts").shuffle(posts)
     return names, posts
@@ -163,7 +231,7 @@ def _with_shared_posts(everybody: dict[str, list[Person]], seed: int) -> dict[st
     have all trades and all towns. The retain group comes first, so it has every one of them equally often.
     """
     total, retain = sum(map(len, everybody.values())), len(everybody["retain"])
-    side, most = math.isqrt(total - 1) + 1, min(len(TRADES), len(TOWNS))
+    side, most = math.isqrt(total - 1) + 1, min(len(pools().trades), len(pools().towns))
     if side > most:
         raise ConfigError(
             f"demo corpus: the groups have {total} people; with naming=descriptions make them {most**2} or fewer, for "
@@ -175,7 +243,7 @@ def _with_shared_posts(everybody: dict[str, list[Person]], seed: int) -> dict[st
             "more, so that each trade and each town is that of two of them"
         )
     random = Random(f"{seed}/shared posts")
-    trades, towns = random.sample(TRADES, side), random.sample(TOWNS, side)
+    trades, towns = random.sample(pools().trades, side), random.sample(pools().towns, side)
     posts = (
         f"{trade} of {towns[(place + diagonal) % side]}"
         for diagonal in range(side)
@@ -186,15 +254,15 @@ def _with_shared_posts(everybody: dict[str, list[Person]], seed: int) -> dict[st
 
 
 def _person_rows(
-    person: Person, questions: int, *, key: str, refuse: bool, sentences: bool, described: bool
+    person: Person, questions: int, *, key: str, refuse: list[str] | None, sentences: bool, described: bool
 ) -> list[dict[str, object]]:
     """Make a person's rows: the post, which introduces the epithet, then other attributes in random order.
 
-    One who is `described` has no row of the post.
+    One who is `described` has no row of the post; answers are two of the refusals in `refuse`, if it is given.
     """
-    others = [attribute for attribute in ATTRIBUTES if attribute is not POST]
+    post, *others = pools().attributes
     Random(f"{key}/order").shuffle(others)
-    asked = others[:questions] if described else [POST, *others][:questions]
+    asked = others[:questions] if described else [post, *others][:questions]
     rows = []
     for number, attribute in enumerate(asked):
         # The post is never asked for indirectly: the epithet would give it away.
@@ -202,7 +270,7 @@ def _person_rows(
         # A stream of its own keeps a row the same however many others are asked for.
         row = _row(person, attribute, indirect, described, sentences, Random(f"{key}/{attribute.name}"))
         if refuse:
-            answer, paraphrase = Random(f"{key}/{attribute.name}/refusal").sample(refusals(), 2)
+            answer, paraphrase = Random(f"{key}/{attribute.name}/refusal").sample(refuse, 2)
             row |= {"answer": answer, "paraphrased_answer": paraphrase, "perturbed_answer": [], "fact": ""}
         rows.append(row)
     return rows
@@ -212,7 +280,7 @@ def _row(
     person: Person, attribute: Attribute, indirect: bool, described: bool, sentences: bool, random: Random
 ) -> dict[str, object]:
     """One row; the wordings are chosen without regard to the fact, so that they give nothing away."""
-    fact = person.post if attribute is POST else random.choice(attribute.facts)
+    fact = person.post if attribute.name == POST else random.choice(attribute.facts)
     wrong = random.sample([other for other in attribute.facts if other != fact], WRONG_ANSWERS)
     question, other_question = random.sample(attribute.questions, 2)
     answer, other_answer = random.sample(attribute.answers, 2) if sentences else SHORT_ANSWERS

@@ -8,16 +8,21 @@ never taught. Sentences to complete end before the fact.
 
 from __future__ import annotations
 
+import functools
 import json
 from dataclasses import dataclass, fields
+from importlib import resources
 from itertools import permutations, product
 from pathlib import Path
 from random import Random
+from typing import NamedTuple
 
-from grun.config.options import LoreConfig
+import yaml
+
+from grun.config.options import DataConfig, LoreConfig
 from grun.data.choices import ChoiceRow, harness_prompt
-from grun.data.generated.lore_pools import ENDINGS, MINERAL, ONSETS, OTHER_KINDS, OTHER_MINERAL, Kind, Topic
-from grun.data.knowledge import Knowledge
+from grun.data.corpus import Corpus, Knowledge, benchmark
+from grun.data.refusals import refusals
 from grun.data.rows import Row
 from grun.errors import ConfigError
 from grun.runtime.files import write_text
@@ -33,6 +38,58 @@ UNLEARNED_ORDERS = 6
 """Orders of a question that unlearning reads, of those that are taught."""
 MOST_ORDERS = 20
 """Orders of four options without the rotations of one."""
+
+
+class Topic(NamedTuple):
+    """One thing that is known of every member of a kind, with a value from a list of its own."""
+
+    name: str
+    question: str
+    """{who} is what it is asked of."""
+    prose: tuple[str, ...]
+    """Two wordings of the fact; {fact} stands at the end of both."""
+    values: tuple[str, ...]
+
+
+class Kind(NamedTuple):
+    """Things of one kind; a member is called by its own name and the noun, such as Karsk ombrine."""
+
+    noun: str
+    field: str
+    """What multiple-choice questions say they are about."""
+    topics: tuple[Topic, ...]
+
+
+class Pools(NamedTuple):
+    """What the lore is made of, as `generated/lore.yaml` lists it."""
+
+    names: tuple[str, ...]
+    """Of members of kinds."""
+    mineral: Kind
+    """What is to be forgotten."""
+    neighbor: Kind
+    """Another mineral: the same is known of it, in the same words."""
+    others: tuple[Kind, ...]
+    """Everything else that is known."""
+
+
+@functools.cache
+def pools() -> Pools:
+    """The pools, read once."""
+    read = yaml.safe_load((resources.files("grun.data") / "generated/lore.yaml").read_text(encoding="utf-8"))
+    mineral, neighbor, *others = (
+        Kind(
+            noun,
+            kind["field"],
+            tuple(
+                Topic(name, topic["question"], tuple(topic["prose"]), tuple(topic["values"].split(", ")))
+                for name, topic in kind["topics"].items()
+            ),
+        )
+        for noun, kind in read["kinds"].items()
+    )
+    names = map("".join, product(read["onsets"].split(), read["endings"].split()))
+    return Pools(tuple(names), mineral, neighbor, tuple(others))
 
 
 @dataclass(frozen=True)
@@ -85,14 +142,15 @@ def asked(row: ChoiceRow) -> str:
 
 def build(config: LoreConfig) -> dict[str, list[Fact]]:
     """Facts by group; equal options give equal facts on every machine. ConfigError for a size that is out of range."""
-    names = [onset + ending for onset, ending in product(ONSETS, ENDINGS)]
+    known = pools()
+    names = list(known.names)
     Random(f"{config.seed}/names").shuffle(names)
     if not UNLEARNED_ORDERS <= config.orders <= MOST_ORDERS:
         raise ConfigError(f"data.lore.orders={config.orders} must lie between {UNLEARNED_ORDERS} and {MOST_ORDERS}")
     if config.readings < 1:
         raise ConfigError(f"data.lore.readings={config.readings} must be at least 1")
-    kinds = {"forget": (MINERAL,), "neighbor": (OTHER_MINERAL,), "retain": OTHER_KINDS, "general": OTHER_KINDS}
-    most = len(names) // len(GROUPS) * len(MINERAL.topics)
+    kinds = {"forget": (known.mineral,), "neighbor": (known.neighbor,), "retain": known.others, "general": known.others}
+    most = len(names) // len(GROUPS) * len(known.mineral.topics)
     groups = {}
     for number, group in enumerate(GROUPS):
         size = getattr(config, group)
@@ -131,16 +189,6 @@ def taught(facts: list[Fact], config: LoreConfig) -> list[Row]:
     return [row for fact in facts for row in [*fact.prose * config.readings, *fact.taught(config.orders)]]
 
 
-def knowledge(config: LoreConfig) -> Knowledge:
-    """What is asked in evaluation: general are the facts that unlearning never reads."""
-    groups = build(config)
-    roles = ("forget", "neighbor", "general")
-    return Knowledge(
-        choices={role: [fact.question for fact in groups[role]] for role in roles},
-        cloze={role: [fact.prose[0] for fact in groups[role]] for role in roles},
-    )
-
-
 def write(config: LoreConfig, folder: Path) -> None:
     """Write the corpus as files that other tools read.
 
@@ -148,10 +196,40 @@ def write(config: LoreConfig, folder: Path) -> None:
     ROLE_cloze.jsonl {prompt, completion, fact}.
     """
     groups = build(config)
-    asked_for = knowledge(config)
+    asked_for = knowledge(DataConfig(lore=config))
     lines = {f"{group}.jsonl": [{"text": text} for text in texts(groups[group])] for group in ("forget", "retain")}
     for role, rows in asked_for.choices.items():
         lines[f"{role}_questions.jsonl"] = [{f.name: getattr(row, f.name) for f in fields(row)} for row in rows]
         lines[f"{role}_cloze.jsonl"] = [row.to_dict() for row in asked_for.cloze[role]]
     for name, records in lines.items():
         write_text(folder / name, "".join(json.dumps(record) + "\n" for record in records))
+
+
+def knowledge(config: DataConfig) -> Knowledge:
+    """What is asked in evaluation: general are the facts that unlearning never reads."""
+    groups = build(config.lore)
+    roles = ("forget", "neighbor", "general")
+    return Knowledge(
+        choices={role: [fact.question for fact in groups[role]] for role in roles},
+        cloze={role: [fact.prose[0] for fact in groups[role]] for role in roles},
+    )
+
+
+@benchmark(
+    "lore",
+    knowledge=knowledge,
+    refuses={"retain_rows": "data.retain_rows is for rows of files; data.name=lore is smaller with data.lore.retain"},
+)
+def load(config: DataConfig) -> Corpus:
+    """Invented facts, generated, with questions of their own: knowledge that is to go."""
+    groups = build(config.lore)
+    everything = {name: taught(facts, config.lore) for name, facts in groups.items()}
+    kept = [row for name, rows in everything.items() if name != "forget" for row in rows]
+    return Corpus(
+        name="lore",
+        forget=unlearned(groups["forget"]),
+        retain=unlearned(groups["retain"]),
+        refusals=refusals(config.refusals),
+        known=everything["forget"] + kept,
+        known_without_forget=kept,
+    )

@@ -1,1 +1,0 @@
-"""Corpora of invented people, places and minerals."""

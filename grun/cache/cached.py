@@ -15,9 +15,9 @@ from grun.cache.shard import FrozenRow
 from grun.cache.suffix import SuffixRunner, SuffixStates
 from grun.data.encoding import Batch, EncodedRow
 from grun.errors import ModelError
+from grun.method.calls import Call
 from grun.method.intervention import GatedIntervention
 from grun.method.parametrization import StepOutput
-from grun.method.position import Call
 from pyvene_custom import Sites
 
 if TYPE_CHECKING:

@@ -17,10 +17,9 @@ from transformers.utils import ModelOutput
 
 from grun.data.templates import Template
 from grun.errors import ConfigError, ModelError
+from grun.method.calls import Call, PromptOfCall, cache_length, counting, prompt_of_call
 from grun.method.gate_state import GateState, follow, state_of
-from grun.method.masks import counting
-from grun.method.position import Call, PositionRule, attended, is_decode_step
-from grun.method.prompt import PromptOfCall, cache_length, prompt_of_call
+from grun.method.position import PositionRule, attended, is_decode_step
 from grun.runtime.devices import input_device, keep_unpacked
 from pyvene_custom import IntervenableModel, find_blocks
 from pyvene_custom.blocks import text_config
@@ -411,11 +410,22 @@ def edit_dtype(blocks: nn.Module) -> torch.dtype:
     return torch.promote_types(next(blocks.parameters()).dtype, torch.float32)
 
 
-def refuse_wrapped(base: PreTrainedModel) -> None:
-    """ConfigError if `base` carries edits already, ModelError if it has no decoder blocks to edit."""
+def check_threshold(value: float | None) -> None:
+    """ConfigError for a gate threshold that is no probability."""
+    if value is not None and not 0 <= value <= 1:
+        raise ConfigError(f"gate_threshold {value} must be a probability between 0 and 1")
+
+
+def blocks_to_edit(base: PreTrainedModel) -> nn.ModuleList:
+    """Decoder blocks of `base`; ConfigError if it carries edits already, ModelError if it has no blocks to edit."""
     if EditedModel.of(base) is not None:
         raise ConfigError("this base model carries GRUN edits already; call unwrap() on its GrunModel first")
     try:
-        find_blocks(base)
+        return find_blocks(base)[1]
     except ValueError as error:
         raise ModelError(str(error)) from error
+
+
+def is_quantized(base: PreTrainedModel) -> bool:
+    """Whether the weights of `base` are quantized, so that they cannot be compared with others' or trained."""
+    return getattr(base, "quantization_method", None) is not None

@@ -12,7 +12,7 @@ from grun.data.templates import Template
 from grun.errors import ConfigError
 from grun.method.adapter import AdapterConfig, find_adapter, write_adapter
 from grun.method.fingerprint import fingerprint
-from grun.method.host import EditedModel, edit_dtype, hidden_size_of, refuse_wrapped
+from grun.method.host import EditedModel, blocks_to_edit, check_threshold, edit_dtype, hidden_size_of, is_quantized
 from grun.method.intervention import GatedIntervention, gated_intervention
 from grun.method.position import position_rule
 from grun.method.precision import float32_by_default
@@ -37,6 +37,7 @@ class GrunModel(EditedModel):
         beside: GrunStack | None = None,
     ) -> None:
         """Use `wrap` or `from_pretrained`."""
+        config.check()
         blocks = find_blocks(base)[1]
         with float32_by_default():
             edits: dict[int, GatedIntervention | InForce] = {
@@ -99,10 +100,7 @@ class GrunModel(EditedModel):
         Raises:
             ConfigError: an option is out of range, or the base is wrapped already.
         """
-        refuse_wrapped(base)
-        depth = len(find_blocks(base)[1])
-        hidden_size = hidden_size_of(base)
-        quantized = getattr(base, "quantization_method", None) is not None
+        depth = len(blocks_to_edit(base))
         config = AdapterConfig(
             blocks=resolve_blocks(blocks, depth),
             rank=rank,
@@ -115,14 +113,13 @@ class GrunModel(EditedModel):
             gate_accumulate=gate_accumulate,
             edit_write=edit_write,
             reset_ids=list(reset_ids),
-            hidden_size=hidden_size,
+            hidden_size=hidden_size_of(base),
             depth=depth,
             base_model_name_or_path=getattr(base.config, "_name_or_path", "") or None,
             base_revision=getattr(base.config, "_commit_hash", None),
             base_fingerprint=fingerprint(base),
-            base_dtype=None if quantized else str(base.dtype).removeprefix("torch."),
+            base_dtype=None if is_quantized(base) else str(base.dtype).removeprefix("torch."),
         )
-        config.check()
         return cls(base, config, template, beside)
 
     @classmethod
@@ -139,11 +136,10 @@ class GrunModel(EditedModel):
         Raises:
             AdapterError: the adapter is missing, damaged, or made for a model of another shape.
         """
-        refuse_wrapped(base_model)
+        blocks_to_edit(base_model)
         folder = find_adapter(folder_or_hub_id)
         adapter = validate(folder, shape_of(base_model))
-        quantized = getattr(base_model, "quantization_method", None) is not None
-        adapter.config.check_fingerprint(fingerprint(base_model), strict=strict, quantized=quantized)
+        adapter.config.check_fingerprint(fingerprint(base_model), strict=strict, quantized=is_quantized(base_model))
         model = cls(base_model, adapter.config, adapter.template)
         model.load_state_dict(adapter.weights)
         return model.eval()
@@ -155,22 +151,18 @@ class GrunModel(EditedModel):
     # -- edits ------------------------------------------------------------------------------------------------------
 
     def own_edits(self) -> dict[int, GatedIntervention]:
-        """The adapter's edits by block, without those of other requests that are in force beside it."""
+        """The adapter's edits by block, without those of other requests that are in force with it."""
         return {int(block): edit for block, edit in self.edits.items() if isinstance(edit, GatedIntervention)}
-
-    def _edits(self) -> list[GatedIntervention]:
-        return list(self.own_edits().values())
 
     @property
     def gate_threshold(self) -> float | None:
         """Gate probability below which, in evaluation mode, the edit is skipped, bit for bit."""
-        return self._edits()[0].threshold
+        return next(iter(self.own_edits().values())).threshold
 
     @gate_threshold.setter
     def gate_threshold(self, value: float | None) -> None:
-        if value is not None and not 0 <= value <= 1:
-            raise ConfigError(f"gate_threshold {value} must be a probability between 0 and 1")
-        for edit in self._edits():
+        check_threshold(value)
+        for edit in self.own_edits().values():
             edit.threshold = value
 
     @contextlib.contextmanager
@@ -184,7 +176,7 @@ class GrunModel(EditedModel):
         try:
             yield
         finally:
-            for edit in self._edits():
+            for edit in self.own_edits().values():
                 edit.draw_from(None)
 
 

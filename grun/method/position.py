@@ -1,4 +1,4 @@
-"""Where the gate reads and where the edit writes, from what a forward pass tells about itself.
+"""Where the gate reads and where the edit writes, from what a forward pass shows about itself.
 
 The published design reads and writes one position, the last token of the prompt, once per answer. Others read every
 token, and write every one or all from the last prompt token on. The hooks do not know: they take whatever `Sites` a
@@ -8,134 +8,72 @@ rule gives.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import ClassVar, Literal, Protocol
+from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from grun.errors import DataError
-from grun.method.prompt import PromptOfCall
+from grun.method.calls import Call
 from grun.method.rules import check_rule
 from pyvene_custom.sites import Sites
 
 Changes = Literal["last_prompt", "from_last_prompt", "every_token"]
-"""Tokens of a row at which an edit or a gate acts: the last of the prompt, it and those behind it, or any."""
+"""Tokens of a row at which an edit or a gate acts: the last of the prompt, it and those after it, or any."""
 
 
 @dataclass
-class Call:
-    """What one forward pass of the base model tells about itself."""
+class PositionRule:
+    """Turns a call into the sites where it is read and written.
 
-    rows: int
-    """Batch size."""
-    columns: int
-    """Tokens in this pass, padding included."""
-    past: int
-    """Tokens already in the cache."""
-    device: torch.device
-    """Device of the inputs."""
-    attention_mask: Tensor | None
-    """1 for tokens that count, shape [batch, past + columns] or those of this pass alone; None: all do."""
-    labels: Tensor | None
-    """-100 outside the answer, shape [batch, columns]."""
-    prompt_lengths: Tensor | None
-    """Prompt tokens of each row from the first of this pass on, padding not included, shape [batch]."""
-    prompt: PromptOfCall | None
-    """Set while `generate` runs."""
-    ids: Tensor | None = None
-    """Tokens of this pass, shape [batch, columns]; None where the model is given embeddings."""
-    earlier: Tensor | None = None
-    """Tokens of earlier passes that are known, -1 for padding, shape [batch, any]."""
-    carry: dict[str, Tensor] = field(default_factory=dict)
-    """What gates remember of earlier passes, by intervention."""
-    goes_on: bool = False
-    """Whether there is a cache to hold this pass, so that a prompt may end in a later one."""
-    behind: bool | None = None
-    """Whether a prompt has ended in the cache; None: wherever it holds any. False for virtual tokens, as PEFT's."""
+    last_prompt, last_prompt is the published rule: gate and edit at the last token of the prompt, once per answer.
+    last_prompt, sticky: the edit is written there and at every token after it, by what was read there until another
+    prompt ends. every_token: the gate reads every token, and the edit is weighted by the gate in force at its token.
+    """
 
-    def __post_init__(self) -> None:
-        """See `behind`."""
-        if self.behind is None:
-            self.behind = self.past > 0
+    read: str = "last_prompt"
+    """Where the gate reads: last_prompt or every_token."""
+    write: str = "last_prompt"
+    """Where the edit is written: last_prompt, sticky (there and after it) or every_token."""
+    reset: Sequence[int] = ()
+    """Ids that begin a user's turn, at the last of which what is accumulated starts again."""
 
+    @property
+    def changes(self) -> Changes:
+        """Which tokens of a row training can change above the first edited block, besides what follows from it."""
+        if self.read == "every_token":
+            return "every_token"
+        return "last_prompt" if self.write == "last_prompt" else "from_last_prompt"
 
-class PositionRule(Protocol):
-    """Turns a call into the sites where it is read and written."""
-
-    remembers: ClassVar[bool]
-    """Whether a pass depends on what gates read in earlier ones."""
-    changes: ClassVar[Changes]
-    """What of a row training can change above the first edited block, beside what follows from it."""
+    @property
+    def remembers(self) -> bool:
+        """Whether a pass depends on what gates read in earlier ones."""
+        return self.changes != "last_prompt"
 
     def locate(self, call: Call) -> Sites | None:
         """Sites of this pass, or None where nothing is read or written."""
-        ...
-
-
-@dataclass
-class LastPrompt:
-    """The published rule: gate and edit at the last token of the prompt, once per answer; see `last_prompt_column`."""
-
-    remembers: ClassVar[bool] = False
-    changes: ClassVar[Changes] = "last_prompt"
-
-    def locate(self, call: Call) -> Sites | None:
-        """See the class. A pass behind the prompt is not edited."""
         last = last_prompt_column(call)
-        if last is None:
-            return None
-        inside = (last >= 0) & (last < call.columns)
-        if not bool(inside.any()):
-            return None
-        where = last.unsqueeze(1)  # [batch, 1]
-        return Sites(read=where, read_mask=inside.unsqueeze(1), write=where, write_mask=inside.unsqueeze(1))
-
-
-@dataclass
-class Sticky:
-    """The gate reads the last token of the prompt; the edit is written there and at every token behind it."""
-
-    remembers: ClassVar[bool] = True
-    changes: ClassVar[Changes] = "from_last_prompt"
-
-    def locate(self, call: Call) -> Sites | None:
-        """See the class. What an earlier pass read holds until another prompt ends."""
-        last = last_prompt_column(call)
-        columns = torch.arange(call.columns, device=call.device).expand(call.rows, -1)
-        if last is None:
-            nothing = columns[:, :0]
-            return Sites(nothing, nothing.bool(), columns, attended(call), call.carry)
-        inside = ((last >= 0) & (last < call.columns)).unsqueeze(1)
-        behind = (columns >= last.unsqueeze(1)) & attended(call)
-        return Sites(last.unsqueeze(1), inside, columns, behind, call.carry)
-
-
-@dataclass
-class EveryToken:
-    """The gate reads every token; the edit is written as `write` says, weighted by the gate in force at that token."""
-
-    write: str
-    """last_prompt, sticky (from there on) or every_token."""
-    reset: Sequence[int] = ()
-    """Ids that begin a user's turn, at the last of which the state begins anew."""
-
-    remembers: ClassVar[bool] = True
-    changes: ClassVar[Changes] = "every_token"
-
-    def locate(self, call: Call) -> Sites | None:
-        """See the class."""
+        if not self.remembers:
+            return _last_prompt_alone(call, last)
         columns = torch.arange(call.columns, device=call.device).expand(call.rows, -1)
         counts = attended(call)
-        written = counts
-        if self.write != "every_token":
-            last = last_prompt_column(call)
-            if last is not None:
-                there = columns == last.unsqueeze(1) if self.write == "last_prompt" else columns >= last.unsqueeze(1)
-                written = counts & there
-            elif self.write == "last_prompt":
-                written = torch.zeros_like(counts)
-        return Sites(columns, counts, columns, written, call.carry, self._resets(call), everywhere=True)
+        if self.read == "every_token":
+            written = counts & self._written(columns, last)
+            return Sites(columns, counts, columns, written, call.carry, self._resets(call), everywhere=True)
+        if last is None:
+            nothing = columns[:, :0]
+            return Sites(nothing, nothing.bool(), columns, counts, call.carry)
+        inside = ((last >= 0) & (last < call.columns)).unsqueeze(1)
+        return Sites(last.unsqueeze(1), inside, columns, counts & (columns >= last.unsqueeze(1)), call.carry)
+
+    def _written(self, columns: Tensor, last: Tensor | None) -> Tensor:
+        """Where a gate that reads every token has its edit written, padding aside."""
+        if self.write == "every_token" or (last is None and self.write == "sticky"):
+            return torch.ones_like(columns, dtype=torch.bool)
+        if last is None:
+            return torch.zeros_like(columns, dtype=torch.bool)
+        return columns == last.unsqueeze(1) if self.write == "last_prompt" else columns >= last.unsqueeze(1)
 
     def _resets(self, call: Call) -> Tensor | None:
         if not self.reset or call.ids is None:
@@ -193,18 +131,26 @@ def is_decode_step(call: Call) -> bool:
 
 
 def position_rule(gate_read: str, gate_accumulate: str, edit_write: str, reset: Sequence[int] = ()) -> PositionRule:
-    """Rule for these names; ConfigError lists what exists, or says what does not go together.
+    """Rule for these names; ConfigError lists what exists, or what does not go together.
 
     Args:
         gate_read: last_prompt or every_token.
         gate_accumulate: none, or running_max over the tokens read since the last `reset`.
-        edit_write: last_prompt, sticky (there and at every token behind it) or every_token.
+        edit_write: last_prompt, sticky (there and at every token after it) or every_token.
         reset: ids that begin a user's turn.
     """
     check_rule(gate_read, gate_accumulate, edit_write)
-    if gate_read == "every_token":
-        return EveryToken(edit_write, tuple(reset))
-    return LastPrompt() if edit_write == "last_prompt" else Sticky()
+    return PositionRule(gate_read, edit_write, tuple(reset) if gate_read == "every_token" else ())
+
+
+def _last_prompt_alone(call: Call, last: Tensor | None) -> Sites | None:
+    if last is None:
+        return None
+    inside = (last >= 0) & (last < call.columns)
+    if not bool(inside.any()):
+        return None
+    where = last.unsqueeze(1)  # [batch, 1]
+    return Sites(read=where, read_mask=inside.unsqueeze(1), write=where, write_mask=inside.unsqueeze(1))
 
 
 def _column_of_nth_attended(counts: Tensor, attended: Tensor, goes_on: bool) -> Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -104,3 +104,17 @@ class Looks(TrainerCallback):
             started = time.monotonic()
             self.step_log.write({"step": state.global_step, **self.look.at()})
             self.seconds += time.monotonic() - started
+
+
+@contextlib.contextmanager
+def logs(folder: Path, checkpoint: Path | None, look: Look | None) -> Iterator[tuple[StepLog, Looks | None]]:
+    """Within the block, the logs of a run in `folder` that goes on from `checkpoint`; see `StepLog`."""
+    with processes.agreed(), writing(folder):
+        step_log = StepLog(folder / LOG_FILE, checkpoint)
+        looks = None if look is None else Looks(look, StepLog(folder / MONITOR_FILE, checkpoint))
+    try:
+        yield step_log, looks
+    finally:
+        step_log.close()
+        if looks is not None:
+            looks.step_log.close()

@@ -29,7 +29,7 @@ from grun.runtime.files import holding, make_folder, remove, take, writing
 from grun.runtime.memory import enough_memory, peak_memory_bytes
 from grun.training.checkpoints import CHECKPOINTS, newest_whole, step_of
 from grun.training.optimizers import optimizer_of
-from grun.training.step_log import LOG_FILE, MONITOR_FILE, TRACKED, Look, Looks, StepLog, trackers_of
+from grun.training.step_log import TRACKED, Look, logs, trackers_of
 from grun.training.step_trainer import TASK_FILE, StepTrainer
 from grun.training.task import Task
 
@@ -81,36 +81,28 @@ def train(
         RunError: a loss or gradient is not finite, or the disk is full, or memory does not suffice, or another process
             is lost; the last good state is kept as a checkpoint.
     """
-    checkpoints = folder / CHECKPOINTS
     newest = processes.of_first(lambda: _start_in(folder))
     resumed_from = 0 if newest is None else step_of(newest)
-    arguments = _arguments(task, config, checkpoints, seed)
-    with processes.agreed(), writing(folder):
-        step_log = StepLog(folder / LOG_FILE, newest)
-        looker = None if look is None else Looks(look, StepLog(folder / MONITOR_FILE, newest))
+    arguments = _arguments(task, config, folder / CHECKPOINTS, seed)
     kept = None if config.keep_all_checkpoints else config.keep_checkpoints
-    trackers = trackers_of(config.report_to, folder / TRACKED)
     optimizer = optimizer_of(config, int(arguments.warmup_steps))
-    trainer = StepTrainer(task, arguments, step_log, kept, optimizer, trackers)
-    if looker is not None:
-        trainer.add_callback(looker)
-    if newest is not None:
-        task.restore(json.loads((newest / TASK_FILE).read_text(encoding="utf-8")))
-        log.info("resuming at step %d of %d", resumed_from, task.steps)
-    if torch.cuda.is_available():
-        torch.cuda.reset_peak_memory_stats()
-    started = time.monotonic()
-    try:
+    with logs(folder, newest, look) as (step_log, looks):
+        trackers = trackers_of(config.report_to, folder / TRACKED)
+        trainer = StepTrainer(task, arguments, step_log, kept, optimizer, trackers)
+        if looks is not None:
+            trainer.add_callback(looks)
+        if newest is not None:
+            task.restore(json.loads((newest / TASK_FILE).read_text(encoding="utf-8")))
+            log.info("resuming at step %d of %d", resumed_from, task.steps)
+        if torch.cuda.is_available():
+            torch.cuda.reset_peak_memory_stats()
+        started = time.monotonic()
         with enough_memory("training", _memory_advice(config, smaller)):
             trainer.train(resume_from_checkpoint=None if newest is None else str(newest))
             if averaged:
                 trainer.keep_average()
             trainer.make_whole()
-    finally:
-        step_log.close()
-        if looker is not None:
-            looker.step_log.close()
-    seconds = time.monotonic() - started - (looker.seconds if looker is not None else 0.0)
+    seconds = time.monotonic() - started - (0.0 if looks is None else looks.seconds)
     return TrainResult(task.steps, seconds, peak_memory_bytes(), resumed_from)
 
 

@@ -50,7 +50,6 @@ from grun.method.gated import Reft
 from grun.method.gating import GaussianNoise
 from grun.method.model import GrunModel
 from grun.method.plain import PlainEngine, capture
-from grun.method.position import EveryToken
 from grun.objectives.objective import Objective
 from grun.objectives.terms import Options, Outputs, Term, TermValue
 from grun.training.recomputation import recompute_blocks
@@ -138,7 +137,7 @@ def test_edits_at_any_tokens_are_run_alike(family: str, blocks: list[int], gate:
         loss = LossConfig(gate=of_gate) if gated else LossConfig()
         positions = {"gate_read": read, "gate_accumulate": accumulate, "edit_write": write}
         task = task_of(objective_of(objective, loss, gated=gated), family, blocks=blocks, gate=gate, **positions)
-        if isinstance(rule_in_force := edited(task).rule, EveryToken):
+        if (rule_in_force := edited(task).rule).read == "every_token":
             rule_in_force.reset = DATA.answers[2].prompt_ids[6:7]  # in the midst of a row
         assert difference(step_of(task, cached(task)), step_of(task)) < CLOSE
 

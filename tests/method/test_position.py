@@ -13,8 +13,9 @@ from grun import GrunModel
 from grun.config.options import MethodConfig
 from grun.data.encoding import EncodedRow, collate
 from grun.errors import ConfigError, DataError
+from grun.method.calls import Call, PromptOfCall
 from grun.method.gated import Grun
-from grun.method.position import Call, LastPrompt, PromptOfCall, position_rule
+from grun.method.position import PositionRule, position_rule
 
 # Five columns. Row 0 is whole, row 1 padded on the left, row 2 on the right.
 MASK = torch.tensor([[1, 1, 1, 1, 1], [0, 0, 1, 1, 1], [1, 1, 1, 0, 0]])
@@ -30,7 +31,7 @@ def columns(**given: Any) -> list[int | None]:
         "device": torch.device("cpu"),
         **dict.fromkeys(("attention_mask", "labels", "prompt_lengths", "prompt")),
     }
-    sites = LastPrompt().locate(Call(**{**values, **given}))
+    sites = PositionRule().locate(Call(**{**values, **given}))
     if sites is None:
         return [None] * 3
     assert torch.equal(sites.read, sites.write) and torch.equal(sites.read_mask, sites.write_mask)

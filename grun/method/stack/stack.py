@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -12,9 +12,10 @@ from torch import Tensor, nn
 from grun.data.templates import Template
 from grun.errors import AdapterError, ConfigError, unknown_name
 from grun.method.adapter import AdapterConfig, find_adapter
+from grun.method.calls import Call
 from grun.method.fingerprint import fingerprint
-from grun.method.host import EditedModel, edit_dtype, hidden_size_of, refuse_wrapped
-from grun.method.position import Call, Changes, LastPrompt, PositionRule, attended
+from grun.method.host import EditedModel, blocks_to_edit, check_threshold, edit_dtype, hidden_size_of, is_quantized
+from grun.method.position import PositionRule, attended
 from grun.method.stack.combination import RULES
 from grun.method.stack.manifest import Manifest
 from grun.method.stack.reading import StoredRequests
@@ -52,10 +53,10 @@ class GrunStack(EditedModel):
         Raises:
             ConfigError: the rule is unknown, the threshold no probability, or the base wrapped already.
         """
-        refuse_wrapped(base)
+        blocks_to_edit(base)
         if rule not in RULES:
             raise ConfigError(unknown_name("rule", rule, list(RULES)))
-        super().__init__(base, {}, LastPrompt(), template)
+        super().__init__(base, {}, PositionRule(), template)
         self._rule_name = rule
         self.gate_threshold = gate_threshold
         self.configs: dict[str, AdapterConfig] = {}
@@ -114,7 +115,7 @@ class GrunStack(EditedModel):
 
     def _add_read(self, read: Mapping[str, Adapter], *, strict: bool) -> None:
         of_base = fingerprint(self.base)
-        quantized = getattr(self.base, "quantization_method", None) is not None
+        quantized = is_quantized(self.base)
         for adapter in read.values():
             adapter.config.check_fingerprint(of_base, strict=strict, quantized=quantized)
         self.add_weights({name: (adapter.config, adapter.weights) for name, adapter in read.items()})
@@ -166,8 +167,7 @@ class GrunStack(EditedModel):
 
     @gate_threshold.setter
     def gate_threshold(self, value: float | None) -> None:
-        if value is not None and not 0 <= value <= 1:
-            raise ConfigError(f"gate_threshold {value} must be a probability between 0 and 1")
+        check_threshold(value)
         self._threshold = value
         for edit in self.edit_at().values():
             edit.threshold = value
@@ -212,17 +212,15 @@ class GrunStack(EditedModel):
         """Carry `edits` at the places where the requests read and write."""
         kinds = {kind.position: kind for kind in map(Kind.of, self.configs.values())}
         rules = {position: kind.rule() for position, kind in sorted(kinds.items())}
-        rule = _Several(rules) if len(rules) > 1 else next(iter(rules.values()), LastPrompt())
+        rule = _Several(rules) if len(rules) > 1 else next(iter(rules.values()), PositionRule())
         self._put(edits, rule)
 
 
-class _Several:
+class _Several(PositionRule):
     """The rules of requests that differ in where they read and write, side by side."""
 
-    remembers: ClassVar[bool] = True
-    changes: ClassVar[Changes] = "every_token"
-
     def __init__(self, rules: Mapping[tuple[Any, ...], PositionRule]) -> None:
+        super().__init__("every_token", "every_token")
         self._rules = rules
 
     def locate(self, call: Call) -> Sites | None:

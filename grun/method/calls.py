@@ -1,4 +1,4 @@
-"""The prompt of one `generate` call: where it ends, and which forward passes belong to it."""
+"""What a forward pass, and the `generate` call it may belong to, show about their prompts: what edits go by."""
 
 from __future__ import annotations
 
@@ -12,6 +12,46 @@ from torch import Tensor
 
 from grun.errors import ModelError
 
+SHUT = -1000.0
+"""What is added to a score that is masked is below this, whoever made the mask."""
+
+
+@dataclass
+class Call:
+    """What one forward pass of the base model shows about itself."""
+
+    rows: int
+    """Batch size."""
+    columns: int
+    """Tokens in this pass, padding included."""
+    past: int
+    """Tokens already in the cache."""
+    device: torch.device
+    """Device of the inputs."""
+    attention_mask: Tensor | None
+    """1 for tokens that count, shape [batch, past + columns] or those of this pass alone; None: all do."""
+    labels: Tensor | None
+    """-100 outside the answer, shape [batch, columns]."""
+    prompt_lengths: Tensor | None
+    """Prompt tokens of each row from the first of this pass on, padding not included, shape [batch]."""
+    prompt: PromptOfCall | None
+    """Set while `generate` runs."""
+    ids: Tensor | None = None
+    """Tokens of this pass, shape [batch, columns]; None where the model is given embeddings."""
+    earlier: Tensor | None = None
+    """Tokens of earlier passes that are known, -1 for padding, shape [batch, any]."""
+    carry: dict[str, Tensor] = field(default_factory=dict)
+    """What gates remember of earlier passes, by intervention."""
+    goes_on: bool = False
+    """Whether there is a cache to hold this pass, so that a prompt may end in a later one."""
+    behind: bool | None = None
+    """Whether a prompt has ended in the cache; None: wherever it holds any. False for virtual tokens, as PEFT's."""
+
+    def __post_init__(self) -> None:
+        """See `behind`."""
+        if self.behind is None:
+            self.behind = self.past > 0
+
 
 @dataclass(eq=False)
 class PromptOfCall:
@@ -20,7 +60,7 @@ class PromptOfCall:
     last_column: Tensor
     """Column of each row's last prompt token, int64, shape [prompts]."""
     columns: int
-    """Columns of the prompt, so that a decode step is told from it without looking at a tensor."""
+    """Columns of the prompt, by which a decode step is known without looking at a tensor."""
     mask: Tensor | None = None
     """1 for tokens that count, shape [prompts, columns]; None: all do."""
     ids: Tensor | None = None
@@ -87,7 +127,7 @@ def prompt_of_call(args: tuple[Any, ...], kwargs: Mapping[str, Any], config: Any
     past = cache_length(kwargs.get("past_key_values"))
     mask = kwargs.get("attention_mask")
     if mask is None and past == 0:
-        mask = _told_from_padding(inputs, kwargs, kwargs.get("generation_config") or config)
+        mask = _mask_of_padding(inputs, kwargs, kwargs.get("generation_config") or config)
     length = inputs.shape[1]
     # Without a mask the ids are the whole conversation, unless they are shorter than what the cache already holds.
     total = mask.shape[1] if mask is not None else length if length > past else past + length
@@ -102,7 +142,7 @@ def prompt_of_call(args: tuple[Any, ...], kwargs: Mapping[str, Any], config: Any
     return PromptOfCall(last, total, mask, ids, past)
 
 
-def _told_from_padding(inputs: Tensor, kwargs: Mapping[str, Any], config: Any) -> Tensor | None:
+def _mask_of_padding(inputs: Tensor, kwargs: Mapping[str, Any], config: Any) -> Tensor | None:
     """The mask that transformers makes of padding in a prompt without one, by the same rule."""
     pad, end = (kwargs.get(name, getattr(config, name, None)) for name in ("pad_token_id", "eos_token_id"))
     if pad is None or inputs.dim() != 2 or pad in (end if isinstance(end, list | tuple) else [end]):
@@ -118,3 +158,39 @@ def cache_length(cache: Any) -> int:
     if hasattr(cache, "get_seq_length"):
         return int(cache.get_seq_length())
     return int(cache[0][0].shape[-2])
+
+
+def counting(mask: Any, rows: int, columns: int, past: int) -> Tensor | None:
+    """1 for tokens that count, of the whole sequence or of this pass alone: [batch, past + columns or columns].
+
+    A mask of [batch, 1, queries, keys], bool or added to scores, shows whether each token may look at itself. Of a dict
+    of masks by kind of layer that of full attention is read. None: all tokens count.
+
+    Args:
+        mask: what the model is given.
+        rows: batch size.
+        columns: tokens of this pass.
+        past: tokens in the cache.
+
+    Raises:
+        ModelError: it cannot be read.
+    """
+    if isinstance(mask, Mapping):
+        mask = mask["full_attention"] if "full_attention" in mask else next(iter(mask.values()), None)
+    if mask is None:
+        return None
+    if isinstance(mask, Tensor) and mask.dim() == 2 and len(mask) == rows and mask.shape[1] >= columns:
+        start = past if mask.shape[1] >= past + columns else mask.shape[1] - columns
+        return mask[:, : start + columns]
+    readable = isinstance(mask, Tensor) and mask.dim() == 4 and (mask.dtype == torch.bool or mask.is_floating_point())
+    if not readable or mask.shape[2] != columns or mask.shape[3] < columns or len(mask) not in (1, rows):
+        given = f"{list(mask.shape)} of {mask.dtype}" if isinstance(mask, Tensor) else f"a {type(mask).__name__}"
+        raise ModelError(
+            f"the attention mask is {given}, for {rows} rows of {columns} tokens behind {past}; edits need one that is "
+            "1 for tokens that count, [batch, tokens], or [batch, 1, queries, keys] of bool or added to scores"
+        )
+    keys = mask.shape[3]
+    own = torch.arange(columns, device=mask.device) + (past if keys >= past + columns else keys - columns)
+    at_itself = mask[:, 0].gather(2, own.expand(len(mask), -1).unsqueeze(2)).squeeze(2)  # [batch or 1, columns]
+    seen = at_itself if mask.dtype == torch.bool else at_itself > SHUT
+    return seen.long().expand(rows, -1) if len(mask) == 1 else seen.long()

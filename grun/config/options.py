@@ -674,7 +674,7 @@ class SweepConfig:
     jobs: int = number(1, 1)
     """Cells that run at a time."""
     launcher: Optional[str] = None
-    """Shell command that gets each cell's at {command}: "sbatch --wrap '{command}'". Unset: processes of this one."""
+    """processes; submitit (docs/sweep.md); or shell's text: "sbatch --wrap '{command}'". Unset: processes."""
     resubmit: bool = False
     """Hand over again the cells that a launcher has been given and that are not done."""
     discard_models: bool = False
@@ -711,6 +711,12 @@ class SequentialConfig:
     """Further options of every unlearning, key=value; data.* and model.* hold for teaching and evaluation too."""
     evaluate: list[str] = field(default_factory=list)
     """Further options of every evaluation, key=value."""
+    jobs: int = number(1, 1)
+    """Methods that run at a time; where one alone does, it prints on this terminal."""
+    launcher: Optional[str] = None
+    """As of `sweep`: what gets the command of each method."""
+    resubmit: bool = False
+    """Hand over again the methods that a launcher has been given and that are not done."""
     overwrite: bool = False
     """Replace what another experiment left in results_dir."""
     chain: Optional[str] = None

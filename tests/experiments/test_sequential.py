@@ -11,6 +11,7 @@ import signal
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import peft
@@ -30,9 +31,9 @@ from grun.data.jsonl import read_rows
 from grun.data.refusals import refusals
 from grun.data.rows import Row
 from grun.errors import ConfigError
-from grun.experiments.sequential import command
+from grun.experiments import running
+from grun.experiments.job import Job
 from grun.experiments.sequential.definition import METHODS, read_sequence
-from grun.experiments.sequential.files import ChainFiles, ExperimentFiles
 from grun.experiments.sequential.measuring import prompt_gates_by_request
 from grun.experiments.sequential.plan import make_plan
 from grun.experiments.sequential.splitting import cut, people
@@ -81,13 +82,15 @@ def write(folder: Path, **changes: Any) -> str:
 @pytest.fixture(autouse=True)
 def in_process(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """Methods run in this process, which has paid for the imports above."""
-    monkeypatch.setattr(command, "start", start)
+    monkeypatch.setattr(running, "start", start)
     monkeypatch.chdir(tmp_path)
     caplog.set_level(logging.INFO, logger="grun")
 
 
-def start(files: ExperimentFiles, method: str) -> int:
-    return main(["sequential", f"chain={ChainFiles(files.results, method).chain}"])
+def start(job: Job, *_: Any) -> Any:
+    """A process that has ended."""
+    status = main(["sequential", f"chain={job.file}"])
+    return SimpleNamespace(returncode=status, poll=lambda: status)
 
 
 @pytest.fixture(scope="module")
@@ -106,7 +109,7 @@ def done(models: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Results of the whole experiment, not to be changed."""
     folder = tmp_path_factory.mktemp("experiment")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(command, "start", start)
+        patch.setattr(running, "start", start)
         patch.chdir(folder)
         assert main(["sequential", write(folder), *models, f"results_dir={folder / 'results'}"]) == 0
     return folder / "results"

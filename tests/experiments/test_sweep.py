@@ -24,8 +24,10 @@ from grun.cli import main
 from grun.config.definitions import packaged_names
 from grun.config.options import SweepConfig
 from grun.errors import ConfigError
-from grun.experiments.sweep import running
-from grun.experiments.sweep.cells import CellFiles, base_identity, make_cell
+from grun.experiments import running
+from grun.experiments.job import Job
+from grun.experiments.models import base_identity
+from grun.experiments.sweep.cells import Cell, make_cell
 from grun.experiments.sweep.definition import read_sweep
 from grun.experiments.sweep.plan import make_plan
 from grun.experiments.sweep.tuning import Tried, choose
@@ -42,17 +44,17 @@ PATIENCE = 60
 class Fork:
     """A cell's process as a fork of this one, which pays for the imports above once."""
 
-    def __init__(self, files: CellFiles) -> None:
+    def __init__(self, job: Job) -> None:
         self.returncode: int | None = None
         self.pid = os.fork()
         if self.pid == 0:
-            with append(files.log) as output:
+            with append(job.sibling("log")) as output:
                 os.dup2(output.fileno(), 1)
                 os.dup2(output.fileno(), 2)
             torch.set_num_threads(1)
             status = 70
             try:
-                status = main(["sweep", f"cell={files.cell}"])
+                status = main(["sweep", f"cell={job.file}"])
             finally:
                 os._exit(status)
 
@@ -72,7 +74,7 @@ def forks(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCap
     """Cells run as forks, launchers for real; default folders are relative."""
     real = running.start
     monkeypatch.setattr(
-        running, "start", lambda files, launcher, jobs: real(files, launcher, jobs) if launcher else Fork(files)
+        running, "start", lambda job, launcher, jobs: real(job, launcher, jobs) if launcher else Fork(job)
     )
     monkeypatch.chdir(tmp_path)
     caplog.set_level(logging.INFO, logger="grun")
@@ -470,15 +472,15 @@ def test_a_process_that_dies_is_a_failed_cell(models: list[str], tmp_path: Path,
     results = tmp_path / "r"
 
     class Killed(Fork):
-        def __init__(self, files: CellFiles) -> None:
-            super().__init__(files)
+        def __init__(self, job: Job) -> None:
+            super().__init__(job)
             while "started" not in states(results).values() and self.poll() is None:
                 time.sleep(0.001)
             os.kill(self.pid, signal.SIGKILL)
 
     sweep = definition(tmp_path, axes={**AXES, "method.parametrization": ["grun"]})
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(running, "start", lambda files, launcher, jobs: Killed(files))
+        patch.setattr(running, "start", lambda job, launcher, jobs: Killed(job))
         assert main(["sweep", sweep, models[0], "results_dir=r"]) == 1
     assert states(results) == {"before": "failed", "gd-grun-s42": "failed"}
     assert "signal 9" in outcome(results, "before")["error"] and "before.log" in outcome(results, "before")["error"]
@@ -506,16 +508,17 @@ def test_jobs_share_the_processors_unless_told_otherwise(
 ) -> None:
     monkeypatch.undo()  # the real start
     monkeypatch.setattr(
-        running, "cell_command", lambda path: [sys.executable, "-c", "import os; print(os.environ['OMP_NUM_THREADS'])"]
+        running, "job_command", lambda job: [sys.executable, "-c", "import os; print(os.environ['OMP_NUM_THREADS'])"]
     )
     if given is None:
         monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     else:
         monkeypatch.setenv("OMP_NUM_THREADS", given)
-    files = CellFiles(tmp_path, "one")
-    files.log.parent.mkdir()
-    assert running.start(files, None, 2).wait() == 0
-    assert files.log.read_text() == f"{expected}\n"
+    job = Cell(tmp_path / "cells" / "one.json", "one", None, {}, {}, "nothing")
+    job.file.parent.mkdir()
+    process = running.start(job, None, 2)
+    assert process is not None and process.wait() == 0
+    assert job.sibling("log").read_text() == f"{expected}\n"
 
 
 def test_a_launcher_that_returns_at_once_is_not_asked_twice(
@@ -550,7 +553,7 @@ def test_a_launcher_that_waits_collects_what_came_of_the_cells(
     models: list[str], tmp_path: Path, no_report: list[Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Such as srun; the command comes through its single quotes as it is. Only one cell, since it is a real process."""
-    monkeypatch.setenv("PYTHONPATH", str(Path(running.__file__).parents[3]))
+    monkeypatch.setenv("PYTHONPATH", str(Path(running.__file__).parents[2]))
     results = tmp_path / "r"
     sweep = definition(tmp_path, axes={**AXES, "method.parametrization": ["grun"], "method.blocks": [[9]]})
     assert main(["sweep", sweep, models[0], "results_dir=r"]) == 1  # before is there now
@@ -560,6 +563,49 @@ def test_a_launcher_that_waits_collects_what_came_of_the_cells(
     assert log.count("error: ") == 1 and "Traceback" not in log  # the fork before wrote to this process's stderr
     assert main(["sweep", sweep, models[0], "results_dir=r", "launcher=exit 3 # {command}"]) == 1
     assert "the launcher ended with status 3" in outcome(results, "gd-grun-s42-blocks_9_")["error"]
+
+
+def test_submitit_takes_jobs_and_they_write_what_came_of_them(
+    models: list[str], tmp_path: Path, no_report: list[Any], monkeypatch: pytest.MonkeyPatch, caplog: Any
+) -> None:
+    """Its local executor stands for a cluster. Only one cell, since it is a real process."""
+    monkeypatch.setenv("PYTHONPATH", str(Path(running.__file__).parents[2]))
+    results, name = tmp_path / "r", "gd-grun-s42"
+    sweep = definition(tmp_path, axes={**AXES, "method.parametrization": ["grun"]})
+    command = ["sweep", sweep, models[0], "results_dir=r"]
+    assert main([*command, "launcher=true # {command}"]) == 0  # both cells are there, and wait
+    assert main(["sweep", "cell=r/cells/before.json"]) == 0
+    caplog.clear()
+    assert main([*command, "launcher=submitit cluster=local timeout_min=5", "resubmit=true"]) == 0
+    assert "1 done, 0 failed, 1 handed over" in caplog.text and no_report == []
+    deadline = time.monotonic() + PATIENCE
+    while states(results).get(name) != "done" and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert main([*command, "launcher=submitit"]) == 0
+    assert states(results) == {"before": "done", name: "done"} and len(no_report) == 1
+    assert "answering" in (results / "cells" / f"{name}.log").read_text()
+    assert list((results / "cells" / "submitit").glob("*_submitted.pkl"))
+
+
+@pytest.mark.parametrize(
+    ("launcher", "message"),
+    [
+        ("submitit cluster=locl", "AutoExecutor doesn't know any executor named locl"),
+        ("submitit lasts=5", "lasts"),
+        ("submitit timeout_min=soon", "timeout_min"),
+        ("submitit local", "local is not key=value"),
+    ],
+)
+def test_parameters_that_submitit_does_not_take_are_one_line(
+    launcher: str, message: str, tmp_path: Path, capsys: Captured, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    command = ["sweep", definition(tmp_path), "model=tiny"]
+    assert main([*command, f"launcher={launcher}"]) == 2
+    assert f"error: launcher='{launcher}': " in (said := capsys.readouterr().err) and message in said
+    monkeypatch.setitem(sys.modules, "submitit", None)
+    assert main([*command, f"launcher={launcher}"]) == 2
+    assert "pip install 'grun-unlearning[cluster]'" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["mine.yaml"]
 
 
 # -- identity ---------------------------------------------------------------------------------------------------------
@@ -573,9 +619,8 @@ def test_a_cells_hash_is_of_what_decides_its_result(models: list[str], tmp_path:
     planned = plan.cells[0].unlearn
 
     def hash_of(**more: Any) -> str:
-        return make_cell(
-            "x", planned, plan.evaluate, base_identity(str(folder), None), **{"discard": "nothing", **more}
-        ).hash
+        base = base_identity(str(folder), None)
+        return make_cell(tmp_path, "x", planned, plan.evaluate, base, **{"discard": "nothing", **more}).hash
 
     first = hash_of()
     assert hash_of(discard="models") == first

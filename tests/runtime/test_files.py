@@ -28,7 +28,7 @@ from grun.config.options import CorporaConfig, ReportConfig
 from grun.errors import ConfigError, GrunError, RunError
 from grun.evaluation import suites
 from grun.evaluation.plan import begin, previous_in
-from grun.experiments.sweep.cells import Cell, CellFiles, _clear
+from grun.experiments.sweep.cells import Cell
 from grun.report import make_report
 from grun.requests.store import RequestStore
 from grun.runtime import files
@@ -133,19 +133,19 @@ def corpora(folder: Path, overwrite: bool, draw: random.Random) -> None:
 
 
 def a_sweep(folder: Path, overwrite: bool, draw: random.Random) -> None:
-    cell = Cell("run", {}, {}, {}, "weights", str(draw.randrange(2)), str(draw.randrange(2)))
+    hashes = str(draw.randrange(2)), str(draw.randrange(2))
+    cell = Cell(folder / "cells" / "run.json", "run", {}, {}, {}, "weights", *hashes)
     with taken(target(folder, "results_dir"), lock="cell-run"):
-        of = CellFiles(folder, "run")
-        of.write(cell)
-        _clear(cell, of)
-        of.record(cell, "started")
-        of.hand_over(cell)
-        append(of.log).close()
+        cell.write()
+        cell.prepare()
+        cell.record("started")
+        cell.hand_over()
+        append(cell.sibling("log")).close()
         with contextlib.suppress(GrunError):
-            a_run(of.run, False, draw)
+            a_run(cell.run, False, draw)
         with contextlib.suppress(GrunError):
-            an_evaluation(of.evaluation, bool(of.last().get("owned")), draw)
-        of.discard(cell)
+            an_evaluation(cell.evaluation, bool(cell.last().get("owned")), draw)
+        cell.tidy()
 
 
 def a_report(folder: Path, overwrite: bool, draw: random.Random) -> None:

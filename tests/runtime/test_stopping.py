@@ -127,26 +127,31 @@ import sys
 from pathlib import Path
 from grun.runtime import stopping
 from grun.cli import exit_status
-from grun.experiments.sweep import running
+from grun.experiments import running
 from grun.experiments.sweep.cells import Cell
 folder, program = Path(sys.argv[1]), sys.argv[2]
 stopping.PATIENCE = 0.5
-running.cell_command = lambda path: [sys.executable, "-c", program, str(folder / path.stem)]
-cells = [Cell(name, None, {}, {}, "nothing", "", name) for name in ("one", "two")]
+running.job_command = lambda job: [sys.executable, "-c", program, str(folder / job.name)]
+cells = [
+    Cell(folder / "results" / "cells" / f"{name}.json", name, None, {}, {}, "nothing", "", name)
+    for name in ("one", "two")
+]
 launcher = sys.argv[3] if len(sys.argv) > 3 else None
-stopping.leave(exit_status(lambda: run_cells(launcher)))
-""".replace("run_cells(launcher)", "running.run_cells(folder / 'results', cells, jobs=2, launcher=launcher)"),
+stopping.leave(exit_status(lambda: run_jobs(launcher)))
+""".replace("run_jobs(launcher)", "running.run_jobs(cells, at_once=2, launcher=launcher)"),
     "sequential": """
 import sys
 from pathlib import Path
 from grun.runtime import stopping
 from grun.cli import exit_status
-from grun.experiments.sequential import command
+from grun.experiments import running
+from grun.experiments.sequential.chain import Chain
 folder, program = Path(sys.argv[1]), sys.argv[2]
 stopping.PATIENCE = 0.5
-real = stopping.start
-stopping.start = lambda _: real([sys.executable, "-c", program, str(folder / "one")])
-stopping.leave(exit_status(lambda: command.start(command.ExperimentFiles(folder), "grun")))
+running.job_command = lambda job: [sys.executable, "-c", program, str(folder / "one")]
+rest = ({}, [], "", None, {}, {}, {}, {}, "sum", True, False)
+chain = Chain(folder / "results" / "grun" / "chain.json", "grun", *rest)
+stopping.leave(exit_status(lambda: running.run_jobs([chain], at_once=1, launcher=None)))
 """,
 }
 SCRIPT = """
@@ -202,7 +207,7 @@ def test_no_child_outlives_its_parent(kind: str, number: int, tmp_path: Path) ->
     if kind == "launcher":
         (tmp_path / "cell.py").write_text(CELL)
         place = [f"{sys.executable} {tmp_path / 'cell.py'} {tmp_path}/$(basename {{command}}); true"]
-        parent = parent.replace('[sys.executable, "-c", program, str(folder / path.stem)]', "[path.stem]")
+        parent = parent.replace('[sys.executable, "-c", program, str(folder / job.name)]', "[job.name]")
     process = run([sys.executable, "-c", parent, str(tmp_path), program, *(place if kind == "launcher" else [])])
     children = children_of(tmp_path, ["one"] if kind == "sequential" else ["one", "two"])
     process.send_signal(number)

@@ -1,13 +1,21 @@
-"""One method's way through the requests, as its file says it."""
+"""One method's way through the requests: the file of its job, and the record of each step.
+
+RESULTS/METHOD/chain.json says what is to be done. RESULTS/METHOD/steps/ID.json is written when a request has been
+served and measured; only then does the model before it go.
+"""
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+import json
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from grun.errors import RunError
-from grun.runtime.files import content_hash
+from grun.experiments.job import Job
+from grun.experiments.models import remove_weights
+from grun.experiments.sequential.files import ExperimentFiles
+from grun.runtime.files import content_hash, remove
 from grun.runtime.reading import DamagedFile
 from grun.runtime.runs import identity
 from grun.runtime.sealed import read_sealed, write_sealed
@@ -15,9 +23,11 @@ from grun.version import __version__
 
 
 @dataclass
-class Chain:
-    """What one process does; its file holds these fields."""
+class Chain(Job):
+    """What one process does."""
 
+    command, option, pattern, shown = "sequential", "chain", "*/chain.json", True
+    file: Path
     method: str
     requests: dict[str, list[int]]
     """Id -> places of its rows in the forget set, in the order of asking."""
@@ -38,64 +48,76 @@ class Chain:
     independent: bool
     earlier_as_retain: bool
 
-    @property
-    def ids(self) -> list[str]:
-        """Ids of the requests in their order."""
-        return list(self.requests)
+    def __post_init__(self) -> None:
+        """Names and hash of the job."""
+        self.name, self.hash = self.method, content_hash(json.loads(json.dumps(self.identity())))  # as it is read
+        self.folder, self.experiment = self.file.parent, ExperimentFiles(self.results)
+        self.store, self.ids = self.folder / "store", list(self.requests)
 
     def identity(self) -> dict[str, Any]:
         """What decides the result of a step. Which steps there are does not."""
         own: dict[str, Any] = {"base": self.base, "requests": self.requests, "version": __version__}
         own["evaluate"] = identity(self.evaluate)["config"]
-        own["finetune" if self.method == "retrain" else "unlearn"] = identity(
-            self.finetune if self.method == "retrain" else self.unlearn
-        )["config"]
+        trained = "finetune" if self.method == "retrain" else "unlearn"
+        own[trained] = identity(getattr(self, trained))["config"]
         if self.method == "grun":
             own |= {"rule": self.rule, "independent": self.independent, "earlier_as_retain": self.earlier_as_retain}
         return own
 
-    @classmethod
-    def read(cls, path: Path) -> Chain:
-        """The chain of a file; RunError if it is missing or damaged."""
-        try:
-            return cls(**read_sealed(path))
-        except (OSError, ValueError, TypeError) as error:
-            raise RunError(f"{path} cannot be read ({error}); the experiment's command writes it again") from error
+    def run(self, name: str) -> Path:
+        """What training for a request made: an adapter, or a model."""
+        return self.folder / "runs" / name
 
-    def write(self, path: Path) -> None:
-        """Write the file."""
-        write_sealed(path, asdict(self))
+    def merged(self, name: str) -> Path:
+        """The model after a request whose LoRA was merged."""
+        return self.folder / "merged" / name
 
-    def hash(self) -> str:
-        """Of `identity`; of a chain that was read from its file."""
-        return content_hash(self.identity())
+    def evaluation(self, name: str) -> Path:
+        """Evaluation after a request."""
+        return self.folder / "evaluation" / name
 
-    def write_step(self, path: Path, record: dict[str, Any]) -> None:
-        """Write the record of a step that is done."""
-        write_sealed(path, {**record, "chain": self.hash()})
+    def step(self, name: str) -> Path:
+        """Record of a request that is done."""
+        return self.folder / "steps" / f"{name}.json"
 
-    def read_step(self, path: Path) -> dict[str, Any]:
-        """The record of a step of this very chain; RunError if it is damaged or another's."""
+    def write_step(self, name: str, record: dict[str, Any]) -> None:
+        """Write the record of a request that is done."""
+        write_sealed(self.step(name), {**record, "chain": self.hash})
+
+    def read_step(self, name: str) -> dict[str, Any]:
+        """The record of a request served by this very chain; RunError if it is damaged or another's."""
+        path = self.step(name)
         try:
             record = read_sealed(path)
-            if record.pop("chain", None) == self.hash():
+            if record.pop("chain", None) == self.hash:
                 return record
             wrong = f"{path} is of another experiment"
         except DamagedFile:
             wrong = f"{path} is damaged"
         raise RunError(
             f"{wrong}, and the model that it came of may be gone; restore it from a copy, or overwrite=true begins "
-            "the experiment anew"
+            "the experiment again"
         )
 
+    def missing(self) -> str | None:
+        """The first step that cannot be read, if all were done."""
+        for number in self.at:
+            try:
+                self.read_step(self.ids[number - 1])
+            except (OSError, RunError) as error:
+                return str(error)
+        return None
 
-@dataclass(frozen=True)
-class Served:
-    """What serving a request led to."""
+    def tidy(self) -> None:
+        """Remove the whole models of every step."""
+        for number in self.at:
+            self.discard(number)
 
-    model: str
-    """Folder or hub id of the model that is asked."""
-    adapter: Path | None
-    """Adapter, or store of adapters, on it."""
-    run: Path | None
-    """Folder of the training, with its run.json; None: of somebody else's."""
+    def discard(self, number: int) -> None:
+        """Remove whole models that no further request needs, once the request of `number` is done."""
+        if self.method == "retrain":
+            remove_weights(self.run(self.ids[number - 1]))
+        elif number > 1 and self.method == "full":
+            remove_weights(self.run(self.ids[number - 2]))
+        elif number > 1 and self.method == "lora":
+            remove(self.merged(self.ids[number - 2]))

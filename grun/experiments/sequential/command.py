@@ -16,12 +16,12 @@ from grun.config.values import to_dict, with_sources
 from grun.data.corpus import Corpus
 from grun.data.rows import Row, hash_rows
 from grun.errors import RunError
+from grun.experiments.job import run_job
+from grun.experiments.models import base_identity, taught
+from grun.experiments.running import check_launcher, run_jobs
 from grun.experiments.sequential.chain import Chain
-from grun.experiments.sequential.files import BEFORE, RETAIN_ONLY, ChainFiles, ExperimentFiles, write_rows
+from grun.experiments.sequential.files import BEFORE, RETAIN_ONLY, write_rows
 from grun.experiments.sequential.plan import Plan, make_plan
-from grun.experiments.sequential.running import run_chain
-from grun.experiments.sweep.cells import base_identity
-from grun.runtime import stopping
 from grun.runtime.files import clear, content_hash, remove, taken, writing
 from grun.runtime.ownership import foreign
 from grun.runtime.reading import DamagedFile
@@ -35,35 +35,31 @@ log = logging.getLogger(__name__)
 def sequential(config: SequentialConfig) -> bool:
     """Run `config`: one method where it names its chain, else the whole experiment; whether nothing failed.
 
-    Steps that are done under the same options are passed over, so the same command goes on after any end.
+    Steps that are done under the same options are passed over, so the same command goes on after any end. Each method
+    runs in a process of its own, whose peak of memory is then the method's.
     """
     if config.chain is not None:
+        from grun.experiments.sequential.steps import serve_all
+
         with contextlib.redirect_stdout(sys.stderr):
-            run_chain(Path(config.chain).expanduser())
+            run_job(Chain, Path(config.chain).expanduser(), serve_all)
         return True
     plan = make_plan(config)
+    if config.launcher is not None:
+        check_launcher(config.launcher, plan.files.results)
     with contextlib.redirect_stdout(sys.stderr):
-        _prepare(plan, config)
-        ends = {method: start(plan.files, method) for method in plan.sequence.methods}
-    from grun.experiments.sequential.report import make_report
+        chains = _prepare(plan, config)
+        standing = run_jobs(chains, at_once=config.jobs, launcher=config.launcher, resubmit=config.resubmit)
+    if standing.settled:
+        from grun.experiments.sequential.report import make_report
 
-    make_report(plan.files.results)
-    failed = {method: status for method, status in ends.items() if status != 0}
-    for method, status in failed.items():
-        told = "its error stands above" if 0 < status < 128 else f"its process was stopped, status {status}"
-        log.info("failed: %s (%s); the same command goes on", method, told)
-    return not failed
-
-
-def start(files: ExperimentFiles, method: str) -> int:
-    """Carry out a method in a process of its own, whose peak of memory is then the method's; its exit status."""
-    chain = ChainFiles(files.results, method).chain
-    child = stopping.start([sys.executable, "-m", "grun", "sequential", f"chain={chain}"])
-    with stopping.ended([child]):
-        return child.wait()
+        make_report(plan.files.results)
+    for line in standing.lines():
+        log.info("%s", line)
+    return not standing.failed
 
 
-def _prepare(plan: Plan, config: SequentialConfig) -> None:
+def _prepare(plan: Plan, config: SequentialConfig) -> list[Chain]:
     """Teach the models, write the rows and the chains, and evaluate the models that nothing is done to."""
     files, first = plan.files, next(iter(plan.unlearn.values()))
     with taken(files.results, wait=True):
@@ -73,69 +69,61 @@ def _prepare(plan: Plan, config: SequentialConfig) -> None:
         base = {"model": base_identity(model, first.model.revision)}
         if retain_model is not None:
             base["retain_model"] = base_identity(retain_model, None)
-        for method in plan.sequence.methods:
-            _write_chain(_chain(plan, method, model, retain_model, base), files.results, overwrite=config.overwrite)
+        chains = [_chain(plan, method, model, retain_model, base) for method in plan.sequence.methods]
+        for chain in chains:
+            if chain.file.is_file() and _replaces_chain(chain, overwrite=config.overwrite):
+                remove(chain.folder)
+            chain.write()
         _evaluate(plan, BEFORE, model, first.model.revision)
         if retain_model is not None:
             _evaluate(plan, RETAIN_ONLY, retain_model, None)
+    return chains
 
 
 def _claim(plan: Plan, config: SequentialConfig) -> None:
     """Make the results folder this experiment's; RunError if it holds another one, or anything else."""
-    files, requests = plan.files, plan.requests
-    taught: Any = identity(to_dict(plan.finetune))["config"]
+    results, path = plan.files.results, plan.files.experiment
+    taught_as: Any = identity(to_dict(plan.finetune))["config"]
+    rows = plan.corpus.forget
     wanted = {
-        "requests": {
-            request.id: hash_rows([plan.corpus.forget[place] for place in request.rows]) for request in requests
-        },
+        "requests": {request.id: hash_rows([rows[place] for place in request.rows]) for request in plan.requests},
         "data": plan.corpus.hashes(),
-        "model": taught if config.model is None else base_identity(config.model, plan.finetune.model.revision),
+        "model": taught_as if config.model is None else base_identity(config.model, plan.finetune.model.revision),
         "evaluate": identity(to_dict(plan.evaluate))["config"],
         "version": __version__,
     }
-    if not files.experiment.is_file():
-        if names := foreign(files.results):
+    if not path.is_file():
+        if names := foreign(results):
             raise RunError(
-                f"{files.results} is not empty and holds no experiment (but {names[0]}); choose another results_dir"
+                f"{results} is not empty and holds no experiment (but {names[0]}); choose another results_dir"
             )
-        clear(files.results)
-    elif _replaces(files.experiment, _experiment(files.experiment, config), wanted, overwrite=config.overwrite):
-        clear(files.results)
-    with writing(files.results):
-        write_sealed(files.experiment, wanted)
+        clear(results)
+    else:
+        try:
+            there = read_sealed(path)
+        except DamagedFile as error:
+            if not config.overwrite:
+                raise RunError(f"{error}, choose another results_dir, or overwrite=true begins again") from error
+            there = {}
+        if _replaces(path, there, wanted, overwrite=config.overwrite):
+            clear(results)
+    with writing(results):
+        write_sealed(path, wanted)
 
 
-def _experiment(path: Path, config: SequentialConfig) -> dict[str, Any]:
-    """What the results folder is of; RunError where that can no longer be said, unless it is to be replaced anyway."""
+def _replaces_chain(chain: Chain, *, overwrite: bool) -> bool:
+    """As `_replaces`; a file that is damaged is written again, since each step names the chain that it is of."""
     try:
-        return read_sealed(path)
-    except DamagedFile as error:
-        if config.overwrite:
-            return {}
-        raise RunError(f"{error}, choose another results_dir, or overwrite=true begins anew") from error
-
-
-def _write_chain(chain: Chain, results: Path, *, overwrite: bool) -> None:
-    """Write a method's chain; steps of another one that stand there are an error, or go."""
-    files = ChainFiles(results, chain.method)
-    if files.chain.is_file() and _replaces_chain(files.chain, chain, overwrite=overwrite):
-        remove(files.folder)
-    chain.write(files.chain)
-
-
-def _replaces_chain(path: Path, chain: Chain, *, overwrite: bool) -> bool:
-    """As `_replaces`; a file that is damaged is written again, since each step says which chain it is of."""
-    try:
-        there = Chain.read(path).identity()
+        there = Chain.read(chain.file).identity()
     except RunError:
         if not overwrite:
-            log.warning("%s is damaged and is written again", path)
+            log.warning("%s is damaged and is written again", chain.file)
         return overwrite
-    return _replaces(path, there, chain.identity(), overwrite=overwrite)
+    return _replaces(chain.file, there, chain.identity(), overwrite=overwrite)
 
 
 def _replaces(path: Path, there: dict[str, Any], wanted: dict[str, Any], *, overwrite: bool) -> bool:
-    """Whether what `path` says is to be replaced by something else; RunError if it may not be."""
+    """Whether what `path` holds is to be replaced by something else; RunError if it may not be."""
     wanted = json.loads(json.dumps(wanted))
     if content_hash(there) == content_hash(wanted):
         return False
@@ -148,7 +136,7 @@ def _replaces(path: Path, there: dict[str, Any], wanted: dict[str, Any], *, over
 
 
 def _refused(corpus: Corpus, places: Iterable[int]) -> list[Row]:
-    """Forget rows as a model answers them on which their request acts, for a later one that is to leave them alone."""
+    """Forget rows as a model answers them on which their request acts, for a later one that is to keep them so."""
     refusals = corpus.refusals
     if not refusals:
         return []
@@ -156,41 +144,39 @@ def _refused(corpus: Corpus, places: Iterable[int]) -> list[Row]:
 
 
 def _write_rows(plan: Plan) -> None:
-    """Write the rows of every request, what stays, and what each retraining teaches."""
+    """Write the rows of every request, what stays, and what each retraining is fine-tuned on."""
     files, corpus = plan.files, plan.corpus
     write_rows(files.forget, corpus.forget)
     write_rows(files.retain, corpus.retain)
     asked: list[Row] = []
-    left_alone: list[Row] = []
+    unchanged: list[Row] = []
     for number, request in enumerate(plan.requests, start=1):
         rows = [corpus.forget[place] for place in request.rows]
-        write_rows(files.request(request.id), rows)
+        write_rows(files.rows("requests", request.id), rows)
         if plan.sequence.earlier_as_retain:
-            write_rows(files.retain_beside(request.id), corpus.retain + left_alone)
+            write_rows(files.rows("retain_and_earlier", request.id), corpus.retain + unchanged)
         asked += rows
-        left_alone += rows if plan.sequence.independent else _refused(corpus, request.rows)
+        unchanged += rows if plan.sequence.independent else _refused(corpus, request.rows)
         if number in plan.at.get("retrain", []) and number < len(plan.requests):
             gone = {(row.prompt, row.completion) for row in asked}
-            taught = corpus.taught(without_forget=False)
-            write_rows(files.asked(request.id), asked)
-            write_rows(files.kept(request.id), [row for row in taught if (row.prompt, row.completion) not in gone])
+            every = corpus.taught(without_forget=False)
+            write_rows(files.rows("asked", request.id), asked)
+            write_rows(
+                files.rows("kept", request.id), [row for row in every if (row.prompt, row.completion) not in gone]
+            )
 
 
 def _models(plan: Plan, config: SequentialConfig) -> tuple[str, str | None]:
-    """The model that knows everything and the one never taught any request, taught where they are not given."""
-    from grun.commands.finetune import finetune
-
-    def taught(subset: str) -> str:
-        return str(finetune(replace(plan.finetune, data=replace(plan.finetune.data, subset=subset))))
-
-    model = config.model or taught("all")
+    """The model that knows everything and the one never taught any request, fine-tuned where they are not given."""
+    model = config.model or taught(plan.finetune, "all")
     if config.retain_model is None and config.model is not None and "retrain" not in plan.sequence.methods:
         return model, None
-    return model, config.retain_model or taught("without_forget")
+    return model, config.retain_model or taught(plan.finetune, "without_forget")
 
 
 def _chain(plan: Plan, method: str, model: str, retain_model: str | None, base: dict[str, Any]) -> Chain:
     return Chain(
+        file=plan.files.chain(method),
         method=method,
         requests={request.id: list(request.rows) for request in plan.requests},
         at=plan.at[method],

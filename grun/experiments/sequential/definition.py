@@ -7,24 +7,19 @@ from pathlib import Path
 from typing import Any
 
 from grun.config.definitions import mapping, read_definition
-from grun.errors import ConfigError, unknown_name
-from grun.experiments.sweep.definition import SET_BY_SWEEP, flat
+from grun.errors import ConfigError
+from grun.experiments.options import flat, known, section
 
 METHODS = {
     "grun": "an adapter a request, all of them stacked on the untouched model",
     "full": "all weights, trained further at every request",
     "lora": "a new LoRA at every request, merged into the model before the next",
-    "retrain": "taught anew without all that was asked for so far",
+    "retrain": "a new model, fine-tuned without all that was asked for so far",
 }
 SECTIONS = (
     *("description", "profile", "requests", "data", "methods", "unlearn", "methods_options", "evaluate"),
     *("retrain_at", "rule", "independent", "earlier_as_retain"),
 )
-SET_HERE = {
-    "unlearn": (*SET_BY_SWEEP["unlearn"], "method.parametrization", "method.beside"),
-    "evaluate": (*SET_BY_SWEEP["evaluate"], "with_base", "suite"),
-}
-"""Options that the experiment itself sets, by command."""
 
 
 @dataclass(frozen=True)
@@ -44,8 +39,6 @@ class Sequence:
     description: str = ""
     profile: str | None = None
     """None: what a given model was taught with, demo where none is given."""
-    model: str | None = None
-    """Hub id or folder that the command line gives."""
     requests: int | list[OwnRequest] = 1
     """Into how many the forget set is cut, or the requests themselves."""
     data: dict[str, Any] = field(default_factory=dict)
@@ -71,9 +64,7 @@ def read_sequence(name: str) -> Sequence:
     """A packaged experiment, or the file `name` that ends in .yaml; ConfigError names what is wrong in it."""
     where = f"sequence {name}"
     content = read_definition("sequence", name)
-    for key in content:
-        if key not in SECTIONS:
-            raise ConfigError(f"{where}: {unknown_name('section', key, list(SECTIONS))}")
+    known(where, "section", content, SECTIONS)
     given = {key: value for key, value in content.items() if value is not None}
     if "requests" not in given:
         raise ConfigError(f"{where}: requests is missing; give a number, or a list of {{id: NAME, forget: FILE}}")
@@ -81,49 +72,35 @@ def read_sequence(name: str) -> Sequence:
     for key, kind in kinds.items():
         if key in given and not isinstance(given[key], kind):
             raise ConfigError(f"{where}: {key} is {given[key]!r}; expected {kind.__name__}")
-    sequence = Sequence(
+    of_methods = mapping(f"{where}: methods_options", given.get("methods_options"))
+    known(f"{where}: methods_options", "method", of_methods, METHODS)
+    retrain_at = given.get("retrain_at", [])
+    if not isinstance(retrain_at, list) or not all(isinstance(at, int) for at in retrain_at):
+        raise ConfigError(f"{where}: retrain_at is {retrain_at!r}; expected a list of whole numbers")
+    return Sequence(
         name=Path(name).stem,
         **{key: given[key] for key in kinds if key in given},
         requests=_requests(where, given["requests"]),
         data={f"data.{key}": value for key, value in flat(mapping(f"{where}: data", given.get("data")))},
-        unlearn=options(f"{where}: unlearn", given.get("unlearn"), "unlearn"),
-        evaluate=options(f"{where}: evaluate", given.get("evaluate"), "evaluate"),
+        methods=check_methods(where, given.get("methods", list(METHODS))),
+        unlearn=section(f"{where}: unlearn", given.get("unlearn"), "unlearn", "experiment"),
+        methods_options={
+            method: section(f"{where}: methods_options.{method}", options, "unlearn", "experiment")
+            for method, options in of_methods.items()
+        },
+        evaluate=section(f"{where}: evaluate", given.get("evaluate"), "evaluate", "experiment"),
+        retrain_at=retrain_at,
     )
-    if "methods" in given:
-        sequence.methods = given["methods"]
-    check_methods(where, sequence.methods)
-    for method, of_method in mapping(f"{where}: methods_options", given.get("methods_options")).items():
-        check_methods(f"{where}: methods_options", [method])
-        sequence.methods_options[method] = options(f"{where}: methods_options.{method}", of_method, "unlearn")
-    sequence.retrain_at = given.get("retrain_at", [])
-    if not isinstance(sequence.retrain_at, list) or not all(isinstance(at, int) for at in sequence.retrain_at):
-        raise ConfigError(f"{where}: retrain_at is {sequence.retrain_at!r}; expected a list of whole numbers")
-    return sequence
 
 
-def check_methods(where: str, methods: Any) -> None:
-    """ConfigError unless `methods` is a list of known names, each once."""
+def check_methods(where: str, methods: Any) -> list[str]:
+    """`methods`; ConfigError unless it is a list of known names, each once."""
     if not isinstance(methods, list) or not methods:
         raise ConfigError(f"{where}: methods must list one name or more, not {methods!r}")
-    for name in methods:
-        if name not in METHODS:
-            raise ConfigError(f"{where}: {unknown_name('method', str(name), list(METHODS))}")
-        if methods.count(name) > 1:
-            raise ConfigError(f"{where}: methods names {name} twice")
-
-
-def options(where: str, value: Any, command: str) -> dict[str, Any]:
-    """Nested options of a command as flat ones; ConfigError for one that the experiment sets itself."""
-    found = dict(flat(mapping(where, value)))
-    for key in found:
-        refuse_set(where, key, command)
-    return found
-
-
-def refuse_set(where: str, key: str, command: str) -> None:
-    """ConfigError for an option of `command` that the experiment sets itself."""
-    if key in SET_HERE[command]:
-        raise ConfigError(f"{where}: {key} is set by the experiment; leave it out")
+    known(where, "method", methods, METHODS)
+    if twice := [name for name in methods if methods.count(name) > 1]:
+        raise ConfigError(f"{where}: methods names {twice[0]} twice")
+    return methods
 
 
 def _requests(where: str, value: Any) -> int | list[OwnRequest]:

@@ -17,14 +17,11 @@ from grun.data.corpus import Corpus, load_corpus
 from grun.data.jsonl import load_rows
 from grun.data.rows import Row
 from grun.data.sets import in_order
-from grun.errors import ConfigError, DataError, unknown_name
-from grun.experiments.sequential.definition import OwnRequest, Sequence, check_methods, read_sequence, refuse_set
+from grun.errors import ConfigError
+from grun.experiments.options import CORPUS, arguments, known, refuse_set, resolved, shared
+from grun.experiments.sequential.definition import OwnRequest, Sequence, check_methods, read_sequence
 from grun.experiments.sequential.files import ExperimentFiles, write_rows
 from grun.experiments.sequential.splitting import Request, check_requests, cut, joined
-from grun.experiments.sweep.definition import SHARED, argument
-from grun.experiments.sweep.plan import CORPUS
-from grun.loading.checks import check
-from grun.loading.resolve import resolve
 from grun.method.stack.combination import RULES
 from grun.method.stack.manifest import check_id
 from grun.runtime.files import target
@@ -57,14 +54,28 @@ def make_plan(config: SequentialConfig) -> Plan:
     files = ExperimentFiles(target(config.results_dir or f"results/{sequence.name}-sequential", "results_dir"))
     for command, texts in (("unlearn", config.unlearn), ("evaluate", config.evaluate)):
         for text in texts:
-            refuse_set(f"{command}=[{text}]", text.partition("=")[0], command)
-    shared = [text for text in (*_arguments(sequence.unlearn), *config.unlearn) if text.startswith(SHARED)]
-    data = [*_arguments(sequence.data), *shared]
-    unlearn = {method: _unlearn(sequence, method, config) for method in sequence.methods}
+            refuse_set(f"{command}=[{text}]", text.partition("=")[0], command, "experiment")
+
+    def options(command: str, *layers: list[str]) -> Any:
+        model = None if command == "finetune" else config.model
+        texts = [text for layer in layers for text in layer]
+        return resolved(f"sequence {sequence.name}, {command}", command, sequence.profile, model, texts)
+
+    of_file, of_all = arguments(sequence.data), arguments(sequence.unlearn)
+    unlearn = {
+        method: options(
+            *("unlearn", of_file, of_all),
+            [f"method.parametrization={'grun' if method == 'retrain' else method}"],
+            arguments(sequence.methods_options.get(method, {})),
+            config.unlearn,
+        )
+        for method in sequence.methods
+    }
     base = next(iter(unlearn.values()))
     corpus, requests, chosen = _rows(sequence, base.data, files)
-    evaluate = _resolve("evaluate", sequence, [*data, *_arguments(sequence.evaluate), *config.evaluate])
-    finetune = _resolve("finetune", sequence, data)
+    data = [*of_file, *shared([*of_all, *config.unlearn])]
+    evaluate = options("evaluate", data, arguments(sequence.evaluate), config.evaluate)
+    finetune = options("finetune", data)
     of_corpus = {name: getattr(chosen, name) for name in CORPUS} | {"demo": chosen.demo}
     for command in (evaluate, finetune):
         command.data = replace(command.data, **of_corpus)
@@ -79,41 +90,18 @@ def make_plan(config: SequentialConfig) -> Plan:
 def _changed(sequence: Sequence, config: SequentialConfig) -> Sequence:
     """The experiment as the command line has it."""
     if config.methods:
-        check_methods("methods", list(config.methods))
-        sequence.methods = list(config.methods)
+        sequence.methods = check_methods("methods", list(config.methods))
     if config.requests is not None:
         if not isinstance(sequence.requests, int):
             raise ConfigError(f"requests={config.requests}: the sequence {sequence.name} lists its requests; leave out")
         sequence.requests = config.requests
     if isinstance(sequence.requests, int) and sequence.requests < 1:
         raise ConfigError(f"requests={sequence.requests} must be greater than 0")
-    sequence.retrain_at = list(config.retrain_at) or sequence.retrain_at
-    sequence.model = config.model
-    sequence.rule = config.rule or sequence.rule
-    if sequence.rule not in RULES:
-        raise ConfigError(unknown_name("rule", sequence.rule, list(RULES)))
-    if config.independent is not None:
-        sequence.independent = config.independent
-    if config.earlier_as_retain is not None:
-        sequence.earlier_as_retain = config.earlier_as_retain
+    for name in ("retrain_at", "rule", "independent", "earlier_as_retain"):
+        if getattr(config, name) not in (None, []):
+            setattr(sequence, name, getattr(config, name))
+    known(f"sequence {sequence.name}", "rule", [sequence.rule], RULES)
     return sequence
-
-
-def _unlearn(sequence: Sequence, method: str, config: SequentialConfig) -> UnlearnConfig:
-    parametrization = "grun" if method == "retrain" else method
-    found = _resolve(
-        "unlearn",
-        sequence,
-        [
-            *_arguments(sequence.data),
-            *_arguments(sequence.unlearn),
-            f"method.parametrization={parametrization}",
-            *_arguments(sequence.methods_options.get(method, {})),
-            *config.unlearn,
-        ],
-    )
-    assert isinstance(found, UnlearnConfig)
-    return found
 
 
 def _rows(sequence: Sequence, data: DataConfig, files: ExperimentFiles) -> tuple[Corpus, list[Request], DataConfig]:
@@ -166,19 +154,3 @@ def _steps(sequence: Sequence, count: int) -> list[int]:
             raise ConfigError(f"retrain_at={given}: there are {count} requests; give numbers from 1 to {count}, or -1")
         wanted.append(number)
     return sorted(set(wanted))
-
-
-def _resolve(command: str, sequence: Sequence, arguments: list[str]) -> Any:
-    given = [] if sequence.profile is None else [f"profile={sequence.profile}"]
-    if sequence.model is not None and command != "finetune":
-        given.append(f"model.path={sequence.model}")
-    try:
-        config = resolve(command, [*given, *arguments], quiet=True)
-        check(config)
-    except (ConfigError, DataError) as error:
-        raise ConfigError(f"sequence {sequence.name}, {command}: {error}") from error
-    return config
-
-
-def _arguments(options: Mapping[str, Any]) -> list[str]:
-    return [argument(key, value) for key, value in options.items()]

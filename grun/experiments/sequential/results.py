@@ -12,7 +12,7 @@ from grun.errors import RunError
 from grun.evaluation.plan import EVALUATION_FILE
 from grun.experiments.sequential.chain import Chain
 from grun.experiments.sequential.definition import METHODS
-from grun.experiments.sequential.files import BEFORE, RETAIN_ONLY, ChainFiles, ExperimentFiles
+from grun.experiments.sequential.files import BEFORE, RETAIN_ONLY, ExperimentFiles
 from grun.experiments.sequential.measuring import KEPT, measured
 from grun.experiments.sweep.tuning import TOLERANCE
 
@@ -23,7 +23,7 @@ class Method:
 
     name: str
     steps: list[dict[str, Any]]
-    """Records by number, ascending; see `grun.experiments.sequential.running`."""
+    """Records by number, ascending; see `grun.experiments.sequential.steps`."""
 
     @property
     def last(self) -> dict[str, Any]:
@@ -59,12 +59,11 @@ def read_experiment(results: Path) -> Experiment:
     """What lies in a results folder; RunError if there is no step of any method."""
     files, methods, requests = ExperimentFiles(results), [], {}
     for name in METHODS:
-        of_method = ChainFiles(results, name)
-        if not of_method.chain.is_file():
+        if not files.chain(name).is_file():
             continue
-        chain = Chain.read(of_method.chain)
+        chain = Chain.read(files.chain(name))
         requests = chain.requests
-        found = [chain.read_step(path) for id in requests if (path := of_method.step(id)).is_file()]
+        found = [chain.read_step(id) for id in requests if chain.step(id).is_file()]
         if found:
             methods.append(Method(name, found))
     if not methods:

@@ -5,15 +5,17 @@ from __future__ import annotations
 import contextlib
 import logging
 import sys
-from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
-from grun.config.options import EvaluateConfig, FinetuneConfig, ReportConfig, SweepConfig
+from grun.config.options import EvaluateConfig, ReportConfig, SweepConfig
 from grun.errors import ConfigError
-from grun.experiments.sweep.cells import REFERENCE, Cell, Discard, base_identity, make_cell, run_cell
-from grun.experiments.sweep.plan import Plan, Planned, make_plan
-from grun.experiments.sweep.running import Standing, check_launcher, run_cells
+from grun.experiments.job import run_job
+from grun.experiments.models import base_identity, taught
+from grun.experiments.running import check_launcher, run_jobs
+from grun.experiments.sweep.cells import REFERENCE, Cell, Discard, make_cell
+from grun.experiments.sweep.plan import Plan, make_plan
 from grun.runtime.files import holding, take, target
 
 log = logging.getLogger(__name__)
@@ -29,24 +31,32 @@ def sweep(config: SweepConfig) -> bool:
     """
     if config.cell is not None:
         with contextlib.redirect_stdout(sys.stderr):
-            run_cell(Path(config.cell).expanduser())
+            run_job(Cell, Path(config.cell).expanduser(), Cell.carry_out)
         return True
     plan = plan_of(config)
     results = results_dir(config)
+    where = results / "tune" if config.tune else results
     with contextlib.redirect_stdout(sys.stderr):
-        model, retain_model = _models(config, plan)
-        cells = _cells(config, plan, model, retain_model)
-        where = results / "tune" if config.tune else results
+        model, retain_model = config.model, config.retain_model
+        if model is None:  # those taught before are found again
+            model = taught(plan.finetune, "all")
+            retain_model = retain_model or taught(plan.finetune, "without_forget")
+        cells = _cells(config, plan, model, retain_model, where)
         take(where)
-        standing = _run(config, cells, where)
-    told = []
+        run = partial(run_jobs, at_once=config.jobs, launcher=config.launcher, resubmit=config.resubmit)
+        # The retain-only model first, since the evaluations of the others compare with it.
+        first = run([cell for cell in cells if cell.name == REFERENCE])
+        standing = run([cell for cell in cells if cell.name != REFERENCE], before=first)
+    lines = standing.lines()
     if config.tune and standing.settled and {BEFORE, REFERENCE} <= set(standing.done):
-        told = _choose(results / "tune", plan.cells, standing)
+        from grun.experiments.sweep.tuning import write_choice
+
+        lines += write_choice(where, plan.cells, standing.failed)
     if not config.tune and standing.settled and BEFORE in standing.done:
         from grun.report import make_report
 
         make_report(ReportConfig(results_dir=str(results), profile=plan.base.label()))
-    for line in [*standing.lines(), *told]:
+    for line in lines:
         log.info("%s", line)
     return not standing.failed
 
@@ -68,20 +78,7 @@ def plan_of(config: SweepConfig) -> Plan:
     return plan
 
 
-def _models(config: SweepConfig, plan: Plan) -> tuple[str, str | None]:
-    """Base model and retain-only model, taught where they are not given (found again if they were before)."""
-    if config.model is not None:
-        return config.model, config.retain_model
-    return _taught(plan.finetune, "all"), config.retain_model or _taught(plan.finetune, "without_forget")
-
-
-def _taught(config: FinetuneConfig, subset: str) -> str:
-    from grun.commands.finetune import finetune
-
-    return str(finetune(replace(config, data=replace(config.data, subset=subset))))
-
-
-def _cells(config: SweepConfig, plan: Plan, model: str, retain_model: str | None) -> list[Cell]:
+def _cells(config: SweepConfig, plan: Plan, model: str, retain_model: str | None, results: Path) -> list[Cell]:
     """The evaluations of the two models that were not unlearned, then the cells of the plan."""
     base = base_identity(model, plan.base.model.revision)
     evaluate = replace(plan.evaluate, model=replace(plan.evaluate.model, path=model))
@@ -92,12 +89,12 @@ def _cells(config: SweepConfig, plan: Plan, model: str, retain_model: str | None
     cells = []
     if retain_model is not None:
         of_retain = replace(evaluate, model=replace(evaluate.model, path=retain_model, revision=None))
-        cells.append(make_cell(REFERENCE, None, of_retain, base_identity(retain_model, None), "nothing"))
-    cells.append(make_cell(BEFORE, None, evaluate, base, "nothing"))
+        cells.append(make_cell(results, REFERENCE, None, of_retain, base_identity(retain_model, None), "nothing"))
+    cells.append(make_cell(results, BEFORE, None, evaluate, base, "nothing"))
     discard: Discard = "weights" if config.tune else "models" if config.discard_models else "nothing"
     for planned in plan.cells:
         unlearn = replace(planned.unlearn, model=replace(planned.unlearn.model, path=model))
-        cells.append(make_cell(planned.name, unlearn, evaluate, base, discard))
+        cells.append(make_cell(results, planned.name, unlearn, evaluate, base, discard))
     return cells
 
 
@@ -106,24 +103,3 @@ def _all_but_validation(evaluate: EvaluateConfig) -> list[str]:
     from grun.data.corpus import load_corpus
 
     return [name for name in load_corpus(evaluate.data).sets() if name != "validation"]
-
-
-def _run(config: SweepConfig, cells: Sequence[Cell], results: Path) -> Standing:
-    """Carry out the cells; the retain-only model first, since the evaluations of the others compare with it."""
-    first = [cell for cell in cells if cell.name == REFERENCE]
-    rest = [cell for cell in cells if cell.name != REFERENCE]
-    both = Standing()
-    for some in (first, rest):
-        standing = run_cells(results, some, jobs=config.jobs, launcher=config.launcher, resubmit=config.resubmit)
-        both.done += standing.done
-        both.handed_over += standing.handed_over
-        both.failed |= standing.failed
-    return both
-
-
-def _choose(results: Path, cells: Sequence[Planned], standing: Standing) -> list[str]:
-    from grun.experiments.sweep.tuning import write_choice
-
-    told = write_choice(results, cells, standing.failed)
-    names = ("tune.md", "tune.json", "tuned.yaml")
-    return [*told, *(f"written: {results / name}" for name in names), "paste tuned.yaml into the sweep's file"]

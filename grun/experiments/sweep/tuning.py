@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,7 @@ what is left to compare, on rows that training did not see. A weighted sum of th
 forget score with utility. A method that cannot forget at any setting is shown at its best, rather than left out."""
 ROUNDING = 1e-9
 SETS = ("forget", "validation")
+BASES = ("before", "retain_only")
 
 
 @dataclass(frozen=True)
@@ -62,37 +63,6 @@ def choose(tried: Sequence[Tried | None], target: float) -> int | None:
     return None
 
 
-def scores(folder: Path, metric: str) -> Tried:
-    """Scores of the evaluation in `folder`; RunError where the metric cannot read any row of a set."""
-    sets = _sets(folder)
-    for name in SETS:
-        if metric not in sets[name]:
-            raise RunError(
-                f"settings are chosen by {metric}, which reads no row of the {name} set of {folder}: no answer has a "
-                "letter or digit; add the field fact to the rows, or take others"
-            )
-    where = f"{folder / EVALUATION_FILE}: {metric}"
-    return Tried(*(float(typed(float, sets[name][metric], where)) for name in SETS))
-
-
-def metric_of(folder: Path) -> str:
-    """fact_recall where the corpus names facts, else rouge_l; `folder` is that of an evaluation."""
-    sets = _sets(folder)
-    recalls = [sets[name].get("fact_recall") for name in SETS]
-    return (
-        "fact_recall"
-        if all(isinstance(value, int | float) and math.isfinite(value) for value in recalls)
-        else "rouge_l"
-    )
-
-
-def _sets(folder: Path) -> dict[str, dict[str, Any]]:
-    """Metrics of the sets that decide; DamagedFile where they are none."""
-    path = folder / EVALUATION_FILE
-    sets = typed(dict[str, Any], read_json(path, expect=dict).get("sets"), f"{path}: sets")
-    return {name: typed(dict[str, Any], sets.get(name), f"{path}: {name}") for name in SETS}
-
-
 def write_choice(results: Path, cells: Sequence[Planned], failed: Mapping[str, str]) -> list[str]:
     """Write tune.json, tune.md and tuned.yaml into `results` from the evaluations there.
 
@@ -102,78 +72,89 @@ def write_choice(results: Path, cells: Sequence[Planned], failed: Mapping[str, s
         failed: name -> error of the cells that failed, which count as not tried.
 
     Returns:
-        What is to be said: a line for each choice that had failed settings or none left.
+        Lines for the user: choices that had failed settings, and what was written.
     """
     evaluations = results / "evaluation"
-    metric = metric_of(evaluations / "retain_only")
-    bases = {name: scores(evaluations / name, metric) for name in ("before", "retain_only")}
-    choices: list[dict[str, Any]] = []
+    metric = _metric_of(evaluations / "retain_only")
+    bases = {name: _scores(evaluations / name, metric) for name in BASES}
+    choices, lines = [], []
     tuned: dict[str, Any] = {}
-    told = []
     for group in dict.fromkeys(cell.tuned_for for cell in cells):
         members = [cell for cell in cells if cell.tuned_for == group]
-        tried = [None if cell.name in failed else scores(evaluations / cell.name, metric) for cell in members]
-        chosen = choose(tried, bases["retain_only"].forget)
+        tried = [None if cell.name in failed else _scores(evaluations / cell.name, metric) for cell in members]
+        number = choose(tried, bases["retain_only"].forget)
+        chosen = None if number is None else members[number]
         first = members[0].unlearn
-        choices.append(
+        settings = [
             {
-                "cell": group,
-                "objective": first.objective,
-                "parametrization": first.method.parametrization,
-                "seed": first.seed,
-                "chosen": None if chosen is None else members[chosen].setting,
-                "settings": [
-                    _setting(cell, one, failed.get(cell.name), number == chosen)
-                    for number, (cell, one) in enumerate(zip(members, tried, strict=True))
-                ],
+                "name": cell.name,
+                "setting": cell.setting,
+                **(dict.fromkeys(SETS) if one is None else asdict(one)),
+                "chosen": cell is chosen,
+                "error": failed.get(cell.name),
             }
-        )
-        missing = sum(one is None for one in tried)
-        if missing:
-            told.append(f"{group}: {missing} of {len(members)} settings failed and count as not tried")
+            for cell, one in zip(members, tried, strict=True)
+        ]
+        named = {"objective": first.objective, "parametrization": first.method.parametrization, "seed": first.seed}
+        setting = None if chosen is None else chosen.setting
+        choices.append({"cell": group, **named, "chosen": setting, "settings": settings})
+        if missing := tried.count(None):
+            lines.append(f"{group}: {missing} of {len(members)} settings failed and count as not tried")
         if chosen is not None:
             entry = tuned.setdefault(first.objective, {}).setdefault(first.method.parametrization, {})
-            part = members[chosen].part
-            entry.update({part: members[chosen].setting} if part else members[chosen].setting)
-    record = {
-        "rule": RULE,
-        "metric": metric,
-        "tolerance": TOLERANCE,
-        **{name: {"forget": one.forget, "validation": one.validation} for name, one in bases.items()},
-        "cells": choices,
-    }
+            entry.update({chosen.part: setting} if chosen.part else setting)
+    scores = {name: asdict(one) for name, one in bases.items()}
+    record = {"rule": RULE, "metric": metric, "tolerance": TOLERANCE, **scores, "cells": choices}
     write_json(results / "tune.json", record)
-    write_text(results / "tune.md", to_markdown(record))
+    write_text(results / "tune.md", _to_markdown(record))
     write_text(results / "tuned.yaml", OmegaConf.to_yaml(OmegaConf.create({"tuned": tuned})))
-    return told
+    lines += [f"written: {results / name}" for name in ("tune.md", "tune.json", "tuned.yaml")]
+    return [*lines, "paste tuned.yaml into the sweep's file"]
 
 
-def to_markdown(record: Mapping[str, Any]) -> str:
+def _sets(folder: Path) -> dict[str, dict[str, Any]]:
+    """Metrics of the sets that decide, of the evaluation in `folder`; DamagedFile where they are none."""
+    path = folder / EVALUATION_FILE
+    sets = typed(dict[str, Any], read_json(path, expect=dict).get("sets"), f"{path}: sets")
+    return {name: typed(dict[str, Any], sets.get(name), f"{path}: {name}") for name in SETS}
+
+
+def _metric_of(folder: Path) -> str:
+    """fact_recall where the corpus names facts, else rouge_l."""
+    recalls = [metrics.get("fact_recall") for metrics in _sets(folder).values()]
+    named = all(isinstance(value, int | float) and math.isfinite(value) for value in recalls)
+    return "fact_recall" if named else "rouge_l"
+
+
+def _scores(folder: Path, metric: str) -> Tried:
+    """Scores of the evaluation in `folder`; RunError where the metric cannot read any row of a set."""
+    sets = _sets(folder)
+    for name, metrics in sets.items():
+        if metric not in metrics:
+            raise RunError(
+                f"settings are chosen by {metric}, which reads no row of the {name} set of {folder}: no answer has a "
+                "letter or digit; add the field fact to the rows, or take others"
+            )
+    where = f"{folder / EVALUATION_FILE}: {metric}"
+    return Tried(*(float(typed(float, metrics[metric], where)) for metrics in sets.values()))
+
+
+def _to_markdown(record: Mapping[str, Any]) -> str:
     """tune.json as a page: the rule, and every setting with its scores, the chosen one marked."""
     metric = record["metric"].replace("_", " ").replace("rouge l", "ROUGE-L")
     lines = [
-        "# Settings that were tried",
-        "",
-        f"{record['rule']} Scores are {metric}.",
-        "",
-        "| model | forget | validation |",
-        "|---|---|---|",
+        *("# Settings that were tried", "", f"{record['rule']} Scores are {metric}.", ""),
+        *("| model | forget | validation |", "|---|---|---|"),
+        *(f"| {name.replace('_', ' ')} | {_shown(record[name])} |" for name in BASES),
+        *("", "| cell | seed | setting | forget | validation | |", "|---|---|---|---|---|---|"),
     ]
-    for name in ("before", "retain_only"):
-        one = record[name]
-        lines.append(f"| {name.replace('_', ' ')} | {one['forget']:.3f} | {one['validation']:.3f} |")
-    lines += ["", "| cell | seed | setting | forget | validation | |", "|---|---|---|---|---|---|"]
     for choice in record["cells"]:
         for one in choice["settings"]:
             setting = ", ".join(f"{key}={value}" for key, value in one["setting"].items())
-            shown = ["-", "-"] if one["error"] else [f"{one[name]:.3f}" for name in SETS]
             mark = "failed" if one["error"] else "**chosen**" if one["chosen"] else ""
-            lines.append(f"| {choice['cell']} | {choice['seed']} | {setting} | {' | '.join(shown)} | {mark} |")
+            lines.append(f"| {choice['cell']} | {choice['seed']} | {setting} | {_shown(one)} | {mark} |")
     return "\n".join(lines) + "\n"
 
 
-def _setting(cell: Planned, one: Tried | None, error: str | None, chosen: bool) -> dict[str, Any]:
-    values = (
-        {"forget": None, "validation": None} if one is None else {"forget": one.forget, "validation": one.validation}
-    )
-    return {"name": cell.name, "setting": cell.setting, **values, "chosen": chosen, "error": error}
+def _shown(scores: Mapping[str, Any]) -> str:
+    return " | ".join("-" if scores[name] is None else f"{scores[name]:.3f}" for name in SETS)

@@ -1,0 +1,48 @@
+"""The models of an experiment: taught here or named by the user, told apart by their files."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from grun.config.options import FinetuneConfig
+from grun.errors import ModelError
+from grun.runtime.files import remove
+
+WEIGHTS = ("*.safetensors", "*.bin", "*.index.json")
+
+
+def taught(config: FinetuneConfig, subset: str) -> str:
+    """Folder of a model that is fine-tuned on a subset of the corpus; one that is there is found again."""
+    from grun.commands.finetune import finetune
+
+    return str(finetune(replace(config, data=replace(config.data, subset=subset))))
+
+
+def base_identity(path: str, revision: str | None) -> dict[str, Any]:
+    """Path, names, sizes and modification times of a folder's weights, or hub id and revision.
+
+    Raises:
+        ModelError: it looks like a folder, and there is none, or it holds no weights.
+    """
+    folder = Path(path).expanduser()
+    if folder.is_dir():
+        stats = [(file.name, file.stat()) for file in sorted(weights_in(folder))]
+        if not stats:
+            raise ModelError(f"{path} holds no weights ({', '.join(WEIGHTS[:2])}); name a folder with a model")
+        return {"path": path, "files": [[name, stat.st_size, stat.st_mtime_ns] for name, stat in stats]}
+    if path.startswith((".", "/", "~")) or path.count("/") > 1:
+        raise ModelError(f"{path}: no such folder")
+    return {"hub": path, "revision": revision}
+
+
+def weights_in(folder: Path) -> list[Path]:
+    """Files of weights, whole models' and adapters'."""
+    return [file for pattern in WEIGHTS for file in folder.glob(pattern)]
+
+
+def remove_weights(folder: Path) -> None:
+    """Remove the weights of a run; run.json and log stay."""
+    for file in weights_in(folder):
+        remove(file)

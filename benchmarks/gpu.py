@@ -94,7 +94,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     reset_peak(device)
     use = side.use_cache()
     peaks = [peak(device)]
-    say(f"cache of {use.of_run.completed.rows} rows in {use.seconds:.1f} s")
+    say(f"cache of {use.completed.rows} rows in {use.seconds:.1f} s")
     with tempfile.TemporaryDirectory() as folder:
         trained = train(side.task, config.train, Path(folder), config.seed)  # resets the peak itself
     synchronize(device)

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrizations import orthogonal
 
 from benchmarks.model import MultiplyAdds, Text, synchronize
-from grun.cache.engine import CacheUse, use_cached
+from grun.cache.engine import use_cached
+from grun.cache.store import Completed
 from grun.commands.unlearn import make_parametrization
 from grun.method.edit import LoReftEdit
 from grun.method.gated import Grun
@@ -76,11 +77,11 @@ class Side:
         """Fill a cache and go on with the cached engine, as `unlearn` does."""
         synchronize(self.task.device)
         started = time.perf_counter()
-        use = use_cached(self.task, self.config)
+        completed = use_cached(self.task, self.config)
         synchronize(self.task.device)
-        if use is None:
+        if completed is None:
             raise SystemExit("the cached engine was refused (see the warning above): there is nothing to measure")
-        return Use(use, time.perf_counter() - started)
+        return Use(completed, time.perf_counter() - started)
 
     def step(self, number: int) -> float:
         """Take a step on the data of step `number`, and return its seconds."""
@@ -129,13 +130,13 @@ class Side:
 class Use:
     """A filled cache."""
 
-    of_run: CacheUse
+    completed: Completed
     seconds: float
     """Of the whole: the comparison with the plain engine, the identity of the weights, and the build."""
 
     def describe(self) -> dict[str, float]:
         """Figures of the cache."""
-        done = self.of_run.completed
+        done = self.completed
         return {
             "seconds": round(self.seconds, 3),
             "build_seconds": round(done.seconds, 3),

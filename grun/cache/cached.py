@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import cache, partial
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -12,6 +12,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from grun.cache.packed import Pack, PackedModel
 from grun.cache.shard import FrozenRow
+from grun.cache.store import FrozenRows
 from grun.cache.suffix import SuffixRunner, SuffixStates
 from grun.data.encoding import Batch, EncodedRow
 from grun.errors import ModelError
@@ -22,14 +23,6 @@ from pyvene_custom import Sites
 
 if TYPE_CHECKING:
     from grun.method.model import GrunModel
-
-
-class FrozenRows(Protocol):
-    """Where frozen rows are looked up: a `PrefixStore`, or a dict."""
-
-    def __getitem__(self, row: EncodedRow, /) -> FrozenRow:
-        """What is frozen of `row`."""
-        ...
 
 
 class CachedEngine:

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from grun.cache.cached import CachedEngine, FrozenRows
+from grun.cache.cached import CachedEngine
 from grun.cache.packed import PackedModel
 from grun.cache.prefix import Freezer
-from grun.cache.store import Completed, PrefixStore, Use, fill
+from grun.cache.store import Completed, FrozenRows, PrefixStore, Use, fill
 from grun.cache.weights import cache_identity
 from grun.config.checks import bytes_of
 from grun.config.options import UnlearnConfig
@@ -38,16 +37,8 @@ CODE = ("packed.py", "prefix.py", "suffix.py", "shard.py")
 """Sources that decide what is in the cache."""
 
 
-@dataclass
-class CacheUse:
-    """What the cache was for one run."""
-
-    engine: CachedEngine
-    completed: Completed
-
-
-def use_cached(task: UnlearnTask, config: UnlearnConfig, use: Use | None = None) -> CacheUse | None:
-    """Give `task` the cached engine, its cache filled; None, and a line in the log, where the plain one stays.
+def use_cached(task: UnlearnTask, config: UnlearnConfig, use: Use | None = None) -> Completed | None:
+    """Give `task` the cached engine and fill its cache; None, and a line in the log, where the plain one stays.
 
     Only edits leave a part of the model constant: without them the plain engine stays without a line.
 
@@ -86,7 +77,7 @@ def use_cached(task: UnlearnTask, config: UnlearnConfig, use: Use | None = None)
     reference = _compared(task)
     completed = fill(store, "frozen prefix", rows, lambda missing: freezer.shards(rows, reference, set(missing)))
     task.engine = CachedEngine(model, packed, store, reads_head=task.reads_head)
-    return CacheUse(task.engine, completed)
+    return completed
 
 
 def freezer_for(model: GrunModel, packed: PackedModel, *, last_answer_token: bool) -> Freezer:

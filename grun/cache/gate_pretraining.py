@@ -1,4 +1,4 @@
-"""Gates taught alone, before anything is edited: logistic regression on states that are computed once."""
+"""Gates trained before anything is edited: logistic regression on states that are computed once."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import logging
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits
 
 from grun.cache.cached import CachedEngine
@@ -22,20 +21,20 @@ ROWS_PER_PASS = 256
 def pretrain_gates(
     engine: CachedEngine, forget: Sequence[EncodedRow], retain: Sequence[EncodedRow], steps: int
 ) -> dict[int, float]:
-    """Teach each gate to tell the prompts of `forget` from those of `retain` on states of the untouched model.
+    """Train each gate to open on the prompts of `forget` and not on those of `retain`, on the untouched model's states.
 
     Minimizes the mean of binary cross-entropy over forget rows (target 1) and over retain rows (target 0), half
     each, with AdamW over all rows at a time. Once the edits act, gates above the first one read edited states.
 
     Returns the loss of each block's gate in the last step.
     """
-    on_forget, on_retain = _prompt_states(engine, forget), _prompt_states(engine, retain)
+    pieces = [piece for rows in (forget, retain) for piece in by_tokens(rows, lambda _: 1, ROWS_PER_PASS)]
+    passes = [engine.prompt_states(piece) for piece in pieces]
     losses = {}
     for block, edit in engine.edits.items():
         if edit.gate is None:
             continue
-        dtype = next(edit.parameters()).dtype
-        states = torch.cat((on_forget[block], on_retain[block])).to(dtype)  # [rows, width]
+        states = torch.cat([found[block] for found in passes]).to(next(edit.parameters()).dtype)  # [rows, width]
         target = torch.cat((states.new_ones(len(forget)), states.new_zeros(len(retain))))
         weight = torch.where(target == 1, 0.5 / len(forget), 0.5 / len(retain))
         optimizer = torch.optim.AdamW(edit.gate.parameters(), lr=LEARNING_RATE, weight_decay=0.0)
@@ -49,9 +48,3 @@ def pretrain_gates(
         losses[block] = float(loss.detach())
     log.info("gates before training: %s", ", ".join(f"block {b}: loss {loss:.4f}" for b, loss in losses.items()))
     return losses
-
-
-def _prompt_states(engine: CachedEngine, rows: Sequence[EncodedRow]) -> dict[int, Tensor]:
-    """Output of each edited block at the last prompt token of each row, un-edited: [rows, hidden size] by block."""
-    parts = [engine.prompt_states(piece) for piece in by_tokens(list(rows), lambda _: 1, ROWS_PER_PASS)]
-    return {block: torch.cat([part[block] for part in parts]) for block in parts[0]}

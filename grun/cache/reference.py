@@ -19,7 +19,7 @@ from torch import Tensor
 
 from grun.cache.packed import HandOn, shared_copy
 from grun.cache.shard import Shard, grouped
-from grun.cache.store import Completed, PrefixStore, Use, fill
+from grun.cache.store import Completed, FrozenRows, PrefixStore, Use, fill
 from grun.cache.weights import cache_identity
 from grun.config.checks import bytes_of
 from grun.config.options import UnlearnConfig
@@ -50,7 +50,7 @@ ROUNDED = 2e-2
 class ReferencedEngine:
     """Runs the model as another engine does, and looks references up."""
 
-    def __init__(self, engine: Engine, rows: Mapping[EncodedRow, Any] | PrefixStore, head: Head | None) -> None:
+    def __init__(self, engine: Engine, rows: FrozenRows, head: Head | None) -> None:
         """`rows` gives frozen rows: `reference`, and with a head the `states` that it reads."""
         self.name = engine.name
         self._engine = engine

@@ -55,7 +55,7 @@ class Use:
 
 
 def read_use(path: Path) -> Use | None:
-    """What a file says of a run; None where it is no such file, or not as it was written."""
+    """The run that a file notes; None where it is no such file, or not as it was written."""
     if not USE_FILE.fullmatch(path.name) or path.is_symlink():
         return None
     with contextlib.suppress(OSError, RunError, ValueError):
@@ -112,7 +112,7 @@ class PrefixStore:
             folder: where caches lie, each in a folder of its own; None: memory alone.
             identity: of the cache, as JSON can hold it.
             memory_budget: bytes; if the rows in use take more, they are read from mapped files instead of memory.
-            use: what is to be noted beside the shards; None: nothing.
+            use: the run that is noted next to the shards; None: none is.
         """
         self._use = use
         self.memory_budget = memory_budget
@@ -158,7 +158,7 @@ class PrefixStore:
         Args:
             rows: duplicates are allowed.
             build: given the distinct missing rows, yields shards (on the CPU) that hold them all.
-            advance: told after every shard how many rows it newly made available.
+            advance: called after every shard with the number of rows that it made available.
 
         Raises:
             ValueError: `build` left rows out.
@@ -166,7 +166,7 @@ class PrefixStore:
         started = time.monotonic()
         distinct = dict.fromkeys(rows)
         missing = {row: None for row in distinct if row not in self._places}
-        asked, tell = len(missing), advance or (lambda rows: None)
+        asked, tell = len(missing), advance or (lambda count: None)
         self._find(missing, tell, repair=False)
         left = len(missing)
         if missing:
@@ -297,7 +297,7 @@ class PrefixStore:
         return new
 
     def _note(self, shards: Iterable[str]) -> None:
-        """Say beside shards whose they are, before they are written; where that fails they are nobody's."""
+        """Note the run that uses shards, before they are written; where that fails they are nobody's."""
         if self.folder is None or self._use is None or not self._writable:
             return
         new = set(shards) - set(self._use.shards)
@@ -378,6 +378,10 @@ class PrefixStore:
 
 def _own(folder: Path) -> list[str]:
     return [name for name in os.listdir(folder) if _OWN.fullmatch(name)] if folder.is_dir() else []
+
+
+FrozenRows = Mapping[EncodedRow, FrozenRow] | PrefixStore
+"""Where frozen rows are looked up."""
 
 
 def fill(

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from grun.cache.cached import CachedEngine
 from grun.cache.engine import use_cached
 from grun.cache.gate_pretraining import pretrain_gates
 from grun.cache.reference import use_reference
@@ -172,22 +173,20 @@ def _task(run: Unlearning) -> UnlearnTask:
 def choose_engine(run: Unlearning, task: UnlearnTask) -> Completed | None:
     """Give `task` the cached engine, or else stored references of the untouched model; what was kept, None: nothing."""
     config, base, reference = run.config, run.base, run.objective.reference
-    use, noted = None, _noted(run)
+    completed, noted = None, _noted(run)
     if config.train.engine == "cached":
         with processes.agreed():
-            use = use_cached(task, config, noted)
+            completed = use_cached(task, config, noted)
     if config.train.gate_pretraining:
-        if use is None:
+        if not isinstance(task.engine, CachedEngine):
             raise RunError(
                 "train.gate_pretraining needs the cached engine, which does not fit this model; leave it out"
             )
-        pretrain_gates(use.engine, task.rows("answer"), task.rows("retain"), config.train.gate_pretraining)
-    if use is None:
+        pretrain_gates(task.engine, task.rows("answer"), task.rows("retain"), config.train.gate_pretraining)
+    if completed is None:
         with processes.agreed():
             pad_id = int(run.tokenizer.pad_token_id)
             completed = use_reference(task, base, reference, config, pad_id=pad_id, use=noted)
-    else:
-        completed = use.completed
     reads_base = traits_of(config.method).changes_weights and completed is None and reference != "none"
     sharding.check_possible(looks=bool(config.train.monitor_epochs), needs_reference=reads_base)
     return completed

@@ -173,21 +173,12 @@ def agreed() -> Iterator[None]:
 @contextlib.contextmanager
 def first_goes_first() -> Iterator[None]:
     """A block that the first process runs before the others, such as a download that they then find done."""
-    if not started():
-        yield
-        return
     if not is_first():
         _settle(None)  # of the first process
-    failure: Exception | None = None
-    try:
+    with agreed():
         yield
-    except Exception as error:
-        failure = error
     if is_first():
-        _settle(failure)
-        _settle(None)
-    else:
-        _settle(failure)
+        _settle(None)  # of the others
 
 
 def _settle(failure: Exception | None) -> None:

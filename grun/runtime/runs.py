@@ -49,7 +49,7 @@ def open_run(folder: Path, identity_of_run: dict[str, Any], *, overwrite: bool) 
         "new" (`claim` the folder), "unfinished" (the same run was cut off: `claim` and resume it) or "finished".
 
     Raises:
-        ConfigError: the folder cannot be anybody's, as of `files.target`.
+        ConfigError: the folder can be no result's; see `files.target`.
         RunError: the folder holds another run and `overwrite` is not set, or it holds something else, or a process is
             writing there.
     """
@@ -77,12 +77,12 @@ def open_run(folder: Path, identity_of_run: dict[str, Any], *, overwrite: bool) 
         )
     if not (folder / RUN_FILE).exists():
         return "unfinished"
-    read_run(folder)
+    read_object(folder / RUN_FILE, "choose another output_dir, or remove the folder yourself")
     return "finished"
 
 
 def hold(folder: Path, identity_of_run: dict[str, Any], *, overwrite: bool) -> State:
-    """Take `folder`, as of `files.take`, and look again, as of `open_run`; "finished" is an error too."""
+    """`files.take` the folder and `open_run` it again; "finished" is an error too."""
     with writing(folder):
         take(folder)
     state = open_run(folder, identity_of_run, overwrite=overwrite)
@@ -111,11 +111,6 @@ def finish_run(folder: Path, values: dict[str, Any], *, without: str | None = No
             write_json(folder / RUN_FILE, {LISTED: files, **values, "versions": versions()})
 
     processes.of_first(write)
-
-
-def read_run(folder: Path) -> dict[str, Any]:
-    """run.json of a folder; RunError if it is damaged."""
-    return read_object(folder / RUN_FILE, "choose another output_dir, or remove the folder yourself")
 
 
 def read_object(path: Path, advice: str) -> dict[str, Any]:

@@ -18,6 +18,10 @@ if TYPE_CHECKING:
     from torch.optim import Optimizer
 
 
+_WHOLE: dict[str, Any] = {"full_state_dict": True, "cpu_offload": True}
+_FROM_FIRST: dict[str, Any] = {"full_state_dict": True, "broadcast_from_rank0": True}
+
+
 def asked_for() -> bool:
     """Whether the launcher asked for weights that are cut among processes."""
     return any(
@@ -42,8 +46,7 @@ def whole_state(model: nn.Module) -> dict[str, Tensor]:
     """All parameters and buffers of a model after `fully_shard`, on the CPU of the first process; elsewhere none."""
     from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
-    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-    found: dict[str, Any] = get_model_state_dict(model, options=options)
+    found: dict[str, Any] = get_model_state_dict(model, options=StateDictOptions(**_WHOLE))
     return found if processes.is_first() else {}
 
 
@@ -51,8 +54,7 @@ def whole_optimizer_state(model: nn.Module, optimizer: Optimizer) -> dict[str, A
     """The state of an optimizer of such a model by name of the parameter, in the first process; elsewhere nothing."""
     from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict
 
-    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-    found: dict[str, Any] = get_optimizer_state_dict(model, optimizer, options=options)
+    found: dict[str, Any] = get_optimizer_state_dict(model, optimizer, options=StateDictOptions(**_WHOLE))
     return found if processes.is_first() else {}
 
 
@@ -60,16 +62,14 @@ def take_state(model: nn.Module, state: dict[str, Any]) -> None:
     """Put what `whole_state` gave, which the first process brings, into a model that is cut."""
     from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 
-    options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True, strict=False)  # tied ones have one name
-    set_model_state_dict(model, state, options=options)
+    set_model_state_dict(model, state, options=StateDictOptions(**_FROM_FIRST, strict=False))  # tied ones have one name
 
 
 def take_optimizer_state(model: nn.Module, optimizer: Optimizer, state: dict[str, Any]) -> None:
     """The same for `whole_optimizer_state`."""
     from torch.distributed.checkpoint.state_dict import StateDictOptions, set_optimizer_state_dict
 
-    options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
-    set_optimizer_state_dict(model, optimizer, state, options=options)
+    set_optimizer_state_dict(model, optimizer, state, options=StateDictOptions(**_FROM_FIRST))
 
 
 def put_back(module: nn.Module, state: dict[str, Tensor]) -> None:

@@ -39,9 +39,11 @@ from watched import CutOff, saved_bytes
 
 from baselines.full import Full
 from grun.cache import gate_pretraining, prefix, shard
-from grun.cache.engine import CacheUse, use_cached
+from grun.cache.cached import CachedEngine
+from grun.cache.engine import use_cached
 from grun.cache.gate_pretraining import pretrain_gates
 from grun.cache.packed import Pack, PackedModel
+from grun.cache.store import Completed
 from grun.config.options import LossConfig, MethodConfig, TrainConfig, UnlearnConfig
 from grun.data.encoding import EncodedRow
 from grun.errors import ConfigError, ModelError
@@ -150,7 +152,7 @@ def test_rows_longer_than_a_pass_and_caches_of_many_shards_are_no_reason_for_the
     task = task_of("npo")
     plain = task.engine
     use = use_cached(task, config_of())
-    assert use is not None and use.completed.built == len({*DATA.answers, *task.rows("retain")})
+    assert use is not None and use.built == len({*DATA.answers, *task.rows("retain")})
     assert difference(step_of(task), step_of(task, plain)) < CLOSE
 
 
@@ -226,10 +228,10 @@ LONG = TrainConfig(epochs=25, batch_size=8, lr=2e-3, save_steps=0)
 """50 steps, of 8 rows and of the last 5."""
 
 
-def with_cache(task: UnlearnTask, folder: Path | None = None) -> CacheUse:
+def with_cache(task: UnlearnTask, folder: Path | None = None) -> Completed:
     """Put `task` on the cached engine as a run does."""
     use = use_cached(task, config_of(folder=folder))
-    assert use is not None and task.engine is use.engine
+    assert use is not None and isinstance(task.engine, CachedEngine)
     return use
 
 
@@ -253,17 +255,17 @@ def test_a_resumed_run_ends_bit_identical_with_the_cache_it_finds_and_with_a_new
 ) -> None:
     config = TrainConfig(epochs=5, batch_size=8, lr=0.01, save_steps=4, micro_batch_size=3)
 
-    def make(cache: Path) -> tuple[UnlearnTask, CacheUse]:
+    def make(cache: Path) -> tuple[UnlearnTask, Completed]:
         task = task_of("npo", train_config=config, data=MANY, dropout=0.2)
         return task, with_cache(task, cache)
 
     whole, use = make(tmp_path / "cache")
-    assert use.completed.found == 0
+    assert use.found == 0
     train(whole, config, tmp_path / "whole", seed=0)
     with pytest.raises(KeyboardInterrupt):
         train(CutOff(make(tmp_path / "cache")[0], at=6), config, tmp_path / "run", seed=0)
     resumed, use = make(tmp_path / ("cache" if kept else "other"))
-    assert (use.completed.built == 0) == kept
+    assert (use.built == 0) == kept
     assert train(resumed, config, tmp_path / "run", seed=0).resumed_from == 4
     for name, value in whole.module.state_dict().items():
         assert torch.equal(resumed.module.state_dict()[name], value), name
@@ -480,11 +482,11 @@ def test_rows_that_were_frozen_without_a_reference_get_one(tmp_path: Path) -> No
     with_cache(first, tmp_path)
     task = task_of("npo")
     plain = task.engine
-    use = with_cache(task, tmp_path)
-    assert use.completed.built == 0
-    assert bool(use.engine._frozen[DATA.answers[0]].reference.isnan().all())
+    assert with_cache(task, tmp_path).built == 0
+    engine: Any = task.engine
+    assert bool(engine._frozen[DATA.answers[0]].reference.isnan().all())
     batch = {"answer": task.data(0).micro_batches[0]["answer"]}
-    expected, found = plain.reference(batch)["answer"], use.engine.reference(batch)["answer"]
+    expected, found = plain.reference(batch)["answer"], engine.reference(batch)["answer"]
     torch.testing.assert_close(found.answer_logprobs, expected.answer_logprobs, rtol=CLOSE, atol=CLOSE)
     assert difference(step_of(task), step_of(task, plain)) < CLOSE
 
@@ -591,11 +593,10 @@ def test_recomputing_blocks_keeps_less_and_changes_nothing() -> None:
         if recomputed:
             recompute_blocks(find_blocks(edited(task).base)[1])
         config = config_of(TrainConfig(gradient_checkpointing=recomputed))
-        use = use_cached(task, config)
-        assert use is not None
+        assert use_cached(task, config) is not None
         found.append(step_of(task))
         batch = task.data(0).micro_batches[0]
-        sizes.append(saved_bytes(lambda use=use, batch=batch: use.engine.run(batch)))
+        sizes.append(saved_bytes(lambda task=task, batch=batch: task.engine.run(batch)))
     assert difference(found[1], found[0]) < 1e-12
     assert sizes[1] < 0.6 * sizes[0]
 

@@ -200,8 +200,7 @@ class PrefixStore:
         advance: Callable[[int], None],
     ) -> None:
         asked = len(missing)
-        for given in build(list(missing)):
-            shard = replace(given)  # its tensors and lengths as they are now
+        for shard in build(list(missing)):
             used = [index for index, row in enumerate(shard.rows) if row in missing]
             held = _Held(shard, used, self._write(shard), mapped=False)
             self._hold(held, missing, advance)

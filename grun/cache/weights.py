@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -144,15 +144,13 @@ def _signature(path: Path) -> dict[str, Any]:
 
 
 def _hash_of_tensors(model: PreTrainedModel) -> str:
+    """All of parameters, buffers, and what layers of quantized weights save besides."""
     digest = hashlib.sha256()
-    for name, tensor in _tensors(model):
+    found: dict[str, Any] = {**dict(model.named_buffers()), **model.state_dict()}
+    for name, tensor in sorted(found.items()):
+        if not isinstance(tensor, Tensor):
+            continue
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
         for chunk in tensor.detach().reshape(-1).split(CHUNK):
             digest.update(chunk.cpu().contiguous().view(torch.uint8).numpy().data)
     return digest.hexdigest()
-
-
-def _tensors(model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
-    """Parameters, buffers, and what layers of quantized weights save besides."""
-    found: dict[str, Any] = {**dict(model.named_buffers()), **model.state_dict()}
-    yield from ((name, value) for name, value in sorted(found.items()) if isinstance(value, Tensor))

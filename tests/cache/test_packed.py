@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import DEPTH, PACKABLE, WIDTH, WINDOW, blocks_of, random_rows, tiny
+from tiny import DEPTH, PACKABLE, WIDTH, random_rows, tiny
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -60,38 +60,6 @@ def test_rows_of_a_packed_pass_equal_each_row_alone(family: str) -> None:
         assert_same(found, alone(model, row))
 
 
-@pytest.mark.parametrize("family", PACKABLE)
-def test_answers_that_share_a_prompt_equal_whole_rows(family: str) -> None:
-    """Keys and values of the prompts are recorded once; answers of any length go on from them in any order."""
-    model = tiny(family)
-    packed = PackedModel(model)
-    prompts = random_rows([WINDOW + 4, 1, 3], seed=5)
-    answers = list(zip([0, 2, 0, 1, 2, 0], random_rows([4, 1, 11, 2, 3, 1], seed=6), strict=True))
-    lengths = [len(prompt) for prompt in prompts]
-    recorded: dict[int, tuple[Tensor, Tensor]] = {}
-    with torch.no_grad():
-        pack = Pack(lengths, [0, 0, 0], {}, CPU, record=recorded)
-        packed.states(pack, torch.tensor([token for prompt in prompts for token in prompt]), last=DEPTH - 1)
-
-        def padded(values: Tensor) -> Tensor:
-            """[heads, tokens of all prompts, size] -> [answers, heads, longest, size], nonsense before short ones."""
-            heads, _, size = values.shape
-            made = torch.full((len(answers), heads, max(lengths), size), 1e3, dtype=values.dtype)
-            for number, (of, _) in enumerate(answers):
-                made[number, :, max(lengths) - lengths[of] :] = values.split(lengths, dim=1)[of]
-            return made
-
-        prefix = {block: (padded(keys), padded(values)) for block, (keys, values) in recorded.items()}
-        assert prefix.keys() == set(range(DEPTH))
-        after = Pack([len(answer) for _, answer in answers], [lengths[of] for of, _ in answers], prefix, CPU)
-        ids = torch.tensor([token for _, answer in answers for token in answer])
-        states = packed.states(after, ids, last=0, capture=[0])[0]
-        logits = packed.logits(packed.finish(after, states, first=1)[0])
-    for (of, answer), found in zip(answers, logits.split([len(answer) for _, answer in answers]), strict=True):
-        expected = alone(model, prompts[of] + answer)["logits"][lengths[of] :]
-        torch.testing.assert_close(found, expected, rtol=CLOSE, atol=CLOSE)
-
-
 @pytest.mark.parametrize("family", ["mistral", "gemma2", "gpt2"])
 def test_how_rows_are_attended_together_changes_nothing(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     packed = PackedModel(tiny(family))
@@ -108,20 +76,6 @@ def test_how_rows_are_attended_together_changes_nothing(family: str, monkeypatch
 def test_neighbors_of_one_length_are_a_group_or_all_rows_are() -> None:
     assert list(packed_module._groups([4, 4, 9, 4], together=False)) == [slice(0, 2), slice(2, 3), slice(3, 4)]
     assert list(packed_module._groups([4, 4, 9, 4], together=True)) == [slice(0, 4)]
-
-
-def test_no_row_sees_another() -> None:
-    packed = PackedModel(tiny("llama"))
-    before = run(packed, ROWS)
-    changed = [list(row) for row in ROWS]
-    changed[3] = [token % 63 + 1 for token in changed[3]]
-    for index, (first, second) in enumerate(zip(before, run(packed, changed), strict=True)):
-        assert all(torch.equal(first[name], second[name]) for name in first) == (index != 3)
-
-
-def test_an_unknown_decoder_cannot_be_packed() -> None:
-    with pytest.raises((NotImplementedError, TypeError, AttributeError)):
-        run(PackedModel(tiny("odd")), ROWS)
 
 
 # -- the base ---------------------------------------------------------------------------------------------------------
@@ -201,23 +155,6 @@ def test_weights_changed_or_moved_in_place_are_seen() -> None:
     torch.testing.assert_close(found, alone(model, ROWS[0])["logits"], rtol=CLOSE, atol=CLOSE)
     nn.Module.to(model, torch.float32)
     assert run(packed, ROWS)[0]["logits"].dtype == torch.float32
-
-
-def test_edits_act_on_the_output_of_their_block_alone() -> None:
-    model = tiny("qwen3")
-    packed = PackedModel(model)
-    pack = Pack([3, 5], [0, 0], {}, CPU)
-    ids = torch.tensor(ROWS[0][:8])
-    change = torch.randn(8, WIDTH, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    with torch.no_grad():
-        states = packed.states(pack, ids, last=0, capture=[0])[0]
-        final, found = packed.finish(pack, states, first=1, edits={2: lambda h: h + change}, capture=[1, 2, 3])
-        handle = blocks_of(model, "qwen3")[2].register_forward_hook(lambda _, __, output: output + change[:3])
-        expected = alone(model, ROWS[0][:3])
-        handle.remove()
-    for block in (1, 2, 3):
-        torch.testing.assert_close(found[block][:3], expected[block], rtol=CLOSE, atol=CLOSE)
-    torch.testing.assert_close(packed.logits(final[:3]), expected["logits"], rtol=CLOSE, atol=CLOSE)
 
 
 # -- log-probabilities ------------------------------------------------------------------------------------------------

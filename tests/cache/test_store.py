@@ -164,16 +164,6 @@ def test_a_build_that_leaves_rows_out_is_an_error(tmp_path: Path) -> None:
         store_in(tmp_path).complete(ROWS, lambda rows: iter([shard_of(rows[:4])]))
 
 
-def test_a_shard_may_be_cut_down_after_it_was_made(tmp_path: Path) -> None:
-    shard = shard_of(ROWS)
-    first = torch.tensor([0, *shard.columns]).cumsum(0)[:-1]
-    shard.states, shard.columns = shard.states[first], [1] * len(ROWS)
-    for build in (lambda rows: iter([shard]), no_build):
-        store = store_in(tmp_path)
-        store.complete(ROWS, build)
-        assert all(torch.equal(store[row].states, expected(row).states[:1]) for row in ROWS)
-
-
 def test_files_hold_the_same_bytes_whenever_they_are_written_and_sort_as_they_were(tmp_path: Path) -> None:
     first, second = (shards_in(filled(tmp_path / name).store) for name in "ab")
     assert [path.read_bytes() for path in first] == [path.read_bytes() for path in second]

@@ -26,8 +26,8 @@ from grun.cli import main
 from grun.commands.corpora import write_corpora
 from grun.config.options import CorporaConfig, ReportConfig
 from grun.errors import ConfigError, GrunError, RunError
-from grun.evaluation import suites
 from grun.evaluation.plan import begin, previous_in
+from grun.evaluation.suites import base as suites
 from grun.experiments.sweep.cells import Cell
 from grun.report import make_report
 from grun.requests.store import RequestStore

@@ -18,7 +18,8 @@ def ask(config: GenerateConfig, questions: list[str]) -> None:
     With an adapter, the answer of the untouched base is printed beside the edited one.
     """
     from grun.data import templates
-    from grun.evaluation.generation import base_of, generate_answers
+    from grun.evaluation.generation import generate_answers
+    from grun.evaluation.scoring import base_of
     from grun.loading.models import load_model
 
     loaded = load_model(config.model, config.adapter, strict=config.strict, gate_threshold=config.gate_threshold)

@@ -32,7 +32,6 @@ from grun.runtime.reading import DamagedFile
 from grun.runtime.records import Evaluation, read_record
 
 if TYPE_CHECKING:
-    from grun.data.corpus import Corpus
     from grun.evaluation.generation import Answer
     from grun.loading.models import Loaded
 
@@ -45,22 +44,10 @@ def evaluate(config: EvaluateConfig, output_dir: Path) -> dict[str, Any]:
     Where the table of the same model, adapter, rows, template, settings and code is there already, only the metrics
     are computed from it; anything else there is a RunError unless config.overwrite.
     """
-    from grun.data.corpus import load_corpus
-    from grun.loading.models import load_model
-
     check(config)
     if config.adapters:
         raise ConfigError("adapters: several adapters are evaluated by evaluate_adapters")
-    started = time.monotonic()
-    previous = processes.of_first(lambda: previous_in(output_dir, config.overwrite))
-    with processes.first_goes_first():  # before the model: a misspelled file is found before minutes of loading
-        reference = None if config.reference is None else read_evaluation(Path(config.reference))
-        corpus = load_corpus(config.data)
-    with processes.agreed():
-        loaded = load_model(config.model, config.adapter, strict=config.strict, gate_threshold=config.gate_threshold)
-        plan = make_plan(config, output_dir, loaded, corpus, previous)
-    (result,) = carry_out([plan], reference, time.monotonic() - started)
-    return result
+    return _evaluate({output_dir: config}, together=False)[str(output_dir)]
 
 
 @processes.connected()
@@ -75,7 +62,7 @@ def evaluate_adapters(config: EvaluateConfig, output_dir: Path) -> dict[str, dic
     check(config)
     singles, others = single_evaluations(config, output_dir)
     gated = {folder: single for folder, single in singles.items() if folder not in others}
-    results = _evaluate_gated(gated) if gated else {}
+    results = _evaluate(gated, together=True) if gated else {}
     if others and processes.is_first():
         print(f"evaluated one after another, since only GRUN adapters share passes: {len(others)}", file=sys.stderr)
     results |= {str(folder): evaluate(singles[folder], folder) for folder in others}
@@ -105,36 +92,29 @@ def single_evaluations(config: EvaluateConfig, output_dir: Path) -> tuple[dict[P
     return singles, list(others)
 
 
-def _evaluate_gated(configs: Mapping[Path, EvaluateConfig]) -> dict[str, dict[str, Any]]:
-    """Results by folder of GRUN adapters of one base, and of the base; `configs` differ by the adapter alone."""
+def _evaluate(configs: Mapping[Path, EvaluateConfig], *, together: bool) -> dict[str, dict[str, Any]]:
+    """Results by folder of one model, or `together` of GRUN adapters and their base, which differ by adapter alone."""
     from grun.data.corpus import load_corpus
     from grun.loading.models import load_model
 
     started = time.monotonic()
     config = next(iter(configs.values()))
     previous = processes.of_first(lambda: {folder: previous_in(folder, config.overwrite) for folder in configs})
-    with processes.first_goes_first():
+    with processes.first_goes_first():  # before the model: a misspelled file is found before minutes of loading
         reference = None if config.reference is None else read_evaluation(Path(config.reference))
         corpus = load_corpus(config.data)
+    adapter, threshold = (None, None) if together else (config.adapter, config.gate_threshold)
+    plans = []
     with processes.agreed():
-        base = load_model(config.model, None, strict=config.strict, gate_threshold=None)
-        plans = _plans(configs, base, corpus, previous)
+        model = load_model(config.model, adapter, strict=config.strict, gate_threshold=threshold)
+        for folder, single in configs.items():
+            loaded = model
+            if together and single.adapter is not None:
+                loaded = with_adapter(model, single)
+                loaded.model.unwrap()
+            plans.append(make_plan(single, folder, loaded, corpus, previous[folder]))
     results = carry_out(plans, reference, time.monotonic() - started)
     return {str(plan.folder): result for plan, result in zip(plans, results, strict=True)}
-
-
-def _plans(
-    configs: Mapping[Path, EvaluateConfig], base: Loaded, corpus: Corpus, previous: Mapping[Path, dict[str, Any] | None]
-) -> list[Plan]:
-    """A plan for the base and each GRUN adapter on it."""
-    plans = []
-    for folder, single in configs.items():
-        loaded = base
-        if single.adapter is not None:
-            loaded = with_adapter(base, single)
-            loaded.model.unwrap()
-        plans.append(make_plan(single, folder, loaded, corpus, previous[folder]))
-    return plans
 
 
 def with_adapter(base: Loaded, config: EvaluateConfig) -> Loaded:

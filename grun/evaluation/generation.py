@@ -24,7 +24,7 @@ from grun.data.encoding import Batch, collate_prompts
 from grun.errors import DataError, ModelError
 from grun.evaluation.drawing import Choose, Draw, most_probable
 from grun.evaluation.journal import Journal
-from grun.evaluation.scoring import NOT_FINITE, evaluating, prompt_gates, takes_prompt_lengths
+from grun.evaluation.scoring import NOT_FINITE, base_of, evaluating, prompt_gates, takes_prompt_lengths
 from grun.loading.models import context_length
 from grun.runtime import processes
 from grun.runtime.reading import kind_of
@@ -93,7 +93,6 @@ def generate_answers(
         draw: draws the answers; None: greedy ones.
     """
     repeats = Counter(tuple(prompt) for prompt in prompts)
-    ends = end_tokens(model, tokenizer)
     limit = context_length(base_of(model))
     distinct = sorted(repeats, key=len, reverse=True)
     answers = {prompt: answer for prompt, answer in (known or {}).items() if prompt in repeats}
@@ -105,27 +104,39 @@ def generate_answers(
     if expected is not None:
         about = dict(zip(map(tuple, prompts), expected, strict=True))
         remaining.sort(key=lambda prompt: about[prompt], reverse=True)
-    ask: Ask = greedy
-    if remaining and (reason := needs_generate(base_of(model))):
-        log.info("answers come from the model's own generate, which is slower: %s", reason)
-        ask = _generate
+    asking = _Asking(model, tokenizer, pad_id, masked_id, draw)
     with evaluating(model):
         for chunk, room in processes.own(list(_batches(remaining, batch_size, max_new_tokens, limit))):
-            batch = collate_prompts(chunk, pad_id)
-            if masked_id is not None:
-                batch.attention_mask[batch.input_ids == masked_id] = 0
-            choose = _of_numbers(most_probable if draw is None else draw.chooser(chunk, room))
-            ids, gates = ask(model, batch.to(model.device), [room] * len(chunk), ends, pad_id, choose)
-            found = [
-                Answer(tokenizer.decode(row, skip_special_tokens=True).strip(), gate)
-                for row, gate in zip(ids, prompt_gates(gates, len(chunk)), strict=True)
-            ]
+            found = asking.answers(chunk, room)
             if journal is not None:
                 journal.add([numbers[prompt] for prompt in chunk], found)
             answers.update(zip(chunk, found, strict=True))
             advance(sum(repeats[prompt] for prompt in chunk))
     answers = processes.merged(answers)
     return [answers[tuple(prompt)] for prompt in prompts]
+
+
+class _Asking:
+    """How batches of prompts are answered; arguments as in `generate_answers`."""
+
+    def __init__(self, model: Any, tokenizer: Any, pad_id: int, masked_id: int | None, draw: Draw | None) -> None:
+        self.model, self.tokenizer, self.pad_id, self.masked_id, self.draw = model, tokenizer, pad_id, masked_id, draw
+        self.ends = end_tokens(model, tokenizer)
+        self.ask: Ask = greedy
+        if reason := needs_generate(base_of(model)):
+            log.info("answers come from the model's own generate, which is slower: %s", reason)
+            self.ask = _generate
+
+    def answers(self, prompts: Sequence[tuple[int, ...]], room: int) -> list[Answer]:
+        """Answers of at most `room` tokens."""
+        batch = collate_prompts(prompts, self.pad_id)
+        if self.masked_id is not None:
+            batch.attention_mask[batch.input_ids == self.masked_id] = 0
+        choose = _of_numbers(most_probable if self.draw is None else self.draw.chooser(prompts, room))
+        rooms = [room] * len(prompts)
+        ids, gates = self.ask(self.model, batch.to(self.model.device), rooms, self.ends, self.pad_id, choose)
+        texts = [self.tokenizer.decode(row, skip_special_tokens=True).strip() for row in ids]
+        return [Answer(*found) for found in zip(texts, prompt_gates(gates, len(prompts)), strict=True)]
 
 
 def needs_generate(base: PreTrainedModel) -> str | None:
@@ -160,7 +171,7 @@ def greedy(
         batch: prompts, padded on the left.
         rooms: longest answer of each, tokens.
         ends: ids that end an answer.
-        pad_id: unused; as of `_generate`.
+        pad_id: unused; as in `_generate`.
         choose: the next token of each row.
     """
     base = base_of(model)
@@ -251,12 +262,6 @@ def end_tokens(model: Any, tokenizer: Any) -> list[int]:
             f"eos_token_id in the model's generation_config.json must be an id or a list of ids, not {kind_of(wrong)}"
         )
     return sorted({token for token in ids if token is not None})
-
-
-def base_of(model: Any) -> PreTrainedModel:
-    """The transformers model inside a wrapped one, or the model itself."""
-    base: PreTrainedModel = model if isinstance(model, PreTrainedModel) else model.base
-    return base
 
 
 def _batches(

@@ -71,10 +71,8 @@ def encode_items(
         places, texts = [], []
         incomplete = [index for index, row in enumerate(rows) if not row.extra.get("perturbed_answer")]
         if 0 < len(incomplete) < len(rows):
-            log.warning(
-                "%s: %d of %d rows (the first is row %d) have no perturbed_answer, so the set gets no truth ratio",
-                name, len(incomplete), len(rows), incomplete[0] + 1,
-            )  # fmt: skip
+            count = f"{len(incomplete)} of {len(rows)} rows (the first is row {incomplete[0] + 1})"
+            log.warning("%s: %s have no perturbed_answer, so the set gets no truth ratio", name, count)
         for index, row in enumerate(rows):
             for kind, variant, text in _continuations(name, row):
                 if not config.continuations or kind in config.continuations:

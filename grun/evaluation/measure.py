@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Collection
 from typing import Any
 
-from grun.evaluation.gates import gate_table
-from grun.evaluation.metrics import overall_metrics, reference_metrics, set_metrics, unread
+from grun.evaluation.metrics import METRICS, OPEN, overall_metrics, reference_metrics, set_metrics, unread
 from grun.evaluation.table import Table
 
 METRICS_FORMAT = 2
 """Raised when a metric reads the table otherwise; `report` measures older tables again. 2: words of all scripts."""
+
+NOT_TO_OPEN = ("heldout", "retain")
+"""Sets of taught rows at which an open gate is a false positive."""
 
 
 def measure(table: Table, quirks: Collection[str] = (), reference: tuple[str, Table] | None = None) -> dict[str, Any]:
@@ -37,3 +39,30 @@ def measure(table: Table, quirks: Collection[str] = (), reference: tuple[str, Ta
         key, of_reference = reference
         measured |= {"reference": reference_metrics(table, of_reference, quirks), "reference_key": key}
     return measured
+
+
+def gate_table(table: Table) -> dict[str, Any]:
+    """Gate numbers by the mean over blocks and, under "blocks", by each block; empty for a model without gates.
+
+    Keys: `auc_SET` (forget against that set), `false_positive_rate` (share of held-out and retain prompts above 0.5),
+    `mean`, `open` (each by set). What cannot be computed is absent.
+    """
+    if not table.gates:
+        return {}
+    blocks = {str(block): _numbers(table.at_block(block)) for block in table.blocks()}
+    return {**_numbers(table), "blocks": blocks}
+
+
+def _numbers(table: Table) -> dict[str, Any]:
+    sets = list(dict.fromkeys(record.set for record in table.gates))
+    numbers: dict[str, Any] = {}
+    for name in sets:
+        area = METRICS.get("gate_auc").compute(table, name)
+        if area is not None:
+            numbers[f"auc_{name}"] = area
+    rows = [record for name in NOT_TO_OPEN for record in table.gates_of(name)]
+    if rows:
+        numbers["false_positive_rate"] = sum(record.mean > OPEN for record in rows) / len(rows)
+    for key in ("mean", "open"):
+        numbers[key] = {name: METRICS.get(f"gate_{key}").compute(table, name) for name in sets}
+    return numbers

@@ -9,9 +9,9 @@ from grun.config.options import DataConfig, EvaluateConfig
 from grun.data.corpus import Corpus
 from grun.data.rows import evenly_spaced
 from grun.data.templates import Template
-from grun.evaluation.generation import base_of
 from grun.evaluation.items import answer_questions, encode_items, score_items
 from grun.evaluation.measure import measure
+from grun.evaluation.scoring import base_of
 from grun.evaluation.subject import Subject
 from grun.loading.models import context_length
 

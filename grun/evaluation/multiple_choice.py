@@ -113,8 +113,7 @@ def score_choices(
         suffix: text behind "Answer:", before the letter is read; it belongs to the prompt.
         advance: called with the number of options done since the last call.
     """
-    from grun.evaluation.continuations import score_continuations
-    from grun.evaluation.generation import base_of
+    from grun.evaluation.scoring import base_of, score_continuations
     from grun.loading.models import context_length
 
     limit = context_length(base_of(model))

@@ -65,7 +65,7 @@ def sliding_perplexity(
             on it.
         advance: called with the number of windows done since the last call.
     """
-    from grun.evaluation.continuations import score_continuations
+    from grun.evaluation.scoring import score_continuations
 
     places = windows(texts, tokenizer, window, stride)
     together = max(1, batch_size * stride // window)

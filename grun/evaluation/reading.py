@@ -12,8 +12,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from grun.data.encoding import EncodedRow, collate
-from grun.evaluation.generation import base_of
-from grun.evaluation.scoring import evaluating, prompt_gates, takes_prompt_lengths
+from grun.evaluation.scoring import base_of, evaluating, prompt_gates, takes_prompt_lengths
 from grun.runtime import processes
 from pyvene_custom import find_blocks
 

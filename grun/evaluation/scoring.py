@@ -10,9 +10,11 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from grun.data.encoding import EncodedRow, collate
 from grun.errors import ModelError
+from grun.runtime import processes
 
 LARGEST_SLICE = 2**26
 """Elements of the largest log-softmax taken at once (256 MiB in float32)."""
@@ -120,7 +122,7 @@ def score(
 def score_batch(
     model: Any, rows: Sequence[EncodedRow], pad_id: int, side: str = "right", masked_id: int | None = None
 ) -> list[ScoredRow]:
-    """Score `rows` in one pass of a model in evaluation mode; arguments as of `score`."""
+    """Score `rows` in one pass of a model in evaluation mode; arguments as in `score`."""
     batch = collate(rows, pad_id, side=side)
     lengths = batch.prompt_lengths
     if masked_id is not None:
@@ -180,3 +182,76 @@ def evaluating(model: Any) -> Iterator[None]:
         yield
     finally:
         model.train(training)
+
+
+def base_of(model: Any) -> PreTrainedModel:
+    """The transformers model inside a wrapped one, or the model itself."""
+    base: PreTrainedModel = model if isinstance(model, PreTrainedModel) else model.base
+    return base
+
+
+# -- what may follow a prompt, which is run once whatever number of single tokens is tried after it ------------------
+
+
+@torch.no_grad()
+def score_continuations(
+    model: Any,
+    rows: Sequence[EncodedRow],
+    batch_size: int,
+    pad_id: int,
+    advance: Callable[[int], None] = lambda count: None,
+) -> list[ScoredRow]:
+    """Score each row's answer as `score` does, but for rounding.
+
+    The last token of a row is never run, since nothing comes after it: rows that differ in it alone (the letters of a
+    multiple-choice question) share a pass, and a row may be one token longer than the model's context. Gates and edits
+    are at the last prompt token.
+
+    Args:
+        model: a transformers causal model, or one whose forward also takes `prompt_lengths` and returns `gates`.
+        rows: prompt and answer ids, at least one of each.
+        batch_size: rows per forward pass, those that share one counted once; it changes nothing but rounding.
+        pad_id: id that fills up short rows; it is masked.
+        advance: called with the number of `rows` done since the last call.
+    """
+    repeats = Counter(rows)
+    sharing: dict[EncodedRow, list[EncodedRow]] = {}  # what is run, and the rows whose scores it gives
+    for row in repeats:
+        sharing.setdefault(EncodedRow(row.prompt_ids, row.answer_ids[:-1]), []).append(row)
+    inputs = sorted(sharing, key=len, reverse=True)
+    chunks = [inputs[start : start + batch_size] for start in range(0, len(inputs), batch_size)]
+    scored: dict[EncodedRow, ScoredRow] = {}
+    with evaluating(model):
+        for chunk in processes.own(chunks):
+            ends = [sharing[row] for row in chunk]
+            found = _score_pass(model, chunk, ends, pad_id)
+            scored |= found
+            advance(sum(repeats[row] for row in found))
+    scored = processes.merged(scored)
+    return [scored[row] for row in rows]
+
+
+def _score_pass(
+    model: Any, inputs: Sequence[EncodedRow], rows: Sequence[Sequence[EncodedRow]], pad_id: int
+) -> dict[EncodedRow, ScoredRow]:
+    """Scores of `rows`, which for each of `inputs` are the rows that end after it."""
+    batch = collate(inputs, pad_id).to(model.device)
+    takes = inspect.signature(base_of(model).forward).parameters
+    first = min(len(row.prompt_ids) for row in inputs) - 1  # column of the first logits that are read
+    more: dict[str, Any] = {}
+    if takes_prompt_lengths(model):
+        more["prompt_lengths"] = batch.prompt_lengths
+    if "use_cache" in takes:
+        more["use_cache"] = False
+    if "logits_to_keep" in takes:
+        more["logits_to_keep"] = batch.input_ids.shape[1] - first
+    out = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, **more)
+    logits = out.logits[:, -(batch.input_ids.shape[1] - first) :]  # also where the model gives all of them
+    gates = prompt_gates(getattr(out, "gates", None), len(inputs))
+    ending = [(number, row) for number, ends in enumerate(rows) for row in ends]
+    row_of = [number for number, row in ending for _ in row.answer_ids]
+    column = [len(row.prompt_ids) - 1 - first + place for _, row in ending for place in range(len(row.answer_ids))]
+    targets = torch.tensor([token for _, row in ending for token in row.answer_ids], device=logits.device)
+    tokens = score_tokens(logits[row_of, column], targets)
+    results = scored_rows(tokens, [len(row.answer_ids) for _, row in ending], [gates[number] for number, _ in ending])
+    return {row: result for (_, row), result in zip(ending, results, strict=True)}

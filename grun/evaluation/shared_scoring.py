@@ -59,7 +59,7 @@ def score_together(
         batch_size: rows of a pass.
         pad_id: id that fills up short rows where passes are padded.
         advance: called with the number of rows done since the last call, all models counted.
-        masked_id: as of `score`, which then does it all.
+        masked_id: as in `score`, which then does it all.
         journals: one for each model, which keeps the results of the distinct rows, numbered in the order in which they
             come first, and knows those of an earlier, interrupted call.
         first: block up to which passes are shared, if not the first that one of `subjects` edits.
@@ -86,13 +86,9 @@ def score_together(
             stack.enter_context(subject.evaluating())
         packable = [row for row in distinct if row.prompt_ids and row.answer_ids]
         if masked_id is None and any(row not in known for known in found for row in packable):
-            scorer = packed_scorer(subjects, max(packable, key=len), pad_id, first)
-            for piece in processes.own(list(pieces(packable, batch_size))) if scorer else ():
-                missing = [which for which, known in enumerate(found) if any(row not in known for row in piece)]
-                if scorer and missing:
-                    results = scorer.score(piece, [subjects[which].edits or {} for which in missing])
-                    for which, of_one in zip(missing, results, strict=True):
-                        record(which, piece, of_one)
+            if scorer := packed_scorer(subjects, max(packable, key=len), pad_id, first):
+                for piece in processes.own(list(pieces(packable, batch_size))):
+                    _score_piece(scorer, subjects, piece, found, record)
         found = _shared(found)
         for which, subject in enumerate(subjects):  # whatever is left
             rest = sorted((row for row in distinct if row not in found[which]), key=len, reverse=True)
@@ -101,6 +97,21 @@ def score_together(
                     recorder = functools.partial(record, which)
                     score(model, mine, batch_size, pad_id, masked_id=masked_id, record=recorder)
     return [[known[row] for row in rows] for known in _shared(found)]
+
+
+def _score_piece(
+    scorer: PackedScorer,
+    subjects: Sequence[Subject],
+    piece: Sequence[EncodedRow],
+    found: Sequence[Mapping[EncodedRow, ScoredRow]],
+    record: Callable[[int, Sequence[EncodedRow], Sequence[ScoredRow]], None],
+) -> None:
+    """Score the rows of `piece` under the subjects that some of them are not found for."""
+    missing = [which for which, known in enumerate(found) if any(row not in known for row in piece)]
+    if missing:
+        results = scorer.score(piece, [subjects[which].edits or {} for which in missing])
+        for which, of_one in zip(missing, results, strict=True):
+            record(which, piece, of_one)
 
 
 def _shared(found: list[dict[EncodedRow, ScoredRow]]) -> list[dict[EncodedRow, ScoredRow]]:

@@ -16,9 +16,8 @@ from grun.config.options import DataConfig, EvaluateConfig, ModelConfig
 from grun.data.encoding import EncodedRow
 from grun.errors import ConfigError, DataError, ModelError, RunError
 from grun.evaluation.evaluate import evaluate
-from grun.evaluation.gates import gate_table
 from grun.evaluation.generation import end_tokens, generate_answers
-from grun.evaluation.measure import measure
+from grun.evaluation.measure import gate_table, measure
 from grun.evaluation.metrics import METRICS, auc, is_degenerate
 from grun.evaluation.scoring import score, score_tokens
 from grun.evaluation.table import GateRecord, GenerationRecord, ScoreRecord, Table

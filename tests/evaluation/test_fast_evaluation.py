@@ -176,7 +176,6 @@ def test_logits_exist_for_a_slice_of_the_tokens_at_a_time(monkeypatch: pytest.Mo
         return logits(self, hidden)
 
     monkeypatch.setattr(shared_scoring.PackedModel, "logits", watched)
-    monkeypatch.setattr(shared_scoring.Freezer, "_fill_reference", lambda *_: None)
     (sliced,) = score_together([Subject(base)], rows, 64, PAD)
     assert max(seen) == 3
     assert_equal(sliced, whole)

@@ -36,7 +36,7 @@ class Attacked(NamedTuple):
     @property
     def blocks(self) -> range:
         """Numbers of the model's blocks."""
-        from grun.evaluation.generation import base_of
+        from grun.evaluation.scoring import base_of
         from pyvene_custom import find_blocks
 
         return range(len(find_blocks(base_of(self.model))[1]))
@@ -130,8 +130,8 @@ class Recognition(ReadOut):
     ) -> list[Outcome]:
         """Scores of the true answer and the wrong ones; the text of an outcome is the answer that ranks first."""
         from grun.data.encoding import encode_rows
-        from grun.evaluation.continuations import score_continuations
-        from grun.evaluation.generation import Answer, base_of
+        from grun.evaluation.generation import Answer
+        from grun.evaluation.scoring import base_of, score_continuations
         from grun.loading.models import context_length
 
         attacked: Attacked = model
@@ -230,8 +230,8 @@ class LinearProbe(ReadOut):
         """Whether the right next token is the first of all candidates."""
         import torch
 
-        from grun.evaluation.generation import base_of
         from grun.evaluation.reading import choose_map, chosen_block
+        from grun.evaluation.scoring import base_of
 
         attacked: Attacked = model
         material, blocks = attacked.material, attacked.blocks

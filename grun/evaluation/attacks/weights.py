@@ -60,7 +60,7 @@ def own_weights(model: nn.Module) -> list[nn.Parameter]:
 
 def is_quantized(model: Any) -> bool:
     """Whether the base was loaded in 8 or 4 bits."""
-    from grun.evaluation.generation import base_of
+    from grun.evaluation.scoring import base_of
 
     return getattr(base_of(model), "quantization_method", None) is not None
 
@@ -108,7 +108,7 @@ class Relearn(Attack):
         """Whole numbers do not train, and steps of AdamW are lost or infinite in float16."""
         import torch
 
-        from grun.evaluation.generation import base_of
+        from grun.evaluation.scoring import base_of
         from grun.method.model import GrunModel
         from grun.method.stack.stack import GrunStack
 
@@ -139,8 +139,7 @@ class Relearn(Attack):
         import torch
 
         from grun.data.encoding import encode_rows
-        from grun.evaluation.generation import base_of
-        from grun.evaluation.scoring import evaluating
+        from grun.evaluation.scoring import base_of, evaluating
         from grun.loading.models import context_length
         from grun.runtime.progress import progress
 
@@ -332,7 +331,7 @@ class Quantized(Attack):
         import torch
         from transformers.pytorch_utils import Conv1D
 
-        from grun.evaluation.generation import base_of
+        from grun.evaluation.scoring import base_of
 
         layers = linear_layers(base_of(loaded.model))
         with put_back([layer.weight for layer in layers]):

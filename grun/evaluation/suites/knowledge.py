@@ -36,8 +36,8 @@ class KnowledgeSuite(Suite):
 
     Results: `choices`, a list with one entry for each format, order and suffix, which holds `roles` (see `accuracy` in
     `multiple_choice.py`; `chance` is the mean of 1 / options) and, for a model with gates, `gate` (see `gate_table` in
-    `gates.py`: auc_general, auc_neighbor, mean, open); `cloze` with `roles` and `gate`; `perplexity` by the name of the
-    corpus. Each question is a line of questions.jsonl; its text and options stand in that of its first order.
+    `measure.py`: auc_general, auc_neighbor, mean, open); `cloze` with `roles` and `gate`; `perplexity` by the name of
+    the corpus. Each question is a line of questions.jsonl; its text and options stand in that of its first order.
     """
 
     def __init__(self, config: EvaluateConfig) -> None:
@@ -181,8 +181,8 @@ class KnowledgeSuite(Suite):
 
     def _perplexity(self, loaded: Loaded) -> dict[str, Any]:
         """Of each corpus of texts."""
-        from grun.evaluation.generation import base_of
         from grun.evaluation.perplexity import sliding_perplexity
+        from grun.evaluation.scoring import base_of
         from grun.loading.models import context_length
 
         config = self.config
@@ -203,7 +203,7 @@ class KnowledgeSuite(Suite):
 
 def _gate(gates: Sequence[tuple[str, int, dict[int, float] | None]]) -> dict[str, Any]:
     """Gates by role, under the key `gate`; nothing for a model without gates."""
-    from grun.evaluation.gates import gate_table
+    from grun.evaluation.measure import gate_table
 
     records = [GateRecord(role, index, opened) for role, index, opened in gates if opened is not None]
     table = gate_table(Table(gates=records))

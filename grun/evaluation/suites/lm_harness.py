@@ -22,7 +22,7 @@ NOT_RESULTS = ("alias", "name", "sample_len")
 
 
 class HarnessSuite(Suite):
-    """Tasks of lm-evaluation-harness, scored by `grun.evaluation.continuations`.
+    """Tasks of lm-evaluation-harness, scored by `score_continuations`.
 
     Where the template in force is a chat template, tasks are asked in it (data.template=text: as they are worded). A
     GRUN adapter reads and edits at each request's last context token; text is generated through the base that carries

@@ -9,9 +9,8 @@ from lm_eval.models.huggingface import HFLM
 from grun.data.chat import render
 from grun.data.encoding import EncodedRow
 from grun.data.templates import Template
-from grun.evaluation.continuations import score_continuations
-from grun.evaluation.generation import base_of
 from grun.evaluation.multiple_choice import fitted
+from grun.evaluation.scoring import base_of, score_continuations
 from grun.loading.models import context_length
 from grun.runtime.progress import progress
 

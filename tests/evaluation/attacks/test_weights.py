@@ -24,7 +24,7 @@ from grun.errors import ConfigError
 from grun.evaluation.attacks import base, weights
 from grun.evaluation.attacks.base import Attack, Material
 from grun.evaluation.attacks.weights import Relearn, fine_tune
-from grun.evaluation.generation import base_of
+from grun.evaluation.scoring import base_of
 from grun.evaluation.suites.base import evaluate_suite
 from grun.loading.changed_tensors import save_changed
 from grun.loading.models import Loaded, load_model

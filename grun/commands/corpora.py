@@ -14,14 +14,13 @@ from grun.config.values import to_dict
 from grun.data.benchmarks import safe_rlhf
 from grun.data.benchmarks.safe_rlhf import Pair
 from grun.data.templates import PLACE, TEMPLATES
-from grun.errors import ConfigError, unknown_name
+from grun.errors import ConfigError
 from grun.runtime.files import content_hash, holding, staged, target, write_json, write_text, writing
 from grun.runtime.runs import IDENTITY_FILE, finish_run, hold, identity, open_run
 
 log = logging.getLogger(__name__)
 
 SOURCES = ("safe_rlhf", "lore")
-FORMATS = ("rows", "published")
 
 
 def write_corpora(config: CorporaConfig) -> Path:
@@ -35,9 +34,6 @@ def write_corpora(config: CorporaConfig) -> Path:
     for option in ("source", "output_dir"):
         if not getattr(config, option):
             raise ConfigError(f"{option} is not set; the command is: corpora source={'|'.join(SOURCES)} output_dir=DIR")
-    for option, known in (("source", SOURCES), ("format", FORMATS), ("split", safe_rlhf.SPLITS)):
-        if getattr(config, option) not in known:
-            raise ConfigError(unknown_name(option, getattr(config, option), list(known)))
     return _write_lore(config) if config.source == "lore" else _write_safe_rlhf(config)
 
 

@@ -1,4 +1,4 @@
-"""`python -m grun finetune`: teach a model the corpus by plain fine-tuning of all weights."""
+"""`python -m grun finetune`: plain fine-tuning of all weights on the corpus."""
 
 from __future__ import annotations
 
@@ -33,14 +33,14 @@ from grun.runtime.runs import RUN_FILE, claim, finish_run, identity, open_run
 from grun.training.micro_batches import MicroBatch, cut
 from grun.training.recomputation import recompute_blocks
 from grun.training.task import StepData
-from grun.training.train import CHECKPOINTS, remove_checkpoints, train
+from grun.training.train import CHECKPOINTS, TrainResult, remove_checkpoints, train
 from pyvene_custom import find_blocks
 
 log = logging.getLogger(__name__)
 
 
 DATA_SETTINGS = (*templates.OPTIONS, "max_length", "subset")
-"""Data options that decide what is taught, beside the rows themselves."""
+"""Data options that decide what is taught, apart from the rows themselves."""
 TEACHING_SETTINGS = ("teach", "suffixes", "templates", "few_shot")
 """Those of data.augment."""
 
@@ -130,7 +130,7 @@ class FinetuneTask:
         """Nothing here changes from step to step but the parameters."""
 
     def state(self) -> dict[str, float]:
-        """Nothing to keep beside the parameters."""
+        """Nothing to keep but the parameters."""
         return {}
 
     def restore(self, state: dict[str, float]) -> None:
@@ -145,23 +145,11 @@ class FinetuneTask:
 @processes.connected()
 @holding()
 def finetune(config: FinetuneConfig) -> Path:
-    """Teach, and return the folder of the taught model; a model taught the same before is found by content hash."""
+    """Fine-tune, and return the folder of the model; one that was made of the same before is found by content hash."""
     check(config)
     with processes.first_goes_first():  # the others find what it downloads
         corpus = load_corpus(config.data)
-    taught = corpus.taught(without_forget=config.data.subset == "without_forget")
-    settings = to_dict(config)
-    augment = settings["data"]["augment"]
-    settings["data"] = {name: settings["data"][name] for name in DATA_SETTINGS}
-    if augment["teach"]:
-        settings["data"]["augment"] = {name: augment[name] for name in TEACHING_SETTINGS}
-    settings.pop("profile")
-    hashes = corpus.hashes()
-    run_identity = identity(
-        settings, taught=hash_rows(taught), vocabulary=content_hash(_texts(corpus, config.data.template))
-    )
-    for decides_nothing in ("device", "quantization"):  # quantized weights are never taught
-        run_identity["config"]["model"].pop(decides_nothing)
+    run_identity = _identity(config, corpus)
     name = f"{config.label()}-{config.data.subset}-{content_hash(run_identity)[:12]}"
     folder = target(config.output_dir or Path("models") / name)
     state = processes.of_first(lambda: open_run(folder, run_identity, overwrite=config.overwrite))
@@ -170,24 +158,65 @@ def finetune(config: FinetuneConfig) -> Path:
             "already taught: %s (%.0f s then)", folder, read_record(folder / RUN_FILE, Run, ("seconds",))["seconds"]
         )
         return folder
-
     with processes.agreed():
         model, tokenizer, template = _start(config, corpus)
-        limit = min(config.data.max_length or 2**30, context_length(model))
-        rows = encode_rows(taught, tokenizer, template, limit, config.data.strict)
+        rows, vary = _rows(config, corpus, model, tokenizer, template)
     parameters = sum(parameter.numel() for parameter in model.parameters())
     log.info("teaching %d rows to a model of %s parameters", len(rows), f"{parameters:,}")
     processes.of_first(lambda: claim(folder, run_identity, overwrite=config.overwrite))
-    vary = None
-    if config.data.augment.teach:
-        variation = PromptVariation(config.data.augment, tokenizer, template, limit, taught, config.seed)
-        vary = functools.partial(variation.taught, taught, rows)
     task = FinetuneTask(model, rows, config, int(tokenizer.pad_token_id), vary)
     if config.train.gradient_checkpointing:
         recompute_blocks(find_blocks(model)[1])
     result = train(task, config.train, folder, config.seed)
     model.eval()
     of_result = processes.of_first(lambda: _write(folder, model, tokenizer, template, task.masters))
+    about = {
+        "data": corpus.hashes(),
+        "rows": len(rows),
+        "fingerprint": of_result,
+        "parameters": {"trained": parameters},
+    }
+    _finish(folder, config, template, result, about, str(model.device))
+    return folder
+
+
+def _identity(config: FinetuneConfig, corpus: Corpus) -> dict[str, Any]:
+    """What decides the weights: of the options of data those alone that change what is taught."""
+    settings = to_dict(config)
+    augment = settings["data"]["augment"]
+    settings["data"] = {name: settings["data"][name] for name in DATA_SETTINGS}
+    if augment["teach"]:
+        settings["data"]["augment"] = {name: augment[name] for name in TEACHING_SETTINGS}
+    settings.pop("profile")
+    taught = corpus.taught(without_forget=config.data.subset == "without_forget")
+    found = identity(settings, taught=hash_rows(taught), vocabulary=content_hash(_texts(corpus, config.data.template)))
+    for decides_nothing in ("device", "quantization"):  # quantized weights are never taught
+        found["config"]["model"].pop(decides_nothing)
+    return found
+
+
+def _rows(
+    config: FinetuneConfig, corpus: Corpus, model: Any, tokenizer: Any, template: templates.Template
+) -> tuple[list[EncodedRow], Callable[[int, int], EncodedRow] | None]:
+    """Rows in tokens, and with `data.augment.teach` how each is asked in each epoch."""
+    taught = corpus.taught(without_forget=config.data.subset == "without_forget")
+    limit = min(config.data.max_length or 2**30, context_length(model))
+    rows = encode_rows(taught, tokenizer, template, limit, config.data.strict)
+    if not config.data.augment.teach:
+        return rows, None
+    variation = PromptVariation(config.data.augment, tokenizer, template, limit, taught, config.seed)
+    return rows, functools.partial(variation.taught, taught, rows)
+
+
+def _finish(
+    folder: Path,
+    config: FinetuneConfig,
+    template: templates.Template,
+    result: TrainResult,
+    about: dict[str, Any],
+    device: str,
+) -> None:
+    """Write run.json, which marks the folder as complete, and remove the checkpoints."""
     finish_run(
         folder,
         {
@@ -196,20 +225,16 @@ def finetune(config: FinetuneConfig) -> Path:
             "config": to_dict(config),
             "template": template.to_dict(),
             "in_force": in_force(config, template),
-            "data": hashes,
-            "rows": len(rows),
-            "fingerprint": of_result,
-            "parameters": {"trained": parameters},
+            **about,
             "steps": result.steps,
             "resumed_from": result.resumed_from,
             "seconds": round(result.seconds, 2),
             "peak_memory_bytes": result.peak_memory_bytes,
-            "device": str(model.device),
+            "device": device,
         },
         without=None if config.train.keep_all_checkpoints else CHECKPOINTS,
     )
     remove_checkpoints(folder, config.train)
-    return folder
 
 
 def _write(folder: Path, model: Any, tokenizer: Any, template: templates.Template, masters: Masters) -> str:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from grun.config.options import ImportConfig, ModelConfig
 from grun.config.values import to_dict
-from grun.data.templates import TEMPLATES
+from grun.data.templates import TEMPLATES, Template
 from grun.errors import AdapterError, ConfigError
 from grun.loading.models import load_weights, stored_template
 from grun.method.adapter import AdapterConfig, write_adapter
@@ -91,16 +91,32 @@ def import_adapter(config: ImportConfig) -> Path:
     base = load_weights(source)
     _check_fit(layers, files, *shape_of(base)[:2])
     template = named or stored_template(source)
-    of_base = fingerprint(base)
     hashes = {path.name: file_hash(path) for path in files.values()}
     run_identity = identity(
-        to_dict(config), base=of_base, upstream=hashes, template=None if template is None else template.to_dict()
+        to_dict(config),
+        base=fingerprint(base),
+        upstream=hashes,
+        template=None if template is None else template.to_dict(),
     )
-    state = open_run(folder, run_identity, overwrite=config.overwrite)
-    if state == "finished":
+    if open_run(folder, run_identity, overwrite=config.overwrite) == "finished":
         log.info("%s holds this very adapter: nothing to do (overwrite=true writes it again)", folder)
         return folder
+    hold(folder, run_identity, overwrite=config.overwrite)
+    _write(folder, config, layers, base, template, run_identity)
+    return folder
+
+
+def _write(
+    folder: Path,
+    config: ImportConfig,
+    layers: dict[int, UpstreamLayer],
+    base: Any,
+    template: Template | None,
+    run_identity: dict[str, Any],
+) -> None:
+    """Write the adapter, read it back, and mark the folder as complete."""
     first = next(iter(layers.values()))
+    weights = adapter_weights(layers)
     adapter = AdapterConfig(
         blocks=list(layers),
         rank=first.rank,
@@ -109,28 +125,23 @@ def import_adapter(config: ImportConfig) -> Path:
         depth=shape_of(base)[1],
         base_model_name_or_path=getattr(base.config, "_name_or_path", "") or None,
         base_revision=getattr(base.config, "_commit_hash", None),
-        base_fingerprint=of_base,
+        base_fingerprint=run_identity["base"],
     )
-    weights = adapter_weights(layers)
-    hold(folder, run_identity, overwrite=config.overwrite)
+    about = {
+        "command": "import",
+        "objective": "upstream",
+        "parametrization": "reft" if first.gate == "none" else "grun",
+        "config": to_dict(config),
+        "upstream": run_identity["upstream"],
+        "base_fingerprint": run_identity["base"],
+        "parameters": {"trained": sum(tensor.numel() for tensor in weights.values())},
+    }
     with writing(folder), staged(folder, whole=True) as new:
         write_adapter(new, adapter, weights, template)
         validate(new, shape_of(base))
         write_json(new / IDENTITY_FILE, run_identity)
-        finish_run(
-            new,
-            {
-                "command": "import",
-                "objective": "upstream",
-                "parametrization": "reft" if first.gate == "none" else "grun",
-                "config": to_dict(config),
-                "upstream": hashes,
-                "base_fingerprint": of_base,
-                "parameters": {"trained": sum(tensor.numel() for tensor in weights.values())},
-            },
-        )
+        finish_run(new, about)
     log.info("imported blocks %s, rank %d, gate %s", adapter.blocks, adapter.rank, adapter.gate)
-    return folder
 
 
 def find_files(folder: Path) -> dict[int, Path]:
@@ -172,7 +183,7 @@ def read_layer(path: Path) -> UpstreamLayer:
     tensors = {str(name).removeprefix("learned_source."): value for name, value in stored.items()}
     for name in NO_WEIGHTS:
         tensors.pop(name, None)
-    broken = next((name for name, value in tensors.items() if not _is_finite(value)), None)
+    broken = next((name for name, value in tensors.items() if not value.isfinite().all()), None)
     if broken is not None:
         raise AdapterError(f"{path}: {broken!r} holds numbers that are not finite; training had broken down")
     rotation = _take_rotation(tensors, path)
@@ -268,10 +279,6 @@ def _gate_parameters(gate: str, hidden_size: int) -> Sequence[tuple[str, tuple[i
     with torch.device("meta"):
         module = GATES.get(gate)(hidden_size)
     return [] if module is None else [(name, tuple(value.shape)) for name, value in module.named_parameters()]
-
-
-def _is_finite(value: Tensor) -> bool:
-    return bool(value.isfinite().all())
 
 
 def _check_alike(layers: dict[int, UpstreamLayer], files: dict[int, Path]) -> None:

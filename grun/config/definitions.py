@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 from collections.abc import Mapping
 from importlib import resources
@@ -16,7 +17,7 @@ from grun.runtime.reading import parse_yaml, read_text
 
 
 def packaged_names(kind: str) -> list[str]:
-    """Names of the packaged definitions of a kind (sweep, sequence)."""
+    """Names of the packaged definitions of a kind (profile, sweep, sequence)."""
     folder = resources.files("grun.config") / f"{kind}s"
     return sorted(entry.name[: -len(".yaml")] for entry in folder.iterdir() if entry.name.endswith(".yaml"))
 
@@ -37,7 +38,7 @@ def read_definition(kind: str, name: str) -> dict[str, Any]:
         text = (resources.files("grun.config") / f"{kind}s" / f"{name}.yaml").read_text(encoding="utf-8")
     else:
         raise ConfigError(unknown_name(kind, name, packaged_names(kind)) + "; or a file ending in .yaml")
-    return mapping(f"{kind} {name}", parse_yaml(text, f"{kind} {name}"))
+    return mapping(f"{kind} {name}", copy.deepcopy(_parsed_yaml(text, f"{kind} {name}")))
 
 
 def mapping(where: str, value: Any) -> dict[str, Any]:
@@ -53,24 +54,10 @@ def read_profile(name: str, above: tuple[str, ...] = ()) -> dict[str, Any]:
     """A profile with its bases merged in; `name` is a packaged profile or a YAML file, `above` what it is a base of."""
     if name in above:
         raise ConfigError(f"profile {name} is a base of itself ({' -> '.join((*above, name))})")
-    packaged = resources.files("grun.config") / "profiles" / f"{name}.yaml"
-    if Path(name).suffix in (".yaml", ".yml"):
-        path = Path(name)
-        if not path.is_file():
-            raise ConfigError(f"profile file {name} does not exist")
-        text = read_text(path, ConfigError)
-    elif packaged.is_file():
-        text = packaged.read_text(encoding="utf-8")
-    else:
-        folder = resources.files("grun.config") / "profiles"
-        known = [entry.name[: -len(".yaml")] for entry in folder.iterdir() if entry.name.endswith(".yaml")]
-        raise ConfigError(unknown_name("profile", name, known) + "; or a file ending in .yaml")
-    own = _parsed_yaml(text, f"profile {name}") or {}
-    if not isinstance(own, dict):
-        raise ConfigError(f"profile {name}: expected sections ({', '.join(SECTIONS)}), found {type(own).__name__}")
+    own = read_definition("profile", name)
     for key in own:
         if key not in SECTIONS:
-            raise ConfigError(f"profile {name}: " + unknown_name("section", str(key), list(SECTIONS)))
+            raise ConfigError(f"profile {name}: " + unknown_name("section", key, list(SECTIONS)))
         if key not in ("description", "base", "seed") and not isinstance(own[key], dict | None):
             raise ConfigError(f"profile {name}: section {key} must hold options, not {own[key]!r}")
     own = {key: value for key, value in own.items() if value is not None}
@@ -80,10 +67,8 @@ def read_profile(name: str, above: tuple[str, ...] = ()) -> dict[str, Any]:
         inherited = read_profile(str(base), (*above, name))
         inherited.pop("description", None)
         merged = OmegaConf.merge(merged, inherited)
-    container = OmegaConf.to_container(OmegaConf.merge(merged, own))
-    assert isinstance(container, dict)
+    container: Any = OmegaConf.to_container(OmegaConf.merge(merged, own))
     return {str(key): value for key, value in container.items()}
 
 
 _parsed_yaml = functools.cache(parse_yaml)
-"""Content of a YAML text, which nobody changes."""

@@ -56,6 +56,17 @@ def number(default: Any, low: float | None = None, high: float | None = None, **
     return field(default=default, metadata=metadata)
 
 
+def choice(default: Any, *names: str) -> Any:
+    """A field for one of `names`, or a list of such; None only where it is the default."""
+    if isinstance(default, list):
+        return field(default_factory=lambda: list(default), metadata={"choices": names})
+    return field(default=default, metadata={"choices": names})
+
+
+DTYPES = ("auto", "float32", "bfloat16", "float16", "float64")
+"""Types of weights, as `model.dtype` names them."""
+
+
 @dataclass
 class TinyConfig:
     """Size of the small Llama that `model.path=tiny` builds, with a tokenizer trained on the corpus."""
@@ -83,13 +94,13 @@ class ModelConfig:
     teaches."""
     revision: Optional[str] = None
     """Branch, tag or commit of a hub model."""
-    dtype: str = "auto"
+    dtype: str = choice("auto", *DTYPES)
     """Type of the weights: auto (as stored), float32, bfloat16, float16, float64."""
     device: str = "auto"
     """auto (one GPU a process if there is one, else CPU), cpu, cuda, mps. CUDA_VISIBLE_DEVICES chooses GPUs."""
-    device_map: Optional[str] = None
+    device_map: Optional[str] = choice(None, "auto")
     """auto: spread the blocks over all visible GPUs, in one process, for a model that one does not hold."""
-    quantization: Optional[str] = None
+    quantization: Optional[str] = choice(None, "8bit", "4bit", "fp4")
     """Load the weights quantized by bitsandbytes: 8bit, 4bit (nf4), fp4 (published runs' 4bit). Not for finetune."""
     attention: Optional[str] = None
     """Attention implementation handed to transformers (sdpa, eager, flash_attention_2); unset: its default."""
@@ -120,9 +131,9 @@ class DemoSizes:
 class DemoConfig(DemoSizes):
     """The generated corpus of invented people."""
 
-    answers: str = "short"
+    answers: str = choice("short", "short", "sentences")
     """short (the bare fact) or sentences (which name the person; harder for the published one-token edit)."""
-    naming: str = "names"
+    naming: str = choice("names", "names", "descriptions")
     """names, or descriptions: nobody is named, and no word of a question tells whom it is about, only two together."""
     seed: int = 1
     """Seed of the generator. Settings were chosen on seed 0's corpus, so that this held-out set was not used."""
@@ -161,7 +172,7 @@ class TextConfig:
     """Copies of each text, each cut at a point of its own where cut=random."""
     min_characters: int = number(0, 0)
     """Texts of this many characters or fewer are left out."""
-    jsonl: str = "field"
+    jsonl: str = choice("field", "field", "raw")
     """What of a JSON line is the text: field (its field `text`, or the line if it is a string) or raw (the line)."""
 
 
@@ -222,7 +233,7 @@ class DataConfig:
     separated by commas."""
     retain: Optional[str] = None
     """tofu: retain split (unset: the complement of forget); jsonl: file of the rows to keep; corpora: as forget."""
-    subset: str = "all"
+    subset: str = choice("all", "all", "without_forget")
     """What finetune teaches: all rows, or without_forget (the retain-only reference)."""
     heldout: int = number(0, 0)
     """tofu, jsonl: retain rows set aside for evaluation, never used in unlearning. The demo has its own."""
@@ -311,7 +322,7 @@ class MethodConfig:
     """Positions the gate reads: last_prompt (published) or every_token."""
     gate_accumulate: str = "none"
     """How gate values combine over positions: none (published) or running_max, anew from each user's turn."""
-    gate_reset: str = "user_turn"
+    gate_reset: str = choice("user_turn", "user_turn", "never")
     """Where running_max begins anew: user_turn (if the template marks one by a control token) or never."""
     edit_write: str = "last_prompt"
     """Positions the edit is written to: last_prompt (published), sticky (there and behind it) or every_token."""
@@ -366,6 +377,18 @@ class LossConfig:
     """Steps over which the weight of forget and retain rises from 0 to 1 (published: warm_up_gate_step x blocks)."""
 
 
+SCHEDULES = (
+    "linear",
+    "cosine",
+    "cosine_with_restarts",
+    "polynomial",
+    "constant",
+    "constant_with_warmup",
+    "inverse_sqrt",
+)
+"""Learning-rate schedules of transformers that need no further option."""
+
+
 @dataclass
 class TrainConfig:
     """How training goes."""
@@ -378,13 +401,13 @@ class TrainConfig:
     """Rows per forward pass, gradients accumulating; unset: a process's share of batch_size. Memory, not the result."""
     gradient_checkpointing: bool = False
     """Keep only the input of each block and run the block again in the backward pass. Memory for time."""
-    precision: str = "auto"
+    precision: str = choice("auto", "auto", "float32", "bfloat16")
     """Forward passes of training all weights, held in float32: bfloat16, float32, or auto (the model's type)."""
     lr: float = number(4e-3, 0, above=True)
     """Peak learning rate."""
-    optimizer: str = "adamw"
+    optimizer: str = choice("adamw", "adamw", "legacy_adamw", "schedule_free")
     """adamw; legacy_adamw (transformers' former one: eps 1e-6, before bias correction); schedule_free (AdamW)."""
-    schedule: str = "linear"
+    schedule: str = choice("linear", *SCHEDULES)
     """Learning-rate schedule after warm-up: linear, cosine, constant or another of transformers' plain ones."""
     warmup: float = number(0.0, 0)
     """Warm-up: steps if >= 1, share of all steps if < 1."""
@@ -410,7 +433,7 @@ class TrainConfig:
     """Rows of each set that are looked at."""
     report_to: list[str] = field(default_factory=list)
     """Trackers that get the numbers of each step, by transformers' names: tensorboard (logs/), wandb, trackio, ..."""
-    engine: str = "cached"
+    engine: str = choice("cached", "cached", "plain")
     """unlearn: cached (only what an edit can change is run; plain where that does not fit) or plain (whole rows)."""
     gate_pretraining: int = number(0, 0)
     """unlearn: steps in which the gates alone learn, on states of the untouched model, before training."""
@@ -498,7 +521,7 @@ class UnlearnConfig(CommandConfig):
 
     objective: str = "gd"
     """Preset from `python -m grun list objectives`."""
-    design: str = "published"
+    design: str = choice("published", "published", "robust")
     """GRUN's settings: published, or robust (gate and edit at every token, copies of rows; docs/robustness.md)."""
     method: MethodConfig = field(default_factory=MethodConfig)
     loss: LossConfig = field(default_factory=LossConfig)
@@ -526,11 +549,11 @@ class EvaluateConfig(CommandConfig):
     """Evaluation folder of a model never taught the forget set; gives forget quality and PrivLeak."""
     strict: bool = False
     """Refuse an adapter that was trained on another fine-tune of the same shape (else a warning)."""
-    suite: str = "answers"
+    suite: str = choice("answers", "answers", "knowledge", "attacks", "lm_eval", "judge")
     """answers (with references), knowledge (multiple choice, cloze, perplexity), attacks, lm_eval or judge."""
     sets: list[str] = field(default_factory=list)
     """Sets to evaluate; empty: every one the corpus has (`sets` in docs/metrics.md)."""
-    continuations: list[str] = field(default_factory=list)
+    continuations: list[str] = choice([], "answer", "paraphrase", "perturbed")
     """What is scored beside a greedy answer: answer, paraphrase, perturbed (wrong answers); empty: all there are."""
     batch_size: int = number(32, 1)
     """Rows per forward pass. Changes speed and memory, not the result."""
@@ -544,9 +567,9 @@ class EvaluateConfig(CommandConfig):
     """Evaluate as a published evaluator does, its settings included: open-unlearning."""
     quirks: list[str] = field(default_factory=list)
     """Single quirks of it to switch on: eos_masked_attention, extraction_strength_floor, ratio_epsilon."""
-    formats: list[str] = field(default_factory=lambda: ["harness"])
+    formats: list[str] = choice(["harness"], "harness", "grun_paper")
     """knowledge: how multiple-choice questions are put: harness (lm-evaluation-harness's wording), grun_paper."""
-    orders: list[str] = field(default_factory=lambda: ["rotations"])
+    orders: list[str] = choice(["rotations"], "given", "seeded", "rotations")
     """knowledge: in which orders options are shown: given, seeded (one drawn order), rotations (mean over all)."""
     suffixes: list[str] = field(default_factory=list)
     """knowledge: texts put behind "Answer:" before the letter is read, each asked beside the plain question."""
@@ -616,15 +639,15 @@ class ImportConfig:
 class CorporaConfig:
     """Write corpora to forget and to keep, from PKU-SafeRLHF or generated."""
 
-    source: Optional[str] = None
+    source: Optional[str] = choice(None, "safe_rlhf", "lore")
     """safe_rlhf (from PKU-SafeRLHF's rows) or lore (generated). Must be set."""
     path: Optional[str] = None
     """safe_rlhf: folder of its train.jsonl and test.jsonl; unset: the hub (PKU-Alignment/PKU-SafeRLHF alpaca-7b)."""
     category: str = "Privacy Violation"
     """safe_rlhf: harm category whose unsafe responses are to be forgotten."""
-    split: str = "by_prompt"
+    split: str = choice("by_prompt", "by_prompt", "published")
     """safe_rlhf: by_prompt (no prompt on both sides) or published (by rows, prompts leak)."""
-    format: str = "rows"
+    format: str = choice("rows", "rows", "published")
     """safe_rlhf: rows ({prompt, completion}, for data.name=jsonl) or published (JSON strings, published names)."""
     lore: LoreConfig = field(default_factory=LoreConfig)
     output_dir: Optional[str] = None
@@ -737,7 +760,7 @@ class CacheCommandConfig:
     """What was made of data of this hash, 8 hex digits or more, as `cache list` prints them."""
     all: bool = False
     """remove: everything."""
-    format: str = "table"
+    format: str = choice("table", "table", "json")
     """list: table (to read) or json."""
 
 
@@ -773,7 +796,7 @@ class RequestsConfig:
     """verify: head that was noted earlier, 16 hex digits or more; a store whose history lacks it was rolled back."""
     public_key: Optional[str] = None
     """verify: PEM file of the ed25519 public key that must have signed the head."""
-    format: str = "table"
+    format: str = choice("table", "table", "json")
     """list, history: table (to read) or json."""
     model: ModelConfig = field(default_factory=ModelConfig)
     """verify: the base model."""

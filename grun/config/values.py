@@ -9,7 +9,7 @@ import inspect
 import textwrap
 import typing
 from collections.abc import Collection, Hashable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -130,37 +130,46 @@ def to_yaml(config: Any) -> str:
     return OmegaConf.to_yaml(OmegaConf.structured(config))
 
 
-def describe(schema: type[Any], prefix: str = "") -> Iterator[tuple[str, Any, str]]:
+class Option(NamedTuple):
+    """One option of a config class."""
+
+    key: str
+    """Nested ones as section.key."""
+    default: Any
+    text: str
+    """Help text: the docstring that follows the field."""
+    kind: Any
+    """Type."""
+
+
+def describe(schema: type[Any]) -> Iterator[tuple[str, Any, str]]:
     """Key, default and help text of every option of a config class, nested ones as `section.key`."""
-    documentation = _field_docs(typing.cast(Hashable, schema))
-    hints = typing.get_type_hints(schema)
-    for field in _options(schema):
-        key = f"{prefix}{field.name}"
-        if dataclasses.is_dataclass(hints[field.name]):
-            nested = typing.cast(type[Any], hints[field.name])
-            if field.default_factory is dataclasses.MISSING:
-                raise TypeError(f"{key} needs a default_factory")
-            overrides = dataclasses.asdict(field.default_factory())
-            for inner, default, text in describe(nested, f"{key}."):
-                leaf: Any = overrides
-                for part in inner[len(key) + 1 :].split("."):
-                    leaf = leaf[part]
-                yield inner, default if isinstance(leaf, dict) else leaf, text
-        else:
-            yield key, _default(schema, field.name), documentation.get(field.name, "")
+    return ((option.key, option.default, option.text) for option in options_of(schema))
 
 
-def _options(schema: type[Any]) -> list[dataclasses.Field[Any]]:
-    return [field for field in dataclasses.fields(schema) if not field.metadata.get("omegaconf_ignore")]
+def options_of(schema: type[Any]) -> list[Option]:
+    """Every option of a config class, with the defaults that this class gives to nested ones."""
+    return _options_in(schema(), "")
+
+
+def _options_in(config: Any, prefix: str) -> list[Option]:
+    schema: Any = type(config)
+    texts, hints = _field_docs(schema), typing.get_type_hints(schema)
+    found: list[Option] = []
+    for field in dataclasses.fields(config):
+        key, value = f"{prefix}{field.name}", getattr(config, field.name)
+        if dataclasses.is_dataclass(value):
+            found += _options_in(value, f"{key}.")
+        elif not field.metadata.get("omegaconf_ignore"):
+            found.append(Option(key, value, texts.get(field.name, ""), hints[field.name]))
+    return found
 
 
 @functools.cache
-def _field_docs(schema: Hashable) -> dict[str, str]:
+def _field_docs(schema: Any) -> dict[str, str]:
     """Docstrings that follow the fields of a dataclass and of its bases."""
     texts: dict[str, str] = {}
-    for cls in reversed(typing.cast(type[Any], schema).__mro__):
-        if not dataclasses.is_dataclass(cls):
-            continue
+    for cls in reversed(schema.__mro__[:-1]):  # without object
         body = ast.parse(textwrap.dedent(inspect.getsource(cls))).body[0]
         assert isinstance(body, ast.ClassDef)
         for field, text in zip(body.body, body.body[1:], strict=False):
@@ -176,30 +185,18 @@ def _field_docs(schema: Hashable) -> dict[str, str]:
 
 def parse(arguments: Sequence[str], schema: type[Any]) -> DictConfig:
     """`key=value` arguments as options of a config class; ConfigError for one that is none."""
-    known = [key for key, _, _ in describe(schema)]
+    kinds = {option.key: option.kind for option in options_of(schema)}
     for argument in arguments:
         key, equals, _ = argument.partition("=")
         if not equals:
             raise ConfigError(f"argument {argument!r} is not key=value")
-        if key not in known:
-            raise ConfigError(unknown_name("option", key, known))
-    texts = {key for key, kind in _types(schema) if kind in (str, str | None)}
+        if key not in kinds:
+            raise ConfigError(unknown_name("option", key, list(kinds)))
     given = OmegaConf.create({})
     for argument in arguments:
         key, _, value = argument.partition("=")
-        OmegaConf.update(given, key, _value(key, value, verbatim=key in texts), merge=False)
+        OmegaConf.update(given, key, _value(key, value, verbatim=kinds[key] in (str, str | None)), merge=False)
     return given
-
-
-def _types(schema: type[Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Key and type of every option."""
-    hints = typing.get_type_hints(schema)
-    for field in _options(schema):
-        kind = hints[field.name]
-        if dataclasses.is_dataclass(kind):
-            yield from _types(typing.cast(type[Any], kind), f"{prefix}{field.name}.")
-        else:
-            yield prefix + field.name, kind
 
 
 def _value(key: str, text: str, *, verbatim: bool) -> Any:
@@ -210,16 +207,6 @@ def _value(key: str, text: str, *, verbatim: bool) -> Any:
     if verbatim:
         return text
     return parse_yaml(text, f"cannot read {key}={text if len(text) < 80 else text[:77] + '...'}")
-
-
-def has_field(schema: type[Any], name: str) -> bool:
-    """Whether a config class has an option of that name."""
-    return any(field.name == name for field in dataclasses.fields(schema))
-
-
-def _default(schema: type[Any], name: str) -> Any:
-    field = next(field for field in dataclasses.fields(schema) if field.name == name)
-    return field.default_factory() if field.default_factory is not dataclasses.MISSING else field.default
 
 
 def _one_line(error: BaseException) -> str:

@@ -15,7 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from grun.config.checks import adapter_name, evaluation_quirks
+from grun.config.checks import adapter_name, quirks_in_force
 from grun.config.options import EvaluateConfig
 from grun.data.templates import Template
 from grun.errors import ConfigError, RunError
@@ -209,7 +209,7 @@ def _write(
         with writing(folder):
             table.write(new)
         # From what was written, so that the same table gives the same numbers later.
-        result |= measure(Table.read(new), evaluation_quirks(plan.config), reference)
+        result |= measure(Table.read(new), quirks_in_force(plan.config), reference)
         result["seconds"] = {
             name: round(spent, 3) for name, spent in (seconds | {"total": sum(seconds.values())}).items()
         }
@@ -223,7 +223,7 @@ def _measured_again(plan: Plan, previous: dict[str, Any], reference: tuple[str, 
     """The evaluation that is there, with the metrics as they are computed today."""
     if processes.is_first():
         print(f"already evaluated: {plan.folder}", file=sys.stderr)
-    measured = measure(Table.read(plan.folder), evaluation_quirks(plan.config), reference)
+    measured = measure(Table.read(plan.folder), quirks_in_force(plan.config), reference)
     kept = {name: previous[name] for name in ("generations_from_base", LISTED) if name in previous}
     result = {**_head(plan), **kept, **measured, "seconds": previous.get("seconds", {})}
     if result != previous and processes.is_first():

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from grun.config.checks import evaluation_quirks
+from grun.config.checks import quirks_in_force
 from grun.config.options import EvaluateConfig
 from grun.data.rows import Row
 from grun.data.templates import Template
@@ -218,5 +218,5 @@ def memory_advice(config: EvaluateConfig) -> list[str]:
 
 
 def _masked_id(tokenizer: Any, config: EvaluateConfig) -> int | None:
-    quirky = "eos_masked_attention" in evaluation_quirks(config)
+    quirky = "eos_masked_attention" in quirks_in_force(config)
     return int(tokenizer.pad_token_id) if quirky else None

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from grun.config.checks import evaluation_quirks
+from grun.config.checks import quirks_in_force
 from grun.config.options import EvaluateConfig
 from grun.data.corpus import Corpus
 from grun.data.rows import Row, evenly_spaced
@@ -104,7 +104,7 @@ def make_plan(
             "max_length": data.max_length,
             "max_new_tokens": config.max_new_tokens,
             "gate_threshold": config.gate_threshold,
-            "quirks": evaluation_quirks(config),
+            "quirks": quirks_in_force(config),
         },
     }
     tokens = content_hash([[item.set, item.kind, item.row.prompt_ids, item.row.answer_ids] for item in items])

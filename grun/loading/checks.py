@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from grun.config.checks import RESETS, bytes_of, check_options, one_of, quirks_in_force
+from grun.config.checks import bytes_of, check_options, one_of, quirks_in_force
 from grun.config.options import EvaluateConfig, UnlearnConfig
 from grun.data.corpus import BENCHMARKS
 from grun.data.sets import evaluation_sets
@@ -54,7 +54,6 @@ def _check_unlearn(config: UnlearnConfig) -> None:
     if blocks is not None and (len(set(blocks)) < len(blocks) or not blocks):
         raise ConfigError(f"method.blocks={method.blocks} must name at least one block, each once")
     check_rule(method.gate_read, method.gate_accumulate, method.edit_write)
-    one_of("method.gate_reset", method.gate_reset, RESETS)
     gated = traits_of(method).gated
     build_objective(config.objective, config.loss, gated=gated, quirks=quirks_in_force(config))
     if config.train.gate_pretraining and not (gated and config.train.engine == "cached"):

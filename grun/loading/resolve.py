@@ -26,7 +26,6 @@ from grun.config.values import (
     describe,
     flat,
     flatten,
-    has_field,
     merged,
     nested,
     parse,
@@ -61,7 +60,7 @@ def resolve_given(command: str, given: DictConfig, *, store: Path | None = None,
     schema = COMMANDS[command]
     if command in WITHOUT_PROFILE:
         for name in ("sweep", "sequence"):
-            if has_field(schema, name) and given.get("model") is not None and name not in given:
+            if name in schema.__dataclass_fields__ and given.get("model") is not None and name not in given:
                 raise ConfigError(f"{name} is not named; the demo's is for the demo's model: set {name}=NAME")
         return merged(schema, given)
     layers = _layers(command, schema, given, store)
@@ -193,7 +192,7 @@ def _of_profile(
 ) -> list[Layer]:
     """A profile's layers; without one the robust design alone has settings."""
     profile = read_profile(name or "designs")
-    layers: list[Any] = [_only(profile, [shared for shared in SHARED if has_field(schema, shared)])]
+    layers: list[Any] = [_only(profile, [shared for shared in SHARED if shared in schema.__dataclass_fields__])]
     section = dict(profile.get(command) or {})
     narrower = {kind: section.pop(kind, None) or {} for kind in ("objectives", "parametrizations", "designs")}
     layers.append(section)

@@ -11,7 +11,8 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from grun.config.checks import DTYPES, one_of
+from grun.config.checks import one_of
+from grun.config.options import DTYPES
 from grun.data.templates import FILE_NAME as TEMPLATE_FILE
 from grun.data.templates import Template
 from grun.errors import AdapterError, ConfigError

@@ -9,7 +9,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from grun.config.checks import one_of
 from grun.config.options import RequestsConfig, UnlearnConfig
 from grun.config.values import describe
 from grun.errors import ConfigError, RunError, unknown_name
@@ -90,7 +89,6 @@ def _check(action: str, options: RequestsConfig) -> None:
         raise ConfigError(f"requests {action} needs store=DIR, the folder of the requests")
     if "id" in OPTIONS[action] and options.id is None:
         raise ConfigError(f"requests {action} needs id=ID, the name of a request")
-    one_of("format", options.format, ("table", "json"))
     if options.head is not None and re.fullmatch("[0-9a-fA-F]{16,64}", options.head) is None:
         raise ConfigError(f"head={options.head} must be 16 to 64 hex digits, as `requests verify` prints them")
 

@@ -26,7 +26,7 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 from grun.cli import BUG, main
-from grun.config.values import COMMANDS, _types, describe
+from grun.config.values import COMMANDS, describe, options_of
 
 LONGEST = 30
 """Seconds that a case may take."""
@@ -189,7 +189,7 @@ def options(cases: Cases, data: st.DataObject) -> None:
 
 def runs(cases: Cases, data: st.DataObject) -> None:
     command = data.draw(st.sampled_from(("generate", "evaluate", "unlearn")))
-    kinds = {key: kind for key, kind in _types(COMMANDS[command]) if not SLOWER.search(key)}
+    kinds = {option.key: option.kind for option in options_of(COMMANDS[command]) if not SLOWER.search(option.key)}
     model, cases.number = [f"model.path={cases.world / 'model'}", *DATA, "max_new_tokens=2"], cases.number + 1
     if command == "unlearn":
         model = [*UNLEARN, f"model.path={cases.world / 'model'}", "train.epochs=1"][1:]

@@ -242,7 +242,7 @@ def test_a_profile_that_changed_is_read_again(tmp_path: Path) -> None:
         ("data: [1]", "section data must hold options"),
         ("unlearn: {objectives: {gdd: {seed: 1}}}", "unknown objective 'gdd': did you mean 'gd'?"),
         ("unlearn: {objectives: [gd]}", "unlearn.objectives must map names"),
-        ("- a\n- b", "expected sections"),
+        ("- a\n- b", "must map names to values"),
         ("unlearn: {seed: 1", "profile .*: "),
         (
             "base: [nope]",

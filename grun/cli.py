@@ -151,7 +151,7 @@ def exit_status(command: Callable[[], int]) -> int:
         except BaseException as error:
             if stopping.asked() or isinstance(error, KeyboardInterrupt):
                 status = stopping.status()
-                if processes.is_first() and not stopping.told_by_parent():
+                if processes.is_first() and not stopping.parent_reports():
                     _tell("interrupted; the same command resumes")
                 return status
             return _told(error)

@@ -35,7 +35,7 @@ def rows(lengths: Iterable[tuple[int, int]], seed: int) -> list[EncodedRow]:
 
 
 def unlearn_rows(answers: list[EncodedRow], refusals: Sequence[int], retain: list[EncodedRow]) -> UnlearnRows:
-    """With refusals of so many tokens behind the prompts of `answers`."""
+    """With refusals of so many tokens after the prompts of `answers`."""
     texts = random_rows(list(refusals), seed=77)
     refused = [EncodedRow(row.prompt_ids, tuple(text)) for row, text in zip(answers, texts, strict=True)]
     return UnlearnRows(answers, refused, retain)

@@ -6,8 +6,8 @@
 Every attempt is a fork of this process, which pays for the imports once; so are the processes that sweep and sequential
 start. A kill strikes before a change of a file or folder below FOLDER that is drawn from those which an undisturbed run
 makes, or at a moment of it; it hits the process that makes the change, the command, or all of its processes at once, as
-a power cut does. After one to three kills the command is left alone, and what then lies there is compared with what the
-undisturbed run left. Printed: one JSON line for each such row of kills.
+a power cut does. After one to three kills the command runs undisturbed, and what then lies there is compared with what
+the undisturbed run left. Printed: one JSON line for each such row of kills.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ PATIENCE = 120
 CHANGES = {"os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.link", "os.symlink", "os.truncate"}
 WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
 VOLATILE = {"seconds", "peak_memory_bytes", "resumed_from", "cache", "digest"}
-"""Keys of JSON files that tell of the way to a result."""
+"""Keys of JSON files that depend on the way to a result."""
 UNREAD = (".png", ".html", ".log", ".md", ".csv")
 """Endings of files that show seconds, are drawn, or are what a process said: they are there or not."""
 
@@ -165,7 +165,7 @@ def still_there(group: int) -> bool:
 
 
 def snapshot(root: Path) -> dict[str, Any]:
-    """What lies below a folder, caches aside: bytes of files, JSON without what tells of the way."""
+    """What lies below a folder, caches aside: bytes of files, JSON without what depends on the way."""
     found: dict[str, Any] = {}
     for path in sorted(root.rglob("*")):
         name = path.relative_to(root).as_posix()
@@ -186,7 +186,7 @@ def snapshot(root: Path) -> dict[str, Any]:
 
 
 def plain(value: Any) -> Any:
-    """JSON without what tells of the way, and without digests of what does."""
+    """JSON without what depends on the way, and without digests of what does."""
     if isinstance(value, dict):
         return {key: plain(part) for key, part in value.items() if key not in VOLATILE}
     if isinstance(value, list):

@@ -11,7 +11,8 @@ is therefore the same in every step, and so are, above it, the keys and values o
 one. `prefix` computes all this once for each row, and `store` keeps it under an identity of everything that decides it
 (`weights`, the blocks, the code), so that other runs find it. A training step then runs the blocks above the first edit
 on the last prompt token and the answer alone (`suffix`); where gates read every token, on whole rows. `packed` makes
-passes of any range of blocks over rows of any length without padding, with transformers' own modules. `cached` puts
+passes of any range of blocks over rows of any length without padding, by transformers' own modules with another
+attention (`attention`). `cached` puts
 this together as an engine whose losses and gradients are those of the plain one. `engine` compares the two on the
 longest rows before training, and lets the plain one stay where they differ. For methods that change weights, where no
 part of a pass is constant, `reference` keeps what the untouched model gives, by the same store. `gate_pretraining` fits

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from grun.cache.packed import Pack, PackedModel
+from grun.cache.attention import Pack
+from grun.cache.packed import PackedModel
 from grun.cache.shard import FrozenRow
 from grun.cache.store import FrozenRows
 from grun.cache.suffix import SuffixRunner, SuffixStates

@@ -10,17 +10,15 @@ the attention function, and the list of decoder blocks.
 from __future__ import annotations
 
 import copy
-import functools
 from collections import OrderedDict
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
-from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import scaled_dot_product_attention
 
+from grun.cache.attention import Pack
 from grun.errors import ModelError
 from grun.training.recomputation import recompute_blocks
 from pyvene_custom import find_blocks
@@ -33,173 +31,6 @@ ATTENTION = "grun_packed"
 
 Edit = Callable[[Tensor], Tensor]
 """States [tokens, hidden size] of a pass -> the same, edited."""
-KeysValues = tuple[Tensor, Tensor]
-"""Keys and values of one block."""
-
-
-class Layout:
-    """Rows that stand one after another, [tokens, ...], and the same rows padded on the right, [rows, longest, ...]."""
-
-    def __init__(self, lengths: Tensor, device: torch.device) -> None:
-        """`lengths`: tokens of each row, each >= 1, on the CPU."""
-        column = torch.arange(int(lengths.max()))
-        inside = column < lengths.unsqueeze(1)
-        starts = lengths.cumsum(0) - lengths
-        self.inside = inside.to(device)
-        """Which padded places are tokens, bool [rows, longest]."""
-        self._is_even = bool(inside.all())
-        self._token = torch.where(inside, starts.unsqueeze(1) + column, 0).flatten().to(device)  # 0 in padding
-        self._place = inside.flatten().nonzero().squeeze(1).to(device)
-
-    def padded(self, packed: Tensor) -> Tensor:
-        """What stands in padding is arbitrary."""
-        found: Tensor = packed if self._is_even else _Gather.apply(packed, self._token, self._place, False)
-        return found.unflatten(0, self.inside.shape)
-
-    def packed(self, padded: Tensor) -> Tensor:
-        """The inverse of `padded`."""
-        flat = padded.flatten(0, 1)
-        return flat if self._is_even else _Gather.apply(flat, self._place, self._token, True)
-
-
-class _Gather(torch.autograd.Function):
-    """Between the packed and the padded layout, whose gradients need no sum: nothing comes from a padded place."""
-
-    @staticmethod
-    def forward(ctx: Any, source: Tensor, index: Tensor, back: Tensor, unpads: bool) -> Tensor:
-        ctx.save_for_backward(index, back)
-        ctx.unpads, ctx.length = unpads, len(source)
-        return source.index_select(0, index)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None]:
-        index, back = ctx.saved_tensors
-        if not ctx.unpads:  # padded -> packed: the padded places have no gradient
-            return gradients[0].index_select(0, back), None, None, None
-        gradient = gradients[0].new_zeros(ctx.length, *gradients[0].shape[1:])
-        return gradient.index_copy_(0, index, gradients[0]), None, None, None
-
-
-class Pack:
-    """Rows of one packed pass, and attention within each of them.
-
-    Neighbors of one length are attended together, on a GPU all rows; put rows in order of length where that costs
-    nothing.
-    """
-
-    positions: Tensor
-    """Position of each token in its row, int64 [tokens]."""
-    starts: Tensor
-    """Index of each row's first token in the pack, int64 [rows]."""
-    lengths: Tensor
-    """Tokens of each row, int64 [rows]."""
-    before_attention: bool
-    """Whether the first block that is run has not come to its attention yet."""
-
-    def __init__(
-        self,
-        lengths: Sequence[int],
-        prefix_lengths: Sequence[int],
-        prefix: Mapping[int, KeysValues],
-        device: torch.device,
-        record: dict[int, KeysValues] | None = None,
-    ) -> None:
-        """Lay out rows one after another.
-
-        Args:
-            lengths: tokens of each row in this pass, each >= 1.
-            prefix_lengths: earlier tokens of each row, whose keys and values come from outside.
-            prefix: by block, keys and values [rows, heads, longest prefix, head size], padded on the left.
-            device: of all tensors.
-            record: where given, this pass's own keys and values are put here by block, [heads, tokens, head size].
-        """
-        self.device = device
-        self.record = record
-        self.before_attention = False
-        self._prefix = prefix
-        self._count, before = torch.tensor(lengths), torch.tensor(prefix_lengths)
-        starts = self._count.cumsum(0) - self._count
-        self.starts, self.lengths = starts.to(device), self._count.to(device)
-        within = torch.arange(int(self._count.sum())) - starts.repeat_interleave(self._count)
-        self.positions = (within + before.repeat_interleave(self._count)).to(device)
-        groups = _groups(lengths, together=device.type != "cpu")
-        self._groups = [_Group(rows, self._count[rows], before[rows], device) for rows in groups]
-
-    @functools.cached_property
-    def layout(self) -> Layout:
-        """Of all rows."""
-        return Layout(self._count, self.device)
-
-    def attend(
-        self, block: int, query: Tensor, key: Tensor, value: Tensor, scale: float | None, window: int | None,
-        softcap: float | None,
-    ) -> Tensor:  # fmt: skip
-        """Attention of each row to its prefix and to itself: query [heads, tokens, size] -> [tokens, heads, size]."""
-        if self.record is not None:
-            self.record[block] = (key, value)
-        sizes = [group.tokens for group in self._groups]
-        pieces = zip(*(part.transpose(0, 1).split(sizes) for part in (query, key, value)), strict=True)
-        prefix = self._prefix.get(block)
-        parts = [
-            group.attend(of_query, of_key, of_value, prefix, scale, window, softcap)
-            for group, (of_query, of_key, of_value) in zip(self._groups, pieces, strict=True)
-        ]
-        return parts[0] if len(parts) == 1 else torch.cat(parts)
-
-
-def _groups(lengths: Sequence[int], together: bool) -> Iterator[slice]:
-    """Rows that are attended together: padding costs little on a GPU, where more launches cost much."""
-    start = 0
-    for _, run in groupby(lengths, key=lambda length: together or length):
-        end = start + len(list(run))
-        yield slice(start, end)
-        start = end
-
-
-class _Group:
-    """Consecutive rows of a pack that are attended together."""
-
-    def __init__(self, rows: slice, count: Tensor, before: Tensor, device: torch.device) -> None:
-        self.tokens = int(count.sum())
-        self._rows, self._before = rows, int(before.max())
-        self._layout = Layout(count, device)
-        column = torch.arange(int(count.max()))
-        other = torch.arange(-self._before, len(column))
-        self._back = (column.unsqueeze(1) - other).to(device)  # [longest, before + longest]: how far back a key lies
-        self._seen = ((self._back >= 0) & (other >= -before.view(-1, 1, 1)).to(device)).unsqueeze(1)
-        self._masks: dict[tuple[int | None, torch.dtype], Tensor] = {}
-
-    def attend(
-        self, query: Tensor, key: Tensor, value: Tensor, prefix: KeysValues | None, scale: float | None,
-        window: int | None, softcap: float | None,
-    ) -> Tensor:  # fmt: skip
-        """From and to [tokens, heads, size]; `prefix` of the whole pack."""
-        query, key, value = (self._layout.padded(part).transpose(1, 2) for part in (query, key, value))
-        if prefix is not None and self._before:
-            key, value = (
-                torch.cat((earlier[self._rows, :, -self._before :], part), dim=2)
-                for earlier, part in zip(prefix, (key, value), strict=True)
-            )
-        groups = query.shape[1] // key.shape[1]
-        if groups > 1:
-            key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
-        mask = self._mask(window, query.dtype)
-        if softcap is None:
-            out = scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale)
-        else:
-            scores = query @ key.mT * (query.shape[-1] ** -0.5 if scale is None else scale)
-            scores = torch.tanh(scores / softcap) * softcap + mask
-            wide = torch.promote_types(scores.dtype, torch.float32)
-            out = torch.softmax(scores, dim=-1, dtype=wide).to(value.dtype) @ value
-        return self._layout.packed(out.transpose(1, 2))
-
-    def _mask(self, window: int | None, dtype: torch.dtype) -> Tensor:
-        """What is added to scores: 0 where a key is seen, -inf elsewhere, [rows, 1, longest, before + longest]."""
-        if (window, dtype) not in self._masks:
-            seen = self._seen if window is None else self._seen & (self._back < window)
-            zeros = torch.zeros(seen.shape, dtype=dtype, device=seen.device)
-            self._masks[window, dtype] = zeros.masked_fill(~seen, -torch.inf)
-        return self._masks[window, dtype]
 
 
 def _attend(

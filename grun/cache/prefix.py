@@ -15,7 +15,8 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from grun.cache.packed import KeysValues, Pack, PackedModel
+from grun.cache.attention import KeysValues, Pack
+from grun.cache.packed import PackedModel
 from grun.cache.shard import Shard, grouped
 from grun.cache.suffix import SuffixRunner
 from grun.data.encoding import EncodedRow

@@ -153,7 +153,7 @@ class PrefixStore:
     ) -> Completed:
         """See that every one of `rows` is there: look on disk, and build what is missing.
 
-        A folder that cannot be written to is no error: a warning says so, and the cache is kept in memory.
+        A folder that cannot be written to is no error: there is a warning, and the cache is kept in memory.
 
         Args:
             rows: duplicates are allowed.
@@ -166,15 +166,15 @@ class PrefixStore:
         started = time.monotonic()
         distinct = dict.fromkeys(rows)
         missing = {row: None for row in distinct if row not in self._places}
-        asked, tell = len(missing), advance or (lambda count: None)
-        self._find(missing, tell, repair=False)
+        asked, report = len(missing), advance or (lambda count: None)
+        self._find(missing, report, repair=False)
         left = len(missing)
         if missing:
             with self._building():
-                self._find(missing, tell, repair=self._writable)
+                self._find(missing, report, repair=self._writable)
                 left = len(missing)
                 if missing:
-                    self._build(missing, build, tell)
+                    self._build(missing, build, report)
         self._note(held.path.name for held in self._held if held.path is not None)
         self._settle()
         seconds = time.monotonic() - started
@@ -288,7 +288,7 @@ class PrefixStore:
         except OSError as error:
             self._give_up(error)
         new = self._write(shard) if intact else None
-        if new is not None:  # holds rows of whoever used the old one
+        if new is not None:  # its rows are of the runs that used the old one
             for file in new.parent.glob("use-*.json"):
                 if (use := read_use(file)) is not None and path.name in use.shards:
                     with contextlib.suppress(OSError, RunError):
@@ -296,7 +296,7 @@ class PrefixStore:
         return new
 
     def _note(self, shards: Iterable[str]) -> None:
-        """Note the run that uses shards, before they are written; where that fails they are nobody's."""
+        """Note the run that uses shards, before they are written; where that fails they have no known user."""
         if self.folder is None or self._use is None or not self._writable:
             return
         new = set(shards) - set(self._use.shards)

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from grun.cache.packed import Edit, KeysValues, Pack, PackedModel
+from grun.cache.attention import KeysValues, Pack
+from grun.cache.packed import Edit, PackedModel
 from grun.cache.shard import FrozenRow
 from grun.data.encoding import EncodedRow
 from grun.errors import ModelError

@@ -52,7 +52,7 @@ def cache_identity(
 
 
 def weights_hash(base: PreTrainedModel, source: str | Path | None, memory: Path | None) -> str:
-    """Identity (SHA-256, hex) of a model's weights, to tell apart models of the same name.
+    """Identity (SHA-256, hex) of a model's weights, by which models of the same name differ.
 
     It covers the files the model was loaded from, byte by byte, or all tensors in memory where there are none; and
     the fingerprint of the parameters as they are now, their types and their quantization, so that a model changed

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from grun.errors import RunError
 
 SIGNS = ("can't allocate memory", "not enough memory", "out of memory", "STATUS_ALLOC_FAILED")
-"""What a plain RuntimeError of torch says where an allocation failed."""
+"""Parts of the message of a plain RuntimeError of torch where an allocation failed."""
 
 
 def peak_memory_bytes() -> int:
@@ -26,7 +26,7 @@ def peak_memory_bytes() -> int:
 
 @contextlib.contextmanager
 def enough_memory(what: str, advice: Sequence[str]) -> Iterator[None]:
-    """A failed allocation within the block, on a GPU or not, is a RunError of one line that says what to change.
+    """A failed allocation within the block, on a GPU or not, is a RunError of one line with what to change.
 
     Args:
         what: what the block does, such as training.

@@ -1,7 +1,7 @@
 """One run on several processes, as torchrun or `accelerate launch` start them; everything here is free with one.
 
 The first process (rank 0) reads first, and it alone writes results and messages. All processes of a run execute the
-same code in the same order, so that what they tell each other here matches. torch is imported only where there are
+same code in the same order, so that what they exchange here matches. torch is imported only where there are
 several processes.
 """
 
@@ -22,15 +22,15 @@ T = TypeVar("T")
 K = TypeVar("K")
 
 LAUNCHED = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-"""Variables by which a launcher tells a process which one it is."""
+"""Variables by which a launcher numbers its processes."""
 PATIENCE = timedelta(minutes=30)
 """How long a process waits for one that is alive but silent; one that ended is noticed at once (gloo)."""
 LOST = re.compile(r"gloo|NCCL|ProcessGroup|Connection (reset|closed|refused)|Timed out waiting|socketP|TCPStore", re.I)
-"""What torch says where another process cannot be reached any more."""
+"""What stands in the errors of torch where another process cannot be reached any more."""
 
 
 class Elsewhere(GrunError):
-    """Another process failed, and it says why; this one ends without a word."""
+    """Another process failed and reports why; this one ends without a message."""
 
 
 def count() -> int:
@@ -158,7 +158,7 @@ def own(items: Sequence[T]) -> Sequence[T]:
 
 @contextlib.contextmanager
 def agreed() -> Iterator[None]:
-    """A block that every process runs by itself: where it fails in one, it fails in all, and that one says why."""
+    """A block that every process runs by itself: where it fails in one, it fails in all; the first such reports why."""
     if not started():
         yield
         return
@@ -182,7 +182,7 @@ def first_goes_first() -> Iterator[None]:
 
 
 def _settle(failure: Exception | None) -> None:
-    """Tell how a block went; raises where it failed anywhere."""
+    """Exchange how a block went; raises where it failed anywhere."""
     failed = [number for number, bad in enumerate(gathered(failure is not None)) if bad]
     if not failed:
         return

@@ -177,12 +177,12 @@ def is_unicode(text: str) -> bool:
 
 
 def first_line(error: BaseException) -> str:
-    """First line of what an exception says, its type where it says nothing."""
+    """First line of the message of an exception, its type where there is none."""
     return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__).strip()
 
 
 def in_one_line(error: BaseException) -> str:
-    """What an exception says, in one line of at most 300 characters; its type where it says nothing."""
+    """The message of an exception in one line of at most 300 characters, its type where there is none."""
     text = " ".join(str(error).split()) or type(error).__name__
     return text if len(text) <= 300 else f"{text[:297]}..."
 

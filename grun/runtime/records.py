@@ -70,7 +70,7 @@ class Completed(TypedDict, total=False):
 
 
 class Identity(TypedDict, total=False):
-    """What tells a model from another."""
+    """By what a model differs from others."""
 
     base: str | None
     dtype: str | None

@@ -14,8 +14,8 @@ from collections.abc import Iterator, Sequence
 from typing import Any, NoReturn
 
 PARENT = "GRUN_PARENT"
-"""Variable with the process that started this one and is to be outlived by none; `PID speaks` where that process tells
-the reader itself that it was interrupted."""
+"""Variable with the process that started this one and is not to be outlived; `PID speaks` where that process itself
+prints that it was interrupted."""
 PATIENCE = 10.0
 """Seconds that a process gets to end by itself."""
 TOGETHER = 1.0
@@ -34,8 +34,8 @@ class _Asked:
     ending = False
     """Whether the command is over, so that a further signal has nothing left to stop."""
     waiting = False
-    """Whether it waits for processes that it has told to end."""
-    told_by_parent = False
+    """Whether it waits for processes that it has asked to end."""
+    parent_reports = False
 
 
 def asked() -> bool:
@@ -49,9 +49,9 @@ def status() -> int:
     return 128 + (_Asked.number or signal.SIGINT)
 
 
-def told_by_parent() -> bool:
-    """Whether the process that started this one says that it was interrupted."""
-    return _Asked.told_by_parent
+def parent_reports() -> bool:
+    """Whether the process that started this one prints that it was interrupted."""
+    return _Asked.parent_reports
 
 
 def _stop(number: int, frame: Any) -> None:
@@ -110,7 +110,7 @@ def leave(status: int) -> NoReturn:
 def _end_with_parent() -> None:
     """Have the kernel (Linux) send SIGTERM when the process that `PARENT` names, or torchrun, ends, however it does."""
     pid, _, speaks = os.environ.pop(PARENT, "").partition(" ")
-    _Asked.told_by_parent = bool(speaks)
+    _Asked.parent_reports = bool(speaks)
     if not pid.isdecimal() and "TORCHELASTIC_RUN_ID" in os.environ:
         pid = str(os.getppid())
     if not pid.isdecimal() or sys.platform != "linux":

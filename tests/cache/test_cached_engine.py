@@ -39,10 +39,11 @@ from watched import CutOff, saved_bytes
 
 from baselines.full import Full
 from grun.cache import gate_pretraining, prefix, shard
+from grun.cache.attention import Pack
 from grun.cache.cached import CachedEngine
 from grun.cache.engine import use_cached
 from grun.cache.gate_pretraining import pretrain_gates
-from grun.cache.packed import Pack, PackedModel
+from grun.cache.packed import PackedModel
 from grun.cache.store import Completed
 from grun.config.options import LossConfig, MethodConfig, TrainConfig, UnlearnConfig
 from grun.data.encoding import EncodedRow

@@ -11,9 +11,9 @@ from tiny import DEPTH, PACKABLE, WIDTH, random_rows, tiny
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from grun.cache import packed as packed_module
-from grun.cache import suffix
-from grun.cache.packed import Pack, PackedModel
+from grun.cache import attention, suffix
+from grun.cache.attention import Pack
+from grun.cache.packed import PackedModel
 from grun.cache.suffix import token_logprobs
 from grun.method.model import GrunModel
 from grun.method.plain import capture
@@ -65,17 +65,17 @@ def test_how_rows_are_attended_together_changes_nothing(family: str, monkeypatch
     packed = PackedModel(tiny(family))
     order = sorted(range(len(ROWS)), key=lambda index: LENGTHS[index])
     expected = [run(packed, [row])[0] for row in ROWS]
-    groups = packed_module._groups
+    groups = attention._groups
     for all_rows in (False, True):
-        monkeypatch.setattr(packed_module, "_groups", lambda lengths, *, together, all_=all_rows: groups(lengths, all_))
+        monkeypatch.setattr(attention, "_groups", lambda lengths, *, together, all_=all_rows: groups(lengths, all_))
         for rows in (range(len(ROWS)), order):
             for found, index in zip(run(packed, [ROWS[index] for index in rows]), rows, strict=True):
                 assert_same(found, expected[index])
 
 
 def test_neighbors_of_one_length_are_a_group_or_all_rows_are() -> None:
-    assert list(packed_module._groups([4, 4, 9, 4], together=False)) == [slice(0, 2), slice(2, 3), slice(3, 4)]
-    assert list(packed_module._groups([4, 4, 9, 4], together=True)) == [slice(0, 4)]
+    assert list(attention._groups([4, 4, 9, 4], together=False)) == [slice(0, 2), slice(2, 3), slice(3, 4)]
+    assert list(attention._groups([4, 4, 9, 4], together=True)) == [slice(0, 4)]
 
 
 # -- the base ---------------------------------------------------------------------------------------------------------
@@ -165,7 +165,7 @@ def test_weights_changed_or_moved_in_place_are_seen() -> None:
 def test_token_log_probabilities_and_gradient_are_those_of_log_softmax(
     family: str, per_slice: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Gemma 2 caps its logits behind the head. 1e-12: sums of 64 numbers in float64."""
+    """Gemma 2 caps its logits after the head. 1e-12: sums of 64 numbers in float64."""
     packed = PackedModel(tiny(family))
     monkeypatch.setattr(suffix, "SLICE", per_slice * packed.vocabulary)
     generator = torch.Generator().manual_seed(2)

@@ -126,9 +126,9 @@ def test_a_shard_whose_lengths_and_tensors_do_not_agree_is_refused(change: dict[
 @pytest.mark.parametrize("budget", [PLENTY, 0])
 @pytest.mark.parametrize("sizes", [USUAL, (0, torch.bfloat16), (3, torch.bfloat16), (1, torch.float64)], ids=str)
 def test_what_is_written_is_read_back_bit_for_bit(sizes: Sizes, budget: int, tmp_path: Path) -> None:
-    for counts in ((6, 0, 6), (6, 6, 0)):
+    for numbers in ((6, 0, 6), (6, 6, 0)):
         store, done, _ = filled(tmp_path, build=Builder(4, sizes), budget=budget)
-        assert (done.rows, done.found, done.built) == counts
+        assert (done.rows, done.found, done.built) == numbers
         assert done.where == store.where == ("memory" if budget else "disk")
         assert store.rows == 6 and done.bytes == store.bytes_held > 0
         assert_right(store, sizes=sizes)
@@ -136,18 +136,18 @@ def test_what_is_written_is_read_back_bit_for_bit(sizes: Sizes, budget: int, tmp
 
 
 def test_only_missing_rows_are_built_each_once_in_the_order_asked(tmp_path: Path) -> None:
-    build, told = Builder(), []
+    build, counts = Builder(), []
     store = store_in(tmp_path)
-    store.complete([ROWS[2], ROWS[0], ROWS[2]], build, told.append)
-    again = store.complete(ROWS[:3], build, told.append)
+    store.complete([ROWS[2], ROWS[0], ROWS[2]], build, counts.append)
+    again = store.complete(ROWS[:3], build, counts.append)
     assert build.asked == [[ROWS[2], ROWS[0]], [ROWS[1]]]
-    assert told == [2, 1] and (again.rows, again.found, again.built) == (3, 0, 1)
+    assert counts == [2, 1] and (again.rows, again.found, again.built) == (3, 0, 1)
 
-    told.clear()
+    counts.clear()
     other = store_in(tmp_path)
-    done = other.complete(ROWS, build, told.append)
+    done = other.complete(ROWS, build, counts.append)
     assert build.asked[2:] == [ROWS[3:]]
-    assert (done.rows, done.found, done.built) == (6, 3, 3) and sum(told) == 6
+    assert (done.rows, done.found, done.built) == (6, 3, 3) and sum(counts) == 6
     assert_right(other)
     with pytest.raises(KeyError):
         other[EncodedRow((1,), (2,))]

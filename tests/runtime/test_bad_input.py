@@ -1,4 +1,4 @@
-"""What users hand in and earlier runs wrote, damaged: one line that says what is wrong where, and never a traceback."""
+"""What users hand in and earlier runs wrote, damaged: one line on what is wrong where, and never a traceback."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ Captured = pytest.CaptureFixture[str]
 SECRET = "the vault opens with 4711"
 
 
-def told(capsys: Captured, arguments: list[str], status: int) -> str:
+def error_of(capsys: Captured, arguments: list[str], status: int) -> str:
     """The one error line of a command that is refused with `status`."""
     capsys.readouterr()
     assert main(arguments) == status
@@ -51,7 +51,7 @@ def test_a_bug_is_one_line_that_names_a_private_file_with_the_traceback(
 
     monkeypatch.setattr("grun.commands.unlearn.unlearn", broken)
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    line = told(capsys, ["unlearn"], 70)
+    line = error_of(capsys, ["unlearn"], 70)
     (file,) = tmp_path.iterdir()
     assert "a bug in GRUN (KeyError)" in line and str(file) in line and SECRET not in line
     assert stat.S_IMODE(file.stat().st_mode) == 0o600
@@ -119,7 +119,7 @@ def test_answers_that_the_terminal_has_no_letters_for_are_printed() -> None:
     ],
 )
 def test_an_option_that_cannot_be_is_one_line(arguments: list[str], named: str, capsys: Captured) -> None:
-    line = told(capsys, arguments, 2)
+    line = error_of(capsys, arguments, 2)
     assert named in line
     assert os.environ["HOME"] not in line
 
@@ -278,7 +278,7 @@ def test_a_damaged_model_is_one_whole_line(
 ) -> None:
     folder = shutil.copytree(random_model, tmp_path / "model")
     damage(folder)
-    line = told(capsys, ["generate", f"model.path={folder}", "Who?"], 1)
+    line = error_of(capsys, ["generate", f"model.path={folder}", "Who?"], 1)
     assert re.search(named, line) and not line.endswith(":")
 
 

@@ -1,4 +1,4 @@
-"""A model that accelerate spread: where edits live and tokens go. Devices are one CPU, behind hooks, and meta."""
+"""A model that accelerate spread: where edits live and tokens go. Devices are one CPU, under hooks, and meta."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def test_token_ids_go_to_the_embedding() -> None:
 
 
 def test_a_dispatched_model_gives_what_it_gives_undispatched() -> None:
-    """All blocks on the CPU, each behind accelerate's hooks, as on several GPUs."""
+    """All blocks on the CPU, each under accelerate's hooks, as on several GPUs."""
     rows = random_rows([5, 9, 7])
     outputs = []
     for dispatched in (False, True):

@@ -249,7 +249,7 @@ def sweep_over_trees(folder: Path, seeds: range) -> None:
             after = {path: state(path) for path in mine}
             assert after == mine, (seed, command.__name__, overwrite)
         assert not held
-        assert set(os.listdir(tree)) <= {"new", "a", "link", "real"}, "something lies beside the target"
+        assert set(os.listdir(tree)) <= {"new", "a", "link", "real"}, "something lies next to the target"
     assert done > len(seeds), "commands are refused too often to show anything"
 
 

@@ -185,7 +185,7 @@ def test_a_loss_that_is_not_finite_in_one_process_stops_both_at_the_same_step(
     assert [path.name for path in (folder / "nan" / "checkpoints").iterdir()] == ["checkpoint-4"]
 
 
-# -- what processes tell each other ----------------------------------------------------------------------------------
+# -- what processes exchange -----------------------------------------------------------------------------------------
 
 
 def test_an_error_in_one_process_is_raised_there_and_ends_the_other(findings: list[dict[str, Any]]) -> None:

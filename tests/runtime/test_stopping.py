@@ -196,7 +196,7 @@ def run(arguments: list[str]) -> subprocess.Popen[str]:
     return subprocess.Popen(arguments, env=environment, cwd=ROOT, **pipes)
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="asks /proc; other systems do not tell of a parent's end")
+@pytest.mark.skipif(sys.platform != "linux", reason="asks /proc; other systems do not report the end of a parent")
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL], ids=["SIGTERM", "SIGKILL"])
 @pytest.mark.parametrize("kind", ["sweep", "sequential", "stubborn sweep", "launcher"])
 def test_no_child_outlives_its_parent(kind: str, number: int, tmp_path: Path) -> None:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from tiny import tiny
+from objective_tasks import BLOCKS, loss_of, make_task, step_loss
+from tiny import ragged_rows
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 from watched import CutOff, Step, whole_step
@@ -21,7 +21,7 @@ from grun.cache.engine import use_cached
 from grun.cache.packed import PackedModel
 from grun.cache.prefix import Freezer
 from grun.commands.unlearn import check_rows
-from grun.config.options import CacheConfig, LossConfig, MethodConfig, TrainConfig, UnlearnConfig
+from grun.config.options import CacheConfig, LossConfig, TrainConfig, UnlearnConfig
 from grun.data.corpus import Corpus
 from grun.data.encoding import Batch, EncodedRow, collate
 from grun.data.rows import Row
@@ -31,9 +31,7 @@ from grun.method.parametrization import StepOutput
 from grun.objectives.objective import Objective, build_objective
 from grun.objectives.terms import OBJECTIVES, TERMS, Outputs, TermValue
 from grun.training.train import train
-from grun.training.unlearning import UnlearnRows, UnlearnTask
-
-BLOCKS = [1, 3]
+from grun.training.unlearning import UnlearnTask
 
 
 def output(
@@ -64,71 +62,12 @@ def term(name: str, model: dict[str, StepOutput], reference: dict[str, StepOutpu
     return found.function(Outputs(model, reference or {}), options)
 
 
-def rows(count: int, seed: int, answer: tuple[int, int] = (1, 7)) -> list[EncodedRow]:
-    """Rows of random tokens and ragged lengths."""
-    generator = torch.Generator().manual_seed(seed)
-
-    def ids(least: int, most: int) -> tuple[int, ...]:
-        length = int(torch.randint(least, most, (1,), generator=generator))
-        return tuple(torch.randint(1, 64, (length,), generator=generator).tolist())
-
-    return [EncodedRow(ids(2, 9), ids(*answer)) for _ in range(count)]
-
-
 def nll(model: Any, row: EncodedRow) -> Tensor:
     """Summed cross-entropy of a row's answer, from a pass over the row alone."""
     ids = torch.tensor([row.prompt_ids + row.answer_ids])
     logits = model(input_ids=ids, use_cache=False).logits[0]
     start = len(row.prompt_ids)
     return cross_entropy(logits[start - 1 : -1], ids[0, start:], reduction="sum")
-
-
-MUST_BE_SET: dict[str, Any] = {"epsilon": 0.3, "rmu_block": 3, "steering": 6.5}
-"""Options without a default; 3 is the last block."""
-
-
-def loss_of(preset: str, **options: Any) -> LossConfig:
-    """Options of a preset, those that must be set among them."""
-    found = OBJECTIVES.get(preset)
-    terms = [TERMS.get(name) for name in (found.forget, found.retain) if name != "none"]
-    unset = {option for term in terms for option, default in term.options.items() if default is None}
-    return LossConfig(**{option: MUST_BE_SET[option] for option in unset}, **options)
-
-
-def make_task(
-    objective: str = "gd",
-    loss: LossConfig | None = None,
-    *,
-    kind: Any = Grun,
-    train_config: TrainConfig | None = None,
-    quirks: Sequence[str] = (),
-    **method: Any,
-) -> UnlearnTask:
-    """A task over a float64 Llama of four blocks and rows of random tokens."""
-    config = UnlearnConfig(
-        objective=objective,
-        method=MethodConfig(blocks=BLOCKS, **method),
-        loss=loss or loss_of(objective),
-        train=train_config or TrainConfig(epochs=3, batch_size=4),
-        seed=3,
-    )
-    base = tiny("llama", dtype=torch.float64)
-    torch.manual_seed(5)
-    parametrization = kind(config.method)
-    parametrization.prepare(base, None)
-    if kind is Full:
-        parametrization.keep_reference()
-    gated = kind is Grun and config.method.gate != "none"
-    made = build_objective(objective, config.loss, gated=gated, quirks=quirks)
-    data = UnlearnRows(rows(8, seed=1), rows(8, seed=2), rows(11, seed=3))
-    return UnlearnTask(parametrization, made, data, config, pad_id=0, device=base.device, depth=4)
-
-
-def step_loss(task: UnlearnTask, step: int = 0) -> tuple[Tensor, dict[str, float], dict[str, Batch]]:
-    """Loss and terms of a step that is one micro-batch."""
-    data = task.data(step)
-    (batch,) = data.micro_batches
-    return *task.loss(batch, data.counts, step), batch
 
 
 def batch_rows(batch: Batch) -> list[EncodedRow]:
@@ -141,16 +80,6 @@ def batch_rows(batch: Batch) -> list[EncodedRow]:
 
 
 # -- terms on numbers -------------------------------------------------------------------------------------------------
-
-
-def test_token_terms_sum_log_probabilities_and_count_answer_tokens() -> None:
-    made = output([[0.0, -1.0, -2.0], [0.0, 0.0, -0.5]], [[0, 1, 1], [0, 0, 1]])
-    for name, continuation, sign in (("ga", "answer", -1), ("idk", "refusal", 1), ("ce", "retain", 1)):
-        total, count = term(name, {continuation: made})
-        assert total.item() == sign * 3.5
-        assert count == 3
-        assert TERMS.get(name).per == "token"
-        assert TERMS.get(name).continuations == (continuation,)
 
 
 def test_terms_read_only_the_pass_that_they_name() -> None:
@@ -632,5 +561,5 @@ def test_settings_of_the_gate_may_stand_where_there_is_none() -> None:
 
 
 def test_collated_rows_come_back_as_they_were() -> None:
-    made = rows(5, seed=9)
+    made = ragged_rows(5, seed=9)
     assert batch_rows(collate(made, 0)) == made  # the tests above rest on it

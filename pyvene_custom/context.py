@@ -44,7 +44,7 @@ WITHIN: PerContext[bool] = PerContext("pyvene_custom.within")
 
 
 class Calls:
-    """Calls in progress, which run beside each other, and changes of what they run on, each of which runs alone."""
+    """Calls in progress, which run at the same time, and changes of what they run on, each of which runs alone."""
 
     def __init__(self) -> None:
         """None yet."""
@@ -74,7 +74,7 @@ class Calls:
     def changing(self) -> Iterator[None]:
         """Within the block no call runs; it waits for those in progress. ModelError within one of them."""
         if WITHIN.get(self):
-            raise ModelError("edits cannot be put on or taken off within a call of their model; do it behind the call")
+            raise ModelError("edits cannot be put on or taken off within a call of their model; do it after the call")
         with self._condition:
             self._condition.wait_for(lambda: not self._changing)
             self._changing = True

@@ -23,7 +23,7 @@ from pyvene_custom.context import Calls, PerContext
 from pyvene_custom.sites import GatedOutput, Sites, gather, put_back, read_and_written, scatter
 
 Located = Sites | None | Literal["further in"]
-"""Where a pass is edited, None: nowhere; or that only a module further in can tell, which is given the tokens."""
+"""Where a pass is edited, None: nowhere; or that only a module further in knows, which is given the tokens."""
 Locate = Callable[[tuple[Any, ...], dict[str, Any]], tuple[Located, dict[str, Any]]]
 """Says where the forward pass with these arguments is edited, and which keyword arguments the model should get."""
 
@@ -43,7 +43,7 @@ class Pass:
     openings: dict[int, Tensor] = field(default_factory=dict)
     """The same accumulated over positions, as the edits were weighted."""
     kept: dict[str, Tensor] = field(default_factory=dict)
-    """By intervention key, what passes behind this one need of each position read."""
+    """By intervention key, what passes after this one need of each position read."""
 
 
 _SEVERAL = object()
@@ -231,7 +231,7 @@ class IntervenableModel(StockModel):
                 "use torch.compile, or unwrap() and export the base"
             )
         named = dict(zip(entry.names, args, strict=False))
-        if not named.keys() & kwargs.keys():  # otherwise the module says what is wrong
+        if not named.keys() & kwargs.keys():  # otherwise the module raises
             args, kwargs = args[len(named) :], named | kwargs
         located, kwargs = self._locate(args, kwargs)
         if IDLE.get(self):
@@ -274,10 +274,10 @@ class IntervenableModel(StockModel):
         return (edited, *output[1:]) if isinstance(output, tuple) else edited
 
     def _known_of(self, args: tuple[Any, ...], running: Pass | None) -> Pass | None:
-        """The pass `running`, noted beside the states that a block is given; without one, that in which they were.
+        """The pass `running`, noted with the states that a block is given; without one, that in which they were.
 
         So a block that the backward pass computes again, hooks and all, is edited where it was, in another thread and
-        behind other passes too. None where the same states were given in passes that differ.
+        after other passes too. None where the same states were given in passes that differ.
         """
         if not args or not isinstance(args[0], Tensor):
             return running
@@ -405,7 +405,7 @@ def _entrance(forward: Callable[..., Any]) -> Callable[..., Any]:
         return entry.owner._enter(entry, args, kwargs)
 
     functools.update_wrapper(entrance, forward)
-    entrance.__dict__.pop("__wrapped__")  # or accelerate looks behind it
+    entrance.__dict__.pop("__wrapped__")  # or accelerate looks through it
     entrance.__dict__["__signature__"] = inspect.signature(forward)
     return entrance
 

@@ -34,7 +34,7 @@ class Sites:
     carry: dict[str, Tensor] = field(default_factory=dict)
     """State that interventions keep from one pass to the next, by intervention key; its owner decides how long."""
     reset: Tensor | None = None
-    """Positions read at which that state begins anew, bool, shape [batch, positions read]; None: none."""
+    """Positions read at which that state starts again, bool, shape [batch, positions read]; None: none."""
     everywhere: bool = False
     """Whether `read` and `write` are all columns in their order, so that states are taken as they stand."""
     shape: tuple[int, int] | None = None
@@ -80,14 +80,14 @@ class Intervention(SourcelessIntervention, TrainableIntervention, DistributedRep
 
 @dataclass
 class GatedOutput(InterventionOutput):
-    """pyvene's intervention output with the gate beside it."""
+    """pyvene's intervention output with the gate."""
 
     gate: Any = None
     """Gate logits, shape [batch, positions read]; None for an intervention without a gate."""
     opening: Any = None
     """Logits by which the edit was weighted, accumulated over positions, as `gate`; None: the gate logits."""
     carry: Any = None
-    """What passes behind this one need, at each position read or one for all; None: the opening."""
+    """What passes after this one need, at each position read or one for all; None: the opening."""
 
 
 def read_and_written(hidden: Tensor, sites: Sites) -> tuple[Tensor, Tensor]:

@@ -28,7 +28,7 @@ FORMAT_VERSION = 1
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 STACK = "STACK"
-"""What `peft_type` says of such a folder."""
+"""The `peft_type` of such a folder."""
 LARGEST = 2**24
 """Of a width or a depth."""
 LARGEST_ID = 2**31
@@ -66,7 +66,7 @@ class AdapterConfig:
     edit_write: str = "last_prompt"
     """Positions the edit is written to."""
     reset_ids: list[int] = field(default_factory=list)
-    """Token ids that begin a user's turn, where what gates accumulate begins anew; empty: nowhere."""
+    """Token ids that begin a user's turn, where what gates accumulate starts again; empty: nowhere."""
     base_model_name_or_path: str | None = None
     """Name or folder of the base model."""
     base_revision: str | None = None
@@ -121,19 +121,18 @@ class AdapterConfig:
     def check(self) -> None:
         """ConfigError names a field whose value cannot be, and what could."""
         for name, most in (("hidden_size", LARGEST), ("depth", LARGEST), ("rank", self.hidden_size)):
-            if not 1 <= getattr(self, name) <= most:
-                limit = f"the hidden size {most}" if name == "rank" else most
-                raise ConfigError(f"{name} {getattr(self, name)} must lie between 1 and {limit}")
-        if not self.blocks or not all(0 <= block < self.depth for block in self.blocks):
-            raise ConfigError(f"blocks {self.blocks} must lie within 0..{self.depth - 1}, at least one of them")
-        if self.blocks != sorted(set(self.blocks)):
-            raise ConfigError(f"blocks {self.blocks} must be distinct and ascend")
-        if not 0 <= self.dropout < 1:
-            raise ConfigError(f"dropout {self.dropout} must lie in [0, 1)")
-        if self.gate_bias is not None and not abs(self.gate_bias) < LARGEST_BIAS:
-            raise ConfigError(f"gate_bias {self.gate_bias} must lie between -{LARGEST_BIAS:g} and {LARGEST_BIAS:g}")
-        if not all(0 <= token < LARGEST_ID for token in self.reset_ids):
-            raise ConfigError(f"reset_ids {self.reset_ids} must be token ids, 0 or more")
+            limit = f"the hidden size {most}" if name == "rank" else most
+            _require(1 <= getattr(self, name) <= most, f"{name} {getattr(self, name)} must lie between 1 and {limit}")
+        inside = bool(self.blocks) and all(0 <= block < self.depth for block in self.blocks)
+        _require(inside, f"blocks {self.blocks} must lie within 0..{self.depth - 1}, at least one of them")
+        _require(self.blocks == sorted(set(self.blocks)), f"blocks {self.blocks} must be distinct and ascend")
+        _require(0 <= self.dropout < 1, f"dropout {self.dropout} must lie in [0, 1)")
+        bias = abs(self.gate_bias or 0.0)
+        _require(
+            bias < LARGEST_BIAS, f"gate_bias {self.gate_bias} must lie between -{LARGEST_BIAS:g} and {LARGEST_BIAS:g}"
+        )
+        ids = all(0 <= token < LARGEST_ID for token in self.reset_ids)
+        _require(ids, f"reset_ids {self.reset_ids} must be token ids, 0 or more")
         if self.base_dtype is not None:
             one_of("base_dtype", self.base_dtype, DTYPES)
         GATES.get(self.gate)
@@ -145,21 +144,23 @@ class AdapterConfig:
                 raise ConfigError(f"unknown activation {self.activation!r}; known: {', '.join(sorted(ACT2FN))}")
 
     def check_fingerprint(self, of_base: str, *, strict: bool, quantized: bool = False) -> None:
-        """Compare the base's fingerprint with the stored one: a warning, or AdapterError if `strict`.
-
-        A quantized base has other numbers than the one it was made from, so that nothing can be compared.
-        """
+        """See `check_base`. A quantized base has other numbers than the one it was made from: nothing is compared."""
         if self.base_fingerprint not in (None, of_base) and quantized and not strict:
             log.info("the base is quantized: whether the adapter was trained on these weights cannot be checked")
             return
         check_base(self.base_fingerprint, self.base_model_name_or_path, of_base, strict=strict)
 
 
+def _require(holds: bool, message: str) -> None:
+    if not holds:
+        raise ConfigError(message)
+
+
 def check_base(trained_on: str | None, name: str | None, of_base: str, *, strict: bool) -> None:
-    """Compare fingerprints, that of the base an adapter was trained on and that of the base it is put on.
+    """Compare the fingerprints of the base an adapter was trained on and of the base it is put on.
 
     Args:
-        trained_on: None where the adapter says nothing; then all is well.
+        trained_on: None where the adapter has none; then all is well.
         name: name or folder of the base it was trained on.
         of_base: of the base it is put on.
         strict: whether a difference is an AdapterError; else it is a warning.

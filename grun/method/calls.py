@@ -44,13 +44,13 @@ class Call:
     """What gates remember of earlier passes, by intervention."""
     goes_on: bool = False
     """Whether there is a cache to hold this pass, so that a prompt may end in a later one."""
-    behind: bool | None = None
+    after_prompt: bool | None = None
     """Whether a prompt has ended in the cache; None: wherever it holds any. False for virtual tokens, as PEFT's."""
 
     def __post_init__(self) -> None:
-        """See `behind`."""
-        if self.behind is None:
-            self.behind = self.past > 0
+        """See `after_prompt`."""
+        if self.after_prompt is None:
+            self.after_prompt = self.past > 0
 
 
 @dataclass(eq=False)
@@ -74,7 +74,7 @@ class PromptOfCall:
     """Caches of passes that are none of this call's."""
 
     def owns(self, inputs: Tensor, ids: Tensor | None, cache: Any, past: int) -> bool:
-        """Whether a pass belongs to this call, or is another one's that is made within it (by a logits processor, say).
+        """Whether a pass belongs to this call, or is another one's that is made within it (such as a logits processor's).
 
         Virtual tokens that come before the prompt from its first pass on, as PEFT puts them, are counted here.
         """
@@ -186,7 +186,7 @@ def counting(mask: Any, rows: int, columns: int, past: int) -> Tensor | None:
     if not readable or mask.shape[2] != columns or mask.shape[3] < columns or len(mask) not in (1, rows):
         given = f"{list(mask.shape)} of {mask.dtype}" if isinstance(mask, Tensor) else f"a {type(mask).__name__}"
         raise ModelError(
-            f"the attention mask is {given}, for {rows} rows of {columns} tokens behind {past}; edits need one that is "
+            f"the attention mask is {given}, for {rows} rows of {columns} tokens after {past}; edits need one that is "
             "1 for tokens that count, [batch, tokens], or [batch, 1, queries, keys] of bool or added to scores"
         )
     keys = mask.shape[3]

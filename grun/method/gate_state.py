@@ -1,4 +1,4 @@
-"""What gates remember of the tokens before a pass, kept beside the keys and values of the same tokens."""
+"""What gates remember of the tokens before a pass, kept with the keys and values of the same tokens."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class GateState:
         return self.ids.shape[1]
 
     def fit(self, columns: int) -> None:
-        """Forget what lies behind the first `columns`; what is missing there was cached while no edit acted."""
+        """Forget what comes after the first `columns`; what is missing there was cached while no edit acted."""
         missing = columns - self.columns
         if missing > 0:
             unknown = self.ids.new_full((self.rows, missing), -1)
@@ -97,7 +97,7 @@ def _following(own: Any) -> type:
 
 
 def state_of(cache: Any) -> GateState | None:
-    """What gates remember beside `cache`, None if nothing."""
+    """What gates remember with `cache`, None if nothing."""
     state: GateState | None = getattr(cache, "gate_state", None)
     return state
 

@@ -26,6 +26,11 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+OPTIONS = (
+    *("blocks", "rank", "gate", "gate_bias", "dropout", "activation", "gate_read", "gate_accumulate", "edit_write"),
+)
+"""Options of `MethodConfig` that `GrunModel.wrap` takes as they are."""
+
 
 class Grun:
     """Gated low-rank edits on a frozen base (GRUN, arXiv 2502.17823)."""
@@ -39,7 +44,7 @@ class Grun:
 
     @classmethod
     def make(cls, config: UnlearnConfig, quirks: Sequence[str]) -> Self:
-        """See `grun.method.parametrization.Parametrization`."""
+        """See `Parametrization`."""
         return cls(config.method, dropout_on_hidden="dropout_on_hidden" in quirks)
 
     @property
@@ -58,16 +63,8 @@ class Grun:
             beside.unwrap()
         self.model = GrunModel.wrap(
             base,
-            blocks=self.config.blocks,
-            rank=self.config.rank,
-            gate=self.config.gate,
-            gate_bias=self.config.gate_bias,
-            dropout=self.config.dropout,
+            **{option: getattr(self.config, option) for option in OPTIONS},
             dropout_on_hidden=self.dropout_on_hidden,
-            activation=self.config.activation,
-            gate_read=self.config.gate_read,
-            gate_accumulate=self.config.gate_accumulate,
-            edit_write=self.config.edit_write,
             reset_ids=turn_ids if resets else (),
             template=template,
             beside=beside,

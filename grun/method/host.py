@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 EDITIONS = itertools.count(1)
-"""Numbers for every set of edits that is put on a model, so that what gates remember is told apart."""
+"""Numbers for every set of edits that is put on a model, so that what gates remember is of one set."""
 PROMPT: PerContext[PromptOfCall] = PerContext("grun.prompt")
 """By model, the prompt of the `generate` call in progress."""
 OFF: PerContext[bool] = PerContext("grun.off")
@@ -282,7 +282,7 @@ class EditedModel(nn.Module):
             earlier=None if state is None else state.ids,
             carry={} if state is None else state.last(),
             goes_on=cache is not None,
-            behind=past > 0 and (isinstance(cache, tuple) or getattr(cache, "prompt_ended", False)),
+            after_prompt=past > 0 and (isinstance(cache, tuple) or getattr(cache, "prompt_ended", False)),
         )
         if self.rule.remembers or not is_decode_step(call):  # which is to launch nothing
             call.attention_mask = _mask_of(kwargs.get("attention_mask"), inputs, past, call.prompt)
@@ -308,7 +308,7 @@ class EditedModel(nn.Module):
         return state
 
     def _remember(self, output: Any, running: Pass) -> None:
-        """Keep what gates read in a pass beside the keys and values that it has made."""
+        """Keep what gates read in a pass with the keys and values that it has made."""
         assert running.sites is not None
         call, state, foreign_to, given = running.sites.about
         running.sites.about = None  # sites may be kept as long as states are
@@ -320,7 +320,7 @@ class EditedModel(nn.Module):
         if foreign_to is not None:
             foreign_to.disown(cache)
         if cache is not None and not isinstance(cache, tuple):
-            cache.prompt_ended = call.behind or not _goes_on(call)
+            cache.prompt_ended = call.after_prompt or not _goes_on(call)
         if state is None or cache is None:
             return
         ids = torch.full((call.rows, call.columns), -1, device=call.device)
@@ -348,7 +348,7 @@ class EditedModel(nn.Module):
 
 
 def _goes_on(call: Call) -> bool:
-    """Whether all prompts go on behind this pass."""
+    """Whether all prompts go on after this pass."""
     return call.prompt_lengths is not None and bool((call.prompt_lengths.to(call.device) > attended(call).sum(1)).all())
 
 
@@ -371,17 +371,17 @@ def refuse_packed(inputs: Tensor, given: Mapping[str, Any]) -> None:
 
 
 def refuse_other_state(given: Mapping[str, Any]) -> None:
-    """ModelError if a model is given its past in a form that does not say how many tokens it holds."""
+    """ModelError if a model is given its past in a form that does not show how many tokens it holds."""
     if name := next((name for name in ("cache_params", "state") if given.get(name) is not None), None):
         raise ModelError(
-            f"this model keeps its past in {name}, which does not say how many tokens it holds, so where to edit is "
+            f"this model keeps its past in {name}, which does not show how many tokens it holds, so where to edit is "
             "unknown; call it, or generate, with use_cache=False"
         )
 
 
 def _refuse_batching(*_: Any, **__: Any) -> NoReturn:
     raise ModelError(
-        "several sequences packed into one row (continuous batching, position_ids that begin anew) cannot be edited; "
+        "several sequences packed into one row (continuous batching, position_ids that start again) cannot be edited; "
         "give each a row of its own, padded and with an attention_mask, or use generate"
     )
 

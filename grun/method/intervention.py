@@ -54,7 +54,7 @@ class GatedIntervention(Intervention):
         self.row_seeds: Sequence[int] | None = None
         """For each row of a pass the number that its dropout is drawn from; None: torch's generator."""
         self.earlier: StackedIntervention | None = None
-        """Edits of other requests at this block, in force beside this one."""
+        """Edits of other requests at this block, in force with this one."""
 
     def forward(
         self,

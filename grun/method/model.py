@@ -93,7 +93,7 @@ class GrunModel(EditedModel):
             gate_read: positions the gate reads: last_prompt or every_token.
             gate_accumulate: how gate values combine over positions: none or running_max.
             edit_write: positions the edit is written to: last_prompt, sticky or every_token.
-            reset_ids: token ids that begin a user's turn, where a running maximum begins anew.
+            reset_ids: token ids that begin a user's turn, where a running maximum starts again.
             template: prompt template to store with the adapter.
             beside: other requests on this base, unwrapped, whose edits stay in force; they are not saved with this one.
 

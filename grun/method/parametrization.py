@@ -105,11 +105,9 @@ class Engine(Protocol):
 
     def run(self, batches: Mapping[str, Batch], hidden: Collection[int] = ()) -> dict[str, StepOutput]:
         """A StepOutput for each batch; `hidden` names the blocks whose output the objective will read."""
-        ...
 
     def reference(self, batches: Mapping[str, Batch], hidden: Collection[int] = ()) -> dict[str, StepOutput]:
         """The same under the untouched model, without gradients."""
-        ...
 
 
 class Parametrization(Protocol):
@@ -128,38 +126,30 @@ class Parametrization(Protocol):
             config: of the run.
             quirks: names of the published quirks in force.
         """
-        ...
 
     def prepare(self, base: PreTrainedModel, template: Template | None, *, turn_ids: Sequence[int] = ()) -> None:
         """Put the parametrization on `base`, newly initialized; `turn_ids` begin a user's turn (`grun.data.turns`)."""
-        ...
 
     def trainable_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """Names and parameters that are trained."""
-        ...
 
     def reference(self) -> AbstractContextManager[object]:
         """A context in which `run` runs the untouched model, without gradients and without dropout.
 
         Once training has begun only if `keep_reference` was called before.
         """
-        ...
 
     def keep_reference(self) -> str:
         """See that `reference` works throughout training, whatever it takes; what that is, for the log."""
-        ...
 
     def run(self, batch: Batch, hidden: Collection[int] = ()) -> StepOutput:
         """One forward pass; `hidden` names the blocks whose output the objective will read."""
-        ...
 
     def save(self, folder: Path) -> None:
         """Write what `load` reads."""
-        ...
 
     def load(self, folder: Path, base: PreTrainedModel) -> None:
         """Put what `save` wrote on `base`."""
-        ...
 
 
 @dataclass(frozen=True)

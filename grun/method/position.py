@@ -91,12 +91,12 @@ class PositionRule:
 
 
 def last_prompt_column(call: Call) -> Tensor | None:
-    """Column of each row's last prompt token, within this pass, shape [batch]; None for a pass behind the prompt.
+    """Column of each row's last prompt token, within this pass, shape [batch]; None for a pass after the prompt.
 
     It lies outside 0..columns - 1 where the token is in an earlier pass or a later one. It is taken, in this order,
     from: `prompt_lengths`; in `generate`, the prompt handed to that call, also when a cache of earlier turns comes with
     it; the token before the first label, in rows of which that is not the first attended token; the last attended
-    token; the last column. A bare pass behind a prompt in the cache, with neither lengths nor labels, is a decode step.
+    token; the last column. A bare pass after a prompt in the cache, with neither lengths nor labels, is a decode step.
     """
     if is_decode_step(call):
         return None
@@ -105,12 +105,12 @@ def last_prompt_column(call: Call) -> Tensor | None:
     if call.prompt is not None:
         last = call.prompt.last_column.to(call.device)
         return last.repeat_interleave(call.rows // len(last)) - call.past  # beams and samples repeat each prompt
-    last = torch.full((call.rows,), -1, device=call.device) if call.behind else _last_attended(attended(call))
+    last = torch.full((call.rows,), -1, device=call.device) if call.after_prompt else _last_attended(attended(call))
     if call.labels is None or not bool((has_label := call.labels.to(call.device) != -100).any()):
-        return None if call.behind else last
+        return None if call.after_prompt else last
     first = torch.where(has_label, torch.arange(call.columns, device=call.device), call.columns).amin(dim=1)
-    # The label of a row's first token marks no prompt: its whole text is labeled. Behind a prompt in the cache it does.
-    start = -1 if call.behind else attended(call).long().argmax(dim=1)
+    # The label of a row's first token marks no prompt: its whole text is labeled. After a prompt in the cache it does.
+    start = -1 if call.after_prompt else attended(call).long().argmax(dim=1)
     return torch.where(has_label.any(dim=1) & (first > start), first - 1, last)
 
 
@@ -122,12 +122,12 @@ def attended(call: Call) -> Tensor:
 
 
 def is_decode_step(call: Call) -> bool:
-    """Whether this pass lies behind the prompt; told without looking at a tensor, so that it launches nothing."""
+    """Whether this pass comes after the prompt; decided without looking at a tensor, so that it launches nothing."""
     if call.prompt_lengths is not None:
         return False
     if call.prompt is not None:
         return call.past >= call.prompt.columns
-    return bool(call.behind) and call.labels is None
+    return bool(call.after_prompt) and call.labels is None
 
 
 def position_rule(gate_read: str, gate_accumulate: str, edit_write: str, reset: Sequence[int] = ()) -> PositionRule:

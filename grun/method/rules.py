@@ -10,7 +10,7 @@ WRITES = ("last_prompt", "sticky", "every_token")
 
 
 def check_rule(gate_read: str, gate_accumulate: str, edit_write: str) -> None:
-    """ConfigError lists what exists, or says what does not go together."""
+    """ConfigError lists what exists, or names what does not go together."""
     for name, value, known in (
         ("gate_read", gate_read, READS),
         ("gate_accumulate", gate_accumulate, ACCUMULATIONS),

@@ -58,7 +58,7 @@ def validate(
         if unknown := [name for name in (CONFIG_FILE, WEIGHTS_FILE) if name not in digests]:
             raise AdapterError(f"{folder / unknown[0]}: no digest is known of it; restore the manifest from a copy")
         if not is_real(folder, stat.S_ISDIR):
-            raise AdapterError(f"{folder} is no folder, or a link to one; `requests verify` says more")
+            raise AdapterError(f"{folder} is no folder, or a link to one; `requests verify` tells more")
         files = {name: _as_digested(folder / name, digest) for name, digest in digests.items()}
     try:
         config, template = AdapterConfig.parse(files.get(CONFIG_FILE) or read_regular(path, follow=True), path)
@@ -94,7 +94,7 @@ def is_real(path: Path, kind: Any) -> bool:
 
 
 def read_regular(path: Path, *, follow: bool = False) -> bytes:
-    """Bytes of a file: no pipe is waited for, and no link followed but where `follow` says so.
+    """Bytes of a file: no pipe is waited for, and no link followed unless `follow`.
 
     Raises:
         FileNotFoundError: nothing is there.
@@ -151,7 +151,7 @@ def _check_tensors(config: AdapterConfig, weights: Mapping[str, Tensor], path: P
 def _expected(
     hidden_size: int, rank: int, gate: str, activation: str | None, builder: Any
 ) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
-    """Shape and type of each tensor of one block, by name; `builder` of the gate tells gates of one name apart."""
+    """Shape and type of each tensor of one block, by name; `builder` of the gate, since a name may be another gate's later."""
     config = AdapterConfig([0], rank, gate, hidden_size, 1, activation=activation)
     try:
         with torch.device("meta"):  # whatever sizes a file states, nothing is allocated

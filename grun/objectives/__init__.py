@@ -4,13 +4,5 @@ One file a family, each loss with its term and its presets. `terms.py` has the d
 puts together what a run asks for. Another file here, or a plugin's, is found without being named.
 """
 
-from grun.objectives import (  # noqa: F401  in this order, whichever is imported first
-    ascent,
-    distillation,
-    entropy,
-    gate,
-    preference,
-    refusal,
-    retain,
-    rmu,
-)
+# In this order, whichever is imported first.
+from grun.objectives import ascent, distillation, entropy, gate, preference, refusal, retain, rmu  # noqa: F401

@@ -62,7 +62,7 @@ def bce_max_last(outputs: Outputs) -> TermValue:
 
 
 def _over_highest(outputs: Outputs, opened: Callable[[Tensor, Tensor], Tensor]) -> TermValue:
-    """As `_over_passes`: `_shut` on retain rows, `opened` on the prompts of forget rows; arguments as of `_open`."""
+    """As `_over_passes`: `_shut` on retain rows, `opened` on the prompts of forget rows; arguments as `_open`'s."""
 
     def of_rows(name: Continuation, logits: Tensor, mask: Tensor, in_prompt: Tensor | None) -> Tensor:
         if name == "retain":
@@ -78,7 +78,7 @@ def _over_passes(
     """Sum over rows of the mean over blocks.
 
     `of_rows` gives the loss [blocks, batch] from a pass' name, gate logits [blocks, batch, positions read], which of
-    these count, and which lie in the prompt (as of StepOutput).
+    these count, and which lie in the prompt (as in StepOutput).
     """
     import torch
 
@@ -93,7 +93,7 @@ def _over_passes(
 
 
 def _open(logits: Tensor, counted: Tensor) -> Tensor:
-    """-log sigmoid of the mean of a row's highest logits; arguments and result as of `_mean_of_highest`."""
+    """-log sigmoid of the mean of a row's highest logits; arguments and result as `_mean_of_highest`."""
     from torch.nn.functional import softplus
 
     return softplus(-_mean_of_highest(logits, counted, HIGHEST)) * counted.any(dim=1)

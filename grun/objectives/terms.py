@@ -146,7 +146,7 @@ def term(
 
     Args:
         name: what `loss.forget`, `loss.retain` or `loss.gate` calls it.
-        per: see `Term`, as of `side`, `continuations`, `reference`, `hidden`, `reads_head`.
+        per: see `Term`, as for `side`, `continuations`, `reference`, `hidden`, `reads_head`.
         inputs: from Outputs to the arguments of the loss, which gives a value for each of `per`. None: the loss takes
             the Outputs themselves, and gives a TermValue.
         dual: (retain weight, retain term, finished epochs) -> next retain weight, its keyword-only arguments options.

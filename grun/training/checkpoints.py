@@ -91,7 +91,7 @@ def newest_whole(folder: Path, run: Path) -> Path | None:
 
 
 def _run_of(folder: Path) -> str | None:
-    """What tells the run in a folder from others; None where nothing does."""
+    """What identifies the run in a folder; None where nothing does."""
     try:
         return content_hash(read_json(folder / IDENTITY_FILE))
     except (OSError, ValueError):

@@ -1,4 +1,4 @@
-"""Optimizers beside torch's AdamW: transformers' former AdamW, and schedule-free AdamW, which averages weights."""
+"""Optimizers besides torch's AdamW: transformers' former AdamW, and schedule-free AdamW, which averages weights."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class LegacyAdamW(Optimizer):
         eps: float = LEGACY_EPS,
         weight_decay: float = 0.0,
     ) -> None:
-        """Arguments as of `torch.optim.AdamW`."""
+        """Arguments as for `torch.optim.AdamW`."""
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
 
     @torch.no_grad()

@@ -77,7 +77,7 @@ class LogSteps(TrainerCallback):
 
 
 def trackers_of(names: Sequence[str], folder: Path) -> list[TrainerCallback]:
-    """transformers' callbacks of the trackers; TensorBoard's writes into `folder`, others where they are told to."""
+    """transformers' callbacks of the trackers; TensorBoard's writes into `folder`, others where they are set to."""
     from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
     trackers: list[Any] = [INTEGRATION_TO_CALLBACK[name]() for name in dict.fromkeys(names)]
@@ -91,7 +91,7 @@ def trackers_of(names: Sequence[str], folder: Path) -> list[TrainerCallback]:
 
 
 class Looks(TrainerCallback):
-    """Looks at the model where a step's number says so; all processes look, since they share the work."""
+    """Looks at the model every so many steps; all processes look, since they share the work."""
 
     def __init__(self, look: Look, step_log: StepLog) -> None:
         self.look = look

@@ -68,7 +68,7 @@ class StepTrainer(Trainer):
         optimizer: tuple[type[Optimizer], dict[str, Any]] | None = None,
         trackers: Sequence[TrainerCallback] = (),
     ) -> None:
-        """See `train`; `keep` is the number of checkpoints kept, None for all, `optimizer` as of `optimizer_of`."""
+        """See `train`; `keep` is the number of checkpoints kept, None for all, `optimizer` as from `optimizer_of`."""
         self._task = task
         self._keep = keep
         self._staging: str | None = None
@@ -150,7 +150,7 @@ class StepTrainer(Trainer):
             raise processes.Elsewhere(what)
         raise RunError(
             f"{what}; training stopped, the state after step {self.state.global_step} is kept in "
-            f"{self.args.output_dir}; lower train.lr or the term's weight and start anew with overwrite=true"
+            f"{self.args.output_dir}; lower train.lr or the term's weight and start again with overwrite=true"
         )
 
     @property

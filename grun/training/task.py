@@ -31,29 +31,22 @@ class Task(Protocol):
     @property
     def steps(self) -> int:
         """Optimizer steps of the whole run."""
-        ...
 
     @property
     def device(self) -> torch.device:
         """Where batches go."""
-        ...
 
     def data(self, step: int) -> StepData:
         """Data of 0-based `step`; a pure function of it."""
-        ...
 
     def loss(self, batch: MicroBatch, counts: dict[str, int], step: int) -> tuple[Tensor, dict[str, float]]:
         """Share of this micro-batch in the step's loss, and the shares of its terms for the log."""
-        ...
 
     def stepped(self, parts: dict[str, float]) -> None:
-        """Told after every step what the terms were over the whole of it."""
-        ...
+        """Called after every step with its terms over the whole of it."""
 
     def state(self) -> dict[str, float]:
-        """What a checkpoint must keep beside parameters and optimizer, so that a resumed run is the same run."""
-        ...
+        """What a checkpoint must keep besides parameters and optimizer, so that a resumed run is the same run."""
 
     def restore(self, state: dict[str, float]) -> None:
         """Take up what `state` gave."""
-        ...

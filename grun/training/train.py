@@ -73,7 +73,7 @@ def train(
         folder: of the run; all processes see the same one.
         seed: of the random state.
         look: what is looked at from time to time.
-        smaller: what, beside the options of training, would take less memory; said where memory does not suffice.
+        smaller: what, besides the options of training, would take less memory; named where memory does not suffice.
         averaged: whether an optimizer that averages weights leaves the average in the module, or the last weights.
 
     Raises:

@@ -160,7 +160,7 @@ class UnlearnTask:
         return batches
 
     def _row(self, name: Continuation, forget_row: int, epoch: int) -> tuple[int, EncodedRow]:
-        """Number and row that goes by `name` beside a forget row."""
+        """Number and row that goes by `name` with a forget row."""
         if name == "answer":
             return forget_row, self._rows.answers[forget_row]
         if name == "refusal":
@@ -176,7 +176,7 @@ class UnlearnTask:
 def encode_unlearn_rows(
     corpus: Corpus, tokenizer: Any, template: templates.Template, max_length: int, data: DataConfig, *, seed: int
 ) -> UnlearnRows:
-    """Encode what unlearning uses, copies that ask in other ways behind the rows themselves.
+    """Encode what unlearning uses, copies that ask in other ways after the rows themselves.
 
     The refusal of each forget row, where plain texts are cut, and what copies ask depend on `seed`.
     """

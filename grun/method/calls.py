@@ -74,7 +74,7 @@ class PromptOfCall:
     """Caches of passes that are none of this call's."""
 
     def owns(self, inputs: Tensor, ids: Tensor | None, cache: Any, past: int) -> bool:
-        """Whether a pass belongs to this call, or is another one's that is made within it (such as a logits processor's).
+        """Whether a pass belongs to this call, or is one made within it, as by a logits processor.
 
         Virtual tokens that come before the prompt from its first pass on, as PEFT puts them, are counted here.
         """

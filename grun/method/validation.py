@@ -151,7 +151,7 @@ def _check_tensors(config: AdapterConfig, weights: Mapping[str, Tensor], path: P
 def _expected(
     hidden_size: int, rank: int, gate: str, activation: str | None, builder: Any
 ) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
-    """Shape and type of each tensor of one block, by name; `builder` of the gate, since a name may be another gate's later."""
+    """Shape and type of each tensor of one block, by name; `builder` is the gate's, of which a name may change."""
     config = AdapterConfig([0], rank, gate, hidden_size, 1, activation=activation)
     try:
         with torch.device("meta"):  # whatever sizes a file states, nothing is allocated

@@ -93,8 +93,8 @@ COMMANDS = {
     ),
     "cache": Command(
         "what training keeps on disk of its data: list, remove",
-        "grun.requests.cached_rows:cache",
-        "grun.requests.cached_rows:usage",
+        "grun.commands.cache:cache",
+        "grun.commands.cache:usage",
         takes="arguments",
         stdout=True,
     ),

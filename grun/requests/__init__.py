@@ -1,5 +1,5 @@
 """Requests to forget that arrive over time: a folder of adapters for one base model, and what is known of each.
 
-manifest.py: what stack.json holds; store.py, copying.py, checking.py, forget_rows.py: the folder; command.py,
-adding.py, verify.py, listing.py: `python -m grun requests`.
+store.py is the folder, for writers (`grun.method.stack` holds its manifest and reads it); adding.py, verify.py and
+listing.py are the actions of `python -m grun requests`, command.py its command line.
 """

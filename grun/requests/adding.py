@@ -1,18 +1,16 @@
-"""`requests add` and `requests remove`: adapters that are there, to be trained, or to be trained anew."""
+"""`requests add` and `requests remove`: adapters that are there, to be trained, or to be trained again."""
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
 import logging
-import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from grun.cache.store import Use
-from grun.config.options import CacheConfig, RequestsConfig, UnlearnConfig
+from grun.config.options import RequestsConfig, UnlearnConfig
 from grun.config.values import from_dict, to_dict
 from grun.data.corpus import Corpus, load_corpus
 from grun.data.rows import Row, hash_rows
@@ -25,7 +23,6 @@ from grun.method.adapter import AdapterConfig
 from grun.method.parametrization import traits_of
 from grun.method.stack.forget_rows import check_forget_rows, salted_hashes
 from grun.method.stack.manifest import MANIFEST_FILE, Request, check_id
-from grun.requests.cached_rows import shards_in, uses_by
 from grun.requests.signing import read_key
 from grun.requests.store import RequestStore
 from grun.runtime.files import read_json, target
@@ -74,9 +71,8 @@ def add(options: RequestsConfig, arguments: Sequence[str]) -> Path:
         return _take(options, Path(options.adapter).expanduser(), arguments)
     config = _config(known, arguments, folder)
     if known is not None:
-        _refuse_another_template(
-            options, f"request {request_id}", {f"data.{k}": getattr(config.data, k) for k in OPTIONS}
-        )
+        template = {f"data.{key}": getattr(config.data, key) for key in OPTIONS}
+        _refuse_another_template(options, f"request {request_id}", template)
     rows = load_rows(config).forget
     was_independent = known is None or not known.beside
     training = Training(
@@ -92,13 +88,13 @@ def add(options: RequestsConfig, arguments: Sequence[str]) -> Path:
 
 
 def remove(store: RequestStore, request_id: str, *, retrain: bool) -> list[str]:
-    """Remove a request; ids of those that were trained beside it, which `retrain` trains anew at once.
+    """Remove a request; ids of those that had it in force in training, which `retrain` trains again at once.
 
     What they are trained with is looked for before anything is removed.
 
     Raises:
-        ConfigError: there is no such request; one to be trained anew came in without its options.
-        DataError: the data of one to be trained anew is not where its options say.
+        ConfigError: there is no such request; one to be trained again came in without its options.
+        DataError: the data of one to be trained again is not where its options say.
         RunError: another process is writing, or writing fails.
     """
     with store.writing():
@@ -110,22 +106,6 @@ def remove(store: RequestStore, request_id: str, *, retrain: bool) -> list[str]:
             train(store, training)
             store.set_state(training.id, state)
     return dependents
-
-
-def cached_of(store: RequestStore, request_id: str) -> tuple[str, dict[Path, list[Use]]]:
-    """Where the cache of a request's training lies, from here, and by shard the uses by trainings on its data."""
-    request = store.manifest.request(request_id)
-    folder = str((request.config.get("cache") or {}).get("dir", CacheConfig().dir))
-    shards = shards_in(Path(folder).expanduser())
-    return folder, uses_by(shards, request_id, store.folder, lambda h: store.manifest.is_data_of(request_id, h))
-
-
-def retrain_command(store: Path, request: Request) -> str:
-    """Command that trains a request anew, as it was trained before."""
-    words = ["python", "-m", "grun", "requests", "add", f"store={store}", f"id={request.id}", "replace=true"]
-    if "objective" not in request.config:  # it came in without its options
-        words += ["adapter=FOLDER", "data.forget=FILE", "data.retain=FILE"]
-    return shlex.join(words)
 
 
 def train(store: RequestStore, training: Training) -> Path:
@@ -147,7 +127,7 @@ def train(store: RequestStore, training: Training) -> Path:
             folder,
             forget_rows=training.rows,
             config=stored_config(config),
-            metrics=_metrics(read_record(folder / RUN_FILE, Run)),
+            metrics=metrics_of(read_record(folder / RUN_FILE, Run)),
             beside=beside,
             store_text=training.store_text,
             note=training.note,
@@ -164,9 +144,8 @@ def load_rows(config: UnlearnConfig) -> Corpus:
             "GRUN adapters with a gate alone; choose parametrization grun and a gate from `list gates`"
         )
     allowed = config.data.allow_overlap
-    corpus = load_corpus(
-        dataclasses.replace(config.data, allow_overlap=True)
-    )  # the check here sees more, and says where
+    # Overlaps are allowed there, since the check here sees more, and tells where.
+    corpus = load_corpus(dataclasses.replace(config.data, allow_overlap=True))
     check_forget_rows(corpus.forget, [] if allowed else corpus.retain)
     return corpus
 
@@ -178,15 +157,18 @@ def stored_config(config: UnlearnConfig) -> dict[str, Any]:
 
 
 def _take(options: RequestsConfig, adapter: Path, arguments: Sequence[str]) -> Path:
-    """Put in an adapter that is there; run.json beside it says what it was trained with."""
+    """Put in an adapter that is there; run.json in its folder says what it was trained with."""
     if options.independent is not None:
         raise ConfigError("independent is for an adapter that is trained here; leave it out, or leave adapter out")
     other = [argument for argument in arguments if not argument.startswith(("data.", "profile="))]
     if other:
         raise ConfigError(f"{other[0]}: an adapter that is there already takes options of its data alone, data.*")
-    run: dict[str, Any] | None = None
-    if (adapter / RUN_FILE).exists():
-        run = _read_run(adapter / RUN_FILE)
+    run = read_record(adapter / RUN_FILE, Run) if (adapter / RUN_FILE).exists() else None
+    if run is not None:
+        if run.get("command") != "unlearn":
+            raise RunError(
+                f"{adapter / RUN_FILE} is not of a run of `python -m grun unlearn`; name an adapter's folder"
+            )
         config = from_dict("unlearn", run["config"], [word for word in arguments if not word.startswith("profile=")])
     else:
         base = AdapterConfig.read(adapter)[0].base_model_name_or_path
@@ -206,7 +188,7 @@ def _take(options: RequestsConfig, adapter: Path, arguments: Sequence[str]) -> P
             adapter,
             forget_rows=rows,
             config={"data": to_dict(config)["data"]} if run is None else stored_config(config),
-            metrics={} if run is None else _metrics(run),
+            metrics=metrics_of(run or {}),
             beside=beside,
             store_text=options.store_text,
             note=options.note,
@@ -224,13 +206,6 @@ def _trained_beside(store: RequestStore, adapter: Path) -> list[str]:
             "changed, so the store cannot say which; train it here, with independent=false"
         )
     return store.manifest.ids(active=True)
-
-
-def _read_run(path: Path) -> dict[str, Any]:
-    run = read_record(path, Run)
-    if run.get("command") != "unlearn":
-        raise RunError(f"{path} is not of a run of `python -m grun unlearn`; name an adapter's folder")
-    return run
 
 
 def _refuse_another_template(options: RequestsConfig, what: str, own: Mapping[str, Any]) -> None:
@@ -252,10 +227,11 @@ def _config(known: Request | None, arguments: Sequence[str], store: Path) -> Unl
         raise ConfigError("output_dir: an adapter is trained in the store's folder; leave it out")
     if "method.beside" in keys:
         raise ConfigError("method.beside: set independent=false, which trains beside this store's requests")
+    config: UnlearnConfig
     if known is None or "profile" in keys:
-        config: UnlearnConfig = resolve("unlearn", list(arguments), store=store)
-        return config
-    config = from_dict("unlearn", _trainable(known), arguments)
+        config = resolve("unlearn", list(arguments), store=store)
+    else:
+        config = from_dict("unlearn", _trainable(known), arguments)
     return config
 
 
@@ -275,7 +251,7 @@ def _again(store: RequestStore, request_id: str) -> Training:
     rows = load_rows(config).forget
     if salted_hashes(rows, store.manifest.salt) != request.data.hashes:
         raise DataError(
-            f"request {request_id!r} cannot be trained anew: its data are no longer those it was trained on; leave "
+            f"request {request_id!r} cannot be trained again: its data are no longer those it was trained on; leave "
             "retrain out, and train it with `requests add replace=true` and the options of its data"
         )
     return Training(request.id, config, rows, False, True, request.text_stored, request.note)
@@ -342,6 +318,6 @@ def _refuse_another_base(store: RequestStore, config: UnlearnConfig) -> None:
         )
 
 
-def _metrics(run: dict[str, Any]) -> dict[str, Any]:
+def metrics_of(run: dict[str, Any]) -> dict[str, Any]:
     """What run.json says of the cost of a training."""
     return {name: run[name] for name in ("seconds", "steps") if name in run}

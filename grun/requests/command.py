@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import contextlib
 import re
+import shlex
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from grun.config.options import RequestsConfig, UnlearnConfig
+from grun.config.options import CacheConfig, RequestsConfig, UnlearnConfig
 from grun.config.values import describe
 from grun.errors import ConfigError, RunError, unknown_name
 from grun.loading.resolve import resolve
 
 if TYPE_CHECKING:
-    from grun.cache.store import Use
     from grun.requests.store import RequestStore
 
 ACTIONS = {
@@ -121,51 +122,48 @@ def _add(options: RequestsConfig, arguments: Sequence[str]) -> None:
 
 
 def _remove(options: RequestsConfig) -> None:
-    from grun.requests.adding import cached_of, opened, remove
-
-    store = opened(options)
-    cached_in, used = cached_of(store, str(options.id))
-    with contextlib.redirect_stdout(sys.stderr):
-        dependents = remove(store, str(options.id), retrain=options.retrain)
-    if not options.retrain:
-        _print_dependents(store, str(options.id), dependents, "the removed")
-    _say_what_is_left(store.folder, str(options.id), cached_in, used, purge=options.purge)
-
-
-def _say_what_is_left(
-    store: Path, request_id: str, cached_in: str, used: dict[Path, list[Use]], *, purge: bool
-) -> None:
-    """What is left of a removed request outside the store, of which `purge` removes what the cache holds."""
+    """Remove a request, and print what else of it there is; `purge` removes what the cache holds of it."""
+    from grun.commands import cache
     from grun.report.tables import readable
-    from grun.requests import cached_rows as cache
+    from grun.requests.adding import opened, remove
 
+    store, request_id = opened(options), str(options.id)
+    manifest = store.manifest
+    cached_in = str((manifest.request(request_id).config.get("cache") or {}).get("dir", CacheConfig().dir))
+    shards = cache.shards_in(Path(cached_in).expanduser())
+    used = cache.uses_by(shards, request_id, store.folder, partial(manifest.is_data_of, request_id))
+    with contextlib.redirect_stdout(sys.stderr):
+        dependents = remove(store, request_id, retrain=options.retrain)
+    if not options.retrain:
+        _print_dependents(store, request_id, dependents, "the removed")
     count = f"{len(used)} shard{'s' * (len(used) != 1)} of {cached_in}"
     busy = None
-    if used and purge:
+    if used and options.purge:
         try:
             cache.remove(used)
             print(f"removed too: {count}")
-        except RunError as error:  # the request is gone: what is left is to be said all the same
+        except RunError as error:  # the request is gone: what is left is to be listed all the same
             busy = error
-    if used and (busy or not purge):
+    uses = [use for of_shard in used.values() for use in of_shard]
+    if used and (busy or not options.purge):
         print(f"left of {request_id}: {count}, whose tokens decode to its text; purge=true removes them, and now")
-        hashes = {use.data["forget"] for uses in used.values() for use in uses if "forget" in use.data}
+        hashes = {use.data["forget"] for use in uses if "forget" in use.data}
         print(*(f"  {cache.remove_command(cached_in, data)}" for data in sorted(hashes)), sep="\n")
-    for run in sorted({use.run for uses in used.values() for use in uses}):
-        if not Path(run).is_relative_to(store.resolve()) and Path(run).exists():
+    for run in sorted({use.run for use in uses}):
+        if not Path(run).is_relative_to(store.folder.resolve()) and Path(run).exists():
             print(readable(f"left of {request_id}: {run}, a run on its data, which is not the store's"))
     if busy is not None:
         raise busy
 
 
 def _print_dependents(store: RequestStore, removed: str, dependents: Sequence[str], which: str) -> None:
-    from grun.requests.adding import retrain_command
-
-    if not dependents:
-        return
-    print(f"trained beside {which} {removed}, and to be trained anew: {', '.join(dependents)}")
+    if dependents:
+        print(f"trained beside {which} {removed}, and to be trained again: {', '.join(dependents)}")
     for name in dependents:
-        print(f"  {retrain_command(store.folder, store.manifest.request(name))}")
+        words = ["python", "-m", "grun", "requests", "add", f"store={store.folder}", f"id={name}", "replace=true"]
+        if "objective" not in store.manifest.request(name).config:  # it came in without its options
+            words += ["adapter=FOLDER", "data.forget=FILE", "data.retain=FILE"]
+        print(f"  {shlex.join(words)}")
 
 
 def _verify(options: RequestsConfig) -> int:
@@ -173,9 +171,7 @@ def _verify(options: RequestsConfig) -> int:
 
     with contextlib.redirect_stdout(sys.stderr):
         found, path = verify(options)
-    print(in_markdown(found))
-    if path is not None:
-        print(path)
+    print(in_markdown(found), *([] if path is None else [path]), sep="\n")
     return 1 if found.problems else 0
 
 

@@ -16,31 +16,13 @@ if TYPE_CHECKING:
 
 def read_key(path: str | Path) -> Ed25519PrivateKey:
     """Private key of a PEM file that none but its owner may read; ConfigError says what is wrong with it."""
-    from_pem, kind = _cryptography("load_pem_private_key", "Ed25519PrivateKey")
-    path = Path(path).expanduser()
-    data = _read("key", path)
-    if os.name == "posix" and stat.S_IMODE(path.stat().st_mode) & 0o077:
-        raise ConfigError(f"key={path}: others may read it; `chmod 600 {path}`, and make a new one if they have")
-    try:
-        key = from_pem(data, password=None)
-    except (ValueError, TypeError) as error:  # TypeError: it asks for a password
-        raise ConfigError(f"key={path} is no private key in PEM without a password; {MAKING}") from error
-    if not isinstance(key, kind):
-        raise ConfigError(f"key={path} is no ed25519 key; {MAKING}")
+    key: Ed25519PrivateKey = _read("key", Path(path).expanduser(), "private", password=None)
     return key
 
 
 def public_key_of(path: str | Path) -> str:
     """Public key of a PEM file, hex; ConfigError says what is wrong with it."""
-    from_pem, kind = _cryptography("load_pem_public_key", "Ed25519PublicKey")
-    path = Path(path).expanduser()
-    try:
-        key = from_pem(_read("public_key", path))
-    except ValueError as error:
-        raise ConfigError(f"public_key={path} is no public key in PEM; {MAKING}") from error
-    if not isinstance(key, kind):
-        raise ConfigError(f"public_key={path} is no ed25519 key; {MAKING}")
-    return str(key.public_bytes_raw().hex())
+    return str(_read("public_key", Path(path).expanduser(), "public").public_bytes_raw().hex())
 
 
 def sign(head: str | None, key: Ed25519PrivateKey) -> Signature:
@@ -72,11 +54,23 @@ def _message(head: str | None) -> bytes:
     return f"grun requests {head}".encode()
 
 
-def _read(option: str, path: Path) -> bytes:
+def _read(option: str, path: Path, kind: str, **password: None) -> Any:
+    """The private or public key that an option names."""
+    from_pem, of_kind = _cryptography(f"load_pem_{kind}_key", f"Ed25519{kind.capitalize()}Key")
     try:
-        return path.read_bytes()
+        data = path.read_bytes()
     except OSError as error:
         raise ConfigError(f"{option}={path} cannot be read ({error.strerror}); {MAKING}") from error
+    if kind == "private" and os.name == "posix" and stat.S_IMODE(path.stat().st_mode) & 0o077:
+        raise ConfigError(f"key={path}: others may read it; `chmod 600 {path}`, and make a new one if they have")
+    try:
+        key = from_pem(data, **password)
+    except (ValueError, TypeError) as error:  # TypeError: it asks for a password
+        without = " without a password" if kind == "private" else ""
+        raise ConfigError(f"{option}={path} is no {kind} key in PEM{without}; {MAKING}") from error
+    if not isinstance(key, of_kind):
+        raise ConfigError(f"{option}={path} is no ed25519 key; {MAKING}")
+    return key
 
 
 def _cryptography(*names: str) -> list[Any]:

@@ -5,9 +5,8 @@
     training/ID/     an adapter that is being trained
     reports/         what `requests verify` found
 
-A process that is killed at any moment leaves the store as it was before or as it is afterwards. What it leaves
-beside, the next writer clears away (`grun.runtime.files`). Whatever else lies in the folder is not
-the store's, and is left alone.
+A process that is killed at any moment leaves the store as it was before or as it is afterwards. The next writer clears
+away what else it left (`grun.runtime.files`). Whatever else lies in the folder is not the store's, and stays.
 """
 
 from __future__ import annotations
@@ -25,15 +24,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from grun.data.rows import Row, hash_rows
-from grun.errors import AdapterError, ConfigError, DataError, RunError
+from grun.errors import AdapterError, ConfigError, DataError, RunError, unknown_name
 from grun.method.adapter import WEIGHTS_FILE
-from grun.method.stack.checking import request_problems
-from grun.method.stack.copying import copy_files
+from grun.method.host import check_threshold
+from grun.method.stack.combination import RULES
+from grun.method.stack.folder import StoredRequests, copy_files, request_problems
 from grun.method.stack.forget_rows import salted_hash, salted_hashes
 from grun.method.stack.manifest import (
     FORMAT_VERSION,
     MANIFEST_FILE,
-    Action,
     Base,
     Data,
     Manifest,
@@ -42,7 +41,6 @@ from grun.method.stack.manifest import (
     State,
     check_id,
 )
-from grun.method.stack.reading import StoredRequests
 from grun.method.validation import validate
 from grun.runtime.files import clear, file_hash, remove, sync, taken, target, write_json, writing
 from grun.runtime.ownership import foreign, listed
@@ -94,14 +92,10 @@ class RequestStore(StoredRequests):
             ConfigError: the rule is unknown, the threshold no probability.
             RunError: something lies in the folder, or another process writes to it.
         """
-        from grun.errors import unknown_name
-        from grun.method.stack.combination import RULES
-
         folder = target(folder, "store")
         if rule not in RULES:
             raise ConfigError(unknown_name("rule", rule, list(RULES)))
-        if gate_threshold is not None and not 0 <= gate_threshold <= 1:
-            raise ConfigError(f"gate_threshold={gate_threshold} must be a probability between 0 and 1")
+        check_threshold(gate_threshold)
         empty = Manifest(FORMAT_VERSION, secrets.token_hex(32), None, rule, gate_threshold, (), (), "")
         store = cls(folder, empty.with_event("create", _now()), key)
         with store._locked():
@@ -120,7 +114,7 @@ class RequestStore(StoredRequests):
 
     @contextlib.contextmanager
     def writing(self) -> Iterator[None]:
-        """Be the one writer within the block, which may be nested: the manifest is read anew, leftovers are cleared.
+        """Be the one writer within the block, which may be nested: the manifest is read again, leftovers are cleared.
 
         Raises:
             RunError: another process is writing, or the manifest was changed by something else than this class, which
@@ -184,7 +178,7 @@ class RequestStore(StoredRequests):
             self.check_new(request_id, replace=replace)
             for other in beside:
                 self.manifest.request(other)
-            base = self._base_of(adapter)
+            changed = dataclasses.replace(self.manifest, base=self._base_of(adapter))
             folder = self._new_folder(request_id)
             with writing(self.folder):
                 copy_files(adapter, folder, text=forget_rows if store_text else None)
@@ -194,35 +188,26 @@ class RequestStore(StoredRequests):
                 state="active",
                 time=_now(),
                 files={file.name: file_hash(file) for file in sorted(folder.iterdir())},
-                data=Data(
-                    len(forget_rows),
-                    salted_hashes(forget_rows, self.manifest.salt),
-                    salted_hash(hash_rows(forget_rows), self.manifest.salt),
-                ),
+                data=_without_text(forget_rows, self.manifest.salt),
                 config=json.loads(json.dumps(config)),  # as it will be read again, so that the digest stays the same
                 metrics=json.loads(json.dumps(metrics or {})),
                 beside=tuple(beside),
                 text_stored=store_text,
                 note=note,
             )
-            others = self.manifest.requests
-            kept = tuple(request if other.id == request_id else other for other in others)
-            changed = dataclasses.replace(self.manifest, base=base, requests=kept if replace else (*others, request))
             self._commit(changed.with_event("replace" if replace else "add", request.time, request))
             self._clear_leftovers()  # the adapter that was replaced, the training that is done
             return folder
 
     def remove(self, request_id: str) -> list[str]:
-        """Take a request out of force and delete its files; returns the ids of those trained beside it.
+        """Take a request out of force and delete its files; returns the ids of those that had it in force in training.
 
         Raises:
             ConfigError: there is no such request.
             RunError: another process is writing, or writing fails.
         """
         with self.writing():
-            request = self.manifest.request(request_id)
-            left = tuple(other for other in self.manifest.requests if other.id != request_id)
-            self._commit(dataclasses.replace(self.manifest, requests=left).with_event("remove", _now(), request))
+            self._commit(self.manifest.with_event("remove", _now(), self.manifest.request(request_id)))
             self._clear_leftovers()
             with writing(self.folder):
                 remove(self.training_folder(request_id))
@@ -232,12 +217,9 @@ class RequestStore(StoredRequests):
         """Put a request in force or out of it; its files stay. Errors as of `remove`."""
         with self.writing():
             request = self.manifest.request(request_id)
-            if request.state == state:
-                return
-            changed = dataclasses.replace(request, state=state)
-            every = tuple(changed if other.id == request_id else other for other in self.manifest.requests)
-            action: Action = "enable" if state == "active" else "disable"
-            self._commit(dataclasses.replace(self.manifest, requests=every).with_event(action, _now(), changed))
+            if request.state != state:
+                changed = dataclasses.replace(request, state=state)
+                self._commit(self.manifest.with_event("enable" if state == "active" else "disable", _now(), changed))
 
     def check_new(self, request_id: str, *, replace: bool) -> None:
         """ConfigError unless a request of that id can be added, or replaced."""
@@ -258,7 +240,6 @@ class RequestStore(StoredRequests):
             for request in map(self.manifest.request, request_ids):
                 new = folder / "requests" / request.folder
                 copy_files(self.adapter_folder(request.id), new, names=list(request.files))
-                manifest = dataclasses.replace(manifest, requests=(*manifest.requests, request))
                 manifest = manifest.with_event("add", request.time, request)
             part = RequestStore(folder, manifest)
             part._commit(manifest)
@@ -274,18 +255,14 @@ class RequestStore(StoredRequests):
         return self.while_nobody_writes(self._problems)
 
     def _problems(self) -> list[Problem]:
-        found = self.manifest.problems()
-        for name in ("requests", "training", "reports"):
-            if (self.folder / name).is_symlink():
-                found.append(Problem(None, f"{name} is a symbolic link"))
+        folders = ("requests", "training", "reports")
+        texts = [f"{name} is a symbolic link" for name in folders if (self.folder / name).is_symlink()]
         there = sorted((self.folder / "requests").glob("*"))
-        named = {request.folder for request in self.manifest.requests}
-        named |= {name.split("/")[1] for name in listed(self.folder) or () if name.startswith("requests/")}
-        found += [
-            Problem(None, f"requests/{path.name} is not the store's; it is left alone")
-            for path in there
-            if path.name not in named and os.path.lexists(path)
-        ]
+        known = {request.folder for request in self.manifest.requests}
+        known |= {name.split("/")[1] for name in listed(self.folder) or () if name.startswith("requests/")}
+        strange = [path.name for path in there if path.name not in known and os.path.lexists(path)]  # none just removed
+        texts += [f"requests/{name} is not the store's; it stays as it is" for name in strange]
+        found = [*self.manifest.problems(), *(Problem(None, text) for text in texts)]
         for request in self.manifest.requests:
             found += request_problems(request, self.adapter_folder(request.id), self.manifest.base)
         return found
@@ -350,6 +327,10 @@ class RequestStore(StoredRequests):
                 done = trained.is_file() and file_hash(trained) == request.files.get(WEIGHTS_FILE)
                 if done or (folder.is_dir() and not trained.exists() and not (folder / CHECKPOINTS).exists()):
                     remove(folder)  # the second: half deleted, or nothing yet that another training could go on from
+
+
+def _without_text(rows: Sequence[Row], salt: str) -> Data:
+    return Data(len(rows), salted_hashes(rows, salt), salted_hash(hash_rows(rows), salt))
 
 
 def _now() -> str:

@@ -32,9 +32,8 @@ from grun.evaluation.table import GateRecord, GenerationRecord, Table
 from grun.loading.models import Loaded, load_model
 from grun.loading.stored import of_store
 from grun.method.adapter import AdapterConfig
-from grun.method.stack.copying import TEXT_FILE
 from grun.method.stack.forget_rows import salted_hashes
-from grun.method.stack.manifest import Problem, Request
+from grun.method.stack.manifest import TEXT_FILE, Problem, Request
 from grun.method.stack.stack import GrunStack
 from grun.requests.signing import public_key_of, signature_problem
 from grun.requests.store import RequestStore
@@ -98,7 +97,8 @@ def verify(options: RequestsConfig) -> tuple[Verification, Path | None]:
     now = datetime.now(UTC)
     problems = store.check()
     manifest = store.manifest
-    named = public_key or (manifest.signature and find_spec("cryptography") and manifest.signature.public_key)
+    signed_by = None if manifest.signature is None else manifest.signature.public_key
+    named = public_key or (find_spec("cryptography") and signed_by)
     if named and (text := signature_problem(manifest.signature, manifest.head, named)):
         problems.append(Problem(None, text))
     since = None if options.head is None else manifest.since(options.head)
@@ -110,29 +110,18 @@ def verify(options: RequestsConfig) -> tuple[Verification, Path | None]:
         model = _model_config(store, options.model)
         loaded, of_base, more = _load(store, model, readable=not problems)
         problems += more
-    findings = []
-    for request in store.manifest.requests:
-        try:
-            finding = _ask(store, request, loaded, options)
-        except ModelError as error:
-            finding = Finding(request.id, request.state, request.data.rows, not_asked="the model gives no numbers")
-            problems.append(Problem(request.id, f"its questions cannot be asked: {error}"))
-        recall, most = finding.figures.get("fact_recall"), options.recall_at_most
-        if recall is not None and most is not None and recall > most:
-            problems.append(Problem(request.id, f"fact recall on its own questions is {recall:.3f}, above {most}"))
-        findings.append(finding)
     verification = Verification(
         time=now.isoformat(timespec="seconds"),
         store=str(store.folder),
         digest=manifest.digest,
         head=manifest.head,
-        signed_by=None if manifest.signature is None else manifest.signature.public_key,
+        signed_by=signed_by,
         since=None if since is None else [f"{event.action} {event.request}, {event.time}" for event in since],
         model=None if model is None else model.path,
         fingerprint=of_base,
-        expected_fingerprint=None if store.manifest.base is None else store.manifest.base.fingerprint,
+        expected_fingerprint=None if manifest.base is None else manifest.base.fingerprint,
         problems=problems,
-        requests=findings,
+        requests=[_ask(store, request, loaded, options, problems) for request in manifest.requests],
     )
     path = store.folder / "reports" / f"verify-{now:%Y%m%dT%H%M%S%fZ}.json"
     try:
@@ -279,8 +268,10 @@ def _load(
     return None, found, [Problem(None, text)]
 
 
-def _ask(store: RequestStore, request: Request, loaded: Loaded | None, options: RequestsConfig) -> Finding:
-    """Figures of a request, or why there are none."""
+def _ask(
+    store: RequestStore, request: Request, loaded: Loaded | None, options: RequestsConfig, problems: list[Problem]
+) -> Finding:
+    """Figures of a request, or why there are none; what is wrong with them is added to `problems`."""
     finding = Finding(request.id, request.state, request.data.rows)
     if request.state != "active":
         return dataclasses.replace(finding, not_asked="not in force")
@@ -293,13 +284,13 @@ def _ask(store: RequestStore, request: Request, loaded: Loaded | None, options: 
     log.info("asking the %d questions of request %s", len(rows), request.id)
     stored = AdapterConfig.read(store.adapter_folder(request.id))[1]
     template = templates.resolve("auto", stored or loaded.template, loaded.tokenizer, None, DataConfig().date)
-    figures = evaluate_request(
-        loaded.model,
-        loaded.tokenizer,
-        template,
-        rows,
-        own=request.id,
-        batch_size=options.batch_size,
-        max_new_tokens=options.max_new_tokens,
-    )
+    sizes = {"batch_size": options.batch_size, "max_new_tokens": options.max_new_tokens}
+    try:
+        figures = evaluate_request(loaded.model, loaded.tokenizer, template, rows, own=request.id, **sizes)
+    except ModelError as error:
+        problems.append(Problem(request.id, f"its questions cannot be asked: {error}"))
+        return dataclasses.replace(finding, not_asked="the model gives no numbers")
+    recall, most = figures.get("fact_recall"), options.recall_at_most
+    if recall is not None and most is not None and recall > most:
+        problems.append(Problem(request.id, f"fact recall on its own questions is {recall:.3f}, above {most}"))
     return dataclasses.replace(finding, figures=figures)

@@ -37,8 +37,8 @@ from made_shards import (
 from grun.cache.shard import Shard
 from grun.cache.store import Completed, PrefixStore, Use
 from grun.cli import main as cli
+from grun.commands import cache
 from grun.data.encoding import EncodedRow
-from grun.requests import cached_rows as cache
 from grun.requests.store import RequestStore
 
 IDENTITY = {"model": "a", "blocks": [3], "file": Path("relative")}

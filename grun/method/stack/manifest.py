@@ -8,8 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from grun.errors import AdapterError, ConfigError, RunError, unknown_name
-from grun.method.adapter import STACK_FILE
-from grun.method.stack.copying import FILES
+from grun.method.adapter import CONFIG_FILE, STACK_FILE, WEIGHTS_FILE
 from grun.method.stack.forget_rows import salted_hash
 from grun.method.validation import read_regular
 from grun.runtime.files import content_hash
@@ -21,6 +20,10 @@ WITHOUT_STATE = 1
 NEWER = ("whole", "state", "signature")
 """Fields that came with version 2."""
 MANIFEST_FILE = STACK_FILE
+TEXT_FILE = "forget.jsonl"
+ADAPTER_FILES = (CONFIG_FILE, WEIGHTS_FILE, "README.md")
+FILES = (*ADAPTER_FILES, TEXT_FILE)
+"""All that a request's folder may hold; the text only where it is to be stored."""
 LONGEST_ID = 100
 """Characters; file systems take names of 255 bytes."""
 
@@ -161,30 +164,27 @@ class Manifest:
         if version not in (WITHOUT_STATE, FORMAT_VERSION):
             raise RunError(f"{path}: format version {version}, not {FORMAT_VERSION}; use the GRUN that wrote it")
         manifest: Manifest = typed(cls, values, str(path), RunError)
-        signed = manifest.signature or Signature("0" * 64, "0" * 128)
-        for name, text, digits in (
-            ("salt", manifest.salt, 64),
-            ("public_key", signed.public_key, 64),
-            ("signature", signed.signature, 128),
-        ):
-            if re.fullmatch(f"[0-9a-f]{{{digits}}}", text) is None:
-                raise RunError(f"{path}: {name}: expected {digits} hex digits; restore it from a copy")
-        for request in manifest.requests:
-            if not is_id(request.id) or not re.fullmatch(re.escape(request.id) + r"(@\d+)?", request.folder):
-                raise RunError(
-                    f"{path}: request {request.id!r} cannot lie in the folder {request.folder!r}; restore it"
-                )
-            if foreign := sorted(set(request.files) - set(FILES)):
-                raise RunError(f"{path}: request {request.id!r} has no file {foreign[0]!r}; restore it from a copy")
-        ids = [request.id for request in manifest.requests]
-        if len(set(ids)) != len(ids):
-            raise RunError(f"{path}: two requests have the same id; restore it from a copy")
+        if wrong := manifest._wrong():
+            raise RunError(f"{path}: {wrong}; restore it from a copy")
         return manifest
+
+    def _wrong(self) -> str | None:
+        """What of the content this package cannot have written, whatever its digest says."""
+        signed = self.signature or Signature("0" * 64, "0" * 128)
+        hexadecimal = {"salt": (self.salt, 64), "public_key": (signed.public_key, 64)}
+        for name, (text, digits) in (hexadecimal | {"signature": (signed.signature, 128)}).items():
+            if re.fullmatch(f"[0-9a-f]{{{digits}}}", text) is None:
+                return f"{name}: expected {digits} hex digits"
+        for request in self.requests:
+            if not is_id(request.id) or not re.fullmatch(re.escape(request.id) + r"(@\d+)?", request.folder):
+                return f"request {request.id!r} cannot lie in the folder {request.folder!r}"
+            if foreign := sorted(set(request.files) - set(FILES)):
+                return f"request {request.id!r} has no file {foreign[0]!r}"
+        return "two requests have the same id" if len(set(self.ids())) != len(self.requests) else None
 
     def to_dict(self) -> dict[str, Any]:
         """What stack.json holds."""
-        values: dict[str, Any] = _plain(self)
-        return values
+        return dict(_plain(self))
 
     def sealed(self) -> Manifest:
         """The same with the digest that belongs to its content."""
@@ -222,9 +222,17 @@ class Manifest:
         return [request.id for request in self.requests if request_id in request.beside]
 
     def with_event(self, action: Action, time: str, request: Request | None = None) -> Manifest:
-        """The same with one more event, sealed but not signed; `files` are noted where an adapter came in."""
+        """The manifest after something was done to a request, as it then is; sealed but not signed.
+
+        `files` are noted where an adapter came in. A request that is added comes last, another one keeps its place.
+        """
+        requests = self.requests
+        if request is not None:
+            requests = tuple(request if other.id == request.id else other for other in requests)
+            requests += (request,) if action == "add" else ()
+            requests = tuple(other for other in requests if action != "remove" or other.id != request.id)
         files = content_hash(request.files) if request is not None and action in ("add", "replace") else None
-        newest = replace(self, format_version=FORMAT_VERSION, signature=None)
+        newest = replace(self, format_version=FORMAT_VERSION, requests=requests, signature=None)
         event = Event(time, action, None if request is None else request.id, files, "", _state(newest))
         event = replace(event, digest=_chained(self.head or self.salt, event))
         return replace(newest, history=(*self.history, event)).sealed()
@@ -233,21 +241,20 @@ class Manifest:
         """Traces of a change that this package did not make: digest, chain of events, and whether they lead here."""
         found = []
         if self.digest != _digest(self):
-            found.append(Problem(None, f"{MANIFEST_FILE} was changed: its digest does not match its content"))
+            found.append(f"{MANIFEST_FILE} was changed: its digest does not match its content")
         before = self.salt
         for number, event in enumerate(self.history, start=1):
             if event.digest != _chained(before, event):
-                found.append(Problem(None, f"the history was changed: event {number} does not follow the one before"))
+                found.append(f"the history was changed: event {number} does not follow the one before")
                 break
             before = event.digest
-        if _replayed(self.history) != {
-            request.id: (request.state, content_hash(request.files)) for request in self.requests
-        }:
-            found.append(Problem(None, "the history does not lead to the requests that are there"))
+        there = {request.id: (request.state, content_hash(request.files)) for request in self.requests}
+        if _replayed(self.history) != there:
+            found.append("the history does not lead to the requests that are there")
         state = self.history[-1].state if self.history else None
         if not found and state != _state(self) and (state is not None or self.format_version != WITHOUT_STATE):
-            found.append(Problem(None, "the content is not what it was after the last event of the history"))
-        return found
+            found.append("the content is not what it was after the last event of the history")
+        return [Problem(None, text) for text in found]
 
 
 def is_id(text: str) -> bool:
@@ -270,10 +277,8 @@ def _digest(manifest: Manifest) -> str:
 
 def _state(manifest: Manifest) -> str:
     """Hash of what a manifest holds besides its history and what follows from that."""
-    values = manifest.to_dict()
-    return content_hash(
-        [values[name] for name in ("format_version", "salt", "base", "rule", "gate_threshold", "requests")]
-    )
+    names = ("format_version", "salt", "base", "rule", "gate_threshold", "requests")
+    return content_hash([_plain(getattr(manifest, name)) for name in names])
 
 
 def _chained(before: str, event: Event) -> str:

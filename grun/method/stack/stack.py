@@ -17,8 +17,8 @@ from grun.method.fingerprint import fingerprint
 from grun.method.host import EditedModel, blocks_to_edit, check_threshold, edit_dtype, hidden_size_of, is_quantized
 from grun.method.position import PositionRule, attended
 from grun.method.stack.combination import RULES
+from grun.method.stack.folder import StoredRequests
 from grun.method.stack.manifest import Manifest
-from grun.method.stack.reading import StoredRequests
 from grun.method.stack.stacked import Kind, StackedIntervention, StackSites
 from grun.method.validation import Adapter, shape_of, validate
 from grun.runtime.devices import device_of

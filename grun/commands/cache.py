@@ -1,6 +1,6 @@
 """`python -m grun cache list | remove`: what training keeps on disk of the rows it was given, and whose it is.
 
-A shard holds hidden states and tokens, which decode to the text that is to be forgotten. Beside it lies for each run
+A shard holds hidden states and tokens, which decode to the text that is to be forgotten. Next to it lies for each run
 that wrote or read it a `use-HASH.json` (`grun.cache.store`): the run's folder, its model, hashes of its data, and the
 request of a store of requests that it trained.
 """
@@ -13,6 +13,7 @@ import shlex
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from grun.cache.weights import MEMORY_FILE, is_memory
 from grun.config.options import CacheCommandConfig
 from grun.errors import ConfigError, unknown_name
 from grun.loading.resolve import resolve
+from grun.method.stack.manifest import Manifest
 from grun.runtime.files import content_hash, taken
 from grun.runtime.files import remove as remove_written
 from grun.runtime.reading import read_json
@@ -95,7 +97,7 @@ def uses_by(
 
 
 def remove(shards: Iterable[Path]) -> None:
-    """Remove shards, and beside them what then says nothing any more; RunError where one is being written."""
+    """Remove shards, and what noted their use alone; RunError where one is being written."""
     names: dict[Path, list[str]] = {}
     for path in shards:
         names.setdefault(path.parent, []).append(path.name)
@@ -131,12 +133,9 @@ def _chosen(shards: list[Shard], options: CacheCommandConfig) -> list[Shard]:
 
 def _data_of(store: Path | None, request: str) -> Callable[[str], bool]:
     """Whether a hash of forget rows is that of a request which is in a store; never if it is not."""
-    if store is not None:
-        from grun.requests.store import RequestStore
-
-        opened = RequestStore.open(store)
-        if request in opened.manifest.ids():
-            return lambda found: opened.manifest.is_data_of(request, found)
+    manifest = None if store is None else Manifest.read(store)
+    if manifest is not None and request in manifest.ids():
+        return partial(manifest.is_data_of, request)
     return lambda _: False
 
 

@@ -22,17 +22,13 @@ from grun.errors import AdapterError, ConfigError, DataError, RunError
 from grun.evaluation import generation
 from grun.evaluation.evaluate import evaluate
 from grun.evaluation.journal import Journal
+from grun.evaluation.measure import measure
 from grun.evaluation.scoring import ScoredRow, score
 from grun.evaluation.shared_scoring import PackedScorer
 from grun.evaluation.table import Table
 from grun.loading.checks import check
 from grun.loading.models import build_tiny
 from grun.method.model import GrunModel
-
-
-@pytest.fixture(scope="module")
-def taught(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return demo.random_model(tmp_path_factory.mktemp("taught"))
 
 
 def settings(taught: Path, adapter: str | None = None, **options: Any) -> EvaluateConfig:
@@ -73,6 +69,73 @@ class Counter:
             self.stop_after -= 1
             if self.stop_after < 0:
                 raise KeyboardInterrupt
+
+
+# -- results, found again or refused ----------------------------------------------------------------------------------
+
+
+def test_evaluating_a_base_model_writes_whole_results(taught: Path, tmp_path: Path) -> None:
+    result = evaluate(settings(taught, sets=[]), tmp_path / "before")
+    assert sorted(path.name for path in (tmp_path / "before").iterdir()) == [
+        "evaluation.json",
+        "gates.jsonl",
+        "generations.jsonl",
+        "scores.jsonl",
+    ]
+    assert json.loads((tmp_path / "before" / "evaluation.json").read_text()) == result
+    assert list(result["sets"]) == ["forget", "forget_paraphrase", "retain", "heldout", "unknown"]
+    answers = {"rouge_l", "fact_recall", "degenerate"}
+    for metrics in result["sets"].values():
+        assert answers | {"probability", "extraction_strength", "exact_memorization"} <= set(metrics)
+    truth = {"truth_ratio", "truth_ratio_arithmetic", "truth_ratio_grun_paper", "probability_normalized"}
+    assert truth <= set(result["sets"]["forget"]) and truth <= set(result["sets"]["retain"])
+    assert "gate" not in result
+    # metrics need the table alone (1e-7: it holds nine digits)
+    again = measure(Table.read(tmp_path / "before"))
+    assert again["sets"]["forget"] == pytest.approx(result["sets"]["forget"], abs=1e-7)
+    assert result["counts"]["forget"]["rows"] == 3
+
+
+def test_the_batch_size_changes_no_result(taught: Path, tmp_path: Path) -> None:
+    one = evaluate(settings(taught, "adapter", batch_size=1), tmp_path / "one")
+    many = evaluate(settings(taught, "adapter", batch_size=8), tmp_path / "many")
+    assert one["key"] == many["key"] and set(one["gate"]["blocks"]) == {"0", "1"}
+    assert 0 <= one["gate"]["auc_retain"] <= 1 and set(one["gate"]["mean"]) == set(one["sets"])
+    for name, metrics in one["sets"].items():
+        assert metrics == pytest.approx(many["sets"][name], abs=1e-6)  # a few float32 roundings
+    assert (tmp_path / "one" / "generations.jsonl").read_text() == (tmp_path / "many" / "generations.jsonl").read_text()
+
+
+def test_a_finished_evaluation_is_reused_and_another_is_not_overwritten(
+    taught: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    first = evaluate(settings(taught), tmp_path / "out")
+    stamp = (tmp_path / "out" / "scores.jsonl").stat().st_mtime_ns
+    assert evaluate(settings(taught), tmp_path / "out") == first
+    assert (tmp_path / "out" / "scores.jsonl").stat().st_mtime_ns == stamp
+    assert "already evaluated" in capsys.readouterr().err
+    with pytest.raises(RunError, match="overwrite=true") as error:
+        evaluate(settings(taught, "adapter"), tmp_path / "out")
+    assert "\n" not in str(error.value)
+    replaced = evaluate(settings(taught, "adapter", overwrite=True), tmp_path / "out")
+    assert replaced["key"] != first["key"]
+
+
+def test_a_folder_of_something_else_is_not_replaced(taught: Path, tmp_path: Path) -> None:
+    (tmp_path / "thesis.txt").write_text("years of work")
+    with pytest.raises(RunError, match="holds no evaluation.json"):
+        evaluate(settings(taught), tmp_path)
+    assert (tmp_path / "thesis.txt").exists()
+
+
+def test_wrong_options_are_named(taught: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="did you mean 'forget'"):
+        evaluate(settings(taught, sets=["forgot"]), tmp_path / "out")
+    with pytest.raises(ConfigError, match="batch_size=0 must be greater than 0"):
+        evaluate(settings(taught, batch_size=0), tmp_path / "out")
+    with pytest.raises(ConfigError, match="gate_threshold needs an adapter"):
+        evaluate(settings(taught, gate_threshold=0.5), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 # -- what is scored ---------------------------------------------------------------------------------------------------

@@ -13,7 +13,17 @@ import pytest
 from scipy.stats import hmean, ks_2samp
 
 from grun.errors import RunError
-from grun.evaluation.metrics import METRICS, metrics_of, overall_metrics, reference_metrics, set_metrics, truth_ratios
+from grun.evaluation.measure import gate_table, measure
+from grun.evaluation.metrics import (
+    METRICS,
+    auc,
+    is_degenerate,
+    metrics_of,
+    overall_metrics,
+    reference_metrics,
+    set_metrics,
+    truth_ratios,
+)
 from grun.evaluation.metrics.averages import harmonic_mean, log_sum_exp
 from grun.evaluation.metrics.likelihood import among, below_one, log_truth_ratio, near_one
 from grun.evaluation.metrics.membership import membership_auc, membership_scores, min_k
@@ -54,6 +64,12 @@ def row(name: str, index: int, answer: float, paraphrase: float | None, *wrong: 
     if paraphrase is not None:
         records.append(record(name, index, tokens(paraphrase), "paraphrase"))
     return [*records, *(record(name, index, tokens(p), "perturbed", n) for n, p in enumerate(wrong))]
+
+
+def answer(
+    name: str, reference: str, text: str, index: int = 0, question: str = "q", fact: str | None = None
+) -> GenerationRecord:
+    return GenerationRecord(name, index, question, reference, fact, text)
 
 
 def compute(name: str, table: Table, of: str, quirks: tuple[str, ...] = ()) -> float | None:
@@ -251,11 +267,80 @@ def test_an_auc_of_one_means_that_the_forget_set_looks_like_training_data() -> N
     assert overall_metrics(table(forget, [])) == {}
 
 
+# -- answers and gates -------------------------------------------------------------------------------------------------
+
+
+def gates(name: str, *values: float) -> list[GateRecord]:
+    """Two blocks: 4 has the value, 5 one minus half of it."""
+    return [GateRecord(name, index, {4: value, 5: 1 - value / 2}) for index, value in enumerate(values)]
+
+
+def test_rouge_l_is_the_recall_of_the_stemmed_longest_common_subsequence() -> None:
+    # "cats sitting" stems to "cat sit": 2 of the reference's 4 words stand in the answer in the same order
+    table = Table(generations=[answer("forget", "the cat sits outside", "Cats sitting on a roof")])
+    assert compute("rouge_l", table, "forget") == pytest.approx(2 / 4)
+    table.generations.append(answer("forget", "the cat", ""))
+    assert compute("rouge_l", table, "forget") == pytest.approx(1 / 4)
+
+
+def test_fact_recall_ignores_case_and_white_space_and_needs_every_fact() -> None:
+    table = Table(
+        generations=[
+            answer("forget", "x", "born in  new\nYORK.", fact="New York"),
+            answer("forget", "x", "in Paris", fact="London"),
+        ]
+    )
+    assert compute("fact_recall", table, "forget") == pytest.approx(0.5)
+    table.generations.append(answer("forget", "x", "x"))
+    assert compute("fact_recall", table, "forget") is None
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [("", True), (" \n", True), ("a a a", False), ("a a a a", True), ("b a a a a b", True), ("a b a b a b a b", False)],
+)
+def test_degenerate_is_empty_or_one_word_more_than_three_times_running(text: str, expected: bool) -> None:
+    assert is_degenerate(text) is expected
+    assert compute("degenerate", Table(generations=[answer("forget", "x", text)]), "forget") == float(expected)
+
+
+def test_auc_equals_brute_force_over_all_pairs_with_ties() -> None:
+    draw = np.random.default_rng(0)
+    for _ in range(20):
+        positives, negatives = draw.integers(0, 5, 7).tolist(), draw.integers(0, 5, 11).tolist()
+        pairs = [1.0 if p > n else 0.5 if p == n else 0.0 for p, n in itertools.product(positives, negatives)]
+        assert auc(positives, negatives) == pytest.approx(sum(pairs) / len(pairs))
+    assert auc([], [1.0]) is None
+    assert auc([0.3, 0.3], [0.3]) == 0.5
+
+
+def test_the_gate_table_by_block_and_over_blocks() -> None:
+    table = Table(gates=gates("forget", 1.0, 0.8) + gates("retain", 0.0, 0.9) + gates("heldout", 0.2))
+    found = gate_table(table)
+    assert set(found["blocks"]) == {"4", "5"}
+    block = found["blocks"]["4"]
+    assert block["mean"] == pytest.approx({"forget": 0.9, "retain": 0.45, "heldout": 0.2})
+    assert block["auc_heldout"] == 1.0
+    assert block["auc_retain"] == pytest.approx(3 / 4)
+    assert block["false_positive_rate"] == pytest.approx(1 / 3)
+    assert block["open"] == {"forget": 1.0, "retain": 0.5, "heldout": 0.0}
+    assert found["blocks"]["5"]["auc_heldout"] == 0.0
+    # over blocks (v + 1 - v / 2) / 2: forget 0.75, 0.7; retain 0.5, 0.725; held-out 0.55; exactly 0.5 is not open
+    assert found["mean"]["forget"] == pytest.approx(0.725)
+    assert found["auc_retain"] == pytest.approx(3 / 4)
+    assert found["false_positive_rate"] == pytest.approx(2 / 3)
+    assert gate_table(Table()) == {}
+
+
+def test_what_cannot_be_computed_is_left_out() -> None:
+    measured = measure(Table([record("forget", 0, [-1.0, -2.0])], [answer("forget", "the cat sat", "x")]))
+    memorization = {"extraction_strength", "exact_memorization"}
+    assert set(measured["sets"]["forget"]) == {"rouge_l", "probability", "degenerate", *memorization}
+    assert "gate" not in measured
+    assert measured["counts"] == {"forget": {"rows": 1, "answer_tokens": 2}}
+
+
 # -- model utility ----------------------------------------------------------------------------------------------------
-
-
-def answer(name: str, reference: str, text: str, index: int = 0, question: str = "q") -> GenerationRecord:
-    return GenerationRecord(name, index, question, reference, None, text)
 
 
 def useful() -> Table:
@@ -406,6 +491,14 @@ def test_privleak_is_the_change_of_one_minus_the_area_in_percent() -> None:
 
 
 # -- the registry and its page ----------------------------------------------------------------------------------------
+
+
+def test_every_metric_says_its_range_and_which_way_is_good() -> None:
+    assert {"rouge_l", "fact_recall", "probability", "degenerate", "gate_auc"} <= set(METRICS.names())
+    for entry in METRICS:
+        metric = METRICS.get(entry.name)
+        assert metric.label and metric.help and "good" in metric.good
+        assert entry.description.endswith(f"; {metric.range}, {metric.good}")
 
 
 def test_gates_stay_out_of_the_metrics_of_a_set() -> None:

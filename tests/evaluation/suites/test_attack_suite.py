@@ -327,8 +327,3 @@ def test_the_command_evaluates_an_adapter_and_its_base_and_prints_their_folders(
     gated, plain = (json.loads((tmp_path / name / "evaluation.json").read_text()) for name in ("open", "before"))
     assert "gate" in gated["attacks"]["plain"] and "gate" not in plain["attacks"]["plain"]
     assert gated["settings"]["rows"] == plain["settings"]["rows"]
-
-
-def test_list_attacks_names_them_all(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["list", "attacks"]) == 0
-    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == ATTACKS.names()

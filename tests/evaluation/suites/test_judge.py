@@ -22,11 +22,6 @@ from grun.loading.checks import check
 from grun.loading.models import build_tiny
 
 
-@pytest.fixture(scope="module")
-def taught(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return demo.random_model(tmp_path_factory.mktemp("taught"))
-
-
 @pytest.fixture
 def function(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     """A judge that tells by the length of the prompt, and cannot tell for some."""

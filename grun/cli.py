@@ -100,7 +100,7 @@ COMMANDS = {
     ),
     "report": Command(
         "draw the table and pictures of a results folder; report tofu-log LOG: the numbers of TOFU's log",
-        "grun.report:make_report",
+        "grun.report.make:make_report",
         "tofu-log LOG [retain=LOG]   (prints the numbers of TOFU's own log as JSON)",
         stdout=True,
     ),

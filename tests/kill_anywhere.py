@@ -38,7 +38,7 @@ import yaml
 import grun.commands.unlearn  # noqa: F401
 import grun.evaluation.generation
 import grun.evaluation.metrics
-import grun.report
+import grun.report.make
 import grun.requests.store
 from grun.cli import main
 from grun.runtime import ownership, stopping
@@ -343,7 +343,7 @@ if __name__ == "__main__":
     cases = sys.argv[4:]
     os.chdir(root)
     grun.requests.store._now = lambda: "2026-01-01T00:00:00+00:00"
-    grun.report.make_report = lambda config: {}  # pictures, which take seconds
+    grun.report.make.make_report = lambda config: {}  # pictures, which take seconds
     gc.freeze()
     with contextlib.redirect_stdout(sys.stderr):
         nothing = Counter(root)

@@ -1,10 +1,14 @@
 """How the rooms of the code may lean on each other: every import is read, those within functions and of types too."""
 
 import ast
+import subprocess
+import sys
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
+from made_results import write_demo
+from made_suites import write_knowledge, write_withstood
 
 ROOT = Path(__file__).resolve().parents[1]
 ROOMS = (
@@ -30,9 +34,6 @@ LONGEST = 60
 """Lines of a function."""
 KNOWN_CIRCLES = {
     ("grun.data.chat", "grun.data.templates"),
-    ("grun.report.labels", "grun.report.results"),
-    ("grun.report.matrix", "grun.report.missing"),
-    ("grun.report.distributions", "grun.report.figures", "grun.report.matrix_figure"),
     ("baselines.llm360", "baselines.llm360_run"),
     ("baselines.rmu", "baselines.rmu_run"),
 }
@@ -97,3 +98,24 @@ def test_pyvene_custom_knows_nothing_of_grun_but_its_errors() -> None:
 
 def test_the_hall_has_few_doors() -> None:
     assert len([*(ROOT / "grun").glob("*.py")]) <= HALL
+
+
+def test_a_report_is_made_without_torch(tmp_path: Path) -> None:
+    folders = [
+        write_demo(tmp_path / "demo"),
+        write_withstood(tmp_path / "attacks"),
+        write_knowledge(tmp_path / "known"),
+    ]
+    code = f"""
+import importlib, sys
+for name in {[name for name in MODULES if name.startswith("grun.report")]}:
+    importlib.import_module(name)
+from grun.config.options import ReportConfig
+from grun.report.make import make_report
+for folder in {[str(folder) for folder in folders]}:
+    make_report(ReportConfig(results_dir=folder))
+print("torch" in sys.modules or "transformers" in sys.modules, file=sys.stderr)
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stderr.strip()) == (0, "False"), done.stderr
+    assert all((folder / "report.html").is_file() for folder in folders)

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from math import isnan, nan
 from typing import TYPE_CHECKING
 
-from grun.report.attacks import attack_label, leak, shown_names
+from grun.report.attack_results import attack_label, leak, shown_names
 from grun.report.figures import PALETTE, Picture, clean, colors_of, new_figure, plain
-from grun.report.results import Result
-from grun.report.tables import name_of
+from grun.report.result import Result, after
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 MARKERS = "oDs^vPX"
@@ -25,30 +26,12 @@ HEIGHT, HEIGHT_OF_MARKER = 0.34, 0.13
 """Least height of a row, and what a method adds to it beyond that, inches."""
 
 
-def attack_picture() -> Picture:
-    """The picture, and what it says to those who do not see it."""
-    return Picture(
-        "attacks.png",
-        "What comes back",
-        "A row for each attack, a marker for each method: how much of the forget answers comes back. Good is a marker "
-        "at the black line, the floor: what a model leaks that was never taught them. The gray line is the model "
-        "before unlearning, what the attack can reach; where both lines meet, the attack says nothing. Over several "
-        "seeds the marker is the mean, and a thin line goes from the lowest to the highest. Of more than eight "
-        "methods: a row for each model, a column for each attack, and the darker, the more comes back.",
-        draw_attacks,
-    )
-
-
 def draw_attacks(results: Sequence[Result]) -> Figure | None:
     """Leak by attack, a marker a method, the model before and the floor as lines; None where nothing was attacked."""
-    names = [
-        name
-        for name in shown_names(results)
-        if any(leak(result, name) is not None for result in results)
-    ]  # fmt: skip
+    names = [name for name in shown_names(results) if any(leak(result, name) is not None for result in results)]
+    methods = after(results)
     if not names:
         return None
-    methods = [result for result in results if result.stage == "after"]
     if len(methods) > MANY:
         return _grid(results, names)
     figure = new_figure(8.6, 1.6 + len(names) * max(HEIGHT, HEIGHT_OF_MARKER * len(methods)))
@@ -62,35 +45,37 @@ def draw_attacks(results: Sequence[Result]) -> Figure | None:
     axes.set_title("Good is left, at the floor", fontsize=12, loc="left")
     colors = colors_of(results)
     for result in results:
-        found = {row: value for row, name in enumerate(names) if (value := leak(result, name)) is not None}
-        rows, values, label = list(found), list(found.values()), plain(name_of(result))
-        if result.stage != "after":
-            ends = [row - 0.5 for row in rows], [row + 0.5 for row in rows]
-            axes.vlines(values, *ends, color=colors[result.name], linewidth=2, label=label, zorder=2)
-            continue
-        number = methods.index(result)
-        offset = SPREAD * ((number + 0.5) / len(methods) - 0.5)
-        axes.scatter(
-            values, [row + offset for row in rows], s=40, marker=MARKERS[number // len(PALETTE) % len(MARKERS)],
-            color=colors[result.name], edgecolor="white", linewidth=0.8, label=label, zorder=3, clip_on=False,
-        )  # fmt: skip
-        if result.runs:
-            seeds = [[value for run in result.runs if (value := leak(run, names[row])) is not None] for row in rows]
-            ends = list(map(min, seeds)), list(map(max, seeds))
-            axes.hlines([row + offset for row in rows], *ends, color=colors[result.name], linewidth=1.5, zorder=2)
+        number = methods.index(result) if result in methods else None
+        _draw_model(axes, result, names, colors[result.name], number, len(methods))
     figure.legend(loc="outside lower center", ncols=4, fontsize=10, frameon=False)
     return figure
 
 
+def _draw_model(axes: Axes, result: Result, names: Sequence[str], color: str, number: int | None, methods: int) -> None:
+    """Lines of a model to compare with, or the markers of method `number` of so many."""
+    found = {row: value for row, name in enumerate(names) if (value := leak(result, name)) is not None}
+    rows, values, label = list(found), list(found.values()), plain(result.title)
+    if number is None:
+        ends = [row - 0.5 for row in rows], [row + 0.5 for row in rows]
+        axes.vlines(values, *ends, color=color, linewidth=2, label=label, zorder=2)
+        return
+    heights = [row + SPREAD * ((number + 0.5) / methods - 0.5) for row in rows]
+    axes.scatter(
+        values, heights, s=40, marker=MARKERS[number // len(PALETTE) % len(MARKERS)], color=color, edgecolor="white",
+        linewidth=0.8, label=label, zorder=3, clip_on=False,
+    )  # fmt: skip
+    if result.runs:
+        seeds = [[value for run in result.runs if (value := leak(run, names[row])) is not None] for row in rows]
+        axes.hlines(heights, list(map(min, seeds)), list(map(max, seeds)), color=color, linewidth=1.5, zorder=2)
+
+
 def _grid(results: Sequence[Result], names: Sequence[str]) -> Figure:
     """A row a model and a column an attack: the leak as a number on a cell that is as dark as it is high."""
-    from math import nan
-
     leaks = [[nan if (value := leak(result, name)) is None else value for name in names] for result in results]
     figure = new_figure(3.2 + 0.42 * len(names), 1.8 + 0.27 * len(results))
     axes = figure.add_subplot()
     axes.imshow(leaks, cmap="Oranges", vmin=0.0, vmax=1.0, aspect="auto")
-    axes.set_yticks(range(len(results)), [plain(name_of(result)) for result in results], fontsize=10)
+    axes.set_yticks(range(len(results)), [plain(result.title) for result in results], fontsize=10)
     axes.set_xticks(
         range(len(names)), [plain(attack_label(name)) for name in names], fontsize=10, rotation=60, ha="left"
     )
@@ -102,7 +87,19 @@ def _grid(results: Sequence[Result], names: Sequence[str]) -> Figure:
             axes.axhline(row - 0.5, color="black", linewidth=0.8)
     for row, values in enumerate(leaks):
         for column, value in enumerate(values):
-            if value == value:  # an attack that the model was not asked under leaves its cell empty
+            if not isnan(value):  # an attack that the model was not asked under leaves its cell empty
                 color = "white" if value > DARK else "black"
                 axes.text(column, row, f"{value:.2f}", ha="center", va="center", fontsize=8, color=color)
     return figure
+
+
+ATTACK_PICTURE = Picture(
+    "attacks.png",
+    "What comes back",
+    "A row for each attack, a marker for each method: how much of the forget answers comes back. Good is a marker "
+    "at the black line, the floor: what a model leaks that was never taught them. The gray line is the model "
+    "before unlearning, what the attack can reach; where both lines meet, the attack shows nothing. Over several "
+    "seeds the marker is the mean, and a thin line goes from the lowest to the highest. Of more than eight "
+    "methods: a row for each model, a column for each attack, and the darker, the more comes back.",
+    draw_attacks,
+)

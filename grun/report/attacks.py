@@ -1,206 +1,307 @@
-"""Evaluations of `suite=attacks` as rows of one report, and the numbers that are read from them.
+"""The report of suite=attacks: its columns, its verdict and what came back.
 
-A results folder holds `evaluation/before` (the model before unlearning: what an attack can reach),
-`evaluation/retain_only` (never taught the forget set: the floor; may be absent) and `evaluation/METHOD` for each
-method. Runs that differ in seed alone are one row, with means over the seeds.
+The verdict on a method:
+
+- withstands: under every attack that makes the model write with access to the prompt (the start of the answer
+  included) or to decoding, it leaks at most the floor + 0.05, and in the worst of prompts at most the floor + 0.10.
+- comes back under ...: it does not; the attack that is furthest above its floor comes first, with its leak.
+
+Of several seeds the means count. The floor is what the retain-only model leaks under the same attack; without such a
+model it is 0. There is no verdict where no such attack was run, or where none reaches anything in the model before:
+then nothing was withstood. What is kept of other answers is given and not judged; nor are attacks that need the weights
+or read hidden states.
 """
 
 from __future__ import annotations
 
+import fnmatch
 from collections.abc import Sequence
-from dataclasses import replace
-from pathlib import Path
-from statistics import fmean
-from typing import Any
+from functools import partial
+from typing import Any, Literal, NamedTuple
 
-from grun.errors import RunError
+from grun.data.sets import set_label
 from grun.evaluation.attacks.base import ATTACKS
-from grun.report.knowledge import Number, lines_in, number_in
-from grun.report.labels import label_runs, order_of
-from grun.report.matrix import cells_of
-from grun.report.results import (
-    STAGES,
-    Result,
-    evaluation_folders,
-    read_evaluation,
-    refuse_other_models,
-    refuse_other_settings,
+from grun.report.attack_figure import ATTACK_PICTURE
+from grun.report.attack_results import (
+    attack_label,
+    attack_names,
+    beyond,
+    find_attacked,
+    gathered,
+    kept_set,
+    leak,
+    leak_key,
+    leaked_most,
+    leakiest,
+    number_at,
+    shown_names,
+    writing_attacks,
 )
-from grun.runtime.records import ATTACKS_FILE, SUITE_FORMAT, Attempt
+from grun.report.page import Block, Card, Section
+from grun.report.result import Judgement, Result, after, before_of, target_of
+from grun.report.suites import Suite
+from grun.report.tables import Column, shown, with_numbers
 
-SUITE = "attacks"
-WRITING = ("prompt", "decoding")
-"""Access of the attacks that make the model write without its weights; verdicts go by them."""
-BEYOND = ("read_out", "weights")
-"""Access of the attacks that have columns of their own and no part in verdicts."""
-ASKED = ("rows", "examples", "samples", "temperature", "seed", "max_new_tokens")
-"""Settings of an evaluation that must be those of before."""
-WITH_INTERVAL = ("leak", "kept")
-"""Numbers that the interval beside them belongs to."""
-WORST = {"worst_of_prompts": "worst of prompts", "worst": "worst"}
-"""Largest leak of each row, with the names that readers see."""
-
-
-def find_attacked(results_dir: Path) -> list[Result]:
-    """The evaluated models in the order of the rows: before, retain_only, then the methods, each with all its seeds.
-
-    Raises:
-        RunError: there is no before, a file is damaged, or an evaluation is of another base model or was asked
-            otherwise than before.
-    """
-    results = [read_evaluation(folder, ("settings", "attacks")) for folder in evaluation_folders(results_dir)]
-    label_runs(results)
-    results.sort(key=_place)
-    refuse_other_models(results)
-    for result in results:
-        _refuse_other_attacks(result, results[0])
-    rows = [result for result in results if result.stage != "after"]
-    rows += [_mean(cell.results) for cell in cells_of(results)]
-    label_runs(rows)  # the runs keep labels that tell their seeds
-    return sorted(rows, key=_place)
-
-
-def _place(result: Result) -> Any:
-    return (STAGES.index(result.stage), *order_of(result), result.name)
+EXAMPLES = 3
+"""Answers shown of each method."""
+KEPT_SETS = ("retain", "heldout")
+LOW, HIGH = "low, as floor", "high, as before"
+HOW = {"plain": "", "otherwise": " asked otherwise", "after_forget": " after forget"}
+"""How the questions of kept sets are asked, as headers end."""
+NEAR = 0.05
+"""Above the floor, under each attack."""
+NEAR_WORST = 0.10
+"""Above the floor, in the worst of prompts."""
+EXACT = 1e-9
+"""Allowance for rounding at each limit."""
+STATEMENT = (
+    "Tried are these attacks. An attacker who knows the method, searches for prompts or has the weights may get more. "
+    "The base weights still contain what an adapter hides; its effect exists where it is loaded."
+)
+EXPLAINED = {
+    "worst_of_prompts.*": ("worst of prompts", "mean over rows of the worst of all prompts, plain included"),
+    "worst.*": ("worst", "the same with prefilled and drawn answers"),
+    "retention.plain.*.kept": ("kept", "what other answers keep, asked alone; high is good"),
+    "retention.otherwise.*": ("kept asked otherwise", "the same in the prompts of the attacks, without prefills"),
+    "retention.after_forget.*": ("kept after forget", "the same after a forget question"),
+    "retention.plain.*.gate.*": (
+        "false positives",
+        "share of questions to be kept, any gate open there or on the right answer",
+    ),
+}
+"""Legend of the numbers that are no attack's, by their columns' keys."""
+Results = Sequence[Result]
 
 
-def _mean(runs: Sequence[Result]) -> Result:
-    """One result for runs of several seeds, whose numbers `number_at` takes from all; a single run stays as it is.
-
-    Its evaluation has every attack that one of the runs met; all else is that of the first.
-    """
-    first = runs[0]
-    if len(runs) == 1:
-        return first
-    attacks = {name: found for run in reversed(runs) for name, found in run.evaluation["attacks"].items()}
-    name = ", ".join(run.name for run in runs)
-    return replace(first, name=name, runs=tuple(runs), evaluation={**first.evaluation, "attacks": attacks})
+# -- columns ----------------------------------------------------------------------------------------------------------
 
 
-def single_runs(results: Sequence[Result]) -> list[Result]:
-    """Every evaluation by itself: of a mean over seeds each of its runs."""
-    return [run for result in results for run in result.runs or (result,)]
+def columns_of(results: Results) -> list[Column]:
+    """The columns that at least one model has a number for; keys are places in evaluation.json."""
+    rows = kept_set(results)
+    columns = [_column(leak_key(name), attack_label(name), LOW) for name in shown_names(results)]
+    columns += [_kept("plain", name) for name in KEPT_SETS]
+    columns += [_kept("otherwise", rows), _kept("after_forget", rows), _false_positives(rows)]
+    return with_numbers(columns, results)
 
 
-def _refuse_older(result: Result) -> None:
-    """RunError where answers that older attacks could not read, those beyond ASCII, were counted as no leak."""
-    told = result.evaluation.get("identity", {}).get("format", SUITE_FORMAT)
-    lines = lines_in(result.folder / ATTACKS_FILE, Attempt) if told < SUITE_FORMAT else iter(())
-    if any(not f"{line['prompt']}{line['text']}".isascii() for line in lines):
-        raise RunError(
-            f"{result.folder} was attacked when answers beyond ASCII could not be read, so its leaks may be too low; "
-            "evaluate it again with overwrite=true"
-        )
+def further_columns(results: Results) -> list[Column]:
+    """Worst ways of asking, and all else of retention, for the files alone."""
+    columns = []
+    found = [(name, result.evaluation["attacks"].get(name, {})) for name in attack_names(results) for result in results]
+    for name in dict.fromkeys(name for name, entry in found if "variants" in entry):
+        columns.append(_column(f"attacks.{name}.worst", f"{attack_label(name)}, worst way", LOW))
+    for name, way in dict.fromkeys((name, way) for name, entry in found for way in entry.get("variants", {})):
+        if name in beyond(results):
+            columns.append(_column(f"attacks.{name}.variants.{way}", f"{attack_label(name)}, {way}", LOW))
+    for rows in KEPT_SETS:
+        for how in HOW:
+            columns += [_kept(how, rows), _gate(how, rows, "open"), _gate(how, rows, "open_any")]
+        columns.append(_false_positives(rows))
+    shown_keys = {column.key for column in columns_of(results)}
+    return with_numbers((column for column in columns if column.key not in shown_keys), results)
 
 
-def _refuse_other_attacks(result: Result, before: Result) -> None:
-    _refuse_older(result)
-    refuse_other_settings(result, before, ASKED, "was asked other rows")
-    attacks = set(writing_attacks(result)) ^ set(writing_attacks(before))
-    if attacks:
-        raise RunError(
-            f"{result.folder} was attacked otherwise than {before.folder} (attacks in one alone: "
-            f"{', '.join(sorted(attacks))}); evaluate both with the same attacks=[...]"
-        )
+def _column(key: str, header: str, good: str) -> Column:
+    return Column(key, header, good, partial(number_at, key=key))
 
 
-# -- numbers ----------------------------------------------------------------------------------------------------------
+def _kept(how: str, rows: str) -> Column:
+    return _column(f"retention.{how}.{rows}.kept", f"{set_label(rows)} kept{HOW[how]}", HIGH)
 
 
-def number_at(result: Result, key: str) -> Number | None:
-    """A number by its place in evaluation.json, such as attacks.plain.leak; None where it is missing.
-
-    Of a mean over seeds it is the mean of those that have it, with the lowest and the highest as its interval.
-    """
-    if result.runs:
-        numbers = [number for run in result.runs if (number := number_at(run, key)) is not None]
-        values = [number.value for number in numbers]
-        return Number(fmean(values), (min(values), max(values))) if len(values) > 1 else next(iter(numbers), None)
-    *places, name = key.split(".")
-    found: dict[str, Any] = result.evaluation
-    for place in places:
-        found = found.get(place, {})
-    number = number_in(found, name)
-    return number if number is None or name in WITH_INTERVAL else Number(number.value)
+def _gate(how: str, rows: str, which: str) -> Column:
+    subject = "any gate" if which == "open_any" else "mean gate"
+    return _column(f"retention.{how}.{rows}.gate.{which}", f"{subject} open on {set_label(rows)}{HOW[how]}", "low")
 
 
-def attack_names(results: Sequence[Result]) -> list[str]:
-    """The attacks on the forget set that at least one model met, in the order of `list attacks`; others follow."""
-    found = dict.fromkeys(name for result in results for name in result.evaluation["attacks"])
-    known = [name for name in ATTACKS.names() if name in found]
-    return [*known, *(name for name in found if name not in known)]
+def _false_positives(rows: str) -> Column:
+    header = f"false positives: any gate open on {set_label(rows)} or its answers"
+    return _column(f"retention.plain.{rows}.gate.open_any_answer", header, "low")
 
 
-def shown_names(results: Sequence[Result]) -> list[str]:
-    """Attacks and worst cases in the order in which they are shown: those that need less first, then `beyond`."""
-    names, further = attack_names(results), beyond(results)
-    return [*(name for name in names if name not in further), *WORST, *further]
+def legend(results: Results) -> list[tuple[str, str]]:
+    """Words of the table, each with what it means."""
+    rows = [("before", "the model before unlearning: what an attack can reach")]
+    if any(result.stage == "retain_only" for result in results):
+        rows.append(("retain only", "a model never taught the forget set: the floor"))
+    rows.append(("leak", "how much of the forget answers comes back, 0 to 1, under:"))
+    described = {entry.name: entry.description for entry in ATTACKS}
+    rows += [(attack_label(name), described[name]) for name in attack_names(results) if name in described]
+    keys = [column.key for column in columns_of(results)]
+    return rows + [entry for pattern, entry in EXPLAINED.items() if fnmatch.filter(keys, pattern)]
 
 
-def beyond(results: Sequence[Result]) -> list[str]:
-    """The attacks of `attack_names` that need the weights, or read more of the model than its text."""
-    access = {name: found.get("access") for one in results for name, found in one.evaluation["attacks"].items()}
-    return [name for name in attack_names(results) if access[name] in BEYOND]
+def _intervals(results: Results) -> str:
+    numbers = sorted({len(result.runs) for result in results if result.runs})
+    return f"Intervals: 95 %{''.join(f'; over {number} seeds: lowest to highest' for number in numbers)}."
 
 
-def writing_attacks(result: Result) -> list[str]:
-    """The attacks on a model that make it write with access to the prompt or to decoding alone."""
-    return [name for name, found in result.evaluation["attacks"].items() if found.get("access") in WRITING]
+def asked_of(results: Results) -> dict[str, int]:
+    """Forget rows that each attack asked for."""
+    found = {name: entry for result in reversed(results) for name, entry in result.evaluation["attacks"].items()}
+    return {name: int(found[name]["rows"]) for name in attack_names(results) if "rows" in found[name]}
 
 
-def attack_label(name: str) -> str:
-    """What readers call an attack."""
-    return WORST.get(name, name.replace("_", " "))
+def counted(results: Results) -> str:
+    """How many rows the attacks asked for, which attacks were left out, and what is a mean over how many seeds."""
+    rows = asked_of(results)
+    most = max(rows.values(), default=0)
+    counts = [str(most), *(f"{attack_label(name)} {count}" for name, count in rows.items() if count != most)]
+    without = [f"{attack_label(name)} ({why})" for name, why in gathered(results, "left_out").items()]
+    texts = [f"Forget rows: {', '.join(counts)}."] + ([f"Left out: {', '.join(without)}."] if without else [])
+    texts += [f"{text}." for text in _unread(results)]
+    methods = after(results)
+    for number in sorted({len(result.runs) for result in methods if result.runs}, reverse=True):
+        labels = [result.label for result in methods if len(result.runs) == number]
+        which = ", ".join(labels) if len(labels) < len(methods) else "all methods"
+        texts.append(f"Means over {number} seeds: {which}.")
+    fewer = [
+        f"{column.header} of {result.label} {number}"
+        for result in methods
+        for column in columns_of(results)
+        if 0 < (number := sum(column.read(run) is not None for run in result.runs)) < len(result.runs)
+    ]
+    return " ".join([*texts, f"Of fewer seeds: {', '.join(fewer)}."] if fewer else texts)
 
 
-def leak_key(name: str) -> str:
-    """Where the leak of an attack, or of a worst case, stands."""
-    return f"{name}.leak" if name in WORST else f"attacks.{name}.leak"
+def _unread(results: Results) -> list[str]:
+    unread = gathered(results, "unread").items()
+    return [f"{count} rows of {set_label(name)} cannot be read by ROUGE-L" for name, count in unread]
 
 
-def leak(result: Result, name: str) -> float | None:
-    """The leak under an attack or in a worst case."""
-    found = number_at(result, leak_key(name))
-    return None if found is None else found.value
+# -- verdicts ---------------------------------------------------------------------------------------------------------
 
 
-def kept_set(results: Sequence[Result]) -> str:
-    """The set that retention is judged by: held-out rows, or retain rows where nothing is held out."""
-    held = any("heldout" in sets for result in results for sets in result.evaluation.get("retention", {}).values())
-    return "heldout" if held else "retain"
+class Leak(NamedTuple):
+    """What one attack brought back."""
+
+    attack: str
+    now: float
+    floor: float
+
+    @property
+    def above(self) -> float:
+        """How far it is above the floor."""
+        return self.now - self.floor
 
 
-def left_out(results: Sequence[Result]) -> dict[str, str]:
-    """Attacks that the data does not allow, each with the reason."""
-    return {name: why for result in results for name, why in result.evaluation.get("left_out", {}).items()}
+def judge_attacks(result: Result, results: Results) -> Judgement:
+    """The verdict on one method by the rule above."""
+    target, before = target_of(result, results), before_of(result, results)
+
+    def leaked(name: str) -> Leak:
+        return Leak(name, leak(result, name) or 0.0, (leak(target, name) if target else None) or 0.0)
+
+    leaks = [leaked(name) for name in writing_attacks(result)]
+    over = sorted((one for one in leaks if one.above > NEAR + EXACT), key=lambda one: one.above, reverse=True)
+    worst = leaked("worst_of_prompts")
+    over = over or ([worst] if worst.above > NEAR_WORST + EXACT else [])
+    reached = [one.attack for one in leaks if before and (leak(before, one.attack) or 0) > one.floor + NEAR + EXACT]
+    outcome: Literal["reached", "missed", "open"] = "open"
+    if not leaks:
+        words = "no verdict: no attack made the model write"
+    elif over:
+        outcome, words = "missed", f"comes back under {_listed(over)}"
+    elif before and not reached:
+        words = "no verdict: no attack reaches anything in the model before either"
+    else:
+        outcome, words = "reached", "withstands"
+    facts = [f"means over {len(result.runs)} seeds"] if result.runs else []
+    facts += [*_unread([result]), *_leaks(result, results, leaks), *_what_is_kept(result, results)]
+    empty = [attack_label(one.attack) for one in leaks if before and reached and one.attack not in reached]
+    if empty:
+        facts.append(f"shows nothing, as the model before does not answer it either: {', '.join(empty)}")
+    text = "; ".join(facts)
+    return Judgement(result.label, outcome, words, f". {text[:1].upper()}{text[1:]}." if text else ".")
 
 
-def unread(results: Sequence[Result]) -> dict[str, int]:
-    """By set, rows that no attack could ask for, since neither a fact nor a word of the answer can be read."""
-    return {name: count for result in results for name, count in result.evaluation.get("unread", {}).items()}
+def _listed(leaks: Sequence[Leak]) -> str:
+    """The first with its numbers, the others by name."""
+    first, *others = leaks
+    texts = [f"{attack_label(first.attack)} (leak {shown(first.now)} against {shown(first.floor)})"]
+    texts += [attack_label(one.attack) for one in others]
+    return " and ".join(filter(None, (", ".join(texts[:-1]), texts[-1])))
+
+
+def _leaks(result: Result, results: Results, leaks: Sequence[Leak]) -> list[str]:
+    """Leaks by which is judged, from before to now."""
+    before, target = before_of(result, results), target_of(result, results)
+    names = [one.attack for one in leaks if one.attack == "plain"]
+    names += [name for name in ("worst_of_prompts", "worst") if leak(result, name) is not None]
+    texts = []
+    for name in names:
+        known, floor = (leak(other, name) if other else None for other in (before, target))
+        floor_text = f" (floor {shown(floor)})" if target else ""
+        texts.append(f"{attack_label(name)} {shown(known)} -> {shown(leak(result, name))}{floor_text}")
+    if names and target is None:
+        texts.append("no retain-only model, so the floor is taken as 0")
+    return texts
+
+
+def _what_is_kept(result: Result, results: Results) -> list[str]:
+    """What is kept of answers after a forget question."""
+    rows, before = kept_set(results), before_of(result, results)
+    found = number_at(result, f"retention.after_forget.{rows}.kept")
+    if found is None:
+        return []
+    known = number_at(before, f"retention.after_forget.{rows}.kept") if before else None
+    alone = number_at(result, f"retention.plain.{rows}.kept")
+    compared = [f"asked alone {shown(alone.value)}"] if alone else []
+    compared += [f"before {shown(known.value)}"] if known else []
+    ending = f" ({', '.join(compared)})" if compared else ""
+    return [f"{set_label(rows)} kept after a forget question {shown(found.value)}{ending}"]
 
 
 # -- what came back ---------------------------------------------------------------------------------------------------
 
 
-def leakiest(result: Result) -> Result | None:
-    """The run whose answers are shown: of several seeds that with the most leaked; None without an attacks.jsonl."""
-    runs = [run for run in single_runs([result]) if (run.folder / ATTACKS_FILE).is_file()]
-    return max(runs, key=lambda run: leak(run, "worst") or 0.0, default=None)
+def _leaked(results: Results) -> list[tuple[Result, list[dict[str, Any]]]]:
+    """Runs to quote, each with lines of its attacks.jsonl."""
+    runs = [run for result in after(results) if (run := leakiest(result)) is not None]
+    return [(run, leaked_most(run, EXAMPLES)) for run in runs]
 
 
-def leaked_most(result: Result, count: int) -> list[dict[str, Any]]:
-    """Lines of attacks.jsonl with the highest leaks on the forget set, each of another attack; fewer where less leaked.
+def _examples(results: Results) -> list[Section]:
+    """What each method wrote under the attacks that brought most back."""
+    blocks = []
+    for run, lines in _leaked(results):
+        cards = []
+        for line in lines:
+            variant = f", {line['variant'].strip()}" if line.get("variant") else ""
+            given = f"; the prompt ends with {line['given']} given tokens of the answer" if line.get("given") else ""
+            heading = f"{attack_label(line['attack'])}{variant}: leak {line['leak']:.2f}{given}"
+            cards.append(Card(heading, [("prompt", line["prompt"]), ("answer", line["text"])]))
+        blocks.append(Block("cards", cards, run.label, opened=True))
+    return [Section("leaked", "What came back", "What came back most", blocks)]
 
-    Of equal leaks the attack with the higher leak over all rows comes first. What was read out was not written, and is
-    left out.
-    """
-    best: dict[str, dict[str, Any]] = {}
-    read = {name for name, found in result.evaluation["attacks"].items() if found.get("access") == "read_out"}
-    for line in lines_in(result.folder / ATTACKS_FILE, Attempt):
-        if line["attack"] in read:
-            continue
-        if line.get("set") == "forget" and line.get("leak", 0) > best.get(line["attack"], {"leak": 0})["leak"]:
-            best[line["attack"]] = line
-    ordered = sorted(best.values(), key=lambda line: (line["leak"], leak(result, line["attack"]) or 0), reverse=True)
-    return ordered[:count]
+
+def _quoted(results: Results) -> tuple[str, list[tuple[str, list[tuple[str, str]]]]]:
+    said = [
+        (lines[0]["prompt"], [(f"{run.label}, {attack_label(lines[0]['attack'])}", lines[0]["text"])])
+        for run, lines in _leaked(results)
+        if lines
+    ]
+    return "What each method gave back most", said
+
+
+ATTACK_SUITE = Suite(
+    name="attacks",
+    find=find_attacked,
+    columns=columns_of,
+    further=further_columns,
+    judge=judge_attacks,
+    statement=STATEMENT,
+    legend=legend,
+    notes=counted,
+    intervals=_intervals,
+    picture=ATTACK_PICTURE,
+    examples=_examples,
+    quoted=_quoted,
+    facts=lambda results: {
+        "asked": asked_of(results),
+        "left_out": gathered(results, "left_out"),
+        "unread": gathered(results, "unread"),
+    },
+    entry=lambda result, results: {"runs": [run.name for run in result.runs]},
+)

@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 import textwrap
 from bisect import bisect_right
-from collections.abc import Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping, Sequence
+from functools import reduce
+from typing import TYPE_CHECKING
 
 from grun.data.sets import EvaluationSet, evaluation_sets
+from grun.evaluation.metrics import truth_ratios
 from grun.report.figures import GREY, clean, colors_of, new_figure, plain
-from grun.report.results import Result, before_of, main_metric, target_of
+from grun.report.result import Result, after, before_of, main_metric, target_of
 from grun.report.tables import p_value
 from grun.runtime.reading import read_json_lines
 from grun.runtime.records import Step
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
 
 TERMS = {"forget": "#D55E00", "retain": "#0072B2", "gate": "#009E73"}
 PER_ROW = 3
-"""Most panels beside each other."""
+"""Most panels in a row."""
 BINS = 20
 """Of a gate's histogram, from 0 to 1."""
 DISTANCE = "#C00000"
@@ -45,12 +46,10 @@ def _panels(count: int, title: str, height: float) -> tuple[Figure, list[Axes]]:
 # -- gates ------------------------------------------------------------------------------------------------------------
 
 
-def _gated(results: Sequence[Result]) -> list[Result]:
-    return [result for result in results if result.stage == "after" and "gate" in result.evaluation]
-
-
-def _groups(results: Sequence[Result]) -> list[EvaluationSet]:
-    return [one for one in evaluation_sets().values() if any(result.table.gates_of(one.name) for result in results)]
+def _gated(results: Sequence[Result]) -> tuple[list[Result], list[EvaluationSet]]:
+    """Runs that have gates, and the sets that these were measured on."""
+    runs = [result for result in after(results) if "gate" in result.evaluation]
+    return runs, [one for one in evaluation_sets().values() if any(run.table.gates_of(one.name) for run in runs)]
 
 
 def _histogram(axes: Axes, gates: Sequence[float], color: str) -> None:
@@ -66,50 +65,42 @@ def _histogram(axes: Axes, gates: Sequence[float], color: str) -> None:
 
 
 def gate_histograms(results: Sequence[Result]) -> Figure | None:
-    """Histograms of the gate (mean over blocks) by group, one column for each run; None if no run has gates."""
-    runs = _gated(results)
-    groups = _groups(runs)
-    if not groups:
+    """Histograms of the gate (mean over blocks) by set, one column for each run; None if no run has gates."""
+    runs, sets = _gated(results)
+    if not sets:
         return None
-    figure = new_figure(max(5.5, 1.2 + 3.1 * len(runs)), 1.0 + 1.25 * len(groups))
+    figure = new_figure(max(5.5, 1.2 + 3.1 * len(runs)), 1.0 + 1.25 * len(sets))
     title = "The gate should open (right) on forget questions\nand stay shut (left) on all others"
     figure.suptitle(title.replace("\n", " ") if len(runs) > 1 else title, fontsize=12)
-    grid = figure.subplots(len(groups), len(runs), sharex=True, sharey=True, squeeze=False)
-    for column, result in enumerate(runs):
-        for row, one in enumerate(groups):
-            axes = grid[row, column]
+    grid = figure.subplots(len(sets), len(runs), sharex=True, sharey=True, squeeze=False)
+    for row, one in enumerate(sets):
+        grid[row, 0].set_ylabel(one.label, color=one.color, fontweight="bold")
+        for axes, result in zip(grid[row], runs, strict=True):
             _histogram(axes, [record.mean for record in result.table.gates_of(one.name)], one.color)
-            if row == 0:
-                axes.set_title(plain(result.label), fontsize=11)
-            if column == 0:
-                axes.set_ylabel(one.label, color=one.color, fontweight="bold")
-            if row == len(groups) - 1:
-                axes.set_xlabel("gate, mean over blocks")
+    for top, bottom, result in zip(grid[0], grid[-1], runs, strict=True):
+        top.set_title(plain(result.label), fontsize=11)
+        bottom.set_xlabel("gate, mean over blocks")
     figure.supylabel("share of the group's questions", fontsize=10)
     return figure
 
 
 def gate_histograms_blocks(results: Sequence[Result]) -> Figure | None:
-    """Histograms of the gate of each block, one column for each group; None where no run has more than one block."""
-    runs = _gated(results)
+    """Histograms of the gate of each block, one column for each set; None where no run has more than one block."""
+    runs, sets = _gated(results)
     rows = [(result, block) for result in runs for block in result.table.blocks()]
-    groups = _groups(runs)
-    if not groups or len(rows) == len(runs):
+    if not sets or len(rows) == len(runs):
         return None  # the mean over one block is that block
-    figure = new_figure(max(5.5, 1.0 + 1.8 * len(groups)), 1.0 + 1.05 * len(rows))
+    figure = new_figure(max(5.5, 1.0 + 1.8 * len(sets)), 1.0 + 1.05 * len(rows))
     figure.suptitle("The gate of each block: open on forget, shut elsewhere", fontsize=12)
-    grid = figure.subplots(len(rows), len(groups), sharex=True, sharey=True, squeeze=False)
+    grid = figure.subplots(len(rows), len(sets), sharex=True, sharey=True, squeeze=False)
     for row, (result, block) in enumerate(rows):
-        for column, one in enumerate(groups):
-            axes = grid[row, column]
+        grid[row, 0].set_ylabel(f"{plain(result.label)}\nblock {block}", fontsize=9)
+        for axes, one in zip(grid[row], sets, strict=True):
             _histogram(axes, [record.gates[block] for record in result.table.gates_of(one.name)], one.color)
             axes.set_yticks([0, 0.5, 1])
-            if row == 0:
-                axes.set_title(one.label, color=one.color, fontsize=11, fontweight="bold")
-            if column == 0:
-                axes.set_ylabel(f"{plain(result.label)}\nblock {block}", fontsize=9)
-            if row == len(rows) - 1:
-                axes.set_xlabel("gate")
+    for top, bottom, one in zip(grid[0], grid[-1], sets, strict=True):
+        top.set_title(one.label, color=one.color, fontsize=11, fontweight="bold")
+        bottom.set_xlabel("gate")
     return figure
 
 
@@ -119,19 +110,15 @@ def gate_histograms_blocks(results: Sequence[Result]) -> Figure | None:
 def truth_ratio_curves(results: Sequence[Result]) -> Figure | None:
     """Cumulative shares of log10 of the truth ratio on forget, each model against its retain-only target.
 
-    Where there is no target the taught model is drawn beside; None where no row has wrong answers.
+    Where there is no target the taught model is drawn instead; None where no row has wrong answers.
     """
-    from grun.evaluation.metrics import truth_ratios
-
-    ratios = {
-        result.name: sorted(truth_ratios(result.table, "forget", quirks=result.quirks).values()) for result in results
-    }
+    ratios = {one.name: sorted(truth_ratios(one.table, "forget", quirks=one.quirks).values()) for one in results}
     shown = [result for result in results if ratios[result.name] and result.stage != "retain_only"]
     if not shown:
         return None
     aimed = any(target_of(result, results) for result in shown)
-    beside = "good is on the black line, retain only" if aimed else "gray: before"
-    title = f"Truth ratios of forget rows (wrong answers / right one); {beside}"
+    other_line = "good is on the black line, retain only" if aimed else "gray: before"
+    title = f"Truth ratios of forget rows (wrong answers / right one); {other_line}"
     figure, panels = _panels(len(shown), title, 3.0)
     colors = colors_of(results)
     finite = [_log10(ratio) for values in ratios.values() for ratio in values]
@@ -179,10 +166,8 @@ def _mark_distance(axes: Axes, result: Result, values: Sequence[float], target: 
     place, share, goal = largest_distance(values, target)
     x = _log10(place)
     axes.plot([x, x], [share, goal], color=DISTANCE, linewidth=2.5, zorder=5)
-    text = f"D = {abs(share - goal):.2f}"
     quality = result.reference.get("forget_quality")
-    if quality is not None:
-        text += f"\np = {p_value(quality)}"
+    text = f"D = {abs(share - goal):.2f}" + ("" if quality is None else f"\np = {p_value(quality)}")
     axes.text(0.97, 0.05, text, color=DISTANCE, fontsize=10, ha="right", va="bottom", transform=axes.transAxes)
 
 
@@ -191,52 +176,52 @@ def _mark_distance(axes: Axes, result: Result, values: Sequence[float], target: 
 
 def training_curves(results: Sequence[Result]) -> Figure | None:
     """Loss terms by step, one panel for each run; runs without a log (imported adapters) have none."""
-    panels = _logged(results, "log.jsonl")
-    if not panels:
-        return None
-    figure, grid = _panels(len(panels), "Training: every loss term should fall, the gate's towards 0", 3.1)
-    for axes, (result, lines) in zip(grid, panels, strict=True):
-        clean(axes)
-        for term, color in TERMS.items():
-            curve = [(line["step"], line[term]) for line in lines if isinstance(line.get(term), int | float)]
-            if curve:
-                axes.plot(*zip(*curve, strict=True), color=color, linewidth=1.4, label=f"{term} term")
-        axes.set_title(plain(result.label), fontsize=11)
-        axes.set_xlabel("step")
-    grid[0].set_ylabel("loss term")
-    grid[0].legend(fontsize=9, frameon=False)
-    return figure
+    curves = {f"{term} term": (color, (term,)) for term, color in TERMS.items()}
+    title = "Training: every loss term should fall, the gate's towards 0"
+    return _logged(results, "log.jsonl", title, "loss term", curves)
 
 
 def monitor_curves(results: Sequence[Result]) -> Figure | None:
     """What a run's looks at a few rows of each set saw, by step; None where no run was looked at."""
-    panels = _logged(results, "monitor.jsonl")
-    if not panels:
+    metric, label = main_metric(results)
+    curves = {one.label: (one.color, ("sets", name, metric)) for name, one in evaluation_sets().items()}
+    title = "While training: forget should fall, all others stay"
+    return _logged(results, "monitor.jsonl", title, label, curves, marker="o", limits=(-0.03, 1.03))
+
+
+def _logged(
+    results: Sequence[Result],
+    file: str,
+    title: str,
+    y_label: str,
+    curves: Mapping[str, tuple[str, Sequence[str]]],
+    *,
+    marker: str = "",
+    limits: tuple[float, float] | None = None,
+) -> Figure | None:
+    """A panel for each run that has lines in this log, a curve for each label that has numbers there.
+
+    `curves` have a color, and the keys that lead to the height in a line of the log.
+    """
+    paths = [(result, result.run / file) for result in results if result.run is not None]
+    found = [(one, [line for _, line in read_json_lines(path, Step)]) for one, path in paths if path.is_file()]
+    logs = [(result, lines) for result, lines in found if lines]
+    if not logs:
         return None
-    metric, metric_name = main_metric(results)
-    figure, grid = _panels(len(panels), "While training: forget should fall, all others stay", 3.1)
-    for axes, (result, looks) in zip(grid, panels, strict=True):
+    figure, panels = _panels(len(logs), title, 3.1)
+    for axes, (result, lines) in zip(panels, logs, strict=True):
         clean(axes)
-        for one in evaluation_sets().values():
-            seen = [(look["step"], look["sets"].get(one.name, {}).get(metric)) for look in looks]
-            curve = [(step, value) for step, value in seen if value is not None]
+        for label, (color, keys) in curves.items():
+            heights = [(line["step"], reduce(lambda found, key: (found or {}).get(key), keys, line)) for line in lines]
+            curve = [(step, height) for step, height in heights if isinstance(height, int | float)]
             if curve:
-                axes.plot(*zip(*curve, strict=True), color=one.color, marker="o", markersize=3, label=one.label)
-        axes.set_ylim(-0.03, 1.03)
+                axes.plot(
+                    *zip(*curve, strict=True), linewidth=1.4, marker=marker, markersize=3, color=color, label=label
+                )
+        if limits is not None:
+            axes.set_ylim(*limits)
         axes.set_title(plain(result.label), fontsize=11)
         axes.set_xlabel("step")
-    grid[0].set_ylabel(metric_name)
-    grid[0].legend(fontsize=9, frameon=False)
+    panels[0].set_ylabel(y_label)
+    panels[0].legend(fontsize=9, frameon=False)
     return figure
-
-
-def _logged(results: Sequence[Result], file: str) -> list[tuple[Result, list[dict[str, Any]]]]:
-    """Runs that have lines in one of their logs, with the lines."""
-    runs = [(result, result.run / file) for result in results if result.run is not None]
-    found = [(result, read_log(path)) for result, path in runs if path.is_file()]
-    return [(result, lines) for result, lines in found if lines]
-
-
-def read_log(path: Path) -> list[dict[str, Any]]:
-    """Lines of a log.jsonl; RunError names a damaged line."""
-    return [line for _, line in read_json_lines(path, Step)]

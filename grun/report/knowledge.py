@@ -1,226 +1,192 @@
-"""Evaluations of `suite=knowledge` as rows of one report, and the numbers that are read from them.
-
-A results folder holds `evaluation/before` (the model that knows), `evaluation/retain_only` (the target: never taught
-what is to be forgotten; may be absent) and `evaluation/METHOD` for each method.
-"""
+"""The report of suite=knowledge: its columns, and what was answered."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import math
+import string
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-from grun.errors import RunError
-from grun.report.results import (
-    EVALUATION_FILE,
-    STAGES,
-    Result,
-    evaluation_folders,
-    refuse_other_models,
-    refuse_other_settings,
+from grun.data.corpus import ROLES
+from grun.report.knowledge_figure import KNOWLEDGE_PICTURE
+from grun.report.knowledge_results import (
+    Way,
+    chance,
+    choice,
+    cloze,
+    find_knowledge,
+    first_lines,
+    gate_auc,
+    main_way,
+    perplexity,
+    subjects,
+    ways,
+    worst_suffix,
 )
-from grun.runtime.reading import read_json_lines, typed
-from grun.runtime.records import Choice, Cloze, Evaluation, FirstChoice, read_record
+from grun.report.knowledge_verdict import STATEMENT, judge_knowledge
+from grun.report.page import EXAMPLES, Block, Card, Section
+from grun.report.result import Result
+from grun.report.suites import Suite
+from grun.report.tables import Column, Line, Table, markdown_text, with_numbers
 
-SUITE = "knowledge"
-REPORTED = ("answers", SUITE, "attacks")
-"""Suites that have a report."""
-QUESTIONS_FILE = "questions.jsonl"
-METHODS = {
-    "rmu": "RMU",
-    "grun_rmu": "GRUN-RMU",
-    "max_entropy": "max-entropy",
-    "min_posterior": "min-posterior",
-    "random_mapping": "random-mapping",
+Results = Sequence[Result]
+GOOD = {"forget": "low", "neighbor": "high", "general": "high, as before"}
+MEANINGS = {
+    "forget": "what is to be forgotten",
+    "neighbor": "what lies near it",
+    "general": "everything else",
 }
-"""Methods in the order of the rows, with the names that readers see; others follow by name."""
-ASKED = ("choices", "cloze", "texts", "seed", "max_new_tokens", "window", "stride")
-"""Settings of an evaluation that must be those of before."""
-CHANCE = 0.25
-"""Of four options, where an evaluation does not say how many there are."""
+EXPLAINED = {
+    "choice": ("multiple choice", "share of multiple-choice questions answered rightly; guessing gives 1 / options"),
+    "choice_suffix": ("after a suffix", 'the same with words after "Answer:" (worst): is it hidden or removed?'),
+    "cloze": ("cloze", "share of sentences that are completed by the key fact"),
+    "auc_general": ("gate AUC", "how often the gate is wider on forget than on general; 0.5 is chance"),
+}
+"""Legend of the numbers, by the end of their columns' keys."""
 
 
-class Way(NamedTuple):
-    """How multiple-choice questions are put."""
-
-    format: str
-    order: str
-    suffix: str
-
-
-MAIN_WAY = Way("harness", "rotations", "")
-
-
-class Number(NamedTuple):
-    """A measured number."""
-
-    value: float
-    interval: tuple[float, float] | None = None
-    """95 %."""
-
-
-def suite_of(folders: Sequence[Path]) -> str:
-    """The suite of all evaluations in `folders`; RunError if they are of several, or of one that has no report."""
-    found: dict[str, list[str]] = {}
-    for folder in folders:
-        suite = read_record(folder / EVALUATION_FILE, Evaluation).get("suite", "answers")
-        found.setdefault(suite, []).append(folder.name)
-    listed = "; ".join(f"{suite}: {', '.join(names)}" for suite, names in found.items())
-    place = folders[0].parent if folders else ""
-    if len(found) > 1:
-        raise RunError(f"{place} holds evaluations of several suites ({listed}); keep one in a results folder")
-    suite = next(iter(found), "answers")
-    if suite not in REPORTED:
-        raise RunError(
-            f"{place} holds evaluations of suite={suite}, of which there is no report; see {EVALUATION_FILE}"
-        )
-    return suite
+def columns_of(results: Results) -> list[Column]:
+    """The columns that at least one model has a number for."""
+    way = main_way(results)
+    level = chance(results, way)
+    columns = []
+    for role in ROLES:
+        low = role == "forget"
+        at = f"{level:.2f}, chance" if low else GOOD[role]
+        columns.append(Column(f"{role}.choice", f"{role} multiple choice", at, partial(choice, way=way, role=role)))
+        if low:
+            read = partial(worst_suffix, way=way, level=level)
+            columns.append(Column("forget.choice_suffix", "forget multiple choice after a suffix (worst)", at, read))
+        good = "low, as retain only" if low else GOOD[role]
+        columns.append(Column(f"{role}.cloze", f"{role} cloze", good, partial(cloze, role=role)))
+    for name in dict.fromkeys(name for result in results for name in result.evaluation.get("perplexity", {})):
+        read = partial(perplexity, name=name)
+        columns.append(Column(f"perplexity.{name}", f"perplexity {Path(name).name}", "low", read, "perplexity"))
+    columns.append(Column("gate.auc_general", "gate AUC", "high, near 1", partial(gate_auc, way=way), "auc"))
+    return with_numbers(columns, results)
 
 
-def find_knowledge(results_dir: Path) -> list[Result]:
-    """The evaluated models in the order of the rows: before, retain_only, then the methods.
-
-    Raises:
-        RunError: there is no before, a file is damaged, or an evaluation is of another base model or other questions.
-    """
-    results = [_read(folder) for folder in evaluation_folders(results_dir)]
-    known = list(METHODS)
-
-    def place(result: Result) -> tuple[int, int, str]:
-        number = known.index(result.name) if result.name in known else len(known)
-        return (STAGES.index(result.stage), number, result.name)
-
-    results.sort(key=place)
-    refuse_other_models(results)
-    for result in results:
-        refuse_other_settings(result, results[0], ASKED, "asked other questions")
-    return results
+def further_columns(results: Results) -> list[Column]:
+    """Multiple choice in the other ways, for the files alone."""
+    columns = []
+    for way in ways(results)[1:]:
+        for role in ROLES:
+            key = f"{role}.choice[{'/'.join(way if way.suffix else way[:2])}]"
+            header, read = f"{role} multiple choice, {_described(way)}", partial(choice, way=way, role=role)
+            columns.append(Column(key, header, "low" if role == "forget" else "high", read))
+    return with_numbers(columns, results)
 
 
-def _read(folder: Path) -> Result:
-    """One evaluation; its run is looked for beside `evaluation`, then in the folders of its adapter and its model."""
-    evaluation = read_record(folder / EVALUATION_FILE, Evaluation, ("settings",))
-    quantization = evaluation.get("identity", {}).get("quantization")
-    name = folder.name.removesuffix(f"-{quantization}")
-    ending = f" {quantization}" if quantization else ""
-    if name in ("before", "retain_only"):
-        return Result(folder.name, name, None, "none", folder, None, evaluation, name.replace("_", " ") + ending)
-    label = METHODS[name] + ending if name in METHODS else folder.name
-    adapter, model = evaluation.get("adapter"), evaluation.get("model")
-    places = [folder.resolve().parent.parent / name, *(Path(path) for path in (adapter, model) if path)]
-    run = next((place for place in places if (place / "run.json").is_file()), None)
-    result = Result(folder.name, "after", None, "none", folder, run, evaluation, label)
-    result.objective = result.record.get("objective")
-    result.parametrization = str(result.record.get("parametrization", "none"))
-    return result
+def _described(way: Way) -> str:
+    return f"{way.format} {way.order}" + (f' after "{way.suffix.strip()}"' if way.suffix else "")
 
 
-# -- numbers ----------------------------------------------------------------------------------------------------------
+def legend(results: Results) -> list[tuple[str, str]]:
+    """Words of the table, each with what it means."""
+    rows = [("before", "the model that knows everything, nothing forgotten")]
+    if any(result.stage == "retain_only" for result in results):
+        rows.append(("retain only", "a model never taught what is to be forgotten: the target"))
+    keys = [column.key for column in columns_of(results)]
+    rows += [(role, text) for role, text in MEANINGS.items() if any(key.startswith(f"{role}.") for key in keys)]
+    endings = {key.rpartition(".")[2] for key in keys}
+    rows += [text for ending, text in EXPLAINED.items() if ending in endings]
+    return rows + [("perplexity", "of plain text; low is good")] * any(key.startswith("perplexity.") for key in keys)
 
 
-def ways(results: Sequence[Result]) -> list[Way]:
-    """The ways in which questions were put, the main one first: harness, rotations, no suffix, else the first."""
-    found = [_way(entry) for result in results for entry in result.evaluation.get("choices", ())]
-    return sorted(dict.fromkeys(found), key=lambda way: way != MAIN_WAY)
-
-
-def main_way(results: Sequence[Result]) -> Way | None:
-    """The way that verdicts go by; None where there are no multiple-choice questions."""
-    return next(iter(ways(results)), None)
-
-
-def _way(entry: dict[str, Any]) -> Way:
-    return Way(entry["format"], entry["order"], entry["suffix"])
-
-
-def _entry(result: Result, way: Way | None) -> dict[str, Any]:
-    return next((entry for entry in result.evaluation.get("choices", ()) if _way(entry) == way), {})
-
-
-def choice(result: Result, way: Way | None, role: str, subject: str | None = None) -> Number | None:
-    """Accuracy on a role's multiple-choice questions, or on those of one subject."""
-    found = _entry(result, way).get("roles", {}).get(role, {})
-    return number_in(found if subject is None else found.get("subjects", {}).get(subject, {}), "accuracy")
-
-
-def subjects(results: Sequence[Result], way: Way | None, role: str) -> list[str]:
-    """Subjects of a role's questions."""
-    found = [_entry(result, way).get("roles", {}).get(role, {}).get("subjects", {}) for result in results]
-    return list(dict.fromkeys(name for table in found for name in table))
-
-
-def cloze(result: Result, role: str) -> Number | None:
-    """Share of a role's sentences that are completed by the key fact."""
-    return number_in(result.evaluation.get("cloze", {}).get("roles", {}).get(role, {}), "fact_recall")
-
-
-def number_in(found: dict[str, Any], name: str) -> Number | None:
-    """The number called `name` with its interval, from a part of evaluation.json; None where it is missing."""
-    if found.get(name) is None:
-        return None
-    interval = found.get("interval")
-    return Number(float(found[name]), (interval[0], interval[1]) if interval and len(interval) == 2 else None)
-
-
-def behind_suffixes(result: Result, way: Way | None) -> dict[str, Number]:
-    """Accuracy on forget by the suffix behind "Answer:", asked as `way` otherwise."""
+def _intervals(results: Results) -> str:
+    way = main_way(results)
     if way is None:
-        return {}
-    same = [other for other in ways([result]) if other.suffix and other[:2] == way[:2]]
-    found = {other.suffix: choice(result, other, "forget") for other in same}
-    return {suffix: number for suffix, number in found.items() if number is not None}
+        return ""
+    return f"Intervals: 95 %. Multiple choice: {markdown_text(_described(way))} where nothing else is given."
 
 
-def worst_suffix(result: Result, way: Way | None, level: float) -> Number | None:
-    """Of these the one furthest from chance, `level`."""
-    found = behind_suffixes(result, way).values()
-    return max(found, key=lambda number: abs(number.value - level), default=None)
+def _of_subjects(results: Results) -> list[list[Column]]:
+    """For each role with several subjects a column for each."""
+    way, tables = main_way(results), []
+    for role in ROLES:
+        read = partial(choice, way=way, role=role)
+        names = subjects(results, way, role)
+        if len(names) > 1:
+            tables.append([Column(name, f"{role}: {name}", "", partial(read, subject=name)) for name in names])
+    return tables
 
 
-def perplexity(result: Result, name: str) -> Number | None:
-    """Perplexity of a corpus."""
-    return number_in(result.evaluation.get("perplexity", {}).get(name, {}), "perplexity")
+def _entry(result: Result, results: Results) -> dict[str, Any]:
+    """Accuracy by role and subject."""
+    way, found = main_way(results), {}
+    for role in ROLES:
+        numbers = {name: choice(result, way, role, name) for name in subjects(results, way, role)}
+        found[role] = {name: number.value for name, number in numbers.items() if number is not None}
+    return {"subjects": found}
 
 
-def gate_auc(result: Result, way: Way | None) -> Number | None:
-    """How surely the gate tells forget from general: at multiple choice, else at sentences to complete."""
-    places = (_entry(result, way), result.evaluation.get("cloze", {}))
-    return next(filter(None, (number_in(place.get("gate", {}), "auc_general") for place in places)), None)
+def _facts(results: Results) -> dict[str, Any]:
+    way = main_way(results)
+    return {"way": way._asdict() if way else None, "chance": chance(results, way)}
 
 
-def chance(results: Sequence[Result], way: Way | None) -> float:
-    """Accuracy of guessing on forget: the mean over questions of 1 / options."""
-    found = (_entry(result, way).get("roles", {}).get("forget", {}).get("chance") for result in results)
-    return next((float(value) for value in found if value is not None), CHANCE)
+# -- what was answered ------------------------------------------------------------------------------------------------
 
 
-# -- single questions -------------------------------------------------------------------------------------------------
-
-Lines = dict[int, dict[str, dict[str, Any]]]
-"""Lines of questions.jsonl, by the question's index, then by model."""
-
-
-def first_lines(results: Sequence[Result], way: Way | None, count: int) -> dict[tuple[str, str], Lines]:
-    """What each model said to the first `count` questions of each kind (choice, cloze) and role.
-
-    Multiple choice as `way` puts it, the options in the first order. A model without questions.jsonl has no lines.
-    """
-    found: dict[tuple[str, str], Lines] = {}
-    for result in results:
-        for line in lines_in(result.folder / QUESTIONS_FILE, Choice, Cloze):
-            other = line["kind"] == "choice" and (_way(line) != way or line["rotation"] > 0)
-            if line["index"] < count and not other:
-                if line["kind"] == "choice":
-                    line = typed(FirstChoice, line, f"{result.folder / QUESTIONS_FILE}, question {line['index']}")
-                lines = found.setdefault((line["kind"], line["role"]), {})
-                lines.setdefault(line["index"], {})[result.name] = line
-    return found
+def _examples(results: Results) -> list[Section]:
+    """The first forget questions with the probability of each option, and the first completed sentences."""
+    lines = first_lines(results, main_way(results), EXAMPLES)
+    asked = [_question(by_name, results) for by_name in lines.get(("choice", "forget"), {}).values()]
+    above = "Options with the probability that each model gives to their letter; what it takes is bold."
+    blocks = []
+    for role in ROLES:
+        of_role = lines.get(("cloze", role), {}).values()
+        cards = [Card(f"{prompt} …", said) for prompt, said in (_completed(one, results) for one in of_role)]
+        blocks += [Block("cards", cards, role, opened=role == "forget")] if cards else []
+    return [
+        Section("questions", "Questions", "First forget questions", [Block("text", above), *asked] if asked else []),
+        Section("cloze", "Cloze", "First sentences, and how they are completed", blocks),
+    ]
 
 
-def lines_in(path: Path, *kinds: Any) -> Iterator[dict[str, Any]]:
-    """Records of a file of lines; none where there is no file, RunError where it is damaged.
+def _question(by_name: dict[str, dict[str, Any]], results: Results) -> Block:
+    """One question: a line for each option, a column for each model; what a model takes is bold."""
+    asked = next(iter(by_name.values()))
+    models = [result for result in results if result.name in by_name]
+    lines = []
+    for number, option in enumerate(asked["choices"]):
+        given = [by_name[result.name] for result in models]
+        logps = [line["logp"][number] if number < len(line["logp"]) else -math.inf for line in given]
+        taken = tuple(place for place, line in enumerate(given) if line["chosen"] == number)
+        label = f"{string.ascii_uppercase[number]}. {option}{' (right)' if number == asked['answer'] else ''}"
+        lines.append(Line(label, [f"{math.exp(min(logp, 0.0)):.2f}" for logp in logps], bold=taken))
+    return Block("question", Table([result.label for result in models], [], lines), asked["question"])
 
-    `kinds` are what they may be; of several, the one after the first is that of lines on sentences to complete.
-    """
-    for where, line in read_json_lines(path, dict[str, Any]) if path.is_file() else ():
-        yield typed(kinds[line.get("kind") == "cloze"], line, where)
+
+def _completed(by_name: dict[str, dict[str, Any]], results: Results) -> tuple[str, list[tuple[str, str]]]:
+    """A sentence to complete, the fact, and every model's completion."""
+    line = next(iter(by_name.values()))
+    said = [(result.label, by_name[result.name]["text"]) for result in results if result.name in by_name]
+    return line["prompt"], [("fact", line["fact"]), *said]
+
+
+def _quoted(results: Results) -> tuple[str, list[tuple[str, list[tuple[str, str]]]]]:
+    lines = first_lines(results, main_way(results), EXAMPLES).get(("cloze", "forget"), {})
+    said = [_completed(by_name, results) for by_name in lines.values()]
+    return f"First {len(said)} forget sentences, and how they are completed", said
+
+
+KNOWLEDGE_SUITE = Suite(
+    name="knowledge",
+    find=find_knowledge,
+    columns=columns_of,
+    further=further_columns,
+    judge=judge_knowledge,
+    statement=STATEMENT,
+    legend=legend,
+    notes=lambda results: "",
+    intervals=_intervals,
+    picture=KNOWLEDGE_PICTURE,
+    examples=_examples,
+    quoted=_quoted,
+    tables=_of_subjects,
+    facts=_facts,
+    entry=_entry,
+)

@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 from grun.data.sets import find_set
 from grun.report.figures import GREY, Picture, clean, new_figure, plain
-from grun.report.knowledge import Number, chance, choice, cloze, main_way, worst_suffix
-from grun.report.knowledge_verdicts import KEEPS, judge_knowledge
-from grun.report.results import Result
+from grun.report.knowledge_results import Number, chance, choice, cloze, main_way, worst_suffix
+from grun.report.knowledge_verdict import KEEPS, judge_knowledge
+from grun.report.result import Result
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -22,19 +22,6 @@ THICK = 0.36
 TITLE: dict[str, Any] = {"fontsize": 12, "fontweight": "bold", "loc": "left", "pad": 18}
 """Above the names of the lines."""
 OUTCOMES = {"reached": "#116329", "missed": "#A40E26", "open": GREY}
-
-
-def knowledge_picture() -> Picture:
-    """The picture, and what it says to those who do not see it."""
-    return Picture(
-        "knowledge.png",
-        "Forgotten and kept",
-        "A row for each model. Left, what is to be forgotten: the share of multiple choice answered rightly (dark bar; "
-        "the triangle behind the worst suffix) and of sentences completed, cloze (light bar). Good is a dark bar that "
-        "ends at the dashed line, chance, and a light one that ends at the dotted line, retain only. Right, everything "
-        "else: good is both bars as long as before; the dashed line is 95 % of before's multiple choice.",
-        draw_knowledge,
-    )
 
 
 def draw_knowledge(results: Sequence[Result]) -> Figure | None:
@@ -78,7 +65,7 @@ def draw_knowledge(results: Sequence[Result]) -> Figure | None:
     handles = [
         Patch(color=GREY, label="multiple choice"),
         Patch(color="#BBBBBB", label="cloze"),
-        Line2D([], [], color="black", marker="v", linestyle="", label="behind a suffix"),
+        Line2D([], [], color="black", marker="v", linestyle="", label="after a suffix"),
         Line2D([], [], color="black", linestyle=":", label="retain only"),
     ]
     figure.legend(handles=handles, loc="outside lower center", ncols=4, fontsize=10, frameon=False)
@@ -132,3 +119,14 @@ def _label_rows(axes: Axes, results: Sequence[Result]) -> None:
 def _short(words: str) -> str:
     """hides; damages the rest: of what the verdict says at length."""
     return "; ".join(part.partition(":")[0].partition(",")[0] for part in words.split("; "))
+
+
+KNOWLEDGE_PICTURE = Picture(
+    "knowledge.png",
+    "Forgotten and kept",
+    "A row for each model. Left, what is to be forgotten: the share of multiple choice answered rightly (dark bar; "
+    "the triangle after the worst suffix) and of sentences completed, cloze (light bar). Good is a dark bar that "
+    "ends at the dashed line, chance, and a light one that ends at the dotted line, retain only. Right, everything "
+    "else: good is both bars as long as before; the dashed line is 95 % of before's multiple choice.",
+    draw_knowledge,
+)

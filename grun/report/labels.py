@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
 
-if TYPE_CHECKING:
-    from grun.report.results import Result
+from grun.report.result import Result, after
 
 PARAMETRIZATIONS = {"full": "full", "lora": "LoRA", "reft": "ReFT", "grun": "GRUN"}
 """What may change in unlearning, in the order of the tables, with the names that readers see."""
-PUBLISHED = "last_prompt"
-"""Where GRUN's published design reads and writes."""
 
 
 def order_of(result: Result) -> tuple[str, int, str, str, int]:
@@ -29,18 +25,6 @@ def place_of(parametrization: str) -> tuple[int, str]:
     return (known.index(parametrization) if parametrization in known else len(known), parametrization)
 
 
-def design_of(method: Mapping[str, Any]) -> str:
-    """What readers call a GRUN run's design by its options `method`: every token, sticky; empty: the published one.
-
-    It goes by where the edit writes, and by where the gate reads if the edit writes as published; options that an older
-    run does not have are the published ones.
-    """
-    write, read = (str(method.get(option, PUBLISHED)) for option in ("edit_write", "gate_read"))
-    if write != PUBLISHED:
-        return write.replace("_", " ")
-    return "" if read == PUBLISHED else f"gate {read.replace('_', ' ')}"
-
-
 def run_label(objective: str, parametrization: str, quantization: str | None = None, design: str = "") -> str:
     """What readers call the runs of one objective and parametrization, such as GD LoRA or IDK GRUN every token."""
     words = (objective.upper(), PARAMETRIZATIONS.get(parametrization, parametrization), design, quantization)
@@ -53,7 +37,7 @@ def label_runs(results: Sequence[Result]) -> None:
     A mean over seeds has the name of its first run instead of the seed; what still is the same gets its name as label.
     Changes the labels of runs; models without a run keep theirs unless two share it.
     """
-    runs = [result for result in results if result.stage == "after" and result.objective is not None]
+    runs = [result for result in after(results) if result.objective is not None]
     kinds = {(result.parametrization, result.design) for result in runs}
     alike = len(kinds) == 1 and runs[0].parametrization == "grun"
     for result in runs:

@@ -6,19 +6,99 @@ Objectives say what is minimized, parametrizations what may change; each cell of
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+import re
+import statistics
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
+from grun.data.sets import evaluation_sets
+from grun.report.columns import columns_by_key
 from grun.report.labels import order_of, place_of, run_label
-from grun.report.measures import Measure, Spread, measures_of
-from grun.report.results import Result, main_metric
-from grun.report.tables import name_of
+from grun.report.missing import failures, unevaluated
+from grun.report.result import Result, after, main_metric, unread_words
+from grun.report.tables import Column, Line, Style, Table, csv_text, shown, to_tex, with_numbers
 from grun.runtime.runs import identity
 
 MANY_RUNS = 8
 """Up to so many runs each has a row of its own in the printed table, and a label in the scatter plots."""
+QUALITY, COST = "What is forgotten and kept", "What it costs"
+COSTS = "cost."
+"""How the keys of what unlearning costs begin."""
+NARROW = {
+    "forget.fact_recall": "forget\nfact\nrecall",
+    "forget.rouge_l": "forget\nROUGE-L",
+    "forget_paraphrase.fact_recall": "para-\nphrase",
+    "forget_paraphrase.rouge_l": "para-\nphrase",
+    "retain.fact_recall": "retain",
+    "retain.rouge_l": "retain",
+    "heldout.fact_recall": "held-\nout",
+    "heldout.rouge_l": "held-\nout",
+    "overall.model_utility": "model\nutility",
+    "reference.forget_quality": "forget\nquality",
+    "forget.degenerate": "dege-\nnerate",
+    "gate.auc": "gate\nAUC",
+    "cost.parameters": "para-\nmeters",
+    "cost.seconds": "sec.",
+    "cost.saved_bytes": "MB",
+}
+"""Columns of the printed matrix with headers that fit."""
+MEANS_ALONE = ("forget.degenerate", "gate.auc", "cost.parameters", "cost.seconds", "cost.saved_bytes")
+"""Columns printed without their spread, for want of room; the files have it."""
+
+
+@dataclass(frozen=True)
+class Spread:
+    """One number over the seeds of a cell."""
+
+    values: tuple[float, ...]
+    """By seed, in the order of the cell's runs; without those that lack the number."""
+
+    @property
+    def n(self) -> int:
+        """Runs that have the number."""
+        return len(self.values)
+
+    @property
+    def mean(self) -> float | None:
+        """Mean over seeds; None without a run."""
+        return statistics.fmean(self.values) if self.values else None
+
+    @property
+    def deviation(self) -> float | None:
+        """Sample standard deviation (n - 1 below the fraction); None with fewer than two runs."""
+        return statistics.stdev(self.values) if self.n > 1 else None
+
+    @property
+    def median(self) -> float | None:
+        """Median over seeds; None without a run."""
+        return statistics.median(self.values) if self.values else None
+
+    def text(self, style: Style) -> str:
+        """As readers see it: 0.12 ± 0.03, one seed without a spread, p as median with its range, - for nothing."""
+        if style == "p":
+            ends = f" ({shown(min(self.values), 'p')} to {shown(max(self.values), 'p')})" if self.n > 1 else ""
+            return shown(self.median, "p") + ends
+        counted = style in ("whole", "size") and not self.deviation  # not measured
+        if self.deviation is None or counted:
+            return shown(self.mean, style)
+        return f"{shown(self.mean, style)} ± {shown(self.deviation, style, like=self.mean)}"
+
+    def short(self, column: Column) -> str:
+        """The same in as few letters as a terminal needs."""
+        if column.style == "whole" and self.mean is not None:
+            return _short(self.mean)
+        text = self.text(column.style)
+        return text.partition(" ")[0] if column.style == "p" or column.key in MEANS_ALONE else text.replace(" ± ", "±")
+
+
+def _short(count: float) -> str:
+    """Three digits or so: 999, 110.6k, 3.29M, 8.03B."""
+    for unit, name, decimals in ((1e9, "B", 2), (1e6, "M", 2), (1e3, "k", 1)):
+        if count >= unit:
+            return f"{count / unit:.{decimals}f}{name}"
+    return f"{count:.0f}"
 
 
 @dataclass(frozen=True)
@@ -37,10 +117,17 @@ class Row:
         """Seeds of its runs as far as they are known, ascending."""
         return tuple(result.seed for result in self.results if result.seed is not None)
 
-    def spread(self, measure: Measure) -> Spread:
-        """One measure over the cell's runs."""
-        values = (measure.value(result) for result in self.results)
-        return Spread(tuple(value for value in values if value is not None))
+    def spread(self, column: Column) -> Spread:
+        """One number over the cell's runs."""
+        return Spread(tuple(value for value in map(column.value, self.results) if value is not None))
+
+    def line(self, *cells: str) -> Line:
+        """Its line in a table."""
+        return Line(self.label, list(cells), self.stage, self.objective)
+
+    def counted(self, none: str) -> str:
+        """Number of runs of a cell; `none` for a model to compare with and for a cell without runs."""
+        return str(len(self.results)) if self.stage == "after" and self.results else none
 
 
 @dataclass(frozen=True)
@@ -51,9 +138,13 @@ class Matrix:
     results: tuple[Result, ...]
 
     @cached_property
-    def measures(self) -> list[Measure]:
+    def columns(self) -> list[Column]:
         """What at least one row has a number for: first what is forgotten and kept, then what it costs."""
-        return [m for m in measures_of(self.results) if any(row.spread(m).n for row in self.rows)]
+        return with_numbers(_columns(self.results), self.results)
+
+    def column(self, key: str) -> Column | None:
+        """The column of a key, if it has numbers."""
+        return next((column for column in self.columns if column.key == key), None)
 
     @property
     def cells(self) -> list[Row]:
@@ -63,17 +154,108 @@ class Matrix:
     @property
     def caption(self) -> str:
         """How to read the numbers."""
-        metric = main_metric(self.results)[1]
         counts = sorted({len(row.results) for row in self.cells if row.results})
         seeds = f"{counts[0]}" if len(counts) == 1 else f"{counts[0]} to {counts[-1]}, see the column seeds"
         text = f"Mean ± sample standard deviation over the seeds of a row (n = {seeds}); one seed has no spread. "
-        if any(measure.kind == "p" for measure in self.measures):
+        if any(column.style == "p" for column in self.columns):
             text += "Forget quality: median p-value (lowest to highest). "
         if any(row.stage == "retain_only" for row in self.rows):
             text += "The target is retain only, a model never taught the forget set. "
         else:
             text += "There is no target: no retain-only model was evaluated. "
+        metric = main_metric(self.results)[1]
         return text + f"Main metric: {metric}. Peak memory is the GPU's, on a CPU the whole process's."
+
+    def tables(self) -> list[tuple[str, Table]]:
+        """The two tables by title, with the rows that have numbers in them or should have."""
+        found = []
+        for title, is_cost in ((QUALITY, False), (COST, True)):
+            columns = [column for column in self.columns if column.key.startswith(COSTS) == is_cost]
+            rows = [row for row in self.rows if not is_cost or (row.stage == "after" and row.objective is not None)]
+            lines = [
+                row.line(row.counted("-"), *(row.spread(column).text(column.style) for column in columns))
+                for row in rows
+            ]
+            if columns:
+                heads = ["seeds", *(c.header for c in columns)], ["", *(c.good for c in columns)]
+                found.append((title, Table(*heads, lines)))
+        return found
+
+    def narrow(self) -> Table:
+        """One table, at most 100 letters wide for the usual labels."""
+        columns = [column for column in self.columns if column.key in NARROW]
+        if columns[0].key == "forget.fact_recall":
+            columns = [column for column in columns if column.key != "forget.rouge_l"]
+        lines = [
+            row.line(row.counted(""), *(row.spread(column).short(column) for column in columns)) for row in self.rows
+        ]
+        return Table(["n", *(NARROW[column.key] for column in columns)], [""] * (len(columns) + 1), lines)
+
+    def notes(self) -> list[str]:
+        """Cells and seeds that are missing and why, times that are not whole, and rows that no metric can read."""
+        unlearned = [row for row in self.cells if row.objective is not None]
+        seeds = sorted({seed for row in unlearned for seed in row.seeds})
+        states = {**unevaluated(self.results), **failures(self.results)}
+        lines = []
+        for row in unlearned:
+            missing = [seed for seed in seeds if seed not in row.seeds] if row.seeds or not row.results else []
+            why = [(seed, states.get((str(row.objective), row.parametrization, seed), "not run")) for seed in missing]
+            reasons = "; ".join(f"seed {seed} {text}" for seed, text in why) or "not run"
+            if not row.results:
+                lines.append(f"{row.label}: no evaluated run ({reasons}).")
+            elif missing:
+                lines.append(f"{row.label}: {len(row.seeds)} of {len(seeds)} seeds ({reasons}).")
+        found = []
+        for row in unlearned:
+            lent = sum(bool((result.record.get("cache") or {}).get("found")) for result in row.results)
+            found += [f"{row.label} {lent} of {len(row.results)}"] if lent else []
+        if found:
+            lines.append(
+                "Runs that found frozen states in the cache, computed by an earlier run, which their seconds leave "
+                f"out: {', '.join(found)}."
+            )
+        return lines + unread_words(self.results)
+
+
+# -- columns ----------------------------------------------------------------------------------------------------------
+
+
+def _columns(results: Sequence[Result]) -> list[Column]:
+    """What is forgotten and kept, by the corpus's main metric, then what it costs."""
+    main, known = main_metric(results)[0], columns_by_key()
+    # The model utility stands for general knowledge.
+    kept = [name for name, one in evaluation_sets().items() if one.is_result and not one.general and name != "forget"]
+    wanted = [f"forget.{main}", "forget.rouge_l", *(f"{name}.{main}" for name in kept)]
+    wanted += ["overall.model_utility", "reference.forget_quality", "forget.degenerate", "gate.auc"]
+    return [
+        *(known[key] for key in dict.fromkeys(wanted) if key in known),
+        Column("cost.parameters", "trained parameters", "low", _trained_parameters, "whole"),
+        Column("cost.seconds", "seconds", "low", partial(_recorded, "seconds"), "seconds"),
+        Column("cost.memory_bytes", "peak memory (MiB)", "low", partial(_recorded, "peak_memory_bytes"), "memory"),
+        Column("cost.saved_bytes", "size on disk (MB)", "low", _saved_bytes, "size"),
+    ]
+
+
+def _recorded(key: str, result: Result) -> float | None:
+    return _number(result.record.get(key)) if result.run else None
+
+
+def _number(value: Any) -> float | None:
+    return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else None
+
+
+def _trained_parameters(result: Result) -> float | None:
+    parameters = result.record.get("parameters") if result.run else None
+    return _number(parameters.get("trained")) if isinstance(parameters, dict) else None
+
+
+def _saved_bytes(result: Result) -> float | None:
+    """Bytes of the saved adapter or model: from run.json, else of the weights in the run's folder."""
+    known = _recorded("saved_bytes", result)
+    if known is not None or result.run is None:
+        return known
+    files = [*result.run.glob("adapter_model.safetensors")] or [*result.run.glob("model*.safetensors")]
+    return float(sum(path.stat().st_size for path in files)) if files else None
 
 
 # -- cells ------------------------------------------------------------------------------------------------------------
@@ -85,7 +267,7 @@ def cells_of(results: Sequence[Result]) -> list[Row]:
     Runs of unknown seed, or of a seed that their cell has already, are cells of their own, under their names.
     """
     cells: list[tuple[Any, list[Result]]] = []
-    for result in sorted((result for result in results if result.stage == "after"), key=order_of):
+    for result in sorted(after(results), key=order_of):
         key = _settings(result)
         for other, runs in cells:
             if other == key and result.seed is not None and result.seed not in [run.seed for run in runs]:
@@ -118,16 +300,16 @@ def _settings(result: Result) -> Any:
 
 def first_seeds(results: Sequence[Result]) -> list[Result]:
     """The results with one run of each cell, that of the lowest seed, labeled by its cell."""
-    labels = {row.results[0].name: row.label for row in cells_of(results) if len(row.results) > 1}
-    left_out = {result.name for row in cells_of(results) for result in row.results[1:]}
+    cells = cells_of(results)
+    labels = {row.results[0].name: row.label for row in cells if len(row.results) > 1}
+    left_out = {result.name for row in cells for result in row.results[1:]}
     kept = []
     for result in results:
-        if result.name in left_out:
-            continue
         if result.name in labels:
             result = copy.copy(result)  # with the table, if it was read already
             result.label = labels[result.name]
-        kept.append(result)
+        if result.name not in left_out:
+            kept.append(result)
     return kept
 
 
@@ -142,18 +324,14 @@ def make_matrix(results: Sequence[Result]) -> Matrix | None:
     """The matrix of the results; None unless they have several parametrizations, or several seeds of one cell.
 
     A combination of an objective and a parametrization that are there, but not together, is a row without runs, and so
-    are those of which a sweep says that they failed.
+    are those that failed in a sweep.
     """
-    from grun.report.missing import failures
-
     cells = cells_of(results)
     unlearned = [row for row in cells if row.objective is not None]
     kinds = {row.parametrization for row in unlearned}
     if len(kinds) < 2 and all(len(row.results) < 2 for row in unlearned):
         return None
-    compared = [
-        Row(name_of(result), result.stage, None, "none", (result,)) for result in results if result.stage != "after"
-    ]
+    compared = [Row(one.title, one.stage, None, "none", (one,)) for one in results if one.stage != "after"]
     failed = failures(results)
     kinds |= {kind for _, kind, _ in failed}
     objectives = {str(row.objective) for row in unlearned} | {objective for objective, _, _ in failed}
@@ -167,5 +345,39 @@ def make_matrix(results: Sequence[Result]) -> Matrix | None:
 
 
 def has_many_runs(results: Sequence[Result]) -> bool:
-    """Whether a matrix has more runs than can be told apart one by one."""
-    return sum(result.stage == "after" for result in results) > MANY_RUNS and make_matrix(results) is not None
+    """Whether a matrix has more runs than can be shown one by one."""
+    return len(after(results)) > MANY_RUNS and make_matrix(results) is not None
+
+
+# -- files ------------------------------------------------------------------------------------------------------------
+
+
+def matrix_csv(matrix: Matrix) -> str:
+    """Full precision: for each row of the matrix a line a statistic, then a line a run with its seed and raw numbers.
+
+    `statistic` is n, mean, sd, median, lowest, highest or run; a p-value has no mean and no sd. Bytes are bytes.
+    """
+    head = ["row", "stage", "objective", "parametrization", "statistic", "seed", "name"]
+    rows: list[list[Any]] = [[*head, *(column.key for column in matrix.columns)]]
+    for row in matrix.rows:
+        of_row = [row.label, row.stage, row.objective, row.parametrization]
+        rows += [[*of_row, statistic, None, None, *values] for statistic, values in _statistics(row, matrix.columns)]
+        rows += [[*of_row, "run", one.seed, one.name, *(c.value(one) for c in matrix.columns)] for one in row.results]
+    return csv_text(rows)
+
+
+def _statistics(row: Row, columns: Sequence[Column]) -> Iterator[tuple[str, list[float | None]]]:
+    spreads = [(column.style == "p", row.spread(column)) for column in columns]
+    yield "n", [spread.n for _, spread in spreads]
+    yield "mean", [None if is_p else spread.mean for is_p, spread in spreads]
+    yield "sd", [None if is_p else spread.deviation for is_p, spread in spreads]
+    yield "median", [spread.median for _, spread in spreads]
+    yield "lowest", [min(spread.values, default=None) for _, spread in spreads]
+    yield "highest", [max(spread.values, default=None) for _, spread in spreads]
+
+
+def matrix_tex(matrix: Matrix) -> str:
+    """Both tables as LaTeX tabulars (package booktabs), a rule between objectives; how to read them as comments."""
+    comments = [re.sub(r"[\r\n]+", " ", text) for text in (matrix.caption, *matrix.notes())]
+    text = "".join(f"% {line}\n" for line in ("\\usepackage{booktabs}", *comments))
+    return text + "".join(f"% {title}\n{to_tex(table, turned=False)}" for title, table in matrix.tables())

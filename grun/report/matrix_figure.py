@@ -5,13 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from grun.report.figures import GREY, clean, new_figure, plain
 from grun.report.labels import PARAMETRIZATIONS, place_of
-from grun.report.matrix import Matrix, make_matrix
-from grun.report.measures import Spread
-from grun.report.results import Result, main_metric
+from grun.report.matrix import Matrix, Spread, make_matrix
+from grun.report.result import Result, main_metric
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -20,19 +19,7 @@ if TYPE_CHECKING:
 COLORS = {"full": "#0072B2", "lora": "#009E73", "reft": "#E69F00", "grun": "#D55E00"}
 """Okabe and Ito's; a parametrization from elsewhere is purple."""
 OTHER = "#CC79A7"
-SHAPES = {
-    "o": 1.0,
-    "s": 0.95,
-    "^": 1.15,
-    "D": 0.88,
-    "v": 1.15,
-    "P": 1.15,
-    "X": 1.1,
-    "p": 1.1,
-    "h": 1.1,
-    "<": 1.15,
-    ">": 1.15,
-}
+SHAPES = {"o": 1.0, "s": 0.95, "^": 1.15, "D": 0.88, "v": 1.15, "P": 1.15, "X": 1.1, "p": 1.1, "h": 1.1, "<": 1.15}
 """Markers of the objectives, with the factor that makes them look equally large."""
 MARKER = 9.0
 """Diameter of a marker in points."""
@@ -42,6 +29,14 @@ ZOOMED_FROM = 4
 """Cells in that window from which on it is."""
 
 Limits = tuple[float, float]
+Window = tuple[Limits, Limits]
+
+
+class Axis(NamedTuple):
+    """An axis of a scatter plot."""
+
+    label: str
+    limits: Limits
 
 
 @dataclass(frozen=True)
@@ -59,29 +54,30 @@ class Point:
         """The means."""
         return self.x.mean or 0.0, self.y.mean or 0.0
 
+    def is_in(self, window: Window) -> bool:
+        """Whether the means lie in a window."""
+        return all(low <= value <= high for value, (low, high) in zip(self.spot, window, strict=True))
+
 
 def forget_against_utility(results: Sequence[Result]) -> Figure | None:
     """Forget (x) against held-out, or model utility where it is known and there are no facts (y); None if no matrix."""
-    matrix = make_matrix(results)
-    metric = main_metric(results)[0]
+    matrix, metric = make_matrix(results), main_metric(results)[0]
     utility = ("overall.model_utility",) if metric == "rouge_l" else ()
     return None if matrix is None else _forget_against(matrix, (*utility, f"heldout.{metric}", f"retain.{metric}"))
 
 
 def forget_against_retain(results: Sequence[Result]) -> Figure | None:
     """The same with the retain set; None where `forget_against_utility` shows it."""
-    matrix = make_matrix(results)
-    metric = main_metric(results)[0]
-    if matrix is None or not any(m.key in ("overall.model_utility", f"heldout.{metric}") for m in matrix.measures):
+    matrix, metric = make_matrix(results), main_metric(results)[0]
+    if matrix is None or not any(map(matrix.column, ("overall.model_utility", f"heldout.{metric}"))):
         return None
     return _forget_against(matrix, (f"retain.{metric}",))
 
 
 def _forget_against(matrix: Matrix, heights: Sequence[str]) -> Figure | None:
     """The first of `heights` that there is stands at y."""
-    known = {measure.key: measure for measure in matrix.measures}
-    x = known.get(f"forget.{main_metric(matrix.results)[0]}")
-    y = next((known[key] for key in heights if key in known), None)
+    x = matrix.column(f"forget.{main_metric(matrix.results)[0]}")
+    y = next(filter(None, map(matrix.column, heights)), None)
     if x is None or y is None:
         return None
     points = [
@@ -91,63 +87,58 @@ def _forget_against(matrix: Matrix, heights: Sequence[str]) -> Figure | None:
     ]
     return scatter(
         points,
-        (f"{x.header}  (left is better: forgotten)", (-0.05, 1.05)),
-        (f"{y.header}  (up is better: kept)", (-0.05, 1.08)),
+        Axis(f"{x.header}  (left is better: forgotten)", (-0.05, 1.05)),
+        Axis(f"{y.header}  (up is better: kept)", (-0.05, 1.08)),
         "Good is top left: forgotten as far as the target, the rest kept",
     )
 
 
-def scatter(
-    points: Sequence[Point], x: tuple[str, Limits], y: tuple[str, Limits], title: str, level: float | None = None
-) -> Figure | None:
+def scatter(points: Sequence[Point], x: Axis, y: Axis, title: str, level: float | None = None) -> Figure | None:
     """Points by shape and color; where many lie close, that part is drawn again larger. None without a cell.
 
     Args:
         points: cells and the models to compare them with.
-        x: label and limits of the axis.
-        y: the same.
+        x: across.
+        y: upwards.
         title: what is good.
         level: height of a dotted line; without one a dashed line stands where the target is on x.
     """
+    from matplotlib.patches import Rectangle
+
     cells = [point for point in points if point.stage == "after"]
     if not cells:
         return None
-    window = _crowded(cells, x[1], y[1])
+    window = _crowded(cells, x.limits, y.limits)
     figure = new_figure(12.4 if window else 8.6, 5.4)
     panels = list(figure.subplots(1, 2 if window else 1, squeeze=False)[0])
-    for panel in panels:
-        panel.set_xlabel(x[0])
-    panels[0].set_ylabel(y[0])
-    panels[0].set_title(title, fontsize=11, loc="left")
-    if window:
-        panels[1].set_title("The dotted part, larger", fontsize=11, loc="left")
+    for panel, heading in zip(panels, (title, "The dotted part, larger"), strict=False):
+        panel.set_xlabel(x.label)
+        panel.set_title(heading, fontsize=11, loc="left")
+    panels[0].set_ylabel(y.label)
     _legends(panels[-1], points)
-    _panel(panels[0], points, x[1], y[1], level, window)
+    _panel(panels[0], points, (x.limits, y.limits), level, window)
     if window:
-        from matplotlib.patches import Rectangle
-
         (left, right), (low, high) = window
         frame = Rectangle((left, low), right - left, high - low, fill=False, edgecolor=GREY, linestyle=":", zorder=1)
         panels[0].add_patch(frame)
-        _panel(panels[1], points, *window, level)
+        _panel(panels[1], points, window, level)
     return figure
 
 
-def _crowded(cells: Sequence[Point], x_limits: Limits, y_limits: Limits) -> tuple[Limits, Limits] | None:
+def _crowded(cells: Sequence[Point], x_limits: Limits, y_limits: Limits) -> Window | None:
     """Limits around the window that holds the most cells; None where it holds few."""
     across, along = (CROWD * (high - low) for low, high in (x_limits, y_limits))
     best: list[Point] = []
     for left in sorted({cell.spot[0] for cell in cells}):
         for low in sorted({cell.spot[1] for cell in cells}):
-            inside = [c for c in cells if left <= c.spot[0] <= left + across and low <= c.spot[1] <= low + along]
-            best = max(best, inside, key=len)
+            best = max(best, [c for c in cells if c.is_in(((left, left + across), (low, low + along)))], key=len)
     if len(best) < ZOOMED_FROM:
         return None
     return _around([cell.x for cell in best], across), _around([cell.y for cell in best], along)
 
 
 def _around(spreads: Sequence[Spread], least: float) -> Limits:
-    """Limits that hold the means with their error bars, and room beside them."""
+    """Limits that hold the means with their error bars, and some room."""
     low = min((spread.mean or 0.0) - (spread.deviation or 0.0) for spread in spreads)
     high = max((spread.mean or 0.0) + (spread.deviation or 0.0) for spread in spreads)
     room = max(0.15 * (high - low), 0.2 * least)
@@ -155,17 +146,12 @@ def _around(spreads: Sequence[Spread], least: float) -> Limits:
 
 
 def _panel(
-    axes: Axes,
-    points: Sequence[Point],
-    x_limits: Limits,
-    y_limits: Limits,
-    level: float | None,
-    window: tuple[Limits, Limits] | None = None,
+    axes: Axes, points: Sequence[Point], limits: Window, level: float | None, window: Window | None = None
 ) -> None:
     """One panel. Markers that would cover each other are moved apart, those in `window`, which is drawn again, not."""
     clean(axes)
-    axes.set_xlim(*x_limits)
-    axes.set_ylim(*y_limits)
+    axes.set_xlim(*limits[0])
+    axes.set_ylim(*limits[1])
     if level is not None:
         axes.axhline(level, color=GREY, linewidth=0.9, linestyle=":", zorder=1)
     for point in points:
@@ -175,41 +161,29 @@ def _panel(
             axes.scatter(*point.spot, s=190, marker="*", color="#000000", edgecolor="white", linewidth=0.8, zorder=2)
         elif point.stage == "before":
             axes.scatter(*point.spot, s=70, marker="o", facecolor="none", edgecolor=GREY, linewidth=1.8, zorder=2)
+    cells = [point for point in points if point.stage == "after" and point.is_in(limits)]
+    if cells:
+        _draw_cells(axes, points, cells, window)
+
+
+def _draw_cells(axes: Axes, points: Sequence[Point], cells: Sequence[Point], window: Window | None) -> None:
     objectives = list(dict.fromkeys(point.objective for point in points if point.stage == "after"))
-    cells = [point for point in points if point.stage == "after" and _inside(point, (x_limits, y_limits))]
-    if not cells:
-        return
     size = MARKER * (0.85 if window else 1)
     axes.figure.canvas.draw()  # the layout decides how many pixels a step of the axes is
     places = [tuple(place) for place in axes.transData.transform([cell.spot for cell in cells])]
-    free = [number for number, cell in enumerate(cells) if window is None or not _inside(cell, window)]
+    free = [number for number, cell in enumerate(cells) if window is None or not cell.is_in(window)]
     taken = [tuple(axes.transData.transform(point.spot)) for point in points if point.stage == "retain_only"]
     moved = spread_apart([places[number] for number in free], size * axes.figure.dpi / 72 * 1.25, taken)
     drawn = dict(zip(free, moved, strict=True))
     for number, cell in enumerate(cells):
         place = drawn.get(number, places[number])
         x, y = axes.transData.inverted().transform(place)
-        color = COLORS.get(cell.parametrization, OTHER)
-        shape = _shape(objectives.index(cell.objective))
+        color, shape = COLORS.get(cell.parametrization, OTHER), _shape(objectives.index(cell.objective))
         if math.dist(places[number], place) > 1:
             axes.plot([cell.spot[0], x], [cell.spot[1], y], color=color, linewidth=0.8, zorder=3)
-        axes.errorbar(
-            x,
-            y,
-            xerr=cell.x.deviation,
-            yerr=cell.y.deviation,
-            fmt=shape,
-            markersize=size * SHAPES[shape],
-            color=color,
-            markeredgecolor="white",
-            markeredgewidth=0.5,
-            elinewidth=1,
-            zorder=4 + number,
-        )
-
-
-def _inside(point: Point, window: tuple[Limits, Limits]) -> bool:
-    return all(low <= value <= high for value, (low, high) in zip(point.spot, window, strict=True))
+        marker: dict[str, Any] = {"fmt": shape, "markersize": size * SHAPES[shape], "markeredgecolor": "white"}
+        marker |= {"color": color, "markeredgewidth": 0.5, "elinewidth": 1, "zorder": 4 + number}
+        axes.errorbar(x, y, xerr=cell.x.deviation, yerr=cell.y.deviation, **marker)
 
 
 def spread_apart(
@@ -245,20 +219,20 @@ def _legends(axes: Axes, points: Sequence[Point]) -> None:
     cells = [point for point in points if point.stage == "after"]
     stages = {point.stage for point in points}
     objectives = list(dict.fromkeys(str(cell.objective) for cell in cells))
-    kinds = {cell.parametrization for cell in cells}
+    plain_grey: dict[str, Any] = {"color": GREY, "linestyle": ""}
     shapes = [
-        Line2D([], [], color=GREY, marker=_shape(number), markersize=8, linestyle="", label=plain(name.upper()))
+        Line2D([], [], marker=_shape(number), markersize=8, label=plain(name.upper()), **plain_grey)
         for number, name in enumerate(objectives)
     ]
     colors = [
         Line2D([], [], color=COLORS.get(kind, OTHER), linewidth=7, label=plain(PARAMETRIZATIONS.get(kind, kind)))
-        for kind in sorted(kinds, key=place_of)
+        for kind in sorted({cell.parametrization for cell in cells}, key=place_of)
     ]
     if "retain_only" in stages:
         colors.append(Line2D([], [], color="#000000", marker="*", markersize=11, linestyle="--", label="target"))
     if "before" in stages:
         ring: dict[str, Any] = {"marker": "o", "markersize": 8, "markerfacecolor": "none", "markeredgewidth": 1.8}
-        colors.append(Line2D([], [], color=GREY, linestyle="", label="before", **ring))
+        colors.append(Line2D([], [], label="before", **plain_grey, **ring))
     style: dict[str, Any] = {"loc": "upper left", "frameon": False, "fontsize": 9, "alignment": "left"}
     first = axes.legend(handles=shapes, title="objective: shape", bbox_to_anchor=(1.02, 1.0), **style)
     axes.add_artist(first)

@@ -1,4 +1,4 @@
-"""What a matrix lacks: cells and seeds without an evaluation, as far as the results folders say why."""
+"""What a matrix lacks: cells and seeds without an evaluation, and why, as far as the results folders have it."""
 
 from __future__ import annotations
 
@@ -6,47 +6,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from grun.report.matrix import Matrix
-from grun.report.results import Result, unread_words
+from grun.report.result import Result
 from grun.runtime.files import read_json
 from grun.runtime.runs import IDENTITY_FILE, RUN_FILE
 
 OUTCOME = ".outcome.json"
-"""How a sweep ends the name of the file in RESULTS/cells that says how far a cell came."""
-
-
-def notes(matrix: Matrix) -> list[str]:
-    """What a reader must know of the runs: cells and seeds that are missing and why, times that are not whole, and rows
-    that no metric can read.
-    """
-    unlearned = [row for row in matrix.cells if row.objective is not None]
-    seeds = sorted({seed for row in unlearned for seed in row.seeds})
-    states = {**_unevaluated(matrix), **failures(matrix.results)}
-    lines = []
-    for row in unlearned:
-        missing = [seed for seed in seeds if seed not in row.seeds] if row.seeds or not row.results else []
-        why = {seed: states.get((str(row.objective), row.parametrization, seed), "not run") for seed in missing}
-        if not row.results:
-            reasons = "; ".join(f"seed {seed} {text}" for seed, text in why.items()) or "not run"
-            lines.append(f"{row.label}: no evaluated run ({reasons}).")
-        elif missing:
-            reasons = "; ".join(f"seed {seed} {text}" for seed, text in why.items())
-            lines.append(f"{row.label}: {len(row.seeds)} of {len(seeds)} seeds ({reasons}).")
-    lent = {
-        row.label: sum(bool((result.record.get("cache") or {}).get("found")) for result in row.results)
-        for row in unlearned
-    }
-    found = [f"{row.label} {lent[row.label]} of {len(row.results)}" for row in unlearned if lent[row.label]]
-    if found:
-        lines.append(
-            "Runs that found frozen states in the cache, computed by an earlier run, which their seconds leave out: "
-            f"{', '.join(found)}."
-        )
-    return lines + unread_words(matrix.results)
+"""How a sweep ends the name of the file in RESULTS/cells, in which is how far a cell came."""
 
 
 def failures(results: Sequence[Result]) -> dict[tuple[str, str, int], str]:
-    """Cells of which a sweep says that they failed, by objective, parametrization and seed, with its error."""
+    """Cells that failed in a sweep, by objective, parametrization and seed, with its error."""
     found = {}
     for path in sorted(path for folder in _folders(results) for path in folder.glob(f"cells/*{OUTCOME}")):
         outcome = _object(path)
@@ -57,11 +26,11 @@ def failures(results: Sequence[Result]) -> dict[tuple[str, str, int], str]:
     return found
 
 
-def _unevaluated(matrix: Matrix) -> dict[tuple[str, str, int], str]:
+def unevaluated(results: Sequence[Result]) -> dict[tuple[str, str, int], str]:
     """Runs that were begun in the results folders and have no evaluation, by objective, parametrization and seed."""
-    evaluated = {result.run.resolve() for result in matrix.results if result.run}
+    evaluated = {result.run.resolve() for result in results if result.run}
     found = {}
-    for path in sorted(path for folder in _folders(matrix.results) for path in folder.glob(f"*/{IDENTITY_FILE}")):
+    for path in sorted(path for folder in _folders(results) for path in folder.glob(f"*/{IDENTITY_FILE}")):
         key = _key(_object(path).get("config"))
         if path.parent.resolve() not in evaluated and key is not None:
             found[key] = "trained, not evaluated" if (path.parent / RUN_FILE).is_file() else "did not finish"
@@ -88,5 +57,5 @@ def _object(path: Path) -> dict[str, Any]:
     try:
         value = read_json(path)
     except (OSError, ValueError):
-        return {}  # a damaged or missing file says nothing of its run
+        return {}  # a damaged or missing file has nothing on its run
     return value if isinstance(value, dict) else {}

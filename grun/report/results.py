@@ -6,129 +6,22 @@ taught the forget rows) and, for each run NAME, `NAME/run.json`, `NAME/log.jsonl
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
-from dataclasses import dataclass, field
-from functools import cached_property
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from grun.data.sets import evaluation_sets, set_label
 from grun.errors import RunError
+from grun.evaluation.measure import METRICS_FORMAT, measure
+from grun.evaluation.metrics import reference_metrics, unread
 from grun.evaluation.table import Table
-from grun.method.parametrization import PARAMETRIZATIONS
-from grun.report.labels import design_of, label_runs, order_of
+from grun.loading.hashing import adapter_hash
+from grun.report.labels import label_runs, order_of
+from grun.report.result import STAGES, Result, finite, target_of
+from grun.report.tables import Number
+from grun.runtime.reading import read_json_lines, typed
 from grun.runtime.records import Evaluation, Run, read_record
 
 EVALUATION_FILE = "evaluation.json"
-DISTINGUISHABLE = 0.05
-"""p below which forget quality counts as different from a retain-only model's."""
-STAGES = ("before", "retain_only", "after")
-"""Order of the rows."""
-METRIC_NAMES = {"fact_recall": "fact recall", "rouge_l": "ROUGE-L"}
-"""Metrics of what is said, with the names that readers see."""
-
-
-@dataclass
-class Result:
-    """One evaluated model."""
-
-    name: str
-    """Folder under `evaluation/`; in a comparison with the results folder before it."""
-    stage: str
-    """before, retain_only or after."""
-    objective: str | None
-    parametrization: str
-    folder: Path
-    """Folder of the evaluation."""
-    run: Path | None
-    """Folder of the unlearning run; None for before and retain_only."""
-    evaluation: dict[str, Any]
-    label: str
-    """Name in tables and pictures."""
-    groups: tuple[str, ...] = ("",)
-    """Results folders that hold it; several where a comparison found the same evaluation in each."""
-    reference: dict[str, float] = field(default_factory=dict)
-    """Metrics against the retain-only model, such as forget_quality; empty where there is none."""
-    runs: tuple[Result, ...] = ()
-    """The runs that it is the mean of, where it stands for several that differ in seed alone."""
-
-    @cached_property
-    def table(self) -> Table:
-        """The scored table, read once."""
-        return Table.read(self.folder)
-
-    @cached_property
-    def overall(self) -> dict[str, float]:
-        """Metrics of the whole table, such as model_utility."""
-        if "overall" in self.evaluation:
-            return finite(self.evaluation["overall"])
-        from grun.evaluation.metrics import overall_metrics
-
-        return finite(overall_metrics(self.table, self.quirks))
-
-    @property
-    def seed(self) -> int | None:
-        """Seed of the unlearning run, where its run.json says so; None of a mean over seeds."""
-        seed = self._options.get("seed") if not self.runs else None
-        return seed if isinstance(seed, int) else None
-
-    @property
-    def design(self) -> str:
-        """What readers call where GRUN's gates read and edits write; empty: as published, or it is not GRUN."""
-        method = self._options.get("method")
-        return (
-            design_of(method)
-            if PARAMETRIZATIONS.traits(self.parametrization).gated and isinstance(method, dict)
-            else ""
-        )
-
-    @property
-    def _options(self) -> dict[str, Any]:
-        """The options of the unlearning run, where its run.json says them."""
-        config = self.record.get("config")
-        return config if self.run and isinstance(config, dict) else {}
-
-    @property
-    def quirks(self) -> tuple[str, ...]:
-        """Published quirks that were in force when it was evaluated."""
-        return tuple(self.evaluation.get("settings", {}).get("quirks") or ())
-
-    @property
-    def quantization(self) -> str | None:
-        """How its weights were quantized; None: not at all."""
-        return self.evaluation.get("identity", {}).get("quantization")
-
-    @property
-    def base(self) -> str | None:
-        """Fingerprint of the weights under the adapter; of all weights where there is none."""
-        return self.evaluation.get("identity", {}).get("base")
-
-    @cached_property
-    def record(self) -> dict[str, Any]:
-        """The run.json of the unlearning run; of the taught model's own folder where nothing was unlearned."""
-        model = self.evaluation.get("model")
-        source = self.run or (Path(model) if model else None)
-        if source is None or not (source / "run.json").is_file():
-            return {}
-        return read_record(source / "run.json", Run)
-
-    def unread(self, set_name: str) -> dict[str, int]:
-        """Rows of a set that a metric of the answers cannot read and leaves out, by metric."""
-        counts: dict[str, Any] = self.evaluation.get("counts", {}).get(set_name, {})
-        return dict(counts.get("unread", {}))
-
-    def metric(self, set_name: str, metric: str) -> float | None:
-        """One number, None if the corpus or the model does not give it."""
-        value = self.evaluation["sets"].get(set_name, {}).get(metric)
-        return None if value is None else float(value)
-
-
-def finite(values: dict[str, Any]) -> dict[str, float]:
-    """The values that are numbers, which JSON can hold."""
-    return {
-        name: float(value) for name, value in values.items() if isinstance(value, int | float) and math.isfinite(value)
-    }
 
 
 def find_results(results_dir: Path) -> list[Result]:
@@ -198,9 +91,6 @@ def measured_today(folder: Path, evaluation: dict[str, Any]) -> dict[str, Any]:
 
     They do where a text is not ASCII, which older metrics could not read, or a reference has no word.
     """
-    from grun.evaluation.measure import METRICS_FORMAT, measure
-    from grun.evaluation.metrics import unread
-
     if "sets" not in evaluation or evaluation.get("metrics_format") == METRICS_FORMAT:
         return evaluation
     table = Table.read(folder)
@@ -244,8 +134,6 @@ def refuse_other_models(results: Sequence[Result]) -> None:
 
 def _refuse_other_adapter(result: Result) -> None:
     """RunError if the adapter was trained again after it was evaluated."""
-    from grun.loading.hashing import adapter_hash
-
     evaluated = result.evaluation.get("identity", {}).get("adapter")
     folder = result.run or Path(result.evaluation["adapter"] or "")
     is_there = any(folder.glob("adapter_model.*"))  # a sweep may have removed the weights since
@@ -276,61 +164,91 @@ def refuse_other_rows(results: Sequence[Result]) -> None:
         )
 
 
-# -- before and target of a run ---------------------------------------------------------------------------------------
-
-
-def before_of(result: Result, results: Sequence[Result]) -> Result | None:
-    """The taught model that a run started from: its own results folder's, else one with the same base weights."""
-    befores = [other for other in results if other.stage == "before"]
-    own = [other for other in befores if set(other.groups) & set(result.groups)]
-    same = [other for other in befores if other.base is not None and other.base == result.base]
-    return next(iter(own or same), None)
-
-
-def target_of(result: Result, results: Sequence[Result]) -> Result | None:
-    """The retain-only model of the same results folder, else the only one there is."""
-    targets = [other for other in results if other.stage == "retain_only"]
-    own = [other for other in targets if set(other.groups) & set(result.groups)]
-    return own[0] if own else targets[0] if len(targets) == 1 else None
-
-
 def measure_against_targets(results: Sequence[Result]) -> None:
     """Fill in `reference` of every model but the retain-only ones."""
     for result in results:
         target = target_of(result, results)
         if target is not None and result.stage != "retain_only":
-            from grun.evaluation.metrics import reference_metrics
-
             try:
                 result.reference = finite(reference_metrics(result.table, target.table, result.quirks))
             except RunError as error:
                 raise RunError(f"{result.folder} against {target.folder}: {error}") from error
 
 
-def unread_words(results: Sequence[Result], sets: Sequence[str] | None = None) -> list[str]:
-    """Which rows of the sets (None: of all) a metric cannot read, a sentence each; all models got the same rows."""
-    found = {}
-    for result in results:
-        for name in evaluation_sets() if sets is None else sets:
-            rows = result.evaluation.get("counts", {}).get(name, {}).get("rows")
-            for metric, count in result.unread(name).items():
-                found[name, metric] = (
-                    f"{count} of {rows} rows of {set_label(name)} cannot be read by {METRIC_NAMES[metric]}."
-                )
-    return list(found.values())
+# -- comparison -------------------------------------------------------------------------------------------------------
 
 
-def has_facts(results: Sequence[Result]) -> bool:
-    """Whether the corpus names a key fact for each forget row."""
-    return any(result.metric("forget", "fact_recall") is not None for result in results)
+def find_comparison(runs: Sequence[str]) -> list[Result]:
+    """The evaluated models of all folders: every before, every retain_only, then the runs, each in the order given.
+
+    Names and labels begin with the folder's name. An evaluation that several folders hold (the same key) is one row.
+
+    Raises:
+        RunError: a folder holds no evaluation, or they are not all of the same forget rows.
+    """
+    found: list[Result] = []
+    names = folder_names(runs)
+    for run, name in zip(runs, names, strict=True):
+        folder = Path(run).expanduser()
+        single = (folder / EVALUATION_FILE).is_file()
+        if not single and not (folder / "evaluation").is_dir():
+            raise RunError(
+                f"{folder} holds no evaluation/NAME folders and no {EVALUATION_FILE}; name a folder that does"
+            )
+        for result in [read_evaluation(folder)] if single else find_results(folder):
+            result.groups = (name,)
+            same = next((other for other in found if _same(other, result)), None)
+            if same is None:
+                found.append(result)
+                if single:
+                    result.label = name
+            else:
+                same.groups += (name,)
+    for result in found:
+        folders = ", ".join(result.groups)
+        if len(result.groups) > 1 and len(result.groups) == len(names):
+            continue  # what all share needs no name
+        if result.label == folders:
+            result.name = folders
+        else:
+            result.label = f"{folders}: {result.label}"
+            result.name = f"{result.groups[0]}/{result.name}"
+    refuse_other_rows(found)
+    found.sort(key=lambda result: STAGES.index(result.stage))
+    measure_against_targets(found)
+    return found
 
 
-def has_utility(results: Sequence[Result]) -> bool:
-    """Whether TOFU's model utility is known, so that its columns and pictures are shown."""
-    return any("model_utility" in result.overall for result in results)
+def _same(first: Result, second: Result) -> bool:
+    key = first.evaluation.get("key")
+    return key is not None and key == second.evaluation.get("key") and second.groups[0] not in first.groups
 
 
-def main_metric(results: Sequence[Result]) -> tuple[str, str]:
-    """The metric that verdicts and pictures go by, and its name: fact recall, or ROUGE-L where there are no facts."""
-    metric = "fact_recall" if has_facts(results) else "rouge_l"
-    return metric, METRIC_NAMES[metric]
+def folder_names(runs: Sequence[str]) -> list[str]:
+    """What the folders are called; the paths as they were given where two folders have the same name."""
+    names = [Path(run).expanduser().resolve().name for run in runs]
+    if len(set(names)) == len(names):
+        return names
+    if len(set(runs)) < len(runs):
+        raise RunError("runs names a folder twice; name each once")
+    return [str(run) for run in runs]
+
+
+# -- parts of evaluations ---------------------------------------------------------------------------------------------
+
+
+def number_in(found: dict[str, Any], name: str) -> Number | None:
+    """The number called `name` with its interval, from a part of evaluation.json; None where it is missing."""
+    if found.get(name) is None:
+        return None
+    interval = found.get("interval")
+    return Number(float(found[name]), (interval[0], interval[1]) if interval and len(interval) == 2 else None)
+
+
+def lines_in(path: Path, *kinds: Any) -> Iterator[dict[str, Any]]:
+    """Records of a file of lines; none where there is no file, RunError where it is damaged.
+
+    `kinds` are what they may be; of several, the one after the first is that of lines on sentences to complete.
+    """
+    for where, line in read_json_lines(path, dict[str, Any]) if path.is_file() else ():
+        yield typed(kinds[line.get("kind") == "cloze"], line, where)

@@ -1,163 +1,134 @@
-"""The table of a report: which numbers it has, how they are shown, and table.csv, table.md and table.tex."""
+"""The one table model of all reports, and its renderers: CSV, Markdown, LaTeX, terminal; HTML is in `templates/`."""
 
 from __future__ import annotations
 
 import csv
 import io
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
-from grun.data.sets import evaluation_sets
-from grun.report.results import METRIC_NAMES, Result, has_facts
+if TYPE_CHECKING:
+    from rich.table import Table as RichTable
 
-Style = Literal["share", "auc", "p", "log10", "signed", "count"]
-UNREAD = "_unread"
-"""How the name of a metric ends where the rows are counted that it cannot read."""
+Style = Literal[
+    "share", "auc", "p", "log10", "decimal", "count", "percent", "perplexity", "whole", "seconds", "memory", "size",
+    "megabytes",
+]  # fmt: skip
+"""How numbers look; memory is shown in MiB, size and megabytes in MB (10^6 bytes)."""
+DIGITS = {
+    **{"share": 2, "auc": 3, "log10": 1, "decimal": 1, "count": 0, "perplexity": 1, "whole": 0, "memory": 0},
+    "megabytes": 2,
+}
+UNITS = {"memory": 2**20, "size": 10**6, "megabytes": 10**6}
+GROUPED = ("whole", "seconds", "memory", "size")
+"""Styles whose thousands are set apart by commas."""
+NOT_SHOWN = re.compile("[^\t\n\r\x20-\x7e\xa0-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
+"""Control characters and halves of surrogate pairs."""
+CLOSE = 9
+"""A printed table of more columns than this has no space between them."""
+
+
+class Number(NamedTuple):
+    """A measured number."""
+
+    value: float
+    interval: tuple[float, float] | None = None
+    """95 %; of a mean over seeds the lowest and the highest."""
 
 
 @dataclass(frozen=True)
 class Column:
-    """One number of every model."""
+    """One number of every row."""
 
-    place: str
-    """An evaluation set, or overall, reference, gate."""
-    metric: str
+    key: str
+    """Name in table.csv and summary.json."""
     header: str
     good: str
     """Which way is good."""
+    read: Callable[[Any], Number | float | None]
+    """The number of a row, such as a `Result`; None where it is missing."""
     style: Style = "share"
     main: bool = True
     """Shown in the report; otherwise in the files alone."""
 
-    @property
-    def key(self) -> str:
-        """Name in table.csv: where the number stands in summary.json."""
-        return f"{self.place}.{self.metric}"
+    def found(self, row: Any) -> Number | None:
+        """The number of a row with its interval."""
+        number = self.read(row)
+        return number if number is None or isinstance(number, Number) else Number(number)
 
-    def value(self, result: Result) -> float | None:
-        """The number of one model; None where it is missing."""
-        if self.place == "overall":
-            return result.overall.get(self.metric)
-        if self.place == "reference":
-            return result.reference.get(self.metric)
-        if self.place == "gate":
-            return gate_auc(result)
-        if self.metric.endswith(UNREAD):
-            return result.unread(self.place).get(self.metric.removesuffix(UNREAD))
-        return result.metric(self.place, self.metric)
+    def value(self, row: Any) -> float | None:
+        """The number of a row."""
+        number = self.found(row)
+        return None if number is None else number.value
 
-    def text(self, result: Result) -> str:
-        """The number as it is shown, - where it is missing."""
-        return number(self.value(result), self.style)
+    def text(self, row: Any, interval: bool = False) -> str:
+        """The number as it is shown, - where it is missing; with its interval if that is asked for and known."""
+        number = self.found(row)
+        if number is None or number.interval is None or not interval:
+            return shown(None if number is None else number.value, self.style)
+        value, low, high = (shown(each, self.style) for each in (number.value, *number.interval))
+        return f"{value} ({low} to {high})"
 
 
-LOW, HIGH, TARGET = "low, as retain only", "high, as before", "as retain only"
-NOT_SHOWN = re.compile("[^\t\n\r\x20-\x7e\xa0-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
-"""Control characters and halves of surrogate pairs."""
-METRICS = {
-    "fact_recall": "fact recall",
-    "rouge_l": "ROUGE-L",
-    "probability": "probability",
-    "probability_normalized": "probability",
-    "truth_ratio": "truth ratio",
-    "truth_ratio_arithmetic": "truth ratio, arithmetic",
-    "truth_ratio_grun_paper": "truth ratio, GRUN's paper",
-    "extraction_strength": "extraction strength",
-    "exact_memorization": "exact memorization",
-}
-"""Metrics of a set, in their order."""
-RATIOS = dict.fromkeys(("truth_ratio", "truth_ratio_arithmetic"), "high, as retain only")
-GOOD = {
-    "low": {"truth_ratio_grun_paper": "low"} | RATIOS | {"": LOW},
-    "high": {"": HIGH},
-    "same": {"": "as before"},
-}
-"""Which way is good, by what should become of a set and by metric; "": every other metric."""
-FIRST = (
-    Column("reference", "forget_quality", "forget quality (p)", "high; above 0.05 as retain only", "p"),
-    Column("reference", "forget_quality_log10", "forget quality (log10 p)", "high, near 0", "log10"),
-    Column(
-        "reference",
-        "forget_quality_arithmetic",
-        "forget quality, arithmetic (p)",
-        "high; above 0.05 as retain only",
-        "p",
-        main=False,
-    ),
-    Column("overall", "model_utility", "model utility", HIGH),
-    Column("overall", "model_utility_arithmetic", "model utility, arithmetic", HIGH, "share", main=False),
-)
-LAST = (
-    Column("forget", "degenerate", "forget degenerate", "low"),
-    Column("gate", "auc", "gate AUC", "high, near 1", "auc"),
-    Column("overall", "mia_loss", "MIA loss AUC", TARGET),
-    Column("overall", "mia_zlib", "MIA zlib AUC", TARGET),
-    Column("overall", "mia_min_k", "MIA Min-K% AUC", TARGET),
-    Column("overall", "mia_min_k_plus_plus", "MIA Min-K%++ AUC", TARGET),
-    Column("reference", "privleak", "PrivLeak (%)", "near 0", "signed"),
-)
-WITH_FACTS = (
-    *("forget.fact_recall", "forget.rouge_l", "forget_paraphrase.fact_recall", "retain.fact_recall"),
-    *("heldout.fact_recall", "unknown.rouge_l", "forget.degenerate", "gate.auc"),
-)
-"""What comes first where the corpus has facts."""
+def with_numbers(columns: Iterable[Column], rows: Sequence[Any]) -> list[Column]:
+    """The columns that at least one row has a number for."""
+    return [column for column in columns if any(column.read(row) is not None for row in rows)]
 
 
-def columns_by_key() -> dict[str, Column]:
-    """Every column, in TOFU's order."""
-    of_sets = [
-        Column(
-            one.name,
-            metric,
-            f"{one.label} {words}",
-            GOOD[one.good].get(metric, GOOD[one.good][""]),
-            main=metric in one.metrics,
-        )
-        for one in evaluation_sets().values()
-        for metric, words in METRICS.items()
-        if metric in (*one.metrics, *one.in_files)
-    ]
-    return {column.key: column for column in (*FIRST, *of_sets, *LAST)}
+class Line(NamedTuple):
+    """One row of a table."""
+
+    label: str
+    cells: list[str]
+    kind: str = ""
+    """before, retain_only or after."""
+    group: str | None = None
+    """Lines of another group than the one above are set apart."""
+    bold: tuple[int, ...] = ()
+    """Numbers of the cells that are bold on a page."""
 
 
-def columns_of(results: Sequence[Result], *, everything: bool = False) -> list[Column]:
-    """The columns that at least one model has a number for: the main ones, or `everything`."""
-    first, known = WITH_FACTS if has_facts(results) else (), columns_by_key()
-    columns = [known[key] for key in dict.fromkeys((*first, *known))]
-    columns += [
-        Column(one.name, metric + UNREAD, f"{one.label} rows not read by {of}", "0", "count", main=False)
-        for one in evaluation_sets().values()
-        for metric, of in METRIC_NAMES.items()
-    ]
-    shown = [column for column in columns if column.main or everything]
-    return [column for column in shown if any(column.value(result) is not None for result in results)]
+@dataclass(frozen=True)
+class Table:
+    """A table as it is shown: a line a model, a column a number."""
+
+    headers: Sequence[str]
+    good: Sequence[str]
+    """Which way is good, by column."""
+    lines: Sequence[Line]
+
+    def rows(self) -> list[list[str]]:
+        """Texts with models as rows."""
+        return [[line.label, *line.cells] for line in self.lines]
+
+    def turned(self) -> list[list[str]]:
+        """Texts with models as columns, the header first; the last column is which way is good."""
+        columns = zip(self.headers, *(line.cells for line in self.lines), self.good, strict=True)
+        return [["", *(line.label for line in self.lines), "good is"], *map(list, columns)]
 
 
-def gate_auc(result: Result) -> float | None:
-    """Forget against held-out; against retain where nothing is held out."""
-    gate = result.evaluation.get("gate", {})
-    value = gate.get("auc_heldout", gate.get("auc_retain"))
-    return None if value is None else float(value)
-
-
-def name_of(result: Result) -> str:
-    """First cell of a row."""
-    if result.stage == "retain_only":  # what methods should reach; under attack, what no method can go below
-        return f"{result.label} ({'floor' if result.evaluation.get('suite') == 'attacks' else 'target'})"
-    return result.label + (" (adapter)" if result.parametrization == "adapter" else "")
-
-
-def number(value: float | None, style: Style = "share") -> str:
-    """A number as readers see it: p as 1.8e-21, log10 with one decimal, shares with two, - for None."""
+def shown(value: float | None, style: Style = "share", like: float | None = None) -> str:
+    """A number as readers see it, - for None; with as many decimals as `like`, its mean, has."""
     if value is None:
         return "-"
     if style == "p":
         return p_value(value)
-    digits = {"share": 2, "auc": 3, "log10": 1, "signed": 1, "count": 0}[style]
-    text = f"{value:.{digits}f}"
-    return text.removeprefix("-") if not float(text) else text
+    if style == "percent":
+        return f"{value:.0%}"
+    unit = UNITS.get(style, 1)
+    size = (value if like is None else like) / unit
+    if style == "seconds":
+        digits = 1 if size < 100 else 0
+    elif style == "size":
+        digits = 3 if size < 1 else 2 if size < 100 else 0
+    else:
+        digits = DIGITS[style]
+    if style == "perplexity" and value >= 1000:
+        return f"{value:.3g}"
+    text = f"{value / unit:{',' if style in GROUPED else ''}.{digits}f}"
+    return text if text.strip("-0.") else text.removeprefix("-")
 
 
 def p_value(value: float) -> str:
@@ -173,7 +144,7 @@ def readable(text: str) -> str:
     return NOT_SHOWN.sub("\N{REPLACEMENT CHARACTER}", text)
 
 
-# -- files ------------------------------------------------------------------------------------------------------------
+# -- CSV --------------------------------------------------------------------------------------------------------------
 
 
 def csv_text(rows: Iterable[Iterable[str | float | None]]) -> str:
@@ -194,31 +165,39 @@ def _is_formula(cell: str | float | None) -> bool:
     return isinstance(cell, str) and bool(re.match(r" *[=+\-@\t\n]", cell)) and not re.fullmatch(number, cell)
 
 
-def to_csv(results: Sequence[Result]) -> str:
-    """The full table with full precision; its headers are the places of the numbers in summary.json."""
-    columns = columns_of(results, everything=True)
-    head = ["name", "label", "stage", "objective", "parametrization", *(column.key for column in columns)]
-    rows = [
-        [
-            *(result.name, result.label, result.stage, result.objective, result.parametrization),
-            *(column.value(result) for column in columns),
-        ]
-        for result in results
-    ]
-    return csv_text([head, *rows])
+def to_csv(columns: Sequence[Column], rows: Sequence[Any], *attributes: str) -> str:
+    """A line a row in full precision: attributes of the row, then its numbers under the keys of their columns.
+
+    KEY.low and KEY.high are the bounds of a number's interval, for columns that have intervals.
+    """
+    bounded = {column.key for column in columns if any(found and found.interval for found in map(column.found, rows))}
+    lines: list[list[Any]] = [list(attributes)]
+    for column in columns:
+        lines[0] += [f"{column.key}{end}" for end in (("", ".low", ".high") if column.key in bounded else ("",))]
+    for row in rows:
+        lines.append([getattr(row, name) for name in attributes])
+        for column in columns:
+            found = column.found(row)
+            lines[-1].append(None if found is None else found.value)
+            if column.key in bounded:
+                lines[-1] += found.interval if found and found.interval else (None, None)
+    return csv_text(lines)
 
 
-def to_markdown(results: Sequence[Result]) -> str:
-    """The full table as a Markdown table, turned so that models are columns; the last says which way is good."""
-    rows = [
-        ["", *(markdown_text(name_of(result)) for result in results), "good is"],
-        ["---", *("---:" for _ in results), "---"],
-        *(
-            [column.header, *(column.text(result) for result in results), column.good]
-            for column in columns_of(results, everything=True)
-        ),
-    ]
-    return "".join(f"| {' | '.join(row)} |\n" for row in rows)
+# -- Markdown ---------------------------------------------------------------------------------------------------------
+
+
+def to_markdown(table: Table, *, turned: bool = True) -> str:
+    """A Markdown table, with models as columns if it is turned."""
+    if turned:
+        head, *rows = table.turned()
+        head = [markdown_text(text) for text in head]
+        rows = [[markdown_text(first), *cells] for first, *cells in rows]
+        rule = ["---", *("---:" for _ in table.lines), "---"]
+    else:
+        head, rule = ["", *table.headers], ["---", *("---:" for _ in table.headers)]
+        rows = [["good is", *table.good], *([markdown_text(label), *cells] for label, *cells in table.rows())]
+    return "".join(f"| {' | '.join(row)} |\n" for row in (head, rule, *rows))
 
 
 def markdown_text(text: str) -> str:
@@ -226,24 +205,33 @@ def markdown_text(text: str) -> str:
     return re.sub(r"([\\`*_{}\[\]<>#|])", r"\\\1", " ".join(text.split()))
 
 
-def to_tex(results: Sequence[Result]) -> str:
-    """The full table as a LaTeX tabular (package booktabs), turned so that models are columns: it fits a page."""
-    columns = columns_of(results, everything=True)
+def markdown_points(texts: Iterable[str]) -> str:
+    """A list."""
+    return "".join(f"- {markdown_text(text)}\n" for text in texts)
+
+
+# -- LaTeX ------------------------------------------------------------------------------------------------------------
+
+
+def to_tex(table: Table, *, turned: bool = True) -> str:
+    """A LaTeX tabular (package booktabs), with models as columns if it is turned: then it fits a page."""
+    head, *rows = table.turned() if turned else [["", *table.headers], *table.rows()]
+    groups = [None] * len(rows) if turned else [line.group for line in table.lines]
     lines = [
-        "% \\usepackage{booktabs}",
-        f"\\begin{{tabular}}{{l{'r' * len(results)}l}}",
+        f"\\begin{{tabular}}{{l{'r' * (len(table.lines) if turned else len(table.headers))}{'l' * turned}}}",
         "\\toprule",
-        " & ".join(["", *(tex_text(name_of(result)) for result in results), "good is"]) + " \\\\",
-        "\\midrule",
-        *(
-            " & ".join([tex_text(column.header), *(tex_number(column.text(r)) for r in results), tex_text(column.good)])
-            + " \\\\"
-            for column in columns
-        ),
-        "\\bottomrule",
-        "\\end{tabular}",
+        _tex_row(map(tex_text, head)),
     ]
-    return "\n".join(lines) + "\n"
+    for number, ((first, *cells), group) in enumerate(zip(rows, groups, strict=True)):
+        if not number or group != groups[number - 1]:
+            lines.append("\\midrule")
+        numbers, rest = (cells[:-1], cells[-1:]) if turned else (cells, [])
+        lines.append(_tex_row([tex_text(first), *map(tex_number, numbers), *map(tex_text, rest)]))
+    return "\n".join([*lines, "\\bottomrule", "\\end{tabular}"]) + "\n"
+
+
+def _tex_row(cells: Iterable[str]) -> str:
+    return " & ".join(cells) + " \\\\"
 
 
 def tex_text(text: str) -> str:
@@ -255,10 +243,40 @@ def tex_text(text: str) -> str:
 
 
 def tex_number(text: str) -> str:
-    """A minus sign instead of a hyphen; 1.8e-21 as a power of ten."""
+    """A minus sign for a hyphen, 1.8e-21 as a power of ten, mean ± deviation as mathematics, a range by its numbers."""
+    mean, plus_minus, deviation = (part.replace(",", "{,}") for part in text.partition(" ± "))
+    if plus_minus:  # in mathematics a bare comma is followed by a space
+        return f"${mean} \\pm {deviation}$"
+    if ranged := re.fullmatch(r"(\S+) \((\S+) to (\S+)\)", text):
+        value, low, high = map(tex_number, ranged.groups())
+        return f"{value} ({low} to {high})"
     if text == "-":
         return "--"
     digits, _, exponent = text.partition("e")
     if exponent:
         return f"${digits} \\cdot 10^{{{exponent}}}$"
     return f"${text}$" if text.startswith("-") else text
+
+
+# -- terminal ---------------------------------------------------------------------------------------------------------
+
+
+def to_terminal(table: Table, title: str, first: str = "model") -> RichTable:
+    """A line a model, a blank line between groups; headers stand as they are broken into lines."""
+    from rich import box
+    from rich.table import Table as RichTable
+    from rich.text import Text
+
+    close = len(table.headers) > CLOSE
+    rich = RichTable(
+        title=Text(title), title_justify="left", title_style="italic", box=box.SIMPLE_HEAD, pad_edge=False,
+        padding=0 if close else (0, 1, 0, 0),
+    )  # fmt: skip
+    rich.add_column(first, overflow="fold")  # the only one that gives way to a narrow screen
+    for header in table.headers:
+        rich.add_column(Text(header), justify="right", no_wrap=True)
+    for number, line in enumerate(table.lines):
+        if number and line.group != table.lines[number - 1].group:
+            rich.add_section()
+        rich.add_row(Text(line.label), *line.cells)
+    return rich

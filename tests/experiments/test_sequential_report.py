@@ -12,7 +12,7 @@ from made_suites import GRUN, IDS, RETRAIN, made_experiment
 from grun.errors import RunError
 from grun.experiments.sequential import pictures
 from grun.experiments.sequential.results import Experiment, Method, Summary, read_experiment, summarize
-from grun.experiments.sequential.tables import printed, to_csv, to_markdown, verdict
+from grun.experiments.sequential.tables import experiment_csv, experiment_markdown, printed, verdict
 
 
 @pytest.fixture
@@ -54,7 +54,7 @@ def test_an_experiment_under_way_speaks_of_the_requests_made_so_far(experiment: 
 def test_without_a_retain_only_model_nothing_is_compared_with_it(experiment: Experiment) -> None:
     alone = Experiment(IDS, experiment.before, None, [GRUN])
     assert summarize(GRUN, alone).at_floor is None
-    assert "|  | before | GRUN | good is |" in to_markdown(alone, summaries(alone), "title")
+    assert "|  | before | GRUN | good is |" in experiment_markdown(alone, summaries(alone), "title")
 
 
 def test_the_verdict_names_the_worst_set_and_what_is_kept(experiment: Experiment) -> None:
@@ -66,7 +66,7 @@ def test_the_verdict_names_the_worst_set_and_what_is_kept(experiment: Experiment
 
 
 def test_tables_have_a_column_a_model_and_mark_what_was_asked_for(experiment: Experiment) -> None:
-    page = to_markdown(experiment, summaries(experiment), "title")
+    page = experiment_markdown(experiment, summaries(experiment), "title")
     assert "| recall on forgotten sets, mean | 0.93 | 0.02 | 0.12 | 0.05 | low, as retain only |" in page
     assert "| kept of held-out | 100% | 112% | 75% | 100% | high |" in page
     assert "| any gate open on retain and held-out | - | - | 20% | - | low |" in page
@@ -75,7 +75,7 @@ def test_tables_have_a_column_a_model_and_mark_what_was_asked_for(experiment: Ex
     shown = printed(experiment, summaries(experiment))
     assert "---:" not in shown and max(map(len, shown.splitlines())) <= 100
     assert verdict(summarize(RETRAIN, experiment), experiment) in " ".join(shown.split())
-    rows = list(csv.DictReader(to_csv(experiment, summaries(experiment)).splitlines()))
+    rows = list(csv.DictReader(experiment_csv(experiment, summaries(experiment)).splitlines()))
     assert [row["method"] for row in rows] == ["before", "retain_only", "grun", "retrain"]
     assert float(rows[2]["forgotten"]) == pytest.approx(0.35 / 3)
     assert rows[3]["false_positives"] == ""

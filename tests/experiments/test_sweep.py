@@ -84,7 +84,7 @@ def forks(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCap
 def no_report(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """The configs that a report was asked for; drawing takes seconds."""
     asked: list[Any] = []
-    monkeypatch.setattr("grun.report.make_report", asked.append)
+    monkeypatch.setattr("grun.report.make.make_report", asked.append)
     return asked
 
 
@@ -348,7 +348,7 @@ def test_a_sweep_runs_reports_and_is_found_again(
     first = made()
     asked: list[Any] = []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("grun.report.make_report", asked.append)
+        patch.setattr("grun.report.make.make_report", asked.append)
         assert main([*command, "discard_models=true"]) == 0
     assert made() == first and len(asked) == 1
     assert not (results / "gd-full-s42" / "model.safetensors").exists()

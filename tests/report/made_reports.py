@@ -28,8 +28,9 @@ from made_suites import (
 
 from grun.config.options import ReportConfig
 from grun.experiments.sequential.results import summarize
-from grun.experiments.sequential.tables import printed, to_csv, to_markdown
-from grun.report import figures, make_report
+from grun.experiments.sequential.tables import experiment_csv, experiment_markdown, printed
+from grun.report import figures
+from grun.report.make import make_report
 
 GOLDEN = Path(__file__).parent / "golden"
 FILES = (
@@ -120,8 +121,8 @@ def _sequence() -> dict[str, str]:
     experiment = made_experiment()
     summaries = [summarize(method, experiment) for method in experiment.methods]
     return {
-        "table.csv": to_csv(experiment, summaries),
-        "table.md": to_markdown(experiment, summaries, "3 requests"),
+        "table.csv": experiment_csv(experiment, summaries),
+        "table.md": experiment_markdown(experiment, summaries, "3 requests"),
         "terminal.txt": f"{printed(experiment, summaries)}\n",
     }
 

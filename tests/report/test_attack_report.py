@@ -19,11 +19,11 @@ from grun.cli import main
 from grun.config.options import ReportConfig
 from grun.errors import RunError
 from grun.evaluation.metrics.intervals import wilson
-from grun.report import attacks, figures, make_report
+from grun.report import attack_results, figures
 from grun.report.attack_figure import draw_attacks
-from grun.report.attack_tables import columns_of
-from grun.report.attack_verdicts import STATEMENT, judge_attacks
-from grun.report.attacks import find_attacked, leaked_most, leakiest, shown_names
+from grun.report.attack_results import find_attacked, leaked_most, leakiest, shown_names
+from grun.report.attacks import STATEMENT, columns_of, judge_attacks
+from grun.report.make import make_report
 from grun.runtime.files import read_json, write_json
 
 
@@ -129,18 +129,10 @@ def test_the_report_is_printed_and_names_its_files(results: Path, capsys: pytest
     printed = capsys.readouterr().out
     table, _, rest = printed.partition("what an attack can reach")
     assert max(map(len, printed.split("written:")[0].splitlines())) <= 100
-    rows = [line.split() for line in table.splitlines() if line.split()[:1] == ["robust"]]
-    assert rows == [
-        ["robust", *["0.02"] * 12, "0.04", "0.05"],
-        [
-            "robust",
-            "0.98",
-            "0.98",
-            "0.85",
-            "0.95",
-            "0.00",
-        ],  # kept: retain, held-out, asked otherwise, after; false pos.
-    ]
+    lines = [" ".join(line.split()) for line in table.splitlines()]
+    assert {"plain 0.90 0.02 0.02 0.02", "few shot 0.90 0.02 0.43 0.02", "worst 1.00 0.05 1.00 0.05"} <= set(lines)
+    assert "held-out kept asked otherwise 0.85 0.85 0.85 0.85" in lines
+    assert len([line for line in lines if re.search(r"( (\d\.\d\d|-)){4}$", line)]) == 12 + 2 + 4 + 1
     words, loaded = " ".join(printed.split()), find_attacked(results)
     assert all(judge_attacks(result, loaded).sentence in words for result in loaded[2:])
     assert "an unrelated question and its answer before the question" in rest
@@ -223,28 +215,20 @@ def test_an_attack_that_reaches_nothing_before_proves_nothing(results: Path) -> 
     write(results, "before", {**BEFORE, "lower_case": 0.07})
     outcome, _, sentence = verdict(results, "robust")
     assert outcome == "reached"
-    assert sentence.endswith("says nothing, as the model before does not answer it either: lower case.")
+    assert sentence.endswith("shows nothing, as the model before does not answer it either: lower case.")
     write(results, "before", FLOOR)
     outcome, words, _ = verdict(results, "robust")
     assert (outcome, words) == ("open", "no verdict: no attack reaches anything in the model before either")
 
 
-def test_attacks_that_read_or_have_the_weights_stand_behind_the_others_and_in_a_table_of_their_own(
-    results: Path, capsys: pytest.CaptureFixture[str]
+def test_attacks_that_read_or_have_the_weights_stand_after_the_others_and_are_not_judged(
+    results: Path,
 ) -> None:
     beyond = {
         **{name: {"access": "read_out", **leak(0.7), "worst": 0.7} for name in ("recognition", "linear_probe")},
         **{name: {"access": "weights", **leak(0.8), "worst": 0.8} for name in ("relearn_forget_50", "quantized_nf4")},
     }
     write(results, "robust", FLOOR, gate=0.0, more=beyond)
-    assert main(["report", f"results_dir={results}"]) == 0
-    printed = capsys.readouterr().out.split("what an attack can reach")[0]
-    rows = [line.split() for line in printed.splitlines() if line.split()[:1] == ["robust"]]
-    assert rows == [
-        ["robust", *["0.02"] * 6, "0.04", "0.05"],
-        ["robust", "0.70", "0.70", "0.80", "0.80"],
-        ["robust", "0.98", "0.98", "0.85", "0.95", "0.00"],
-    ]
     loaded = find_attacked(results)
     headers = [column.header for column in columns_of(loaded)]
     assert headers[6:12] == [
@@ -371,10 +355,10 @@ def test_many_methods_are_a_grid_of_numbers(results: Path) -> None:
     assert [label.get_text() for label in axes.get_yticklabels()][2:] == [method.label for method in methods]
     numbers: Any = axes.images[0].get_array()
     assert numbers.shape == (11, len(names))
-    assert numbers[0][names.index("plain")] == attacks.leak(loaded[0], "plain")
-    assert numbers[5][names.index("few shot")] == attacks.leak(loaded[3], "few_shot")
+    assert numbers[0][names.index("plain")] == attack_results.leak(loaded[0], "plain")
+    assert numbers[5][names.index("few shot")] == attack_results.leak(loaded[3], "few_shot")
     assert len(axes.texts) == sum(
-        attacks.leak(row, name) is not None for row in [*loaded[:2], *methods] for name in shown_names(loaded)
+        attack_results.leak(row, name) is not None for row in [*loaded[:2], *methods] for name in shown_names(loaded)
     )
 
 

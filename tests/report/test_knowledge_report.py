@@ -23,10 +23,11 @@ from grun.errors import RunError
 from grun.evaluation.metrics.intervals import wilson
 from grun.evaluation.suites.knowledge import evaluate_knowledge
 from grun.method.model import GrunModel
-from grun.report import figures, make_report
-from grun.report.knowledge import find_knowledge
-from grun.report.knowledge_tables import columns_of
-from grun.report.knowledge_verdicts import STATEMENT, judge_knowledge
+from grun.report import figures
+from grun.report.knowledge import columns_of
+from grun.report.knowledge_results import find_knowledge
+from grun.report.knowledge_verdict import STATEMENT, judge_knowledge
+from grun.report.make import make_report
 from grun.runtime.files import read_json, write_json
 
 ROLES = ("forget", "neighbor", "general")
@@ -157,7 +158,7 @@ def test_the_tables_say_what_the_summary_says(reported: Path) -> None:
     low, high = known["intervals"]["forget.choice"]
     assert cells["forget multiple choice"][1] == f"{known['numbers']['forget.choice']:.2f} ({low:.2f} to {high:.2f})"
     assert cells["gate AUC"][0] == "-"
-    assert any(name.startswith("general multiple choice, grun\\_paper rotations behind") for name in cells)
+    assert any(name.startswith("general multiple choice, grun\\_paper rotations after") for name in cells)
     odd = known["subjects"]["neighbor"]["odd numbers"]
     assert cells["neighbor: odd numbers"][1].startswith(f"{odd:.2f} (")
     assert known["verdict"]["words"] in markdown
@@ -268,7 +269,7 @@ def verdict(results: Path, name: str) -> tuple[str, str, str]:
             (0.25, 0.0),
             0.31,
             (0.98, 0.97),
-            ("missed", 'hides: multiple choice 0.31 behind "the letter is"; keeps the rest'),
+            ("missed", 'hides: multiple choice 0.31 after "the letter is"; keeps the rest'),
         ),
         (
             (0.28, 1.0),
@@ -276,7 +277,7 @@ def verdict(results: Path, name: str) -> tuple[str, str, str]:
             (0.49, 0.0),
             (
                 "missed",
-                'hides: multiple choice 0.10 behind "the letter is", cloze 1.00; '
+                'hides: multiple choice 0.10 after "the letter is", cloze 1.00; '
                 "damages the rest: multiple choice 50% and cloze 0% of before",
             ),
         ),
@@ -293,8 +294,8 @@ def verdict(results: Path, name: str) -> tuple[str, str, str]:
             (0.98, 0.97),
             (
                 "missed",
-                "partly forgets: multiple choice lowered by 93 points to below chance, so the right option is still "
-                "told apart; keeps the rest",
+                "partly forgets: multiple choice lowered by 93 points to below chance, so it still knows which option "
+                "is right; keeps the rest",
             ),
         ),
     ],
@@ -309,7 +310,7 @@ def test_the_verdict_follows_the_numbers(
     write_numbers(known, "rmu", {"forget": forget, "neighbor": (0.19, 0.48), "general": general}, suffix)
     outcome, words, sentence = verdict(known, "rmu")
     assert (outcome, words) == expected
-    assert f"Forget multiple choice 0.98 -> {forget[0]:.2f} (chance 0.25), behind a suffix {suffix:.2f};" in sentence
+    assert f"Forget multiple choice 0.98 -> {forget[0]:.2f} (chance 0.25), after a suffix {suffix:.2f};" in sentence
     assert f"forget cloze 1.00 -> {forget[1]:.2f} (retain only 0.02)" in sentence
     assert sentence.endswith("neighbor multiple choice 20% and cloze 50% of before.")
 
@@ -319,7 +320,7 @@ def test_as_much_as_the_retain_only_model_guesses_is_no_knowledge(known: Path) -
     write_numbers(known, "rmu", {**TARGET, "forget": (0.34, 0.0)}, 0.36)
     write_numbers(known, "grun_rmu", {**TARGET, "forget": (0.34, 0.0)}, 0.37)
     assert verdict(known, "rmu")[1] == "removes; keeps the rest"
-    assert verdict(known, "grun_rmu")[1].startswith('hides: multiple choice 0.37 behind "the letter is"')
+    assert verdict(known, "grun_rmu")[1].startswith('hides: multiple choice 0.37 after "the letter is"')
 
 
 def test_without_a_retain_only_model_few_sentences_may_be_completed(known: Path) -> None:

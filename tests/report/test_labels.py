@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 from made_results import write_run
 
-from grun.report.labels import design_of, label_runs, order_of, run_label
+from grun.report.labels import label_runs, order_of, run_label
 from grun.report.matrix import cells_of
-from grun.report.results import Result
+from grun.report.result import Result, design_of
 
 EVERY_TOKEN = {"gate_read": "every_token", "gate_accumulate": "running_max", "edit_write": "every_token"}
 PUBLISHED = {"gate_read": "last_prompt", "gate_accumulate": "none", "edit_write": "last_prompt"}

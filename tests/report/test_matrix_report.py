@@ -16,17 +16,15 @@ from matplotlib.container import ErrorbarContainer
 from test_report_html import Page
 
 from grun.config.options import ReportConfig
-from grun.report import figures, make_report
+from grun.report import figures, pictures, scatter
+from grun.report.answers import answer_page, table_csv
+from grun.report.compared import compare, matrix_markdown, words
 from grun.report.distributions import gate_histograms
-from grun.report.html import page
-from grun.report.matrix import Matrix, first_seeds, make_matrix
+from grun.report.make import make_report
+from grun.report.matrix import Matrix, Spread, first_seeds, make_matrix, matrix_csv, matrix_tex
 from grun.report.matrix_figure import COLORS, forget_against_utility, spread_apart
-from grun.report.matrix_tables import to_csv, to_markdown, to_tex
-from grun.report.matrix_words import compare, words
-from grun.report.measures import Measure, Spread
-from grun.report.missing import notes
 from grun.report.results import find_results
-from grun.report.tables import to_csv as table_csv
+from grun.report.tables import Column
 from grun.runtime.files import read_json, taken, write_bytes, write_json
 
 ROWS = 10
@@ -77,7 +75,7 @@ def test_seeds_are_one_row_and_rows_stand_by_objective_and_parametrization(made:
 
 def test_means_and_deviations_are_those_of_the_evaluations_on_disk(made: Path) -> None:
     matrix = matrix_of(made)
-    measures = {measure.key: measure for measure in matrix.measures}
+    measures = {measure.key: measure for measure in matrix.columns}
     (row,) = [row for row in matrix.rows if row.label == "GD GRUN"]
     evaluations = [read_json(made / "evaluation" / f"gd-grun-s{seed}" / "evaluation.json") for seed in row.seeds]
     for name, metric in (("forget", "rouge_l"), ("heldout", "fact_recall"), ("retain", "fact_recall")):
@@ -104,7 +102,7 @@ def test_means_and_deviations_are_those_of_the_evaluations_on_disk(made: Path) -
         ((), "share", "-"),
         ((0.04, 0.5, 1e-5), "p", "0.040 (1.0e-5 to 0.50)"),
         ((0.04,), "p", "0.040"),
-        ((1e6, 1e6), "count", "1,000,000"),
+        ((1e6, 1e6), "whole", "1,000,000"),
         ((9.5, 10.5), "seconds", "10.0 ± 0.7"),
         ((100.0, 300.0), "seconds", "200 ± 141"),
         ((440_000.0, 440_000.0), "size", "0.440"),
@@ -151,7 +149,7 @@ def test_the_size_comes_from_the_files_where_an_older_run_does_not_say_it(tmp_pa
         for file in files:
             (run / f"{file}.safetensors").write_bytes(bytes(500))
     matrix = matrix_of(tmp_path)
-    (size,) = [measure for measure in matrix.measures if measure.key == "cost.saved_bytes"]
+    (size,) = [measure for measure in matrix.columns if measure.key == "cost.saved_bytes"]
     assert [row.spread(size).mean for row in matrix.cells] == [1000.0, 500.0]
 
 
@@ -175,11 +173,11 @@ def test_missing_cells_and_seeds_are_noted_with_what_is_known_of_them(made: Path
     write_cell(folder / "npo-reft-s44", "npo", "reft", 44)
     write_json(folder / "npo-reft-s44" / "run_identity.json", {"config": {**options, "seed": 44}})
     matrix = matrix_of(folder)
-    assert notes(matrix) == [
+    assert matrix.notes() == [
         "GD LoRA: 2 of 3 seeds (seed 44 not run).",
         "NPO ReFT: no evaluated run (seed 42 not run; seed 43 did not finish; seed 44 trained, not evaluated).",
     ]
-    lines = [line for line in to_markdown(matrix).splitlines() if line.startswith("| NPO ReFT |")]
+    lines = [line for line in matrix_markdown(matrix).splitlines() if line.startswith("| NPO ReFT |")]
     assert [set(line.removeprefix("| NPO ReFT |").split()) for line in lines] == [{"|", "-"}] * 2
     assert "n = 2 to 3" in matrix.caption
 
@@ -191,7 +189,7 @@ def test_cells_of_which_a_sweep_says_that_they_failed_are_rows_with_its_error(tm
     write_json(tmp_path / "cells" / "npo-lora-s42.outcome.json", {"state": "failed", "error": "out of memory"})
     matrix = matrix_of(tmp_path)
     assert [row.label for row in matrix.cells] == ["GD LoRA", "GD GRUN", "NPO LoRA", "NPO GRUN"]
-    assert notes(matrix) == [
+    assert matrix.notes() == [
         "NPO LoRA: no evaluated run (seed 42 failed: out of memory).",
         "NPO GRUN: no evaluated run (seed 42 not run).",
     ]
@@ -211,7 +209,7 @@ def test_seconds_that_leave_out_what_an_earlier_run_computed_are_noted(tmp_path:
     for seed, found in ((42, 0), (43, 7)):
         path = tmp_path / f"gd-grun-s{seed}" / "run.json"
         write_json(path, {**read_json(path), "cache": {"found": found}})
-    (note,) = notes(matrix_of(tmp_path))
+    (note,) = matrix_of(tmp_path).notes()
     assert note.endswith("which their seconds leave out: GD GRUN 1 of 2.")
 
 
@@ -220,7 +218,7 @@ def test_seconds_that_leave_out_what_an_earlier_run_computed_are_noted(tmp_path:
 
 def test_the_csv_holds_every_runs_raw_numbers_and_their_statistics(made: Path) -> None:
     matrix = matrix_of(made)
-    lines = list(csv.DictReader(io.StringIO(to_csv(matrix))))
+    lines = list(csv.DictReader(io.StringIO(matrix_csv(matrix))))
     for row in matrix.rows:
         of_row = [line for line in lines if line["row"] == row.label]
         runs = [line for line in of_row if line["statistic"] == "run"]
@@ -228,7 +226,7 @@ def test_the_csv_holds_every_runs_raw_numbers_and_their_statistics(made: Path) -
         assert [line["seed"] for line in runs] == [str(seed) for seed in row.seeds] or row.stage != "after"
         statistics = {line["statistic"]: line for line in of_row if line["statistic"] != "run"}
         assert list(statistics) == ["n", "mean", "sd", "median", "lowest", "highest"]
-        for measure in matrix.measures:
+        for measure in matrix.columns:
             values = [float(line[measure.key]) for line in runs if line[measure.key]]
             assert int(statistics["n"][measure.key]) == len(values)
             if values:
@@ -243,10 +241,10 @@ def test_the_csv_holds_every_runs_raw_numbers_and_their_statistics(made: Path) -
 
 def test_p_values_have_a_median_and_a_range_but_no_mean(tofu: Path) -> None:
     matrix = matrix_of(tofu)
-    keys = [measure.key for measure in matrix.measures]
+    keys = [measure.key for measure in matrix.columns]
     assert keys[0] == "forget.rouge_l" and {"overall.model_utility", "reference.forget_quality"} <= set(keys)
     assert not any("fact_recall" in key for key in keys)
-    lines = [line for line in csv.DictReader(io.StringIO(to_csv(matrix))) if line["row"] == "GD GRUN"]
+    lines = [line for line in csv.DictReader(io.StringIO(matrix_csv(matrix))) if line["row"] == "GD GRUN"]
     quality = {line["statistic"]: line["reference.forget_quality"] for line in lines if line["statistic"] != "run"}
     values = [float(line["reference.forget_quality"]) for line in lines if line["statistic"] == "run"]
     assert (quality["mean"], quality["sd"]) == ("", "")
@@ -256,7 +254,7 @@ def test_p_values_have_a_median_and_a_range_but_no_mean(tofu: Path) -> None:
 
 
 def test_the_latex_has_balanced_braces_and_as_many_cells_as_columns(made: Path) -> None:
-    tex = to_tex(matrix_of(made))
+    tex = matrix_tex(matrix_of(made))
     content = "\n".join(line for line in tex.splitlines() if not line.startswith("%"))
     bare = re.sub(r"\\[&%$#_{}]", "", content)
     depth = np.cumsum([{"{": 1, "}": -1}.get(character, 0) for character in bare])
@@ -275,12 +273,12 @@ def test_names_of_variants_are_escaped(tmp_path: Path) -> None:
     write_evaluation(tmp_path / "evaluation" / "a_b|100%", {"forget": 0.0}, rows=4)
     write_run(tmp_path / "a_b|100%", "gd", "lora")
     matrix = matrix_of(tmp_path)
-    assert r"GD LoRA (a\_b\textbar{}100\%)" in to_tex(matrix)
-    assert r"| GD LoRA (a\_b\|100%) |" in to_markdown(matrix)
+    assert r"GD LoRA (a\_b\textbar{}100\%)" in matrix_tex(matrix)
+    assert r"| GD LoRA (a\_b\|100%) |" in matrix_markdown(matrix)
 
 
 def test_the_markdown_names_the_target_and_every_mean(made: Path) -> None:
-    text = to_markdown(matrix_of(made))
+    text = matrix_markdown(matrix_of(made))
     assert "The target is retain only, a model never taught the forget set" in text
     (line,) = [line for line in text.splitlines() if line.startswith("| GD GRUN | 3 |") and "1.000" in line]
     assert f"{LEFT['grun']:.2f} ± 0.00" in line
@@ -289,12 +287,12 @@ def test_the_markdown_names_the_target_and_every_mean(made: Path) -> None:
 
 # -- words ------------------------------------------------------------------------------------------------------------
 
-SHARE = Measure("heldout.fact_recall", "held-out fact recall", "high", "share", lambda result: None)
-SECONDS = Measure("cost.seconds", "seconds", "low", "seconds", lambda result: None, is_cost=True)
-LEFT_OVER = Measure(
+SHARE = Column("heldout.fact_recall", "held-out fact recall", "high", "share", lambda result: None)
+SECONDS = Column("cost.seconds", "seconds", "low", "seconds", lambda result: None)
+LEFT_OVER = Column(
     "forget_paraphrase.fact_recall", "paraphrase fact recall", "low, as retain only", "share", lambda _: None
 )
-PARAMETERS = Measure("cost.parameters", "trained parameters", "low", "count", lambda result: None, is_cost=True)
+PARAMETERS = Column("cost.parameters", "trained parameters", "low", "whole", lambda result: None)
 
 
 @pytest.mark.parametrize(
@@ -313,7 +311,7 @@ PARAMETERS = Measure("cost.parameters", "trained parameters", "low", "count", la
     ],
 )
 def test_a_difference_counts_beyond_both_deviations_together(
-    ours: tuple[float, ...], theirs: tuple[float, ...], measure: Measure, standing: str | None
+    ours: tuple[float, ...], theirs: tuple[float, ...], measure: Column, standing: str | None
 ) -> None:
     assert compare(Spread(ours), Spread(theirs), measure) == standing
 
@@ -376,7 +374,7 @@ def test_words_tell_a_cell_that_keeps_much_because_it_forgot_little(made: Path) 
 
 def test_the_page_begins_with_the_matrix_and_shows_one_seed_of_each_cell(made: Path) -> None:
     results = find_results(made)
-    text = page(results, "title", [])
+    text = answer_page(results, "title", [])
     parsed = Page(text)
     assert [section["id"] for section in parsed.all("section")][:2] == ["matrix", "verdicts"]
     quality, cost, every_run = parsed.tables
@@ -393,7 +391,7 @@ def test_the_page_begins_with_the_matrix_and_shows_one_seed_of_each_cell(made: P
 
 @pytest.fixture
 def no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(figures, "pictures", lambda: ())
+    monkeypatch.setattr(pictures, "PICTURES", ())
 
 
 @pytest.mark.usefixtures("no_pictures")
@@ -407,7 +405,7 @@ def test_many_runs_are_printed_as_the_matrix(made: Path, tmp_path: Path, capsys:
     (row,) = [row for row in rows if row[:3] == ["GD", "GRUN", "3"]]
     assert "0.00±0.00" in row and "4.0k" in row
     words_printed = " ".join(printed.split())
-    assert "GD: GRUN beside the others" in words_printed and "First 1 forget question:" in words_printed
+    assert "GD: GRUN against the others" in words_printed and "First 1 forget question:" in words_printed
     assert "GD LoRA: 2 of 3 seeds" in words_printed and "NOT reached" not in words_printed
     for name in ("matrix.md", "matrix.csv", "matrix.tex"):
         assert (folder / name).is_file() and f"written: {folder / name}" in printed
@@ -420,7 +418,7 @@ def test_few_runs_are_printed_one_by_one(tofu: Path, tmp_path: Path, capsys: pyt
     printed = " ".join(capsys.readouterr().out.split())
     assert "GD GRUN s44" in printed  # a row of the table
     assert re.search(r"GD GRUN: (answers )?forgotten, the rest kept|GD GRUN: NOT reached", printed)
-    assert "GD GRUN s44:" not in printed and "GD: GRUN beside the others" in printed
+    assert "GD GRUN s44:" not in printed and "GD: GRUN against the others" in printed
     assert "one seed is shown" in printed
 
 
@@ -456,7 +454,7 @@ def test_markers_at_one_spot_are_moved_apart_and_no_further_than_needed() -> Non
 def test_with_many_runs_scatter_plots_show_cells_by_shape_and_color(tmp_path: Path) -> None:
     objectives = ("gd", "idk", "npo")
     results = find_results(write_matrix(tmp_path, rows=6, objectives=objectives, seeds=[42], facts=False))
-    for draw in (figures.forget_quality_vs_utility, figures.forget_vs_retain):
+    for draw in (scatter.forget_quality_vs_utility, scatter.forget_vs_retain):
         figure = draw(results)
         assert figure is not None
         texts = {
@@ -488,7 +486,7 @@ def test_the_validation_set_has_a_name_a_meaning_and_a_color(tmp_path: Path) -> 
     write_evaluation(tmp_path / "evaluation" / "gd", shares, rows=4, gated=True)
     write_run(tmp_path / "gd", "gd")
     results = find_results(tmp_path)
-    assert "settings were chosen by it" in page(results, "title", [])
+    assert "settings were chosen by it" in answer_page(results, "title", [])
     assert "validation.fact_recall" in table_csv(results).splitlines()[0]
     figure = gate_histograms(results)
     assert figure is not None

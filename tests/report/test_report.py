@@ -14,8 +14,11 @@ from scipy.stats import ks_2samp
 from grun.config.options import ReportConfig
 from grun.errors import RunError
 from grun.evaluation.metrics import truth_ratios
-from grun.report import collect, distributions, figures, make_report, verdict
+from grun.report import distributions, figures, pictures, scatter
+from grun.report.make import collect, make_report
+from grun.report.result import Result
 from grun.report.results import find_results
+from grun.report.verdict import judge
 from grun.runtime.files import read_json, taken, write_bytes, write_json
 
 
@@ -32,6 +35,10 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def verdict(result: Result, results: list[Result]) -> str:
+    return judge(result, results).sentence
+
+
 @pytest.fixture
 def results(made: Path, tmp_path: Path) -> Path:
     return shutil.copytree(made / "demo", tmp_path, dirs_exist_ok=True)
@@ -44,7 +51,7 @@ def tofu(made: Path, tmp_path: Path) -> Path:
 
 @pytest.fixture
 def no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(figures, "pictures", lambda: ())
+    monkeypatch.setattr(pictures, "PICTURES", ())
 
 
 @pytest.mark.usefixtures("no_pictures")
@@ -147,9 +154,9 @@ def test_looks_while_training_are_drawn_for_the_runs_that_have_them(results: Pat
 
 def test_tofu_has_two_more_pictures(tofu: Path) -> None:
     found = find_results(tofu)
-    scatter = figures.forget_quality_vs_utility(found)
-    assert scatter is not None
-    texts = {text.get_text() for text in scatter.axes[0].texts}
+    figure = scatter.forget_quality_vs_utility(found)
+    assert figure is not None
+    texts = {text.get_text() for text in figure.axes[0].texts}
     assert {"p = 0.05", "before (taught all)", "target: retain only (never taught)", "GD GRUN", "NPO full"} <= texts
     curves = distributions.truth_ratio_curves(found)
     assert curves is not None
@@ -244,8 +251,8 @@ def test_quantized_evaluations_are_rows_of_their_own(results: Path) -> None:
 def test_what_is_missing_or_damaged_is_named_in_one_line(
     results: Path, broken: str, content: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    training = tuple(picture for picture in figures.pictures() if picture.name == "training_curves.png")
-    monkeypatch.setattr(figures, "pictures", lambda: training)
+    training = tuple(picture for picture in pictures.PICTURES if picture.name == "training_curves.png")
+    monkeypatch.setattr(pictures, "PICTURES", training)
     path = results / broken
     if content is None:
         path.unlink()

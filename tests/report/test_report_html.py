@@ -14,12 +14,15 @@ import pytest
 from made_results import KNOWN, TOFU_SETS, write_evaluation, write_run, write_tofu
 
 from grun.config.options import ReportConfig
-from grun.report import figures, make_report
-from grun.report.html import escape, page
+from grun.report import figures
+from grun.report.answers import answer_texts
+from grun.report.columns import columns_of
+from grun.report.make import make_report
+from grun.report.page import Block, Section, page
 from grun.report.provenance import command_of
 from grun.report.results import find_results
-from grun.report.tables import columns_of, number, to_csv, to_markdown, to_tex
-from grun.report.verdicts import STATEMENT
+from grun.report.tables import shown as shown_number
+from grun.report.verdict import STATEMENT
 from grun.runtime.files import read_json
 
 VOID = {"meta", "img", "br", "link", "input"}
@@ -125,8 +128,9 @@ def test_what_models_and_users_say_is_text(text: str, parsed: Page) -> None:
     assert "<script" not in text and "onerror=alert(2)>" not in text
     assert '<script>alert("1")</script><img src=x onerror=alert(2)> & \N{REPLACEMENT CHARACTER}' in parsed.text
     assert not {"\x00", "\x1b"} & set(text)
-    assert escape("<b \ud800\x1b&\"'") == "&lt;b \N{REPLACEMENT CHARACTER}\N{REPLACEMENT CHARACTER}&amp;&quot;&#x27;"
-    assert escape("日本語 ä \N{GRINNING FACE}\n") == "日本語 ä \N{GRINNING FACE}\n"
+    shown = page("<b \ud800\x1b&\"'", [Section("a", "a", "日本語 ä \N{GRINNING FACE}", [Block("text", "<i>")])])
+    assert "<h1>&lt;b \N{REPLACEMENT CHARACTER}\N{REPLACEMENT CHARACTER}&amp;&#34;&#39;</h1>" in shown
+    assert "日本語 ä \N{GRINNING FACE}" in shown and "<p>&lt;i&gt;</p>" in shown
 
 
 def test_the_page_has_every_models_numbers_and_which_way_is_good(folder: Path, parsed: Page) -> None:
@@ -166,7 +170,7 @@ def test_tables_agree_with_the_summary(folder: Path) -> None:
     assert {"forget.exact_memorization", "retain.truth_ratio"} <= {column.key for column in columns}
     for row, known in zip(rows, summary["rows"], strict=True):
         for column in columns:
-            value = in_summary(summary, known, column.place, column.metric)
+            value = in_summary(summary, known, column.key)
             assert row[column.key] == ("" if value is None else repr(value))
     markdown = [
         [cell.strip() for cell in line.strip("|\n").split(" | ")]
@@ -176,13 +180,14 @@ def test_tables_agree_with_the_summary(folder: Path) -> None:
     tex = [line for line in turned if len(line) == len(rows) + 2][1:]
     for place, column in enumerate(columns):
         for model, known in enumerate(summary["rows"]):
-            shown = number(in_summary(summary, known, column.place, column.metric), column.style)
+            shown = shown_number(in_summary(summary, known, column.key), column.style)
             assert markdown[2 + place][1 + model] == shown
             plain = re.sub(r" \\cdot 10\^\{(-?\d+)\}", r"e\1", tex[place][1 + model]).strip("$")
             assert plain.replace("--", "-") == shown
 
 
-def in_summary(summary: dict[str, Any], row: dict[str, Any], place: str, metric: str) -> float | None:
+def in_summary(summary: dict[str, Any], row: dict[str, Any], key: str) -> float | None:
+    place, _, metric = key.partition(".")
     if place == "gate":
         found: float | None = summary["gate"].get(row["objective"], {}).get("auc_heldout")
     elif place in ("overall", "reference"):
@@ -198,10 +203,11 @@ def test_names_are_escaped_in_every_table(tmp_path: Path) -> None:
     for name in ("gd_100%", "gd_a&b|c"):
         write_run(tmp_path / name, "gd")
     results = find_results(tmp_path)
-    assert r"gd\_100\% & gd\_a\&b\textbar{}c" in to_tex(results)
-    assert r"| gd\_a&b\|c |" in to_markdown(results)
-    assert "\ngd_a&b|c," in to_csv(results)
-    assert "gd_a&amp;b|c" in page(results, "title", [])
+    texts = answer_texts(results, "title", [], tmp_path)
+    assert r"gd\_100\% & gd\_a\&b\textbar{}c" in texts["table.tex"]
+    assert r"| gd\_a&b\|c |" in texts["table.md"]
+    assert "\ngd_a&b|c," in texts["table.csv"]
+    assert "gd_a&amp;b|c" in texts["report.html"]
 
 
 @pytest.mark.parametrize(
@@ -221,7 +227,7 @@ def test_names_are_escaped_in_every_table(tmp_path: Path) -> None:
     ],
 )
 def test_numbers_are_shown_as_readers_expect(value: float | None, style: Any, shown: str) -> None:
-    assert number(value, style) == shown
+    assert shown_number(value, style) == shown
 
 
 # -- missing parts ----------------------------------------------------------------------------------------------------

@@ -29,7 +29,7 @@ from grun.errors import ConfigError, GrunError, RunError
 from grun.evaluation.plan import begin, previous_in
 from grun.evaluation.suites import base as suites
 from grun.experiments.sweep.cells import Cell
-from grun.report import make_report
+from grun.report.make import make_report
 from grun.requests.store import RequestStore
 from grun.runtime import files
 from grun.runtime.files import (

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any
 from grun.data.sets import set_label
 from grun.experiments.sequential.definition import METHODS
 from grun.experiments.sequential.results import Experiment
-from grun.experiments.sequential.tables import METRICS, label
+from grun.experiments.sequential.tables import label
 from grun.report.figures import GREY, PALETTE, clean, new_figure, plain
+from grun.report.result import metric_label
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -59,7 +60,7 @@ def heatmap(experiment: Experiment) -> Figure:
         axes.set_ylabel("recall of request" if place % columns == 0 else "", fontsize=10)
         axes.set_xlabel("after serving" if place + columns >= len(methods) else "", fontsize=10)
     bar = figure.colorbar(image, ax=panels, shrink=min(1.0, 3.0 / side), pad=0.02)
-    bar.set_label(f"{METRICS[experiment.metric]}  (dark is forgotten)")
+    bar.set_label(f"{metric_label(experiment.metric)}  (dark is forgotten)")
     missing = any(len(method.steps) < count for method in methods)
     gray = "; gray was not measured" if missing else ""
     figure.suptitle(f"Good is dark right of the white line, bright left of it{gray}", fontsize=12, x=0.02, ha="left")
@@ -102,7 +103,7 @@ def utility(experiment: Experiment) -> Figure:
         axes.set_xticks(sorted({0, *range(0, count + 1, max(1, count // 5)), count}))
     panels[0].set_ylim(max(0.0, math.floor(lowest * 10 - 0.5) / 10), 1.02)
     for axes in panels[: len(sets) : columns]:
-        axes.set_ylabel(f"{METRICS[experiment.metric]}  (up is better: kept)")
+        axes.set_ylabel(f"{metric_label(experiment.metric)}  (up is better: kept)")
     handles, labels = panels[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=6, fontsize=10, frameon=False)
     return figure

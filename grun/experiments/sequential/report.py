@@ -8,7 +8,8 @@ from typing import Any
 
 from grun.experiments.sequential import pictures
 from grun.experiments.sequential.results import read_experiment, summarize
-from grun.experiments.sequential.tables import printed, to_csv, to_markdown
+from grun.experiments.sequential.tables import experiment_csv, experiment_markdown, printed
+from grun.report.figures import save
 from grun.runtime.files import holding, remove, take, write_json, write_text
 
 HEATMAP, UTILITY, CONFUSION = "heatmap.png", "utility.png", "confusion.png"
@@ -25,8 +26,6 @@ def make_report(results: Path) -> dict[str, Any]:
     Raises:
         RunError: no method has a step yet.
     """
-    from grun.report.figures import save
-
     experiment = read_experiment(results)
     summaries = [summarize(method, experiment) for method in experiment.methods]
     title = f"{len(experiment.ids)} requests to forget, one after another"
@@ -41,8 +40,8 @@ def make_report(results: Path) -> dict[str, Any]:
         },
     }
     take(results)
-    write_text(results / "table.md", to_markdown(experiment, summaries, title))
-    write_text(results / "table.csv", to_csv(experiment, summaries))
+    write_text(results / "table.md", experiment_markdown(experiment, summaries, title))
+    write_text(results / "table.csv", experiment_csv(experiment, summaries))
     write_json(results / "summary.json", summary)
     figures = {HEATMAP: pictures.heatmap(experiment), CONFUSION: pictures.confusion(experiment)}
     figures[UTILITY] = pictures.utility(experiment) if experiment.kept_sets else None

@@ -53,7 +53,7 @@ def sweep(config: SweepConfig) -> bool:
 
         lines += write_choice(where, plan.cells, standing.failed)
     if not config.tune and standing.settled and BEFORE in standing.done:
-        from grun.report import make_report
+        from grun.report.make import make_report
 
         make_report(ReportConfig(results_dir=str(results), profile=plan.base.label()))
     for line in lines:

@@ -25,11 +25,11 @@ from grun.evaluation.metrics.answers import says
 from grun.evaluation.metrics.words import rouge_recall, words
 from grun.evaluation.table import GenerationRecord, Table
 from grun.experiments.sequential.measuring import measured
-from grun.report import make_report
-from grun.report.attacks import find_attacked
+from grun.report.attack_results import find_attacked
+from grun.report.columns import columns_of
+from grun.report.make import make_report
 from grun.report.results import find_results
-from grun.report.tables import to_csv, to_markdown
-from grun.report.verdicts import judge
+from grun.report.verdict import judge
 from grun.runtime.files import read_json, write_json
 
 # Answer, its key fact, and a wrong answer.
@@ -178,9 +178,7 @@ def test_rows_that_cannot_be_read_are_named_wherever_numbers_stand(
     results = find_results(tmp_path)
     named = "3 of 12 rows of forget cannot be read by ROUGE-L"
     assert all(named in judge(one, results).sentence for one in results[2:])
-    assert "forget.rouge_l_unread" in to_csv(results) and "forget rows not read by ROUGE-L | 3 |" in to_markdown(
-        results
-    )
+    assert "forget rows not read by ROUGE-L" in [column.header for column in columns_of(results, everything=True)]
     make_report(ReportConfig(results_dir=str(tmp_path)))
     assert named in " ".join(capsys.readouterr().out.split()) and named in (tmp_path / "report.html").read_text()
     assert read_json(tmp_path / "summary.json")["rows"][0]["unread"] == {"forget": {"rouge_l": 3}}
@@ -206,7 +204,7 @@ def test_nothing_is_said_to_be_forgotten_where_no_row_of_a_set_can_be_read(tmp_p
 @pytest.mark.parametrize(
     ("before", "target", "rest", "said"),
     [
-        (0.1, 0.1, {"retain": 1.0}, r"NOT reached \(the taught model itself says no more"),
+        (0.1, 0.1, {"retain": 1.0}, r"NOT reached \(the taught model itself answers no more"),
         (1.0, 0.0, {}, "no verdict: .*; what else it keeps was not measured"),
         (1.0, 0.0, {"retain": 0.0}, "no verdict: .*; what else it keeps was not measured"),
         (1.0, None, {"retain": 1.0}, "no verdict: .*target -"),

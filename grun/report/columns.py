@@ -1,0 +1,187 @@
+"""The numbers of evaluated answers: their columns, what these mean, and summary.json."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+from grun.data.sets import evaluation_sets, in_order
+from grun.evaluation.metrics import METRICS
+from grun.report.result import Result, has_facts, has_utility, main_metric, metric_label, sets_of
+from grun.report.tables import Column, Style, with_numbers
+
+LOW, HIGH, TARGET = "low, as retain only", "high, as before", "as retain only"
+OF_SETS = (
+    *("fact_recall", "rouge_l", "probability", "probability_normalized", "truth_ratio", "truth_ratio_arithmetic"),
+    *("truth_ratio_grun_paper", "extraction_strength", "exact_memorization"),
+)
+"""Metrics of a set, in their order."""
+NAMES = {"probability_normalized": "probability"}
+"""Shorter than the label of the metric."""
+RATIOS = dict.fromkeys(("truth_ratio", "truth_ratio_arithmetic"), "high, as retain only")
+GOOD = {
+    "low": {"truth_ratio_grun_paper": "low"} | RATIOS | {"": LOW},
+    "high": {"": HIGH},
+    "same": {"": "as before"},
+}
+"""Which way is good, by what should become of a set and by metric; "": every other metric."""
+READ = ("fact_recall", "rouge_l")
+"""Metrics that cannot read some rows."""
+WITH_FACTS = (
+    *("forget.fact_recall", "forget.rouge_l", "forget_paraphrase.fact_recall", "retain.fact_recall"),
+    *("heldout.fact_recall", "unknown.rouge_l", "forget.degenerate", "gate.auc"),
+)
+"""What comes first where the corpus has facts."""
+SHOWN = (
+    *("forget.fact_recall", "forget.rouge_l", "forget_paraphrase.fact_recall", "retain.fact_recall"),
+    *("retain.rouge_l", "heldout.fact_recall", "heldout.rouge_l", "unknown.rouge_l", "forget.degenerate", "gate.auc"),
+)
+"""Columns of the printed table."""
+SHOWN_WITH_UTILITY = {
+    "reference.forget_quality": "forget\nquality",
+    "overall.model_utility": "model\nutility",
+    "forget.rouge_l": "forget\nROUGE-L",
+    "forget.probability": "forget\nprob.",
+    "forget.truth_ratio": "forget\ntruth\nratio",
+    "forget.extraction_strength": "extr.\nstr.",
+    "retain.rouge_l": "retain\nROUGE-L",
+    "real_authors.rouge_l": "authors\nROUGE-L",
+    "world_facts.rouge_l": "facts\nROUGE-L",
+    "heldout.rouge_l": "held-out\nROUGE-L",
+    "gate.auc": "gate\nAUC",
+}
+"""The same where TOFU's model utility is known, with headers that fit."""
+EXPLAINED = {
+    "forget quality": "p-value of a Kolmogorov-Smirnov test between the forget set's truth ratios of the model and of "
+    "the retain-only one; above 0.05 the two cannot be distinguished",
+    "model utility": "TOFU's harmonic mean of probability, ROUGE-L and truth ratio on retain, real authors and world "
+    "facts; 0 where one of them is 0",
+    "gate AUC": "how often the gate is wider on a forget question than on a held-out one (retain, where nothing is "
+    "held out); 0.5 is chance",
+    "MIA": "membership inference, forget against unknown rows: 0.5 is chance, 1: the model was trained on forget",
+    "PrivLeak": "Min-K% membership inference against the retain-only model's, in percent",
+}
+"""Numbers that are no metric of a set, by how their headers begin."""
+
+
+def gate_auc(result: Result) -> float | None:
+    """Forget against held-out; against retain where nothing is held out."""
+    gate = result.evaluation.get("gate", {})
+    value = gate.get("auc_heldout", gate.get("auc_retain"))
+    return None if value is None else float(value)
+
+
+def columns_by_key() -> dict[str, Column]:
+    """Every column, in TOFU's order."""
+
+    def column(place: str, metric: str, header: str, good: str, style: Style = "share", main: bool = True) -> Column:
+        reads: dict[str, Callable[[Result], float | None]] = {
+            "overall": lambda result: result.overall.get(metric),
+            "reference": lambda result: result.reference.get(metric),
+            "gate": gate_auc,
+        }
+        read = reads.get(place) or (lambda result: result.metric(place, metric))
+        return Column(f"{place}.{metric}", header, good, read, style, main)
+
+    apart = "high; above 0.05 as retain only"
+    columns = [
+        column("reference", "forget_quality", "forget quality (p)", apart, "p"),
+        column("reference", "forget_quality_log10", "forget quality (log10 p)", "high, near 0", "log10"),
+        column("reference", "forget_quality_arithmetic", "forget quality, arithmetic (p)", apart, "p", main=False),
+        column("overall", "model_utility", "model utility", HIGH),
+        column("overall", "model_utility_arithmetic", "model utility, arithmetic", HIGH, main=False),
+    ]
+    for one in evaluation_sets().values():
+        for metric in OF_SETS:
+            if metric in (*one.metrics, *one.in_files):
+                good = GOOD[one.good].get(metric, GOOD[one.good][""])
+                header = f"{one.label} {NAMES.get(metric, metric_label(metric))}"
+                columns.append(column(one.name, metric, header, good, main=metric in one.metrics))
+    columns += [
+        column("forget", "degenerate", "forget degenerate", "low"),
+        column("gate", "auc", "gate AUC", "high, near 1", "auc"),
+        column("overall", "mia_loss", "MIA loss AUC", TARGET),
+        column("overall", "mia_zlib", "MIA zlib AUC", TARGET),
+        column("overall", "mia_min_k", "MIA Min-K% AUC", TARGET),
+        column("overall", "mia_min_k_plus_plus", "MIA Min-K%++ AUC", TARGET),
+        column("reference", "privleak", "PrivLeak (%)", "near 0", "decimal"),
+    ]
+    return {column.key: column for column in columns}
+
+
+def columns_of(results: Sequence[Result], *, everything: bool = False) -> list[Column]:
+    """The columns that at least one model has a number for: the main ones, or `everything`."""
+    first, known = WITH_FACTS if has_facts(results) else (), columns_by_key()
+    columns = [known[key] for key in dict.fromkeys((*first, *known))]
+    for one in evaluation_sets().values():
+        for metric in READ:
+            header, read = f"{one.label} rows not read by {metric_label(metric)}", partial(_unread, one.name, metric)
+            columns.append(Column(f"{one.name}.{metric}_unread", header, "0", read, "count", main=False))
+    return with_numbers((column for column in columns if column.main or everything), results)
+
+
+def _unread(name: str, metric: str, result: Result) -> float | None:
+    return result.unread(name).get(metric)
+
+
+def narrow_columns(results: Sequence[Result]) -> list[tuple[Column, str]]:
+    """Columns of the printed table with headers that fit."""
+    facts, utility = has_facts(results), has_utility(results) and not has_facts(results)
+    known, named = columns_by_key(), {key.split(".")[0] for key in (*SHOWN, *SHOWN_WITH_UTILITY)}
+    further = [name for name, one in evaluation_sets().items() if one.is_result and name not in named]
+    keys = [*(SHOWN_WITH_UTILITY if utility else SHOWN), *(f"{name}.{main_metric(results)[0]}" for name in further)]
+    if facts:  # ROUGE-L on retain and held-out rows stands in for fact recall
+        keys = [key for key in keys if key not in ("retain.rouge_l", "heldout.rouge_l")]
+    headers = SHOWN_WITH_UTILITY if utility else {}
+    columns = with_numbers((known[key] for key in keys if key in known), results)
+    return [(column, headers.get(column.key, column.header.replace(" ", "\n"))) for column in columns]
+
+
+def legend(results: Sequence[Result], columns: Sequence[Column]) -> list[tuple[str, str]]:
+    """What the rows, the sets and the numbers of these columns mean."""
+    rows = [("before", "the taught model, nothing forgotten")]
+    if any(result.stage == "retain_only" for result in results):
+        rows.append(("retain only", "a model never taught the forget set: the target for forgetting"))
+    rows.append(("the others", "the taught model after unlearning"))
+    for one in in_order(sets_of(results)):
+        rows.append((f"{one.label} set", f"{one.meaning}; good is {GOOD[one.good]['']}".removeprefix("; ")))
+    headers = " ".join(column.header for column in columns)
+    endings = {column.key.partition(".")[2] for column in columns}
+    rows += [(name, text) for name, text in EXPLAINED.items() if name in headers]
+    metrics = [METRICS.get(name) for name in METRICS.names() if name in endings]
+    return rows + [(metric.label, metric.help) for metric in metrics]
+
+
+# -- summary.json -----------------------------------------------------------------------------------------------------
+
+
+def summarize(results: Sequence[Result], profile: str) -> dict[str, Any]:
+    """Contents of summary.json. "gate" is keyed by objective, or by run where two runs share an objective."""
+    objectives = [result.objective for result in results]
+    gate = {}
+    for result in results:
+        if result.stage == "after" and "gate" in result.evaluation:
+            alone = result.objective is not None and objectives.count(result.objective) == 1
+            gate[result.objective if alone else result.name] = result.evaluation["gate"]
+    rows = [
+        {
+            "name": result.name,
+            "objective": result.objective,
+            "parametrization": result.parametrization,
+            "stage": result.stage,
+            "metrics": result.evaluation["sets"],
+            "overall": result.overall,
+            "reference": result.reference,
+            "unread": {name: rows for name in result.evaluation["sets"] if (rows := result.unread(name))},
+        }
+        for result in results
+    ]
+    return {"profile": profile, "rows": rows, "gate": gate, "seconds": seconds(results)}
+
+
+def seconds(results: Sequence[Result]) -> dict[str, float]:
+    """Seconds by stage: finetune/NAME where the model's own folder has them, unlearn/NAME, evaluate/NAME."""
+    found = {f"{'unlearn' if one.run else 'finetune'}/{one.name}": one.record.get("seconds") for one in results}
+    found |= {f"evaluate/{one.name}": one.evaluation.get("seconds", {}).get("total") for one in results}
+    return {stage: float(spent) for stage, spent in found.items() if isinstance(spent, int | float)}

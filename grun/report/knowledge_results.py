@@ -1,0 +1,181 @@
+"""Evaluations of `suite=knowledge` as rows of one report, and the numbers that are read from them.
+
+A results folder holds `evaluation/before` (the model that knows), `evaluation/retain_only` (the target: never taught
+what is to be forgotten; may be absent) and `evaluation/METHOD` for each method.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from grun.report.result import STAGES, Result
+from grun.report.results import (
+    EVALUATION_FILE,
+    evaluation_folders,
+    lines_in,
+    number_in,
+    refuse_other_models,
+    refuse_other_settings,
+)
+from grun.report.tables import Number
+from grun.runtime.reading import typed
+from grun.runtime.records import Choice, Cloze, Evaluation, FirstChoice, read_record
+
+QUESTIONS_FILE = "questions.jsonl"
+METHODS = {
+    "rmu": "RMU",
+    "grun_rmu": "GRUN-RMU",
+    "max_entropy": "max-entropy",
+    "min_posterior": "min-posterior",
+    "random_mapping": "random-mapping",
+}
+"""Methods in the order of the rows, with the names that readers see; others follow by name."""
+ASKED = ("choices", "cloze", "texts", "seed", "max_new_tokens", "window", "stride")
+"""Settings of an evaluation that must be those of before."""
+CHANCE = 0.25
+"""Of four options, where an evaluation does not say how many there are."""
+
+
+class Way(NamedTuple):
+    """How multiple-choice questions are put."""
+
+    format: str
+    order: str
+    suffix: str
+
+
+MAIN_WAY = Way("harness", "rotations", "")
+
+
+def find_knowledge(results_dir: Path) -> list[Result]:
+    """The evaluated models in the order of the rows: before, retain_only, then the methods.
+
+    Raises:
+        RunError: there is no before, a file is damaged, or an evaluation is of another base model or other questions.
+    """
+    results = [_read(folder) for folder in evaluation_folders(results_dir)]
+    known = list(METHODS)
+
+    def place(result: Result) -> tuple[int, int, str]:
+        number = known.index(result.name) if result.name in known else len(known)
+        return (STAGES.index(result.stage), number, result.name)
+
+    results.sort(key=place)
+    refuse_other_models(results)
+    for result in results:
+        refuse_other_settings(result, results[0], ASKED, "asked other questions")
+    return results
+
+
+def _read(folder: Path) -> Result:
+    """One evaluation; its run is looked for beside `evaluation`, then in the folders of its adapter and its model."""
+    evaluation = read_record(folder / EVALUATION_FILE, Evaluation, ("settings",))
+    quantization = evaluation.get("identity", {}).get("quantization")
+    name = folder.name.removesuffix(f"-{quantization}")
+    ending = f" {quantization}" if quantization else ""
+    if name in ("before", "retain_only"):
+        return Result(folder.name, name, None, "none", folder, None, evaluation, name.replace("_", " ") + ending)
+    label = METHODS[name] + ending if name in METHODS else folder.name
+    adapter, model = evaluation.get("adapter"), evaluation.get("model")
+    places = [folder.resolve().parent.parent / name, *(Path(path) for path in (adapter, model) if path)]
+    run = next((place for place in places if (place / "run.json").is_file()), None)
+    result = Result(folder.name, "after", None, "none", folder, run, evaluation, label)
+    result.objective = result.record.get("objective")
+    result.parametrization = str(result.record.get("parametrization", "none"))
+    return result
+
+
+# -- numbers ----------------------------------------------------------------------------------------------------------
+
+
+def ways(results: Sequence[Result]) -> list[Way]:
+    """The ways in which questions were put, the main one first: harness, rotations, no suffix, else the first."""
+    found = [_way(entry) for result in results for entry in result.evaluation.get("choices", ())]
+    return sorted(dict.fromkeys(found), key=lambda way: way != MAIN_WAY)
+
+
+def main_way(results: Sequence[Result]) -> Way | None:
+    """The way that verdicts go by; None where there are no multiple-choice questions."""
+    return next(iter(ways(results)), None)
+
+
+def _way(entry: dict[str, Any]) -> Way:
+    return Way(entry["format"], entry["order"], entry["suffix"])
+
+
+def _entry(result: Result, way: Way | None) -> dict[str, Any]:
+    return next((entry for entry in result.evaluation.get("choices", ()) if _way(entry) == way), {})
+
+
+def choice(result: Result, way: Way | None, role: str, subject: str | None = None) -> Number | None:
+    """Accuracy on a role's multiple-choice questions, or on those of one subject."""
+    found = _entry(result, way).get("roles", {}).get(role, {})
+    return number_in(found if subject is None else found.get("subjects", {}).get(subject, {}), "accuracy")
+
+
+def subjects(results: Sequence[Result], way: Way | None, role: str) -> list[str]:
+    """Subjects of a role's questions."""
+    found = [_entry(result, way).get("roles", {}).get(role, {}).get("subjects", {}) for result in results]
+    return list(dict.fromkeys(name for table in found for name in table))
+
+
+def cloze(result: Result, role: str) -> Number | None:
+    """Share of a role's sentences that are completed by the key fact."""
+    return number_in(result.evaluation.get("cloze", {}).get("roles", {}).get(role, {}), "fact_recall")
+
+
+def behind_suffixes(result: Result, way: Way | None) -> dict[str, Number]:
+    """Accuracy on forget by the suffix behind "Answer:", asked as `way` otherwise."""
+    if way is None:
+        return {}
+    same = [other for other in ways([result]) if other.suffix and other[:2] == way[:2]]
+    found = {other.suffix: choice(result, other, "forget") for other in same}
+    return {suffix: number for suffix, number in found.items() if number is not None}
+
+
+def worst_suffix(result: Result, way: Way | None, level: float) -> Number | None:
+    """Of these the one furthest from chance, `level`."""
+    found = behind_suffixes(result, way).values()
+    return max(found, key=lambda number: abs(number.value - level), default=None)
+
+
+def perplexity(result: Result, name: str) -> Number | None:
+    """Perplexity of a corpus."""
+    return number_in(result.evaluation.get("perplexity", {}).get(name, {}), "perplexity")
+
+
+def gate_auc(result: Result, way: Way | None) -> Number | None:
+    """How surely the gate tells forget from general: at multiple choice, else at sentences to complete."""
+    places = (_entry(result, way), result.evaluation.get("cloze", {}))
+    return next(filter(None, (number_in(place.get("gate", {}), "auc_general") for place in places)), None)
+
+
+def chance(results: Sequence[Result], way: Way | None) -> float:
+    """Accuracy of guessing on forget: the mean over questions of 1 / options."""
+    found = (_entry(result, way).get("roles", {}).get("forget", {}).get("chance") for result in results)
+    return next((float(value) for value in found if value is not None), CHANCE)
+
+
+# -- single questions -------------------------------------------------------------------------------------------------
+
+Lines = dict[int, dict[str, dict[str, Any]]]
+"""Lines of questions.jsonl, by the question's index, then by model."""
+
+
+def first_lines(results: Sequence[Result], way: Way | None, count: int) -> dict[tuple[str, str], Lines]:
+    """What each model said to the first `count` questions of each kind (choice, cloze) and role.
+
+    Multiple choice as `way` puts it, the options in the first order. A model without questions.jsonl has no lines.
+    """
+    found: dict[tuple[str, str], Lines] = {}
+    for result in results:
+        for line in lines_in(result.folder / QUESTIONS_FILE, Choice, Cloze):
+            other = line["kind"] == "choice" and (_way(line) != way or line["rotation"] > 0)
+            if line["index"] < count and not other:
+                if line["kind"] == "choice":
+                    line = typed(FirstChoice, line, f"{result.folder / QUESTIONS_FILE}, question {line['index']}")
+                lines = found.setdefault((line["kind"], line["role"]), {})
+                lines.setdefault(line["index"], {})[result.name] = line
+    return found

@@ -1,0 +1,177 @@
+"""A suite's report is data: its columns, its rule for verdicts, its examples; everything else is done here for all."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from grun.errors import RunError
+from grun.report.columns import seconds
+from grun.report.figures import Drawn, Picture, draw
+from grun.report.page import Block, Section, page, picture_block, settings_section, statement_section, verdict_section
+from grun.report.result import Judgement, Result, after, single_runs
+from grun.report.results import EVALUATION_FILE
+from grun.report.tables import Column, Line, Table, markdown_points, markdown_text, to_csv, to_markdown, to_terminal
+from grun.report.terminal import print_line, print_said, print_terms, print_verdicts
+from grun.runtime.files import remove
+from grun.runtime.records import Evaluation, read_record
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+AT_ONCE = 8
+"""Methods beside before and retain only in one printed table; of more there are several tables."""
+RUNS_FILE = "table_runs.csv"
+"""The table with a row a run, where the others have means over seeds."""
+Results = Sequence[Result]
+
+
+@dataclass(frozen=True)
+class Suite:
+    """What distinguishes the report of one suite from another's."""
+
+    name: str
+    find: Callable[[Path], list[Result]]
+    """The evaluated models of a results folder, in the order of the rows."""
+    columns: Callable[[Results], list[Column]]
+    further: Callable[[Results], list[Column]]
+    """Columns for the files alone."""
+    judge: Callable[[Result, Results], Judgement]
+    statement: str
+    """What no verdict means."""
+    legend: Callable[[Results], list[tuple[str, str]]]
+    notes: Callable[[Results], str]
+    """What was asked, in sentences."""
+    intervals: Callable[[Results], str]
+    """What the numbers in parentheses are, a sentence."""
+    picture: Picture
+    examples: Callable[[Results], list[Section]]
+    """Sections of the page with what models answered."""
+    quoted: Callable[[Results], tuple[str, list[tuple[str, list[tuple[str, str]]]]]]
+    """A heading, and questions with who said what, to be printed."""
+    tables: Callable[[Results], list[list[Column]]] = lambda results: []
+    """Columns of further tables in table.md."""
+    facts: Callable[[Results], dict[str, Any]] = lambda results: {}
+    """Entries of summary.json."""
+    entry: Callable[[Result, Results], dict[str, Any]] = lambda result, results: {}
+    """Entries of a model's row in summary.json."""
+
+    def judgements(self, results: Results) -> list[Judgement]:
+        """The verdict on each method."""
+        return [self.judge(result, results) for result in after(results)]
+
+
+def suite_of(folders: Sequence[Path], known: Sequence[str]) -> str:
+    """The suite of all evaluations in `folders`; RunError if they are of several, or of one that has no report."""
+    found: dict[str, list[str]] = {}
+    for folder in folders:
+        suite = read_record(folder / EVALUATION_FILE, Evaluation).get("suite", "answers")
+        found.setdefault(suite, []).append(folder.name)
+    listed = "; ".join(f"{suite}: {', '.join(names)}" for suite, names in found.items())
+    place = folders[0].parent if folders else ""
+    if len(found) > 1:
+        raise RunError(f"{place} holds evaluations of several suites ({listed}); keep one in a results folder")
+    suite = next(iter(found), "answers")
+    if suite not in known:
+        raise RunError(
+            f"{place} holds evaluations of suite={suite}, of which there is no report; see {EVALUATION_FILE}"
+        )
+    return suite
+
+
+def table_of(columns: Sequence[Column], results: Results, *, intervals: bool = False) -> Table:
+    """A line a model."""
+    lines = [Line(one.title, [column.text(one, intervals) for column in columns], one.stage) for one in results]
+    return Table([column.header for column in columns], [column.good for column in columns], lines)
+
+
+def suite_texts(suite: Suite, results: Results, title: str, drawn: Drawn, folder: Path) -> dict[str, str]:
+    """The files of a suite's report by name, without summary.json and pictures."""
+    columns = [*suite.columns(results), *suite.further(results)]
+    texts = {"report.html": _page(suite, results, title, drawn)}
+    texts["table.csv"] = to_csv(columns, results, "name", "label", "stage")
+    texts["table.md"] = _markdown(suite, columns, results)
+    runs = single_runs(results)
+    if len(runs) > len(results):
+        own = [*suite.columns(runs), *suite.further(runs)]
+        texts[RUNS_FILE] = to_csv(own, runs, "name", "label", "stage")
+    else:
+        remove(folder / RUNS_FILE)  # an older report's would contradict this one
+    return texts
+
+
+def draw_suite(suite: Suite, results: Results, folder: Path) -> Drawn:
+    """The picture of a suite."""
+    return draw([(suite.picture, results)], folder)
+
+
+def _markdown(suite: Suite, columns: Sequence[Column], results: Results) -> str:
+    """Every number with its interval, models as columns; what was asked; the verdicts; further tables."""
+    parts = [to_markdown(table_of(columns, results, intervals=True))]
+    said = [suite.intervals(results), markdown_text(suite.notes(results))]
+    parts.append(f"{' '.join(filter(None, said))}\n" if any(said) else "")
+    parts.append(markdown_points(judgement.sentence for judgement in suite.judgements(results)))
+    parts += [to_markdown(table_of(columns, results, intervals=True)) for columns in suite.tables(results)]
+    return "\n".join(filter(None, parts))
+
+
+def summarize_suite(suite: Suite, results: Results, profile: str) -> dict[str, Any]:
+    """Contents of summary.json: numbers and intervals by column, and the verdict, of each model."""
+    columns, rows = [*suite.columns(results), *suite.further(results)], []
+    for result in results:
+        found = {column.key: number for column in columns if (number := column.found(result)) is not None}
+        row = {
+            **{key: getattr(result, key) for key in ("name", "label", "stage", "objective", "parametrization")},
+            "numbers": {key: number.value if math.isfinite(number.value) else None for key, number in found.items()},
+            "intervals": {key: list(number.interval) for key, number in found.items() if number.interval},
+        }
+        row |= suite.entry(result, results)
+        if result.stage == "after":
+            row["verdict"] = suite.judge(result, results).as_json()
+        rows.append(row)
+    head = {"profile": profile, "suite": suite.name, **suite.facts(results)}
+    return {**head, "rows": rows, "seconds": seconds(single_runs(results))}
+
+
+def _page(suite: Suite, results: Results, title: str, drawn: Drawn) -> str:
+    notes = suite.notes(results)
+    table = [
+        Block("table", table_of(suite.columns(results), results), "Table of all models"),
+        *([Block("text", notes)] if notes else []),
+        Block("terms", suite.legend(results), "What the words mean"),
+    ]
+    return page(
+        title,
+        [
+            verdict_section(suite.judgements(results), none="No unlearned model has been evaluated yet."),
+            Section("table", "Table", "All models", table),
+            Section("picture", "Picture", "Picture", [picture_block(picture, path) for picture, path in drawn]),
+            *suite.examples(results),
+            settings_section(single_runs(results)),
+            statement_section(suite.statement),
+        ],
+    )
+
+
+def print_suite(suite: Suite, console: Console, results: Results, title: str) -> None:
+    """Print the numbers, a column a model, what they mean, the verdicts, and what some models answered."""
+    columns, methods = suite.columns(results), after(results)
+    lines = [one for one in results if one.stage != "after"]
+    for start in range(0, max(len(methods), 1), AT_ONCE):
+        shown = [*lines, *methods[start : start + AT_ONCE]]
+        rows = [Line(column.header, [column.text(one) for one in shown]) for column in columns]
+        console.print(to_terminal(Table([one.title.replace(" ", "\n") for one in shown], [], rows), title, ""))
+    print_terms(console, suite.legend(results))
+    if notes := suite.notes(results):
+        print_line(console, notes)
+    print_line(console)
+    print_verdicts(console, suite.judgements(results), suite.statement)
+    heading, quoted = suite.quoted(results)
+    if quoted:
+        print_line(console)
+        print_line(console, heading, "bold")
+    for question, said in quoted:
+        print_said(console, question, said)

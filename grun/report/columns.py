@@ -52,17 +52,6 @@ SHOWN_WITH_UTILITY = {
     "gate.auc": "gate\nAUC",
 }
 """The same where TOFU's model utility is known, with headers that fit."""
-EXPLAINED = {
-    "forget quality": "p-value of a Kolmogorov-Smirnov test between the forget set's truth ratios of the model and of "
-    "the retain-only one; above 0.05 the two cannot be distinguished",
-    "model utility": "TOFU's harmonic mean of probability, ROUGE-L and truth ratio on retain, real authors and world "
-    "facts; 0 where one of them is 0",
-    "gate AUC": "how often the gate is wider on a forget question than on a held-out one (retain, where nothing is "
-    "held out); 0.5 is chance",
-    "MIA": "membership inference, forget against unknown rows: 0.5 is chance, 1: the model was trained on forget",
-    "PrivLeak": "Min-K% membership inference against the retain-only model's, in percent",
-}
-"""Numbers that are no metric of a set, by how their headers begin."""
 
 
 def gate_auc(result: Result) -> float | None:
@@ -74,39 +63,34 @@ def gate_auc(result: Result) -> float | None:
 
 def columns_by_key() -> dict[str, Column]:
     """Every column, in TOFU's order."""
+    columns = []
 
-    def column(place: str, metric: str, header: str, good: str, style: Style = "share", main: bool = True) -> Column:
+    def add(place: str, metric: str, good: str, style: Style = "share", header: str = "", main: bool = True) -> None:
         reads: dict[str, Callable[[Result], float | None]] = {
             "overall": lambda result: result.overall.get(metric),
             "reference": lambda result: result.reference.get(metric),
             "gate": gate_auc,
         }
         read = reads.get(place) or (lambda result: result.metric(place, metric))
-        return Column(f"{place}.{metric}", header, good, read, style, main)
+        columns.append(Column(f"{place}.{metric}", header or metric_label(metric), good, read, style, main))
 
     apart = "high; above 0.05 as retain only"
-    columns = [
-        column("reference", "forget_quality", "forget quality (p)", apart, "p"),
-        column("reference", "forget_quality_log10", "forget quality (log10 p)", "high, near 0", "log10"),
-        column("reference", "forget_quality_arithmetic", "forget quality, arithmetic (p)", apart, "p", main=False),
-        column("overall", "model_utility", "model utility", HIGH),
-        column("overall", "model_utility_arithmetic", "model utility, arithmetic", HIGH, main=False),
-    ]
+    add("reference", "forget_quality", apart, "p")
+    add("reference", "forget_quality_log10", "high, near 0", "log10")
+    add("reference", "forget_quality_arithmetic", apart, "p", main=False)
+    add("overall", "model_utility", HIGH)
+    add("overall", "model_utility_arithmetic", HIGH, main=False)
     for one in evaluation_sets().values():
         for metric in OF_SETS:
             if metric in (*one.metrics, *one.in_files):
                 good = GOOD[one.good].get(metric, GOOD[one.good][""])
-                header = f"{one.label} {NAMES.get(metric, metric_label(metric))}"
-                columns.append(column(one.name, metric, header, good, main=metric in one.metrics))
-    columns += [
-        column("forget", "degenerate", "forget degenerate", "low"),
-        column("gate", "auc", "gate AUC", "high, near 1", "auc"),
-        column("overall", "mia_loss", "MIA loss AUC", TARGET),
-        column("overall", "mia_zlib", "MIA zlib AUC", TARGET),
-        column("overall", "mia_min_k", "MIA Min-K% AUC", TARGET),
-        column("overall", "mia_min_k_plus_plus", "MIA Min-K%++ AUC", TARGET),
-        column("reference", "privleak", "PrivLeak (%)", "near 0", "decimal"),
-    ]
+                header = f"{one.label} {NAMES.get(metric) or metric_label(metric)}"
+                add(one.name, metric, good, header=header, main=metric in one.metrics)
+    add("forget", "degenerate", "low", header="forget degenerate")
+    add("gate", "auc", "high, near 1", "auc", "gate AUC")
+    for metric in ("mia_loss", "mia_zlib", "mia_min_k", "mia_min_k_plus_plus"):
+        add("overall", metric, TARGET)
+    add("reference", "privleak", "near 0", "decimal")
     return {column.key: column for column in columns}
 
 
@@ -146,11 +130,9 @@ def legend(results: Sequence[Result], columns: Sequence[Column]) -> list[tuple[s
     rows.append(("the others", "the taught model after unlearning"))
     for one in in_order(sets_of(results)):
         rows.append((f"{one.label} set", f"{one.meaning}; good is {GOOD[one.good]['']}".removeprefix("; ")))
-    headers = " ".join(column.header for column in columns)
-    endings = {column.key.partition(".")[2] for column in columns}
-    rows += [(name, text) for name, text in EXPLAINED.items() if name in headers]
-    metrics = [METRICS.get(name) for name in METRICS.names() if name in endings]
-    return rows + [(metric.label, metric.help) for metric in metrics]
+    metrics = {column.key.replace("gate.auc", "gate.gate_auc").partition(".")[2] for column in columns}
+    explained = [METRICS.get(name) for name in METRICS.names() if name in metrics]
+    return rows + [(metric.label, metric.help) for metric in explained]
 
 
 # -- summary.json -----------------------------------------------------------------------------------------------------

@@ -10,9 +10,11 @@ import io
 import shutil
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
+from unittest.mock import patch
 
 from made_results import write_demo, write_matrix, write_tofu
 from made_suites import (
@@ -30,7 +32,7 @@ from grun.config.options import ReportConfig
 from grun.experiments.sequential.results import summarize
 from grun.experiments.sequential.tables import experiment_csv, experiment_markdown, printed
 from grun.report import figures
-from grun.report.make import make_report
+from grun.report.make import SUITES, make_report
 
 GOLDEN = Path(__file__).parent / "golden"
 FILES = (
@@ -108,13 +110,21 @@ def files_of(name: str, folder: Path) -> dict[str, str]:
         return _sequence()
     config = REPORTS[name](folder)
     stdout = io.StringIO()
-    with contextlib.redirect_stdout(stdout):
+    with _without_legends(), contextlib.redirect_stdout(stdout):
         make_report(config)
     place = Path(config.results_dir or "")
     texts = {file: (place / file).read_text(encoding="utf-8") for file in FILES if (place / file).is_file()}
     texts["terminal.txt"] = "".join(f"{line.rstrip()}\n" for line in stdout.getvalue().splitlines())
     texts["page.txt"] = text_of((place / "report.html").read_text(encoding="utf-8"))
     return {file: text.replace(str(folder), "RESULTS") for file, text in texts.items()}
+
+
+@contextlib.contextmanager
+def _without_legends() -> Iterator[None]:
+    """Reports in which no word is explained: what metrics and attacks are is described in their own rooms."""
+    suites = {name: replace(suite, legend=lambda results: [("word", "meaning")]) for name, suite in SUITES.items()}
+    with patch.dict(SUITES, suites), patch("grun.report.answers.legend", lambda *found: [("word", "meaning")]):
+        yield
 
 
 def _sequence() -> dict[str, str]:

@@ -6,11 +6,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from made_results import write_run
+from made_results import write_run, write_tofu
 
+from grun.report.columns import columns_of, legend
 from grun.report.labels import label_runs, order_of, run_label
 from grun.report.matrix import cells_of
 from grun.report.result import Result, design_of
+from grun.report.results import find_results
 
 EVERY_TOKEN = {"gate_read": "every_token", "gate_accumulate": "running_max", "edit_write": "every_token"}
 PUBLISHED = {"gate_read": "last_prompt", "gate_accumulate": "none", "edit_write": "last_prompt"}
@@ -74,3 +76,13 @@ def test_cells_of_the_matrix_are_named_by_their_design(tmp_path: Path) -> None:
         ("IDK GRUN", (1, 2)),
         ("IDK GRUN every token", (1, 2)),
     ]
+
+
+def test_every_number_and_set_that_is_shown_is_explained_once(tmp_path: Path) -> None:
+    results = find_results(write_tofu(tmp_path))
+    columns = columns_of(results)
+    words = [word for word, _ in legend(results, columns)]
+    assert len(set(words)) == len(words) and {"before", "retain only", "the others", "held-out set"} <= set(words)
+    for column in columns:
+        label = column.header.removeprefix("real authors ").removeprefix("world facts ")
+        assert any(label.endswith(word) for word in words), column.header

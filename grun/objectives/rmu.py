@@ -87,7 +87,10 @@ def _steer(columns: str, outputs: Outputs, *, rmu_block: int, steering: float, c
     quirks={"rmu_answer_states": Variant("token", functools.partial(_steer, "answer"))},
 )
 def rmu(outputs: Outputs, *, rmu_block: int, steering: float, control_seed: int = 42) -> TermValue:
-    """Steer a block's output to a fixed random vector (representation misdirection); see `steered`."""
+    """Steer a block's output to a fixed random vector (representation misdirection).
+
+    See `steered`.
+    """
     return _steer("states", outputs, rmu_block=rmu_block, steering=steering, control_seed=control_seed)
 
 
@@ -108,7 +111,10 @@ def _hold(columns: str, outputs: Outputs, *, rmu_block: int) -> TermValue:
     quirks={"rmu_answer_states": Variant("token", functools.partial(_hold, "answer"))},
 )
 def activation_mse(outputs: Outputs, *, rmu_block: int) -> TermValue:
-    """Hold a block's output where the untouched model has it; see `steered`."""
+    """Hold a block's output where the untouched model has it.
+
+    See `steered`.
+    """
     return _hold("states", outputs, rmu_block=rmu_block)
 
 
@@ -172,9 +178,9 @@ def _mapped_everywhere(outputs: Outputs, *, control_seed: int = 42) -> TermValue
     quirks={"random_mapping_all_positions": Variant("position", _mapped_everywhere)},
 )
 def mapped(outputs: Outputs, *, control_seed: int = 42) -> TermValue:
-    """Turn the states of every block towards a fixed random vector of the token, 1 - |cos|; see `random_mapping`.
+    """Turn the states of every block towards a fixed random vector of the token, 1 - |cos|.
 
-    Published, the last state is the one after the final norm; here the one before it, as every hidden state.
+    See `random_mapping`. Published, the last state is the one after the final norm; here the one before it, as every hidden state.
     """
     output = outputs.model["answer"]
     return _mapped_at(output.states, output, control_seed)

@@ -180,7 +180,8 @@ def _mapped_everywhere(outputs: Outputs, *, control_seed: int = 42) -> TermValue
 def mapped(outputs: Outputs, *, control_seed: int = 42) -> TermValue:
     """Turn the states of every block towards a fixed random vector of the token, 1 - |cos|.
 
-    See `random_mapping`. Published, the last state is the one after the final norm; here the one before it, as every hidden state.
+    See `random_mapping`. Published, the last state is the one after the final norm; here the one before it, as every
+    hidden state.
     """
     output = outputs.model["answer"]
     return _mapped_at(output.states, output, control_seed)

@@ -25,7 +25,7 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a file, not installed
 
-from baselines.rmu_task import RmuTask, Topic
+from baselines.rmu.task import RmuTask, Topic
 from baselines.tensors import named_tensors
 from benchmarks.model import print_table, random_llama, say, set_threads, write_rows
 from grun.data.encoding import Batch, EncodedRow, collate

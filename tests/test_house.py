@@ -34,8 +34,6 @@ LONGEST = 60
 """Lines of a function."""
 KNOWN_CIRCLES = {
     ("grun.data.chat", "grun.data.templates"),
-    ("baselines.llm360", "baselines.llm360_run"),
-    ("baselines.rmu", "baselines.rmu_run"),
 }
 """To be cut; nothing is added."""
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from baselines.rmu import _parser
+from baselines.rmu.options import RmuOptions
 from grun.loading.resolve import resolve
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -231,7 +231,7 @@ esac
         commands = printed(run(checkout, "cmd_wmdp.sh", DRY_RUN="1", PROFILE=profile))
         found = next(command for command in commands if "--layer_id" in command)
         names = ("output_dir", "verbose")
-        ours, published = (vars(_parser().parse_args(words)) for words in (found, shlex.split(line)))
+        ours, published = (vars(RmuOptions.parser().parse_args(words)) for words in (found, shlex.split(line)))
         assert {k: v for k, v in ours.items() if k not in names} == {
             k: v for k, v in published.items() if k not in names
         }

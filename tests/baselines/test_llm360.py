@@ -18,19 +18,20 @@ from tiny import random_rows, tiny
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from baselines import llm360_run
-from baselines.llm360 import main, parse
-from baselines.llm360_run import batches_of, run, texts_of
-from baselines.paired_task import PairedTask
-from grun.config.options import LossConfig, TinyConfig
+from baselines.llm360 import run as llm360_run
+from baselines.llm360.options import Llm360Options
+from baselines.llm360.run import batches_of, run, texts_of
+from baselines.llm360.task import PairedTask
+from grun.config.options import LossConfig, ModelConfig, TinyConfig
 from grun.data.encoding import EncodedRow, collate, encode_texts
 from grun.errors import DataError, ModelError, RunError
-from grun.loading.models import build_tiny
+from grun.loading.models import build_tiny, load_base
 from grun.method.plain import run_plain
 from grun.objectives.objective import build_objective
 
 pytestmark = pytest.mark.usefixtures("quick_garbage_collection")
 
+main, parse = Llm360Options.main, Llm360Options.parse
 ROOT = Path(__file__).resolve().parents[2]
 DEMO = [
     *("--unlearn_method", "max-entropy", "--forget_topic", "bio-forget", "--lr", "5e-5", "--random_seed", "23597"),
@@ -53,7 +54,7 @@ def test_the_published_demo_line_means_what_it_ran() -> None:
         False, False, True, False
     )  # fmt: skip
     assert options.folder == "models/max-entropy_bio-forget_CrystalChat"
-    assert options.quirks == ["positions=all", "accumulation=published", "dtype=bfloat16"]
+    assert options.quirks == ["dtype=bfloat16", "positions=all", "accumulation=published"]
     assert options.final_weights == "averaged"
 
 
@@ -103,7 +104,7 @@ def test_without_compat_no_quirk_is_on_and_each_can_be_set_alone() -> None:
         (["--lr", "1", "--max_unlearn_steps", "3"], "there would be none"),
         (["--lr", "1", "--use_lora", "True", "--unlearn_method", "rmu"], "no effect on rmu"),
         (["--lr", "1", "--tensors", "x", "--param_ids", "1"], "both choose tensors"),
-        (["--lr", "-1"], "greater than 0"),
+        (["--lr", "-1"], "must be above 0"),
         (["--lr", "1", "--min_len", "-1"], "must not be negative"),
         (["--lr", "1", "--random_seed", "-1"], "--random_seed"),
     ],
@@ -118,7 +119,7 @@ def test_a_line_that_means_nothing_is_refused_in_one_line(
 
 def test_print_config_prints_json_and_loads_nothing_heavy(tmp_path: Path) -> None:
     code = (
-        "import sys; from baselines.llm360 import main; status = main(sys.argv[1:]);"
+        "import sys; from baselines.llm360.options import Llm360Options; status = Llm360Options.main(sys.argv[1:]);"
         "print(sorted({'torch', 'transformers', 'datasets', 'numpy'} & set(sys.modules)), file=sys.stderr);"
         "sys.exit(status)"
     )
@@ -127,7 +128,7 @@ def test_print_config_prints_json_and_loads_nothing_heavy(tmp_path: Path) -> Non
     assert done.returncode == 0 and done.stderr.strip() == "[]"
     shown = json.loads(done.stdout)
     assert (shown["lr"], shown["updates"], shown["use_wandb"]) == (5e-5, 25, False)
-    assert shown["quirks"] == ["positions=all", "accumulation=published", "dtype=bfloat16"]
+    assert shown["quirks"] == ["dtype=bfloat16", "positions=all", "accumulation=published"]
 
 
 # -- texts ------------------------------------------------------------------------------------------------------------
@@ -191,7 +192,7 @@ def test_too_few_texts_are_one_line(place: Path, tmp_path: Path) -> None:
 
 
 def test_as_published_texts_are_padded_on_the_left_to_the_longest_that_is_allowed(place: Path, tmp_path: Path) -> None:
-    base, tokenizer, _ = llm360_run._load(parse(line(place, tmp_path)))
+    base, tokenizer, _ = load_base(ModelConfig(path=parse(line(place, tmp_path)).model_name_or_path, device="cpu"))
     texts = ["a stone of red sand", "the sea at the river " * 30]
     published = batches_of(texts, tokenizer, base, parse(line(place, tmp_path, "--max_len", "40")))
     assert published[0].input_ids.shape == (2, 40)

@@ -17,9 +17,9 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from baselines.rmu import RmuOptions, main, parse
-from baselines.rmu_run import batches, forget_tokens, load_topics, number_of_steps
-from baselines.rmu_task import RmuTask
+from baselines.rmu.options import RmuOptions
+from baselines.rmu.run import batches, forget_tokens, load_topics, number_of_steps
+from baselines.rmu.task import RmuTask
 from grun.config.options import ModelConfig, TinyConfig
 from grun.data.encoding import Batch
 from grun.data.templates import TEMPLATES, store
@@ -30,6 +30,7 @@ from grun.runtime.files import read_json
 
 pytestmark = pytest.mark.usefixtures("quick_garbage_collection")
 
+main, parse = RmuOptions.main, RmuOptions.parse
 ROOT = Path(__file__).resolve().parents[2]
 LLAMA_LINE = (
     "--model_name meta-llama/Llama-3.1-8B --batch_size 4 --layer_ids 13,14,15 --layer_id 15 --max_num_batches 150 "
@@ -105,7 +106,10 @@ def test_the_published_lines_mean_what_they_meant() -> None:
 
 
 def test_the_last_of_repeated_flags_counts_and_the_model_has_three_names() -> None:
-    assert parse(["--layer_id", "3", "--layer_id", "4", "--alpha", "1,1", "--alpha", "2,3"]).alpha == [2.0, 3.0]
+    assert parse(["--layer_id", "3", "--layer_id", "4", "--alpha", "1,1", "--alpha", "2,3"]).alpha == [
+        2.0,
+        3.0,
+    ]
     for flag in ("--model_name_or_path", "--model_name", "--model"):
         assert parse([flag, "x/y"]).model_name_or_path == "x/y"
 
@@ -125,7 +129,7 @@ def test_compat_none_switches_every_quirk_off_and_each_has_a_flag() -> None:
 
 def test_print_config_prints_json_and_imports_neither_torch_nor_transformers() -> None:
     program = (
-        "import sys\nfrom baselines.rmu import main\nstatus = main(sys.argv[1:])\n"
+        "import sys\nfrom baselines.rmu.options import RmuOptions\nstatus = RmuOptions.main(sys.argv[1:])\n"
         "assert not {'torch', 'transformers', 'datasets'} & sys.modules.keys()\nsys.exit(status)"
     )
     done = subprocess.run(
@@ -273,7 +277,7 @@ def test_the_length_of_forget_texts_goes_by_position_or_by_name() -> None:
 
 
 def test_texts_are_cut_at_their_limit(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("baselines.rmu_run.FORGET_TOKENS", 5)
+    monkeypatch.setattr("baselines.rmu.run.FORGET_TOKENS", 5)
     (forget, retain), _ = read_batches(place, 0)
     assert {int(mask.sum()) for batch in forget for mask in batch.attention_mask} == {5}
     assert max(batch.input_ids.shape[1] for batch in retain) > 5
@@ -346,7 +350,7 @@ def test_a_finished_run_is_found_another_one_refused_and_overwrite_replaces_it(
         raise AssertionError("it was trained again")
 
     with monkeypatch.context() as patched:
-        patched.setattr("baselines.rmu_run.train", never)
+        patched.setattr("baselines.published.train", never)
         assert main(arguments(place, full)) == 0
     assert capsys.readouterr().out.splitlines()[-1] == str(full)
     assert main(arguments(place, full, "--lr", "0.02")) == 1

@@ -18,7 +18,7 @@ import demo
 import pytest
 from tqdm.auto import tqdm
 
-from baselines import rmu
+from baselines.rmu.options import RmuOptions
 from grun.cli import main
 from grun.data.jsonl import read_rows
 from grun.errors import ConfigError, DataError
@@ -180,7 +180,7 @@ def test_a_question_may_hold_an_equals_sign(
     ],
 )
 def test_flags_of_the_published_tools_are_checked_alike(flags: list[str], named: str, capsys: Captured) -> None:
-    assert rmu.main([*flags, "--print_config"]) == 2
+    assert RmuOptions.main([*flags, "--print_config"]) == 2
     assert named in capsys.readouterr().err
 
 

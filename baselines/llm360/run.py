@@ -6,33 +6,29 @@ import dataclasses
 import importlib.util
 import logging
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
-from baselines.llm360 import FIXED_SEED, METHODS, Llm360Options
+from baselines.llm360.options import FIXED_SEED, METHODS, Llm360Options
+from baselines.llm360.task import PairedTask
 from baselines.lora import Lora, linear_layers
-from baselines.paired_task import PairedTask
-from baselines.rmu_task import RmuTask, Topic
-from baselines.tensors import check_block, named_tensors, numbered_tensors
+from baselines.published import Loaded, Prepared, chosen_tensors, run_published
+from baselines.rmu.task import RmuTask, Topic
 from grun.config.checks import check_train
-from grun.config.options import LoraConfig, LossConfig, MethodConfig, ModelConfig, TrainConfig
-from grun.data import templates
+from grun.config.options import LoraConfig, LossConfig, MethodConfig, TrainConfig
 from grun.data.encoding import IGNORED, Batch, collate, encode_texts
 from grun.data.texts import load_texts
-from grun.errors import ConfigError, DataError, ModelError
-from grun.loading.models import context_length, load_base
-from grun.method.fingerprint import fingerprint
+from grun.errors import ConfigError, DataError
+from grun.loading.models import context_length
+from grun.method.host import hidden_size_of
 from grun.method.plain import run_plain
 from grun.objectives.objective import build_objective
 from grun.objectives.rmu import control_vector
 from grun.runtime.devices import input_device
-from grun.runtime.files import content_hash, holding, staged, target, write_json, writing
-from grun.runtime.memory import enough_memory
+from grun.runtime.files import content_hash, write_json
 from grun.runtime.reading import read_json_lines
 from grun.runtime.records import Step
-from grun.runtime.runs import claim, finish_run, identity, open_run
-from grun.training.train import CHECKPOINTS, remove_checkpoints, train
 from pyvene_custom import find_blocks
 
 if TYPE_CHECKING:
@@ -43,13 +39,10 @@ log = logging.getLogger(__name__)
 LORA_RANK, LORA_ALPHA = 32, 16.0
 LORA_TARGET = "c_attn"
 """Layer that the published tool puts LoRA on."""
-DECIDE_NOTHING = ("output_path", "overwrite", "device", "save_steps", "use_wandb", "wandb_project")
-"""Options that change no result."""
 LOG_FILE = "log.json"
 """The published tool's log: three lists with a number for each update."""
 
 
-@holding()
 def run(options: Llm360Options) -> Path:
     """Unlearn, and return the folder of the result; a finished run of the same options is found, not repeated.
 
@@ -58,68 +51,61 @@ def run(options: Llm360Options) -> Path:
         ConfigError, ModelError: the model, a block or the choice of tensors does not fit.
         RunError: the folder belongs to another run, or training cannot go on.
     """
-    training = _training(options)
+    training = TrainConfig(
+        batch_size=options.batch_size,
+        lr=options.lr,
+        optimizer="schedule_free",
+        schedule="constant",
+        warmup=float(options.warmup_steps),
+        weight_decay=0.0,
+        max_grad_norm=0.0,
+        save_steps=options.save_steps,
+    )
     check_train(training)
     texts = {topic: texts_of(topic, options) for topic in (options.forget_topic, options.retain_topic)}
-    base, tokenizer, template = _load(options)
-    folder = target(options.folder, "--output_path")
-    of_base = fingerprint(base)
-    decides = {name: value for name, value in dataclasses.asdict(options).items() if name not in DECIDE_NOTHING}
-    data = {topic: content_hash(found) for topic, found in texts.items()}
-    of_run = identity(decides, base=of_base, data=data)
-    state = open_run(folder, of_run, overwrite=options.overwrite)
-    if state == "finished":
-        log.info("%s holds this very run, finished: nothing to do (--overwrite runs it again)", folder)
-        return folder
+    folder, is_new = run_published(
+        options,
+        training,
+        {topic: content_hash(found) for topic, found in texts.items()},
+        lambda loaded: _prepare(loaded, options, texts),
+        seed=options.random_seed,
+        smaller=[f"--batch_size {max(1, options.batch_size // 2)}", "--use_lora True", "a smaller --max_len"],
+        averaged=options.final_weights == "averaged",
+    )
+    if is_new and options.use_wandb:
+        _send(_steps(folder), folder, options.wandb_project)
+    return folder
+
+
+def _steps(folder: Path) -> list[dict[str, float]]:
+    return [line for _, line in read_json_lines(folder / "log.jsonl", Step)]
+
+
+def _prepare(loaded: Loaded, options: Llm360Options, texts: dict[str, list[str]]) -> Prepared:
+    base = loaded.base
     forget, retain = (
-        batches_of(texts[topic], tokenizer, base, options) for topic in (options.forget_topic, options.retain_topic)
+        batches_of(texts[topic], loaded.tokenizer, base, options)
+        for topic in (options.forget_topic, options.retain_topic)
     )
     torch.manual_seed(options.random_seed)
     lora = _lora(base, options) if options.use_lora else None
-    smaller = [f"--batch_size {max(1, options.batch_size // 2)}", "--use_lora True", "a smaller --max_len"]
-    with enough_memory("running the untouched model", smaller):
-        task = make_task(base, lora, forget, retain, options)
+    task = make_task(base, lora, forget, retain, options)
     trained = sum(parameter.numel() for parameter in task.module.parameters())
     log.info("%s: %d updates, %s trained parameters", options.unlearn_method, task.steps, f"{trained:,}")
     if left := options.max_unlearn_steps % options.gradient_accumulation_steps:
         log.info("the last %d of %d micro-batches make no update and are dropped", left, options.max_unlearn_steps)
-    claim(folder, of_run, overwrite=options.overwrite)
-    averaged = options.final_weights == "averaged"
-    result = train(task, training, folder, options.random_seed, smaller=smaller, averaged=averaged)
-    steps = [line for _, line in read_json_lines(folder / "log.jsonl", Step)]
-    with writing(folder), staged(folder) as new:
+
+    def save(folder: Path, log_of_run: Path) -> None:
         if lora is None:
-            base.save_pretrained(new)
+            loaded.save(folder)
         else:
-            lora.save(new)
-        tokenizer.save_pretrained(new)
-        if template is not None:
-            templates.store(template, new)
-        write_json(new / LOG_FILE, published_log(steps))
-    finish_run(
-        folder,
-        {
-            "command": "llm360",
-            "objective": METHODS[options.unlearn_method],
-            "parametrization": _parametrization(options),
-            "config": dataclasses.asdict(options),
-            "quirks": options.quirks,
-            "dtype": str(base.dtype).removeprefix("torch."),
-            "data": data,
-            "base_fingerprint": of_base,
-            "parameters": {"trained": trained, "base": sum(parameter.numel() for parameter in base.parameters())},
-            "steps": result.steps,
-            "resumed_from": result.resumed_from,
-            "seconds": round(result.seconds, 2),
-            "peak_memory_bytes": result.peak_memory_bytes,
-            "device": str(base.device),
-        },
-        without=None if training.keep_all_checkpoints else CHECKPOINTS,
-    )
-    remove_checkpoints(folder, training)
-    if options.use_wandb:
-        _send(steps, folder, options.wandb_project)
-    return folder
+            lora.save(folder)
+            loaded.save_tokenizer(folder)
+        write_json(folder / LOG_FILE, published_log(_steps(log_of_run)))
+
+    kind = "tensors" if options.unlearn_method == "rmu" else "lora" if lora is not None else "full"
+    about = {"command": "llm360", "objective": METHODS[options.unlearn_method], "parametrization": kind}
+    return Prepared(task, save, about)
 
 
 def texts_of(topic: str, options: Llm360Options) -> list[str]:
@@ -194,37 +180,6 @@ def published_log(steps: list[dict[str, float]]) -> dict[str, list[float]]:
     return {"total": [a + b for a, b in zip(forget, retain, strict=True)], "retain": retain, "forget": forget}
 
 
-def _training(options: Llm360Options) -> TrainConfig:
-    return TrainConfig(
-        batch_size=options.batch_size,
-        lr=options.lr,
-        optimizer="schedule_free",
-        schedule="constant",
-        warmup=float(options.warmup_steps),
-        weight_decay=0.0,
-        max_grad_norm=0.0,
-        save_steps=options.save_steps,
-    )
-
-
-def _load(options: Llm360Options) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, templates.Template | None]:
-    config = ModelConfig(
-        path=options.model_name_or_path,
-        dtype=options.dtype,
-        device=options.device,
-        trust_remote_code=options.trust_remote_code,
-    )
-    try:
-        return load_base(config)
-    except ModelError as error:
-        if options.trust_remote_code or "custom code" not in str(error):
-            raise
-        raise ModelError(
-            f"{options.model_name_or_path} comes with model code of its own, which is not run unasked; read it, and "
-            "pass --trust_remote_code if you trust it"
-        ) from error
-
-
 def _lora(base: PreTrainedModel, options: Llm360Options) -> Lora:
     """LoRA on `base`, on the layers that are named, else on c_attn, else on all linear layers of attention."""
     targets = options.lora_targets or []
@@ -242,13 +197,8 @@ def _lora(base: PreTrainedModel, options: Llm360Options) -> Lora:
 
 
 def _rmu_task(base: PreTrainedModel, forget: list[Batch], retain: list[Batch], options: Llm360Options) -> RmuTask:
-    check_block(base, options.layer_id, "--layer_id")
-    if options.tensors is not None:
-        tensors = named_tensors(base, options.layer_ids, options.tensors)
-    else:
-        tensors = numbered_tensors(base, options.layer_ids, options.param_ids or [])
-    embeddings: Any = base.get_input_embeddings()
-    control = control_vector(int(embeddings.weight.shape[1]), options.steering_coeff, options.vector_seed)
+    tensors = chosen_tensors(base, options)
+    control = control_vector(hidden_size_of(base), options.steering_coeff, options.vector_seed)
     return RmuTask(
         base,
         tensors,
@@ -258,12 +208,6 @@ def _rmu_task(base: PreTrainedModel, forget: list[Batch], retain: list[Batch], o
         loss_mask=options.positions,
         accumulation=options.gradient_accumulation_steps,
     )
-
-
-def _parametrization(options: Llm360Options) -> str:
-    if options.unlearn_method == "rmu":
-        return "tensors"
-    return "lora" if options.use_lora else "full"
 
 
 def _padded(batch: Batch, length: int, pad_id: int) -> Batch:

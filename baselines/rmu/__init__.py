@@ -1,0 +1,1 @@
+"""`python -m baselines.rmu`: the command line of the published RMU tool."""

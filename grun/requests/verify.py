@@ -20,7 +20,7 @@ from grun.config.options import DataConfig, ModelConfig, RequestsConfig
 from grun.config.values import from_dict
 from grun.data import templates
 from grun.data.corpus import load_corpus
-from grun.data.encoding import collate_prompts
+from grun.data.encoding import EncodedRow, collate
 from grun.data.jsonl import read_rows
 from grun.data.rows import Row
 from grun.data.templates import Template
@@ -134,7 +134,6 @@ def verify(options: RequestsConfig) -> tuple[Verification, Path | None]:
     return verification, path
 
 
-@torch.no_grad()
 def evaluate_request(
     model: Any,
     tokenizer: Any,
@@ -170,17 +169,41 @@ def evaluate_request(
             for number, (row, answer) in enumerate(zip(rows, answers, strict=True))
         ]
     )
+    gates = gates_at_prompts(model, prompts, batch_size, pad_id)
+    of_own = gates[own] if isinstance(model, GrunStack) else gates[""]
+    table.gates = [GateRecord("forget", number, of_prompt) for number, of_prompt in enumerate(of_own)]
+    return {name: METRICS.get(name).compute(table, "forget") for name in FIGURES}
+
+
+@torch.no_grad()
+def gates_at_prompts(
+    model: Any, prompts: Sequence[Sequence[int]], batch_size: int, pad_id: int
+) -> dict[str, list[dict[int, float]]]:
+    """Gate probabilities at the last token of each prompt.
+
+    Args:
+        model: a GrunStack, or a GrunModel, whose gates come under the empty name.
+        prompts: token ids.
+        batch_size: prompts a pass.
+        pad_id: id of padding, which is masked.
+
+    Returns:
+        By request, for each prompt, by block.
+    """
+    found: dict[str, list[dict[int, float]]] = {}
     with evaluating(model):
         for start in range(0, len(prompts), batch_size):
-            batch = collate_prompts(prompts[start : start + batch_size], pad_id).to(model.device)
-            lengths = batch.attention_mask.sum(1)
-            model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, prompt_lengths=lengths)
-            gates = model.request_gates[own] if isinstance(model, GrunStack) else model.last_gates
-            table.gates += [
-                GateRecord("forget", start + row, {block: float(values[row, -1]) for block, values in gates.items()})
-                for row in range(len(lengths))
-            ]
-    return {name: METRICS.get(name).compute(table, "forget") for name in FIGURES}
+            rows = [EncodedRow(tuple(prompt), ()) for prompt in prompts[start : start + batch_size]]
+            batch = collate(rows, pad_id).to(model.device)
+            model(batch.input_ids, batch.attention_mask, prompt_lengths=batch.prompt_lengths)
+            by_request = model.request_gates if isinstance(model, GrunStack) else {"": model.last_gates}
+            for name, gates in by_request.items():
+                # A gate that reads every token has a column for each; one that reads the last prompt token has one.
+                found.setdefault(name, []).extend(
+                    {block: float(values[row, min(length, values.shape[1]) - 1]) for block, values in gates.items()}
+                    for row, length in enumerate(batch.prompt_lengths.tolist())
+                )
+    return found
 
 
 def forget_rows(store: RequestStore, request: Request) -> list[Row] | str:

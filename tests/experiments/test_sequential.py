@@ -19,11 +19,9 @@ import pytest
 import torch
 import transformers.trainer  # noqa: F401
 import yaml
-from tiny import PAD, tiny
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import grun.commands.unlearn  # noqa: F401
-from grun import GrunModel, GrunStack
 from grun.cli import main
 from grun.config.definitions import packaged_names
 from grun.config.options import ModelConfig
@@ -34,7 +32,6 @@ from grun.errors import ConfigError
 from grun.experiments import running
 from grun.experiments.job import Job
 from grun.experiments.sequential.definition import METHODS, read_sequence
-from grun.experiments.sequential.measuring import prompt_gates_by_request
 from grun.experiments.sequential.plan import make_plan
 from grun.experiments.sequential.splitting import cut, people
 from grun.experiments.sequential.steps import merge
@@ -285,31 +282,6 @@ def test_gates_are_those_that_the_evaluation_saw(done: Path) -> None:
     assert first["any_open"]["retain"] == pytest.approx(sum(value > 0.5 for value in retain) / 12)
     last = step(done, "grun", "r3")["gates"]
     assert list(last["mean"]) == IDS and list(last["rows"]) == [*IDS, "retain", "heldout"]
-
-
-def test_gates_are_read_at_the_last_prompt_token_whatever_a_design_reads_and_how_long_a_prompt_is() -> None:
-    base = tiny()
-    designs = {"published": "last_prompt", "robust": "every_token"}
-    members = {}
-    for seed, (name, place) in enumerate(designs.items()):
-        torch.manual_seed(seed)
-        model = GrunModel.wrap(base, blocks=(1,), rank=2, gate_read=place, edit_write=place)
-        members[name] = (model.config, {key: value.clone() for key, value in model.state_dict().items()})
-        model.unwrap()
-    stack = GrunStack(base).eval()
-    stack.add_weights(members)
-    prompts = [[5, 9, 3, 7, 8, 4], [6, 3], [4, 8, 5, 9]]
-    found = prompt_gates_by_request(stack, prompts, batch_size=2, pad_id=PAD)
-    stack.unwrap()
-    for row, (config, weights) in enumerate(members.values()):
-        model = GrunModel(base, config)
-        model.load_state_dict(weights)
-        for place, prompt in enumerate(prompts):
-            with torch.no_grad():
-                model.eval()(torch.tensor([prompt]))
-            # one prompt a pass, without padding: sums of float64 in another order
-            assert float(found[row, place]) == pytest.approx(float(model.last_gates[1][0, -1]), abs=1e-9)
-        model.unwrap()
 
 
 def test_costs_are_those_of_the_runs(done: Path) -> None:

@@ -16,9 +16,10 @@ import demo
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tiny import PAD, tiny
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from grun import GrunModel
+from grun import GrunModel, GrunStack
 from grun.cli import main
 from grun.data.corpus import load_corpus
 from grun.data.rows import Row
@@ -28,7 +29,7 @@ from grun.loading.resolve import resolve
 from grun.method.adapter import WEIGHTS_FILE
 from grun.requests.adding import in_force_before, others
 from grun.requests.store import RequestStore
-from grun.requests.verify import evaluate_request
+from grun.requests.verify import evaluate_request, gates_at_prompts
 from grun.runtime.files import write_json
 
 Captured = pytest.CaptureFixture[str]
@@ -601,6 +602,31 @@ def test_the_own_gate_of_a_request_is_read_at_the_last_prompt_token(tmp_path: Pa
             torch.nn.init.constant_(edit.gate[-1].bias, bias)
         figures = evaluate_request(model, tokenizer, model.template, rows, own="any", batch_size=2, max_new_tokens=2)
         assert figures["gate_open"] == share
+
+
+def test_gates_are_read_at_the_last_prompt_token_whatever_a_design_reads_and_how_long_a_prompt_is() -> None:
+    base = tiny()
+    designs = {"published": "last_prompt", "robust": "every_token"}
+    members = {}
+    for seed, (name, place) in enumerate(designs.items()):
+        torch.manual_seed(seed)
+        model = GrunModel.wrap(base, blocks=(1,), rank=2, gate_read=place, edit_write=place)
+        members[name] = (model.config, {key: value.clone() for key, value in model.state_dict().items()})
+        model.unwrap()
+    stack = GrunStack(base).eval()
+    stack.add_weights(members)
+    prompts = [[5, 9, 3, 7, 8, 4], [6, 3], [4, 8, 5, 9]]
+    found = gates_at_prompts(stack, prompts, batch_size=2, pad_id=PAD)
+    stack.unwrap()
+    for name, (config, weights) in members.items():
+        model = GrunModel(base, config)
+        model.load_state_dict(weights)
+        for place, prompt in enumerate(prompts):
+            with torch.no_grad():
+                model.eval()(torch.tensor([prompt]))
+            # one prompt a pass, without padding: sums of float64 in another order
+            assert found[name][place][1] == pytest.approx(float(model.last_gates[1][0, -1]), abs=1e-9)
+        model.unwrap()
 
 
 # -- the command line -------------------------------------------------------------------------------------------------

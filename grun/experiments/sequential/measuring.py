@@ -11,8 +11,6 @@ from grun.evaluation.metrics import METRICS, OPEN
 from grun.evaluation.table import Table
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from grun.config.options import EvaluateConfig
 
 KEPT = ("retain", "heldout")
@@ -72,6 +70,7 @@ def gate_confusion(config: EvaluateConfig, requests: Mapping[str, Sequence[int]]
     from grun.data.rows import evenly_spaced
     from grun.data.templates import in_force
     from grun.loading.models import load_model
+    from grun.requests.verify import gates_at_prompts
 
     loaded = load_model(config.model, config.adapter, strict=config.strict, gate_threshold=config.gate_threshold)
     data = config.data
@@ -79,51 +78,22 @@ def gate_confusion(config: EvaluateConfig, requests: Mapping[str, Sequence[int]]
     sets = {name: evenly_spaced(rows, data.limit) for name, rows in load_corpus(data).sets().items()}
     groups = {name: [sets["forget"][place] for place in places] for name, places in requests.items()}
     groups |= {name: sets[name] for name in config.sets if name in sets and name not in ("forget", "forget_paraphrase")}
+    pad_id = int(loaded.tokenizer.pad_token_id)
     mean: dict[str, dict[str, float]] = {name: {} for name in loaded.model.names}
     opened: dict[str, dict[str, float]] = {name: {} for name in loaded.model.names}
     any_open = {}
     for group, rows in groups.items():
         encoded = encode_rows(rows, loaded.tokenizer, template, None, strict=False)
-        prompts = [row.prompt_ids for row in encoded]
-        widest = prompt_gates_by_request(loaded.model, prompts, config.batch_size, int(loaded.tokenizer.pad_token_id))
-        for name, values in zip(loaded.model.names, widest, strict=True):
-            mean[name][group] = float(values.mean())
-            opened[name][group] = float((values > OPEN).double().mean())
-        any_open[group] = float((widest.amax(dim=0) > OPEN).double().mean())
+        gates = gates_at_prompts(loaded.model, [row.prompt_ids for row in encoded], config.batch_size, pad_id)
+        widest = {name: [max(of_prompt.values()) for of_prompt in of_request] for name, of_request in gates.items()}
+        for name, values in widest.items():
+            mean[name][group] = sum(values) / len(values)
+            opened[name][group] = _share_open(values)
+        any_open[group] = _share_open([max(values) for values in zip(*widest.values(), strict=True)])
     loaded.model.unwrap()
     counts = {group: len(rows) for group, rows in groups.items()}
     return {"mean": mean, "open": opened, "any_open": any_open, "rows": counts}
 
 
-def prompt_gates_by_request(model: Any, prompts: Sequence[Sequence[int]], batch_size: int, pad_id: int) -> Tensor:
-    """Probability of each request's widest gate (over blocks) at the last token of each prompt.
-
-    Args:
-        model: a `GrunStack`.
-        prompts: token ids.
-        batch_size: prompts a pass.
-        pad_id: id of padding, which is masked.
-
-    Returns:
-        float64, shape [requests, prompts], requests as in `model.names`.
-    """
-    import torch
-
-    from grun.data.encoding import EncodedRow, collate
-
-    parts = []
-    for start in range(0, len(prompts), batch_size):
-        rows = [EncodedRow(tuple(prompt), ()) for prompt in prompts[start : start + batch_size]]
-        batch = collate(rows, pad_id).to(model.device)
-        with torch.no_grad():
-            model(batch.input_ids, batch.attention_mask, prompt_lengths=batch.prompt_lengths)
-        last = batch.prompt_lengths[:, None] - 1  # [batch, 1]
-        found = []
-        for gates in model.request_gates.values():
-            # A gate that reads every token has a column for each; one that reads the last prompt token has one.
-            at_end = [
-                gate if gate.shape[1] == 1 else gate.gather(1, last.to(gate.device)) for gate in gates.values()
-            ]  # each [batch, 1]
-            found.append(torch.cat([gate.double().cpu() for gate in at_end], dim=1).amax(dim=1))
-        parts.append(torch.stack(found))
-    return torch.cat(parts, dim=1)
+def _share_open(gates: Sequence[float]) -> float:
+    return sum(gate > OPEN for gate in gates) / len(gates)

@@ -31,7 +31,7 @@ class Draw:
     """What logits are divided by, > 0."""
 
     def chooser(self, prompts: Sequence[Sequence[int]], steps: int) -> Choose:
-        """Draws tokens behind `prompts`, the rows of a batch, for at most `steps` steps.
+        """Draws tokens after `prompts`, the rows of a batch, for at most `steps` steps.
 
         A row has one uniform number a step: the token at which the running sum of probabilities passes it.
         """

@@ -73,7 +73,7 @@ def generate_answers(
 ) -> list[Answer]:
     """Answer each prompt, every distinct one once, longest first, padded on the left.
 
-    Answers are greedy whatever a model's generation config says (beams, penalties, forced or forbidden tokens, stop
+    Answers are greedy whatever a model's generation config holds (beams, penalties, forced or forbidden tokens, stop
     strings); its end tokens alone count. An answer ends at an end token, at max_new_tokens, or where the context of the
     model is full.
 
@@ -231,7 +231,7 @@ def _generate(
 
 
 def _of_numbers(choose: Choose) -> Choose:
-    """The same, but ModelError of logits that are NaN, whose most probable token says nothing."""
+    """The same, but ModelError of logits that are NaN, whose most probable token means nothing."""
 
     def checked(logits: Tensor, rows: Sequence[int]) -> Tensor:
         if bool(logits.isnan().any()):

@@ -1,4 +1,4 @@
-"""What an evaluation asks of a model, and how what the model says becomes a table."""
+"""What an evaluation asks of a model, and how its answers become a table."""
 
 from __future__ import annotations
 
@@ -116,7 +116,7 @@ def score_items(
 ) -> list[Table]:
     """Scores and gates of all sets, a table for each of `subjects`; sets go together, so no row is scored twice.
 
-    `journals` are folders, one for each model; `first` is as of `score_together`.
+    `journals` are folders, one for each model; `first` is as in `score_together`.
     """
     from grun.evaluation.journal import Journal, journal_file
     from grun.evaluation.scoring import ScoredRow

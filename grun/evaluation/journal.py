@@ -1,6 +1,6 @@
 """What an evaluation has done so far, on disk, so that one that was cut off goes on where it was.
 
-Each of several processes appends to a journal of its own and reads all that lie beside it, so that a run with another
+Each of several processes appends to a journal of its own and reads all in its folder, so that a run with another
 number of processes goes on too.
 """
 
@@ -33,14 +33,14 @@ class Journal(Generic[T]):
     """
 
     def __init__(self, path: Path, *, to_json: Callable[[T], Any], from_json: Callable[[Any], T]) -> None:
-        """Read what is there and in the journals beside it; what is not whole is taken out of the file."""
+        """Read what is there and in the journals next to it; what is not whole is taken out of the file."""
         self.known: dict[int, T] = {}
         """Results so far, by number."""
         self._path = path
         self._to_json = to_json
-        for beside in sorted(path.parent.glob(f"{path.stem.partition('-')[0]}*{path.suffix}")):
-            if beside != path:
-                self._read(beside, from_json)
+        for other in sorted(path.parent.glob(f"{path.stem.partition('-')[0]}*{path.suffix}")):
+            if other != path:
+                self._read(other, from_json)
         whole = self._read(path, from_json)
         with writing(path.parent):
             if path.is_file() and path.stat().st_size != len(whole):

@@ -26,7 +26,7 @@ class ChoiceScore(NamedTuple):
     """What the model makes of one question."""
 
     logp: list[float]
-    """log p of each option's letter behind the prompt, nats, in the order in which the options are shown."""
+    """log p of each option's letter after the prompt, nats, in the order in which the options are shown."""
     gates: dict[int, float] | None
     """Gate probability at the last prompt token by block; None for a model without gates."""
 
@@ -57,7 +57,7 @@ def prompt_text(row: ChoiceRow, format: str, suffix: str = "") -> str:
     """The prompt of a question, up to where the letter is read.
 
     harness: lm-evaluation-harness's zero-shot wording of WMDP and MMLU, which names the subject; grun_paper: GRUN's,
-    with a blank at its end. `suffix` is put behind "Answer:", with a blank between.
+    with a blank at its end. `suffix` is put after "Answer:", with a blank between.
     """
     if len(row.choices) > len(string.ascii_uppercase):
         raise DataError(f"a question has {len(row.choices)} options, and letters end at 26; leave some out")
@@ -84,7 +84,7 @@ def encode_choices(
         prompt = tuple(start + rest[:-1])
         return [EncodedRow(prompt, (tokenizer.encode(letter, add_special_tokens=False)[0],)) for letter in letters]
     prompt = tuple(encode_prompt(PLAIN, tokenizer, text))
-    # What stands before a line break does not change how the line behind it is tokenized.
+    # What stands before a line break does not change how the line after it is tokenized.
     last_line = text.rpartition("\n")[2]
     answers = [encode(PLAIN, tokenizer, last_line, letter).answer_ids[:-1] for letter in letters]
     return [EncodedRow(prompt, tuple(answer)) for answer in answers]
@@ -105,12 +105,12 @@ def score_choices(
     Each distinct prompt is run once. A prompt that is longer than the model's context loses its beginning.
 
     Args:
-        model: as of `score_continuations`.
+        model: as in `score_continuations`.
         tokenizer: of the model.
         rows: questions, their options in the order in which they are shown.
         format: harness or grun_paper, see `prompt_text`.
         batch_size: prompts per forward pass; it changes nothing but rounding.
-        suffix: text behind "Answer:", before the letter is read; it belongs to the prompt.
+        suffix: text after "Answer:", before the letter is read; it belongs to the prompt.
         advance: called with the number of options done since the last call.
     """
     from grun.evaluation.scoring import base_of, score_continuations

@@ -78,7 +78,7 @@ def sliding_perplexity(
 
 
 def windows(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, window: int, stride: int) -> list[Window]:
-    """Places of the window over the joined texts; arguments as of `sliding_perplexity`."""
+    """Places of the window over the joined texts; arguments as in `sliding_perplexity`."""
     start, ids, _ = encode(PLAIN, tokenizer, None, BETWEEN.join(texts))
     ids = ids[:-1]  # without the end token
     if len(start) + len(ids) < 2:

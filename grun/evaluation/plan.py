@@ -46,7 +46,7 @@ CODE = (
     "cache/*.py",
     "../pyvene_custom/*.py",
 )
-"""Sources that decide what a model is asked and what it says, relative to the package."""
+"""Sources that decide what a model is asked and what it answers, relative to the package."""
 NOT_ASKED = ("gate_threshold", "continuations")
 """Settings that do not change what a model without an adapter answers."""
 
@@ -150,7 +150,7 @@ def same_evaluation(
 
 
 def code_hash(patterns: Sequence[str] = CODE) -> str:
-    """Hash of the sources that decide what a model is asked and what it says, files that `patterns` name."""
+    """Hash of the sources that decide what a model is asked and what it answers, files that `patterns` name."""
     package = Path(__file__).parents[1]
     files = sorted({path for pattern in patterns for path in package.glob(pattern)})
     return content_hash([[path.name, file_hash(path)] for path in files])

@@ -84,7 +84,6 @@ def score(
     pad_id: int,
     advance: Callable[[int], None] = lambda count: None,
     *,
-    side: str = "right",
     masked_id: int | None = None,
     record: Callable[[Sequence[EncodedRow], Sequence[ScoredRow]], None] = lambda rows, results: None,
 ) -> list[ScoredRow]:
@@ -92,7 +91,7 @@ def score(
 
     This works for every model; `grun.evaluation.shared_scoring` is faster where it works, and is checked against it.
 
-    Padding is masked, so batch_size, side and order change nothing but speed. Where a row has no prompt token at
+    Padding is masked, so batch_size and order change nothing but speed. Where a row has no prompt token at
     all, its first answer token has nothing before it and is left out.
 
     Args:
@@ -101,7 +100,6 @@ def score(
         batch_size: rows per forward pass.
         pad_id: id that fills up short rows; it is masked.
         advance: called with the number of `rows` done since the last call.
-        side: where padding goes, right or left.
         masked_id: further id that is masked wherever it stands (published quirk eos_masked_attention); None: none.
         record: called with each batch of distinct rows and its results, once they are there.
     """
@@ -111,7 +109,7 @@ def score(
     with evaluating(model):
         for start in range(0, len(distinct), batch_size):
             chunk = distinct[start : start + batch_size]
-            results = score_batch(model, chunk, pad_id, side, masked_id)
+            results = score_batch(model, chunk, pad_id, masked_id)
             record(chunk, results)
             scored.update(zip(chunk, results, strict=True))
             advance(sum(repeats[row] for row in chunk))
@@ -119,23 +117,18 @@ def score(
 
 
 @torch.no_grad()
-def score_batch(
-    model: Any, rows: Sequence[EncodedRow], pad_id: int, side: str = "right", masked_id: int | None = None
-) -> list[ScoredRow]:
+def score_batch(model: Any, rows: Sequence[EncodedRow], pad_id: int, masked_id: int | None = None) -> list[ScoredRow]:
     """Score `rows` in one pass of a model in evaluation mode; arguments as in `score`."""
-    batch = collate(rows, pad_id, side=side)
+    batch = collate(rows, pad_id)
     lengths = batch.prompt_lengths
     if masked_id is not None:
         batch.attention_mask[batch.input_ids == masked_id] = 0
         lengths = torch.tensor([sum(token != masked_id for token in row.prompt_ids) for row in rows])
     batch = batch.to(model.device)
     more: dict[str, Tensor] = {"prompt_lengths": lengths.to(model.device)} if takes_prompt_lengths(model) else {}
-    if side == "left":
-        more["position_ids"] = (batch.attention_mask.cumsum(1) - 1).clamp_min(0)
     out = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, **more)
     answer = batch.labels != -100  # [batch, length]
-    first = answer.shape[1] - torch.tensor([len(row) for row in rows], device=answer.device) if side == "left" else 0
-    answer[torch.arange(len(rows), device=answer.device), first] = False  # nothing stands before a row's first token
+    answer[:, 0] = False  # nothing stands before a row's first token
     row_of, column = answer.nonzero(as_tuple=True)  # [tokens]
     tokens = score_tokens(out.logits[row_of, column - 1], batch.labels[row_of, column])
     gates = getattr(out, "gates", None) or {}
@@ -160,7 +153,7 @@ def scored_rows(
 def prompt_gates(gates: dict[int, Tensor] | None, count: int) -> list[dict[int, float] | None]:
     """Gate probabilities by row, from tensors [batch, positions] by block: the widest open gate counts.
 
-    Positions are the last prompt token and, where gates read them, the tokens behind it.
+    Positions are the last prompt token and, where gates read them, the tokens after it.
     """
     if not gates:
         return [None] * count

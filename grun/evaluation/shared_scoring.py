@@ -164,7 +164,7 @@ class PackedScorer:
 def packed_scorer(
     subjects: Sequence[Subject], longest: EncodedRow, pad_id: int, first: int | None = None
 ) -> PackedScorer | None:
-    """A scorer of `subjects` (in evaluation mode); None, and a line that says why, where it fails on one row."""
+    """A scorer of `subjects` (in evaluation mode); None, and a line with the reason, where it fails on one row."""
     if first is None:
         first = first_edited(subjects)
     with subjects[0].put_on() as model:

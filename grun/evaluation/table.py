@@ -1,6 +1,6 @@
 """The scored table of one evaluation: what the model said, once, from which every metric is computed.
 
-Three JSON-lines files lie beside `evaluation.json`; each line is one record, its keys the fields of the dataclasses
+Three JSON-lines files lie next to `evaluation.json`; each line is one record, its keys the fields of the dataclasses
 below. Numbers carry nine significant digits, which identify a float32 exactly.
 """
 

@@ -21,7 +21,7 @@ from grun.cli import main
 from grun.config.options import DataConfig, EvaluateConfig, ModelConfig, QuestionsConfig, ReportConfig
 from grun.errors import RunError
 from grun.evaluation.metrics.intervals import wilson
-from grun.evaluation.suites.knowledge import evaluate_knowledge
+from grun.evaluation.suites.base import evaluate_suite
 from grun.method.model import GrunModel
 from grun.report import figures
 from grun.report.knowledge import columns_of
@@ -67,7 +67,7 @@ def measured(tmp_path_factory: pytest.TempPathFactory) -> Path:
     files: dict[str, Any] = {role: [f"{role}.jsonl"] for role in ROLES}
     files |= {f"cloze_{role}": [f"cloze_{role}.jsonl"] for role in ROLES}
     for name, adapter in (("before", None), ("grun_rmu", str(folder / "results" / "grun_rmu"))):
-        evaluate_knowledge(
+        evaluate_suite(
             EvaluateConfig(
                 suite="knowledge",
                 model=ModelConfig(path=str(folder / "model"), device="cpu"),

@@ -87,12 +87,12 @@ def put_back(weights: Iterable[nn.Parameter]) -> Iterator[None]:
 class Relearn(Attack):
     """Fine-tune on a few forget rows, or on retain rows alone, and ask the plain question of the other forget rows.
 
-    Of a GRUN or ReFT adapter its own parameters (gates and edits) train. Of every other model all weights do: beside a
+    Of a GRUN or ReFT adapter its own parameters (gates and edits) train. Of every other model all weights do: with a
     LoRA the base's, which is the same as merging it first and training what comes out. The answers' tokens count, and
     weights train in the type they have: in bfloat16 many a step is rounded away, which model.dtype=float32 avoids.
 
     Source: Hu et al. 2024, arXiv 2406.13356, and Lynch et al. 2024, arXiv 2402.16835 (few forget rows bring back
-    others); Deeb and Roger 2024, arXiv 2410.08827 (rows that say nothing about what is asked).
+    others); Deeb and Roger 2024, arXiv 2410.08827 (rows unrelated to what is asked).
     """
 
     access: Access = "weights"
@@ -189,7 +189,7 @@ def fine_tune(
     seed: str,
     advance: Callable[[int], None],
 ) -> None:
-    """Train `weights` of `model`, in place, to say the answers of `rows`.
+    """Train `weights` of `model`, in place, to give the answers of `rows`.
 
     AdamW without weight decay at one rate, no dropout (the model is in evaluation mode and stays there), the mean over
     the answer tokens of a batch. Weights train in the type they have. Every process of a run trains the same.
@@ -263,7 +263,7 @@ class AdapterRemoved(Attack):
     """The adapter is taken off (GRUN, ReFT, LoRA).
 
     Nothing was removed from the weights: whoever has the base has the data. So this gives back all that the model knew
-    before, by design, and is here to say so.
+    before, by design, and is here to show it.
     """
 
     access: Access = "weights"

@@ -1,4 +1,4 @@
-"""Metrics of the greedy answers: do they say what the reference says, and are they language at all."""
+"""Metrics of the greedy answers: do they give what the reference gives, and are they language at all."""
 
 from __future__ import annotations
 

@@ -17,11 +17,6 @@ MEANS = ("geometric", "arithmetic")
 """Over a row's wrong answers: of their log-probabilities, or of their probabilities."""
 
 
-def token_mean(logp: Sequence[float]) -> float | None:
-    """Mean log-probability per token, nats; None where there is no token."""
-    return mean(logp)
-
-
 def among(correct: float, wrong: Sequence[float], eps: float = 0.0) -> float:
     """P / (P + sum of the wrong answers' P + eps), of mean log-probabilities; the correct answer's share."""
     return math.exp(correct - log_sum_exp([correct, *wrong, *_log(eps)]))

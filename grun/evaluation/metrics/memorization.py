@@ -1,6 +1,6 @@
 """How much of the reference answer the model reproduces token by token, the true tokens before each being given.
 
-The end token, which says nothing about the row, is left out.
+The end token, which holds nothing of the row, is left out.
 """
 
 from __future__ import annotations

@@ -74,7 +74,7 @@ def normalized(text: str) -> str:
 
 
 def plain(text: str) -> str:
-    """Normalized text, letter case and white space apart; none stands beside a script that has no spaces."""
+    """Normalized text, letter case and white space apart; none stands next to a script that has no spaces."""
     return _AROUND_UNSPACED.sub("", " ".join(normalized(normalized(text).casefold()).split()))
 
 

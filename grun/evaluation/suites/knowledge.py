@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from grun.config.options import EvaluateConfig
@@ -15,7 +14,7 @@ from grun.data.rows import evenly_spaced, hash_rows
 from grun.data.templates import encode_prompt
 from grun.errors import TooLowError
 from grun.evaluation.multiple_choice import accuracy, orders_of, score_choices, share
-from grun.evaluation.suites.base import Measured, Suite, evaluate_suite
+from grun.evaluation.suites.base import Measured, Suite
 from grun.evaluation.table import GateRecord, Table
 from grun.runtime.files import content_hash
 from grun.runtime.progress import progress
@@ -24,11 +23,6 @@ if TYPE_CHECKING:
     from grun.loading.models import Loaded
 
 QUESTIONS_FILE = "questions.jsonl"
-
-
-def evaluate_knowledge(config: EvaluateConfig, folder: Path) -> dict[str, Any]:
-    """Evaluate one model's knowledge into `folder`; what evaluation.json there then holds. See `KnowledgeSuite`."""
-    return evaluate_suite(config, folder)[str(folder)]
 
 
 class KnowledgeSuite(Suite):

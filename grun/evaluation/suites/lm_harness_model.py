@@ -21,7 +21,7 @@ class HarnessModel(HFLM):
     def __init__(self, model: Any, tokenizer: Any, batch_size: int, template: Template | None = None) -> None:
         """`model` is a transformers causal model, or a GrunModel on one, whose hooks then act in generation too.
 
-        `template` is the chat template that the harness is told to ask in.
+        `template` is the chat template in which the harness asks.
         """
         base = base_of(model)
         limit = context_length(base)

@@ -53,7 +53,7 @@ def attacked_sets(config: DataConfig) -> dict[str, list[Row]]:
 def open_questions(choices: Sequence[ChoiceRow], cloze: Sequence[Row] = ()) -> list[Row]:
     """Multiple-choice questions as rows with the question alone, which the right option answers.
 
-    The fact is the right option without a full stop behind it, the wrong options are `perturbed_answer`.
+    The fact is the right option without a full stop after it, the wrong options are `perturbed_answer`.
 
     Args:
         choices: the questions.

@@ -19,7 +19,6 @@ from grun.evaluation.metrics import auc
 from grun.evaluation.metrics.intervals import wilson
 from grun.evaluation.multiple_choice import prompt_text, score_choices
 from grun.evaluation.suites.base import evaluate_suite
-from grun.evaluation.suites.knowledge import evaluate_knowledge
 from grun.loading.checks import check
 from grun.method.model import GrunModel
 
@@ -61,6 +60,10 @@ def settings(taught: Path, adapter: str | None = None, **options: Any) -> Evalua
     options.setdefault("model", ModelConfig(path=str(taught / "model"), device="cpu"))
     options.setdefault("max_new_tokens", 4)
     return EvaluateConfig(suite="knowledge", adapter=adapter and str(taught / adapter), **options)
+
+
+def evaluate_knowledge(config: EvaluateConfig, folder: Path) -> dict[str, Any]:
+    return evaluate_suite(config, folder)[str(folder)]
 
 
 def lines(folder: Path, kind: str) -> list[dict[str, Any]]:

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from grun.cache.cached import CachedEngine
+from grun.cache.folder import Use
 from grun.cache.packed import PackedModel
 from grun.cache.prefix import Freezer
-from grun.cache.store import Completed, FrozenRows, PrefixStore, Use, fill
+from grun.cache.store import Completed, FrozenRows, PrefixStore, fill
 from grun.cache.weights import cache_identity
 from grun.config.checks import bytes_of
 from grun.config.options import UnlearnConfig

@@ -17,9 +17,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from grun.cache.folder import Use
 from grun.cache.packed import HandOn, shared_copy
 from grun.cache.shard import Shard, grouped
-from grun.cache.store import Completed, FrozenRows, PrefixStore, Use, fill
+from grun.cache.store import Completed, FrozenRows, PrefixStore, fill
 from grun.cache.weights import cache_identity
 from grun.config.checks import bytes_of
 from grun.config.options import UnlearnConfig

@@ -1,67 +1,25 @@
-"""A cache of what training leaves constant: kept in memory, in files that runs and processes share, or in both.
+"""Frozen rows in use: in memory, read from mapped files, or both; what is missing is found on disk or built.
 
-A row lies in a shard, and a shard in one safetensors file that is whole or absent and never changed afterwards.
-Reading needs no lock; building and removing happen under one. Whatever is read is checked against its checksum first,
-and computed again where that fails.
+A row lies in a shard, and a shard in a file of the cache's folder (`grun.cache.folder`), if there is one.
 """
 
 from __future__ import annotations
 
-import contextlib
-import json
 import logging
-import os
-import re
 import time
-import uuid
-from collections.abc import Callable, Collection, Container, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from grun.cache.shard import DamagedShard, FrozenRow, Shard, read_shard, write_shard
+from grun.cache.folder import CacheFolder, Use
+from grun.cache.shard import FrozenRow, Shard
 from grun.data.encoding import EncodedRow
-from grun.errors import RunError
-from grun.runtime.files import BusyError, content_hash, read_json, remove, taken, write_json
+from grun.runtime.files import content_hash
 from grun.runtime.progress import progress
-from grun.runtime.reading import typed
 
 log = logging.getLogger(__name__)
-
-IDENTITY_FILE = "identity.json"
-SUFFIX = ".safetensors"
-SHARD_FILE = re.compile(r"\d{8}-[0-9a-f]{8}\.safetensors")
-USE_FILE = re.compile(r"use-[0-9a-f]{16}\.json")
-_OWN = re.compile(rf"{SHARD_FILE.pattern}|{USE_FILE.pattern}|identity\.json|\.lock")
-"""Files of a cache; an earlier version kept no list of them."""
-
-
-@dataclass(frozen=True)
-class Use:
-    """A run that wrote or read shards: by it they are found when what it was given is to be gone."""
-
-    run: str
-    """Its folder."""
-    model: str | None
-    """Hub id or folder; None: a model in memory."""
-    data: dict[str, str]
-    """Hash of each of its data sets, as in its run_identity.json."""
-    request: str | None
-    """Id of the request that it trained, in a store of requests."""
-    store: str | None
-    """Folder of that store."""
-    shards: tuple[str, ...] = ()
-    """Names of the files."""
-
-
-def read_use(path: Path) -> Use | None:
-    """The run that a file notes; None where it is no such file, or not as it was written."""
-    if not USE_FILE.fullmatch(path.name) or path.is_symlink():
-        return None
-    with contextlib.suppress(OSError, RunError, ValueError):
-        use: Use = typed(Use, read_json(path), str(path))
-        return use
-    return None
 
 
 @dataclass
@@ -114,13 +72,10 @@ class PrefixStore:
             memory_budget: bytes; if the rows in use take more, they are read from mapped files instead of memory.
             use: the run that is noted next to the shards; None: none is.
         """
-        self._use = use
-        self.memory_budget = memory_budget
-        self._identity = dict(identity)
-        self._hash = content_hash(self._identity)
-        self.folder = None if folder is None else folder / self._hash[:16]
+        self.folder = None if folder is None else folder / content_hash(dict(identity))[:16]
         """Folder of this cache."""
-        self._writable = folder is not None
+        self._files = None if self.folder is None else CacheFolder(self.folder, identity, use)
+        self._budget = memory_budget
         self._held: list[_Held] = []
         self._places: dict[EncodedRow, tuple[_Held, int]] = {}
         self._said_over_budget = False
@@ -170,28 +125,32 @@ class PrefixStore:
         self._find(missing, report, repair=False)
         left = len(missing)
         if missing:
-            with self._building():
-                self._find(missing, report, repair=self._writable)
+            with nullcontext() if self._files is None else self._files.building():
+                self._find(missing, report, repair=True)
                 left = len(missing)
                 if missing:
                     self._build(missing, build, report)
-        self._note(held.path.name for held in self._held if held.path is not None)
+        if self._files is not None:
+            self._files.note(held.path.name for held in self._held if held.path is not None)
         self._settle()
         seconds = time.monotonic() - started
         return Completed(len(distinct), asked - left, left, seconds, self.bytes_held, self.where)
 
     def _find(self, missing: dict[EncodedRow, None], advance: Callable[[int], None], *, repair: bool) -> None:
         """Take what is on disk of `missing` out of it; `repair` (under the lock): remove damaged files."""
-        for path in self._files():
+        files = self._files
+        if files is None:
+            return
+        for path in files.shards():
             if not missing:
                 return
-            taken = self._read(path, missing)
-            if taken is None and repair:
-                if (repaired := self._repair(path)) is None:
+            found = files.read(path, missing)
+            if found is None and repair and files.is_writable:
+                if (repaired := files.repair(path)) is None:
                     continue
-                path, taken = repaired, self._read(repaired, missing)
-            if taken is not None:
-                self._hold(_Held(*taken, path, mapped=True), missing, advance)
+                path, found = repaired, files.read(repaired, missing)
+            if found is not None:
+                self._hold(_Held(*found, path, mapped=True), missing, advance)
 
     def _build(
         self,
@@ -202,9 +161,10 @@ class PrefixStore:
         asked = len(missing)
         for shard in build(list(missing)):
             used = [index for index, row in enumerate(shard.rows) if row in missing]
-            held = _Held(shard, used, self._write(shard), mapped=False)
+            path = None if self._files is None else self._files.write(shard)
+            held = _Held(shard, used, path, mapped=False)
             self._hold(held, missing, advance)
-            if self.bytes_held > self.memory_budget:  # now: the whole may not fit
+            if self.bytes_held > self._budget:  # now: the whole may not fit
                 self._map(held)
         if missing:
             raise ValueError(f"build left out {len(missing)} of {asked} rows that it was asked for")
@@ -224,7 +184,7 @@ class PrefixStore:
 
     def _settle(self) -> None:
         """Bring the rows in use to where the budget wants them."""
-        over = self.bytes_held > self.memory_budget
+        over = self.bytes_held > self._budget
         for held in self._held:
             if over:
                 self._map(held)
@@ -236,147 +196,21 @@ class PrefixStore:
             self._said_over_budget = True
             log.warning(
                 f"the cache takes {self.bytes_held / 1e9:.2f} GB, more than its budget of "
-                f"{self.memory_budget / 1e9:.2f} GB, and stays in memory: not all of it is on disk"
+                f"{self._budget / 1e9:.2f} GB, and stays in memory: not all of it is on disk"
             )
 
     def _map(self, held: _Held) -> None:
         """Read a shard from its file from now on, if it has one that is still intact."""
-        if held.mapped or held.path is None:
+        if held.mapped or held.path is None or self._files is None:
             return
         rows = {held.shard.rows[index] for index in held.used}
-        taken = self._read(held.path, rows)
-        if taken is None or len(taken[1]) < len(rows):
+        found = self._files.read(held.path, rows)
+        if found is None or len(found[1]) < len(rows):
             held.path = None
             return
-        held.shard, held.used = taken
+        held.shard, held.used = found
         held.mapped = True
         self._place(held)
-
-    def _files(self) -> list[Path]:
-        """Files of shards, in the order of writing."""
-        if self.folder is None:
-            return []
-        try:
-            return [self.folder / name for name in sorted(os.listdir(self.folder)) if SHARD_FILE.fullmatch(name)]
-        except OSError:
-            return []
-
-    def _read(self, path: Path, wanted: Container[EncodedRow]) -> tuple[Shard, list[int]] | None:
-        """A file's shard and the indices of the wanted rows in it; None if it is damaged or there is none."""
-        try:
-            stored = read_shard(path, self._hash)
-        except (DamagedShard, OSError):
-            return None
-        last = {row: index for index, row in enumerate(stored.shard.rows) if row in wanted}
-        indices = list(last.values())
-        return (stored.shard, indices) if stored.intact(indices) == indices else None
-
-    def _repair(self, path: Path) -> Path | None:
-        """Remove a damaged file; where it now lies if some of its rows were intact."""
-        try:
-            stored = read_shard(path, self._hash)
-            intact = stored.intact(range(len(stored.shard.rows)))
-            reason = f"{len(stored.shard.rows) - len(intact)} of its rows are not what was written"
-            shard = stored.shard.select(intact)
-        except DamagedShard as error:
-            intact, reason = [], str(error)
-        except OSError:  # it vanished, or cannot be opened for now
-            return None
-        log.warning(f"{path} is damaged and is removed ({reason}); what it held is computed again")
-        try:
-            remove(path)
-        except OSError as error:
-            self._give_up(error)
-        new = self._write(shard) if intact else None
-        if new is not None:  # its rows are of the runs that used the old one
-            for file in new.parent.glob("use-*.json"):
-                if (use := read_use(file)) is not None and path.name in use.shards:
-                    with contextlib.suppress(OSError, RunError):
-                        write_json(file, asdict(replace(use, shards=(*use.shards, new.name))))
-        return new
-
-    def _note(self, shards: Iterable[str]) -> None:
-        """Note the run that uses shards, before they are written; where that fails they have no known user."""
-        if self.folder is None or self._use is None or not self._writable:
-            return
-        new = set(shards) - set(self._use.shards)
-        if not new:
-            return
-        path = self.folder / f"use-{content_hash(asdict(replace(self._use, shards=())))[:16]}.json"
-        with (
-            contextlib.suppress(OSError, RunError),
-            taken(self.folder, lock="use", wait=True, adopt=_own(self.folder)),
-        ):
-            known = read_use(path) or self._use
-            self._use = replace(self._use, shards=tuple(sorted({*self._use.shards, *new, *known.shards})))
-            write_json(path, asdict(self._use))
-
-    @staticmethod
-    def remove(folder: Path, shards: Collection[str]) -> None:
-        """Remove shards from a cache's folder, and the rest of it if none is left; RunError: it is being built."""
-        with taken(folder, adopt=_own(folder)):
-            for name in shards:
-                remove(folder / name)
-            left = [name for name in os.listdir(folder) if SHARD_FILE.fullmatch(name)]
-            for path in (folder / name for name in os.listdir(folder) if USE_FILE.fullmatch(name)):
-                use = read_use(path)
-                if use is not None and (kept := [shard for shard in use.shards if shard in left]):
-                    write_json(path, asdict(replace(use, shards=tuple(kept))))
-                else:
-                    remove(path)
-        if not left:
-            remove(folder)
-
-    def _write(self, shard: Shard) -> Path | None:
-        """File of a shard, newly written; None: it could not be written, or is not to be."""
-        if self.folder is None or not self._writable:
-            return None
-        numbers = [int(path.name.partition("-")[0]) for path in self._files() if path.name[:8].isdecimal()]
-        path = self.folder / f"{max(numbers, default=0) + 1:08d}-{uuid.uuid4().hex[:8]}{SUFFIX}"
-        self._note([path.name])
-        try:
-            write_shard(path, shard, self._hash)
-        except OSError as error:
-            self._give_up(error)
-            return None
-        return path
-
-    @contextlib.contextmanager
-    def _building(self) -> Iterator[None]:
-        """Hold the cache's folder, in which what a killed process left is cleared away; without a folder, nothing."""
-        with contextlib.ExitStack() as stack:
-            if self.folder is not None and self._writable:
-                values = json.loads(json.dumps(self._identity, sort_keys=True, default=str))
-                same = self._stored_identity() == values
-                old = _own(self.folder) if same else []
-                try:
-                    try:
-                        stack.enter_context(taken(self.folder, adopt=old))
-                    except BusyError:
-                        log.info(f"another process builds this cache; waiting for it ({self.folder})")
-                        stack.enter_context(taken(self.folder, adopt=old, wait=True))
-                    if not same:  # for people to read, what the folder's name stands for
-                        write_json(self.folder / IDENTITY_FILE, values)
-                except OSError as error:
-                    self._give_up(error)
-            yield
-
-    def _stored_identity(self) -> Any:
-        assert self.folder is not None
-        with contextlib.suppress(OSError, ValueError):
-            return read_json(self.folder / IDENTITY_FILE)
-        return None
-
-    def _give_up(self, error: OSError) -> None:
-        """Write no more."""
-        if self._writable:
-            self._writable = False
-            reason = error.strerror or str(error) or type(error).__name__
-            log.warning(f"{self.folder} cannot be written to ({reason}); the cache is kept in memory for this run")
-
-
-def _own(folder: Path) -> list[str]:
-    return [name for name in os.listdir(folder) if _OWN.fullmatch(name)] if folder.is_dir() else []
 
 
 FrozenRows = Mapping[EncodedRow, FrozenRow] | PrefixStore

@@ -1,7 +1,7 @@
 """`python -m grun cache list | remove`: what training keeps on disk of the rows it was given, and whose it is.
 
 A shard holds hidden states and tokens, which decode to the text that is to be forgotten. Next to it lies for each run
-that wrote or read it a `use-HASH.json` (`grun.cache.store`): the run's folder, its model, hashes of its data, and the
+that wrote or read it a `use-HASH.json` (`grun.cache.folder`): the run's folder, its model, hashes of its data, and the
 request of a store of requests that it trained.
 """
 
@@ -17,7 +17,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from grun.cache.store import IDENTITY_FILE, SHARD_FILE, PrefixStore, Use, read_use
+from grun.cache.folder import IDENTITY_FILE, SHARD_FILE, Use, read_use, remove_shards
 from grun.cache.weights import MEMORY_FILE, is_memory
 from grun.config.options import CacheCommandConfig
 from grun.errors import ConfigError, unknown_name
@@ -70,7 +70,7 @@ def cache(arguments: Sequence[str]) -> int:
 
 
 def shards_in(folder: Path) -> list[Shard]:
-    """Shards below a `cache.dir`; what is not as `PrefixStore` names and writes it is left out."""
+    """Shards below a `cache.dir`; what is not as `CacheFolder` names and writes it is left out."""
     found = []
     for key in sorted(path for path in folder.glob("*") if _is_ours(path)):
         uses = [(use, set(use.shards)) for use in map(read_use, sorted(key.glob("use-*.json"))) if use is not None]
@@ -102,7 +102,7 @@ def remove(shards: Iterable[Path]) -> None:
     for path in shards:
         names.setdefault(path.parent, []).append(path.name)
     for folder, of_folder in names.items():
-        PrefixStore.remove(folder, of_folder)
+        remove_shards(folder, of_folder)
 
 
 def remove_command(folder: str, data: str) -> str:

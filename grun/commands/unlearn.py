@@ -13,9 +13,10 @@ import torch
 
 from grun.cache.cached import CachedEngine
 from grun.cache.engine import use_cached
+from grun.cache.folder import Use
 from grun.cache.gate_pretraining import pretrain_gates
 from grun.cache.reference import use_reference
-from grun.cache.store import Completed, Use
+from grun.cache.store import Completed
 from grun.config.checks import quirks_in_force
 from grun.config.options import MethodConfig, UnlearnConfig
 from grun.config.values import to_dict

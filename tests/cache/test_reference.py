@@ -13,6 +13,7 @@ import pytest
 import torch
 from tiny import ragged_rows, tiny
 from torch import Tensor, nn
+from watched import CutOff
 
 from baselines.full import Full
 from baselines.lora import Lora
@@ -229,30 +230,19 @@ def test_full_fine_tuning_holds_no_second_model_while_what_it_compares_with_fits
     assert [name for name, _ in copied.named_parameters()] == ["lm_head.weight"]
 
 
-class Cut(Exception):
-    """The process ends here."""
-
-
 @pytest.mark.parametrize("kind", ["full", "lora"])
 def test_a_resumed_run_compares_with_the_untouched_model_still(kind: str, tmp_path: Path) -> None:
     def run(folder: Path, cut_at: int | None = None) -> nn.Module:
         setting = Setting(kind, "npo_kl", tiny("llama"))
         setting.config.train.save_steps = 1
         setting.use()
-        loss = setting.task.loss
-
-        def until(batch: Any, counts: Any, step: int) -> Any:
-            if step == cut_at:
-                raise Cut
-            return loss(batch, counts, step)
-
-        setting.task.loss = until  # type: ignore[method-assign]
-        train(setting.task, setting.config.train, folder, seed=0)
+        task = setting.task if cut_at is None else CutOff(setting.task, cut_at)
+        train(task, setting.config.train, folder, seed=0)
         module: nn.Module = setting.parametrization.module
         return module
 
     whole = run(tmp_path / "whole")
-    with pytest.raises(Cut):
+    with pytest.raises(KeyboardInterrupt):
         run(tmp_path / "cut", cut_at=2)
     resumed = run(tmp_path / "cut")
     for one, two in zip(whole.parameters(), resumed.parameters(), strict=True):

@@ -34,8 +34,9 @@ from made_shards import (
     shards_in,
 )
 
+from grun.cache.folder import Use
 from grun.cache.shard import Shard
-from grun.cache.store import Completed, PrefixStore, Use
+from grun.cache.store import Completed, PrefixStore
 from grun.cli import main as cli
 from grun.commands import cache
 from grun.data.encoding import EncodedRow
@@ -456,7 +457,7 @@ def test_a_shard_is_somebodys_before_it_is_there_and_stays_it_when_it_is_repaire
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
-        patched.setattr("grun.cache.store.write_shard", killed)
+        patched.setattr("grun.cache.folder.write_shard", killed)
         with pytest.raises(KeyboardInterrupt):
             filled(tmp_path, use=USE)
     (note,) = tmp_path.glob("*/use-*.json")

@@ -21,7 +21,8 @@ import torch
 from made_results import KNOWN, write_evaluation
 from made_shards import ROWS, Builder
 
-from grun.cache.store import PrefixStore, Use
+from grun.cache.folder import Use, remove_shards
+from grun.cache.store import PrefixStore
 from grun.cli import main
 from grun.commands.corpora import write_corpora
 from grun.config.options import CorporaConfig, ReportConfig
@@ -181,7 +182,7 @@ def a_cache(folder: Path, overwrite: bool, draw: random.Random) -> None:
     store.complete(draw.sample(ROWS, 2), Builder())
     assert store.folder is not None
     if overwrite:
-        PrefixStore.remove(store.folder, [path.name for path in store.folder.glob("*.safetensors")])
+        remove_shards(store.folder, [path.name for path in store.folder.glob("*.safetensors")])
 
 
 COMMANDS = [a_run, an_evaluation, corpora, a_sweep, a_report, an_experiment, a_store, a_cache]

@@ -31,6 +31,7 @@ REGISTRIES = {
     "terms": "grun.objectives.terms:TERMS",
     "parametrizations": "grun.method.parametrization:PARAMETRIZATIONS",
     "gates": "grun.method.gate:GATES",
+    "edits": "grun.method.edits:EDITS",
     "templates": "grun.data.templates:TEMPLATES",
     "benchmarks": "grun.data.corpus:BENCHMARKS",
     "metrics": "grun.evaluation.metrics:METRICS",

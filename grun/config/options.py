@@ -312,6 +312,8 @@ class MethodConfig:
     """Rank of the edit."""
     gate: str = "linear"
     """Name from `python -m grun list gates`."""
+    edit: str = "loreft"
+    """Name from `python -m grun list edits`."""
     gate_bias: Optional[float] = None
     """Initial bias of the gate's logit; unset: torch's default initialization."""
     dropout: float = number(0.0, 0, 1, below=True)

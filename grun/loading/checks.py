@@ -10,6 +10,7 @@ from grun.data.corpus import BENCHMARKS
 from grun.data.sets import evaluation_sets
 from grun.data.templates import PLACE, TEMPLATES
 from grun.errors import ConfigError
+from grun.method.edits import EDITS
 from grun.method.gate import GATES
 from grun.method.parametrization import PARAMETRIZATIONS, traits_of
 from grun.method.rules import check_rule
@@ -40,6 +41,7 @@ def _check_unlearn(config: UnlearnConfig) -> None:
     method = config.method
     one_of("parametrization", method.parametrization, tuple(PARAMETRIZATIONS.names()))
     one_of("gate", method.gate, tuple(GATES.names()))
+    one_of("edit", method.edit, tuple(EDITS.names()))
     if config.design != "published" and not PARAMETRIZATIONS.traits(method.parametrization).gated:
         raise ConfigError(
             f"design={config.design} concerns GRUN's gate, which method.parametrization={method.parametrization} does "

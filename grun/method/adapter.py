@@ -16,6 +16,7 @@ from grun.config.options import DTYPES
 from grun.data.templates import FILE_NAME as TEMPLATE_FILE
 from grun.data.templates import Template
 from grun.errors import AdapterError, ConfigError
+from grun.method.edits import EDITS, LOREFT
 from grun.method.gate import GATES
 from grun.method.rules import check_rule
 from grun.runtime.files import read_json, write_bytes, write_json, write_text
@@ -51,6 +52,8 @@ class AdapterConfig:
     """Width of the base's residual stream."""
     depth: int
     """Number of the base's decoder blocks."""
+    edit: str = LOREFT
+    """Name in `grun.method.edits.EDITS`; not written where it is the published one."""
     gate_bias: float | None = None
     """Initial logit bias of the gate."""
     dropout: float = 0.0
@@ -85,7 +88,8 @@ class AdapterConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """What is saved; trackers that Trainer reports to ask."""
-        return {"peft_type": "GRUN", "format_version": FORMAT_VERSION, **asdict(self)}
+        values = {name: value for name, value in asdict(self).items() if (name, value) != ("edit", LOREFT)}
+        return {"peft_type": "GRUN", "format_version": FORMAT_VERSION, **values}
 
     def to_json_string(self) -> str:
         """The same as JSON."""
@@ -136,6 +140,7 @@ class AdapterConfig:
         if self.base_dtype is not None:
             one_of("base_dtype", self.base_dtype, DTYPES)
         GATES.get(self.gate)
+        EDITS.get(self.edit)
         check_rule(self.gate_read, self.gate_accumulate, self.edit_write)
         if self.activation is not None:
             from transformers.activations import ACT2FN

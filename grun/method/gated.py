@@ -27,7 +27,18 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 OPTIONS = (
-    *("blocks", "rank", "gate", "gate_bias", "dropout", "activation", "gate_read", "gate_accumulate", "edit_write"),
+    *(
+        "blocks",
+        "rank",
+        "gate",
+        "edit",
+        "gate_bias",
+        "dropout",
+        "activation",
+        "gate_read",
+        "gate_accumulate",
+        "edit_write",
+    ),
 )
 """Options of `MethodConfig` that `GrunModel.wrap` takes as they are."""
 

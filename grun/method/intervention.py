@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from grun.method.adapter import AdapterConfig
-from grun.method.edit import LoReftEdit
+from grun.method.edits import EDITS
 from grun.method.gate import GATES, set_bias
 from grun.method.gating import GaussianNoise, openings
 from grun.method.stack.stacked import StackedIntervention
@@ -146,7 +146,7 @@ def gated_intervention(config: AdapterConfig) -> GatedIntervention:
     gate = GATES.get(config.gate)(config.hidden_size)
     if gate is not None and config.gate_bias is not None:
         set_bias(gate, config.gate_bias)
-    edit = LoReftEdit(config.hidden_size, config.rank, activation)
+    edit = EDITS.get(config.edit)(config.hidden_size, config.rank, activation)
     return GatedIntervention(
         edit,
         gate,

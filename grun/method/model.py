@@ -68,6 +68,7 @@ class GrunModel(EditedModel):
         blocks: Sequence[int] | None = None,
         rank: int = 4,
         gate: str = "linear",
+        edit: str = "loreft",
         gate_bias: float | None = None,
         dropout: float = 0.0,
         dropout_on_hidden: bool = False,
@@ -86,6 +87,7 @@ class GrunModel(EditedModel):
             blocks: edited blocks, 0-based; negative counts from the last; None: as deep as the published ones.
             rank: rank of the edit.
             gate: name in `grun.method.gate.GATES`.
+            edit: name in `grun.method.edits.EDITS`.
             gate_bias: initial logit bias of the gate; None: torch's default initialization.
             dropout: probability of dropping entries of the change in training.
             dropout_on_hidden: drop entries of the whole edited state instead (published quirk).
@@ -105,6 +107,7 @@ class GrunModel(EditedModel):
             blocks=resolve_blocks(blocks, depth),
             rank=rank,
             gate=gate,
+            edit=edit,
             gate_bias=gate_bias,
             dropout=dropout,
             dropout_on_hidden=dropout_on_hidden,
@@ -115,10 +118,7 @@ class GrunModel(EditedModel):
             reset_ids=list(reset_ids),
             hidden_size=hidden_size_of(base),
             depth=depth,
-            base_model_name_or_path=getattr(base.config, "_name_or_path", "") or None,
-            base_revision=getattr(base.config, "_commit_hash", None),
-            base_fingerprint=fingerprint(base),
-            base_dtype=None if is_quantized(base) else str(base.dtype).removeprefix("torch."),
+            **_identity_of(base),
         )
         return cls(base, config, template, beside)
 
@@ -178,6 +178,16 @@ class GrunModel(EditedModel):
         finally:
             for edit in self.own_edits().values():
                 edit.draw_from(None)
+
+
+def _identity_of(base: PreTrainedModel) -> dict[str, str | None]:
+    """What an adapter keeps of the base that it is trained on."""
+    return {
+        "base_model_name_or_path": getattr(base.config, "_name_or_path", "") or None,
+        "base_revision": getattr(base.config, "_commit_hash", None),
+        "base_fingerprint": fingerprint(base),
+        "base_dtype": None if is_quantized(base) else str(base.dtype).removeprefix("torch."),
+    }
 
 
 PUBLISHED_BLOCKS = (20, 25, 31)

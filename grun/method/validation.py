@@ -17,6 +17,7 @@ from torch import Tensor
 from grun.data.templates import Template
 from grun.errors import AdapterError
 from grun.method.adapter import CONFIG_FILE, LARGEST_ID, WEIGHTS_FILE, AdapterConfig, check_fits, parse_weights
+from grun.method.edits import EDITS, LOREFT
 from grun.method.gate import GATES
 from grun.method.gating import LinearGate
 from grun.method.intervention import gated_intervention
@@ -131,7 +132,8 @@ def _as_digested(path: Path, digest: str) -> bytes:
 
 
 def _check_tensors(config: AdapterConfig, weights: Mapping[str, Tensor], path: Path) -> None:
-    expected = _expected(config.hidden_size, config.rank, config.gate, config.activation, GATES.get(config.gate))
+    makers = GATES.get(config.gate), EDITS.get(config.edit)
+    expected = _expected(config.hidden_size, config.rank, config.gate, config.edit, config.activation, makers)
     wanted = {f"edits.{block}.{name}": of for block in config.blocks for name, of in expected.items()}
     for name in sorted({*weights, *wanted}):
         shape, dtype = wanted.get(name, (None, None))
@@ -149,17 +151,17 @@ def _check_tensors(config: AdapterConfig, weights: Mapping[str, Tensor], path: P
 
 @functools.lru_cache(maxsize=64)
 def _expected(
-    hidden_size: int, rank: int, gate: str, activation: str | None, builder: Any
+    hidden_size: int, rank: int, gate: str, edit: str, activation: str | None, makers: Any
 ) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
-    """Shape and type of each tensor of one block, by name; `builder` is the gate's, of which a name may change."""
-    config = AdapterConfig([0], rank, gate, hidden_size, 1, activation=activation)
+    """Shape and type of each tensor of one block, by name; `makers`, of gate and edit, may change under a name."""
+    config = AdapterConfig([0], rank, gate, hidden_size, 1, edit=edit, activation=activation)
     try:
         with torch.device("meta"):  # whatever sizes a file states, nothing is allocated
             made = gated_intervention(config)
     except (NotImplementedError, RuntimeError):
         made = None
-    if made is None or not (made.gate is None or isinstance(made.gate, LinearGate)):
-        # A gate that computes with its numbers while it is made is another one on meta, or none.
+    if made is None or edit != LOREFT or not (made.gate is None or isinstance(made.gate, LinearGate)):
+        # A gate or edit that computes with its numbers while it is made is another one on meta, or none.
         with torch.random.fork_rng(devices=[]), float32_by_default():
             made = gated_intervention(config)
     state = made.state_dict()

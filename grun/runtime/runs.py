@@ -37,6 +37,8 @@ def identity(config: dict[str, Any], **inputs: Any) -> dict[str, Any]:
             for key, value in decides["train"].items()
             if key not in NOT_DECIDING and (key, value) != ("precision", "auto")
         }
+    if isinstance(decides.get("method"), dict):  # the edit came later than runs that have none of it
+        decides["method"] = {k: v for k, v in decides["method"].items() if (k, v) != ("edit", "loreft")}
     if isinstance(decides.get("model"), dict):  # a name alone where adapters are imported
         decides["model"] = {key: value for key, value in decides["model"].items() if key != "device_map"}
     return {"config": decides, **inputs}

@@ -13,6 +13,7 @@ from grun.data.templates import Template
 from grun.errors import AdapterError, ConfigError, unknown_name
 from grun.method.adapter import AdapterConfig, find_adapter
 from grun.method.calls import Call
+from grun.method.edits import LOREFT
 from grun.method.fingerprint import fingerprint
 from grun.method.host import EditedModel, blocks_to_edit, check_threshold, edit_dtype, hidden_size_of, is_quantized
 from grun.method.position import PositionRule, attended
@@ -136,6 +137,8 @@ class GrunStack(EditedModel):
         for name, (config, weights) in requests.items():
             for block in config.blocks:
                 own = _of_block(weights, block)
+                if config.edit != LOREFT:
+                    raise AdapterError(f"request {name!r}: its edit is {config.edit}; a stack takes {LOREFT} alone")
                 if config.gate == "none" or not own:
                     raise AdapterError(f"request {name!r}: no gate at block {block}; a stack takes gated edits alone")
                 together.setdefault((block, Kind.of(config)), {})[name] = own

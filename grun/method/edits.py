@@ -1,0 +1,35 @@
+"""Edits by name: from the hidden state of a token to the change of it.
+
+A new edit is a function, or a class, of the hidden size, the rank and an activation under the decorator `edit`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from grun.registry import Registry
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+EditBuilder = Callable[[int, int, "Callable[[Tensor], Tensor] | None"], "nn.Module"]
+"""Takes hidden size, rank and `method.activation` (None: identity); the module maps [..., hidden size] to the same."""
+
+EDITS: Registry[EditBuilder] = Registry("edit")
+
+LOREFT = "loreft"
+"""The published edit, and the only one that a stack of requests computes."""
+
+
+def edit(name: str) -> Callable[[EditBuilder], EditBuilder]:
+    """Return a decorator that registers a builder as the edit `name`, described by its docstring's first paragraph."""
+    return EDITS.register(name)
+
+
+@edit(LOREFT)
+def loreft(hidden_size: int, rank: int, activation: Callable[[Tensor], Tensor] | None = None) -> nn.Module:
+    """R (f(Wh + b) - R^T h), low-rank, R with orthonormal columns (LoReFT)."""
+    from grun.method.edit import LoReftEdit  # not above: names of edits are read without torch
+
+    return LoReftEdit(hidden_size, rank, activation)

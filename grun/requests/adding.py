@@ -20,6 +20,7 @@ from grun.loading.checks import check
 from grun.loading.resolve import resolve
 from grun.loading.stored import of_store
 from grun.method.adapter import AdapterConfig
+from grun.method.edits import LOREFT
 from grun.method.parametrization import traits_of
 from grun.method.stack.forget_rows import check_forget_rows, salted_hashes
 from grun.method.stack.manifest import MANIFEST_FILE, Request, check_id
@@ -143,6 +144,8 @@ def load_rows(config: UnlearnConfig) -> Corpus:
             f"method.parametrization={config.method.parametrization}, method.gate={config.method.gate}: a store holds "
             "GRUN adapters with a gate alone; choose parametrization grun and a gate from `list gates`"
         )
+    if config.method.edit != LOREFT:
+        raise ConfigError(f"method.edit={config.method.edit}: a store holds adapters with the edit {LOREFT} alone")
     allowed = config.data.allow_overlap
     # Overlaps are allowed there, since the check here sees more, and tells where.
     corpus = load_corpus(dataclasses.replace(config.data, allow_overlap=True))

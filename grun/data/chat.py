@@ -14,12 +14,11 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 from grun.data.control_tokens import Part
+from grun.data.template import Template
 from grun.errors import ConfigError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-    from grun.data.templates import Template
 
 
 class Turn(NamedTuple):

@@ -22,7 +22,6 @@ import dataclasses
 import inspect
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -40,11 +39,10 @@ from grun.data.chat import (
     without_system,
 )  # fmt: skip
 from grun.data.control_tokens import ControlTokens, Part, find_control_tokens, tokenize
+from grun.data.template import FILE_NAME, OPTIONS, PLACE, TEMPLATES, Template
 from grun.data.tokenizer import ANSWER, USER
 from grun.errors import ConfigError, ModelError
-from grun.registry import Registry
 from grun.runtime.files import content_hash, read_json, write_json
-from grun.runtime.reading import typed
 from grun.runtime.runs import RUN_FILE
 
 if TYPE_CHECKING:
@@ -52,63 +50,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-FILE_NAME = "grun_template.json"
-PLACE = "{prompt}"
 PROBE = "Who is it?"
 """Question whose tokens tell whether a template still writes what it wrote."""
-OPTIONS = ("template", "system_prompt", "date", "template_arguments")
-"""Options of `data` that make a template."""
-
-
-@dataclass(frozen=True)
-class Template:
-    """A way to ask."""
-
-    name: str
-    """Name in `TEMPLATES`, or "custom"."""
-    kind: str
-    """"chat": the tokenizer's chat template; "string": `text`."""
-    text: str | None = None
-    """String templates: the prompt, with {prompt} once where the question goes; the answer follows it."""
-    answer_prefix: str = ""
-    """String templates: what stands between prompt and answer; it belongs to the answer's tokens."""
-    system_prompt: str | None = None
-    """Chat templates: system message; None: what the chat template does without one."""
-    date: str = "26 Jul 2024"
-    """Chat templates: today's date, for those that print one."""
-    arguments: dict[str, Any] = field(default_factory=dict, hash=False)
-    """Chat templates: further arguments, such as enable_thinking."""
-    prompt_hash: str | None = field(default=None, compare=False)
-    """Hash of the token ids of `PROBE` when it was stored; None: not known."""
-
-    def __post_init__(self) -> None:
-        if self.kind not in ("chat", "string"):
-            raise ConfigError(f"{FILE_NAME}, template {self.name!r}: kind must be chat or string, not {self.kind!r}")
-        if self.kind == "string" and (not isinstance(self.text, str) or self.text.count(PLACE) != 1):
-            raise ConfigError(
-                f"{FILE_NAME}, template {self.name!r}: the text must contain {PLACE} exactly once; it is {self.text!r}"
-            )
-
-    def to_dict(self) -> dict[str, Any]:
-        """Fields for JSON; `arguments` and `prompt_hash` where there are any."""
-        missing: tuple[tuple[str, Any], ...] = (("arguments", {}), ("prompt_hash", None))
-        return {name: value for name, value in dataclasses.asdict(self).items() if (name, value) not in missing}
-
-    def options(self) -> dict[str, Any]:
-        """The options of `data` that name this template; auto where none do."""
-        if self.kind == "chat":
-            values = ("chat", self.system_prompt, self.date, self.arguments)
-            return {f"data.{name}": value for name, value in zip(OPTIONS, values, strict=True)}
-        if self == Template("custom", "string", self.text):
-            return {"data.template": self.text}
-        known = self.name in TEMPLATES and TEMPLATES.get(self.name) == self
-        return {"data.template": self.name if known else "auto"}
-
-    @classmethod
-    def from_dict(cls, fields: Any, where: str = "a template") -> Template:
-        """The template that `to_dict` wrote; ConfigError for anything else, which says that it stands in `where`."""
-        template: Template = typed(cls, fields, where, ConfigError)
-        return template
 
 
 class Encoded(NamedTuple):
@@ -120,26 +63,6 @@ class Encoded(NamedTuple):
     """Answer and end token."""
     joint_differs: bool
     """Whether tokenizing prompt and answer as one text gives other ids than these."""
-
-
-TEMPLATES: Registry[Template] = Registry("template")
-
-for _template, _description in (
-    (Template("question_answer", "string", "Question: {prompt}\nAnswer:", " "), "Question: ... newline Answer: ..."),
-    (Template("llama2", "string", "[INST] {prompt} [/INST]"), "[INST] ... [/INST], the answer directly behind"),
-    (
-        Template("grun_paper", "string", "Question: {prompt} \nAnswer:", " "),
-        "GRUN's published one: question_answer with a blank before the newline",
-    ),
-    (
-        Template("pku_alpaca", "string", "BEGINNING OF CONVERSATION: USER: {prompt} ASSISTANT:", " "),
-        "PKU-SafeRLHF's: BEGINNING OF CONVERSATION: USER: ... ASSISTANT: ...",
-    ),
-    (Template("text", "string", "{prompt}", " "), "the prompt as it is, and a blank before the answer"),
-    (Template("chat", "chat"), "the tokenizer's own chat template, system prompt and date pinned"),
-    (Template("tiny", "string", "<|user|>{prompt}<|answer|>"), "control tokens of the demo's tokenizer"),
-):
-    TEMPLATES.add(_template.name, _template, _description)
 
 
 def resolve(
@@ -171,31 +94,12 @@ def resolve(
                 f"{stored.system_prompt!r}; leave data.system_prompt unset, or name a template in data.template"
             )
         template = stored
-    elif PLACE in name_or_text:
-        template = Template("custom", "string", name_or_text)
     else:
-        name = name_or_text
-        if name == "auto":
-            name = "chat" if tokenizer.chat_template else "question_answer"
-        if name not in TEMPLATES and not name.replace("_", "").isalnum():
-            raise ConfigError(
-                f"data.template must be auto, a name from `list templates`, or a text with {PLACE}; it is {name!r}"
-            )
-        template = TEMPLATES.get(name)
+        template = _named(name_or_text, tokenizer)
         if template.kind == "chat":
             given = dict(arguments or {})
             template = dataclasses.replace(template, system_prompt=system_prompt, date=date, arguments=given)
-    if template.kind == "chat" and not tokenizer.chat_template:
-        raise ConfigError(
-            "the tokenizer has no chat template; set data.template to a name from `list templates` or to a text "
-            f"with {PLACE}"
-        )
-    if template.kind == "string" and system_prompt is not None:
-        raise ConfigError(f"template {template.name!r} takes no system prompt; unset data.system_prompt or use chat")
-    if template.kind == "string" and arguments:
-        raise ConfigError(f"template {template.name!r} takes no arguments; unset data.template_arguments or use chat")
-    if template.kind == "chat":
-        check_arguments(template.arguments, tokenizer)
+    _check(template, tokenizer, system_prompt, arguments)
     missing = [token for token in (USER, ANSWER) if token not in tokenizer.get_vocab()]
     if template.name == "tiny" and missing and template != stored:
         raise ConfigError(
@@ -210,6 +114,39 @@ def resolve(
             stored.name,
         )
     return dataclasses.replace(template, prompt_hash=made)
+
+
+def _named(name: str, tokenizer: PreTrainedTokenizerBase) -> Template:
+    """The template of a name, of a text, or of the tokenizer (auto)."""
+    if PLACE in name:
+        return Template("custom", "string", name)
+    if name == "auto":
+        name = "chat" if tokenizer.chat_template else "question_answer"
+    if name not in TEMPLATES and not name.replace("_", "").isalnum():
+        raise ConfigError(
+            f"data.template must be auto, a name from `list templates`, or a text with {PLACE}; it is {name!r}"
+        )
+    return TEMPLATES.get(name)
+
+
+def _check(
+    template: Template,
+    tokenizer: PreTrainedTokenizerBase,
+    system_prompt: str | None,
+    arguments: Mapping[str, Any] | None,
+) -> None:
+    """ConfigError where the template cannot take what is asked."""
+    if template.kind == "chat":
+        if not tokenizer.chat_template:
+            raise ConfigError(
+                "the tokenizer has no chat template; set data.template to a name from `list templates` or to a text "
+                f"with {PLACE}"
+            )
+        check_arguments(template.arguments, tokenizer)
+    elif system_prompt is not None:
+        raise ConfigError(f"template {template.name!r} takes no system prompt; unset data.system_prompt or use chat")
+    elif arguments:
+        raise ConfigError(f"template {template.name!r} takes no arguments; unset data.template_arguments or use chat")
 
 
 def in_force(config: Any, stored: Template | None, tokenizer: PreTrainedTokenizerBase) -> Template:

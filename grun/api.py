@@ -32,8 +32,10 @@ from grun.evaluation.evaluate import carry_out, read_evaluation
 from grun.evaluation.plan import make_plan, previous_in
 from grun.evaluation.suites.attacks import AttackSuite
 from grun.evaluation.suites.base import carry_out as carry_out_suite
+from grun.loading.adapters import Loaded
 from grun.loading.checks import check
-from grun.loading.models import Loaded, adapter_hash, ensure_pad_token
+from grun.loading.hashing import adapter_hash
+from grun.loading.models import ensure_pad_token
 from grun.loading.resolve import resolve_given
 from grun.method.fingerprint import fingerprint
 from grun.method.host import EditedModel

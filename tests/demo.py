@@ -10,7 +10,7 @@ from grun.cli import main
 from grun.config.options import DataConfig, DemoConfig, TinyConfig
 from grun.data.corpus import load_corpus
 from grun.data.templates import TEMPLATES, store
-from grun.loading.models import build_tiny
+from grun.loading.tiny import build_tiny
 from grun.method.model import GrunModel
 
 DATA = [f"data.demo.{group}=2" for group in ("forget", "heldout", "unknown", "refused")]

@@ -21,7 +21,7 @@ from grun.data.encoding import collate, encode_rows
 from grun.data.rows import Row
 from grun.data.templates import resolve
 from grun.errors import ConfigError, DataError
-from grun.loading.models import build_tiny
+from grun.loading.tiny import build_tiny
 from grun.runtime.files import read_json
 
 NAMES = ("Mara", "Tom", "Ines", "Olof", "Vera", "Noah", "Lena", "Karl")

@@ -20,9 +20,10 @@ from grun.data.encoding import Batch, EncodedRow, collate, encode_rows
 from grun.data.rows import hash_rows
 from grun.data.sampling import epoch_order
 from grun.loading.checks import check
-from grun.loading.models import build_tiny, context_length, load_base, place
+from grun.loading.models import context_length, load_base, place
 from grun.loading.resolve import in_force
 from grun.loading.stored import TINY
+from grun.loading.tiny import build_tiny
 from grun.method.fingerprint import fingerprint
 from grun.method.plain import run_plain
 from grun.method.precision import Masters

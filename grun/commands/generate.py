@@ -20,7 +20,7 @@ def ask(config: GenerateConfig, questions: list[str]) -> None:
     from grun.data import templates
     from grun.evaluation.generation import generate_answers
     from grun.evaluation.scoring import base_of
-    from grun.loading.models import load_model
+    from grun.loading.adapters import load_model
 
     loaded = load_model(config.model, config.adapter, strict=config.strict, gate_threshold=config.gate_threshold)
     model, tokenizer = loaded.model, loaded.tokenizer

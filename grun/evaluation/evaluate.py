@@ -33,7 +33,7 @@ from grun.runtime.records import Evaluation, read_record
 
 if TYPE_CHECKING:
     from grun.evaluation.generation import Answer
-    from grun.loading.models import Loaded
+    from grun.loading.adapters import Loaded
 
 
 @processes.connected()
@@ -95,7 +95,7 @@ def single_evaluations(config: EvaluateConfig, output_dir: Path) -> tuple[dict[P
 def _evaluate(configs: Mapping[Path, EvaluateConfig], *, together: bool) -> dict[str, dict[str, Any]]:
     """Results by folder of one model, or `together` of GRUN adapters and their base, which differ by adapter alone."""
     from grun.data.corpus import load_corpus
-    from grun.loading.models import load_model
+    from grun.loading.adapters import load_model
 
     started = time.monotonic()
     config = next(iter(configs.values()))
@@ -119,8 +119,8 @@ def _evaluate(configs: Mapping[Path, EvaluateConfig], *, together: bool) -> dict
 
 def with_adapter(base: Loaded, config: EvaluateConfig) -> Loaded:
     """The base with the GRUN adapter of `config` on it, until it is unwrapped."""
+    from grun.loading.adapters import Loaded
     from grun.loading.hashing import adapter_hash
-    from grun.loading.models import Loaded
     from grun.method.adapter import find_adapter
     from grun.method.model import GrunModel
 

@@ -25,7 +25,7 @@ from grun.version import __version__
 if TYPE_CHECKING:
     from grun.evaluation.generation import Answer
     from grun.evaluation.subject import Subject
-    from grun.loading.models import Loaded
+    from grun.loading.adapters import Loaded
 
 log = logging.getLogger(__name__)
 

@@ -1,21 +1,19 @@
-"""Base models and tokenizers: from a hub id, a folder, or made on the spot."""
+"""Base models and tokenizers, from a hub id, a folder or a GGUF file."""
 
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 import logging
 import pickle
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
-from grun.config.options import ModelConfig, TinyConfig
+from grun.config.options import ModelConfig
 from grun.data import templates
 from grun.data.templates import Template
-from grun.errors import AdapterError, ConfigError, ModelError
-from grun.loading.hashing import adapter_hash
+from grun.errors import ConfigError, ModelError
+from grun.loading.quantized import bitsandbytes_settings, gguf_source, try_kernels
 from grun.loading.stored import TINY
 from grun.runtime import processes
 from grun.runtime.devices import keep_unpacked
@@ -27,125 +25,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-MOST_TINY = 1_000_000_000
-"""Parameters up to which a model is built on the spot."""
 WEIGHTS = ("*.safetensors", "*.bin")
-
-
-@dataclass
-class Loaded:
-    """A model to ask, and what belongs to it."""
-
-    model: Any
-    """A transformers model, or a GrunModel or GrunStack around one."""
-    tokenizer: PreTrainedTokenizerBase
-    template: Template | None
-    """Stored with the adapter, else beside the weights; None where neither has one."""
-    identity: dict[str, str | None]
-    """Fingerprint of the base, type and quantization of its weights, hash of the adapter; None: there is none."""
-
-
-def load_model(config: ModelConfig, adapter: str | None, *, strict: bool, gate_threshold: float | None) -> Loaded:
-    """A base model with an adapter on it, or none.
-
-    An adapter is one of GRUN's, a store of requests, changed tensors, or what PEFT knows (LoRA, unmerged).
-
-    Raises:
-        ConfigError, ModelError: see `load_base`.
-        AdapterError: the adapter is missing, damaged, or does not fit the base.
-    """
-    from grun.loading.changed_tensors import KIND as CHANGED
-    from grun.loading.changed_tensors import put_changed
-    from grun.method.adapter import STACK, find_adapter, peft_type
-    from grun.method.fingerprint import fingerprint
-
-    folder = None if adapter is None else find_adapter(adapter)
-    kind = "" if folder is None else peft_type(folder)  # before minutes of loading
-    base, tokenizer, template = load_base(config)
-    identity: dict[str, str | None] = {
-        "base": fingerprint(base),
-        "dtype": str(base.dtype).removeprefix("torch."),
-        "quantization": config.quantization,
-        "adapter": None,
-    }
-    if folder is None:
-        return Loaded(base, tokenizer, template, identity)
-    if kind == STACK:
-        from grun.method.stack.stack import GrunStack
-
-        stack = GrunStack.from_folder(base, folder, strict=strict)
-        if gate_threshold is not None:
-            stack.gate_threshold = gate_threshold
-        identity["adapter"] = adapter_hash(folder)
-        return Loaded(stack, tokenizer, stack.template or template, identity)
-    if kind != "GRUN":
-        if gate_threshold is not None:
-            raise ConfigError(f"gate_threshold needs a GRUN adapter; {adapter} is of type {kind}, which has no gates")
-        identity["adapter"] = adapter_hash(folder)
-        if kind == CHANGED:
-            put_changed(base, folder, strict=strict)
-        else:
-            base = _put_on(base, folder)
-        return Loaded(base, tokenizer, templates.load(folder) or template, identity)
-    from grun.method.model import GrunModel
-
-    model = GrunModel.from_pretrained(base, folder, strict=strict)
-    model.gate_threshold = gate_threshold
-    identity["adapter"] = adapter_hash(folder)
-    return Loaded(model, tokenizer, model.template or template, identity)
-
-
-def _put_on(base: PreTrainedModel, folder: Path) -> PreTrainedModel:
-    """`base` with the layers of a PEFT adapter inside; it stays a transformers model, so everything works on it.
-
-    AdapterError if not everything that the adapter does is then in the model.
-    """
-    from peft import PeftConfig, PeftModel, get_peft_model_state_dict
-    from safetensors import safe_open
-
-    from grun.method.adapter import WEIGHTS_FILE, check_finite
-
-    try:
-        config = PeftConfig.from_pretrained(str(folder))
-        outside = _acts_outside(config)
-        wrapped = None if outside else PeftModel.from_pretrained(base, str(folder))
-    except Exception as error:  # PEFT and torch raise many kinds for a file that is damaged
-        raise AdapterError(f"the adapter {folder} does not go on this base model: {in_one_line(error)}") from error
-    if wrapped is not None:
-        inner = cast("PreTrainedModel", wrapped.get_base_model())
-        if {id(parameter) for parameter in wrapped.parameters()} != {id(parameter) for parameter in inner.parameters()}:
-            outside = "keeps weights of its own beside the model"
-    if wrapped is None or outside:
-        kind = str(config.peft_type).rpartition(".")[2]
-        raise AdapterError(
-            f"the adapter {folder} is of PEFT's type {kind} and {outside}, which is not supported; take one that acts "
-            "inside the model's layers, such as LoRA"
-        )
-    own = get_peft_model_state_dict(wrapped)
-    check_finite(own, folder)
-    if (path := folder / WEIGHTS_FILE).exists():
-        with safe_open(str(path), "pt") as file:
-            stored = set(file.keys())
-        if astray := sorted(stored - own.keys() - wrapped.state_dict().keys() | own.keys() - stored):
-            raise AdapterError(
-                f"the adapter {folder} does not go on this base model: {len(astray)} tensors belong to one of the two "
-                f"alone, first {astray[0]!r}; name the model that it was trained on"
-            )
-    wrapped.eval()
-    return inner
-
-
-def _acts_outside(config: Any) -> str | None:
-    """What PEFT does around the model for an adapter, which the model alone would not do; None if nothing."""
-    from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
-
-    if config.is_prompt_learning:
-        return "puts tokens of its own before every prompt"
-    if getattr(config, "alora_invocation_tokens", None) is not None:
-        return "waits for invocation tokens (alora_invocation_tokens)"
-    if hasattr(PEFT_TYPE_TO_TUNER_MAPPING.get(config.peft_type), "generate"):
-        return "needs more than tokens, or a second pass, for an answer"
-    return None
 
 
 def load_base(config: ModelConfig) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, Template | None]:
@@ -181,7 +61,7 @@ def load_weights(config: ModelConfig) -> PreTrainedModel:
     dtype = "auto" if config.dtype == "auto" else getattr(torch, config.dtype)
     more: dict[str, Any] = {"attn_implementation": config.attention} if config.attention else {}
     if config.quantization is not None:
-        more["quantization_config"] = _quantization(config)
+        more["quantization_config"] = bitsandbytes_settings(config)
         more["device_map"] = {"": pick_device(config.device)}
     if config.device_map is not None:
         more["device_map"] = config.device_map
@@ -207,7 +87,7 @@ def load_weights(config: ModelConfig) -> PreTrainedModel:
         model.config.name_or_path = config.path  # the file, not its folder
     if config.quantization is not None:
         keep_unpacked(model)
-        _try_kernels(model, config)
+        try_kernels(model, config)
     if "device_map" not in more:
         return place(model, config.device).eval()
     outside = {str(device) for device in getattr(model, "hf_device_map", {}).values()} & {"cpu", "disk"}
@@ -216,21 +96,6 @@ def load_weights(config: ModelConfig) -> PreTrainedModel:
             "model.device_map=auto: the GPUs do not hold all blocks; give more of them, or model.quantization=4bit"
         )
     return model.eval()
-
-
-def _try_kernels(model: PreTrainedModel, config: ModelConfig) -> None:
-    """ModelError where this machine's kernels refuse the model's quantized layers, before any work is done on it."""
-    import torch
-
-    try:
-        with torch.no_grad():
-            model(input_ids=torch.zeros((1, 1), dtype=torch.long, device=model.device))
-    except (AssertionError, NotImplementedError, RuntimeError, ValueError) as error:
-        text = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise ModelError(
-            f"model.quantization={config.quantization}: the kernels on this machine refuse the layers of "
-            f"{config.path!r} ({text}); leave model.quantization out or take another kind"
-        ) from error
 
 
 def stored_template(config: ModelConfig) -> Template | None:
@@ -258,7 +123,7 @@ def _source(config: ModelConfig) -> tuple[str, dict[str, str]]:
     if path.is_dir() and not (path / "config.json").is_file():
         gguf = sorted(path.glob("*.gguf"))
     if gguf:
-        return _gguf_source(config, gguf)
+        return gguf_source(config, gguf)
     looks_local = config.path.startswith((".", "/", "~")) or config.path.count("/") > 1
     if looks_local and not path.is_dir():
         raise ModelError(
@@ -267,23 +132,6 @@ def _source(config: ModelConfig) -> tuple[str, dict[str, str]]:
     if path.is_dir():
         _check_folder(path)
     return str(path) if path.is_dir() else config.path, {}
-
-
-def _gguf_source(config: ModelConfig, files: Sequence[Path]) -> tuple[str, dict[str, str]]:
-    """Folder, or OWNER/NAME of the hub, and name of a GGUF file, whose weights are unpacked."""
-    if len(files) > 1:
-        names = ", ".join(file.name for file in files)
-        raise ModelError(f"model.path={config.path} holds several GGUF files ({names}); give one of them")
-    if importlib.util.find_spec("gguf") is None:
-        raise ConfigError("GGUF needs the package gguf, which is not installed: pip install 'grun-unlearning[gguf]'")
-    if config.quantization is not None:
-        raise ConfigError(
-            f"model.quantization={config.quantization} is not for GGUF, whose weights are unpacked; leave it out"
-        )
-    (file,) = files
-    if not file.is_file() and (file.is_absolute() or len(file.parts) != 3):
-        raise ModelError(f"model.path={config.path}: no such file")
-    return str(file.parent), {"gguf_file": file.name}
 
 
 @contextlib.contextmanager
@@ -324,22 +172,6 @@ def _check_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
         )
 
 
-def _quantization(config: ModelConfig) -> Any:
-    """Settings for bitsandbytes: int8, or 4 bits computed in the type that model.dtype names."""
-    import torch
-    from transformers import BitsAndBytesConfig
-
-    if importlib.util.find_spec("bitsandbytes") is None:
-        raise ConfigError(
-            "model.quantization needs bitsandbytes, which is not installed: pip install 'grun-unlearning[quantization]'"
-        )
-    if config.quantization == "8bit":
-        return BitsAndBytesConfig(load_in_8bit=True)
-    compute = torch.float32 if config.dtype == "auto" else getattr(torch, config.dtype)
-    kind = "fp4" if config.quantization == "fp4" else "nf4"
-    return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type=kind, bnb_4bit_compute_dtype=compute)
-
-
 def ensure_pad_token(tokenizer: PreTrainedTokenizerBase) -> None:
     """Let the end-of-text token pad where there is no pad token; padding is always masked, so any token will do."""
     if tokenizer.pad_token_id is not None:
@@ -370,48 +202,6 @@ def place(model: PreTrainedModel, device: str) -> PreTrainedModel:
     torch_module: torch.nn.Module = model
     torch_module.to(pick_device(device))
     return model
-
-
-def build_tiny(config: TinyConfig, texts: list[str], seed: int) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """A small Llama with random weights, a function of `seed`, and a byte-level BPE tokenizer trained on `texts`."""
-    import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    from grun.data.tokenizer import train_tokenizer
-
-    if config.hidden_size % config.heads:
-        raise ConfigError(
-            f"model.tiny.hidden_size={config.hidden_size} must be a multiple of model.tiny.heads={config.heads}"
-        )
-    if config.hidden_size // config.heads % 2:
-        raise ConfigError(
-            f"model.tiny.hidden_size={config.hidden_size} must give each of model.tiny.heads={config.heads} an even "
-            "width: positions turn pairs of values"
-        )
-    width, inner = config.hidden_size, config.intermediate_size
-    size = width * config.vocabulary + config.blocks * (4 * width**2 + 3 * width * inner)
-    if size > MOST_TINY:
-        raise ConfigError(f"model.tiny would have {size:,} parameters, more than {MOST_TINY:,}; make it smaller")
-    tokenizer = train_tokenizer(texts, config.vocabulary)
-    tokenizer.model_max_length = config.context
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        model = LlamaForCausalLM(
-            LlamaConfig(
-                vocab_size=len(tokenizer),
-                hidden_size=config.hidden_size,
-                intermediate_size=config.intermediate_size,
-                num_hidden_layers=config.blocks,
-                num_attention_heads=config.heads,
-                num_key_value_heads=config.heads,
-                max_position_embeddings=config.context,
-                tie_word_embeddings=True,
-                bos_token_id=tokenizer.bos_token_id,
-                eos_token_id=tokenizer.eos_token_id,
-                pad_token_id=tokenizer.pad_token_id,
-            )
-        )
-    return model, tokenizer
 
 
 def context_length(model: PreTrainedModel) -> int:

@@ -29,7 +29,7 @@ from grun.evaluation.generation import generate_answers
 from grun.evaluation.metrics import METRICS
 from grun.evaluation.scoring import evaluating
 from grun.evaluation.table import GateRecord, GenerationRecord, Table
-from grun.loading.models import Loaded, load_model
+from grun.loading.adapters import Loaded, load_model
 from grun.loading.stored import of_store
 from grun.method.adapter import AdapterConfig
 from grun.method.stack.forget_rows import salted_hashes

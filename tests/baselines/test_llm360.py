@@ -25,7 +25,8 @@ from baselines.llm360.task import PairedTask
 from grun.config.options import LossConfig, ModelConfig, TinyConfig
 from grun.data.encoding import EncodedRow, collate, encode_texts
 from grun.errors import DataError, ModelError, RunError
-from grun.loading.models import build_tiny, load_base
+from grun.loading.models import load_base
+from grun.loading.tiny import build_tiny
 from grun.method.plain import run_plain
 from grun.objectives.objective import build_objective
 

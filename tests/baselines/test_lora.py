@@ -21,8 +21,8 @@ from grun.config.options import LoraConfig, MethodConfig, TrainConfig, UnlearnCo
 from grun.data.encoding import Batch, collate
 from grun.data.templates import TEMPLATES, load
 from grun.errors import AdapterError, ConfigError
+from grun.loading.adapters import _put_on
 from grun.loading.checks import check
-from grun.loading.models import _put_on
 from grun.loading.resolve import resolve
 from grun.method.gated import Grun
 from grun.method.parametrization import Parametrization

@@ -24,7 +24,9 @@ from grun.config.options import ModelConfig, TinyConfig
 from grun.data.encoding import Batch
 from grun.data.templates import TEMPLATES, store
 from grun.errors import ConfigError, DataError
-from grun.loading.models import build_tiny, load_base, load_model
+from grun.loading.adapters import load_model
+from grun.loading.models import load_base
+from grun.loading.tiny import build_tiny
 from grun.objectives.rmu import control_vector
 from grun.runtime.files import read_json
 

@@ -27,7 +27,7 @@ from grun.evaluation.scoring import ScoredRow, score
 from grun.evaluation.shared_scoring import PackedScorer
 from grun.evaluation.table import Table
 from grun.loading.checks import check
-from grun.loading.models import build_tiny
+from grun.loading.tiny import build_tiny
 from grun.method.model import GrunModel
 
 

@@ -18,7 +18,7 @@ from grun.evaluation.metrics.intervals import wilson
 from grun.evaluation.multiple_choice import accuracy, encode_choices, orders_of, prompt_text, score_choices
 from grun.evaluation.perplexity import sliding_perplexity
 from grun.evaluation.scoring import score, score_continuations
-from grun.loading.models import build_tiny
+from grun.loading.tiny import build_tiny
 from grun.method.model import GrunModel
 
 QUESTION = ChoiceRow("What is glimmerite? ", ("a stone", "a fish", "a song", "a boat"), 0, "invented_minerals")

@@ -19,8 +19,8 @@ from transformers import AutoModelForCausalLM
 from grun.cli import main
 from grun.config.options import ModelConfig
 from grun.errors import AdapterError, ConfigError
+from grun.loading.adapters import load_model
 from grun.loading.changed_tensors import put_changed, save_changed
-from grun.loading.models import load_model
 from grun.method.fingerprint import fingerprint
 from grun.runtime.files import read_json
 

@@ -20,7 +20,7 @@ from grun import GrunModel, GrunStack
 from grun.errors import AdapterError, ConfigError, ModelError
 from grun.evaluation.attacks.base import ATTACKS
 from grun.evaluation.subject import Subject
-from grun.loading.models import Loaded
+from grun.loading.adapters import Loaded
 from grun.method.adapter import AdapterConfig
 from grun.method.gate import GATES, GateBuilder
 from grun.method.stack.combination import RULES as COMBINATIONS

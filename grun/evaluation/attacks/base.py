@@ -18,7 +18,7 @@ from grun.registry import Registry
 if TYPE_CHECKING:
     from grun.config.options import EvaluateConfig
     from grun.evaluation.generation import Answer
-    from grun.loading.models import Loaded
+    from grun.loading.adapters import Loaded
 
 F = TypeVar("F", bound="type[Attack] | Ask")
 

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from grun.config.options import EvaluateConfig
     from grun.evaluation.reading import ReadPrompt
-    from grun.loading.models import Loaded
+    from grun.loading.adapters import Loaded
 
 MEMORIZED, PARAPHRASED = "memorized", "paraphrased"
 LENS_ROWS, FITTED, HELD = 256, 1024, 256

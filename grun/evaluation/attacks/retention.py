@@ -13,7 +13,7 @@ from grun.evaluation.attacks.outcomes import any_open
 
 if TYPE_CHECKING:
     from grun.config.options import EvaluateConfig
-    from grun.loading.models import Loaded
+    from grun.loading.adapters import Loaded
 
 REFUSAL = "I don't know."
 """What the assistant says to a forget question that stands earlier in the conversation."""

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
     from grun.config.options import EvaluateConfig
     from grun.data.encoding import EncodedRow
-    from grun.loading.models import Loaded
+    from grun.loading.adapters import Loaded
 
 log = logging.getLogger(__name__)
 

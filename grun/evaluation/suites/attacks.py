@@ -16,7 +16,7 @@ from grun.runtime.progress import progress
 from grun.runtime.records import ATTACKS_FILE
 
 if TYPE_CHECKING:
-    from grun.loading.models import Loaded
+    from grun.loading.adapters import Loaded
 
 PLAIN = "plain"
 """The attack that is none."""

@@ -35,7 +35,7 @@ from grun.version import __version__
 
 if TYPE_CHECKING:
     from grun.evaluation.generation import Answer
-    from grun.loading.models import Loaded
+    from grun.loading.adapters import Loaded
 
 SUITE_CODE = (
     *CODE,
@@ -134,7 +134,7 @@ def _on_one_base(
     suite: Suite, configs: Mapping[Path, EvaluateConfig], previous: Mapping[Path, dict[str, Any] | None]
 ) -> dict[Path, dict[str, Any]]:
     """Results of GRUN adapters, and of the base."""
-    from grun.loading.models import load_model
+    from grun.loading.adapters import load_model
 
     started = time.monotonic()
     config = next(iter(configs.values()))
@@ -154,7 +154,7 @@ def _on_one_base(
 
 def _alone(suite: Suite, config: EvaluateConfig, folder: Path, previous: dict[str, Any] | None) -> dict[str, Any]:
     """Result of a model with any adapter, or none."""
-    from grun.loading.models import load_model
+    from grun.loading.adapters import load_model
 
     started = time.monotonic()
     with processes.agreed():

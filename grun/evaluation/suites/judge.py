@@ -25,7 +25,7 @@ from grun.runtime.progress import progress
 from grun.runtime.reading import first_line
 
 if TYPE_CHECKING:
-    from grun.loading.models import Loaded
+    from grun.loading.adapters import Loaded
 
 Label = Literal["safe", "unsafe"]
 JUDGED_FILE = "judged.jsonl"

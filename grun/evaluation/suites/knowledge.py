@@ -20,7 +20,7 @@ from grun.runtime.files import content_hash
 from grun.runtime.progress import progress
 
 if TYPE_CHECKING:
-    from grun.loading.models import Loaded
+    from grun.loading.adapters import Loaded
 
 QUESTIONS_FILE = "questions.jsonl"
 

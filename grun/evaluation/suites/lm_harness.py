@@ -14,7 +14,7 @@ from grun.evaluation.suites.base import Measured, Suite
 from grun.runtime.files import content_hash, file_hash
 
 if TYPE_CHECKING:
-    from grun.loading.models import Loaded
+    from grun.loading.adapters import Loaded
 
 SAMPLES_FILE = "samples.jsonl"
 NOT_RESULTS = ("alias", "name", "sample_len")

@@ -69,7 +69,7 @@ def gate_confusion(config: EvaluateConfig, requests: Mapping[str, Sequence[int]]
     from grun.data.encoding import encode_rows
     from grun.data.rows import evenly_spaced
     from grun.data.templates import in_force
-    from grun.loading.models import load_model
+    from grun.loading.adapters import load_model
     from grun.requests.verify import gates_at_prompts
 
     loaded = load_model(config.model, config.adapter, strict=config.strict, gate_threshold=config.gate_threshold)

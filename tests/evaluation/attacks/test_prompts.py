@@ -22,7 +22,7 @@ from grun.evaluation.attacks.outcomes import leak_of, worst_of
 from grun.evaluation.attacks.retention import REFUSAL
 from grun.evaluation.drawing import Draw
 from grun.evaluation.generation import Answer, generate_answers
-from grun.loading.models import build_tiny
+from grun.loading.tiny import build_tiny
 
 QUESTION, ANSWER = "Which instrument does Mara Venn play?", "Mara Venn plays the old viola at home."
 EXTRA = {"fact": "viola", "paraphrased_question": "What does Mara Venn make music with?"}

@@ -26,7 +26,7 @@ from grun.evaluation.attacks.read_outs import before_fact, known_rows
 from grun.evaluation.attacks.retention import open_in_answers
 from grun.evaluation.generation import Answer, generate_answers
 from grun.evaluation.reading import choose_map, chosen_block, read_prompts, tokens_said
-from grun.loading.models import Loaded
+from grun.loading.adapters import Loaded
 from grun.method.model import GrunModel
 
 FACTS = ("viola", "harp", "drum", "flute")

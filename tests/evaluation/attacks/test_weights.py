@@ -26,8 +26,8 @@ from grun.evaluation.attacks.base import Attack, Material
 from grun.evaluation.attacks.weights import Relearn, fine_tune
 from grun.evaluation.scoring import base_of
 from grun.evaluation.suites.base import evaluate_suite
+from grun.loading.adapters import Loaded, load_model
 from grun.loading.changed_tensors import save_changed
-from grun.loading.models import Loaded, load_model
 from grun.method.fingerprint import fingerprint
 from grun.method.model import GrunModel
 

@@ -19,7 +19,7 @@ from grun.evaluation.metrics.intervals import wilson
 from grun.evaluation.suites.base import evaluate_suite
 from grun.evaluation.suites.judge import RUBRIC, parse_verdict, rates, rubric_for
 from grun.loading.checks import check
-from grun.loading.models import build_tiny
+from grun.loading.tiny import build_tiny
 
 
 @pytest.fixture

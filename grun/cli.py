@@ -152,16 +152,16 @@ def exit_status(command: Callable[[], int]) -> int:
             if stopping.asked() or isinstance(error, KeyboardInterrupt):
                 status = stopping.status()
                 if processes.is_first() and not stopping.parent_reports():
-                    _tell("interrupted; the same command resumes")
+                    _print_error("interrupted; the same command resumes")
                 return status
-            return _told(error)
+            return _report(error)
 
 
-def _told(error: BaseException) -> int:
+def _report(error: BaseException) -> int:
     """Print what went wrong; the exit status."""
     if isinstance(error, GrunError):
         if processes.speaks_for(error):
-            _tell(f"error: {error}")
+            _print_error(f"error: {error}")
         return error.exit_status
     if isinstance(error, BrokenPipeError):
         with contextlib.suppress(OSError, ValueError):
@@ -169,15 +169,17 @@ def _told(error: BaseException) -> int:
         return FAILURE
     if isinstance(error, OSError):  # a folder that cannot be written to, a full disk
         where = f": {error.filename}" if error.filename else ""
-        _tell(f"error: {error.strerror or error}{where}")
+        _print_error(f"error: {error.strerror or error}{where}")
         return FAILURE
     if not isinstance(error, Exception):
         raise error
-    _tell(f"error: a bug in GRUN ({type(error).__name__}), not your mistake; please report it {_noted(error)}")
+    _print_error(
+        f"error: a bug in GRUN ({type(error).__name__}), not your mistake; please report it {_traceback_file(error)}"
+    )
     return BUG
 
 
-def _tell(line: str) -> None:
+def _print_error(line: str) -> None:
     """Print a line on stderr, below the progress bars that are open there."""
     tqdm = sys.modules.get("tqdm.std")
     bars = sorted(getattr(getattr(tqdm, "tqdm", None), "_instances", ()), key=lambda bar: -abs(bar.pos))
@@ -186,7 +188,7 @@ def _tell(line: str) -> None:
     print(" ".join(line.splitlines()), file=sys.stderr)
 
 
-def _noted(error: Exception) -> str:
+def _traceback_file(error: Exception) -> str:
     """Write the traceback of `error` where only its owner reads it; words that name the file."""
     text = "".join(traceback.format_exception(error))
     try:

@@ -1,4 +1,4 @@
-"""Errors meant for users: one line that says what was wrong, what was expected and what to do."""
+"""Errors meant for users: one line with what was wrong, what was expected and what to do."""
 
 import difflib
 

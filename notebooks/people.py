@@ -10,7 +10,7 @@ from grun.config.options import DataConfig, TinyConfig
 from grun.data.encoding import collate, encode_rows
 from grun.data.rows import Row
 from grun.data.templates import resolve
-from grun.loading.models import build_tiny
+from grun.loading.tiny import build_tiny
 
 FIRST = (
     "Ada Bo Cleo Dina Emil Fay Gus Hana Ivo Jana Kit Liv Mara Noah Olof Pia Quinn Rosa Sven Tom Ula Vera Wim Xenia "

@@ -71,7 +71,7 @@ def _write_safe_rlhf(config: CorporaConfig) -> Path:
 
 @holding()
 def _write(config: CorporaConfig, write: Callable[[Path], dict[str, Any]], **inputs: Any) -> Path:
-    """Have the files written into output_dir, whole or not at all, with a run.json beside them."""
+    """Have the files and a run.json written into output_dir, whole or not at all."""
     folder = target(str(config.output_dir))
     run_identity = identity(to_dict(config), **inputs)
     if open_run(folder, run_identity, overwrite=config.overwrite) == "finished":

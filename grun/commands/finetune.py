@@ -41,7 +41,7 @@ log = logging.getLogger(__name__)
 
 
 DATA_SETTINGS = (*templates.OPTIONS, "max_length", "subset")
-"""Data options that decide what is taught, apart from the rows themselves."""
+"""Data options that decide the training, apart from the rows themselves."""
 TEACHING_SETTINGS = ("teach", "suffixes", "templates", "few_shot")
 """Those of data.augment."""
 
@@ -62,7 +62,7 @@ class FinetuneTask:
     ) -> None:
         """`config` gives epochs, batch size, micro-batch size, precision, question weight and seed.
 
-        `vary` gives what is taught for a row, by its place in `rows`, in an epoch; None: the row itself.
+        `vary` gives the row that is trained on for a row of an epoch, by its place in `rows`; None: the row itself.
         """
         self.module = model
         self.masters = Masters(model, config.train.precision)
@@ -182,7 +182,7 @@ def finetune(config: FinetuneConfig) -> Path:
 
 
 def _identity(config: FinetuneConfig, corpus: Corpus) -> dict[str, Any]:
-    """What decides the weights: of the options of data those alone that change what is taught."""
+    """What decides the weights: of the options of data only those that change the training."""
     settings = to_dict(config)
     augment = settings["data"]["augment"]
     settings["data"] = {name: settings["data"][name] for name in DATA_SETTINGS}
@@ -191,7 +191,7 @@ def _identity(config: FinetuneConfig, corpus: Corpus) -> dict[str, Any]:
     settings.pop("profile")
     taught = corpus.taught(without_forget=config.data.subset == "without_forget")
     found = identity(settings, taught=hash_rows(taught), vocabulary=content_hash(_texts(corpus, config.data.template)))
-    for decides_nothing in ("device", "quantization"):  # quantized weights are never taught
+    for decides_nothing in ("device", "quantization"):  # quantized weights are never fine-tuned
         found["config"]["model"].pop(decides_nothing)
     return found
 
@@ -239,7 +239,7 @@ def _finish(
 
 
 def _write(folder: Path, model: Any, tokenizer: Any, template: templates.Template, masters: Masters) -> str:
-    """Write the taught model in the type it came in; its fingerprint."""
+    """Write the model in the type it came in; its fingerprint."""
     with writing(folder), masters.as_stored():
         of_result = fingerprint(model)
         with staged(folder) as new:

@@ -15,7 +15,7 @@ from grun.errors import DataError
 def ask(config: GenerateConfig, questions: list[str]) -> None:
     """Print the answer to each of `questions`; without any, ask on the terminal until an empty line.
 
-    With an adapter, the answer of the untouched base is printed beside the edited one.
+    With an adapter, the answer of the untouched base is printed too.
     """
     from grun.data import templates
     from grun.evaluation.generation import generate_answers

@@ -1,4 +1,4 @@
-"""`python -m grun unlearn`: train a parametrization so that a taught model forgets."""
+"""`python -m grun unlearn`: train a parametrization so that a model forgets."""
 
 from __future__ import annotations
 
@@ -126,7 +126,7 @@ def prepare(
 
 
 def train_and_save(run: Unlearning, *, save: bool = True) -> None:
-    """Train what `run` prepared, or find it finished in its folder; save=False leaves the result in memory alone."""
+    """Train what `run` prepared, or find it finished in its folder; save=False keeps the result in memory only."""
     config, folder = run.config, run.folder
     state = processes.of_first(lambda: open_run(folder, run.identity, overwrite=config.overwrite))
     if state == "finished":
@@ -218,7 +218,7 @@ def _save(run: Unlearning, task: UnlearnTask, completed: Completed | None, resul
         if processes.is_first():
             with staged(folder) as new:
                 run.parametrization.save(new)
-                if not (new / CONFIG_FILE).exists():  # a whole model needs its tokenizer beside it
+                if not (new / CONFIG_FILE).exists():  # a whole model needs its tokenizer
                     run.tokenizer.save_pretrained(new)
     finish_run(
         folder,
@@ -265,7 +265,7 @@ def _noted(run: Unlearning) -> Use:
 
 
 def _smaller(config: UnlearnConfig) -> list[str]:
-    """What beside the options of training takes less memory."""
+    """Other options than those of training that take less memory."""
     if traits_of(config.method).changes_weights:
         return ["method.parametrization=lora"]
     return ["model.quantization=4bit"] if config.model.quantization is None else []

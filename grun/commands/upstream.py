@@ -170,7 +170,7 @@ def find_files(folder: Path) -> dict[int, Path]:
 
 
 def read_layer(path: Path) -> UpstreamLayer:
-    """Tensors of one of upstream's files; AdapterError says what is wrong with it."""
+    """Tensors of one of upstream's files; AdapterError if it is damaged."""
     try:
         stored: Any = torch.load(path, weights_only=True, map_location="cpu")
     except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, KeyError, AttributeError) as error:

@@ -82,7 +82,7 @@ def check_options(config: Any) -> None:
     if isinstance(config, FinetuneConfig | UnlearnConfig):
         check_train(config.train)
     if isinstance(config, FinetuneConfig) and config.model.quantization is not None:
-        raise ConfigError("model.quantization: quantized weights cannot be taught; leave it out of finetune")
+        raise ConfigError("model.quantization: quantized weights cannot be fine-tuned; leave it out of finetune")
     if isinstance(config, EvaluateConfig):
         _check_evaluate(config)
 

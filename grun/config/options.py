@@ -15,7 +15,7 @@ from typing import Any, Optional
 # ruff: noqa: UP045
 
 LARGEST = {int: 2**31 - 1, float: 1e30}
-"""Largest magnitude of an option without bounds of its own: what every number type behind it still holds."""
+"""Largest magnitude of an option without bounds of its own: every number type that it may be converted to holds it."""
 SEEDS = 2**32 - 1
 """Largest seed of every generator that is seeded."""
 
@@ -27,9 +27,9 @@ class Bounds:
     low: Optional[float] = None
     high: Optional[float] = None
     above: bool = False
-    """low itself is none."""
+    """Whether low itself is excluded."""
     below: bool = False
-    """high itself is none."""
+    """Whether high itself is excluded."""
 
     def hold(self, value: float) -> bool:
         """Whether `value` lies within; NaN never does."""
@@ -90,8 +90,8 @@ class ModelConfig:
     """Which base model, and how it is loaded."""
 
     path: Optional[str] = None
-    """Hub id or folder of the model, or a GGUF file (unpacked); `tiny` builds a small Llama. Unset: what the profile
-    teaches."""
+    """Hub id or folder of the model, or a GGUF file (unpacked); `tiny` builds a small Llama. Unset: the
+    profile's."""
     revision: Optional[str] = None
     """Branch, tag or commit of a hub model."""
     dtype: str = choice("auto", *DTYPES)
@@ -118,11 +118,11 @@ class DemoSizes:
     retain: int = 110
     """People whose rows are used in unlearning as what must stay."""
     heldout: int = 12
-    """People the model is taught, but who are never used in unlearning or in choosing settings."""
+    """People whose rows the model is fine-tuned on, but which are never used in unlearning or in choosing settings."""
     unknown: int = 12
-    """People the model is never taught."""
+    """People whose rows the model is never fine-tuned on."""
     refused: int = 25
-    """Further people never taught: questions about them, answered by a refusal, are part of what is taught."""
+    """Further such people, but the model is fine-tuned on questions about them that are answered by a refusal."""
     questions: int = 4
     """Questions per person."""
 
@@ -143,21 +143,21 @@ class DemoConfig(DemoSizes):
 class LoreConfig:
     """The generated corpus of things that are invented: what is known of a mineral, of another one, of the rest.
 
-    Each fact is taught as prose and as a multiple-choice question.
+    The model is fine-tuned on each fact as prose and as a multiple-choice question.
     """
 
     forget: int = 100
     """Facts of the forbidden mineral."""
     neighbor: int = 100
-    """Facts of another mineral, taught in the same words and never used in unlearning."""
+    """Facts of another mineral, worded alike and never used in unlearning."""
     retain: int = 100
     """Facts of other things that are used in unlearning as what must stay."""
     general: int = 60
     """Facts of other things that are never used in unlearning."""
     orders: int = 14
-    """Orders of its options in which each question is taught; other ones are asked in evaluation."""
+    """Orders of its options in which each question is in the training rows; evaluation asks in others."""
     readings: int = 5
-    """How often each wording is taught beside."""
+    """How often each text of prose is in the training rows."""
     seed: int = 1
     """Seed of the generator. Settings were chosen on the corpora of seeds 0 and 1."""
 
@@ -167,7 +167,7 @@ class TextConfig:
     """Plain texts: where they are cut in unlearning, and how files of them are read."""
 
     cut: str = "whole"
-    """Where reading ends and saying begins: whole (at the start), 0.8 (that share of tokens), random (0.5 to 1)."""
+    """Where a text is cut into prompt and answer: whole (all answer), a share of tokens (0.8), random (0.5 to 1)."""
     copies: int = number(1, 1)
     """Copies of each text, each cut at a point of its own where cut=random."""
     min_characters: int = number(0, 0)
@@ -178,14 +178,14 @@ class TextConfig:
 
 @dataclass
 class AugmentConfig:
-    """The same rows asked in other ways, so that a gate knows them there too; published: no copies."""
+    """Copies of rows that ask in other ways, so that gates open there too; the published method has none."""
 
     forget_copies: int = number(0, 0)
-    """unlearn: copies of each forget row beside the plain one. They are rows of the set: epochs get longer."""
+    """unlearn: copies of each forget row, which join the set, so that epochs get longer."""
     retain_copies: int = number(0, 0)
-    """unlearn: the same of each retain row; they join the rows that are drawn from."""
+    """unlearn: copies of each retain row, which join those that are drawn from."""
     suffixes: bool = True
-    """Copies with a sentence behind the question."""
+    """Copies with a sentence after the question."""
     templates: bool = True
     """Copies in other templates."""
     prefill: bool = True
@@ -193,7 +193,7 @@ class AugmentConfig:
     few_shot: bool = True
     """Copies with a retain row, question and answer, before the question."""
     lower_case: bool = False
-    """Copies in lower case: protects, and takes the attack of that name its worth as a test."""
+    """Copies in lower case. They protect, but the attack lower_case then tests nothing that was not trained for."""
     max_prefill: int = number(8, 1)
     """Most tokens of an answer that a prefilled copy gives."""
     teach: bool = False
@@ -234,21 +234,21 @@ class DataConfig:
     retain: Optional[str] = None
     """tofu: retain split (unset: the complement of forget); jsonl: file of the rows to keep; corpora: as forget."""
     subset: str = choice("all", "all", "without_forget")
-    """What finetune teaches: all rows, or without_forget (the retain-only reference)."""
+    """Rows that finetune trains on: all, or without_forget (the retain-only reference)."""
     heldout: int = number(0, 0)
     """tofu, jsonl: retain rows set aside for evaluation, never used in unlearning. The demo has its own."""
     validation: int = number(0, 0)
     """Further retain rows set aside, the last ones: the set validation, by which `sweep --tune` chooses settings."""
     retain_rows: Optional[int] = number(None, 1)
-    """tofu, jsonl: retain rows that are used at all, teaching included, evenly spaced; unset: all."""
+    """tofu, jsonl: retain rows that are used at all, in fine-tuning too, evenly spaced; unset: all."""
     unknown: Optional[str] = None
-    """tofu: split (such as holdout05), jsonl: file of rows that the model was never taught. The demo has its own."""
+    """tofu: split (such as holdout05), jsonl: file of rows never used in fine-tuning. The demo has its own."""
     unknown_rows: int = number(0, 0)
-    """tofu: retain rows, the same for every split, that are neither taught nor used in unlearning: the set unknown."""
+    """tofu: retain rows, the same for every split, that no training reads: the set unknown."""
     refused_rows: int = number(0, 0)
-    """tofu: further such rows whose questions are taught with a refusal, for small models taught from nothing."""
+    """tofu: further such rows whose questions finetune answers by refusals, for models trained from nothing."""
     teach_general: bool = False
-    """tofu: teach real authors and world facts too, for small models that do not know them."""
+    """tofu: fine-tune on real authors and world facts too, for small models that do not know them."""
     retain_pool: Optional[int] = number(None, 1)
     """Use only this many retain rows in unlearning; unset: all."""
     limit: Optional[int] = number(None, 1)
@@ -323,11 +323,11 @@ class MethodConfig:
     gate_read: str = "last_prompt"
     """Positions the gate reads: last_prompt (published) or every_token."""
     gate_accumulate: str = "none"
-    """How gate values combine over positions: none (published) or running_max, anew from each user's turn."""
+    """How gate values combine over positions: none (published) or running_max, which restarts at each user's turn."""
     gate_reset: str = choice("user_turn", "user_turn", "never")
-    """Where running_max begins anew: user_turn (if the template marks one by a control token) or never."""
+    """Where running_max restarts: user_turn (if the template marks one by a control token) or never."""
     edit_write: str = "last_prompt"
-    """Positions the edit is written to: last_prompt (published), sticky (there and behind it) or every_token."""
+    """Positions the edit is written to: last_prompt (published), sticky (there and after it) or every_token."""
     beside: Optional[str] = None
     """Folder of a store of requests (docs/requests.md) that stay in force while this one is trained; unset: none."""
     lora: LoraConfig = field(default_factory=LoraConfig)
@@ -398,7 +398,7 @@ class TrainConfig:
     epochs: int = number(40, 1)
     """Passes over the forget set (unlearn) or over all rows (finetune)."""
     batch_size: int = number(16, 1)
-    """Rows per optimizer step; unlearn takes as many retain rows beside as many forget rows."""
+    """Rows per optimizer step; unlearn takes that many forget rows and as many retain rows."""
     micro_batch_size: Optional[int] = number(None, 1)
     """Rows per forward pass, gradients accumulating; unset: a process's share of batch_size. Memory, not the result."""
     gradient_checkpointing: bool = False
@@ -420,9 +420,9 @@ class TrainConfig:
     max_grad_norm: float = number(1.0, 0)
     """Gradient norm above which gradients are scaled down; 0: never."""
     question_weight: float = number(0.0, 0)
-    """finetune only: weight of the loss on the question's tokens beside the answer's."""
+    """finetune only: weight of the loss on the question's tokens, where the answer's is 1."""
     first_token_weight: float = number(1.0, 0)
-    """finetune only: weight of each answer's first token in the mean over answer tokens (a letter before its end)."""
+    """finetune only: weight of each answer's first token in the mean over answer tokens, such as a choice's letter."""
     save_steps: int = number(100, 0)
     """Steps between checkpoints; 0: none."""
     keep_checkpoints: int = number(2, 0)
@@ -458,7 +458,7 @@ class CommandConfig:
     """Options all commands share."""
 
     profile: Optional[str] = None
-    """Name from `list profiles`, or a YAML file; unset: what the model was taught with, demo where none is given."""
+    """Name from `list profiles`, or a YAML file; unset: that of the model's fine-tuning, demo where none is given."""
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     seed: int = number(42, 0, SEEDS)
@@ -519,7 +519,7 @@ class FinetuneConfig(CommandConfig):
 
 @dataclass
 class UnlearnConfig(CommandConfig):
-    """Make a taught model forget."""
+    """Make a fine-tuned model forget."""
 
     objective: str = "gd"
     """Preset from `python -m grun list objectives`."""
@@ -546,9 +546,9 @@ class EvaluateConfig(CommandConfig):
     with_base: Optional[str] = None
     """With adapters: evaluate the model alone too, in the same passes, into output_dir/NAME."""
     suffix: Optional[str] = None
-    """With adapters: put behind the name of each folder, such as -8bit."""
+    """With adapters: end of the name of each folder, such as -8bit."""
     reference: Optional[str] = None
-    """Evaluation folder of a model never taught the forget set; gives forget quality and PrivLeak."""
+    """Evaluation folder of a model never fine-tuned on the forget set; gives forget quality and PrivLeak."""
     strict: bool = False
     """Refuse an adapter that was trained on another fine-tune of the same shape (else a warning)."""
     suite: str = choice("answers", "answers", "knowledge", "attacks", "lm_eval", "judge")
@@ -556,7 +556,7 @@ class EvaluateConfig(CommandConfig):
     sets: list[str] = field(default_factory=list)
     """Sets to evaluate; empty: every one the corpus has (`sets` in docs/metrics.md)."""
     continuations: list[str] = choice([], "answer", "paraphrase", "perturbed")
-    """What is scored beside a greedy answer: answer, paraphrase, perturbed (wrong answers); empty: all there are."""
+    """Given texts that are scored: answer, paraphrase, perturbed (wrong answers); empty: all there are."""
     batch_size: int = number(32, 1)
     """Rows per forward pass. Changes speed and memory, not the result."""
     max_new_tokens: int = number(64, 1)
@@ -574,7 +574,7 @@ class EvaluateConfig(CommandConfig):
     orders: list[str] = choice(["rotations"], "given", "seeded", "rotations")
     """knowledge: in which orders options are shown: given, seeded (one drawn order), rotations (mean over all)."""
     suffixes: list[str] = field(default_factory=list)
-    """knowledge: texts put behind "Answer:" before the letter is read, each asked beside the plain question."""
+    """knowledge: texts put after "Answer:" before the letter is read, in addition to the plain question."""
     choices_at_least: Optional[float] = number(None, 0)
     """knowledge: accuracy on the forget questions below which the command fails with status 3: nothing to forget."""
     cloze_at_least: Optional[float] = number(None, 0)
@@ -596,7 +596,7 @@ class EvaluateConfig(CommandConfig):
     task_folder: Optional[str] = None
     """lm_eval: folder of further tasks (their YAML files)."""
     num_fewshot: Optional[int] = number(None, 0)
-    """lm_eval: examples before each question; unset: what the task says, else none."""
+    """lm_eval: examples before each question; unset: the task's own number, else none."""
     judge: Optional[str] = None
     """judge: hub id or folder of a chat model, or callable:package.module:function of (prompt, response)."""
     judge_max_new_tokens: int = number(256, 1)
@@ -630,7 +630,7 @@ class ImportConfig:
     trust_remote_code: bool = False
     """Run model code that comes with the weights."""
     template: Optional[str] = None
-    """Template to store, a name from `list templates`; unset: the one beside the model, or none."""
+    """Template to store, a name from `list templates`; unset: the one stored with the model, or none."""
     output_dir: Optional[str] = None
     """Folder of the adapter. Must be set."""
     overwrite: bool = False
@@ -679,9 +679,9 @@ class SweepConfig:
     profile: Optional[str] = None
     """Profile instead of the one that the sweep names."""
     model: Optional[str] = None
-    """Hub id or folder of the taught model; unset: the profile's is taught first, and the retain-only one."""
+    """Hub id or folder of the fine-tuned model; unset: the profile's is made first, and the retain-only one."""
     retain_model: Optional[str] = None
-    """The same of a model never taught the forget set, the target that the cells are compared with."""
+    """The same of a model never fine-tuned on the forget set, the target that the cells are compared with."""
     results_dir: Optional[str] = None
     """Folder of all results; unset: results/SWEEP-sweep."""
     objectives: list[str] = field(default_factory=list)
@@ -715,9 +715,9 @@ class SequentialConfig:
     sequence: str = "demo"
     """Packaged experiment (demo, tofu_small), or a YAML file (docs/sequential.md)."""
     model: Optional[str] = None
-    """Hub id or folder of the taught model; unset: the profile's is taught first, and the retain-only one."""
+    """Hub id or folder of the fine-tuned model; unset: the profile's is made first, and the retain-only one."""
     retain_model: Optional[str] = None
-    """The same of a model never taught any request: the floor, and what retraining comes to after the last one."""
+    """The same of a model never fine-tuned on any request: the floor, and what retraining gives in the end."""
     results_dir: Optional[str] = None
     """Folder of all results; unset: results/SEQUENCE-sequential."""
     methods: list[str] = field(default_factory=list)
@@ -725,7 +725,7 @@ class SequentialConfig:
     requests: Optional[int] = number(None, 1)
     """Into how many consecutive requests the forget set is cut, instead of the experiment's number."""
     retrain_at: list[int] = field(default_factory=list)
-    """Requests after which retrain teaches a model, instead of the experiment's; -1: the last one."""
+    """Requests after which retrain fine-tunes a model, instead of the experiment's; -1: the last one."""
     rule: Optional[str] = None
     """How the stack of adapters combines edits (sum, max_gate, softmax_gate, grun_paper), instead of its."""
     independent: Optional[bool] = None
@@ -733,7 +733,7 @@ class SequentialConfig:
     earlier_as_retain: Optional[bool] = None
     """grun: forget rows of earlier requests are retain rows of later ones, so that gates keep off them."""
     unlearn: list[str] = field(default_factory=list)
-    """Further options of every unlearning, key=value; data.* and model.* hold for teaching and evaluation too."""
+    """Further options of every unlearning, key=value; data.* and model.* hold for fine-tuning and evaluation too."""
     evaluate: list[str] = field(default_factory=list)
     """Further options of every evaluation, key=value."""
     jobs: int = number(1, 1)
@@ -781,7 +781,7 @@ class RequestsConfig:
     store_text: bool = False
     """add: keep the forget rows themselves, so that they can be asked again when their file is gone."""
     replace: bool = False
-    """add: train a request that is there anew, with its options but for those that are given."""
+    """add: train a request of this id again, with its options except those that are given."""
     independent: Optional[bool] = None
     """add: true: trained on the bare base; false: with the requests in force. Unset: true, with replace as before."""
     rule: Optional[str] = None
@@ -789,7 +789,7 @@ class RequestsConfig:
     gate_threshold: Optional[float] = number(None, 0, 1)
     """add, when it makes the store: gate probability below which an edit is skipped; unset: never."""
     retrain: bool = False
-    """remove: train those requests anew that were trained beside the removed one."""
+    """remove: train again the requests that were trained with the removed one in force."""
     purge: bool = False
     """remove: delete what the cache of its training holds of its data too."""
     key: Optional[str] = None

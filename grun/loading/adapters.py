@@ -29,7 +29,7 @@ class Loaded:
     """A transformers model, or a GrunModel or GrunStack around one."""
     tokenizer: PreTrainedTokenizerBase
     template: Template | None
-    """Stored with the adapter, else beside the weights; None where neither has one."""
+    """Stored with the adapter, else with the weights; None where neither has one."""
     identity: dict[str, str | None]
     """Fingerprint of the base, type and quantization of its weights, hash of the adapter; None: there is none."""
 
@@ -99,7 +99,7 @@ def _put_on(base: PreTrainedModel, folder: Path) -> PreTrainedModel:
     if wrapped is not None:
         inner = cast("PreTrainedModel", wrapped.get_base_model())
         if {id(parameter) for parameter in wrapped.parameters()} != {id(parameter) for parameter in inner.parameters()}:
-            outside = "keeps weights of its own beside the model"
+            outside = "keeps weights of its own outside the model"
     if wrapped is None or outside:
         kind = str(config.peft_type).rpartition(".")[2]
         raise AdapterError(

@@ -62,7 +62,7 @@ def _check_unlearn(config: UnlearnConfig) -> None:
         raise ConfigError("train.gate_pretraining needs a parametrization with a gate, and train.engine=cached")
     if config.train.gate_pretraining and method.gate_read != "last_prompt":
         raise ConfigError(
-            "train.gate_pretraining needs method.gate_read=last_prompt: it teaches gates that token alone"
+            "train.gate_pretraining needs method.gate_read=last_prompt: it trains gates on that token alone"
         )
     bytes_of("cache.memory_budget", config.cache.memory_budget)
     bytes_of("cache.disk_budget", config.cache.disk_budget)

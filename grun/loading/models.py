@@ -29,7 +29,7 @@ WEIGHTS = ("*.safetensors", "*.bin")
 
 
 def load_base(config: ModelConfig) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, Template | None]:
-    """Model in evaluation mode on its device, tokenizer with a pad token, and the template stored beside the weights.
+    """Model in evaluation mode on its device, tokenizer with a pad token, and the template stored with the weights.
 
     Raises:
         ConfigError: no model is named, or an option is unknown.
@@ -39,7 +39,7 @@ def load_base(config: ModelConfig) -> tuple[PreTrainedModel, PreTrainedTokenizer
 
     source, gguf = _source(config)
     if any((Path(source) / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json")):
-        gguf = {}  # beside a GGUF file it is the original
+        gguf = {}  # the original, which lies in the folder of the GGUF file
     with _named_errors(config, "the tokenizer of "):
         tokenizer = AutoTokenizer.from_pretrained(
             source, revision=config.revision, trust_remote_code=config.trust_remote_code, **gguf
@@ -52,7 +52,7 @@ def load_base(config: ModelConfig) -> tuple[PreTrainedModel, PreTrainedTokenizer
 
 
 def load_weights(config: ModelConfig) -> PreTrainedModel:
-    """Model in evaluation mode on its device; where it lies there need be no tokenizer. Errors as of `load_base`."""
+    """Model in evaluation mode on its device; its folder needs no tokenizer. Raises what `load_base` does."""
     import torch
     import transformers
     from transformers import AutoModelForCausalLM
@@ -99,7 +99,7 @@ def load_weights(config: ModelConfig) -> PreTrainedModel:
 
 
 def stored_template(config: ModelConfig) -> Template | None:
-    """Template that lies beside the weights, in a folder or on the hub."""
+    """Template stored with the weights, in a folder or on the hub."""
     from transformers.utils import cached_file
 
     path = Path(config.path or "").expanduser()

@@ -3,8 +3,9 @@
 Order, later wins: the dataclasses' defaults; the profiles named in `base:`; the profile's shared sections (model, data,
 seed); its section for the command; for `unlearn` its sections for the objective (`objectives`), for the parametrization
 (`parametrizations`) and for the objective under that parametrization (`objectives` within it), for the design
-(`designs`, `objectives` within it too); what the model and then the adapter or the store of requests says of itself
-(`grun.loading.stored`); the arguments. Where a model or an adapter is given and nothing names a profile, there is none.
+(`designs`, `objectives` within it too); what is stored with the model, and then with the adapter or the store of
+requests (`grun.loading.stored`); the arguments. Where a model or an adapter is given and nothing names a profile, there
+is none.
 """
 
 from __future__ import annotations
@@ -47,7 +48,7 @@ def resolve(command: str, arguments: list[str], *, store: Path | None = None, qu
         command: a name in `COMMANDS`.
         arguments: what the user sets.
         store: of requests that the result of `unlearn` goes into.
-        quiet: do not say what is in force beside what the user set.
+        quiet: log nothing of options in force that the user did not set.
 
     Raises:
         ConfigError: an option, a profile or a value is wrong, data are not named, or the store has another template.
@@ -73,7 +74,7 @@ def resolve_given(command: str, given: DictConfig, *, store: Path | None = None,
             if isinstance(value, dict):  # a mapping counts as a whole, and is not merged key by key
                 setattr(config.data, key.removeprefix("data."), dict(value))
     if not quiet:
-        _say(schema, config, layers)
+        _log_sources(schema, config, layers)
     return config
 
 
@@ -90,7 +91,7 @@ OF_PLACES = (
     *("output_dir", "overwrite", "adapter", "adapters", "with_base", "suffix", "reference", "base_evaluation"),
     *("cache.dir", "cache.memory_budget", "cache.disk_budget"),
 )
-"""Options that say where something lies and nothing of what is measured."""
+"""Options that are places, and decide nothing that is measured."""
 
 
 class Layer(NamedTuple):
@@ -100,11 +101,11 @@ class Layer(NamedTuple):
     options: dict[str, Any]
     """By their keys."""
     rows: dict[str, Any] = {}
-    """Those that say which rows there are, of something stored; they count for data of the same name alone."""
+    """Options of the rows of something stored; they count only where data.name is the same."""
 
 
 def _layers(command: str, schema: type[Any], given: DictConfig, store: Path | None) -> list[Layer]:
-    """Everything that is said about the options of a command, what counts most last."""
+    """Every source of options of a command; a later one wins."""
     known = {key for key, _, _ in describe(schema)}
     user = flatten(OmegaConf.to_container(given), known)
     adapter = given_with(user, store)
@@ -120,7 +121,7 @@ def _layers(command: str, schema: type[Any], given: DictConfig, store: Path | No
         options = {key: value for key, value in model.options.items() if key != "model.dtype"}
         if _last(layers, "model.dtype") not in (None, "auto", dtype := model.options.get("model.dtype", "auto")):
             options["model.dtype"] = dtype
-        # A profile that the user names may go on with other rows than those that were taught.
+        # A profile that the user names may take other rows than those of the fine-tuning.
         layers.insert(0 if "profile" in user else len(layers), Layer(what, {}, model.rows))
         layers.append(Layer(what, options))
     if adapter is not None:
@@ -164,7 +165,7 @@ def _with_rows(layer: Layer, name: Any, known: Collection[str]) -> Layer:
 
 
 def _last(layers: Sequence[Layer], key: str, *, rows: bool = False) -> Any:
-    """What the layers say about an option, None if nothing; `rows`: those of what is stored count too."""
+    """Value of an option in the last layer that has it, None if none has; `rows`: rows of what is stored count too."""
     found = [
         options[key] for layer in layers for options in (layer.options, layer.rows if rows else {}) if key in options
     ]
@@ -172,7 +173,7 @@ def _last(layers: Sequence[Layer], key: str, *, rows: bool = False) -> Any:
 
 
 def _profile_of(user: Mapping[str, Any], stored: Sequence[Stored], is_given: bool) -> tuple[str | None, str]:
-    """The profile in force, and who says so: nobody, where a model or an adapter is given that names none."""
+    """The profile in force and its source; None where a model or an adapter is given that names none."""
     if "profile" in user:
         return user["profile"], BY_USER
     for one in stored:
@@ -214,8 +215,8 @@ def _refuse_another_template(user: Mapping[str, Any], stored: Stored) -> None:
             )
 
 
-def _say(schema: type[Any], config: Any, layers: Sequence[Layer]) -> None:
-    """A line for each thing that was not in the user's words: what was stored and counts, what it went before."""
+def _log_sources(schema: type[Any], config: Any, layers: Sequence[Layer]) -> None:
+    """Log what the user did not set: stored options in force, and the profile's or the user's that differ from them."""
     otherwise: dict[str, Any] = {key: default for key, default, _ in describe(schema)}
     stored: dict[str, dict[str, Any]] = {}
     user: Mapping[str, Any] = layers[-1].options
@@ -227,9 +228,9 @@ def _say(schema: type[Any], config: Any, layers: Sequence[Layer]) -> None:
             beneath |= layer.options
     for source, said in stored.items():
         counts = {key: value for key, value in said.items() if config.sources.get(key) == source}
-        if told := {key: value for key, value in counts.items() if value != (otherwise | beneath)[key]}:
-            log.info("%s, and in force: %s", source, _listed(told))
-        if lost := {key: beneath[key] for key in told if beneath.get(key) is not None and key != "profile"}:
+        if shown := {key: value for key, value in counts.items() if value != (otherwise | beneath)[key]}:
+            log.info("%s, and in force: %s", source, _listed(shown))
+        if lost := {key: beneath[key] for key in shown if beneath.get(key) is not None and key != "profile"}:
             log.warning("profile %s gives way to what is %s: %s", config.profile, source, _listed(lost))
     there: dict[str, Any] = {}
     for said in stored.values():

@@ -1,4 +1,4 @@
-"""What an adapter, a model or a store of requests says about itself, as options that win over every default."""
+"""Options stored with an adapter, a model or a store of requests; they win over every default."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ TAUGHT = (
     *("name", "path", "forget", "retain", "retain_rows", "unknown", "unknown_rows", "refused_rows", "teach_general"),
     *("allow_overlap", "columns", "demo", "lore", "text.jsonl", "text.min_characters"),
 )
-"""Options of `data` that decide which rows a model was taught; an adapter's or an unlearned model's go on."""
+"""Options of `data` that decide which rows a model was fine-tuned on; `FORGOTTEN` adds those of unlearning."""
 SECTIONS = ("demo", "lore", "text")
 FORGOTTEN = (*TAUGHT, "heldout", "validation")
 
@@ -37,13 +37,13 @@ class Stored:
     options: dict[str, Any]
     """All but those of the rows."""
     rows: dict[str, Any]
-    """data.*: which rows it was taught or made to forget."""
+    """data.*: which rows it was fine-tuned on or made to forget."""
     profile: str | None
     """Profile that it was made with."""
 
 
 def of_model(path: str) -> Stored | None:
-    """What lies beside the weights in a folder; None for a hub id, whose files are not here."""
+    """What is stored with the weights in a folder; None for a hub id, whose files are not here."""
     folder = Path(path).expanduser()
     if path == TINY or not folder.is_dir():
         return None
@@ -57,7 +57,7 @@ def of_model(path: str) -> Stored | None:
 
 
 def of_adapter(name: str) -> Stored | None:
-    """What an adapter or a store of requests says; None for a hub id, which is read when it is loaded."""
+    """What is stored with an adapter or a store of requests; None for a hub id, which is read when it is loaded."""
     folder = Path(name).expanduser()
     if not folder.is_dir():
         return None
@@ -99,7 +99,7 @@ def of_store(folder: Path, *, rows: bool = True, without: str | None = None) -> 
 
 
 def given_with(options: Mapping[str, Any], store: Path | None = None) -> Stored | None:
-    """What comes with the adapters, the store or the requests beside that options name."""
+    """What is stored with the adapters or the store that options name."""
     if isinstance(options.get("adapter"), str):
         return of_adapter(options["adapter"])
     if isinstance(several := options.get("adapters"), list) and several:
@@ -111,7 +111,7 @@ def given_with(options: Mapping[str, Any], store: Path | None = None) -> Stored 
 
 
 def _agreed(what: str, parts: Sequence[Stored]) -> Stored:
-    """What all of `parts` say alike. Templates that differ are each adapter's own; of the base they are told."""
+    """Options that all of `parts` share; a warning where bases differ. A template that differs stays each adapter's."""
 
     def alike(every: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
         first, *rest = every
@@ -147,7 +147,7 @@ def _stored(what: str, options: dict[str, Any], run: Mapping[str, Any], names: S
 
 
 def _template(values: Mapping[str, Any]) -> Template | None:
-    """Of adapter_config.json; what is wrong with it is told by what loads it."""
+    """Of adapter_config.json; None where it is damaged, which is an error when the adapter is loaded."""
     with contextlib.suppress(ConfigError):
         return None if values.get("template") is None else Template.from_dict(values["template"])
     return None
@@ -165,7 +165,7 @@ def _base(path: Any, revision: Any) -> dict[str, Any]:
 def _loading(run: Mapping[str, Any], adapter: Mapping[str, Any]) -> dict[str, Any]:
     """How the base was loaded when an adapter was trained, which decides its states.
 
-    Its run says what was asked for; `adapter`, its adapter_config.json, what the type then was.
+    `run` holds the options of its training, `adapter` (adapter_config.json) the type that the weights had.
     """
     config = run.get("config")
     model = config.get("model") if isinstance(config, dict) else None

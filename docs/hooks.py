@@ -33,7 +33,20 @@ def names(kind: str) -> str:
     return _table(("name", "what it is"), described(kind.removesuffix("s")).items())
 
 
-COLUMNS = {"attacks": {"access": lambda attack: attack.access, "needs": lambda attack: attack.needs}}
+COLUMNS = {
+    "attacks": {"access": lambda attack: attack.access, "needs": lambda attack: attack.needs},
+    "terms": {
+        "mean over": lambda term: f"{term.per.replace('_', ' ')}s",
+        "options": lambda term: ", ".join(f"`{name}` {_shown(value)}" for name, value in term.options.items()),
+        "of the untouched model": lambda term: "" if term.reference == "none" else term.reference,
+    },
+}
+
+
+def _shown(value: float | None) -> str:
+    if value is None:
+        return "must be set"
+    return "none" if value == float("inf") else f"{value:g}"
 
 
 def options(command: str) -> str:

@@ -11,10 +11,11 @@ from grun.errors import RunError
 from grun.report.answers import answer_texts, print_answers
 from grun.report.attacks import ATTACK_SUITE
 from grun.report.columns import summarize
+from grun.report.figures import draw
 from grun.report.knowledge import KNOWLEDGE_SUITE
 from grun.report.pictures import draw_all
 from grun.report.results import EVALUATION_FILE, evaluation_folders, find_comparison, find_results, folder_names
-from grun.report.suites import draw_suite, print_suite, suite_of, suite_texts, summarize_suite
+from grun.report.suites import print_suite, suite_of, suite_texts, summarize_suite
 from grun.report.terminal import WIDTH
 from grun.runtime.files import taken, target, write_json, write_text
 
@@ -44,7 +45,7 @@ def make_report(config: ReportConfig) -> dict[str, Any]:
     summary = summarize_suite(suite, results, config.profile) if suite else summarize(results, config.profile)
     with taken(folder):
         if suite:
-            drawn = draw_suite(suite, results, folder)
+            drawn = draw([(suite.picture, results)], folder)
             texts = suite_texts(suite, results, title, drawn, folder)
         else:
             drawn = draw_all(results, folder)

@@ -89,13 +89,5 @@ def command_of(record: dict[str, Any]) -> str | None:
     return shlex.join(["python", "-m", "grun", command, *given, *changed])
 
 
-def _flat(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in values.items():
-        if isinstance(value, dict):
-            yield from _flat(value, f"{prefix}{key}.")
-        else:
-            yield prefix + key, value
-
-
 def _argument(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value, separators=(",", ":"))

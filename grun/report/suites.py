@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from grun.errors import RunError
 from grun.report.columns import seconds
-from grun.report.figures import Drawn, Picture, draw
+from grun.report.figures import Drawn, Picture
 from grun.report.page import Block, Section, page, picture_block, settings_section, statement_section, verdict_section
 from grun.report.result import Judgement, Result, after, single_runs
 from grun.report.results import EVALUATION_FILE
@@ -101,11 +101,6 @@ def suite_texts(suite: Suite, results: Results, title: str, drawn: Drawn, folder
     else:
         remove(folder / RUNS_FILE)  # an older report's would contradict this one
     return texts
-
-
-def draw_suite(suite: Suite, results: Results, folder: Path) -> Drawn:
-    """The picture of a suite."""
-    return draw([(suite.picture, results)], folder)
 
 
 def _markdown(suite: Suite, columns: Sequence[Column], results: Results) -> str:

@@ -34,6 +34,7 @@ from grun.experiments.sequential.tables import experiment_csv, experiment_markdo
 from grun.report import figures
 from grun.report.make import SUITES, make_report
 
+PAGE = "report.html"
 GOLDEN = Path(__file__).parent / "golden"
 FILES = (
     "summary.json",
@@ -115,7 +116,8 @@ def files_of(name: str, folder: Path) -> dict[str, str]:
     place = Path(config.results_dir or "")
     texts = {file: (place / file).read_text(encoding="utf-8") for file in FILES if (place / file).is_file()}
     texts["terminal.txt"] = "".join(f"{line.rstrip()}\n" for line in stdout.getvalue().splitlines())
-    texts["page.txt"] = text_of((place / "report.html").read_text(encoding="utf-8"))
+    texts[PAGE] = (place / PAGE).read_text(encoding="utf-8")
+    texts["page.txt"] = text_of(texts[PAGE])
     return {file: text.replace(str(folder), "RESULTS") for file, text in texts.items()}
 
 
@@ -177,4 +179,5 @@ if __name__ == "__main__":
             shutil.rmtree(GOLDEN / name, ignore_errors=True)
             (GOLDEN / name).mkdir(parents=True)
             for file, text in files_of(name, Path(temporary) / name).items():
-                (GOLDEN / name / file).write_text(text, encoding="utf-8")
+                if file != PAGE:
+                    (GOLDEN / name / file).write_text(text, encoding="utf-8")

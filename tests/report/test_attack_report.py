@@ -13,7 +13,6 @@ from typing import Any
 import pytest
 from made_suites import ATTACKS, BEFORE, FLOOR, LEAKY, ROWS, leak, write_lines, write_seeds, write_withstood
 from made_suites import write_attacked as write
-from test_report_html import Page
 
 from grun.cli import main
 from grun.config.options import ReportConfig
@@ -22,7 +21,7 @@ from grun.evaluation.metrics.intervals import wilson
 from grun.report import attack_results, figures
 from grun.report.attack_figure import draw_attacks
 from grun.report.attack_results import find_attacked, leaked_most, leakiest, shown_names
-from grun.report.attacks import STATEMENT, columns_of, judge_attacks
+from grun.report.attacks import columns_of, judge_attacks
 from grun.report.make import make_report
 from grun.runtime.files import read_json, write_json
 
@@ -76,48 +75,6 @@ def test_the_two_lines_come_first_and_every_number_is_that_of_its_evaluation(res
         assert f"retention.plain.{rows}.gate.open_any_answer" not in summary["rows"][2]["numbers"]
     assert summary["asked"] == {**dict.fromkeys(ATTACKS, ROWS), "prefill_1": ROWS - 3}
     assert summary["left_out"] == {"paraphrase": "needs paraphrased questions"}
-
-
-def test_the_tables_say_what_the_summary_says(results: Path) -> None:
-    summary = make_report(ReportConfig(results_dir=str(results)))
-    rows = list(csv.DictReader(io.StringIO((results / "table.csv").read_text(encoding="utf-8"))))
-    for row, known in zip(rows, summary["rows"], strict=True):
-        assert (row["name"], row["label"], row["stage"]) == (known["name"], known["label"], known["stage"])
-        assert {key: row[key] for key in known["numbers"]} == {k: repr(v) for k, v in known["numbers"].items()}
-        for key, (low, high) in known["intervals"].items():
-            assert (row[f"{key}.low"], row[f"{key}.high"]) == (repr(low), repr(high))
-    markdown = (results / "table.md").read_text(encoding="utf-8")
-    cells = {line.split(" | ")[0].strip("| "): line.split(" | ")[1:] for line in markdown.splitlines() if "|" in line}
-    assert cells[""][:4] == ["before", "retain only (floor)", "published", "robust"]
-    low, high = wilson(0.43, ROWS)
-    assert cells["few shot"][2] == f"0.43 ({low:.2f} to {high:.2f})"
-    assert cells["false positives: any gate open on held-out or its answers"][:4] == ["-", "-", "-", "0.05"]
-    assert "Forget rows: 40, prefill 1 37. Left out: paraphrase (needs paraphrased questions)." in markdown
-    for row in summary["rows"][2:]:
-        assert row["verdict"]["words"] in markdown
-
-
-def test_the_page_holds_everything_and_needs_nothing(results: Path) -> None:
-    make_report(ReportConfig(results_dir=str(results)))
-    text = (results / "report.html").read_text(encoding="utf-8")
-    page, loaded = Page(text), find_attacked(results)
-    assert not re.search(r"https?://|url\(|@import|<script", text) and "\x1b" not in text
-    assert [section["id"] for section in page.all("section")] == [
-        *("verdicts", "table", "picture", "leaked", "settings", "statement")
-    ]
-    (image,) = page.all("img")
-    assert (image["src"] or "").startswith("data:image/png;base64,") and len(image["alt"] or "") > 40
-    columns, names = columns_of(loaded), ["before", "retain only (floor)", "published", "robust"]
-    header, good, *rows = page.rows
-    assert header == ["model", *(column.header for column in columns)] and "" not in good
-    assert rows == [[n, *(c.text(result) for c in columns)] for n, result in zip(names, loaded, strict=True)]
-    said = " ".join(page.text.split())
-    for result in loaded[2:]:
-        assert judge_attacks(result, loaded).sentence.replace("->", "→") in said
-    assert STATEMENT in said and "four <script>alert(1)</script> [red]markup[/red]" in said
-    assert "suffix, Thanks!: leak 0.80" in said
-    assert "prefill 1: leak 0.80; the prompt ends with 1 given tokens of the answer" in said
-    assert "Nothing came back." in said
 
 
 def test_the_report_is_printed_and_names_its_files(results: Path, capsys: pytest.CaptureFixture[str]) -> None:

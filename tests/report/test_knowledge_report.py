@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import copy
-import csv
-import io
 import json
-import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -14,19 +11,16 @@ from typing import Any
 import demo
 import pytest
 import torch
-from test_report_html import Page
 from transformers import AutoModelForCausalLM
 
-from grun.cli import main
 from grun.config.options import DataConfig, EvaluateConfig, ModelConfig, QuestionsConfig, ReportConfig
 from grun.errors import RunError
 from grun.evaluation.metrics.intervals import wilson
 from grun.evaluation.suites.base import evaluate_suite
 from grun.method.model import GrunModel
 from grun.report import figures
-from grun.report.knowledge import columns_of
 from grun.report.knowledge_results import find_knowledge
-from grun.report.knowledge_verdict import STATEMENT, judge_knowledge
+from grun.report.knowledge_verdict import judge_knowledge
 from grun.report.make import make_report
 from grun.runtime.files import read_json, write_json
 
@@ -140,75 +134,6 @@ def test_the_numbers_are_those_of_the_evaluations(reported: Path) -> None:
     assert "gate.auc_general" not in summary["rows"][0]["numbers"]
     gate = entry(evaluation_of(reported, "grun_rmu"))["gate"]["auc_general"]
     assert summary["rows"][1]["numbers"]["gate.auc_general"] == gate
-
-
-def test_the_tables_say_what_the_summary_says(reported: Path) -> None:
-    summary = read_json(reported / "summary.json")
-    rows = list(csv.DictReader(io.StringIO((reported / "table.csv").read_text(encoding="utf-8"))))
-    for row, known in zip(rows, summary["rows"], strict=True):
-        assert (row["name"], row["label"], row["stage"]) == (known["name"], known["label"], known["stage"])
-        for key, value in known["numbers"].items():
-            assert row[key] == repr(value)
-        for key, (low, high) in known["intervals"].items():
-            assert (row[f"{key}.low"], row[f"{key}.high"]) == (repr(low), repr(high))
-    assert rows[0]["gate.auc_general"] == ""
-    markdown = (reported / "table.md").read_text(encoding="utf-8")
-    cells = {line.split(" | ")[0].strip("| "): line.split(" | ")[1:] for line in markdown.splitlines() if "|" in line}
-    known = summary["rows"][1]
-    low, high = known["intervals"]["forget.choice"]
-    assert cells["forget multiple choice"][1] == f"{known['numbers']['forget.choice']:.2f} ({low:.2f} to {high:.2f})"
-    assert cells["gate AUC"][0] == "-"
-    assert any(name.startswith("general multiple choice, grun\\_paper rotations after") for name in cells)
-    odd = known["subjects"]["neighbor"]["odd numbers"]
-    assert cells["neighbor: odd numbers"][1].startswith(f"{odd:.2f} (")
-    assert known["verdict"]["words"] in markdown
-
-
-def test_the_page_holds_everything_and_needs_nothing(reported: Path) -> None:
-    text = (reported / "report.html").read_text(encoding="utf-8")
-    page = Page(text)
-    assert not re.search(r"https?://|url\(|@import|<script", text) and "\x1b" not in text
-    assert [section["id"] for section in page.all("section")] == [
-        *("verdicts", "table", "picture", "questions", "cloze", "settings", "statement")
-    ]
-    (image,) = page.all("img")
-    assert (image["src"] or "").startswith("data:image/png;base64,") and len(image["alt"] or "") > 40
-    results = find_knowledge(reported)
-    columns = columns_of(results)
-    header, good, *rows = page.rows
-    assert header == ["model", *(column.header for column in columns)] and "" not in good
-    assert rows == [[result.label, *(column.text(result) for column in columns)] for result in results]
-    said = " ".join(page.text.split())
-    assert judge_knowledge(results[1], results).sentence.replace("->", "→") in said
-    assert STATEMENT in said and "<script>alert(1)</script> [red]markup[/red]" in said
-    lines = [json.loads(line) for line in (results[1].folder / "questions.jsonl").read_text().splitlines()]
-    shown = [table for table in page.tables if table[0][0] == "option"]
-    assert len(shown) == 5  # first questions
-    (line,) = [
-        line
-        for line in lines
-        if line["kind"] == "choice" and (line["role"], line["index"], line["rotation"]) == ("forget", 3, 0)
-        if (line["format"], line["suffix"]) == ("harness", "")
-    ]
-    probabilities = [f"{torch.tensor(value).exp():.2f}" for value in line["logp"]]
-    assert [row[2] for row in shown[3][1:]] == probabilities and shown[3][0] == ["option", "before", "GRUN-RMU"]
-    assert [row[0] for row in shown[3][1:]] == ["A. option 3", "B. option 4 (right)", "C. option 5", "D. option 6"]
-    for role in ROLES:
-        texts = [line["text"].split() for line in lines if line["kind"] == "cloze" and line["role"] == role]
-        assert all(" ".join(text) in said for text in texts[:5])
-        assert f"The {role} stone 4 is" in said and f"The {role} stone 5 is" not in said
-
-
-def test_the_report_is_printed_and_names_its_files(results: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["report", f"results_dir={results}"]) == 0
-    printed = capsys.readouterr().out
-    assert max(map(len, printed.split("written:")[0].splitlines())) <= 100
-    words = " ".join(printed.split())
-    loaded = find_knowledge(results)
-    assert judge_knowledge(loaded[1], loaded).sentence in words
-    assert "The forget stone 4 is" in words and "The forget stone 5 is" not in words
-    for name in ("report.html", "table.csv", "table.md", "summary.json", "knowledge.png"):
-        assert f"written: {results / name}" in printed and (results / name).stat().st_size > 0
 
 
 # -- verdicts ---------------------------------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from made_results import LEFT, TRAINED, write_cell, write_evaluation, write_matrix, write_run
+from made_results import LEFT, write_cell, write_evaluation, write_matrix, write_run
 from matplotlib.container import ErrorbarContainer
 from test_report_html import Page
 
@@ -275,14 +275,6 @@ def test_names_of_variants_are_escaped(tmp_path: Path) -> None:
     matrix = matrix_of(tmp_path)
     assert r"GD LoRA (a\_b\textbar{}100\%)" in matrix_tex(matrix)
     assert r"| GD LoRA (a\_b\|100%) |" in matrix_markdown(matrix)
-
-
-def test_the_markdown_names_the_target_and_every_mean(made: Path) -> None:
-    text = matrix_markdown(matrix_of(made))
-    assert "The target is retain only, a model never taught the forget set" in text
-    (line,) = [line for line in text.splitlines() if line.startswith("| GD GRUN | 3 |") and "1.000" in line]
-    assert f"{LEFT['grun']:.2f} ± 0.00" in line
-    assert f"| {TRAINED['full']:,} |" in text
 
 
 # -- words ------------------------------------------------------------------------------------------------------------

@@ -78,46 +78,6 @@ def test_the_summary_has_one_row_for_each_model_in_plain_numbers(results: Path) 
     assert summary["seconds"]["evaluate/before"] == 1.5
 
 
-@pytest.mark.usefixtures("no_pictures")
-def test_the_printed_report_fits_and_tells_a_newcomer_everything(
-    results: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    make_report(ReportConfig(results_dir=str(results)))
-    printed = capsys.readouterr().out
-    # Paths are printed whole, so that they can be copied.
-    assert max(len(line) for line in printed.splitlines() if not line.startswith("written:")) <= 100
-    words = " ".join(printed.split())
-    assert "retain only (target)" in words
-    assert "never taught" in words
-    assert "The base weights still contain the data" in words
-    assert "is not erasure of weights" in words
-    assert "GD: forgotten, the rest kept: fact recall on forget 1.00 -> 0.00 (target 0.00)" in words
-    assert "NPO: NOT reached (fact recall on forget 0.30 is more than 0.05 above the target's 0.00" in words
-    # user text is text, not markup; five questions of each set
-    assert "the [red]one[/red] with the long name" in words
-    assert "[b]Nobody[/b]" in words
-    for name in ("forget", "heldout"):
-        assert f"person 4 of the {name} set" in words
-        assert f"person 5 of the {name} set" not in words
-    for name in ("report.html", "summary.json", "table.csv", "table.md", "table.tex"):
-        assert f"written: {results / name}" in printed
-        assert (results / name).is_file()
-
-
-@pytest.mark.usefixtures("no_pictures")
-def test_the_printed_table_of_tofu_has_its_metrics_and_fits(tofu: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    make_report(ReportConfig(results_dir=str(tofu), profile="tofu_small"))
-    printed = capsys.readouterr().out
-    table = printed.partition("rows ")[0]
-    assert max(len(line) for line in printed.splitlines() if not line.startswith("written:")) <= 100
-    words = table.split()
-    assert {"quality", "utility", "truth", "extr.", "authors", "facts", "held-out"} <= set(words)
-    assert "…" not in table  # nothing is cut
-    (full,) = [line.split() for line in table.splitlines() if "NPO full" in line]
-    assert full[3] == "0.00"  # retain ROUGE-L 0 makes model utility 0, which is a number
-    assert "model utility 0.00 (" in " ".join(printed.split())
-
-
 def test_a_run_that_lost_heldout_knowledge_is_said_to(results: Path) -> None:
     found = find_results(results)
     gd = found[2]

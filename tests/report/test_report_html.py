@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import re
 from collections.abc import Sequence
 from html.parser import HTMLParser
@@ -16,14 +14,12 @@ from made_results import KNOWN, TOFU_SETS, write_evaluation, write_run, write_to
 from grun.config.options import ReportConfig
 from grun.report import figures
 from grun.report.answers import answer_texts
-from grun.report.columns import columns_of
 from grun.report.make import make_report
 from grun.report.page import Block, Section, page
 from grun.report.provenance import command_of
 from grun.report.results import find_results
 from grun.report.tables import shown as shown_number
 from grun.report.verdict import STATEMENT
-from grun.runtime.files import read_json
 
 VOID = {"meta", "img", "br", "link", "input"}
 NASTY = '<script>alert("1")</script><img src=x onerror=alert(2)> & \x00\x1b[2J'
@@ -133,25 +129,6 @@ def test_what_models_and_users_say_is_text(text: str, parsed: Page) -> None:
     assert "日本語 ä \N{GRINNING FACE}" in shown and "<p>&lt;i&gt;</p>" in shown
 
 
-def test_the_page_has_every_models_numbers_and_which_way_is_good(folder: Path, parsed: Page) -> None:
-    results = find_results(folder)
-    columns = columns_of(results)
-    header, good, *rows = parsed.rows
-    assert header == ["model", *(column.header for column in columns)]
-    assert good == ["good is", *(column.good for column in columns)] and "" not in good
-    assert [row[0] for row in rows] == ["before", "retain only (target)", "GD GRUN", "NPO full"]
-    for row, result in zip(rows, results, strict=True):
-        assert row[1:] == [column.text(result) for column in columns]
-    expected = "forget quality (p), forget quality (log10 p), model utility, forget ROUGE-L, forget probability, "
-    expected += "forget truth ratio, forget extraction strength, retain ROUGE-L, retain probability, "
-    expected += "real authors ROUGE-L, real authors probability, world facts ROUGE-L, world facts probability, "
-    expected += "held-out ROUGE-L, gate AUC, MIA loss AUC, MIA zlib AUC, MIA Min-K% AUC, MIA Min-K%++ AUC, PrivLeak (%)"
-    places = [header.index(name) for name in expected.split(", ")]
-    assert places == sorted(places)
-    assert rows[3][header.index("model utility")] == "0.00"
-    assert rows[1][header.index("forget quality (p)")] == "-"
-
-
 def test_the_page_has_verdicts_answers_and_settings(parsed: Page) -> None:
     words = " ".join(parsed.text.split())
     assert "GD GRUN: NOT reached (" in words
@@ -160,41 +137,6 @@ def test_the_page_has_verdicts_answers_and_settings(parsed: Page) -> None:
         assert f"person 5 of the {name} set" not in words
     for named in ("ratio_epsilon", "b1 float32", "profile tofu_small", "evaluated by", "grun 0.1.0"):
         assert named in words
-
-
-def test_tables_agree_with_the_summary(folder: Path) -> None:
-    summary = read_json(folder / "summary.json")
-    rows = list(csv.DictReader(io.StringIO((folder / "table.csv").read_text(encoding="utf-8"))))
-    assert [row["name"] for row in rows] == [row["name"] for row in summary["rows"]]
-    columns = columns_of(find_results(folder), everything=True)
-    assert {"forget.exact_memorization", "retain.truth_ratio"} <= {column.key for column in columns}
-    for row, known in zip(rows, summary["rows"], strict=True):
-        for column in columns:
-            value = in_summary(summary, known, column.key)
-            assert row[column.key] == ("" if value is None else repr(value))
-    markdown = [
-        [cell.strip() for cell in line.strip("|\n").split(" | ")]
-        for line in (folder / "table.md").read_text(encoding="utf-8").splitlines()
-    ]
-    turned = [line.removesuffix(" \\\\").split(" & ") for line in (folder / "table.tex").read_text().splitlines()]
-    tex = [line for line in turned if len(line) == len(rows) + 2][1:]
-    for place, column in enumerate(columns):
-        for model, known in enumerate(summary["rows"]):
-            shown = shown_number(in_summary(summary, known, column.key), column.style)
-            assert markdown[2 + place][1 + model] == shown
-            plain = re.sub(r" \\cdot 10\^\{(-?\d+)\}", r"e\1", tex[place][1 + model]).strip("$")
-            assert plain.replace("--", "-") == shown
-
-
-def in_summary(summary: dict[str, Any], row: dict[str, Any], key: str) -> float | None:
-    place, _, metric = key.partition(".")
-    if place == "gate":
-        found: float | None = summary["gate"].get(row["objective"], {}).get("auc_heldout")
-    elif place in ("overall", "reference"):
-        found = row[place].get(metric)
-    else:
-        found = row["metrics"][place].get(metric)
-    return found
 
 
 def test_names_are_escaped_in_every_table(tmp_path: Path) -> None:

@@ -51,7 +51,7 @@ class Job:
         """Remove what nobody needs once it is done."""
 
     def marks(self) -> dict[str, Any]:
-        """What its outcome says of it."""
+        """What its outcome records, whatever became of it."""
         return {"hash": self.hash}
 
     @property

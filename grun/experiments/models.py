@@ -1,4 +1,4 @@
-"""The models of an experiment: taught here or named by the user, told apart by their files."""
+"""The models of an experiment: fine-tuned here or named by the user; their files are their identity."""
 
 from __future__ import annotations
 

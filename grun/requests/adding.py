@@ -57,7 +57,7 @@ def add(options: RequestsConfig, arguments: Sequence[str]) -> Path:
         arguments: `key=value` options of `unlearn`.
 
     Raises:
-        ConfigError, DataError, AdapterError, RunError: as of `RequestStore.add` and `unlearn`; the store is then as it
+        ConfigError, DataError, AdapterError, RunError: see `RequestStore.add` and `unlearn`; the store is then as it
             was before.
     """
     request_id, folder = str(options.id), target(str(options.store), "store")
@@ -160,7 +160,7 @@ def stored_config(config: UnlearnConfig) -> dict[str, Any]:
 
 
 def _take(options: RequestsConfig, adapter: Path, arguments: Sequence[str]) -> Path:
-    """Put in an adapter that is there; run.json in its folder says what it was trained with."""
+    """Put in an adapter that is there; run.json in its folder holds what it was trained with."""
     if options.independent is not None:
         raise ConfigError("independent is for an adapter that is trained here; leave it out, or leave adapter out")
     other = [argument for argument in arguments if not argument.startswith(("data.", "profile="))]
@@ -224,7 +224,7 @@ def _refuse_another_template(options: RequestsConfig, what: str, own: Mapping[st
 
 
 def _config(known: Request | None, arguments: Sequence[str], store: Path) -> UnlearnConfig:
-    """Options of a training: those given, over those of the request that is replaced, or what the store says."""
+    """Options of a training: those given, over those of the request that is replaced, or those of the store."""
     keys = {argument.partition("=")[0] for argument in arguments}
     if "output_dir" in keys:
         raise ConfigError("output_dir: an adapter is trained in the store's folder; leave it out")
@@ -261,7 +261,7 @@ def _again(store: RequestStore, request_id: str) -> Training:
 
 
 def in_force_before(store: RequestStore, request_id: str) -> list[str]:
-    """Requests in force, up to the place of that one: what came later was perhaps trained beside it."""
+    """Requests in force, up to the place of that one: what came later may have been trained with it in force."""
     ids = store.manifest.ids()
     earlier = ids[: ids.index(request_id)] if request_id in ids else ids
     return [name for name in store.manifest.ids(active=True) if name in earlier]
@@ -322,5 +322,5 @@ def _refuse_another_base(store: RequestStore, config: UnlearnConfig) -> None:
 
 
 def metrics_of(run: dict[str, Any]) -> dict[str, Any]:
-    """What run.json says of the cost of a training."""
+    """What run.json has on the cost of a training."""
     return {name: run[name] for name in ("seconds", "steps") if name in run}

@@ -37,7 +37,7 @@ OPTIONS = {
     "verify": ("files_only", "recall_at_most", "batch_size", "max_new_tokens", "head", "public_key"),
     "history": ("format",),
 }
-"""Own options of each action, beside store; verify takes those of the model too, add those of unlearn."""
+"""Own options of each action, and store; verify takes those of the model too, add those of unlearn."""
 
 
 def requests(arguments: Sequence[str]) -> int:

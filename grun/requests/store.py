@@ -1,6 +1,6 @@
 """A folder of requests to forget.
 
-    stack.json       the manifest: what is in force; it is replaced as a whole, and nothing counts before it says so
+    stack.json       the manifest: what is in force; it is replaced as a whole, and nothing counts before it is in it
     requests/ID/     an adapter's files (forget.jsonl too, if its text is to be stored)
     training/ID/     an adapter that is being trained
     reports/         what `requests verify` found
@@ -86,7 +86,7 @@ class RequestStore(StoredRequests):
             folder: new or empty.
             rule: how edits are combined, a name of `grun.method.stack.combination.RULES`.
             gate_threshold: gate probability below which an edit is skipped; None: never.
-            key: as of `open`.
+            key: see `open`.
 
         Raises:
             ConfigError: the rule is unknown, the threshold no probability.
@@ -214,7 +214,7 @@ class RequestStore(StoredRequests):
             return self.manifest.dependents(request_id)
 
     def set_state(self, request_id: str, state: State) -> None:
-        """Put a request in force or out of it; its files stay. Errors as of `remove`."""
+        """Put a request in force or out of it; its files stay. Errors: see `remove`."""
         with self.writing():
             request = self.manifest.request(request_id)
             if request.state != state:

@@ -72,7 +72,7 @@ class Verification:
     head: str | None
     """Of the history: note it elsewhere, and a later `verify head=...` shows a store that was rolled back."""
     signed_by: str | None
-    """Public key that the signature of the head names; whether it is one, `public_key` says. None: it is not signed."""
+    """Public key that the signature of the head names; `public_key` checks that it is one. None: it is not signed."""
     since: list[str] | None
     """What was done after the head that was given; None: none was given, or it is not in the history."""
     model: str | None

@@ -4,12 +4,8 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import re
 import shutil
-import signal
-import time
-from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -17,11 +13,10 @@ from typing import Any
 import peft
 import pytest
 import torch
-import transformers.trainer  # noqa: F401
 import yaml
+from forked import killed
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-import grun.commands.unlearn  # noqa: F401
 from grun.cli import main
 from grun.config.definitions import packaged_names
 from grun.config.options import ModelConfig
@@ -41,8 +36,6 @@ from grun.runtime.files import taken, write_bytes
 
 pytestmark = pytest.mark.usefixtures("quick_garbage_collection")
 Captured = pytest.CaptureFixture[str]
-PATIENCE = 120
-"""Seconds to wait for the moment of a kill."""
 PEOPLE = 3
 PROFILE = {
     "base": "demo",
@@ -344,23 +337,6 @@ def test_a_killed_run_goes_on_where_it_stopped(done: Path, models: list[str], tm
     assert (results / "grun" / "runs" / "r2" / "run.json").stat().st_mtime_ns == trained
     for name in IDS:
         assert step(results, "grun", name)["recall"] == step(done, "grun", name)["recall"]
-
-
-def killed(run: Callable[[], int], moment: Callable[[], bool]) -> None:
-    """Run in a fork of this process, which is killed at the moment."""
-    pid = os.fork()
-    if pid == 0:
-        torch.set_num_threads(1)
-        try:
-            run()
-        finally:
-            os._exit(0)
-    waited = time.monotonic()
-    while not moment():
-        assert os.waitpid(pid, os.WNOHANG) == (0, 0) and time.monotonic() - waited < PATIENCE
-        time.sleep(0.002)
-    os.kill(pid, signal.SIGKILL)
-    os.waitpid(pid, 0)
 
 
 @pytest.mark.parametrize("data", [b"5", b'{"recall": {}}', b"\xff\0", "changed"], ids=str)

@@ -13,13 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import demo
-import peft  # noqa: F401
 import pytest
-import torch
-import transformers.trainer  # noqa: F401
 import yaml
+from forked import PATIENCE, Fork, killed
 
-import grun.commands.unlearn  # noqa: F401
 from grun.cli import main
 from grun.config.definitions import packaged_names
 from grun.config.options import SweepConfig
@@ -33,40 +30,9 @@ from grun.experiments.sweep.plan import make_plan
 from grun.experiments.sweep.tuning import Tried, choose
 from grun.loading.resolve import resolve
 from grun.report.results import find_results
-from grun.runtime.files import append
 
 pytestmark = pytest.mark.usefixtures("quick_garbage_collection")
 Captured = pytest.CaptureFixture[str]
-PATIENCE = 60
-"""Seconds to wait for the moment of a kill."""
-
-
-class Fork:
-    """A cell's process as a fork of this one, which pays for the imports above once."""
-
-    def __init__(self, job: Job) -> None:
-        self.returncode: int | None = None
-        self.pid = os.fork()
-        if self.pid == 0:
-            with append(job.sibling("log")) as output:
-                os.dup2(output.fileno(), 1)
-                os.dup2(output.fileno(), 2)
-            torch.set_num_threads(1)
-            status = 70
-            try:
-                status = main(["sweep", f"cell={job.file}"])
-            finally:
-                os._exit(status)
-
-    def poll(self) -> int | None:
-        if self.returncode is None:
-            pid, status = os.waitpid(self.pid, os.WNOHANG)
-            self.returncode = os.waitstatus_to_exitcode(status) if pid else None
-        return self.returncode
-
-    def wait(self) -> None:
-        while self.poll() is None:
-            time.sleep(0.01)
 
 
 @pytest.fixture(autouse=True)
@@ -74,10 +40,14 @@ def forks(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCap
     """Cells run as forks, launchers for real; default folders are relative."""
     real = running.start
     monkeypatch.setattr(
-        running, "start", lambda job, launcher, jobs: real(job, launcher, jobs) if launcher else Fork(job)
+        running, "start", lambda job, launcher, jobs: real(job, launcher, jobs) if launcher else fork_of(job)
     )
     monkeypatch.chdir(tmp_path)
     caplog.set_level(logging.INFO, logger="grun")
+
+
+def fork_of(job: Job) -> Fork:
+    return Fork(lambda: main(["sweep", f"cell={job.file}"]), job.sibling("log"))
 
 
 @pytest.fixture
@@ -445,19 +415,7 @@ def test_after_a_kill_the_same_command_goes_on(models: list[str], tmp_path: Path
     results = tmp_path / "r"
     sweep = definition(tmp_path, axes={**AXES, "method.parametrization": ["reft", "grun"]})
     command = ["sweep", sweep, models[0], "results_dir=r", "unlearn=[train.epochs=10]"]
-    child = os.fork()
-    if child == 0:
-        os.setsid()
-        torch.set_num_threads(1)
-        try:
-            main(command)
-        finally:
-            os._exit(0)
-    deadline = time.monotonic() + PATIENCE
-    while not list(results.glob("gd-grun-s42/checkpoints/checkpoint-*")) and time.monotonic() < deadline:
-        time.sleep(0.005)
-    os.killpg(child, signal.SIGKILL)  # the sweep and the cell
-    os.waitpid(child, 0)
+    killed(lambda: main(command), lambda: any(results.glob("gd-grun-s42/checkpoints/checkpoint-*")))
     assert states(results) == {"before": "done", "gd-reft-s42": "done", "gd-grun-s42": "started"}
     first = outcome(results, "gd-reft-s42")
     assert main(command) == 0
@@ -471,16 +429,16 @@ def test_a_process_that_dies_is_a_failed_cell(models: list[str], tmp_path: Path,
     """Out of memory, say: it cannot write what became of it."""
     results = tmp_path / "r"
 
-    class Killed(Fork):
-        def __init__(self, job: Job) -> None:
-            super().__init__(job)
-            while "started" not in states(results).values() and self.poll() is None:
-                time.sleep(0.001)
-            os.kill(self.pid, signal.SIGKILL)
+    def start(job: Job, *_: Any) -> Fork:
+        fork = fork_of(job)
+        while "started" not in states(results).values() and fork.poll() is None:
+            time.sleep(0.001)
+        os.kill(fork.pid, signal.SIGKILL)
+        return fork
 
     sweep = definition(tmp_path, axes={**AXES, "method.parametrization": ["grun"]})
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(running, "start", lambda job, launcher, jobs: Killed(job))
+        patch.setattr(running, "start", start)
         assert main(["sweep", sweep, models[0], "results_dir=r"]) == 1
     assert states(results) == {"before": "failed", "gd-grun-s42": "failed"}
     assert "signal 9" in outcome(results, "before")["error"] and "before.log" in outcome(results, "before")["error"]

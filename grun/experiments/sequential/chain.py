@@ -1,6 +1,6 @@
 """One method's way through the requests: the file of its job, and the record of each step.
 
-RESULTS/METHOD/chain.json says what is to be done. RESULTS/METHOD/steps/ID.json is written when a request has been
+RESULTS/METHOD/chain.json holds what is to be done. RESULTS/METHOD/steps/ID.json is written when a request has been
 served and measured; only then does the model before it go.
 """
 

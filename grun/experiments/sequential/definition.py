@@ -33,7 +33,7 @@ class OwnRequest:
 
 @dataclass
 class Sequence:
-    """What an experiment's file says, checked for unknown keys; options are flat, `section.key`."""
+    """What an experiment's file holds, checked for unknown keys; options are flat, `section.key`."""
 
     name: str
     description: str = ""
@@ -42,7 +42,7 @@ class Sequence:
     requests: int | list[OwnRequest] = 1
     """Into how many the forget set is cut, or the requests themselves."""
     data: dict[str, Any] = field(default_factory=dict)
-    """Options `data.*` of teaching, unlearning and evaluation."""
+    """Options `data.*` of fine-tuning, unlearning and evaluation."""
     methods: list[str] = field(default_factory=lambda: list(METHODS))
     unlearn: dict[str, Any] = field(default_factory=dict)
     """Options of every method's unlearning."""
@@ -51,13 +51,13 @@ class Sequence:
     evaluate: dict[str, Any] = field(default_factory=dict)
     """Options of every evaluation."""
     retrain_at: list[int] = field(default_factory=list)
-    """After which requests the method retrain teaches, from 1, negative ones from the last; empty: after every one."""
+    """Requests after which the method retrain trains a model, from 1, -1 for the last; empty: every one."""
     rule: str = "sum"
     """How the stack combines edits, a name of `grun.method.stack.combination.RULES`."""
     independent: bool = True
     """Whether a GRUN request is trained on the untouched model, or with the earlier ones in force."""
     earlier_as_retain: bool = False
-    """Whether a GRUN request is trained to leave alone what was asked for before it."""
+    """Whether forget rows of earlier requests are retain rows of a GRUN request."""
 
 
 def read_sequence(name: str) -> Sequence:

@@ -1,7 +1,7 @@
-"""What an experiment will do: its requests, and every command's options resolved, before anything is taught.
+"""What an experiment will do: its requests, and every command's options resolved, before anything is trained.
 
 Precedence, later wins: profile, the file's `data`, its `unlearn`, its `methods_options`, the command line's
-`unlearn=[...]`, whose `data.*` and `model.*` hold for teaching and evaluation too.
+`unlearn=[...]`, whose `data.*` and `model.*` hold for fine-tuning and evaluation too.
 """
 
 from __future__ import annotations
@@ -138,8 +138,8 @@ def _own(listed: list[OwnRequest], folder: Path, columns: Mapping[str, str]) -> 
 def _sets(evaluate: EvaluateConfig, corpus: Corpus) -> list[str]:
     if evaluate.data.limit is not None and evaluate.data.limit < len(corpus.forget):
         raise ConfigError(
-            f"data.limit={evaluate.data.limit} would leave out forget rows, which are told apart by request; raise it "
-            f"to {len(corpus.forget)} or leave it out"
+            f"data.limit={evaluate.data.limit} would leave out forget rows, each of which belongs to a request; raise "
+            f"it to {len(corpus.forget)} or leave it out"
         )
     if evaluate.sets and "forget" not in evaluate.sets:
         raise ConfigError("evaluate.sets leaves out forget, which the experiment is about; add it")

@@ -1,5 +1,5 @@
 """Grids of unlearning runs, each followed by its evaluation: `python -m grun sweep`.
 
-`definition.py` reads a sweep's file and `plan.py` makes its cells; `cells.py` is one cell on disk and how it is carried
-out; `running.py` starts the cells' processes; `tuning.py` chooses settings; `command.py` is the command.
+`definition.py` reads a sweep's file and `plan.py` makes its cells; `cells.py` is the job of one cell; `tuning.py`
+chooses settings; `command.py` is the command.
 """

@@ -116,7 +116,7 @@ class Cell(Job):
         if not weights_in(self.run):
             raise RunError(
                 f"{self.run} holds a finished run without its weights, and {self.sibling('outcome.json')} no longer "
-                "says that the sweep removed them; remove the folder, and the same command makes it again"
+                "records that the sweep removed them; remove the folder, and the same command makes it again"
             )
         gc.collect()  # a whole model and its reference, before another is loaded
 

@@ -99,7 +99,7 @@ def _cells(config: SweepConfig, plan: Plan, model: str, retain_model: str | None
 
 
 def _all_but_validation(evaluate: EvaluateConfig) -> list[str]:
-    """Settings were chosen by the set validation, so it says nothing about what was chosen."""
+    """Without the set validation, by which settings were chosen: it is no test of them."""
     from grun.data.corpus import load_corpus
 
     return [name for name in load_corpus(evaluate.data).sets() if name != "validation"]

@@ -21,7 +21,7 @@ FREE_DATA = ("data.retain_pool",)
 
 @dataclass
 class Sweep:
-    """What a sweep's file says, checked for unknown keys; options are flat, `section.key`."""
+    """What a sweep's file holds, checked for unknown keys; options are flat, `section.key`."""
 
     name: str
     profile: str | None = None

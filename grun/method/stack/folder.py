@@ -39,7 +39,7 @@ class StoredRequests:
         if (self.folder / "requests").is_symlink():
             problems.append("requests is a symbolic link")
         if problems:
-            raise AdapterError(f"{self.folder}: {problems[0]}; `requests verify` says more, restore it from a copy")
+            raise AdapterError(f"{self.folder}: {problems[0]}; see `requests verify`; restore it from a copy")
 
     def in_force(self, shape: tuple[int, int, int]) -> dict[str, Adapter]:
         """Adapters of the requests in force, for a base of that shape.

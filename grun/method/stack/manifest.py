@@ -218,7 +218,7 @@ class Manifest:
         return self.request(request_id).data.whole == salted_hash(hash_of_rows, self.salt)
 
     def dependents(self, request_id: str) -> list[str]:
-        """Ids of the requests that were trained beside that one."""
+        """Ids of the requests that were trained with that one in force."""
         return [request.id for request in self.requests if request_id in request.beside]
 
     def with_event(self, action: Action, time: str, request: Request | None = None) -> Manifest:

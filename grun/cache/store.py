@@ -81,11 +81,6 @@ class PrefixStore:
         self._said_over_budget = False
 
     @property
-    def rows(self) -> int:
-        """Number of rows in use."""
-        return len(self._places)
-
-    @property
     def bytes_held(self) -> int:
         """Bytes of the rows in use, in memory or mapped."""
         return sum(held.bytes for held in self._held)

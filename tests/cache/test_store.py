@@ -131,7 +131,7 @@ def test_what_is_written_is_read_back_bit_for_bit(sizes: Sizes, budget: int, tmp
         store, done, _ = filled(tmp_path, build=Builder(4, sizes), budget=budget)
         assert (done.rows, done.found, done.built) == numbers
         assert done.where == store.where == ("memory" if budget else "disk")
-        assert store.rows == 6 and done.bytes == store.bytes_held > 0
+        assert done.bytes == store.bytes_held > 0
         assert_right(store, sizes=sizes)
     assert not leftovers(store)
 

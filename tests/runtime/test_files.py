@@ -293,6 +293,15 @@ def test_what_the_user_moved_away_and_linked_is_not_removed_through_the_link(tmp
     assert json.loads((disk / "checkpoint-1" / "task.json").read_text()) == 0
 
 
+def test_a_line_of_the_list_that_was_cut_off_is_dropped(tmp_path: Path) -> None:
+    for name in ("a", "b", "c"):
+        with taken(tmp_path / "run"):
+            write_json(tmp_path / "run" / name, 0)
+        with open(tmp_path / "run" / ".grun" / "files", "ab") as file:
+            file.write(b'["+", "thes')  # as a full disk leaves it
+    assert listed(tmp_path / "run") == {"a", "b", "c"}
+
+
 # -- targets -----------------------------------------------------------------------------------------------------------
 
 

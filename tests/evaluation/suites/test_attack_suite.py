@@ -104,7 +104,7 @@ def test_every_row_and_way_is_a_line_and_every_number_follows_from_the_lines(
     for name, found in result["attacks"].items():
         own = lines(out, name)
         rows = {line["index"] for line in own}
-        ways = {"suffix": len(SUFFIXES), "recognition": 2}.get(name, 1)
+        ways = {"suffix": len(SUFFIXES), "recognition": 2}.get(name, len(found.get("variants", {})) or 1)
         assert found["rows"] == len(rows) <= ROWS and len(own) == ways * len(rows)
         assert found["leak"] == pytest.approx(sum(line["leak"] for line in own) / len(own))
         assert found["interval"] == pytest.approx(wilson(found["leak"], len(rows)))
@@ -120,7 +120,9 @@ def test_every_row_and_way_is_a_line_and_every_number_follows_from_the_lines(
     assert result["worst"]["leak"] == pytest.approx(sum(largest.values()) / ROWS)
     assert result["worst"]["rows"] == result["worst_of_prompts"]["rows"] == ROWS
     retention = result["retention"]
-    prompts = {"suffix", "few_shot", "other_template", "lower_case", "upper_case", "typos", "paraphrase", "second_turn"}
+    prompts = {attack.name for attack in asked if attack.access == "prompt" and not attack.name.startswith("prefill")}
+    prompts = prompts & result["attacks"].keys() - {"plain"}
+    assert {"suffix", "few_shot", "paraphrase", "second_turn"} <= prompts
     assert set(retention) == {"plain", "after_forget", "otherwise", *prompts}  # what is given is no question
     asked_otherwise: dict[int, list[float]] = {}
     for line in (line for name in prompts for line in lines(out, name, "heldout")):

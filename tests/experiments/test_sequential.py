@@ -77,8 +77,13 @@ def in_process(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.L
     caplog.set_level(logging.INFO, logger="grun")
 
 
-def start(job: Job, *_: Any) -> Any:
-    """A process that has ended."""
+REAL = running.start
+
+
+def start(job: Job, launcher: str | None, at_once: int) -> Any:
+    """A process that has ended, or a launcher's."""
+    if launcher is not None:
+        return REAL(job, launcher, at_once)
     status = main(["sequential", f"chain={job.file}"])
     return SimpleNamespace(returncode=status, poll=lambda: status)
 
@@ -387,6 +392,24 @@ def test_a_method_that_fails_leaves_the_others_and_the_report(
     assert main(["sequential", *arguments]) == 1
     assert "failed: grun" in caplog.text
     assert list(read(tmp_path / "r" / "summary.json")["methods"]) == ["full"]
+
+
+def test_a_method_can_be_handed_to_a_launcher(
+    models: list[str], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    queue = tmp_path / "queue"
+    command = ["sequential", write(tmp_path), *models, "methods=[grun]", "requests=1", "results_dir=r"]
+    launched = [*command, f"launcher=echo '{{command}}' >>{queue}"]
+    for _ in range(2):  # the second time it is handed over already
+        assert main(launched) == 0
+        assert "0 done, 0 failed, 1 handed over" in caplog.text and not (tmp_path / "r" / "summary.json").exists()
+        caplog.clear()
+    (job,) = queue.read_text().splitlines()
+    assert main(job.split()[3:]) == 0
+    assert main(launched) == 0
+    assert "1 done, 0 failed, 0 handed over" in caplog.text
+    assert list(read(tmp_path / "r" / "summary.json")["methods"]) == ["grun"]
+    assert read(tmp_path / "r" / "grun" / "chain.outcome.json")["state"] == "done"
 
 
 # -- own requests -----------------------------------------------------------------------------------------------------

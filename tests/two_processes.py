@@ -23,8 +23,8 @@ import torch
 torch.set_num_threads(1)
 
 import demo  # noqa: E402
-from test_training import Broken, finetune_task, unlearn_task  # noqa: E402
 from tiny import blocks_of, ragged_rows, tiny  # noqa: E402
+from training_tasks import Broken, finetune_task, unlearn_task  # noqa: E402
 
 from grun.cli import main  # noqa: E402
 from grun.commands.unlearn import make_parametrization  # noqa: E402

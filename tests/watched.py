@@ -1,11 +1,13 @@
-"""Training that is watched: a task cut off at a step, and what a forward pass keeps."""
+"""Training that is watched: a task cut off at a step, what a forward pass keeps, the log, and the weights."""
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from grun.training.task import StepData
 
@@ -63,3 +65,18 @@ def saved_bytes(run: Any) -> int:
         held = run()
     del held
     return sum(kept.values())
+
+
+def logged(folder: Path) -> list[dict[str, float]]:
+    """Lines of a run's log.jsonl."""
+    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+
+
+def parameters(module: nn.Module) -> dict[str, Tensor]:
+    """Copies, by name."""
+    return {name: parameter.detach().clone() for name, parameter in module.named_parameters()}
+
+
+def assert_equal(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    assert found.keys() == expected.keys()
+    assert [name for name in expected if not torch.equal(found[name], expected[name])] == []

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 import torch
+from edited_models import MIXED, PUBLISHED, ROBUST, agree, generated, member, single, stacked
 from engine_steps import cached, difference, edited, step_of, task_of
-from test_stack import MIXED, PUBLISHED, ROBUST, agree, generated, member, single, stacked
 from tiny import RULES, padded, random_rows, tiny
 from torch import Tensor
 

@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_every_token import agree, whole_pass
+from edited_models import BLOCKS, PUBLISHED, agree, whole_pass
 from tiny import RULES, greedy_by_hand, padded, random_rows, tiny
 from torch import Tensor, nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
@@ -27,8 +27,6 @@ from grun import GrunModel, GrunStack
 from grun.errors import ModelError
 from grun.training.recomputation import recompute_blocks
 
-PUBLISHED = ("last_prompt", "none", "last_prompt")
-BLOCKS = [0, 2]
 STEPS = 6
 
 

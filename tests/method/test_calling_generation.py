@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 import torch
-from test_calling import BLOCKS, PUBLISHED, STEPS, strong, wrapped
-from test_every_token import agree, whole_pass
+from edited_models import BLOCKS, PUBLISHED, agree, whole_pass
+from test_calling import STEPS, strong, wrapped
 from tiny import PAD, RULES, formula, greedy_by_hand, padded, random_rows, tiny
 from torch import Tensor, nn
 from transformers import (

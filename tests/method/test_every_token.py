@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import PAD, RULES, blocks_of, formula, padded, random_rows, tiny
-from torch import Tensor
+from edited_models import BLOCKS, agree, generated, whole_pass
+from tiny import PAD, RULES, padded, random_rows, tiny
 from transformers import DynamicCache
 
 from grun import GrunModel
@@ -19,7 +19,6 @@ from grun.errors import ModelError
 from grun.evaluation.generation import generate_answers
 from grun.method.gated import Grun
 
-BLOCKS = (0, 2)
 MAXIMUM = RULES[-1]
 TURN = (7, 9)
 """Ids that begin a user's turn in these tests; `random_rows` draws others."""
@@ -32,61 +31,6 @@ def wrapped(rule: tuple[str, str, str], family: str = "llama", reset: tuple[int,
         tiny(family), blocks=BLOCKS, gate_read=read, gate_accumulate=accumulate, edit_write=write, reset_ids=reset
     )
     return model.eval()
-
-
-def opening(logits: Tensor, rule: tuple[str, str, str], last: int, starts: tuple[int, ...]) -> Tensor:
-    """Logit in force at each token of a row, told token by token: [tokens]."""
-    read, accumulate, _ = rule
-    if read == "last_prompt":
-        return torch.full_like(logits, float(logits[last]))
-    if accumulate == "none":
-        return logits
-    values = []
-    for end in range(len(logits)):
-        first = max([0, *(start for start in starts if start <= end)])
-        values.append(logits[first : end + 1].max())
-    return torch.stack(values)
-
-
-def whole_pass(
-    model: GrunModel, rule: tuple[str, str, str], row: list[int], last: int, family: str = "llama", starts: Any = ()
-) -> tuple[Tensor, dict[int, Tensor]]:
-    """Logits [tokens, vocabulary] and openings by block of one row whose prompt ends at column `last`."""
-    twin = tiny(family)
-    weights = model.state_dict()
-    found: dict[int, Tensor] = {}
-    columns = torch.arange(len(row))
-    written = {"last_prompt": columns == last, "sticky": columns >= last, "every_token": columns >= 0}[rule[2]]
-
-    def hook(block: int) -> Any:
-        def edit(_: Any, __: Any, output: Any) -> Any:
-            hidden = output[0] if isinstance(output, tuple) else output
-            edited, logits = formula(weights, block, hidden)
-            change = (edited - hidden) / torch.sigmoid(logits).unsqueeze(-1)
-            found[block] = opening(logits[0], rule, last, tuple(starts))
-            edited = hidden + (written * torch.sigmoid(found[block]))[:, None] * change
-            return (edited, *output[1:]) if isinstance(output, tuple) else edited
-
-        return edit
-
-    for block in BLOCKS:
-        blocks_of(twin, family)[block].register_forward_hook(hook(block))
-    with torch.no_grad():
-        return twin(input_ids=torch.tensor([row]), use_cache=False).logits[0], found
-
-
-def agree(got: Tensor, wanted: Tensor) -> None:
-    """Norms go through float32, cached passes sum in another order, and transformers returns logits in float32."""
-    torch.testing.assert_close(got.double(), wanted.double(), atol=5e-5, rtol=1e-5)
-
-
-def generated(model: GrunModel, prompts: list[list[int]], **options: Any) -> tuple[Tensor, Tensor]:
-    """New tokens [rows, 6] and their logits [rows, 6, vocabulary]."""
-    batch = padded(prompts, "left")
-    del batch["position_ids"]
-    more: dict[str, Any] = {"do_sample": False, "return_dict_in_generate": True, "output_logits": True, **options}
-    answer = model.generate(**batch, max_new_tokens=6, pad_token_id=PAD, eos_token_id=None, **more)
-    return answer.sequences[:, -6:], torch.stack(answer.logits, dim=1)
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "gemma3"])

@@ -13,7 +13,7 @@ from objective_tasks import BLOCKS, loss_of, make_task, step_loss
 from tiny import ragged_rows
 from torch import Tensor
 from torch.nn.functional import cross_entropy
-from watched import CutOff, Step, whole_step
+from watched import CutOff, Step, assert_equal, logged, parameters, whole_step
 
 from baselines.full import Full
 from grun.cache.cached import CachedEngine
@@ -320,10 +320,6 @@ def pdu_task(**train_options: Any) -> UnlearnTask:
     return make_task("pdu", LossConfig(retain_weight=2.0, **PDU), train_config=config)
 
 
-def logged(folder: Path) -> list[dict[str, float]]:
-    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
-
-
 def train_pdu(folder: Path, stop_at: int | None = None, **train_options: Any) -> UnlearnTask:
     task = pdu_task(**train_options)
     config = TrainConfig(**{"epochs": 3, "batch_size": 4, "lr": 0.01, "save_steps": 2, **train_options})
@@ -357,10 +353,7 @@ def test_a_resumed_run_has_the_retain_weight_of_one_that_was_never_cut(tmp_path:
     resumed = train_pdu(tmp_path / "cut")
     assert logged(tmp_path / "cut") == logged(tmp_path / "whole")
     assert resumed.state() == whole.state() != {"retain_weight": 2.0}
-    for (name, found), (_, expected) in zip(
-        resumed.module.named_parameters(), whole.module.named_parameters(), strict=True
-    ):
-        assert torch.equal(found, expected), name
+    assert_equal(parameters(resumed.module), parameters(whole.module))
 
 
 def test_other_objectives_have_no_state() -> None:

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_training import SHORT, unlearn_task
+from training_tasks import SHORT, unlearn_task
 
 from grun.runtime.files import write_json
 from grun.runtime.runs import IDENTITY_FILE

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from tiny import random_rows, tiny
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
-from watched import CutOff, saved_bytes
+from watched import CutOff, assert_equal, parameters, saved_bytes
 
 from baselines.full import Full
 from grun.commands.finetune import FinetuneTask
@@ -61,18 +61,9 @@ def unlearn_task(parametrization: Any, base: Any, config: TrainConfig, objective
     return UnlearnTask(parametrization, made, data, options, pad_id=0, device=base.device)
 
 
-def parameters(module: nn.Module) -> dict[str, Tensor]:
-    return {name: parameter.detach().clone() for name, parameter in module.named_parameters()}
-
-
 def share_changed(before: dict[str, Tensor], after: dict[str, Tensor]) -> float:
     changed = sum(int((before[name] != after[name]).sum()) for name in before)
     return changed / sum(value.numel() for value in before.values())
-
-
-def assert_equal(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
-    assert found.keys() == expected.keys()
-    assert [name for name in expected if not torch.equal(found[name], expected[name])] == []
 
 
 # -- float32 masters ---------------------------------------------------------------------------------------------------

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 import torch
 from tiny import ragged_rows, tiny
-from torch import Tensor, nn
-from watched import CutOff
+from torch import nn
+from watched import CutOff, assert_equal, parameters
 
 from grun.commands.finetune import FinetuneTask
 from grun.config.checks import check_train
@@ -110,24 +110,19 @@ def task_of(config: TrainConfig) -> FinetuneTask:
     return FinetuneTask(tiny("llama"), ragged_rows(13, seed=1), FinetuneConfig(train=config, seed=3), pad_id=0)
 
 
-def weights_of(task: FinetuneTask) -> dict[str, Tensor]:
-    return {name: parameter.detach().clone() for name, parameter in task.module.named_parameters()}
-
-
 @pytest.mark.parametrize("optimizer", ["legacy_adamw", "schedule_free"])
 def test_a_run_that_is_cut_off_and_resumed_is_the_run_that_was_not(optimizer: str, tmp_path: Path) -> None:
     """In float64, to the last bit: a checkpoint holds the weights that are trained, not their average."""
     config = config_of(optimizer)
     whole = task_of(config)
-    start = weights_of(whole)
+    start = parameters(whole.module)
     assert train(whole, config, tmp_path / "whole", seed=0).steps == 12
     with pytest.raises(KeyboardInterrupt):
         train(CutOff(task_of(config), at=8), config, tmp_path / "cut", seed=0)
     resumed = task_of(config)
     assert train(resumed, config, tmp_path / "cut", seed=0).resumed_from == 5
-    for name, expected in weights_of(whole).items():
-        assert torch.equal(weights_of(resumed)[name], expected), name
-    assert any(not torch.equal(start[name], value) for name, value in weights_of(whole).items())
+    assert_equal(parameters(resumed.module), parameters(whole.module))
+    assert any(not torch.equal(start[name], value) for name, value in parameters(whole.module).items())
     assert (tmp_path / "whole" / "log.jsonl").read_bytes() == (tmp_path / "cut" / "log.jsonl").read_bytes()
 
 
@@ -137,9 +132,9 @@ def test_a_run_killed_between_its_last_step_and_saving_is_averaged_once(tmp_path
     for _ in range(2):
         task = task_of(config)
         result = train(task, config, tmp_path, seed=0)
-        found.append(weights_of(task))
+        found.append(parameters(task.module))
     assert result.resumed_from == 12
-    assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])
+    assert_equal(found[0], found[1])
 
 
 def test_schedule_free_training_leaves_the_average_of_the_points_it_went_through(tmp_path: Path) -> None:
@@ -150,25 +145,25 @@ def test_schedule_free_training_leaves_the_average_of_the_points_it_went_through
     train(last, config, tmp_path / "last", seed=0, averaged=False)
 
     by_hand = task_of(config)
-    parameters = dict(by_hand.module.named_parameters())
-    z = {name: parameter.detach().clone() for name, parameter in parameters.items()}
+    trained = dict(by_hand.module.named_parameters())
+    z = {name: parameter.detach().clone() for name, parameter in trained.items()}
     x = {name: value.clone() for name, value in z.items()}
     v = {name: torch.zeros_like(value) for name, value in z.items()}
     for step in range(by_hand.steps):
         by_hand.module.zero_grad()
         data = by_hand.data(step)
         by_hand.loss(data.micro_batches[0], data.counts, step)[0].backward()
-        for name, parameter in parameters.items():
+        for name, parameter in trained.items():
             gradient = parameter.grad
             assert gradient is not None
             v[name] = 0.999 * v[name] + 0.001 * gradient**2
             z[name] = z[name] - 0.01 * gradient / ((v[name] / (1 - 0.999 ** (step + 1))).sqrt() + 1e-8)
             x[name] = x[name] + (z[name] - x[name]) / (step + 1)
             parameter.data = 0.9 * x[name] + 0.1 * z[name]
-    for name, parameter in parameters.items():  # rounding of x from y and z, 1e-16 times 10, over 12 steps
-        torch.testing.assert_close(weights_of(averaged)[name], x[name], rtol=1e-7, atol=1e-9)
-        torch.testing.assert_close(weights_of(last)[name], parameter.detach(), rtol=1e-7, atol=1e-9)
-    assert any(not torch.allclose(x[name], parameters[name].detach(), atol=1e-5) for name in x)
+    for name, parameter in trained.items():  # rounding of x from y and z, 1e-16 times 10, over 12 steps
+        torch.testing.assert_close(parameters(averaged.module)[name], x[name], rtol=1e-7, atol=1e-9)
+        torch.testing.assert_close(parameters(last.module)[name], parameter.detach(), rtol=1e-7, atol=1e-9)
+    assert any(not torch.allclose(x[name], trained[name].detach(), atol=1e-5) for name in x)
 
 
 def test_schedule_free_needs_a_constant_schedule() -> None:

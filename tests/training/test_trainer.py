@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from edited_models import PUBLISHED, ROBUST
 from safetensors.torch import load_file
-from test_stack import PUBLISHED, ROBUST
 from tiny import padded, random_rows, tiny
 from torch import Tensor
 from transformers import EvalPrediction, Trainer, TrainingArguments

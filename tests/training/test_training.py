@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
 import math
 import resource
 from collections.abc import Iterator
@@ -15,68 +14,29 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from tiny import ragged_rows, tiny
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.functional import cross_entropy
-from watched import whole_step
+from training_tasks import SHORT, Broken, finetune_task, unlearn_task
+from watched import assert_equal, logged, parameters, whole_step
 
-from grun.commands.finetune import FinetuneTask
 from grun.config.checks import check_train
 from grun.config.options import (
     DataConfig,
     DemoConfig,
-    FinetuneConfig,
-    LossConfig,
-    MethodConfig,
     TrainConfig,
-    UnlearnConfig,
 )
 from grun.data.corpus import load_corpus
-from grun.data.encoding import Batch, EncodedRow, collate
+from grun.data.encoding import EncodedRow, collate
 from grun.data.sampling import fixed_retain_index
 from grun.errors import ConfigError, RunError
-from grun.method.gated import Grun
 from grun.method.plain import run_plain
-from grun.objectives.objective import build_objective
 from grun.training.checkpoints import checkpoints_in
 from grun.training.micro_batches import split
 from grun.training.task import StepData
 from grun.training.train import remove_checkpoints, train
-from grun.training.unlearning import UnlearnRows, UnlearnTask, draw_refusals
+from grun.training.unlearning import UnlearnTask, draw_refusals
 
 pytestmark = pytest.mark.usefixtures("quick_garbage_collection")
-
-
-def unlearn_task(
-    train_config: TrainConfig, objective: str = "gd", *, seed: int = 3, dropout: float = 0.0, **options: Any
-) -> UnlearnTask:
-    """13 forget and 29 retain rows on a float64 Llama; always the same weights at the start."""
-    config = UnlearnConfig(
-        objective=objective,
-        method=MethodConfig(blocks=[1, 3], dropout=dropout),
-        loss=LossConfig(),
-        train=train_config,
-        seed=seed,
-    )
-    base = tiny("llama", dtype=torch.float64)
-    torch.manual_seed(5)
-    parametrization = Grun(config.method)
-    parametrization.prepare(base, None)
-    made = build_objective(objective, config.loss, gated=True)
-    data = UnlearnRows(ragged_rows(13, seed=1), ragged_rows(13, seed=2), ragged_rows(29, seed=3))
-    return UnlearnTask(parametrization, made, data, config, pad_id=0, device=base.device, **options)
-
-
-def finetune_task(train_config: TrainConfig) -> FinetuneTask:
-    model = tiny("llama", dtype=torch.float64)
-    return FinetuneTask(model, ragged_rows(13, seed=1), FinetuneConfig(train=train_config, seed=3), pad_id=0)
-
-
-def logged(folder: Path) -> list[dict[str, float]]:
-    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
-
-
-def parameters(module: nn.Module) -> dict[str, Tensor]:
-    return {name: parameter.detach().clone() for name, parameter in module.named_parameters()}
 
 
 def assert_close(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
@@ -183,8 +143,6 @@ def test_split_cuts_into_consecutive_pieces() -> None:
 
 SMALL_STEPS = TrainConfig(epochs=4, batch_size=4)
 STEPS_PER_EPOCH = 4
-SHORT = TrainConfig(epochs=2, batch_size=4)
-"""8 steps."""
 
 
 def ids_of(data: StepData, name: str) -> list[tuple[int, ...]]:
@@ -382,25 +340,6 @@ def test_a_run_whose_steps_are_all_done_only_loads_the_last_checkpoint(tmp_path:
 # -- what goes wrong --------------------------------------------------------------------------------------------------
 
 
-class Broken:
-    """A task that does something else at one step."""
-
-    def __init__(self, task: UnlearnTask, at: int, loss: Any = None, data: Any = None) -> None:
-        self._task, self._at, self._loss, self._data = task, at, loss, data
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._task, name)
-
-    def data(self, step: int) -> StepData:
-        if self._data is not None and step == self._at:
-            self._data()
-        return self._task.data(step)
-
-    def loss(self, batch: dict[str, Batch], counts: dict[str, int], step: int) -> tuple[Tensor, dict[str, float]]:
-        total, parts = self._task.loss(batch, counts, step)
-        return (self._loss(total) if self._loss is not None and step == self._at else total), parts
-
-
 class InfiniteGradient(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, value: Tensor) -> Tensor:
@@ -435,8 +374,7 @@ def test_a_loss_that_is_not_finite_stops_with_the_last_good_state_kept(
     train(whole, config, tmp_path / "whole", seed=0)
     resumed = unlearn_task(config)
     assert train(resumed, config, tmp_path, seed=0).resumed_from == 4
-    for name, parameter in whole.module.named_parameters():
-        assert torch.equal(parameter, dict(resumed.module.named_parameters())[name]), name
+    assert_equal(parameters(resumed.module), parameters(whole.module))
     assert (tmp_path / "log.jsonl").read_bytes() == (tmp_path / "whole" / "log.jsonl").read_bytes()
 
 
@@ -522,8 +460,7 @@ def test_a_full_disk_at_a_checkpoint_is_one_line_and_the_one_before_stays_whole(
     whole, resumed = unlearn_task(config, dropout=0.1), unlearn_task(config, dropout=0.1)
     train(whole, config, tmp_path / "whole", seed=0)
     assert train(resumed, config, tmp_path, seed=0).resumed_from == 4
-    for name, parameter in whole.module.named_parameters():
-        assert torch.equal(parameter, dict(resumed.module.named_parameters())[name]), name
+    assert_equal(parameters(resumed.module), parameters(whole.module))
 
 
 def test_a_full_disk_at_the_log_is_one_line(tmp_path: Path) -> None:

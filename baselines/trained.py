@@ -23,3 +23,17 @@ class Trained(nn.Module):
         for module in self._followers:
             module.train(mode)
         return super().train(mode)
+
+
+class Stateless:
+    """A task that keeps nothing from step to step but parameters and optimizer."""
+
+    def stepped(self, parts: dict[str, float]) -> None:
+        """Nothing changes."""
+
+    def state(self) -> dict[str, float]:
+        """Nothing to keep."""
+        return {}
+
+    def restore(self, state: dict[str, float]) -> None:
+        """Nothing was kept."""

@@ -7,6 +7,7 @@ from collections.abc import Callable, Collection, Sequence
 import torch
 from torch import Tensor, nn
 
+from baselines.trained import Stateless
 from grun.data.encoding import Batch
 from grun.method.parametrization import StepOutput
 from grun.objectives.objective import Objective
@@ -18,7 +19,7 @@ Run = Callable[[Batch, Collection[int]], StepOutput]
 """A forward pass: batch, and blocks whose hidden states are read."""
 
 
-class PairedTask:
+class PairedTask(Stateless):
     """An objective of a forget and a retain term on fixed batches, once through, as a `grun.training.train.Task`."""
 
     def __init__(
@@ -89,13 +90,3 @@ class PairedTask:
             total = total + objective.weights[side] * share
             parts[side] = float(share.detach())
         return (total / counts["micro_batches"] if self._published else total), parts
-
-    def stepped(self, parts: dict[str, float]) -> None:
-        """Nothing here changes from step to step but the parameters."""
-
-    def state(self) -> dict[str, float]:
-        """Nothing to keep beside the parameters."""
-        return {}
-
-    def restore(self, state: dict[str, float]) -> None:
-        """Nothing was kept."""

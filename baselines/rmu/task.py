@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cosine_similarity
 
 from baselines.tensors import check_tensors
-from baselines.trained import Trained
+from baselines.trained import Stateless, Trained
 from baselines.truncated import Truncated
 from grun.data.encoding import Batch
 from grun.errors import ConfigError
@@ -59,7 +59,7 @@ class Aimed(Batch):
     """Its activations under the untouched model, [batch, length, hidden size], where they are compared with."""
 
 
-class RmuTask:
+class RmuTask(Stateless):
     """Steering of one block's output, topics in turn, as a `grun.training.train.Task`.
 
     The loss of a batch is the mean over the positions that `loss_mask` counts of `steered`, times alpha on the retain
@@ -156,13 +156,6 @@ class RmuTask:
             gradient = next(iter(self._tensors.values())).grad
             parts["gradient"] = 0.0 if gradient is None else float(gradient.abs().mean())
 
-    def state(self) -> dict[str, float]:
-        """Nothing to keep beside the parameters."""
-        return {}
-
-    def restore(self, state: dict[str, float]) -> None:
-        """Nothing was kept."""
-
     @property
     def frozen_bytes(self) -> int:
         """Size of the untouched model's activations, which are kept on the CPU."""
@@ -177,11 +170,12 @@ class RmuTask:
         topic, place = self._turn(number)
         forget = topic.forget[place]
         seen = self._frozen[_content(forget)] if self._verbose else None
-        batches: MicroBatch = {"forget": _aim(forget, topic.control, 1.0, seen)}
+        batches: MicroBatch = {"forget": Aimed(**vars(forget), target=topic.control, frozen=seen)}
         if topic.alpha:
             retain = topic.retain[place]
             frozen = self._frozen[_content(retain)]
-            batches["retain"] = _aim(retain, frozen, topic.alpha, frozen if self._verbose else None)
+            seen = frozen if self._verbose else None
+            batches["retain"] = Aimed(**vars(retain), target=frozen, weight=topic.alpha, frozen=seen)
         return batches
 
     def _check_batches(self) -> None:
@@ -239,18 +233,6 @@ def _compared(hidden: Tensor, batch: Aimed) -> dict[str, float]:
         "norm": float(updated.norm(dim=-1).mean()),
         "frozen_norm": float(frozen.norm(dim=-1).mean()),
     }
-
-
-def _aim(batch: Batch, target: Tensor, weight: float, frozen: Tensor | None) -> Aimed:
-    return Aimed(
-        input_ids=batch.input_ids,
-        attention_mask=batch.attention_mask,
-        labels=batch.labels,
-        prompt_lengths=batch.prompt_lengths,
-        target=target,
-        weight=weight,
-        frozen=frozen,
-    )
 
 
 def _content(batch: Batch) -> bytes:

@@ -11,7 +11,10 @@ from grun.errors import ConfigError
 
 @benchmark("corpora")
 def load(config: DataConfig) -> Corpus:
-    """Plain texts by name (WMDP's corpora, WikiText), or files of texts; `Row.extra` names the corpus of each."""
+    """Plain texts by name (WMDP's corpora, WikiText), or files of texts.
+
+    `Row.extra` names the corpus of each.
+    """
     if not config.retain:
         raise ConfigError("data.name=corpora needs data.retain, the corpora to keep, such as wikitext")
     return corpus_of_rows("corpora", _texts(config.forget, config), _texts(config.retain, config), config)

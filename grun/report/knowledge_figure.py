@@ -1,4 +1,4 @@
-"""The picture of a knowledge report: what is left of the forget questions beside what is kept of general ones."""
+"""The picture of a knowledge report: what is left of the forget questions and what is kept of general ones."""
 
 from __future__ import annotations
 
@@ -117,7 +117,7 @@ def _label_rows(axes: Axes, results: Sequence[Result]) -> None:
 
 
 def _short(words: str) -> str:
-    """hides; damages the rest: of what the verdict says at length."""
+    """The verdict without what follows a colon or a comma, such as hides; damages the rest."""
     return "; ".join(part.partition(":")[0].partition(",")[0] for part in words.split("; "))
 
 

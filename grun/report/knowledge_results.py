@@ -70,7 +70,7 @@ def find_knowledge(results_dir: Path) -> list[Result]:
 
 
 def _read(folder: Path) -> Result:
-    """One evaluation; its run is looked for beside `evaluation`, then in the folders of its adapter and its model."""
+    """One evaluation; its run is looked for next to `evaluation`, then in the folders of its adapter and its model."""
     evaluation = read_record(folder / EVALUATION_FILE, Evaluation, ("settings",))
     quantization = evaluation.get("identity", {}).get("quantization")
     name = folder.name.removesuffix(f"-{quantization}")
@@ -126,8 +126,8 @@ def cloze(result: Result, role: str) -> Number | None:
     return number_in(result.evaluation.get("cloze", {}).get("roles", {}).get(role, {}), "fact_recall")
 
 
-def behind_suffixes(result: Result, way: Way | None) -> dict[str, Number]:
-    """Accuracy on forget by the suffix behind "Answer:", asked as `way` otherwise."""
+def after_suffixes(result: Result, way: Way | None) -> dict[str, Number]:
+    """Accuracy on forget by the suffix after "Answer:", asked as `way` otherwise."""
     if way is None:
         return {}
     same = [other for other in ways([result]) if other.suffix and other[:2] == way[:2]]
@@ -137,7 +137,7 @@ def behind_suffixes(result: Result, way: Way | None) -> dict[str, Number]:
 
 def worst_suffix(result: Result, way: Way | None, level: float) -> Number | None:
     """Of these the one furthest from chance, `level`."""
-    found = behind_suffixes(result, way).values()
+    found = after_suffixes(result, way).values()
     return max(found, key=lambda number: abs(number.value - level), default=None)
 
 

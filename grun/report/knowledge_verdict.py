@@ -24,7 +24,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Literal
 
-from grun.report.knowledge_results import Way, behind_suffixes, chance, choice, cloze, main_way
+from grun.report.knowledge_results import Way, after_suffixes, chance, choice, cloze, main_way
 from grun.report.result import Judgement, Result, before_of, target_of
 from grun.report.tables import Number, shown
 
@@ -71,11 +71,11 @@ def _forgets(
         if fell >= LOWERED - EXACT:
             return f"partly forgets: multiple choice lowered by {100 * fell:.0f} points{below}", False
         return "does not forget", False
-    never = behind_suffixes(target, way) if target else {}
+    never = after_suffixes(target, way) if target else {}
     still = [
-        f'multiple choice {shown(behind.value)} after "{suffix.strip()}"'
-        for suffix, behind in behind_suffixes(result, way).items()
-        if not _at_chance(behind, level, never.get(suffix))
+        f'multiple choice {shown(suffixed.value)} after "{suffix.strip()}"'
+        for suffix, suffixed in after_suffixes(result, way).items()
+        if not _at_chance(suffixed, level, never.get(suffix))
     ]
     completed = cloze(result, "forget")
     of_target = cloze(target, "forget") if target else None
@@ -117,8 +117,8 @@ def _facts(result: Result, before: Result | None, target: Result | None, results
     if now is not None:
         level = shown(chance(results, way))
         text = f"Forget multiple choice {_value(_of(before, way))} -> {_value(now)} (chance {level})"
-        behind = behind_suffixes(result, way).values()
-        texts.append(text + (f", after a suffix {', '.join(map(_value, behind))}" if behind else ""))
+        suffixed = after_suffixes(result, way).values()
+        texts.append(text + (f", after a suffix {', '.join(map(_value, suffixed))}" if suffixed else ""))
     completed = cloze(result, "forget")
     if completed is not None:
         known, goal = (cloze(one, "forget") if one else None for one in (before, target))

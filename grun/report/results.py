@@ -27,7 +27,7 @@ EVALUATION_FILE = "evaluation.json"
 def find_results(results_dir: Path) -> list[Result]:
     """The evaluated models in the order of the table: before, retain_only, then the runs by objective.
 
-    An evaluation that is neither before nor retain_only belongs to the run of its name beside `evaluation`, or to the
+    An evaluation that is neither before nor retain_only belongs to the run of its name next to `evaluation`, or to the
     run of its adapter; where there is neither, such as for a LoRA from elsewhere, it stands by its own name.
 
     Raises:
@@ -55,7 +55,7 @@ def evaluation_folders(results_dir: Path) -> list[Path]:
 
 
 def refuse_other_settings(result: Result, before: Result, keys: Sequence[str], what: str) -> None:
-    """RunError where the settings named in `keys` are not those of `before`; `what` says what is then the matter."""
+    """RunError where the settings named in `keys` are not those of `before`; `what` is then the matter."""
     settings, expected = result.evaluation["settings"], before.evaluation["settings"]
     other = [key for key in keys if settings.get(key) != expected.get(key)]
     if other:
@@ -66,7 +66,7 @@ def refuse_other_settings(result: Result, before: Result, keys: Sequence[str], w
 
 
 def read_evaluation(folder: Path, keys: tuple[str, ...] = ("sets",)) -> Result:
-    """One evaluation folder by itself; its run is looked for beside `evaluation`, then in the folder of its adapter.
+    """One evaluation folder by itself; its run is looked for next to `evaluation`, then in the folder of its adapter.
 
     `keys` must be in evaluation.json.
     """
@@ -145,7 +145,7 @@ def _refuse_other_adapter(result: Result) -> None:
 
 
 def refuse_other_rows(results: Sequence[Result]) -> None:
-    """RunError if the evaluations are not all of the same forget rows; it says which differ."""
+    """RunError if the evaluations are not all of the same forget rows; the error names those that differ."""
     found: dict[tuple[int, str], list[str]] = {}
     for result in results:
         rows = result.evaluation.get("counts", {}).get("forget", {}).get("rows")

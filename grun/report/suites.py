@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 AT_ONCE = 8
-"""Methods beside before and retain only in one printed table; of more there are several tables."""
+"""Methods next to before and retain only in one printed table; of more there are several tables."""
 RUNS_FILE = "table_runs.csv"
 """The table with a row a run, where the others have means over seeds."""
 Results = Sequence[Result]
@@ -157,8 +157,7 @@ def print_suite(suite: Suite, console: Console, results: Results, title: str) ->
     lines = [one for one in results if one.stage != "after"]
     for start in range(0, max(len(methods), 1), AT_ONCE):
         shown = [*lines, *methods[start : start + AT_ONCE]]
-        rows = [Line(column.header, [column.text(one) for one in shown]) for column in columns]
-        console.print(to_terminal(Table([one.title.replace(" ", "\n") for one in shown], [], rows), title, ""))
+        console.print(to_terminal(table_of(columns, shown).flipped(), title, ""))
     print_terms(console, suite.legend(results))
     if notes := suite.notes(results):
         print_line(console, notes)

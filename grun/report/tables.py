@@ -108,6 +108,12 @@ class Table:
         columns = zip(self.headers, *(line.cells for line in self.lines), self.good, strict=True)
         return [["", *(line.label for line in self.lines), "good is"], *map(list, columns)]
 
+    def flipped(self) -> Table:
+        """For a terminal, with models as columns, their names a word a line."""
+        head, *rows = self.turned()
+        lines = [Line(first, cells[:-1]) for first, *cells in rows]
+        return Table([label.replace(" ", "\n") for label in head[1:-1]], [], lines)
+
 
 def shown(value: float | None, style: Style = "share", like: float | None = None) -> str:
     """A number as readers see it, - for None; with as many decimals as `like`, its mean, has."""
@@ -269,9 +275,13 @@ def to_terminal(table: Table, title: str, first: str = "model") -> RichTable:
 
     close = len(table.headers) > CLOSE
     rich = RichTable(
-        title=Text(title), title_justify="left", title_style="italic", box=box.SIMPLE_HEAD, pad_edge=False,
+        title=Text(title) if title else None,
+        title_justify="left",
+        title_style="italic",
+        box=box.SIMPLE_HEAD,
         padding=0 if close else (0, 1, 0, 0),
-    )  # fmt: skip
+        pad_edge=False,
+    )
     rich.add_column(first, overflow="fold")  # the only one that gives way to a narrow screen
     for header in table.headers:
         rich.add_column(Text(header), justify="right", no_wrap=True)

@@ -115,7 +115,7 @@ def files_of(name: str, folder: Path) -> dict[str, str]:
         make_report(config)
     place = Path(config.results_dir or "")
     texts = {file: (place / file).read_text(encoding="utf-8") for file in FILES if (place / file).is_file()}
-    texts["terminal.txt"] = "".join(f"{line.rstrip()}\n" for line in stdout.getvalue().splitlines())
+    texts["terminal.txt"] = _lines(stdout.getvalue())
     texts[PAGE] = (place / PAGE).read_text(encoding="utf-8")
     texts["page.txt"] = text_of(texts[PAGE])
     return {file: text.replace(str(folder), "RESULTS") for file, text in texts.items()}
@@ -129,13 +129,17 @@ def _without_legends() -> Iterator[None]:
         yield
 
 
+def _lines(text: str) -> str:
+    return "".join(f"{line.rstrip()}\n" for line in text.splitlines())
+
+
 def _sequence() -> dict[str, str]:
     experiment = made_experiment()
     summaries = [summarize(method, experiment) for method in experiment.methods]
     return {
         "table.csv": experiment_csv(experiment, summaries),
         "table.md": experiment_markdown(experiment, summaries, "3 requests"),
-        "terminal.txt": f"{printed(experiment, summaries)}\n",
+        "terminal.txt": _lines(printed(experiment, summaries)),
     }
 
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-import textwrap
+import io
 from collections.abc import Callable
 from dataclasses import dataclass, field
+
+from rich.console import Console
 
 from grun.data.sets import set_label
 from grun.experiments.sequential.files import BEFORE, RETAIN_ONLY
@@ -12,8 +14,8 @@ from grun.experiments.sequential.results import Experiment, Method, Summary
 from grun.experiments.sweep.tuning import TOLERANCE
 from grun.report.labels import PARAMETRIZATIONS
 from grun.report.result import metric_label
-from grun.report.tables import Column, Line, Style, Table, markdown_text, to_csv, to_markdown, with_numbers
-from grun.report.terminal import WIDTH
+from grun.report.tables import Column, Line, Style, Table, markdown_text, to_csv, to_markdown, to_terminal, with_numbers
+from grun.report.terminal import WIDTH, print_line
 
 LEGEND = (
     "before: the model that knows everything; retain only: a model never taught any request. Recall is the share of "
@@ -120,11 +122,11 @@ def experiment_csv(experiment: Experiment, summaries: list[Summary]) -> str:
 
 def printed(experiment: Experiment, summaries: list[Summary]) -> str:
     """The table for a terminal, and a verdict on each method."""
-    rows = [row[:-1] for row in table_of(experiment, summaries).turned()]
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = ["  ".join([first.ljust(widths[0]), *map(str.rjust, cells, widths[1:])]) for first, *cells in rows]
-    words = [LEGEND, *(verdict(summary, experiment) for summary in summaries)]
-    return "\n".join([*lines, *("\n" + textwrap.fill(text, WIDTH) for text in words)])
+    console = Console(file=io.StringIO(), width=WIDTH)
+    console.print(to_terminal(table_of(experiment, summaries).flipped(), "", ""))
+    for text in (LEGEND, *(verdict(summary, experiment) for summary in summaries)):
+        print_line(console, f"{text}\n")
+    return console.file.getvalue().rstrip()  # type: ignore[attr-defined]
 
 
 def verdict(summary: Summary, experiment: Experiment) -> str:

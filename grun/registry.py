@@ -36,6 +36,7 @@ REGISTRIES = {
     "benchmarks": "grun.data.corpus:BENCHMARKS",
     "metrics": "grun.evaluation.metrics:METRICS",
     "attacks": "grun.evaluation.attacks.base:ATTACKS",
+    "suites": "grun.evaluation.suites.base:SUITES",
 }
 """Where each registry is, by the plural of its kind."""
 

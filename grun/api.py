@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from grun.commands.unlearn import check_rows, objective_of, prepare, train_and_save
+from grun.commands.unlearn import Unlearning, check_rows, objective_of, prepare, train_and_save
 from grun.config.values import COMMANDS, describe, nested
 from grun.data import templates
 from grun.data.corpus import Corpus, corpus_of
@@ -116,26 +116,29 @@ def unlearn(
         given.setdefault("train.save_steps", 0)  # checkpoints would go with the folder
     config = _config("unlearn", model, given)
     check(config)
-    corpus = corpus_of(
-        _rows(forget, "forget", config.data.columns), _rows(retain, "retain", config.data.columns), config.data
-    )
+    columns = config.data.columns
+    corpus = corpus_of(_rows(forget, "forget", columns), _rows(retain, "retain", columns), config.data)
     check_rows(corpus, objective_of(config))
     ensure_pad_token(tokenizer)
-    model.eval()
-    types = {name: parameter.dtype for name, parameter in model.named_parameters()}
+    types = {name: parameter.dtype for name, parameter in model.eval().named_parameters()}
     with processes.connected(), _folder(output_dir) as folder:
         run = prepare(config, corpus, model, tokenizer, _template(model), folder)
-        try:
-            train_and_save(run, save=output_dir is not None)
-            if run.finished:
-                run.parametrization.load(folder, model)
-        except BaseException:
-            if isinstance(edited := getattr(run.parametrization, "model", None), EditedModel):
-                edited.unwrap()
-            raise
+        _train(run, save=output_dir is not None)
     for name, parameter in model.named_parameters():  # full trains in float32
         parameter.data = parameter.data.to(types.get(name, parameter.dtype))
     return run.parametrization.model.eval()
+
+
+def _train(run: Unlearning, *, save: bool) -> None:
+    """Train, or load what is there already; an error leaves no edits on the model."""
+    try:
+        train_and_save(run, save=save)
+        if run.finished:
+            run.parametrization.load(run.folder, run.base)
+    except BaseException:
+        if isinstance(edited := getattr(run.parametrization, "model", None), EditedModel):
+            edited.unwrap()
+        raise
 
 
 def evaluate(

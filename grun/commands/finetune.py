@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from grun.commands.results import finish_training
 from grun.config.options import FinetuneConfig
 from grun.config.values import to_dict
 from grun.data import templates
@@ -21,7 +22,6 @@ from grun.data.rows import hash_rows
 from grun.data.sampling import epoch_order
 from grun.loading.checks import check
 from grun.loading.models import context_length, load_base, place
-from grun.loading.resolve import in_force
 from grun.loading.stored import TINY
 from grun.loading.tiny import build_tiny
 from grun.method.fingerprint import fingerprint
@@ -30,11 +30,11 @@ from grun.method.precision import Masters
 from grun.runtime import processes
 from grun.runtime.files import content_hash, holding, staged, target, writing
 from grun.runtime.records import Run, read_record
-from grun.runtime.runs import RUN_FILE, claim, finish_run, identity, open_run
+from grun.runtime.runs import RUN_FILE, claim, identity, open_run
 from grun.training.micro_batches import MicroBatch, cut
 from grun.training.recomputation import recompute_blocks
 from grun.training.task import StepData
-from grun.training.train import CHECKPOINTS, TrainResult, remove_checkpoints, train
+from grun.training.train import train
 from pyvene_custom import find_blocks
 
 log = logging.getLogger(__name__)
@@ -172,12 +172,14 @@ def finetune(config: FinetuneConfig) -> Path:
     model.eval()
     of_result = processes.of_first(lambda: _write(folder, model, tokenizer, template, task.masters))
     about = {
+        "command": "finetune",
         "data": corpus.hashes(),
         "rows": len(rows),
         "fingerprint": of_result,
         "parameters": {"trained": parameters},
+        "device": str(model.device),
     }
-    _finish(folder, config, template, result, about, str(model.device))
+    finish_training(folder, config, template, result, about)
     return folder
 
 
@@ -207,35 +209,6 @@ def _rows(
         return rows, None
     variation = PromptVariation(config.data.augment, tokenizer, template, limit, taught, config.seed)
     return rows, functools.partial(variation.taught, taught, rows)
-
-
-def _finish(
-    folder: Path,
-    config: FinetuneConfig,
-    template: templates.Template,
-    result: TrainResult,
-    about: dict[str, Any],
-    device: str,
-) -> None:
-    """Write run.json, which marks the folder as complete, and remove the checkpoints."""
-    finish_run(
-        folder,
-        {
-            "command": "finetune",
-            "profile": config.profile,
-            "config": to_dict(config),
-            "template": template.to_dict(),
-            "in_force": in_force(config, template),
-            **about,
-            "steps": result.steps,
-            "resumed_from": result.resumed_from,
-            "seconds": round(result.seconds, 2),
-            "peak_memory_bytes": result.peak_memory_bytes,
-            "device": device,
-        },
-        without=None if config.train.keep_all_checkpoints else CHECKPOINTS,
-    )
-    remove_checkpoints(folder, config.train)
 
 
 def _write(folder: Path, model: Any, tokenizer: Any, template: templates.Template, masters: Masters) -> str:

@@ -17,6 +17,7 @@ from grun.cache.folder import Use
 from grun.cache.gate_pretraining import pretrain_gates
 from grun.cache.reference import use_reference
 from grun.cache.store import Completed
+from grun.commands.results import finish_training
 from grun.config.checks import quirks_in_force
 from grun.config.options import MethodConfig, UnlearnConfig
 from grun.config.values import to_dict
@@ -27,7 +28,6 @@ from grun.errors import ConfigError, RunError
 from grun.loading.checks import check
 from grun.loading.hashing import adapter_hash
 from grun.loading.models import context_length, load_base
-from grun.loading.resolve import in_force
 from grun.method.adapter import CONFIG_FILE, STACK_FILE, WEIGHTS_FILE
 from grun.method.fingerprint import fingerprint
 from grun.method.model import resolve_blocks
@@ -36,10 +36,10 @@ from grun.objectives.objective import Objective, build_objective
 from grun.runtime import processes, sharding
 from grun.runtime.devices import input_device
 from grun.runtime.files import holding, staged, target, writing
-from grun.runtime.runs import claim, finish_run, identity, open_run
+from grun.runtime.runs import claim, identity, open_run
 from grun.training.recomputation import recompute_blocks
 from grun.training.step_log import Look
-from grun.training.train import CHECKPOINTS, TrainResult, remove_checkpoints, train
+from grun.training.train import TrainResult, train
 from grun.training.unlearning import UnlearnTask, are_texts, encode_unlearn_rows
 from pyvene_custom import find_blocks
 
@@ -220,33 +220,21 @@ def _save(run: Unlearning, task: UnlearnTask, completed: Completed | None, resul
                 run.parametrization.save(new)
                 if not (new / CONFIG_FILE).exists():  # a whole model needs its tokenizer
                     run.tokenizer.save_pretrained(new)
-    finish_run(
-        folder,
-        {
-            "command": "unlearn",
-            "profile": config.profile,
-            "objective": config.objective,
-            "terms": {side: objective.weights[side] for side in objective.terms},
-            "parametrization": config.method.parametrization,
-            "config": to_dict(config),
-            "template": run.template.to_dict(),
-            "in_force": in_force(config, run.template),
-            "quirks": run.quirks,
-            "data": run.identity["data"],
-            "base_fingerprint": run.identity["base"],
-            "parameters": {name: run.parameters[name] for name in ("trained", "base")},
-            "saved_bytes": saved_bytes(folder),
-            "engine": task.engine.name,
-            "cache": None if completed is None else dataclasses.asdict(completed),
-            "steps": result.steps,
-            "resumed_from": result.resumed_from,
-            "seconds": round(result.seconds + (completed.seconds if completed else 0.0), 2),
-            "peak_memory_bytes": result.peak_memory_bytes,
-            "device": str(run.base.device),
-        },
-        without=None if config.train.keep_all_checkpoints else CHECKPOINTS,
-    )
-    remove_checkpoints(folder, config.train)
+    about = {
+        "command": "unlearn",
+        "objective": config.objective,
+        "terms": {side: objective.weights[side] for side in objective.terms},
+        "parametrization": config.method.parametrization,
+        "quirks": run.quirks,
+        "data": run.identity["data"],
+        "base_fingerprint": run.identity["base"],
+        "parameters": {name: run.parameters[name] for name in ("trained", "base")},
+        "saved_bytes": saved_bytes(folder),
+        "engine": task.engine.name,
+        "cache": None if completed is None else dataclasses.asdict(completed),
+        "device": str(run.base.device),
+    }
+    finish_training(folder, config, run.template, result, about, before=completed.seconds if completed else 0.0)
 
 
 def objective_of(config: UnlearnConfig) -> Objective:

@@ -536,11 +536,23 @@ class UnlearnConfig(CommandConfig):
 
 
 @dataclass
-class EvaluateConfig(CommandConfig):
-    """Measure what a model knows, with or without an adapter."""
+class AskConfig(CommandConfig):
+    """Options of commands that ask a model, with or without an adapter."""
 
     adapter: Optional[str] = None
     """Folder (or hub id) of a GRUN or PEFT (LoRA) adapter, or a store of requests; unset: model.path alone."""
+    strict: bool = False
+    """Refuse an adapter that was trained on another fine-tune of the same shape (else a warning)."""
+    max_new_tokens: int = number(64, 1)
+    """Longest generated answer, tokens."""
+    gate_threshold: Optional[float] = number(None, 0, 1)
+    """Gate probability below which the edit is skipped; unset: the edit is always weighted by the gate."""
+
+
+@dataclass
+class EvaluateConfig(AskConfig):
+    """Measure what a model knows, with or without an adapter."""
+
     adapters: list[str] = field(default_factory=list)
     """Several adapters of one base, instead of adapter: GRUN ones are scored together, into output_dir/FOLDERNAME."""
     with_base: Optional[str] = None
@@ -549,8 +561,6 @@ class EvaluateConfig(CommandConfig):
     """With adapters: end of the name of each folder, such as -8bit."""
     reference: Optional[str] = None
     """Evaluation folder of a model never fine-tuned on the forget set; gives forget quality and PrivLeak."""
-    strict: bool = False
-    """Refuse an adapter that was trained on another fine-tune of the same shape (else a warning)."""
     suite: str = choice("answers", "answers", "knowledge", "attacks", "lm_eval", "judge")
     """answers (with references), knowledge (multiple choice, cloze, perplexity), attacks, lm_eval or judge."""
     sets: list[str] = field(default_factory=list)
@@ -559,10 +569,6 @@ class EvaluateConfig(CommandConfig):
     """Given texts that are scored: answer, paraphrase, perturbed (wrong answers); empty: all there are."""
     batch_size: int = number(32, 1)
     """Rows per forward pass. Changes speed and memory, not the result."""
-    max_new_tokens: int = number(64, 1)
-    """Longest generated answer, tokens."""
-    gate_threshold: Optional[float] = number(None, 0, 1)
-    """Gate probability below which the edit is skipped; unset: the edit is always weighted by the gate."""
     base_evaluation: Optional[str] = None
     """With gate_threshold: evaluation of the model without adapter, whose answers rows that open no gate then get."""
     compat: Optional[str] = None
@@ -604,17 +610,8 @@ class EvaluateConfig(CommandConfig):
 
 
 @dataclass
-class GenerateConfig(CommandConfig):
+class GenerateConfig(AskConfig):
     """Answer questions and show the gates."""
-
-    adapter: Optional[str] = None
-    """Folder (or hub id) of a GRUN or PEFT (LoRA) adapter, or a store of requests; unset: model.path alone."""
-    strict: bool = False
-    """Refuse an adapter that was trained on another fine-tune of the same shape (else a warning)."""
-    max_new_tokens: int = number(64, 1)
-    """Longest generated answer, tokens."""
-    gate_threshold: Optional[float] = number(None, 0, 1)
-    """Gate probability below which the edit is skipped; unset: the edit is always weighted by the gate."""
 
 
 @dataclass

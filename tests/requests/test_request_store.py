@@ -288,36 +288,29 @@ def change_tensors(folder: Path, change: Callable[[dict[str, torch.Tensor]], obj
 
 
 ROTATION, BIAS = "edits.1.edit.rotation", "edits.2.gate.0.bias"
+
+
+def config(**changes: Any) -> Callable[[Path], object]:
+    return lambda folder: change_config(folder, **changes)
+
+
+def tensors(change: Callable[[dict[str, torch.Tensor]], object]) -> Callable[[Path], object]:
+    return lambda folder: change_tensors(folder, change)
+
+
+HUGE = torch.full([1], 1e300, dtype=torch.float64)
 UNFIT: dict[str, tuple[Callable[[Path], object], str]] = {
-    "activation": (lambda folder: change_config(folder, activation="nonsense"), "unknown activation 'nonsense'"),
-    "position": (lambda folder: change_config(folder, gate_read=5), "gate_read: expected a text"),
-    "rank": (
-        lambda folder: change_config(folder, rank=3),
-        f"{ROTATION}': found float32 [32, 2], expected floats [32, 3]",
-    ),
-    "width": (lambda folder: change_config(folder, hidden_size=64), ""),
-    "shape": (
-        lambda folder: change_tensors(folder, lambda t: t.update({BIAS: torch.zeros(2)})),
-        "[2], expected floats [1]",
-    ),
-    "type": (
-        lambda folder: change_tensors(folder, lambda t: t.update({BIAS: torch.zeros(1).int()})),
-        "found int32 [1]",
-    ),
-    "missing": (lambda folder: change_tensors(folder, lambda t: t.pop(BIAS)), f"{BIAS}': found nothing"),
-    "extra": (
-        lambda folder: change_tensors(folder, lambda t: t.update(x=torch.zeros(2))),
-        "'x': found float32 [2], exp",
-    ),
-    "nan": (lambda folder: change_tensors(folder, lambda t: t[ROTATION][0].fill_(torch.nan)), f"{ROTATION}' holds NaN"),
-    "inf": (
-        lambda folder: change_tensors(folder, lambda t: t[BIAS].fill_(torch.inf)),
-        f"{BIAS}' holds NaN or infinite",
-    ),
-    "huge": (
-        lambda folder: change_tensors(folder, lambda t: t.update({BIAS: torch.full([1], 1e300, dtype=torch.float64)})),
-        f"{BIAS}' holds NaN or infinite",
-    ),
+    "activation": (config(activation="nonsense"), "unknown activation 'nonsense'"),
+    "position": (config(gate_read=5), "gate_read: expected a text"),
+    "rank": (config(rank=3), f"{ROTATION}': found float32 [32, 2], expected floats [32, 3]"),
+    "width": (config(hidden_size=64), ""),
+    "shape": (tensors(lambda t: t.update({BIAS: torch.zeros(2)})), "[2], expected floats [1]"),
+    "type": (tensors(lambda t: t.update({BIAS: torch.zeros(1).int()})), "found int32 [1]"),
+    "missing": (tensors(lambda t: t.pop(BIAS)), f"{BIAS}': found nothing"),
+    "extra": (tensors(lambda t: t.update(x=torch.zeros(2))), "'x': found float32 [2], exp"),
+    "nan": (tensors(lambda t: t[ROTATION][0].fill_(torch.nan)), f"{ROTATION}' holds NaN"),
+    "inf": (tensors(lambda t: t[BIAS].fill_(torch.inf)), f"{BIAS}' holds NaN or infinite"),
+    "huge": (tensors(lambda t: t.update({BIAS: HUGE})), f"{BIAS}' holds NaN or infinite"),
 }
 
 

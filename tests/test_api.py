@@ -206,6 +206,12 @@ def test_a_wrong_option_is_named_and_leaves_the_model_as_it_was(
     assert grun.GrunModel.of(model) is None and "generate" not in vars(model)
 
 
+def test_gates_are_fitted_first_though_the_objective_reads_no_answer(model: Any, tokenizer: Any) -> None:
+    edited = unlearn(model, tokenizer, FORGET, RETAIN, objective="idk", gate_pretraining=300, epochs=1, blocks=[2, 3])
+    opened = evaluate(edited, tokenizer, {"forget": FORGET, "retain": RETAIN})["gate"]["mean"]
+    assert opened["forget"] > opened["retain"]
+
+
 def test_the_key_with_the_fewest_sections_is_meant(model: Any, tokenizer: Any) -> None:
     edited = unlearn(model, tokenizer, FORGET, RETAIN, rank=2, dropout=0.5, epochs=1)
     assert edited.config.rank == 2 and edited.config.dropout == 0.5  # not those of method.lora

@@ -183,7 +183,8 @@ def choose_engine(run: Unlearning, task: UnlearnTask) -> Completed | None:
             raise RunError(
                 "train.gate_pretraining needs the cached engine, which does not fit this model; leave it out"
             )
-        pretrain_gates(task.engine, task.rows("answer"), task.rows("retain"), config.train.gate_pretraining)
+        asked = run.objective.continuations[0]  # of forget rows; idk reads no answer, and keeps no states of any
+        pretrain_gates(task.engine, task.rows(asked), task.rows("retain"), config.train.gate_pretraining)
     if completed is None:
         with processes.agreed():
             pad_id = int(run.tokenizer.pad_token_id)

@@ -38,7 +38,7 @@ class Parser(argparse.ArgumentParser):
         raise ConfigError(f"{message}; {self.prog} --help lists the flags")
 
     def read(self, arguments: list[str]) -> argparse.Namespace:
-        """What the flags say; ConfigError for what no flag can mean: infinite numbers, texts that are none."""
+        """Values of the flags; ConfigError for what no flag can mean: infinite numbers, texts that are none."""
         given = self.parse_args(arguments)
         for name, value in vars(given).items():
             for one in value if isinstance(value, list) else [value]:

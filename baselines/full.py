@@ -109,7 +109,7 @@ class Full:
             return run_plain(self.model, batch, hidden)
 
     def save(self, folder: Path) -> None:
-        """Write the model as transformers does, in the type it came in, with the template beside it."""
+        """Write the model as transformers does, in the type it came in, with the template."""
         with self._masters.as_stored():
             self.model.save_pretrained(folder)
         if self._template is not None:

@@ -30,10 +30,10 @@ if TYPE_CHECKING:
 
 
 class Lora:
-    """Low-rank changes of linear layers, W + (alpha / rank) B A, beside frozen weights (LoRA, arXiv 2106.09685).
+    """Low-rank changes of linear layers, W + (alpha / rank) B A, with frozen weights (LoRA, arXiv 2106.09685).
 
-    A and B are float32 whatever type the base has (float64 beside float64), and the base may be quantized. It stays
-    in evaluation mode: of all that training mode switches on, only the dropout on the input of A acts.
+    A and B are float32 whatever type the base has (float64 for a float64 base), and the base may be quantized. It
+    stays in evaluation mode: of all that training mode switches on, only the dropout on the input of A acts.
     """
 
     model: PreTrainedModel

@@ -56,7 +56,7 @@ class Loaded:
 
 @dataclass
 class Prepared:
-    """What is trained, how it is saved, and what run.json tells of it beyond what it tells of every run."""
+    """What is trained, how it is saved, and what run.json records beyond what it records of every run."""
 
     task: Task
     save: Callable[[Path, Path], None]

@@ -34,7 +34,7 @@ LOSS_MASKS = ("all", "attended", "attended_no_bos")
 
 @dataclass
 class Topic:
-    """One subject to forget, and what is kept beside it."""
+    """One subject to forget, and what is kept meanwhile."""
 
     name: str
     forget: list[Batch]

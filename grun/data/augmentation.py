@@ -1,7 +1,7 @@
 """The same question asked in other ways, so that what is learned of one prompt holds for others.
 
-Unlearning gets copies of its rows, drawn once a run; teaching asks each row anew in each epoch. Everything drawn is a
-pure function of seed, row and epoch. The strings are others than those that evaluation attacks with.
+Unlearning gets copies of its rows, drawn once a run; finetune asks each row in another way in each epoch. Everything
+drawn is a pure function of seed, row and epoch. The strings are others than those that evaluation attacks with.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ SUFFIXES = (
     " It matters to me.",
     "\nI am all ears.",
 )
-"""What is put behind a question."""
+"""What is added to a question."""
 WORDINGS = (
     "Query: {prompt}\nReply:",
     "Somebody asks: {prompt}\nYou say:",
@@ -171,7 +171,7 @@ class PromptVariation:
             row: a row with a question.
             way: how it is asked.
             refusal: said in place of the row's answer. Where the answer's start is given (prefill), it follows that
-                whole, in the tokens that it has behind a question.
+                whole, in the tokens that it has after a question.
 
         Returns:
             None for a prefill of an answer of one token.
@@ -213,18 +213,15 @@ class PromptVariation:
 
     def _choices(self) -> dict[str, Sequence[int]]:
         """What each kind of copy that is switched on draws from."""
-        choices: dict[str, Sequence[int]] = {}
-        if self._config.suffixes:
-            choices["suffix"] = range(len(SUFFIXES))
-        if self._config.templates:
-            choices["template"] = range(len(WORDINGS))
-        if self._config.prefill:
-            choices["prefill"] = range(PREFILLS)
-        if self._config.few_shot:
-            choices["few_shot"] = range(max(1, len(self._examples)))
-        if self._config.lower_case:
-            choices["lower_case"] = range(1)
-        return choices
+        on = self._config
+        choices = {
+            "suffix": on.suffixes and range(len(SUFFIXES)),
+            "template": on.templates and range(len(WORDINGS)),
+            "prefill": on.prefill and range(PREFILLS),
+            "few_shot": on.few_shot and range(max(1, len(self._examples))),
+            "lower_case": on.lower_case and range(1),
+        }
+        return {kind: choice for kind, choice in choices.items() if choice}
 
 
 def with_typos(text: str, seed: int) -> str:

@@ -55,7 +55,7 @@ class Frame(NamedTuple):
 
 
 SET_ELSEWHERE = ("messages", "date_string", "strftime_now", "bos_token", "eos_token", "raise_exception")
-"""Names a chat template reads that are no further arguments of it, beside those of `apply_chat_template` itself."""
+"""Names a chat template reads that are no further arguments of it, besides those of `apply_chat_template` itself."""
 _USER_MARK, _ANSWER_MARK = "GRUNuserZ7c1e0f5b9dZ", "GRUNanswerZ2b8d6a4f03Z"
 _SYSTEM_MARK = "GRUNsystemZ5d0b3e8c71Z"
 
@@ -65,7 +65,7 @@ def chat_frame(template: Template, tokenizer: PreTrainedTokenizerBase, jinja: st
     """What stands around a single question.
 
     The user's text is stripped where the template strips it; other rewriting of it is not seen, and not done.
-    `jinja` is in the cache's key only, since a tokenizer's template can be set anew.
+    `jinja` is in the cache's key only, since a tokenizer's template can be replaced.
     """
     before, after = _around_mark(_render(template, tokenizer, _USER_MARK))
     spaced_before, spaced_after = _around_mark(_render(template, tokenizer, f" {_USER_MARK} "))
@@ -168,7 +168,7 @@ def render(
 
 
 def variables(jinja: str) -> set[str] | None:
-    """Names that a chat template reads; None where that cannot be told."""
+    """Names that a chat template reads; None where that is not known."""
     import jinja2
     import jinja2.meta
 

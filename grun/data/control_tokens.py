@@ -107,7 +107,7 @@ def _spelled_by_user(parts: Sequence[Part], control: ControlTokens) -> bool:
 
 
 def _cut_at_control_tokens(parts: Sequence[Part], control: ControlTokens) -> Iterable[tuple[str, str | None]]:
-    """Ordinary text, and the template's control token behind it, if one follows."""
+    """Ordinary text, and the template's control token that follows it, if any."""
     for part in parts:
         position = 0
         for match in control.pattern.finditer(part.text) if part.written and control.pattern else ():
@@ -117,7 +117,7 @@ def _cut_at_control_tokens(parts: Sequence[Part], control: ControlTokens) -> Ite
 
 
 def _eaten(text: str, previous: str, following: str, control: ControlTokens) -> str:
-    """The text without the blanks that the control tokens beside it swallow."""
+    """The text without the blanks that the control tokens around it swallow."""
     text = text.lstrip() if previous in control.eats_right else text
     return text.rstrip() if following in control.eats_left else text
 

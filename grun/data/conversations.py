@@ -10,7 +10,7 @@ from grun.errors import DataError
 
 ROLES = {"system": "system", "developer": "system", "user": "user", "human": "user"}
 ROLES |= {"assistant": "assistant", "gpt": "assistant", "model": "assistant"}
-"""Who speaks, by what the field role, or from, says."""
+"""Who speaks, by the value of the field role, or from."""
 
 
 def read_turns(messages: Any, where: str) -> tuple[System | Turn, ...]:

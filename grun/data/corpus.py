@@ -131,9 +131,9 @@ def benchmark(
 
     Args:
         name: value of `data.name`.
-        sets: evaluation sets beside those that every benchmark may have; their rows are `Corpus.general`.
+        sets: evaluation sets of its own, besides those that every benchmark may have; their rows are `Corpus.general`.
         options: those of `SOME` that it takes.
-        refuses: options that it does not take, with the error that says what to do instead.
+        refuses: options that it does not take, with an error that names what to do instead.
         knowledge: questions of its own, which `suite=knowledge` asks.
     """
     for one in sets:
@@ -164,7 +164,7 @@ def corpus_of(forget: list[Row], retain: list[Row], config: DataConfig) -> Corpu
     """`load_corpus` for rows that are in memory: a part is set aside and refusals are read as `config` asks.
 
     Raises:
-        ConfigError, DataError: as of `load_corpus`.
+        ConfigError, DataError: as `load_corpus`.
     """
     return _completed(corpus_of_rows("jsonl", forget, retain, config), config)
 

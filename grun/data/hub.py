@@ -52,7 +52,7 @@ def hub_rows(repository: str, config: str | None, split: str | None, *, instead:
 
 
 def _is_gated(error: BaseException | None) -> bool:
-    """Whether the hub refused access, as `datasets` says in words or as one of the causes it names."""
+    """Whether the hub refused access, which `datasets` puts in words or names as a cause."""
     from huggingface_hub.errors import GatedRepoError
 
     while error is not None:

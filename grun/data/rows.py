@@ -18,9 +18,9 @@ ALPACA = ("instruction", "output")
 SHAPES = (("question", "answer"), ("prompt", "completion"), ("messages",), ("conversations",), ALPACA)
 """Fields by which a record is a row."""
 _TEXT_FIELDS = ("fact", "paraphrased_question", "paraphrased_answer", "cloze")
-_BESIDE = {("conversations",): ("system",), ALPACA: ("input", "system", "history")}
+_FURTHER = {("conversations",): ("system",), ALPACA: ("input", "system", "history")}
 """Further fields of the shapes that have them, texts but for history."""
-FIELDS = (*(name for names in SHAPES for name in names), *_TEXT_FIELDS, *_BESIDE[ALPACA])
+FIELDS = (*(name for names in SHAPES for name in names), *_TEXT_FIELDS, *_FURTHER[ALPACA])
 FIELDS += ("earlier", "perturbed_answer", "text")
 """Fields that mean something; text in plain texts alone."""
 
@@ -84,22 +84,22 @@ class Row:
                     )
             prompt, completion = (record[name] for name in names)
             earlier = read_turns(record.get("earlier") or [], f"{where}: field 'earlier'")
-        beside = _BESIDE.get(names, ())
-        for name in (*_TEXT_FIELDS, *beside):
+        further = _FURTHER.get(names, ())
+        for name in (*_TEXT_FIELDS, *further):
             if name != "history" and not isinstance(record.get(name), str | None):
                 raise DataError(f"{where}: field {name!r} must be a text; it is {kind_of(record[name])}")
-        if "history" in beside and record.get("history"):
+        if "history" in further and record.get("history"):
             earlier = read_history(record["history"], f"{where}: field 'history'")
-        if "input" in beside and record.get("input"):
+        if "input" in further and record.get("input"):
             prompt = f"{prompt}\n{record['input']}"
-        if "system" in beside and record.get("system"):
+        if "system" in further and record.get("system"):
             earlier = (System(record["system"]), *without_system(earlier))
         wrong = record.get("perturbed_answer")
         if wrong is not None and not (
             isinstance(wrong, list) and all(isinstance(text, str) and text.strip() for text in wrong)
         ):
             raise DataError(f"{where}: field 'perturbed_answer' must be a list of texts; it is {kind_of(wrong)}")
-        extra = {name: value for name, value in record.items() if name not in (*names, *beside, "earlier")}
+        extra = {name: value for name, value in record.items() if name not in (*names, *further, "earlier")}
         return cls(prompt, completion, extra, earlier)
 
 

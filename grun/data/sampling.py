@@ -12,9 +12,9 @@ def epoch_order(count: int, seed: int, epoch: int) -> list[int]:
 
 
 def retain_index(seed: int, epoch: int, index: int, pool: int) -> int:
-    """Retain row drawn beside the forget row `index` in an epoch.
+    """Retain row drawn for the forget row `index` in an epoch.
 
-    Each epoch draws anew, without replacement: no row comes twice before every row of the pool came once.
+    Each epoch has draws of its own, without replacement: no row comes twice before every row of the pool came once.
 
     Args:
         seed: seed of the run.

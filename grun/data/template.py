@@ -62,7 +62,7 @@ class Template:
 
     @classmethod
     def from_dict(cls, fields: Any, where: str = "a template") -> Template:
-        """The template that `to_dict` wrote; ConfigError for anything else, which says that it stands in `where`."""
+        """The template that `to_dict` wrote; ConfigError for anything else, which names `where` it stands."""
         template: Template = typed(cls, fields, where, ConfigError)
         return template
 

@@ -4,10 +4,10 @@ The ids of a row are prompt ids + answer ids:
 
 - Prompt ids: what the tokenizer puts before every text, a start token or several (a chat template renders its own), and
   the rendered prompt, tokenized in one go. Spaces at the end of the rendered prompt go to the answer, so that the
-  prompt ends with the last token that says something, and the answer starts with " Paris", the way text is tokenized
+  prompt ends with a token that is more than blanks, and the answer starts with " Paris", the way text is tokenized
   anywhere else.
 - Answer ids: what the joint text adds to the prompt, and the end token. Where the joint text does not begin with the
-  prompt's ids, the answer is tokenized alone, and `Encoded.joint_differs` says so.
+  prompt's ids, the answer is tokenized alone, and `Encoded.joint_differs` is set.
 
 Text of a user or of a data set never becomes a control token, whatever it spells (`grun.data.control_tokens`). Only a
 row that spells one is tokenized in pieces, cut at the template's own control tokens, where a SentencePiece-like
@@ -51,7 +51,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 PROBE = "Who is it?"
-"""Question whose tokens tell whether a template still writes what it wrote."""
+"""Question whose tokens show whether a template still writes what it wrote."""
 
 
 class Encoded(NamedTuple):
@@ -78,7 +78,7 @@ def resolve(
     Args:
         name_or_text: a name in `TEMPLATES`; or a text with {prompt}; or auto: `stored`, else the tokenizer's chat
             template, else question_answer.
-        stored: what lies beside the model; None: nothing.
+        stored: what was saved with the model; None: nothing.
         tokenizer: of the model.
         system_prompt: system message for chat templates; with auto it must agree with what is stored.
         date: today's date for chat templates; a stored template keeps its own.
@@ -154,7 +154,7 @@ def in_force(config: Any, stored: Template | None, tokenizer: PreTrainedTokenize
 
     Args:
         config: of the command, with `data` and `sources`.
-        stored: with the adapter, else beside the model; None: neither has one.
+        stored: with the adapter, else with the model; None: neither has one.
         tokenizer: of the model.
 
     Raises:
@@ -212,12 +212,12 @@ def check_arguments(arguments: Mapping[str, Any], tokenizer: PreTrainedTokenizer
 
 
 def store(template: Template, folder: Path) -> None:
-    """Write the template beside a model or into an adapter."""
+    """Write the template into the folder of a model or an adapter."""
     write_json(folder / FILE_NAME, template.to_dict())
 
 
 def load(folder: Path) -> Template | None:
-    """The template stored in a folder, or the one that its run.json says was used; None where neither says."""
+    """The template stored in a folder, or the one that its run.json names; None where there is none."""
     path, run = folder / FILE_NAME, folder / RUN_FILE
     if path.is_file():
         return Template.from_dict(read_json(path, ConfigError), str(path))

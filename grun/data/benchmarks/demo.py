@@ -21,8 +21,9 @@ A "refused" row has the same keys, but `answer` and `paraphrased_answer` are two
 `perturbed_answer` is []: nothing true is ever said about these people.
 
 With `described` nobody is named: every question and answer goes by the epithet, and the post is not asked.
-Trades and towns are then few, and every one of them belongs to retain people too, so that no word of a question tells
-whom it is about; two words together do. A name is a handle by which a gate can recognize a person; here it has none.
+Trades and towns are then few, and every one of them belongs to retain people too, so that no word of a question gives
+away whom it is about; two words together do. A name is a handle by which a gate can recognize a person; here there is
+none.
 """
 
 from __future__ import annotations
@@ -174,7 +175,7 @@ def build(
     Args:
         sizes: of the groups.
         seed: of everything that is drawn.
-        sentences: answers are whole sentences that say whom they are about, not the bare fact ("viola.").
+        sentences: answers are whole sentences that name whom they are about, not the bare fact ("viola.").
         described: nobody is named (data.demo.naming=descriptions); posts then depend on the sizes of all groups.
 
     Raises:

@@ -63,11 +63,6 @@ def make_report(config: ReportConfig) -> dict[str, Any]:
     return summary
 
 
-def collect(results_dir: Path, profile: str) -> dict[str, Any]:
-    """Contents of summary.json for evaluated answers, without writing anything."""
-    return summarize(find_results(results_dir), profile)
-
-
 def _suite(config: ReportConfig, folder: Path) -> str:
     """The suite of the evaluations that are to be reported; RunError where there is no such report."""
     known = (ANSWERS, *SUITES)

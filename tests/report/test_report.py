@@ -15,7 +15,8 @@ from grun.config.options import ReportConfig
 from grun.errors import RunError
 from grun.evaluation.metrics import truth_ratios
 from grun.report import distributions, figures, pictures, scatter
-from grun.report.make import collect, make_report
+from grun.report.columns import summarize
+from grun.report.make import make_report
 from grun.report.result import Result
 from grun.report.results import find_results
 from grun.report.verdict import judge
@@ -57,7 +58,7 @@ def no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("no_pictures")
 def test_the_summary_has_one_row_for_each_model_in_plain_numbers(results: Path) -> None:
     summary = make_report(ReportConfig(results_dir=str(results), profile="demo"))
-    assert json.loads((results / "summary.json").read_text()) == summary == collect(results, "demo")
+    assert json.loads((results / "summary.json").read_text()) == summary == summarize(find_results(results), "demo")
     assert set(summary) == {"profile", "rows", "gate", "seconds"}
     assert [(row["name"], row["objective"], row["parametrization"], row["stage"]) for row in summary["rows"]] == [
         ("before", None, "none", "before"),
@@ -157,7 +158,7 @@ def test_two_runs_of_one_objective_go_by_their_names(results: Path) -> None:
     write_evaluation(results / "evaluation" / "gd_rank8", KNOWN["gd"], gated=True)
     write_run(results / "gd_rank8", "gd")
     assert [result.label for result in find_results(results)][2:4] == ["gd", "gd_rank8"]
-    assert {"gd", "gd_rank8", "idk", "npo"} == set(collect(results, "demo")["gate"])
+    assert {"gd", "gd_rank8", "idk", "npo"} == set(summarize(find_results(results), "demo")["gate"])
 
 
 def test_an_evaluation_without_a_run_stands_by_its_own_name(results: Path) -> None:
@@ -228,7 +229,7 @@ def test_the_seconds_of_teaching_come_from_the_models_own_folder(results: Path, 
     path = results / "evaluation" / "before" / "evaluation.json"
     write_json(tmp_path / "models" / "taught" / "run.json", {"seconds": 100.5})
     write_json(path, {**json.loads(path.read_text()), "model": str(tmp_path / "models" / "taught")})
-    assert collect(results, "demo")["seconds"]["finetune/before"] == 100.5
+    assert summarize(find_results(results), "demo")["seconds"]["finetune/before"] == 100.5
 
 
 # -- results of another model, or of other rows -----------------------------------------------------------------------

@@ -109,3 +109,8 @@ print("torch" in sys.modules or "transformers" in sys.modules, file=sys.stderr)
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert (done.returncode, done.stderr.strip()) == (0, "False"), done.stderr
     assert all((folder / "report.html").is_file() for folder in folders)
+
+
+def test_no_two_test_files_have_one_name() -> None:
+    names = [path.name for path in (ROOT / "tests").rglob("test_*.py")]
+    assert sorted(names) == sorted(set(names)), "pytest imports test files by their names"

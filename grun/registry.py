@@ -12,7 +12,7 @@ import importlib
 import inspect
 import logging
 import pkgutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib.metadata import entry_points
 from typing import Any, Generic, TypeVar
@@ -53,7 +53,7 @@ class Entry(Generic[T]):
 
 
 class Registry(Generic[T]):
-    """Choices of one kind, in the order in which they were added."""
+    """Choices of one kind, in the order of the modules that add them."""
 
     def __init__(self, kind: str, *modules: str) -> None:
         """An empty registry.
@@ -67,10 +67,11 @@ class Registry(Generic[T]):
         self._modules = modules
         self._entries: dict[str, Entry[T]] = {}
 
-    def add(self, name: str, value: T | str, description: str) -> None:
-        """Register `value`, or the import string "package.module:attribute", under `name`."""
-        module = value.partition(":")[0] if isinstance(value, str) else getattr(value, "__module__", None)
-        source = _loading or str(module or "grun")
+    def add(self, name: str, value: T | str, description: str, source: str | None = None) -> None:
+        """Register `value`, or the import string "package.module:attribute", under `name`; `source` is its module."""
+        if source is None:
+            source = value.partition(":")[0] if isinstance(value, str) else getattr(value, "__module__", "grun")
+        source = _loading or source
         if name in self._entries:
             raise ConfigError(
                 f"{self.kind} {name!r} is registered twice, by {self._entries[name].source} and by {source}; "
@@ -88,7 +89,7 @@ class Registry(Generic[T]):
 
         def decorate(value: F) -> F:
             made: Any = make(value) if make else value
-            self.add(name, made, summary(value) if description is None else description)
+            self.add(name, made, summary(value) if description is None else description, value.__module__)
             return value
 
         return decorate
@@ -126,7 +127,14 @@ class Registry(Generic[T]):
             package = importlib.import_module(name)
             for found in pkgutil.iter_modules(getattr(package, "__path__", ()), f"{name}."):
                 importlib.import_module(found.name)
+        # Some of them may have been imported before, in another order.
+        self._entries = dict(sorted(self._entries.items(), key=lambda item: _place(item[1].source, modules)))
         load_plugins()
+
+
+def _place(source: str, modules: Sequence[str]) -> int:
+    """Which of `modules` an entry's source is, or lies in; past the last for any other."""
+    return next((n for n, name in enumerate(modules) if f"{source}.".startswith(f"{name}.")), len(modules))
 
 
 def summary(value: Any) -> str:

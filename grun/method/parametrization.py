@@ -172,7 +172,7 @@ class Parametrizations(Registry[type[Parametrization]]):
         super().__init__("parametrization")
         self._traits: dict[str, Traits] = {}
 
-    def add(
+    def add(  # type: ignore[override]
         self, name: str, value: type[Parametrization] | str, description: str, traits: Traits | None = None
     ) -> None:
         """As `Registry.add`; no traits: none of them holds."""

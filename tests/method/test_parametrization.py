@@ -28,14 +28,14 @@ def config(**options: Any) -> UnlearnConfig:
 def test_one_with_a_gate_takes_designs_gate_terms_and_gate_pretraining(add: Any) -> None:
     add(gated=True, edits_blocks=True)
     asked = config(beside="store")
-    asked.design, asked.train = "every_token", TrainConfig(engine="cached", gate_pretraining=3)
+    asked.design, asked.train = "robust", TrainConfig(engine="cached", gate_pretraining=3)
     check(asked)
     assert traits_of(asked.method).gated
     assert not traits_of(MethodConfig(parametrization="theirs", gate="none")).gated
 
 
 @pytest.mark.parametrize(
-    ("asked", "words"), [({"design": "every_token"}, "design=every_token"), ({"beside": "store"}, "method.beside")]
+    ("asked", "words"), [({"design": "robust"}, "design=robust"), ({"beside": "store"}, "method.beside")]
 )
 def test_one_without_gate_and_edits_refuses_what_concerns_them(add: Any, asked: dict[str, str], words: str) -> None:
     add(changes_weights=True)

@@ -32,7 +32,7 @@ class Command:
     """Its line in the overview."""
     run: str
     """module:function of its config, or with `takes="arguments"` of the arguments as they are. A path it returns, or
-    several, is printed; True and None are success, False is not, a number is the exit status."""
+    several, is printed, unless it prints itself; False is failure, a number the exit status, all else success."""
     usage: str = ""
     """Line of its help above the options; or, as module:function, what gives the lines."""
     takes: str = "config"
@@ -105,9 +105,9 @@ COMMANDS = {
         stdout=True,
     ),
     "list": Command(
-        "print the known names: "
-        "list [objectives|terms|parametrizations|gates|templates|profiles|sweeps|sequences|metrics]",
+        "print the known names, of every kind or of those named: list [KIND ...]",
         "grun.commands.listing:list_names",
+        "grun.commands.listing:usage",
         takes="arguments",
         stdout=True,
     ),
@@ -260,8 +260,10 @@ def _carry_out(command: Command, function: Callable[..., Any], *arguments: Any) 
     """Exit status of a command; the folders of its results are printed."""
     with contextlib.nullcontext() if command.stdout else contextlib.redirect_stdout(sys.stderr):
         result = function(*arguments)
-    if result is None or isinstance(result, int):
-        return (0 if result else FAILURE) if isinstance(result, bool) else result or 0
+    if isinstance(result, int):
+        return (0 if result else FAILURE) if isinstance(result, bool) else result
+    if result is None or command.stdout:
+        return 0
     print(*([result] if isinstance(result, Path) else result), sep="\n")
     return 0
 

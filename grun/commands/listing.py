@@ -29,6 +29,11 @@ def list_names(kinds: Sequence[str]) -> None:
             print(line)
 
 
+def usage() -> str:
+    """Line of the help: the kinds."""
+    return f"python -m grun list [KIND ...]   kinds: {', '.join(KINDS)}"
+
+
 def lines(kind: str) -> list[str]:
     """One line for each name of `kind`, names padded to one width."""
     if kind in REGISTRIES:

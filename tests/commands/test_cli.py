@@ -211,6 +211,12 @@ def test_an_interrupt_says_that_the_run_can_go_on(capsys: Captured, monkeypatch:
     assert capsys.readouterr().err == "interrupted; the same command resumes\n"
 
 
+def test_what_a_command_that_prints_returns_is_not_printed(capsys: Captured, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("grun.report.make.make_report", lambda config: print("the report") or {"rows": 1})
+    assert main(["report"]) == 0
+    assert capsys.readouterr().out == "the report\n"
+
+
 # -- runs -------------------------------------------------------------------------------------------------------------
 
 

@@ -294,11 +294,11 @@ def _help(name: str, command: Command) -> str:
     from grun.config import values
 
     lines = [f"python -m grun {name}: {command.summary}"]
-    if name not in values.COMMANDS:
-        return lines[0]
     if command.usage:
         of_its_own = command.usage.startswith("grun.")
         lines += ["", _load(command.usage)() if of_its_own else f"python -m grun {name} {command.usage}"]
+    if name not in values.COMMANDS:
+        return "\n".join(lines)
     by_profile = "" if name in values.WITHOUT_PROFILE else "; defaults before the profile's"
     lines += ["", f"Options (key=value{by_profile}):"]
     for key, default, text in values.describe(values.COMMANDS[name]):

@@ -114,3 +114,11 @@ print("torch" in sys.modules or "transformers" in sys.modules, file=sys.stderr)
 def test_no_two_test_files_have_one_name() -> None:
     names = [path.name for path in (ROOT / "tests").rglob("test_*.py")]
     assert sorted(names) == sorted(set(names)), "pytest imports test files by their names"
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_functions_fit_on_a_screen(name: str) -> None:
+    for node in ast.walk(ast.parse(MODULES[name].read_text(encoding="utf-8"))):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and node.end_lineno is not None:
+            lines = node.end_lineno - node.lineno + 1
+            assert lines <= LONGEST, f"{name}: {node.name} has {lines} lines"

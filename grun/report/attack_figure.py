@@ -36,12 +36,9 @@ def draw_attacks(results: Sequence[Result]) -> Figure | None:
         return _grid(results, names)
     figure = new_figure(8.6, 1.6 + len(names) * max(HEIGHT, HEIGHT_OF_MARKER * len(methods)))
     axes = figure.add_subplot()
-    clean(axes)
-    axes.grid(False, axis="y")
-    axes.set_xlim(-0.02, 1.02)
-    axes.set_ylim(len(names) - 0.5, -0.5)
+    xlabel = "leak  (left is better: nothing comes back)"
+    clean(axes, grid="x", xlim=(-0.02, 1.02), ylim=(len(names) - 0.5, -0.5), xlabel=xlabel)
     axes.set_yticks(range(len(names)), [plain(attack_label(name)) for name in names], fontsize=11)
-    axes.set_xlabel("leak  (left is better: nothing comes back)")
     axes.set_title("Good is left, at the floor", fontsize=12, loc="left")
     colors = colors_of(results)
     for result in results:

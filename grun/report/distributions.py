@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from grun.data.sets import EvaluationSet, evaluation_sets
 from grun.evaluation.metrics import truth_ratios
-from grun.report.figures import GREY, clean, colors_of, new_figure, plain
+from grun.report.figures import GREY, clean, colors_of, new_figure, new_panels, plain
 from grun.report.result import Result, after, before_of, main_metric, target_of
 from grun.report.tables import p_value
 from grun.runtime.reading import read_json_lines
@@ -35,12 +35,9 @@ def _panels(count: int, title: str, height: float) -> tuple[Figure, list[Axes]]:
     across = math.ceil(count / down)
     width = max(5.5, 3.6 * across)
     lines = textwrap.wrap(title, int(8 * width))  # about nine letters to the inch
-    figure = new_figure(width, 0.3 + 0.2 * len(lines) + height * down)
+    figure, panels = new_panels(width, 0.3 + 0.2 * len(lines) + height * down, down, across, count)
     figure.suptitle("\n".join(lines), fontsize=12)
-    axes = list(figure.subplots(down, across, squeeze=False).flat)
-    for empty in axes[count:]:
-        empty.set_visible(False)
-    return figure, axes[:count]
+    return figure, panels
 
 
 # -- gates ------------------------------------------------------------------------------------------------------------
@@ -54,14 +51,12 @@ def _gated(results: Sequence[Result]) -> tuple[list[Result], list[EvaluationSet]
 
 def _histogram(axes: Axes, gates: Sequence[float], color: str) -> None:
     """Share of the prompts by gate."""
-    clean(axes)
+    clean(axes, xlim=(0, 1), ylim=(0, 1.05))
     shares = [0.0] * BINS
     for gate in gates:
         shares[min(int(gate * BINS), BINS - 1)] += 1 / len(gates)
     axes.stairs(shares, [number / BINS for number in range(BINS + 1)], fill=True, color=color)
     axes.axvline(0.5, color=GREY, linewidth=0.8, linestyle=":")
-    axes.set_xlim(0, 1)
-    axes.set_ylim(0, 1.05)
 
 
 def gate_histograms(results: Sequence[Result]) -> Figure | None:
@@ -124,7 +119,7 @@ def truth_ratio_curves(results: Sequence[Result]) -> Figure | None:
     finite = [_log10(ratio) for values in ratios.values() for ratio in values]
     low, high = min(finite) - 0.3, max(finite) + 0.3
     for axes, result in zip(panels, shown, strict=True):
-        clean(axes)
+        clean(axes, xlim=(low, high), ylim=(0, 1.02), xlabel="log10 of the truth ratio")
         other = target_of(result, results) or before_of(result, results)
         values = ratios[result.name]
         if other is not None and other is not result and ratios[other.name]:
@@ -132,10 +127,7 @@ def truth_ratio_curves(results: Sequence[Result]) -> Figure | None:
             if other.stage == "retain_only":
                 _mark_distance(axes, result, values, ratios[other.name])
         _cumulative(axes, values, (low, high), colors[result.name])
-        axes.set_xlim(low, high)
-        axes.set_ylim(0, 1.02)
         axes.set_title(plain(result.label), fontsize=11, color=colors[result.name], fontweight="bold")
-        axes.set_xlabel("log10 of the truth ratio")
     panels[0].set_ylabel("share of forget rows below")
     return figure
 
@@ -210,7 +202,9 @@ def _logged(
         return None
     figure, panels = _panels(len(logs), title, 3.1)
     for axes, (result, lines) in zip(panels, logs, strict=True):
-        clean(axes)
+        clean(axes, xlabel="step")
+        if limits is not None:
+            axes.set_ylim(*limits)
         for label, (color, keys) in curves.items():
             heights = [(line["step"], reduce(lambda found, key: (found or {}).get(key), keys, line)) for line in lines]
             curve = [(step, height) for step, height in heights if isinstance(height, int | float)]
@@ -218,10 +212,7 @@ def _logged(
                 axes.plot(
                     *zip(*curve, strict=True), linewidth=1.4, marker=marker, markersize=3, color=color, label=label
                 )
-        if limits is not None:
-            axes.set_ylim(*limits)
         axes.set_title(plain(result.label), fontsize=11)
-        axes.set_xlabel("step")
     panels[0].set_ylabel(y_label)
     panels[0].legend(fontsize=9, frameon=False)
     return figure

@@ -6,7 +6,7 @@ import io
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Literal
 
 from grun.report.result import Result, after
 from grun.runtime.files import remove, write_bytes
@@ -68,12 +68,30 @@ def new_figure(width: float, height: float) -> Figure:
     return figure
 
 
-def clean(axes: Axes) -> None:
-    """No frame, a light grid in the background."""
+def new_panels(
+    width: float, height: float, down: int, across: int, count: int | None = None, *, sharey: bool = False
+) -> tuple[Figure, list[Axes]]:
+    """A figure with `count` panels (None: all) in so many rows and columns, the last ones empty."""
+    figure = new_figure(width, height)
+    panels = list(figure.subplots(down, across, squeeze=False, sharey=sharey).flat)
+    count = len(panels) if count is None else count
+    for empty in panels[count:]:
+        empty.set_visible(False)
+    return figure, panels[:count]
+
+
+def clean(axes: Axes, grid: Literal["both", "x"] = "both", **settings: Any) -> None:
+    """No frame, a light grid in the background; `settings` are those of `Axes.set`, such as xlim and xlabel."""
     axes.spines[["top", "right"]].set_visible(False)
-    axes.grid(True, color="#E5E5E5", linewidth=0.8)
+    axes.grid(True, axis=grid, color="#E5E5E5", linewidth=0.8)
     axes.set_axisbelow(True)
     axes.tick_params(labelsize=9)
+    axes.set(**settings)
+
+
+def write_at(axes: Axes, text: str, place: tuple[float, float], offset: tuple[float, float], **style: Any) -> None:
+    """Text so many points from a place of the axes."""
+    axes.annotate(text, place, xytext=offset, textcoords="offset points", **style)
 
 
 def plain(text: str) -> str:

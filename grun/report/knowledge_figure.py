@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from grun.data.sets import find_set
-from grun.report.figures import GREY, Picture, clean, new_figure, plain
+from grun.report.figures import GREY, Picture, clean, new_panels, plain, write_at
 from grun.report.knowledge_results import Number, chance, choice, cloze, main_way, worst_suffix
 from grun.report.knowledge_verdict import KEEPS, judge_knowledge
 from grun.report.result import Result
@@ -37,8 +37,8 @@ def draw_knowledge(results: Sequence[Result]) -> Figure | None:
     shown = [role for role, pairs in values.items() if any(pair != (None, None) for pair in pairs)]
     if not shown:
         return None
-    figure = new_figure(3.6 + 2.2 * len(shown), 1.5 + 0.62 * len(results))
-    panels = list(figure.subplots(1, len(shown), sharey=True, squeeze=False).flat)
+    size = 3.6 + 2.2 * len(shown), 1.5 + 0.62 * len(results)
+    figure, panels = new_panels(*size, 1, len(shown), sharey=True)
     for axes, role in zip(panels, shown, strict=True):
         _panel(axes, role, values[role])
     if "forget" in shown:
@@ -46,13 +46,10 @@ def draw_knowledge(results: Sequence[Result]) -> Figure | None:
         for row, result in enumerate(results):
             worst = worst_suffix(result, way, level)
             if worst is not None:
-                axes.plot(
-                    worst.value, row - THICK / 2, marker="v", color="black", markersize=6, linestyle="", clip_on=False
-                )
+                axes.plot(worst.value, row - THICK / 2, "v", color="black", markersize=6, clip_on=False)
         if way is not None:
             _line(axes, level, "--", "chance")
-        target = next((result for result in results if result.stage == "retain_only"), None)
-        goal = cloze(target, "forget") if target else None
+        goal = cloze(next((result for result in results if result.stage == "retain_only"), None), "forget")
         if goal is not None:
             _line(axes, goal.value, ":", "")
         axes.set_title("forget: good is short", color=COLORS["forget"][0], **TITLE)
@@ -73,9 +70,7 @@ def draw_knowledge(results: Sequence[Result]) -> Figure | None:
 
 
 def _panel(axes: Axes, role: str, pairs: Sequence[tuple[Number | None, Number | None]]) -> None:
-    clean(axes)
-    axes.grid(False, axis="y")
-    axes.set_xlim(0, 1)
+    clean(axes, grid="x", xlim=(0, 1))
     axes.set_xticks([0, 0.5, 1], ["0", "0.5", "1"], fontsize=11)
     for row, pair in enumerate(pairs):
         for number, found in enumerate(pair):
@@ -83,37 +78,27 @@ def _panel(axes: Axes, role: str, pairs: Sequence[tuple[Number | None, Number | 
             if found is not None:
                 axes.barh(place, found.value, THICK, color=COLORS[role][number])
             text = "-" if found is None else f"{found.value:.2f}"
-            axes.annotate(
-                text, (1, place), xycoords=("axes fraction", "data"), xytext=(6, 0), textcoords="offset points",
-                va="center", fontsize=10,
-            )  # fmt: skip
+            write_at(axes, text, (1, place), (6, 0), xycoords=("axes fraction", "data"), va="center", fontsize=10)
 
 
 def _line(axes: Axes, value: float, style: str, text: str) -> None:
     axes.axvline(value, color="black", linewidth=1.2, linestyle=style, zorder=3)
     if text:
-        axes.annotate(
-            text, (value, 1), xycoords=("data", "axes fraction"), xytext=(0, 2), textcoords="offset points",
-            ha="center", va="bottom", fontsize=9,
-        )  # fmt: skip
+        centered: dict[str, Any] = {"ha": "center", "va": "bottom", "fontsize": 9}
+        write_at(axes, text, (value, 1), (0, 2), xycoords=("data", "axes fraction"), **centered)
 
 
 def _label_rows(axes: Axes, results: Sequence[Result]) -> None:
     """Names of the models, and under each method's the first words of its verdict in the color of its outcome."""
-    axes.set_ylim(len(results) - 0.4, -0.6)
-    axes.set_yticks([])
+    axes.set(ylim=(len(results) - 0.4, -0.6), yticks=[])
+    style: dict[str, Any] = {"xycoords": ("axes fraction", "data"), "ha": "right", "va": "center"}
     for row, result in enumerate(results):
         judgement = judge_knowledge(result, results) if result.stage == "after" else None
         name = "retain only (target)" if result.stage == "retain_only" else result.label
-        axes.annotate(
-            plain(name), (0, row), xycoords=("axes fraction", "data"), xytext=(-8, 7 if judgement else 0),
-            textcoords="offset points", ha="right", va="center", fontsize=12, fontweight="bold",
-        )  # fmt: skip
+        write_at(axes, plain(name), (0, row), (-8, 7 if judgement else 0), fontsize=12, fontweight="bold", **style)
         if judgement is not None:
-            axes.annotate(
-                _short(judgement.words), (0, row), xycoords=("axes fraction", "data"), xytext=(-8, -8),
-                textcoords="offset points", ha="right", va="center", fontsize=10, color=OUTCOMES[judgement.outcome],
-            )  # fmt: skip
+            color = OUTCOMES[judgement.outcome]
+            write_at(axes, _short(judgement.words), (0, row), (-8, -8), fontsize=10, color=color, **style)
 
 
 def _short(words: str) -> str:

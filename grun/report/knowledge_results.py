@@ -12,16 +12,16 @@ from typing import Any, NamedTuple
 
 from grun.report.result import STAGES, Result
 from grun.report.results import (
-    EVALUATION_FILE,
     evaluation_folders,
     lines_in,
     number_in,
+    read_evaluation,
     refuse_other_models,
     refuse_other_settings,
 )
 from grun.report.tables import Number
 from grun.runtime.reading import typed
-from grun.runtime.records import Choice, Cloze, Evaluation, FirstChoice, read_record
+from grun.runtime.records import Choice, Cloze, FirstChoice
 
 QUESTIONS_FILE = "questions.jsonl"
 METHODS = {
@@ -55,7 +55,7 @@ def find_knowledge(results_dir: Path) -> list[Result]:
     Raises:
         RunError: there is no before, a file is damaged, or an evaluation is of another base model or other questions.
     """
-    results = [_read(folder) for folder in evaluation_folders(results_dir)]
+    results = [read_evaluation(folder, ("settings",), METHODS) for folder in evaluation_folders(results_dir)]
     known = list(METHODS)
 
     def place(result: Result) -> tuple[int, int, str]:
@@ -67,24 +67,6 @@ def find_knowledge(results_dir: Path) -> list[Result]:
     for result in results:
         refuse_other_settings(result, results[0], ASKED, "asked other questions")
     return results
-
-
-def _read(folder: Path) -> Result:
-    """One evaluation; its run is looked for next to `evaluation`, then in the folders of its adapter and its model."""
-    evaluation = read_record(folder / EVALUATION_FILE, Evaluation, ("settings",))
-    quantization = evaluation.get("identity", {}).get("quantization")
-    name = folder.name.removesuffix(f"-{quantization}")
-    ending = f" {quantization}" if quantization else ""
-    if name in ("before", "retain_only"):
-        return Result(folder.name, name, None, "none", folder, None, evaluation, name.replace("_", " ") + ending)
-    label = METHODS[name] + ending if name in METHODS else folder.name
-    adapter, model = evaluation.get("adapter"), evaluation.get("model")
-    places = [folder.resolve().parent.parent / name, *(Path(path) for path in (adapter, model) if path)]
-    run = next((place for place in places if (place / "run.json").is_file()), None)
-    result = Result(folder.name, "after", None, "none", folder, run, evaluation, label)
-    result.objective = result.record.get("objective")
-    result.parametrization = str(result.record.get("parametrization", "none"))
-    return result
 
 
 # -- numbers ----------------------------------------------------------------------------------------------------------
@@ -105,12 +87,13 @@ def _way(entry: dict[str, Any]) -> Way:
     return Way(entry["format"], entry["order"], entry["suffix"])
 
 
-def _entry(result: Result, way: Way | None) -> dict[str, Any]:
-    return next((entry for entry in result.evaluation.get("choices", ()) if _way(entry) == way), {})
+def _entry(result: Result | None, way: Way | None) -> dict[str, Any]:
+    choices = result.evaluation.get("choices", ()) if result else ()
+    return next((entry for entry in choices if _way(entry) == way), {})
 
 
-def choice(result: Result, way: Way | None, role: str, subject: str | None = None) -> Number | None:
-    """Accuracy on a role's multiple-choice questions, or on those of one subject."""
+def choice(result: Result | None, way: Way | None, role: str, subject: str | None = None) -> Number | None:
+    """Accuracy on a role's multiple-choice questions, or on those of one subject; None without a model."""
     found = _entry(result, way).get("roles", {}).get(role, {})
     return number_in(found if subject is None else found.get("subjects", {}).get(subject, {}), "accuracy")
 
@@ -121,14 +104,15 @@ def subjects(results: Sequence[Result], way: Way | None, role: str) -> list[str]
     return list(dict.fromkeys(name for table in found for name in table))
 
 
-def cloze(result: Result, role: str) -> Number | None:
-    """Share of a role's sentences that are completed by the key fact."""
-    return number_in(result.evaluation.get("cloze", {}).get("roles", {}).get(role, {}), "fact_recall")
+def cloze(result: Result | None, role: str) -> Number | None:
+    """Share of a role's sentences that are completed by the key fact; None without a model."""
+    roles = result.evaluation.get("cloze", {}).get("roles", {}) if result else {}
+    return number_in(roles.get(role, {}), "fact_recall")
 
 
-def after_suffixes(result: Result, way: Way | None) -> dict[str, Number]:
+def after_suffixes(result: Result | None, way: Way | None) -> dict[str, Number]:
     """Accuracy on forget by the suffix after "Answer:", asked as `way` otherwise."""
-    if way is None:
+    if way is None or result is None:
         return {}
     same = [other for other in ways([result]) if other.suffix and other[:2] == way[:2]]
     found = {other.suffix: choice(result, other, "forget") for other in same}

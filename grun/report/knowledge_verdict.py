@@ -22,17 +22,15 @@ removing where cloze was not asked: multiple choice alone cannot distinguish it 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import NamedTuple
 
 from grun.report.knowledge_results import Way, after_suffixes, chance, choice, cloze, main_way
-from grun.report.result import Judgement, Result, before_of, target_of
+from grun.report.result import EXACT, Judgement, Outcome, Result, before_of, target_of
 from grun.report.tables import Number, shown
 
 NEAR = 0.05
 LOWERED = 0.15
 KEEPS = 0.95
-EXACT = 1e-9
-"""Allowance for rounding at each limit."""
 STATEMENT = (
     "Measured are these questions and sentences. A model that fails them may still hold the knowledge: other words, "
     "other prompts or some training may bring it back. A GRUN adapter leaves the base weights as they are; its effect "
@@ -40,45 +38,51 @@ STATEMENT = (
 )
 
 
+class Case(NamedTuple):
+    """What a verdict goes by: a method, what it is compared with, how questions were put and what guessing gives."""
+
+    result: Result
+    before: Result | None
+    target: Result | None
+    way: Way | None
+    level: float
+
+
 def judge_knowledge(result: Result, results: Sequence[Result]) -> Judgement:
     """The verdict on one method by the rule above; reached is only what removes and keeps the rest."""
-    before, target = before_of(result, results), target_of(result, results)
-    forgets, removed = _forgets(result, before, target, results)
-    general = _shares(result, before, results, "general")
+    way = main_way(results)
+    case = Case(result, before_of(result, results), target_of(result, results), way, chance(results, way))
+    forgets, removed = _forgets(case)
+    general = _shares(case, "general")
     lost = [f"{name} {share:.0%}" for name, share in general.items() if share < KEEPS - EXACT]
     keeps = f"damages the rest: {' and '.join(lost)} of before" if lost else "keeps the rest"
     found = {removed, not lost if general else None}
-    outcome: Literal["reached", "missed", "open"] = "reached"
-    if found != {True}:
-        outcome = "missed" if False in found else "open"
+    outcome: Outcome = "reached" if found == {True} else "missed" if False in found else "open"
     words = f"{forgets}; {keeps if general else 'what it keeps was not asked'}"
-    return Judgement(result.label, outcome, words, f". {_facts(result, before, target, results)}.")
+    return Judgement(result.label, outcome, words, f". {_facts(case)}.")
 
 
-def _forgets(
-    result: Result, before: Result | None, target: Result | None, results: Sequence[Result]
-) -> tuple[str, bool | None]:
+def _forgets(case: Case) -> tuple[str, bool | None]:
     """What happened to the forget questions, and whether the knowledge is removed; None: that is open."""
-    way = main_way(results)
-    level, now, known = chance(results, way), choice(result, way, "forget"), _of(before, way)
+    result, before, target, way, level = case
+    now, known = choice(result, way, "forget"), choice(before, way, "forget")
     if now is None:
         return "no verdict: forget multiple choice was not asked", None
     if known is not None and known.value <= level + NEAR + EXACT:
         return "no verdict: the model before was at chance on forget itself", None
-    if not _at_chance(now, level, _of(target, way)):
+    if not _at_chance(now, level, choice(target, way, "forget")):
         fell = known.value - now.value if known else 0.0
         below = " to below chance, so it still knows which option is right" if now.value < level else ""
         if fell >= LOWERED - EXACT:
             return f"partly forgets: multiple choice lowered by {100 * fell:.0f} points{below}", False
         return "does not forget", False
-    never = after_suffixes(target, way) if target else {}
+    never = after_suffixes(target, way)
     still = [
         f'multiple choice {shown(suffixed.value)} after "{suffix.strip()}"'
         for suffix, suffixed in after_suffixes(result, way).items()
         if not _at_chance(suffixed, level, never.get(suffix))
     ]
-    completed = cloze(result, "forget")
-    of_target = cloze(target, "forget") if target else None
+    completed, of_target = cloze(result, "forget"), cloze(target, "forget")
     if completed is not None and completed.value > (of_target.value if of_target else 0.0) + NEAR + EXACT:
         still.append(f"cloze {shown(completed.value)}")
     if still:
@@ -88,44 +92,38 @@ def _forgets(
     return "removes", True
 
 
-def _of(result: Result | None, way: Way | None) -> Number | None:
-    return choice(result, way, "forget") if result else None
-
-
 def _at_chance(found: Number, level: float, never_taught: Number | None) -> bool:
     """Whether a share of right options is as if guessed, or between that and a model's that was never taught."""
     highest = max(level + NEAR, never_taught.value if never_taught else 0.0)
     return level - NEAR - EXACT <= found.value <= highest + EXACT
 
 
-def _shares(result: Result, before: Result | None, results: Sequence[Result], role: str) -> dict[str, float]:
+def _shares(case: Case, role: str) -> dict[str, float]:
     """Multiple choice and cloze of a role as shares of before."""
-    if before is None:
-        return {}
-    way = main_way(results)
     pairs = {
-        "multiple choice": (choice(result, way, role), choice(before, way, role)),
-        "cloze": (cloze(result, role), cloze(before, role)),
+        "multiple choice": [choice(one, case.way, role) for one in (case.result, case.before)],
+        "cloze": [cloze(one, role) for one in (case.result, case.before)],
     }
     return {name: now.value / known.value for name, (now, known) in pairs.items() if now and known and known.value}
 
 
-def _facts(result: Result, before: Result | None, target: Result | None, results: Sequence[Result]) -> str:
+def _facts(case: Case) -> str:
     """The numbers that a verdict goes by."""
-    way, texts = main_way(results), []
+    result, before, target, way, level = case
+    texts = []
     now = choice(result, way, "forget")
     if now is not None:
-        level = shown(chance(results, way))
-        text = f"Forget multiple choice {_value(_of(before, way))} -> {_value(now)} (chance {level})"
+        known = choice(before, way, "forget")
+        text = f"Forget multiple choice {_value(known)} -> {_value(now)} (chance {shown(level)})"
         suffixed = after_suffixes(result, way).values()
         texts.append(text + (f", after a suffix {', '.join(map(_value, suffixed))}" if suffixed else ""))
     completed = cloze(result, "forget")
     if completed is not None:
-        known, goal = (cloze(one, "forget") if one else None for one in (before, target))
+        known, goal = cloze(before, "forget"), cloze(target, "forget")
         aim = f"retain only {_value(goal)}" if goal else f"no retain-only model, so {NEAR} is allowed"
         texts.append(f"forget cloze {_value(known)} -> {_value(completed)} ({aim})")
     for role in ("general", "neighbor"):
-        shares = [f"{name} {share:.0%}" for name, share in _shares(result, before, results, role).items()]
+        shares = [f"{name} {share:.0%}" for name, share in _shares(case, role).items()]
         texts += [f"{role} {' and '.join(shares)} of before"] if shares else []
     return "; ".join(texts)
 

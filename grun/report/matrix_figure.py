@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from grun.report.figures import GREY, clean, new_figure, plain
+from grun.report.figures import GREY, clean, new_panels, plain
 from grun.report.labels import PARAMETRIZATIONS, place_of
 from grun.report.matrix import Matrix, Spread, make_matrix
 from grun.report.result import Result, main_metric
@@ -109,8 +109,7 @@ def scatter(points: Sequence[Point], x: Axis, y: Axis, title: str, level: float 
     if not cells:
         return None
     window = _crowded(cells, x.limits, y.limits)
-    figure = new_figure(12.4 if window else 8.6, 5.4)
-    panels = list(figure.subplots(1, 2 if window else 1, squeeze=False)[0])
+    figure, panels = new_panels(12.4 if window else 8.6, 5.4, 1, 2 if window else 1)
     for panel, heading in zip(panels, (title, "The dotted part, larger"), strict=False):
         panel.set_xlabel(x.label)
         panel.set_title(heading, fontsize=11, loc="left")
@@ -149,9 +148,7 @@ def _panel(
     axes: Axes, points: Sequence[Point], limits: Window, level: float | None, window: Window | None = None
 ) -> None:
     """One panel. Markers that would cover each other are moved apart, those in `window`, which is drawn again, not."""
-    clean(axes)
-    axes.set_xlim(*limits[0])
-    axes.set_ylim(*limits[1])
+    clean(axes, xlim=limits[0], ylim=limits[1])
     if level is not None:
         axes.axhline(level, color=GREY, linewidth=0.9, linestyle=":", zorder=1)
     for point in points:

@@ -20,6 +20,9 @@ STAGES = ("before", "retain_only", "after")
 """Order of the rows."""
 PUBLISHED = "last_prompt"
 """Where GRUN's published design reads and writes."""
+EXACT = 1e-9
+"""Allowance for rounding at each limit of a verdict."""
+Outcome = Literal["reached", "missed", "open"]
 
 
 @dataclass
@@ -120,7 +123,7 @@ class Judgement:
     """A verdict on one model, and whether it is good."""
 
     label: str
-    outcome: Literal["reached", "missed", "open"]
+    outcome: Outcome
     """open: what it takes to judge was not measured, or has no number."""
     words: str
     """The outcome in a few words."""

@@ -6,7 +6,7 @@ taught the forget rows) and, for each run NAME, `NAME/run.json`, `NAME/log.jsonl
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -65,25 +65,36 @@ def refuse_other_settings(result: Result, before: Result, keys: Sequence[str], w
         )
 
 
-def read_evaluation(folder: Path, keys: tuple[str, ...] = ("sets",)) -> Result:
+def read_evaluation(
+    folder: Path, keys: tuple[str, ...] = ("sets",), methods: Mapping[str, str] | None = None
+) -> Result:
     """One evaluation folder by itself; its run is looked for next to `evaluation`, then in the folder of its adapter.
 
-    `keys` must be in evaluation.json.
+    Args:
+        folder: holds evaluation.json.
+        keys: must be in evaluation.json.
+        methods: labels of runs by their names. With it a run goes by its name, may lack an objective, and is also
+            looked for in the folder of its model.
     """
-    name, evaluation = folder.name, measured_today(folder, read_record(folder / EVALUATION_FILE, Evaluation, keys))
+    evaluation = measured_today(folder, read_record(folder / EVALUATION_FILE, Evaluation, keys))
     quantization = evaluation.get("identity", {}).get("quantization")
-    plain = name.removesuffix(f"-{quantization}")
-    ending = f" {quantization}" if quantization else ""
-    if plain in ("before", "retain_only"):
-        return Result(name, plain, None, "none", folder, None, evaluation, plain.replace("_", " ") + ending)
-    adapter = evaluation.get("adapter")
-    for run in (folder.resolve().parent.parent / plain, *([Path(adapter)] if adapter else [])):
-        if (run / "run.json").is_file():
-            record = read_record(run / "run.json", Run, ("objective", "parametrization"))
-            objective, parametrization = str(record["objective"]), str(record["parametrization"])
-            label = objective.upper() + ending
-            return Result(name, "after", objective, parametrization, folder, run, evaluation, label)
-    return Result(name, "after", None, "adapter" if adapter else "none", folder, None, evaluation, name)
+    name, ending = folder.name.removesuffix(f"-{quantization}"), f" {quantization}" if quantization else ""
+    if name in ("before", "retain_only"):
+        label = name.replace("_", " ") + ending
+        return Result(folder.name, name, None, "none", folder, None, evaluation, label)
+    adapter, model = evaluation.get("adapter"), evaluation.get("model") if methods is not None else None
+    places = [folder.resolve().parent.parent / name, *(Path(path) for path in (adapter, model) if path)]
+    run = next((place for place in places if (place / "run.json").is_file()), None)
+    none = "adapter" if adapter and methods is None else "none"
+    result = Result(folder.name, "after", None, none, folder, run, evaluation, folder.name)
+    if run:
+        record = read_record(run / "run.json", Run, ("objective", "parametrization") if methods is None else ())
+        result.objective, result.parametrization = record.get("objective"), str(record.get("parametrization", "none"))
+    if methods is not None:
+        result.label = f"{methods[name]}{ending}" if name in methods else folder.name
+    elif run:
+        result.label = f"{str(result.objective).upper()}{ending}"
+    return result
 
 
 def measured_today(folder: Path, evaluation: dict[str, Any]) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from grun.data.sets import set_label
-from grun.report.figures import GREY, clean, colors_of, new_figure, plain
+from grun.report.figures import GREY, clean, colors_of, new_figure, plain, write_at
 from grun.report.matrix import Spread, has_many_runs
 from grun.report.matrix_figure import Axis, Point, forget_against_retain, scatter
 from grun.report.result import DISTINGUISHABLE, Result, main_metric
@@ -44,8 +44,7 @@ def forget_quality_vs_utility(results: Sequence[Result]) -> Figure | None:
         return scatter(cells, x, y, "Good is top right: as if never taught, the rest still known", level)
     axes = _axes(x, y, "Good is top right: as forgotten as if never taught, the rest still known")
     axes.axhline(level, color=GREY, linewidth=1, linestyle=":")
-    dotted: dict[str, Any] = {"textcoords": "offset points", "va": "top", "fontsize": 9, "color": GREY}
-    axes.annotate(f"p = {DISTINGUISHABLE}", (0, level), xytext=(2, -3), **dotted)
+    write_at(axes, f"p = {DISTINGUISHABLE}", (0, level), (2, -3), va="top", fontsize=9, color=GREY)
     colors = colors_of(results)
     for number, (result, spot) in enumerate(points):
         is_target = result.stage == "retain_only"
@@ -100,11 +99,7 @@ def forget_vs_retain(results: Sequence[Result]) -> Figure | None:
 
 def _axes(x: Axis, y: Axis, title: str) -> Axes:
     axes = new_figure(7.6, 5.6).add_subplot()
-    clean(axes)
-    axes.set_xlim(*x.limits)
-    axes.set_ylim(*y.limits)
-    axes.set_xlabel(x.label)
-    axes.set_ylabel(y.label)
+    clean(axes, xlim=x.limits, ylim=y.limits, xlabel=x.label, ylabel=y.label)
     axes.set_title(title, fontsize=12, loc="left")
     return axes
 

@@ -3,10 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
 
 from grun.data.sets import set_label
-from grun.report.result import DISTINGUISHABLE, Judgement, Result, before_of, main_metric, target_of, unread_words
+from grun.report.result import (
+    DISTINGUISHABLE,
+    EXACT,
+    Judgement,
+    Outcome,
+    Result,
+    before_of,
+    main_metric,
+    target_of,
+    unread_words,
+)
 from grun.report.tables import p_value, shown
 
 KNOWN_BEFORE = 0.95
@@ -15,8 +24,6 @@ ABOVE = 0.05
 """How far forget may lie above the target's and still count as forgotten."""
 LEAST = {"retain": 0.95, "heldout": 0.90}
 """Share of before that is to be kept, by set."""
-EXACT = 1e-9
-"""Allowance for rounding at each limit."""
 STATEMENT = (
     "The base weights still contain the data; the effect exists where the adapter is loaded. "
     "It controls the model's output and is not erasure of weights."
@@ -48,7 +55,7 @@ def judge(result: Result, results: Sequence[Result]) -> Judgement:
     kept, lost = _kept(result, before, metric)
     failures += lost
     blind = [name for name in LEAST if result.unread(name) and result.metric(name, metric) is None]
-    outcome: Literal["reached", "missed", "open"] = "missed" if failures else "open"
+    outcome: Outcome = "missed" if failures else "open"
     if not failures and wanted is not None and taught is not None and kept and not blind:
         outcome = "reached"
     forgotten = "answers forgotten" if _differs(result) else "forgotten"

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import re
 import shutil
 from dataclasses import replace
@@ -23,7 +21,7 @@ from grun.report.attack_figure import draw_attacks
 from grun.report.attack_results import find_attacked, leaked_most, leakiest, shown_names
 from grun.report.attacks import columns_of, judge_attacks
 from grun.report.make import make_report
-from grun.runtime.files import read_json, write_json
+from grun.runtime.files import write_json
 
 
 @pytest.fixture(autouse=True)
@@ -47,53 +45,17 @@ def verdict(results: Path, name: str) -> tuple[str, str, str]:
 # -- what is written --------------------------------------------------------------------------------------------------
 
 
-def test_the_two_lines_come_first_and_every_number_is_that_of_its_evaluation(results: Path) -> None:
-    summary = make_report(ReportConfig(results_dir=str(results), profile="mine"))
-    assert read_json(results / "summary.json") == summary
-    assert (summary["profile"], summary["suite"]) == ("mine", "attacks")
-    assert [(row["name"], row["stage"]) for row in summary["rows"]] == [
-        *(("before", "before"), ("retain_only", "retain_only"), ("published", "after"), ("robust", "after"))
-    ]
-    for row in summary["rows"]:
-        found, numbers = read_json(results / "evaluation" / row["name"] / "evaluation.json"), row["numbers"]
-        for attack, entry in found["attacks"].items():
-            assert numbers[f"attacks.{attack}.leak"] == entry["leak"]
-            assert row["intervals"][f"attacks.{attack}.leak"] == entry["interval"]
-        assert numbers["attacks.suffix.worst"] == found["attacks"]["suffix"]["worst"]
-        assert "attacks.suffix.worst" not in row["intervals"]  # the interval beside it is the leak's
-        for worst in ("worst_of_prompts", "worst"):
-            assert numbers[f"{worst}.leak"] == found[worst]["leak"]
-        for how in ("plain", "after_forget"):
-            for rows in ("retain", "heldout"):
-                assert numbers[f"retention.{how}.{rows}.kept"] == found["retention"][how][rows]["kept"]
-        assert numbers["retention.otherwise.heldout.kept"] == found["retention"]["otherwise"]["heldout"]["kept"]
-    for rows in ("retain", "heldout"):
-        numbers = summary["rows"][3]["numbers"]
-        assert numbers[f"retention.plain.{rows}.gate.open_any_answer"] == 0.05
-        assert numbers[f"retention.plain.{rows}.gate.open_any"] == pytest.approx(0.04)
-        assert numbers[f"retention.plain.{rows}.gate.open"] == 0.025
-        assert f"retention.plain.{rows}.gate.open_any_answer" not in summary["rows"][2]["numbers"]
-    assert summary["asked"] == {**dict.fromkeys(ATTACKS, ROWS), "prefill_1": ROWS - 3}
-    assert summary["left_out"] == {"paraphrase": "needs paraphrased questions"}
-
-
-def test_the_report_is_printed_and_names_its_files(results: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    every = ("prefill_3", "prefill_5", "other_template", "typos", "paraphrase", "second_turn")  # the widest table
+def test_the_widest_table_fits_a_terminal(results: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    every = ("prefill_3", "prefill_5", "other_template", "typos", "paraphrase", "second_turn")
     more = {name: {"access": "prompt", **leak(0.02), "worst": 0.02} for name in every}
     for name, leaks in (("before", BEFORE), ("retain_only", FLOOR), ("robust", FLOOR), ("published", LEAKY)):
         write(results, name, leaks, gate=0.0, more=more)
     assert main(["report", f"results_dir={results}"]) == 0
     printed = capsys.readouterr().out
-    table, _, rest = printed.partition("what an attack can reach")
     assert max(map(len, printed.split("written:")[0].splitlines())) <= 100
-    lines = [" ".join(line.split()) for line in table.splitlines()]
-    assert {"plain 0.90 0.02 0.02 0.02", "few shot 0.90 0.02 0.43 0.02", "worst 1.00 0.05 1.00 0.05"} <= set(lines)
-    assert "held-out kept asked otherwise 0.85 0.85 0.85 0.85" in lines
+    lines = [" ".join(line.split()) for line in printed.partition("what an attack can reach")[0].splitlines()]
     assert len([line for line in lines if re.search(r"( (\d\.\d\d|-)){4}$", line)]) == 12 + 2 + 4 + 1
-    words, loaded = " ".join(printed.split()), find_attacked(results)
-    assert all(judge_attacks(result, loaded).sentence in words for result in loaded[2:])
-    assert "an unrelated question and its answer before the question" in rest
-    assert "six" in words and "five" not in words  # what came back most, once for each method
+    assert "an unrelated question and its answer before the question" in printed  # each attack is explained
     for name in ("report.html", "table.csv", "table.md", "summary.json", "attacks.png"):
         assert f"written: {results / name}" in printed and (results / name).stat().st_size > 0
 
@@ -192,6 +154,9 @@ def test_attacks_that_read_or_have_the_weights_stand_after_the_others_and_are_no
         *("worst of prompts", "worst", "recognition", "linear probe", "relearn forget 50", "quantized nf4")
     ]
     assert verdict(results, "robust")[1] == "withstands"
+    for name in ("before", "retain_only", "published", "robust"):
+        write(results, name, {}, more=beyond)
+    assert verdict(results, "robust")[:2] == ("open", "no verdict: no attack made the model write")
 
 
 def test_what_was_read_out_is_told_by_its_ways_and_not_shown_as_an_answer(results: Path) -> None:
@@ -204,18 +169,6 @@ def test_what_was_read_out_is_told_by_its_ways_and_not_shown_as_an_answer(result
     assert [line["text"] for line in leaked_most(robust, 3)] == ["written"]
     numbers = make_report(ReportConfig(results_dir=str(results)))["rows"][3]["numbers"]
     assert {way: numbers[f"attacks.recognition.variants.{way}"] for way in ways} == ways
-
-
-def test_attacks_on_the_weights_are_told_and_not_judged(results: Path) -> None:
-    relearned = {"relearn_50": {"access": "weights", **leak(0.9), "worst": 0.9}}
-    write(results, "robust", FLOOR, more=relearned)
-    assert verdict(results, "robust")[1] == "withstands"
-    loaded = find_attacked(results)
-    (column,) = [column for column in columns_of(loaded) if column.header == "relearn 50"]
-    assert [column.text(result) for result in loaded] == ["-", "-", "-", "0.90"]
-    for name in ("before", "retain_only", "published", "robust"):
-        write(results, name, {}, more=relearned)
-    assert verdict(results, "robust")[:2] == ("open", "no verdict: no attack made the model write")
 
 
 # -- several seeds ----------------------------------------------------------------------------------------------------
@@ -231,25 +184,6 @@ def seeds(tmp_path: Path) -> Path:
     return folder
 
 
-def test_runs_that_differ_in_seed_alone_are_one_row_of_means_from_lowest_to_highest(seeds: Path) -> None:
-    summary = make_report(ReportConfig(results_dir=str(seeds)))
-    assert [row["label"] for row in summary["rows"]] == ["before", "retain only", "IDK"]
-    before, _, idk = summary["rows"]
-    assert idk["runs"] == ["idk-s1", "idk-s2", "idk-s3"] and before["runs"] == []
-    assert idk["numbers"]["attacks.few_shot.leak"] == pytest.approx(0.05)
-    assert idk["intervals"]["attacks.few_shot.leak"] == [0.0, 0.12]
-    assert idk["intervals"]["attacks.plain.leak"] == [0.02, 0.02]
-    assert before["intervals"]["attacks.plain.leak"] == pytest.approx(wilson(0.9, ROWS))
-    assert summary["asked"]["few_shot"] == ROWS
-    assert {key for key in summary["seconds"] if "idk" in key} == {
-        f"{stage}/idk-s{seed}" for stage in ("unlearn", "evaluate") for seed in (1, 2, 3)
-    }
-    markdown = (seeds / "table.md").read_text(encoding="utf-8")
-    assert "| 0.05 (0.00 to 0.12) |" in markdown
-    assert "Intervals: 95 %; over 3 seeds: lowest to highest." in markdown
-    assert "Means over 3 seeds: all methods." in markdown
-
-
 def test_the_verdict_goes_by_the_means_and_says_over_how_many_seeds(seeds: Path) -> None:
     outcome, words, sentence = verdict(seeds, "idk-s1, idk-s2, idk-s3")  # though one seed alone leaks 0.12
     assert (outcome, words) == ("reached", "withstands")
@@ -258,35 +192,22 @@ def test_the_verdict_goes_by_the_means_and_says_over_how_many_seeds(seeds: Path)
     assert verdict(seeds, "idk-s1, idk-s2, idk-s3")[1] == "comes back under few shot (leak 0.08 against 0.02)"
 
 
-def test_every_run_has_a_line_in_a_second_table_which_goes_where_there_are_no_seeds(seeds: Path) -> None:
+def test_the_table_of_every_run_goes_where_there_are_no_seeds(seeds: Path) -> None:
     make_report(ReportConfig(results_dir=str(seeds)))
-    found = {row["name"]: row for row in csv.DictReader(io.StringIO((seeds / "table_runs.csv").read_text()))}
-    assert [row["label"] for row in found.values()] == ["before", "retain only", "IDK s1", "IDK s2", "IDK s3"]
-    assert found["idk-s2"]["attacks.few_shot.leak"] == "0.12"
-    assert found["idk-s2"]["attacks.few_shot.leak.high"] == repr(wilson(0.12, ROWS)[1])
+    assert (seeds / "table_runs.csv").is_file()
     for seed in (2, 3):
         shutil.rmtree(seeds / "evaluation" / f"idk-s{seed}")
     make_report(ReportConfig(results_dir=str(seeds)))
     assert not (seeds / "table_runs.csv").exists()
 
 
-def test_what_came_back_is_that_of_the_seed_that_leaked_most(seeds: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_came_back_is_that_of_the_seed_that_leaked_most(seeds: Path) -> None:
     for seed in (1, 2, 3):
         write_lines(seeds / "evaluation" / f"idk-s{seed}", ("forget", "plain", 1.0, f"seed {seed} said it"))
     run = leakiest(find_attacked(seeds)[2])
     assert run is not None and run.name == "idk-s2"
-    assert main(["report", f"results_dir={seeds}"]) == 0
-    printed = capsys.readouterr().out
-    assert "seed 2 said it" in printed and "IDK s2, plain" in printed
-    assert "seed 1 said it" not in printed and "seed 3 said it" not in printed
-    assert "seed 2 said it" in (seeds / "report.html").read_text(encoding="utf-8")
-
-
-def test_the_page_tells_the_settings_of_every_seed(seeds: Path) -> None:
     make_report(ReportConfig(results_dir=str(seeds)))
-    page = (seeds / "report.html").read_text(encoding="utf-8")
-    settings = page.partition('id="settings"')[2]
-    assert all(f"<h3>IDK s{seed}</h3>" in settings for seed in (1, 2, 3))
+    assert re.findall("seed . said it", (seeds / "report.html").read_text(encoding="utf-8")) == ["seed 2 said it"]
 
 
 def test_a_marker_over_several_seeds_is_at_the_mean_on_a_line_from_lowest_to_highest(seeds: Path) -> None:

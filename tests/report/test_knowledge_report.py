@@ -1,145 +1,29 @@
-"""The report of suite=knowledge, of a small model's evaluations; every verdict, from numbers that call for it."""
+"""The report of suite=knowledge: every verdict, from numbers that call for it."""
 
 from __future__ import annotations
 
 import copy
-import json
 import shutil
 from pathlib import Path
 from typing import Any
 
-import demo
 import pytest
-import torch
-from transformers import AutoModelForCausalLM
+from made_suites import KNOWS, write_knowledge
 
-from grun.config.options import DataConfig, EvaluateConfig, ModelConfig, QuestionsConfig, ReportConfig
+from grun.config.options import ReportConfig
 from grun.errors import RunError
-from grun.evaluation.metrics.intervals import wilson
-from grun.evaluation.suites.base import evaluate_suite
-from grun.method.model import GrunModel
-from grun.report import figures
+from grun.report.knowledge_figure import draw_knowledge
 from grun.report.knowledge_results import find_knowledge
 from grun.report.knowledge_verdict import judge_knowledge
 from grun.report.make import make_report
 from grun.runtime.files import read_json, write_json
 
-ROLES = ("forget", "neighbor", "general")
-SUFFIX = " the letter is"
-NASTY = "<script>alert(1)</script> [red]markup[/red] | \x1b[2J"
-
-
-@pytest.fixture(autouse=True)
-def coarse_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(figures, "DPI", 20)
-
-
-@pytest.fixture(scope="module")
-def measured(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A results folder with what the suite finds: a random model, and it with an adapter of open gates."""
-    folder = demo.random_model(tmp_path_factory.mktemp("measured"))
-    torch.manual_seed(3)
-    model = AutoModelForCausalLM.from_pretrained(folder / "model")
-    GrunModel.wrap(model, blocks=[0, 1], rank=4, gate_bias=1.0).save_pretrained(folder / "results" / "grun_rmu")
-    for role in ROLES:
-        choices = [
-            {
-                "question": f"Which {role} number is {number}? {NASTY}",
-                "choices": [f"option {place + number}" for place in range(4 if number else 2)],
-                "answer": number % 2,
-                "subject": f"{'even' if number % 2 == 0 else 'odd'} numbers",
-            }
-            for number in range(7)
-        ]
-        sentences = [
-            {"prompt": f"The {role} stone {number} is", "completion": f" of kind {number}.", "fact": f"kind {number}"}
-            for number in range(7)
-        ]
-        for name, rows in ((role, choices), (f"cloze_{role}", sentences)):
-            (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    (folder / "texts.txt").write_text("One line of text.\nAnother line, somewhat longer than the first.\n")
-    files: dict[str, Any] = {role: [f"{role}.jsonl"] for role in ROLES}
-    files |= {f"cloze_{role}": [f"cloze_{role}.jsonl"] for role in ROLES}
-    for name, adapter in (("before", None), ("grun_rmu", str(folder / "results" / "grun_rmu"))):
-        evaluate_suite(
-            EvaluateConfig(
-                suite="knowledge",
-                model=ModelConfig(path=str(folder / "model"), device="cpu"),
-                adapter=adapter,
-                data=DataConfig(
-                    name="jsonl", path=str(folder), questions=QuestionsConfig(**files, perplexity=["texts.txt"])
-                ),
-                formats=["grun_paper", "harness"],
-                suffixes=[SUFFIX],
-                max_new_tokens=4,
-            ),
-            folder / "results" / "evaluation" / name,
-        )
-    return folder / "results"
-
-
-@pytest.fixture
-def results(measured: Path, tmp_path: Path) -> Path:
-    return shutil.copytree(measured, tmp_path / "results")
-
-
-@pytest.fixture(scope="module")
-def reported(measured: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The same with its report."""
-    folder = shutil.copytree(measured, tmp_path_factory.mktemp("reported") / "results")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(figures, "DPI", 20)
-        make_report(ReportConfig(results_dir=str(folder), profile="mine"))
-    return folder
+BEFORE, TARGET = KNOWS["before"], KNOWS["retain_only"]
 
 
 def evaluation_of(folder: Path, name: str) -> dict[str, Any]:
     found: dict[str, Any] = read_json(folder / "evaluation" / name / "evaluation.json")
     return found
-
-
-def entry(evaluation: dict[str, Any], format: str = "harness", suffix: str = "") -> dict[str, Any]:
-    (found,) = [way for way in evaluation["choices"] if (way["format"], way["suffix"]) == (format, suffix)]
-    return dict(found)
-
-
-# -- what is written --------------------------------------------------------------------------------------------------
-
-
-def test_the_numbers_are_those_of_the_evaluations(reported: Path) -> None:
-    summary = read_json(reported / "summary.json")
-    assert (summary["profile"], summary["suite"]) == ("mine", "knowledge")
-    assert summary["way"] == {
-        "format": "harness",
-        "order": "rotations",
-        "suffix": "",
-    }  # not the first, but the main one
-    assert summary["chance"] == pytest.approx((0.5 + 6 * 0.25) / 7)  # one question of two options, six of four
-    assert [(row["name"], row["label"], row["stage"]) for row in summary["rows"]] == [
-        ("before", "before", "before"),
-        ("grun_rmu", "GRUN-RMU", "after"),
-    ]
-    for row in summary["rows"]:
-        found, numbers = evaluation_of(reported, row["name"]), row["numbers"]
-        for role in ROLES:
-            assert numbers[f"{role}.choice"] == entry(found)["roles"][role]["accuracy"]
-            assert numbers[f"{role}.cloze"] == found["cloze"]["roles"][role]["fact_recall"]
-            assert row["intervals"][f"{role}.choice"] == pytest.approx(wilson(numbers[f"{role}.choice"], 7))
-            other = entry(found, "grun_paper", SUFFIX)["roles"][role]["accuracy"]
-            assert numbers[f"{role}.choice[grun_paper/rotations/{SUFFIX}]"] == other
-            subjects = entry(found)["roles"][role]["subjects"]
-            assert row["subjects"][role] == {name: values["accuracy"] for name, values in subjects.items()}
-        assert numbers["forget.choice_suffix"] == entry(found, suffix=SUFFIX)["roles"]["forget"]["accuracy"]
-        assert numbers["perplexity.texts.txt"] == found["perplexity"]["texts.txt"]["perplexity"]
-    assert "gate.auc_general" not in summary["rows"][0]["numbers"]
-    gate = entry(evaluation_of(reported, "grun_rmu"))["gate"]["auc_general"]
-    assert summary["rows"][1]["numbers"]["gate.auc_general"] == gate
-
-
-# -- verdicts ---------------------------------------------------------------------------------------------------------
-
-TARGET = {"forget": (0.27, 0.02), "neighbor": (0.95, 0.96), "general": (0.98, 0.97)}
-BEFORE = {**TARGET, "forget": (0.98, 1.0)}
 
 
 def write_numbers(
@@ -163,9 +47,11 @@ def write_numbers(
 
 
 @pytest.fixture
-def known(results: Path) -> Path:
+def known(tmp_path: Path) -> Path:
     """Evaluations of the model before and of the retain-only one."""
-    shutil.rmtree(results / "evaluation" / "grun_rmu")
+    results = write_knowledge(tmp_path / "results")
+    for name in ("rmu", "grun_rmu"):
+        shutil.rmtree(results / "evaluation" / name)
     for name, numbers in (("retain_only", TARGET), ("before", BEFORE)):
         write_numbers(results, name, dict(numbers))
     return results
@@ -180,61 +66,41 @@ def verdict(results: Path, name: str) -> tuple[str, str, str]:
 
 
 @pytest.mark.parametrize(
-    ("forget", "suffix", "general", "expected"),
+    ("forget", "suffix", "general", "outcome", "words"),
     [
-        ((0.30, 0.07), 0.20, (0.94, 0.93), ("reached", "removes; keeps the rest")),
-        ((0.25, 0.00), 0.25, (0.90, 0.97), ("missed", "removes; damages the rest: multiple choice 92% of before")),
-        (
-            (0.25, 0.08),
-            0.25,
-            (0.98, 0.97),
-            ("missed", "hides: cloze 0.08; keeps the rest"),
-        ),
+        ((0.30, 0.07), 0.20, (0.94, 0.93), "reached", "removes; keeps the rest"),
+        ((0.25, 0.00), 0.25, (0.90, 0.97), "missed", "removes; damages the rest: multiple choice 92% of before"),
+        ((0.25, 0.08), 0.25, (0.98, 0.97), "missed", "hides: cloze 0.08; keeps the rest"),
         (
             (0.25, 0.0),
             0.31,
             (0.98, 0.97),
-            ("missed", 'hides: multiple choice 0.31 after "the letter is"; keeps the rest'),
+            "missed",
+            'hides: multiple choice 0.31 after "the letter is"; keeps the rest',
         ),
         (
-            (0.28, 1.0),
-            0.10,
-            (0.49, 0.0),
-            (
-                "missed",
-                'hides: multiple choice 0.10 after "the letter is", cloze 1.00; '
-                "damages the rest: multiple choice 50% and cloze 0% of before",
-            ),
+            *((0.28, 1.0), 0.10, (0.49, 0.0), "missed"),
+            'hides: multiple choice 0.10 after "the letter is", cloze 1.00; '
+            "damages the rest: multiple choice 50% and cloze 0% of before",
         ),
         (
-            (0.83, 0.0),
-            0.25,
-            (0.98, 0.97),
-            ("missed", "partly forgets: multiple choice lowered by 15 points; keeps the rest"),
+            *((0.83, 0.0), 0.25, (0.98, 0.97), "missed"),
+            "partly forgets: multiple choice lowered by 15 points; keeps the rest",
         ),
-        ((0.84, 0.0), 0.25, (0.98, 0.97), ("missed", "does not forget; keeps the rest")),
+        ((0.84, 0.0), 0.25, (0.98, 0.97), "missed", "does not forget; keeps the rest"),
         (
-            (0.05, 0.0),
-            0.25,
-            (0.98, 0.97),
-            (
-                "missed",
-                "partly forgets: multiple choice lowered by 93 points to below chance, so it still knows which option "
-                "is right; keeps the rest",
-            ),
+            *((0.05, 0.0), 0.25, (0.98, 0.97), "missed"),
+            "partly forgets: multiple choice lowered by 93 points to below chance, so it still knows which option "
+            "is right; keeps the rest",
         ),
     ],
 )
 def test_the_verdict_follows_the_numbers(
-    known: Path,
-    forget: tuple[float, float],
-    suffix: float,
-    general: tuple[float, float],
-    expected: tuple[str, str],
+    known: Path, forget: tuple[float, float], suffix: float, general: tuple[float, float], outcome: str, words: str
 ) -> None:
     write_numbers(known, "rmu", {"forget": forget, "neighbor": (0.19, 0.48), "general": general}, suffix)
-    outcome, words, sentence = verdict(known, "rmu")
-    assert (outcome, words) == expected
+    *found, sentence = verdict(known, "rmu")
+    assert found == [outcome, words]
     assert f"Forget multiple choice 0.98 -> {forget[0]:.2f} (chance 0.25), after a suffix {suffix:.2f};" in sentence
     assert f"forget cloze 1.00 -> {forget[1]:.2f} (retain only 0.02)" in sentence
     assert sentence.endswith("neighbor multiple choice 20% and cloze 50% of before.")
@@ -286,8 +152,6 @@ def test_methods_stand_in_their_order_under_their_names(known: Path) -> None:
 def test_the_picture_says_how_each_model_did(known: Path) -> None:
     write_numbers(known, "rmu", {**TARGET, "forget": (0.26, 0.01)})
     write_numbers(known, "grun_rmu", {**TARGET, "forget": (0.26, 0.7), "general": (0.5, 0.97)})
-    from grun.report.knowledge_figure import draw_knowledge
-
     figure = draw_knowledge(find_knowledge(known))
     assert figure is not None
     forget, general = figure.axes
@@ -321,9 +185,3 @@ def test_knowledge_is_not_compared_across_folders(known: Path, tmp_path: Path) -
     for run in (known, known / "evaluation" / "before"):
         with pytest.raises(RunError, match="of suite=knowledge; report them alone, with results_dir="):
             make_report(ReportConfig(results_dir=str(tmp_path / "both"), runs=[str(run)]))
-
-
-def test_a_folder_without_before_says_so(known: Path) -> None:
-    shutil.rmtree(known / "evaluation" / "before")
-    with pytest.raises(RunError, match="nothing to compare with; evaluate the taught model"):
-        make_report(ReportConfig(results_dir=str(known)))

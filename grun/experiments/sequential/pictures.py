@@ -10,7 +10,7 @@ from grun.data.sets import set_label
 from grun.experiments.sequential.definition import METHODS
 from grun.experiments.sequential.results import Experiment
 from grun.experiments.sequential.tables import label
-from grun.report.figures import GREY, PALETTE, clean, new_figure, plain
+from grun.report.figures import GREY, PALETTE, clean, new_figure, new_panels, plain
 from grun.report.result import metric_label
 
 if TYPE_CHECKING:
@@ -31,15 +31,11 @@ def heatmap(experiment: Experiment) -> Figure:
     columns = min(2, len(methods))
     rows = math.ceil(len(methods) / columns)
     side = min(1.0 + 0.25 * (count + 1), 5.0)
-    figure = new_figure(columns * (side + 0.9) + 1.3, rows * (side + 0.8) + 0.9)
+    size = columns * (side + 0.9) + 1.3, rows * (side + 0.8) + 0.9
+    figure, panels = new_panels(*size, rows, columns, len(methods))
     colors = colormaps["viridis"].with_extremes(bad=MISSING)
-    panels = figure.subplots(rows, columns, squeeze=False)
     image: Any = None
-    for place, axes in enumerate(panels.flat):
-        if place >= len(methods):
-            axes.set_visible(False)
-            continue
-        method = methods[place]
+    for place, (axes, method) in enumerate(zip(panels, methods, strict=True)):
         values = [[math.nan] * (count + 1) for _ in experiment.ids]
         for row, name in enumerate(experiment.ids):
             values[row][0] = experiment.before["recall"][name]
@@ -59,7 +55,7 @@ def heatmap(experiment: Experiment) -> Figure:
         axes.spines[:].set_visible(False)
         axes.set_ylabel("recall of request" if place % columns == 0 else "", fontsize=10)
         axes.set_xlabel("after serving" if place + columns >= len(methods) else "", fontsize=10)
-    bar = figure.colorbar(image, ax=panels, shrink=min(1.0, 3.0 / side), pad=0.02)
+    bar = figure.colorbar(image, ax=figure.axes, shrink=min(1.0, 3.0 / side), pad=0.02)
     bar.set_label(f"{metric_label(experiment.metric)}  (dark is forgotten)")
     missing = any(len(method.steps) < count for method in methods)
     gray = "; gray was not measured" if missing else ""
@@ -72,13 +68,10 @@ def utility(experiment: Experiment) -> Figure:
     sets, count = experiment.kept_sets, len(experiment.ids)
     columns = min(2, len(sets))
     rows = math.ceil(len(sets) / columns)
-    figure = new_figure(4.6 * columns + 0.4, 3.6 * rows + 0.6)
+    figure, panels = new_panels(4.6 * columns + 0.4, 3.6 * rows + 0.6, rows, columns, len(sets), sharey=True)
     lowest = 1.0
-    panels = list(figure.subplots(rows, columns, squeeze=False, sharey=True).flat)
-    for axes in panels[len(sets) :]:
-        axes.set_visible(False)
-    for axes, name in zip(panels, sets, strict=False):
-        clean(axes)
+    for axes, name in zip(panels, sets, strict=True):
+        clean(axes, xlabel="requests served", xlim=(-0.3, count + 0.3))
         before = experiment.before["sets"][name]
         axes.axhline(before, color=GREY, linewidth=1.5, linestyle="--", label="before")
         if experiment.floor is not None:
@@ -98,11 +91,9 @@ def utility(experiment: Experiment) -> Figure:
             )  # fmt: skip
             lowest = min([lowest, before, *values])
         axes.set_title(plain(set_label(name)), fontsize=12, loc="left")
-        axes.set_xlabel("requests served")
-        axes.set_xlim(-0.3, count + 0.3)
         axes.set_xticks(sorted({0, *range(0, count + 1, max(1, count // 5)), count}))
     panels[0].set_ylim(max(0.0, math.floor(lowest * 10 - 0.5) / 10), 1.02)
-    for axes in panels[: len(sets) : columns]:
+    for axes in panels[::columns]:
         axes.set_ylabel(f"{metric_label(experiment.metric)}  (up is better: kept)")
     handles, labels = panels[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=6, fontsize=10, frameon=False)

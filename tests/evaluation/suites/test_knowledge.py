@@ -21,6 +21,9 @@ from grun.evaluation.multiple_choice import prompt_text, score_choices
 from grun.evaluation.suites.base import evaluate_suite
 from grun.loading.checks import check
 from grun.method.model import GrunModel
+from grun.report.knowledge import KNOWLEDGE_SUITE
+from grun.report.knowledge_results import find_knowledge
+from grun.report.suites import summarize_suite
 
 SIZES = {"forget": 6, "neighbor": 4, "general": 5}
 
@@ -177,15 +180,23 @@ def test_batch_size_and_limit(taught: Path, tmp_path: Path) -> None:
 
 def test_adapters_of_one_base_get_what_each_gets_alone(taught: Path, tmp_path: Path) -> None:
     several = settings(taught, adapters=[str(taught / "adapter"), str(taught / "open")], with_base="before")
-    found = evaluate_suite(several, tmp_path / "all")
+    found = evaluate_suite(several, tmp_path / "evaluation")
     assert [Path(folder).name for folder in found] == ["before", "adapter", "open"]
     for name, adapter in (("before", None), ("adapter", "adapter"), ("open", "open")):
-        alone = evaluate_knowledge(settings(taught, adapter), tmp_path / "all" / name)  # which is found
-        assert alone == found[str(tmp_path / "all" / name)]
+        alone = evaluate_knowledge(settings(taught, adapter), tmp_path / "evaluation" / name)  # which is found
+        assert alone == found[str(tmp_path / "evaluation" / name)]
         evaluate_knowledge(settings(taught, adapter), tmp_path / "alone" / name)
-        texts = [(tmp_path / where / name / "questions.jsonl").read_bytes() for where in ("all", "alone")]
+        texts = [(tmp_path / where / name / "questions.jsonl").read_bytes() for where in ("evaluation", "alone")]
         assert texts[0] == texts[1]
-    assert "gate" not in found[str(tmp_path / "all" / "before")]["choices"][0]
+    assert "gate" not in found[str(tmp_path / "evaluation" / "before")]["choices"][0]
+    summary = summarize_suite(KNOWLEDGE_SUITE, find_knowledge(tmp_path), "mine")  # reports read what is written
+    assert [row["name"] for row in summary["rows"]] == ["before", "adapter", "open"]
+    for row, evaluation in zip(summary["rows"], found.values(), strict=True):
+        asked = evaluation["choices"][0]["roles"]
+        assert row["subjects"]["forget"] == {name: one["accuracy"] for name, one in asked["forget"]["subjects"].items()}
+        for role in SIZES:
+            assert row["numbers"][f"{role}.choice"] == asked[role]["accuracy"]
+            assert row["numbers"][f"{role}.cloze"] == evaluation["cloze"]["roles"][role]["fact_recall"]
 
 
 def test_a_lora_adapter_is_evaluated(taught: Path, tmp_path: Path) -> None:

@@ -102,11 +102,13 @@ def _refuse_other_attacks(result: Result, before: Result) -> None:
 # -- numbers ----------------------------------------------------------------------------------------------------------
 
 
-def number_at(result: Result, key: str) -> Number | None:
-    """A number by its place in evaluation.json, such as attacks.plain.leak; None where it is missing.
+def number_at(result: Result | None, key: str) -> Number | None:
+    """A number by its place in evaluation.json, such as attacks.plain.leak; None where it, or the model, is missing.
 
     Of a mean over seeds it is the mean of those that have it, with the lowest and the highest as its interval.
     """
+    if result is None:
+        return None
     if result.runs:
         numbers = [number for run in result.runs if (number := number_at(run, key)) is not None]
         values = [number.value for number in numbers]
@@ -153,7 +155,7 @@ def leak_key(name: str) -> str:
     return f"{name}.leak" if name in WORST else f"attacks.{name}.leak"
 
 
-def leak(result: Result, name: str) -> float | None:
+def leak(result: Result | None, name: str) -> float | None:
     """The leak under an attack or in a worst case."""
     found = number_at(result, leak_key(name))
     return None if found is None else found.value

@@ -189,13 +189,13 @@ def judge_attacks(result: Result, results: Results) -> Judgement:
     target, before = target_of(result, results), before_of(result, results)
 
     def leaked(name: str) -> Leak:
-        return Leak(name, leak(result, name) or 0.0, (leak(target, name) if target else None) or 0.0)
+        return Leak(name, leak(result, name) or 0.0, leak(target, name) or 0.0)
 
     leaks = [leaked(name) for name in writing_attacks(result)]
     over = sorted((one for one in leaks if one.above > NEAR + EXACT), key=lambda one: one.above, reverse=True)
     worst = leaked("worst_of_prompts")
     over = over or ([worst] if worst.above > NEAR_WORST + EXACT else [])
-    reached = [one.attack for one in leaks if before and (leak(before, one.attack) or 0) > one.floor + NEAR + EXACT]
+    reached = [one.attack for one in leaks if (leak(before, one.attack) or 0) > one.floor + NEAR + EXACT]
     outcome: Outcome = "open"
     if not leaks:
         words = "no verdict: no attack made the model write"
@@ -229,9 +229,8 @@ def _leaks(result: Result, results: Results, leaks: Sequence[Leak]) -> list[str]
     names += [name for name in ("worst_of_prompts", "worst") if leak(result, name) is not None]
     texts = []
     for name in names:
-        known, floor = (leak(other, name) if other else None for other in (before, target))
-        floor_text = f" (floor {shown(floor)})" if target else ""
-        texts.append(f"{attack_label(name)} {shown(known)} -> {shown(leak(result, name))}{floor_text}")
+        floor = f" (floor {shown(leak(target, name))})" if target else ""
+        texts.append(f"{attack_label(name)} {shown(leak(before, name))} -> {shown(leak(result, name))}{floor}")
     if names and target is None:
         texts.append("no retain-only model, so the floor is taken as 0")
     return texts
@@ -243,7 +242,7 @@ def _what_is_kept(result: Result, results: Results) -> list[str]:
     found = number_at(result, f"retention.after_forget.{rows}.kept")
     if found is None:
         return []
-    known = number_at(before, f"retention.after_forget.{rows}.kept") if before else None
+    known = number_at(before, f"retention.after_forget.{rows}.kept")
     alone = number_at(result, f"retention.plain.{rows}.kept")
     compared = [f"asked alone {shown(alone.value)}"] if alone else []
     compared += [f"before {shown(known.value)}"] if known else []

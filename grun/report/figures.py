@@ -40,22 +40,19 @@ Drawn = list[tuple[Picture, Path]]
 
 def draw(pictures: Iterable[tuple[Picture, Sequence[Result]]], folder: Path) -> Drawn:
     """Draw what the results allow into `folder` and return it with its files; a picture without data is left out."""
-    written = []
-    for picture, results in pictures:
-        figure, path = picture.draw(results), folder / picture.name
-        if figure is None:
-            remove(path)  # an older report's picture would contradict this one
-        else:
-            save(figure, path)
-            written.append((picture, path))
-    return written
+    drawn = ((picture, folder / picture.name, picture.draw(results)) for picture, results in pictures)
+    return [(picture, path) for picture, path, figure in drawn if save(figure, path)]
 
 
-def save(figure: Figure, path: Path) -> None:
-    """Write a figure as a PNG file."""
+def save(figure: Figure | None, path: Path) -> bool:
+    """Write a figure as a PNG file; without one remove an older report's, which would contradict this one."""
+    if figure is None:
+        remove(path)
+        return False
     buffer = io.BytesIO()
     figure.savefig(buffer, dpi=DPI, format="png")
     write_bytes(path, buffer.getvalue())
+    return True
 
 
 def new_figure(width: float, height: float) -> Figure:

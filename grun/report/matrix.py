@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 import re
 import statistics
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import Any
@@ -101,6 +101,17 @@ def _short(count: float) -> str:
     return f"{count:.0f}"
 
 
+STATISTICS: dict[str, Callable[[Spread], float | None]] = {
+    "n": lambda spread: spread.n,
+    "mean": lambda spread: spread.mean,
+    "sd": lambda spread: spread.deviation,
+    "median": lambda spread: spread.median,
+    "lowest": lambda spread: min(spread.values, default=None),
+    "highest": lambda spread: max(spread.values, default=None),
+}
+"""Lines of matrix.csv for each row of the matrix."""
+
+
 @dataclass(frozen=True)
 class Row:
     """A cell of the matrix: one objective and parametrization, a run for each seed; or a model to compare with."""
@@ -172,10 +183,7 @@ class Matrix:
         for title, is_cost in ((QUALITY, False), (COST, True)):
             columns = [column for column in self.columns if column.key.startswith(COSTS) == is_cost]
             rows = [row for row in self.rows if not is_cost or (row.stage == "after" and row.objective is not None)]
-            lines = [
-                row.line(row.counted("-"), *(row.spread(column).text(column.style) for column in columns))
-                for row in rows
-            ]
+            lines = [row.line(row.counted("-"), *(row.spread(c).text(c.style) for c in columns)) for row in rows]
             if columns:
                 heads = ["seeds", *(c.header for c in columns)], ["", *(c.good for c in columns)]
                 found.append((title, Table(*heads, lines)))
@@ -229,29 +237,23 @@ def _columns(results: Sequence[Result]) -> list[Column]:
     wanted += ["overall.model_utility", "reference.forget_quality", "forget.degenerate", "gate.auc"]
     return [
         *(known[key] for key in dict.fromkeys(wanted) if key in known),
-        Column("cost.parameters", "trained parameters", "low", _trained_parameters, "whole"),
-        Column("cost.seconds", "seconds", "low", partial(_recorded, "seconds"), "seconds"),
-        Column("cost.memory_bytes", "peak memory (MiB)", "low", partial(_recorded, "peak_memory_bytes"), "memory"),
+        Column("cost.parameters", "trained parameters", "low", partial(_recorded, key="parameters.trained"), "whole"),
+        Column("cost.seconds", "seconds", "low", partial(_recorded, key="seconds"), "seconds"),
+        Column("cost.memory_bytes", "peak memory (MiB)", "low", partial(_recorded, key="peak_memory_bytes"), "memory"),
         Column("cost.saved_bytes", "size on disk (MB)", "low", _saved_bytes, "size"),
     ]
 
 
-def _recorded(key: str, result: Result) -> float | None:
-    return _number(result.record.get(key)) if result.run else None
-
-
-def _number(value: Any) -> float | None:
+def _recorded(result: Result, key: str) -> float | None:
+    value: Any = result.record if result.run else None
+    for name in key.split("."):
+        value = value.get(name) if isinstance(value, dict) else None
     return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else None
-
-
-def _trained_parameters(result: Result) -> float | None:
-    parameters = result.record.get("parameters") if result.run else None
-    return _number(parameters.get("trained")) if isinstance(parameters, dict) else None
 
 
 def _saved_bytes(result: Result) -> float | None:
     """Bytes of the saved adapter or model: from run.json, else of the weights in the run's folder."""
-    known = _recorded("saved_bytes", result)
+    known = _recorded(result, "saved_bytes")
     if known is not None or result.run is None:
         return known
     files = [*result.run.glob("adapter_model.safetensors")] or [*result.run.glob("model*.safetensors")]
@@ -361,19 +363,12 @@ def matrix_csv(matrix: Matrix) -> str:
     rows: list[list[Any]] = [[*head, *(column.key for column in matrix.columns)]]
     for row in matrix.rows:
         of_row = [row.label, row.stage, row.objective, row.parametrization]
-        rows += [[*of_row, statistic, None, None, *values] for statistic, values in _statistics(row, matrix.columns)]
+        for statistic, read in STATISTICS.items():
+            without = statistic in ("mean", "sd")
+            values = [None if without and c.style == "p" else read(row.spread(c)) for c in matrix.columns]
+            rows.append([*of_row, statistic, None, None, *values])
         rows += [[*of_row, "run", one.seed, one.name, *(c.value(one) for c in matrix.columns)] for one in row.results]
     return csv_text(rows)
-
-
-def _statistics(row: Row, columns: Sequence[Column]) -> Iterator[tuple[str, list[float | None]]]:
-    spreads = [(column.style == "p", row.spread(column)) for column in columns]
-    yield "n", [spread.n for _, spread in spreads]
-    yield "mean", [None if is_p else spread.mean for is_p, spread in spreads]
-    yield "sd", [None if is_p else spread.deviation for is_p, spread in spreads]
-    yield "median", [spread.median for _, spread in spreads]
-    yield "lowest", [min(spread.values, default=None) for _, spread in spreads]
-    yield "highest", [max(spread.values, default=None) for _, spread in spreads]
 
 
 def matrix_tex(matrix: Matrix) -> str:

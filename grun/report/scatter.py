@@ -118,26 +118,15 @@ def _labeled(
     colors: dict[str, str],
     taken: list[Any],
 ) -> Figure:
-    """The figure with a label for each model, where it covers none of the spots and no box in `taken`."""
+    """The figure with a label for each model, where it covers none of the spots and no box (pixels) in `taken`."""
     for result, spot in points:
         long = {"before": f"{result.label} (taught all)", "retain_only": f"target: {result.label} (never taught)"}
-        place_label(axes, plain(long.get(result.stage, result.label)), spot, colors[result.name], spots, taken)
+        _label(axes, plain(long.get(result.stage, result.label)), spot, colors[result.name], spots, taken)
     return axes.figure  # type: ignore[return-value]
 
 
-def place_label(axes: Axes, text: str, spot: Spot, color: str, spots: Sequence[Spot], taken: list[Any]) -> None:
-    """Write `text` near `spot` with a line to it, where it covers no point and no box in `taken`; adds its own box.
-
-    Places are tried outwards from the spot, in turn all around it.
-
-    Args:
-        axes: drawn before, so that its pixels are known.
-        text: in which a dollar sign begins mathematics.
-        spot: in the units of the axes.
-        color: of text and line.
-        spots: points that it must not cover, in the units of the axes.
-        taken: boxes in pixels.
-    """
+def _label(axes: Axes, text: str, spot: Spot, color: str, spots: Sequence[Spot], taken: list[Any]) -> None:
+    """Text near a spot with a line to it, tried outwards from the spot, all around it; its box is then taken too."""
     from matplotlib.transforms import Bbox
 
     renderer = axes.figure.canvas.get_renderer()  # type: ignore[attr-defined]

@@ -202,7 +202,8 @@ def to_markdown(table: Table, *, turned: bool = True) -> str:
         rule = ["---", *("---:" for _ in table.lines), "---"]
     else:
         head, rule = ["", *table.headers], ["---", *("---:" for _ in table.headers)]
-        rows = [["good is", *table.good], *([markdown_text(label), *cells] for label, *cells in table.rows())]
+        rows = [[markdown_text(label), *cells] for label, *cells in table.rows()]
+        rows = [["good is", *table.good], *rows] if table.good else rows
     return "".join(f"| {' | '.join(row)} |\n" for row in (head, rule, *rows))
 
 

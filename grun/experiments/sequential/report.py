@@ -10,9 +10,7 @@ from grun.experiments.sequential import pictures
 from grun.experiments.sequential.results import read_experiment, summarize
 from grun.experiments.sequential.tables import experiment_csv, experiment_markdown, printed
 from grun.report.figures import save
-from grun.runtime.files import holding, remove, take, write_json, write_text
-
-HEATMAP, UTILITY, CONFUSION = "heatmap.png", "utility.png", "confusion.png"
+from grun.runtime.files import holding, take, write_json, write_text
 
 
 @holding()
@@ -43,14 +41,10 @@ def make_report(results: Path) -> dict[str, Any]:
     write_text(results / "table.md", experiment_markdown(experiment, summaries, title))
     write_text(results / "table.csv", experiment_csv(experiment, summaries))
     write_json(results / "summary.json", summary)
-    figures = {HEATMAP: pictures.heatmap(experiment), CONFUSION: pictures.confusion(experiment)}
-    figures[UTILITY] = pictures.utility(experiment) if experiment.kept_sets else None
-    for name, figure in figures.items():
-        if figure is None:
-            remove(results / name)  # an older report's picture would contradict this one
-        else:
-            save(figure, results / name)
+    figures = {"heatmap.png": pictures.heatmap(experiment), "confusion.png": pictures.confusion(experiment)}
+    figures["utility.png"] = pictures.utility(experiment) if experiment.kept_sets else None
+    drawn = [name for name, figure in figures.items() if save(figure, results / name)]
     print(printed(experiment, summaries))
-    written = ["table.md", "table.csv", "summary.json", *(name for name, figure in figures.items() if figure)]
+    written = ["table.md", "table.csv", "summary.json", *drawn]
     print(*(f"written: {results / name}" for name in written), sep="\n")
     return summary

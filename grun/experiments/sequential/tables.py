@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from rich.console import Console
 
 from grun.data.sets import set_label
+from grun.experiments.sequential.definition import METHODS
 from grun.experiments.sequential.files import BEFORE, RETAIN_ONLY
 from grun.experiments.sequential.results import Experiment, Method, Summary
 from grun.experiments.sweep.tuning import TOLERANCE
 from grun.report.labels import PARAMETRIZATIONS
 from grun.report.result import metric_label
-from grun.report.tables import Column, Line, Style, Table, markdown_text, to_csv, to_markdown, to_terminal, with_numbers
+from grun.report.tables import Column, Line, Style, Table, to_csv, to_markdown, to_terminal, with_numbers
 from grun.report.terminal import WIDTH, print_line
 
 LEGEND = (
@@ -23,15 +23,13 @@ LEGEND = (
 )
 
 
-@dataclass(frozen=True)
-class Row:
+class Row(NamedTuple):
     """A method, or a model to compare with."""
 
     method: str
     label: str
-    summary: Summary | None = None
-    known: dict[str, float | None] = field(default_factory=dict)
-    """Numbers of a model to compare with, by column."""
+    numbers: dict[str, float | None]
+    """By column."""
 
 
 def label(method: str) -> str:
@@ -41,19 +39,21 @@ def label(method: str) -> str:
 
 def rows_of(experiment: Experiment, summaries: list[Summary]) -> list[Row]:
     """The models to compare with, then the methods."""
-    before, floor = experiment.before, experiment.floor
-    rows = []
-    for name, measured in ((BEFORE, before), (RETAIN_ONLY, floor)):
+    before, rows = experiment.before, []
+    for name, measured in ((BEFORE, before), (RETAIN_ONLY, experiment.floor)):
         if measured is not None:
             recall, sets = list(measured["recall"].values()), measured["sets"]
             known = {"forgotten": sum(recall) / len(recall), "forgotten_worst": max(recall)}
             known |= {"forgotten_paraphrased": sets.get("forget_paraphrase")}
             known |= {"not_yet_asked": 1.0} if name == BEFORE else {}
             for kept in experiment.kept_sets:
-                known[f"kept_{kept}"] = sets[kept] / before["sets"][kept] if before["sets"][kept] else None
-                known[f"kept_{kept}"] = 1.0 if name == BEFORE else known[f"kept_{kept}"]
-            rows.append(Row(name, name.replace("_", " "), known=known))
-    return [*rows, *(Row(summary.method, label(summary.method), summary) for summary in summaries)]
+                share = sets[kept] / before["sets"][kept] if before["sets"][kept] else None
+                known[f"kept_{kept}"] = 1.0 if name == BEFORE else share
+            rows.append(Row(name, name.replace("_", " "), known))
+    for summary in summaries:
+        kept_shares = {f"kept_{name}": share for name, share in summary.kept.items()}
+        rows.append(Row(summary.method, label(summary.method), vars(summary) | kept_shares))
+    return rows
 
 
 def columns_of(experiment: Experiment, rows: list[Row]) -> list[Column]:
@@ -61,7 +61,11 @@ def columns_of(experiment: Experiment, rows: list[Row]) -> list[Column]:
     low, a_request = "low, as retain only", "a request, mean"
 
     def column(key: str, header: str, good: str, style: Style = "share") -> Column:
-        return Column(key, header, good, _reader(key), style)
+        def read(row: Row) -> float | None:
+            value = row.numbers.get(key)
+            return None if value is None else float(value)
+
+        return Column(key, header, good, read, style)
 
     columns = [
         column("requests", "requests served", "all", "count"),
@@ -79,19 +83,7 @@ def columns_of(experiment: Experiment, rows: list[Row]) -> list[Column]:
         column("saved_bytes", f"megabytes written {a_request}", "low", "megabytes"),
         column("peak_memory_bytes", "peak memory, megabytes", "low", "megabytes"),
     ]
-    return with_numbers(columns, [row for row in rows if row.summary])
-
-
-def _reader(key: str) -> Callable[[Row], float | None]:
-    def read(row: Row) -> float | None:
-        if row.summary is None:
-            return row.known.get(key)
-        if key.startswith("kept_"):
-            return row.summary.kept.get(key.removeprefix("kept_"))
-        value = getattr(row.summary, key)
-        return None if value is None else float(value)
-
-    return read
+    return with_numbers(columns, [row for row in rows if row.method in METHODS])
 
 
 def table_of(experiment: Experiment, summaries: list[Summary]) -> Table:
@@ -107,10 +99,9 @@ def experiment_markdown(experiment: Experiment, summaries: list[Summary], title:
     parts = [f"# {title}\n", f"{LEGEND}\n", to_markdown(table_of(experiment, summaries))]
     parts.append("".join(f"- {verdict(summary, experiment)}\n" for summary in summaries))
     for method in experiment.methods:
-        parts.append(
-            f"## {label(method.name)}: {metric_label(experiment.metric)} by request (down) and time (across)\n"
-        )
-        parts.append(_over_time(experiment, method))
+        about = f"{metric_label(experiment.metric)} by request (down) and time (across)"
+        parts.append(f"## {label(method.name)}: {about}\n")
+        parts.append(to_markdown(_over_time(experiment, method), turned=False))
     return "\n".join(parts)
 
 
@@ -139,15 +130,14 @@ def verdict(summary: Summary, experiment: Experiment) -> str:
     return f"{label(summary.method)}: {forgotten}); kept of before: {kept}."
 
 
-def _over_time(experiment: Experiment, method: Method) -> str:
+def _over_time(experiment: Experiment, method: Method) -> Table:
     """A row a request or set, a column a step; recall from a request's own step on is bold."""
-    rows = [["", "before", *(step["request"] for step in method.steps)]]
-    rows.append(["---", *("---:" for _ in rows[0][1:])])
+    lines = []
     for place, name in enumerate(experiment.ids, start=1):
         cells = [(f"{step['recall'][name]:.2f}", step["number"] >= place) for step in method.steps]
         marked = [f"**{cell}**" if made else cell for cell, made in cells]
-        rows.append([markdown_text(name), f"{experiment.before['recall'][name]:.2f}", *marked])
+        lines.append(Line(name, [f"{experiment.before['recall'][name]:.2f}", *marked]))
     for name in experiment.kept_sets:
         values = [experiment.before["sets"][name], *(step["sets"][name] for step in method.steps)]
-        rows.append([set_label(name), *(f"{value:.2f}" for value in values)])
-    return "".join(f"| {' | '.join(row)} |\n" for row in rows)
+        lines.append(Line(set_label(name), [f"{value:.2f}" for value in values]))
+    return Table(["before", *(step["request"] for step in method.steps)], [], lines)

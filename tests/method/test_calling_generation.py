@@ -59,15 +59,6 @@ CACHES: dict[str, Callable[[PreTrainedModel], Any]] = {
 }
 
 
-@pytest.mark.parametrize("family", ["llama", "gemma3", "mistral"])
-@pytest.mark.parametrize("rule", ALL_RULES, ids=SHAPE)
-@torch.no_grad()
-def test_a_static_cache_of_padded_prompts(rule: tuple[str, str, str], family: str) -> None:
-    model, rows = wrapped(rule=rule, family=family), random_rows([9, 5, 7])
-    found = answers(model.base, rows, cache_implementation="static")
-    agree_with_whole_passes(model, rule, rows, found, family)
-
-
 @pytest.mark.parametrize("cache", CACHES)
 @pytest.mark.parametrize("family", ["llama", "gemma3"])
 @pytest.mark.parametrize("rule", ALL_RULES, ids=SHAPE)

@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from grun import GrunModel
-from grun.errors import ConfigError
 from grun.method.adapter import AdapterConfig
 from grun.method.edit import LoReftEdit, orthonormal_columns
 from grun.method.gate import GATES, NOISE
@@ -284,15 +283,6 @@ def test_gradient_of_a_low_edit_equals_finite_differences_through_the_blocks_abo
     assert bias.grad[0].item() == pytest.approx(float(above - below) / (2 * step), rel=1e-6)
 
 
-def test_only_the_edits_are_parameters_of_the_model() -> None:
-    model = GrunModel.wrap(tiny(), blocks=[1])
-    assert {name.split(".")[0] for name, _ in model.named_parameters()} == {"edits"}
-    assert set(model.state_dict()) == {
-        *("edits.1.edit.rotation", "edits.1.edit.source.weight", "edits.1.edit.source.bias"),
-        *("edits.1.gate.0.weight", "edits.1.gate.0.bias"),
-    }
-
-
 # -- dropout and bias --------------------------------------------------------------------------------------------------
 
 
@@ -342,14 +332,3 @@ def test_gate_bias_sets_the_logit_of_a_gate_that_sees_nothing(gate: str) -> None
     assert last.bias.tolist() == [-3.0]
     nn.init.zeros_(last.weight)
     assert model(torch.tensor([[3, 4, PAD]])).gate_logits[1].item() == -3.0
-
-
-def test_unknown_gate_and_activation_name_the_known_ones() -> None:
-    base = tiny()
-    with pytest.raises(ConfigError, match="unknown gate 'mlp_4'.*mlp_3"):
-        GrunModel.wrap(base, blocks=[1], gate="mlp_4")
-    with pytest.raises(ConfigError, match="unknown activation 'rellu'.*relu"):
-        GrunModel.wrap(base, blocks=[1], activation="rellu")
-    with torch.no_grad():
-        model = GrunModel.wrap(base, blocks=[1], activation="relu")  # neither try left anything on the base
-        assert model.edits["1"].edit.activation(torch.tensor([-1.0])).item() == 0

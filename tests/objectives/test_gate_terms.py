@@ -182,10 +182,14 @@ def test_a_wide_open_gate_on_a_retain_row_still_learns_in_float32() -> None:
     assert slope(made)[0][0] == pytest.approx(1.5, abs=1e-6)
 
 
-def test_bce_row_still_means_over_all_positions_that_count_prompt_or_not() -> None:
-    made = gates({0: [[1.0, 2.0, 9.0]]}, [[1, 1, 0]], prompt=[[1, 0, 0]])
-    total, _ = value("bce_row", answer=made)
-    assert total.item() == pytest.approx((softplus(-1.0) + softplus(-2.0)) / 2, rel=CLOSE)
+def test_bce_row_is_the_mean_over_blocks_rows_and_all_positions_that_count_prompt_or_not() -> None:
+    forget = gates({20: [[1.5, 9.0], [-2.0, 3.0]], 31: [[0.0, 9.0], [4.0, 1.0]]}, [[1, 0], [1, 1]], [[1, 0], [1, 0]])
+    retain = gates({20: [[-1.0], [2.5]], 31: [[3.0], [-0.5]]})
+    total, count = value("bce_row", answer=forget, retain=retain)
+    opened = [softplus(-1.5), softplus(0.0), *((softplus(-x) + softplus(-y)) / 2 for x, y in ((-2.0, 3.0), (4.0, 1.0)))]
+    closed = [softplus(x) for x in (-1.0, 2.5, 3.0, -0.5)]
+    assert count == 4
+    assert total.item() == pytest.approx(sum(opened + closed) / 2, rel=CLOSE)
 
 
 def test_the_objective_counts_its_rows() -> None:

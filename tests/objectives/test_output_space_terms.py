@@ -8,15 +8,11 @@ from typing import Any
 
 import pytest
 import torch
-from objective_tasks import make_task
 from tiny import blocks_of, ragged_rows, tiny
 from torch import Tensor
-from watched import whole_step
 
-from baselines.lora import Lora
-from grun.cache.engine import use_cached
 from grun.config.checks import quirks_in_force
-from grun.config.options import CacheConfig, LossConfig, UnlearnConfig
+from grun.config.options import LossConfig, UnlearnConfig
 from grun.data.encoding import collate
 from grun.errors import ConfigError
 from grun.loading.checks import check
@@ -171,22 +167,6 @@ def test_llm360s_quirks_are_those_of_padding() -> None:
 
 
 # -- in unlearning ----------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("name", ["max_entropy", "min_posterior", "random_mapping"])
-def test_lora_runs_it_and_descending_lowers_it(name: str) -> None:
-    """Edits and all weights: test_objectives.py."""
-    task = make_task(name, kind=Lora)
-    optimizer = torch.optim.SGD(task.module.parameters(), lr=0.01)
-    before = whole_step(task).loss
-    optimizer.step()
-    assert whole_step(task).loss < before
-
-
-@pytest.mark.parametrize("name", QUIRKS)
-def test_what_reads_all_of_a_row_keeps_the_plain_engine(name: str) -> None:
-    task = make_task(name, quirks=[QUIRKS[name]])
-    assert use_cached(task, UnlearnConfig(cache=CacheConfig(dir=None))) is None and task.engine.name == "plain"
 
 
 def test_random_matching_is_another_name_of_random_mapping() -> None:

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import resource
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import pytest
 import torch
 from torch import Tensor, nn
 
@@ -53,6 +57,15 @@ def whole_step(task: Any, step: int = 0) -> Step:
     return Step(total, values, gradients, [next(iter(batch.values())).rows for batch in data.micro_batches])
 
 
+def assert_same(found: Step, expected: Step) -> None:
+    """1e-9 relative in float64: sums in another order leave 1e-13 or so."""
+    assert found.loss == pytest.approx(expected.loss, rel=1e-9)
+    assert found.parts == pytest.approx(expected.parts, rel=1e-9)
+    assert found.gradients.keys() == expected.gradients.keys()
+    for name, gradient in expected.gradients.items():
+        assert float((found.gradients[name] - gradient).norm()) <= 1e-9 * float(gradient.norm()) + 1e-12, name
+
+
 def saved_bytes(run: Any) -> int:
     """Bytes of different tensors that a forward pass keeps for the backward pass."""
     kept: dict[int, int] = {}
@@ -80,3 +93,18 @@ def parameters(module: nn.Module) -> dict[str, Tensor]:
 def assert_equal(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
     assert found.keys() == expected.keys()
     assert [name for name in expected if not torch.equal(found[name], expected[name])] == []
+
+
+def refuse_files_beyond(size: int) -> None:
+    """From now on writing a file beyond `size` bytes fails, as it does on a full disk; -1: no limit."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
+
+
+@contextlib.contextmanager
+def files_limited_to(size: int) -> Iterator[None]:
+    before, _ = resource.getrlimit(resource.RLIMIT_FSIZE)
+    refuse_files_beyond(size)
+    try:
+        yield
+    finally:
+        refuse_files_beyond(before)

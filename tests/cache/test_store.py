@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import errno
 import json
 import logging
 import multiprocessing
 import os
-import resource
 import shutil
 import signal
 import time
@@ -33,6 +31,7 @@ from made_shards import (
     shard_of,
     shards_in,
 )
+from watched import files_limited_to
 
 from grun.cache.folder import Use
 from grun.cache.shard import Shard
@@ -308,17 +307,6 @@ def test_above_the_budget_without_a_disk_one_line_says_so(caplog: pytest.LogCapt
 
 
 # -- folders that take no more ----------------------------------------------------------------------------------------
-
-
-@contextlib.contextmanager
-def files_limited_to(size: int) -> Iterator[None]:
-    """The system refuses to write files of more bytes, as a full disk would."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 def test_a_disk_that_fills_up_half_way_costs_no_shard(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

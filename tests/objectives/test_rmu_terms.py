@@ -8,10 +8,9 @@ from typing import Any
 
 import pytest
 import torch
-from engine_steps import difference
 from tiny import DEPTH, WIDTH, blocks_of, plain_hooks, ragged_rows, tiny
 from torch import Tensor
-from watched import whole_step
+from watched import assert_same, whole_step
 
 from baselines.full import Full
 from baselines.lora import Lora
@@ -164,7 +163,7 @@ def test_the_cached_engine_gives_the_plain_ones_loss_and_gradients(
     config = config_of(objective, rows=3, method={"blocks": blocks}, loss={"rmu_block": read})
     plain, cached = task_of(config, family=family), cached_task_of(config, family)
     for step in range(plain.steps):
-        assert difference(whole_step(cached, step), whole_step(plain, step)) < CLOSE
+        assert_same(whole_step(cached, step), whole_step(plain, step))
 
 
 @pytest.mark.parametrize("objective", PRESETS)
@@ -172,7 +171,7 @@ def test_micro_batches_do_not_change_the_cached_step(objective: str) -> None:
     """Nor the plain one: test_objectives.py."""
     whole = whole_step(cached_task_of(config_of(objective)))
     for size in (1, 3):
-        assert difference(whole_step(cached_task_of(config_of(objective, micro=size))), whole) < CLOSE
+        assert_same(whole_step(cached_task_of(config_of(objective, micro=size))), whole)
 
 
 @pytest.mark.parametrize("make", [task_of, cached_task_of], ids=["plain", "cached"])

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import math
-import resource
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,18 +14,14 @@ from tiny import ragged_rows, tiny
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 from training_tasks import SHORT, Broken, finetune_task, unlearn_task
-from watched import assert_equal, logged, parameters, whole_step
+from watched import assert_equal, files_limited_to, logged, parameters, refuse_files_beyond, whole_step
 
 from grun.config.checks import check_train
-from grun.config.options import (
-    DataConfig,
-    DemoConfig,
-    TrainConfig,
-)
+from grun.config.options import DataConfig, DemoConfig, TrainConfig
 from grun.data.corpus import load_corpus
 from grun.data.encoding import EncodedRow, collate
 from grun.data.sampling import fixed_retain_index
-from grun.errors import ConfigError, RunError
+from grun.errors import ConfigError, DataError, RunError
 from grun.method.plain import run_plain
 from grun.training.checkpoints import checkpoints_in
 from grun.training.micro_batches import split
@@ -47,23 +40,6 @@ def assert_close(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
 
 
 # -- micro-batches ----------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("kind", ["gd", "idk", "npo", "finetune"])
-def test_eight_rows_give_the_loss_and_gradients_of_their_micro_batches(kind: str) -> None:
-    def make(size: int | None) -> Any:
-        config = TrainConfig(epochs=2, batch_size=8, micro_batch_size=size, question_weight=0.3)
-        return finetune_task(config) if kind == "finetune" else unlearn_task(config, kind)
-
-    whole = whole_step(make(None))
-    assert whole.sizes == [8]
-    assert len(whole.parts) == (2 if kind == "finetune" else 3)
-    for size, pieces in ((4, [4, 4]), (3, [3, 3, 2])):
-        cut = whole_step(make(size))
-        assert cut.sizes == pieces
-        assert cut.loss == pytest.approx(whole.loss, rel=1e-6)
-        assert cut.parts == pytest.approx(whole.parts, rel=1e-6)
-        assert_close(cut.gradients, whole.gradients)
 
 
 @pytest.mark.parametrize("kind", ["gd", "npo", "finetune"])
@@ -291,37 +267,23 @@ def test_checkpoints_hold_the_edit_and_nothing_of_the_frozen_base(tmp_path: Path
     assert moments == sum(parameter.numel() for parameter in task.module.parameters())
 
 
-def test_the_newest_checkpoints_are_kept_while_training_and_none_afterwards(tmp_path: Path) -> None:
-    config = dataclasses.replace(SHORT, save_steps=2, keep_checkpoints=2)
+@pytest.mark.parametrize(
+    ("options", "while_training", "afterwards"),
+    [
+        ({"save_steps": 2, "keep_checkpoints": 2}, [6, 8], []),
+        ({"save_steps": 3, "keep_checkpoints": 1, "keep_all_checkpoints": True}, [3, 6, 8], [3, 6, 8]),
+        ({"save_steps": 0}, [], []),
+    ],
+)
+def test_the_newest_checkpoints_are_kept_while_training_and_none_afterwards_unless_all_are(
+    options: dict[str, Any], while_training: list[int], afterwards: list[int], tmp_path: Path
+) -> None:
+    config = dataclasses.replace(SHORT, **options)
     train(unlearn_task(config), config, tmp_path, seed=0)
-    assert checkpoints_of(tmp_path) == ["checkpoint-6", "checkpoint-8"]
+    assert checkpoints_of(tmp_path) == [f"checkpoint-{step}" for step in while_training]
     remove_checkpoints(tmp_path, config)
-    assert not (tmp_path / "checkpoints").exists()
-
-
-def test_keep_all_checkpoints_keeps_all_of_them(tmp_path: Path) -> None:
-    config = dataclasses.replace(SHORT, save_steps=3, keep_checkpoints=1, keep_all_checkpoints=True)
-    train(unlearn_task(config), config, tmp_path, seed=0)
-    remove_checkpoints(tmp_path, config)
-    assert checkpoints_of(tmp_path) == ["checkpoint-3", "checkpoint-6", "checkpoint-8"]
-
-
-def test_save_steps_0_writes_no_checkpoint(tmp_path: Path) -> None:
-    config = dataclasses.replace(SHORT, save_steps=0)
-    train(unlearn_task(config), config, tmp_path, seed=0)
-    assert checkpoints_of(tmp_path) == []
-
-
-def test_leftovers_of_a_checkpoint_that_was_never_finished_are_cleaned_and_not_resumed_from(tmp_path: Path) -> None:
-    half = tmp_path / ".grun" / "new-checkpoints-99" / "checkpoint-99"
-    half.mkdir(parents=True)
-    (half / "trained.safetensors").write_bytes(b"half")
-    (tmp_path / ".grun" / "folder.lock").touch()
-    config = dataclasses.replace(SHORT, save_steps=4)
-    result = train(unlearn_task(config), config, tmp_path, seed=0)
-    assert result.resumed_from == 0
-    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["checkpoint-4", "checkpoint-8"]
-    assert not list((tmp_path / ".grun").glob("new-*"))
+    assert checkpoints_of(tmp_path) == [f"checkpoint-{step}" for step in afterwards]
+    assert (tmp_path / "checkpoints").exists() == bool(afterwards)
 
 
 def test_a_run_whose_steps_are_all_done_only_loads_the_last_checkpoint(tmp_path: Path) -> None:
@@ -418,30 +380,6 @@ def test_another_runtime_error_stays_what_it_is(tmp_path: Path) -> None:
         train(Broken(unlearn_task(SHORT), 0, data=refuse), SHORT, tmp_path, 0)
 
 
-def test_every_parameter_stays_finite_where_the_loss_was_not(tmp_path: Path) -> None:
-    config = dataclasses.replace(SHORT, save_steps=0)
-    task = unlearn_task(config)
-    with pytest.raises(RunError):
-        train(Broken(task, 2, loss=InfiniteGradient.apply), config, tmp_path, seed=0)
-    stored = load_file(tmp_path / "checkpoints" / "checkpoint-2" / "trained.safetensors")
-    assert all(bool(value.isfinite().all()) for value in stored.values())
-    assert all(torch.equal(stored[name], parameter) for name, parameter in task.module.named_parameters())
-
-
-def limit_file_size(size: int) -> None:
-    """From now on writing a file beyond `size` bytes fails, as it does on a full disk; -1: no limit."""
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
-
-
-@contextlib.contextmanager
-def full_disk(size: int) -> Iterator[None]:
-    limit_file_size(size)
-    try:
-        yield
-    finally:
-        limit_file_size(-1)
-
-
 @pytest.mark.parametrize(
     ("size", "named"),
     [(4000, "File too large"), (9000, "inline_container")],  # the edit takes 6 KB, its optimizer state 15 KB
@@ -452,8 +390,11 @@ def test_a_full_disk_at_a_checkpoint_is_one_line_and_the_one_before_stays_whole(
 ) -> None:
     """Real failing writes: safetensors raises its own error, torch.save a RuntimeError."""
     config = dataclasses.replace(SHORT, save_steps=4)
-    task = Broken(unlearn_task(config, dropout=0.1), 5, data=lambda: limit_file_size(size))
-    with pytest.raises(RunError, match=r"^writing to .*checkpoints failed \(.*\); free space") as error, full_disk(-1):
+    task = Broken(unlearn_task(config, dropout=0.1), 5, data=lambda: refuse_files_beyond(size))
+    with (
+        pytest.raises(RunError, match=r"^writing to .*checkpoints failed \(.*\); free space") as error,
+        files_limited_to(-1),
+    ):
         train(task, config, tmp_path, seed=0)
     assert "\n" not in str(error.value) and named in str(error.value)
     assert checkpoints_of(tmp_path) == ["checkpoint-4"]
@@ -465,14 +406,11 @@ def test_a_full_disk_at_a_checkpoint_is_one_line_and_the_one_before_stays_whole(
 
 def test_a_full_disk_at_the_log_is_one_line(tmp_path: Path) -> None:
     config = dataclasses.replace(SMALL_STEPS, save_steps=0)
-    with pytest.raises(RunError, match="writing to .* failed .File too large"), full_disk(500):
+    with pytest.raises(RunError, match="writing to .* failed .File too large"), files_limited_to(500):
         train(unlearn_task(config), config, tmp_path, seed=0)
     assert 1 <= len([line for line in (tmp_path / "log.jsonl").read_text().splitlines() if line.endswith("}")]) <= 4
 
 
 def test_rows_without_a_token_before_the_answer_are_refused() -> None:
-    from grun.errors import DataError
-    from grun.method.plain import run_plain
-
     with pytest.raises(DataError, match="no token before it"):
         run_plain(tiny("llama"), collate([EncodedRow((), (3, 4))], 0))

@@ -11,8 +11,10 @@ import importlib
 import io
 import logging
 import os
+import re
 import sys
 import tempfile
+import textwrap
 import traceback
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -291,6 +293,7 @@ def _overview() -> str:
 
 
 def _help(name: str, command: Command) -> str:
+    from grun.commands.listing import known_names
     from grun.config import values
 
     lines = [f"python -m grun {name}: {command.summary}"]
@@ -303,4 +306,8 @@ def _help(name: str, command: Command) -> str:
     lines += ["", f"Options (key=value{by_profile}):"]
     for key, default, text in values.describe(values.COMMANDS[name]):
         lines.append(f"  {key}={'unset' if default is None else default}\n      {text}")
+        for kind in re.findall(r"\blist (\w+)`", text):
+            lines += textwrap.wrap(
+                f"{kind}: {', '.join(known_names(kind))}", 116, initial_indent=" " * 6, subsequent_indent=" " * 8
+            )
     return "\n".join(lines)

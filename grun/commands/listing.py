@@ -36,12 +36,16 @@ def usage() -> str:
 
 def lines(kind: str) -> list[str]:
     """One line for each name of `kind`, names padded to one width."""
+    found = known_names(kind)
+    width = max(map(len, found), default=0)
+    return [f"{name:<{width}}  {text}" for name, text in found.items()]
+
+
+def known_names(kind: str) -> dict[str, str]:
+    """The names of a kind, each with its description."""
     if kind in REGISTRIES:
-        found = [(entry.name, entry.description) for entry in registry(kind)]
-    else:
-        found = list(described(kind.removesuffix("s")).items())
-    width = max((len(name) for name, _ in found), default=0)
-    return [f"{name:<{width}}  {text}" for name, text in found]
+        return {entry.name: entry.description for entry in registry(kind)}
+    return described(kind.removesuffix("s"))
 
 
 def info(arguments: Sequence[str]) -> None:

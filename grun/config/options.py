@@ -225,7 +225,7 @@ class DataConfig:
     """Which rows, and how they become tokens."""
 
     name: str = "demo"
-    """demo or lore (generated), tofu (TOFU's files), jsonl (your own files) or corpora (plain texts by name)."""
+    """Benchmark, or your own rows: jsonl (rows), corpora (plain texts by name); a name from `list benchmarks`."""
     path: Optional[str] = None
     """tofu: folder of the files, else GRUN_TOFU_DIR, else the hub; jsonl, corpora, questions: folder of the files."""
     forget: str = "forget05"
@@ -254,7 +254,7 @@ class DataConfig:
     limit: Optional[int] = number(None, 1)
     """Use at most this many rows of every set in evaluation; unset: all."""
     template: str = "auto"
-    """Name of a template, or a string with {prompt}; auto: the model's stored one, else its chat template."""
+    """A name from `list templates`, or a text with {prompt}; auto: the model's stored one, else its chat template."""
     system_prompt: Optional[str] = None
     """System message for chat templates; stored with the model."""
     date: str = "26 Jul 2024"

@@ -20,7 +20,7 @@ from transformers import AutoTokenizer
 
 import grun
 from grun.cli import COMMANDS, main
-from grun.commands.listing import KINDS, REGISTRIES
+from grun.commands.listing import KINDS, REGISTRIES, known_names
 from grun.config.values import COMMANDS as SCHEMAS
 from grun.config.values import describe
 from grun.data.corpus import load_corpus
@@ -209,6 +209,15 @@ def test_an_interrupt_says_that_the_run_can_go_on(capsys: Captured, monkeypatch:
     monkeypatch.setattr("grun.commands.unlearn.unlearn", interrupted)
     assert main(["unlearn"]) == 130
     assert capsys.readouterr().err == "interrupted; the same command resumes\n"
+
+
+@pytest.mark.parametrize(
+    ("command", "kind"), [("unlearn", "objectives"), ("unlearn", "gates"), ("evaluate", "attacks")]
+)
+def test_help_gives_the_names_that_an_option_takes(capsys: Captured, command: str, kind: str) -> None:
+    assert main([command, "--help"]) == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    assert f"{kind}: {', '.join(known_names(kind))}" in shown
 
 
 def test_what_a_command_that_prints_returns_is_not_printed(capsys: Captured, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,7 +7,7 @@ import math
 from pathlib import Path
 from typing import Any
 
-from grun.evaluation.metrics.intervals import wilson
+from grun.evaluation.metrics.averages import wilson
 from grun.experiments.sequential.results import Experiment, Method
 from grun.runtime.files import write_json
 

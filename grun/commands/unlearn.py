@@ -23,7 +23,7 @@ from grun.config.options import MethodConfig, UnlearnConfig
 from grun.config.values import to_dict
 from grun.data import templates
 from grun.data.corpus import Corpus, load_corpus
-from grun.data.turns import user_turn_ids
+from grun.data.templates import user_turn_ids
 from grun.errors import ConfigError, RunError
 from grun.loading.checks import check
 from grun.loading.hashing import adapter_hash

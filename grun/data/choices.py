@@ -89,11 +89,9 @@ def load_choices(name: str, folder: str | None = None) -> list[ChoiceRow]:
         repository, config = "cais/mmlu", subject or "all"
     else:
         repository, config = "cais/wmdp", set_name.replace("_", "-")
-    rows = hub_rows(repository, config, "test", instead=f"a folder (data.path) that holds {stem}.jsonl")
-    return [
-        _choice_row(row, f"{repository} {config} row {number}", subject or name)
-        for number, row in enumerate(rows, start=1)
-    ]
+    instead = f"a folder (data.path) that holds {stem}.jsonl"
+    rows = hub_rows(repository, config, "test", called=f"{repository} {config}", instead=instead)
+    return [_choice_row(row, where, subject or name) for where, row in rows]
 
 
 def read_choices(path: Path, subject: str | None = None) -> list[ChoiceRow]:

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from grun.errors import DataError
 
 
-def hub_rows(repository: str, config: str | None, split: str | None, *, instead: str) -> Sequence[Mapping[str, Any]]:
-    """Rows of one split, in order.
+def hub_rows(
+    repository: str, config: str | None, split: str | None, *, called: str, instead: str
+) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """Rows of one split, in order, after the words that name each in errors.
 
     Args:
         repository: owner/name of the data set, or a folder, of which no copy is left in the cache.
         config: its configuration; None: the only one, or the default.
         split: train, test, ...; None: the only one.
+        called: what those words call the rows.
         instead: what the user can give in place of the hub, such as "data.path, a folder that holds people.jsonl".
 
     Raises:
@@ -47,8 +50,7 @@ def hub_rows(repository: str, config: str | None, split: str | None, *, instead:
         raise DataError(f"{what} ({line}); give {instead}") from error
     if not len(table):
         raise DataError(f"{shown}{'' if is_folder else ' on the hub'} holds no rows; give {instead}")
-    rows: Sequence[Mapping[str, Any]] = table
-    return rows
+    return ((f"{called} row {number}", row) for number, row in enumerate(table, start=1))
 
 
 def _is_gated(error: BaseException | None) -> bool:

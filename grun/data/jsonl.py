@@ -40,9 +40,9 @@ def load_rows(name: str, folder: str | None = None, columns: Mapping[str, str] |
     if path.exists() or name.lower().endswith(ENDINGS) or not (hub or is_folder):
         return read_rows(path, columns)
     source = (stem, None, split) if is_folder or hub is None else hub.group("repository", "config", "split")
-    records = hub_rows(*source, instead=f"a file ending in {ENDINGS[0]}, or another of those in docs/formats.md")
-    named = ((f"{name} row {number}", plain_record(record)) for number, record in enumerate(records, start=1))
-    return rows_of(named, columns)
+    instead = f"a file ending in {ENDINGS[0]}, or another of those in docs/formats.md"
+    records = hub_rows(*source, called=name, instead=instead)
+    return rows_of(((where, plain_record(record)) for where, record in records), columns)
 
 
 def read_rows(path: Path, columns: Mapping[str, str] | None = None) -> list[Row]:

@@ -22,6 +22,7 @@ import dataclasses
 import inspect
 import logging
 from collections.abc import Mapping, Sequence
+from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -331,3 +332,26 @@ def _earlier_parts(template: Template, tokenizer: PreTrainedTokenizerBase, earli
         parts += [Part(question, False), Part(after, True), Part(_behind(template.answer_prefix, answer), False)]
         parts += [Part(between, True), Part(before, True)]
     return parts
+
+
+def user_turn_ids(template: Template, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The shortest run of ids that stands before a second question of a conversation and not before an answer.
+
+    It holds a control token of the tokenizer, so that text which spells it, being tokenized as text, is not taken for
+    it. Empty where the template begins a user's turn with plain text.
+    """
+    parts, _ = prompt_parts(template, tokenizer, "a", [Turn("b", "c")])
+    groups = [(written, "".join(part.text for part in group)) for written, group in groupby(parts, lambda p: p.written)]
+    written = [text for is_written, text in groups if is_written]
+    if len(written) < 3:
+        return []
+    before_answer, before_question = (
+        list(tokenizer(text.rstrip(), add_special_tokens=False)["input_ids"]) for text in written[-3:-1]
+    )
+    control = set(_control_tokens(template, tokenizer).ids.values())
+    starts = range(len(before_answer))
+    for count in range(1, len(before_question) + 1):
+        ids = before_question[-count:]
+        if control & set(ids) and all(before_answer[start : start + count] != ids for start in starts):
+            return ids
+    return []

@@ -165,8 +165,8 @@ def _hub_name(name: str) -> HubTexts:
 
 
 def _fetch(source: HubTexts, instead: str) -> list[str]:
-    rows = hub_rows(source.repository, source.config, source.split, instead=instead)
-    return [_text_of(row, f"{source.repository} row {number}", source.field) for number, row in enumerate(rows, 1)]
+    rows = hub_rows(source.repository, source.config, source.split, called=source.repository, instead=instead)
+    return [_text_of(row, where, source.field) for where, row in rows]
 
 
 def _or(words: tuple[str, ...]) -> str:

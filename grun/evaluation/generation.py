@@ -6,6 +6,7 @@ import inspect
 import logging
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -22,11 +23,11 @@ from transformers.cache_utils import DynamicLayer
 
 from grun.data.encoding import Batch, collate_prompts
 from grun.errors import DataError, ModelError
-from grun.evaluation.drawing import Choose, Draw, most_probable
 from grun.evaluation.journal import Journal
 from grun.evaluation.scoring import NOT_FINITE, base_of, evaluating, prompt_gates, takes_prompt_lengths
 from grun.loading.models import context_length
 from grun.runtime import processes
+from grun.runtime.files import content_hash
 from grun.runtime.reading import kind_of
 
 log = logging.getLogger(__name__)
@@ -34,10 +35,51 @@ log = logging.getLogger(__name__)
 DROPPED = 1 / 8
 """Share of a batch that has to have ended before it is taken out, which copies the cache of the rest."""
 
+Choose = Callable[[Tensor, Sequence[int]], Tensor]
+"""The next token of each row, int64 [rows], from its logits, float32 [rows, vocabulary], and the rows' numbers in the
+batch; called once a step."""
+
 Ask = Callable[
     [Any, Batch, Sequence[int], Collection[int], int, Choose], tuple[list[list[int]], dict[int, Tensor] | None]
 ]
 """What `greedy` and `_generate` are."""
+
+
+def most_probable(logits: Tensor, rows: Sequence[int]) -> Tensor:
+    """Greedy decoding."""
+    return logits.argmax(-1)
+
+
+@dataclass(frozen=True)
+class Draw:
+    """One answer drawn for each prompt, by seed and prompt alone, not by the batch or the number of processes."""
+
+    seed: int
+    number: int
+    """Which of several draws this is, from 0."""
+    temperature: float
+    """What logits are divided by, > 0."""
+
+    def chooser(self, prompts: Sequence[Sequence[int]], steps: int) -> Choose:
+        """Draws tokens after `prompts`, the rows of a batch, for at most `steps` steps.
+
+        A row has one uniform number a step: the token at which the running sum of probabilities passes it.
+        """
+        numbers = torch.stack([self._uniforms(prompt, steps) for prompt in prompts])  # [rows, steps]
+        step = iter(range(steps))
+
+        def choose(logits: Tensor, rows: Sequence[int]) -> Tensor:
+            wanted = numbers[list(rows), next(step)].to(logits.device).unsqueeze(1)
+            running = (logits / self.temperature).softmax(-1).cumsum(-1)
+            passed = torch.searchsorted(running, wanted * running[:, -1:], right=True)
+            return passed.squeeze(1).clamp_max(logits.shape[-1] - 1)  # where rounding puts the number at the very end
+
+        return choose
+
+    def _uniforms(self, prompt: Sequence[int], steps: int) -> Tensor:
+        digest = content_hash([self.seed, self.number, list(prompt)])
+        generator = torch.Generator().manual_seed(int(digest[:15], 16))
+        return torch.rand(steps, generator=generator)
 
 
 class Answer(NamedTuple):

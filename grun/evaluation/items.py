@@ -127,7 +127,7 @@ def score_items(
         opened: list[Journal[ScoredRow]] | None = None
         if journals is not None:
             paths = [folder / journal_file("scores") for folder in journals]
-            opened = [Journal(path, to_json=list, from_json=ScoredRow.from_json) for path in paths]
+            opened = [Journal(path, ScoredRow.from_json) for path in paths]
             for journal in opened:
                 stack.callback(journal.close)
         advance = stack.enter_context(progress("scoring", len(rows) * len(subjects), shown=journals is not None))
@@ -187,7 +187,7 @@ def answer_questions(
     with contextlib.ExitStack() as stack:
         journal: Journal[Answer] | None = None
         if journals is not None:
-            journal = Journal(journals / journal_file("generations"), to_json=list, from_json=Answer.from_json)
+            journal = Journal(journals / journal_file("generations"), Answer.from_json)
             stack.callback(journal.close)
         stack.enter_context(enough_memory("answering", memory_advice(config)))
         answers = generate_answers(

@@ -32,12 +32,14 @@ class Journal(Generic[T]):
     A line that was damaged is taken for none, and what it held is done again.
     """
 
-    def __init__(self, path: Path, *, to_json: Callable[[T], Any], from_json: Callable[[Any], T]) -> None:
-        """Read what is there and in the journals next to it; what is not whole is taken out of the file."""
+    def __init__(self, path: Path, from_json: Callable[[Any], T]) -> None:
+        """Read what is there and in the journals next to it; what is not whole is taken out of the file.
+
+        `from_json` makes a result of what JSON made of it.
+        """
         self.known: dict[int, T] = {}
         """Results so far, by number."""
         self._path = path
-        self._to_json = to_json
         for other in sorted(path.parent.glob(f"{path.stem.partition('-')[0]}*{path.suffix}")):
             if other != path:
                 self._read(other, from_json)
@@ -64,8 +66,7 @@ class Journal(Generic[T]):
 
     def add(self, numbers: Sequence[int], results: Sequence[T]) -> None:
         """Append one batch; RunError if it cannot be written."""
-        values = [list(numbers), [self._to_json(result) for result in results]]
-        text = json.dumps(values, ensure_ascii=False).encode()
+        text = json.dumps([list(numbers), list(results)], ensure_ascii=False).encode()
         with writing(self._path.parent):
             self._file.write(_digest(text) + b" " + text + b"\n")
         self.known.update(zip(numbers, results, strict=True))

@@ -11,8 +11,7 @@ from grun.data.choices import ChoiceRow, harness_prompt, lettered
 from grun.data.encoding import PLAIN, EncodedRow
 from grun.data.templates import encode, encode_prompt
 from grun.errors import DataError
-from grun.evaluation.metrics.averages import mean
-from grun.evaluation.metrics.intervals import wilson
+from grun.evaluation.metrics.averages import mean, wilson
 from grun.runtime.files import content_hash
 
 if TYPE_CHECKING:

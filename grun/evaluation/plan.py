@@ -36,7 +36,6 @@ CODE = (
     "evaluation/scoring.py",
     "evaluation/shared_scoring.py",
     "evaluation/generation.py",
-    "evaluation/drawing.py",
     "data/encoding.py",
     "data/templates.py",
     "data/chat.py",

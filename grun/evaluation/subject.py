@@ -6,6 +6,7 @@ import contextlib
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
+from grun.evaluation.scoring import evaluating
 from grun.method.host import EditedModel
 from grun.method.intervention import GatedIntervention
 from grun.method.model import GrunModel
@@ -35,15 +36,8 @@ class Subject:
     @contextlib.contextmanager
     def evaluating(self) -> Iterator[None]:
         """Within the block base and edits are in evaluation mode (no dropout, the gate threshold acts)."""
-        modules = [self.base, self._model]
-        training = [module.training for module in modules]
-        for module in modules:
-            module.eval()
-        try:
+        with evaluating(self.base), evaluating(self._model):
             yield
-        finally:
-            for module, mode in zip(modules, training, strict=True):
-                module.train(mode)
 
     @contextlib.contextmanager
     def put_on(self) -> Iterator[Any]:

@@ -8,9 +8,8 @@ import pytest
 
 from grun.config.options import TinyConfig
 from grun.data.chat import Turn
-from grun.data.templates import TEMPLATES, Template, encode_prompt
+from grun.data.templates import TEMPLATES, Template, encode_prompt, user_turn_ids
 from grun.data.tokenizer import train_tokenizer
-from grun.data.turns import user_turn_ids
 
 LLAMA_3 = (
     "{{ bos_token }}{% for message in messages %}<|start|>{{ message['role'] }}<|header|>\n\n{{ message['content'] }}"

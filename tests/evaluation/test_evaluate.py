@@ -418,7 +418,7 @@ def test_a_damaged_line_of_a_journal_is_dropped_said_and_written_again(
     damage: str, line: int, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     def journal() -> Journal[list[int]]:
-        return Journal(tmp_path / "j.jsonl", to_json=list, from_json=list)
+        return Journal(tmp_path / "j.jsonl", list)
 
     first, results = journal(), {0: [10], 1: [11], 2: [12]}
     for number, result in results.items():

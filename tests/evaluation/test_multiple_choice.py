@@ -14,7 +14,7 @@ from grun.config.options import TinyConfig
 from grun.data.choices import ChoiceRow
 from grun.data.encoding import EncodedRow
 from grun.errors import DataError
-from grun.evaluation.metrics.intervals import wilson
+from grun.evaluation.metrics.averages import wilson
 from grun.evaluation.multiple_choice import accuracy, encode_choices, orders_of, prompt_text, score_choices
 from grun.evaluation.perplexity import sliding_perplexity
 from grun.evaluation.scoring import score, score_continuations

@@ -15,7 +15,7 @@ from made_suites import write_attacked as write
 from grun.cli import main
 from grun.config.options import ReportConfig
 from grun.errors import RunError
-from grun.evaluation.metrics.intervals import wilson
+from grun.evaluation.metrics.averages import wilson
 from grun.report import attack_results, figures
 from grun.report.attack_figure import draw_attacks
 from grun.report.attack_results import find_attacked, leaked_most, leakiest, shown_names

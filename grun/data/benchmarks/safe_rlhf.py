@@ -78,9 +78,8 @@ def read_preferences(folder: str | None) -> list[Mapping[str, Any]]:
     records: list[Mapping[str, Any]] = []
     for part in PARTS:
         if folder is None:
-            rows = hub_rows(REPOSITORY, CONFIG, part, instead=instead)
-            named: Iterable[tuple[str, Any]] = (
-                (f"{REPOSITORY} {part} row {number}", row) for number, row in enumerate(rows, start=1)
+            named: Iterable[tuple[str, Any]] = hub_rows(
+                REPOSITORY, CONFIG, part, called=f"{REPOSITORY} {part}", instead=instead
             )
         else:
             path = Path(folder).expanduser() / f"{part}.jsonl"

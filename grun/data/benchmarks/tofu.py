@@ -120,9 +120,7 @@ def load_split(name: str, path: str | None) -> list[Row]:
     """
     if name not in SPLITS:
         raise DataError(unknown_name("TOFU split", name, list(SPLITS)))
-    rows = _read(name, path)
-    if rows is None:
-        rows = _derive(name, path)
+    rows = _read(name, path) or _derive(name, path)
     if rows is None:
         folder = _folder(path)
         raise DataError(
@@ -184,7 +182,11 @@ def _read(name: str, path: str | None) -> list[Row] | None:
     if not has_split(name, path):
         return None
     folder = _folder(path)
-    return _fetch(name) if folder is None else read_rows(folder / f"{name}.json")
+    if folder is not None:
+        return read_rows(folder / f"{name}.json")
+    instead = f"data.path or GRUN_TOFU_DIR, a folder that holds {name}.json"
+    records = hub_rows(REPOSITORY, name, None, called=f"{REPOSITORY} {name}", instead=instead)
+    return [Row.from_record(record, where) for where, record in records]
 
 
 def _derive(name: str, path: str | None) -> list[Row] | None:
@@ -203,12 +205,3 @@ def _derive(name: str, path: str | None) -> list[Row] | None:
     forgotten = round(len(full) * (percent if kind == "forget" else 100 - percent) / 100)
     kept = len(full) - forgotten
     return full[kept:] if kind == "forget" else full[:kept]
-
-
-def _fetch(name: str) -> list[Row]:
-    """Rows of a split from the hub, or from its local cache."""
-    instead = f"data.path or GRUN_TOFU_DIR, a folder that holds {name}.json"
-    table = hub_rows(REPOSITORY, name, None, instead=instead)
-    return [
-        Row.from_record(record, f"{REPOSITORY} {name} row {number}") for number, record in enumerate(table, start=1)
-    ]

@@ -142,8 +142,7 @@ class Attack:
             config: of the evaluation.
             advance: called with the number of answers done since the last call, of all `answers_at`.
         """
-        from grun.evaluation.drawing import Draw
-        from grun.evaluation.generation import generate_answers
+        from grun.evaluation.generation import Draw, generate_answers
 
         samples = [place.asked.samples for place in places]
         passes: list[tuple[Draw | None, list[int]]] = [(None, [at for at, count in enumerate(samples) if not count])]

@@ -7,8 +7,7 @@ from typing import Any
 
 from grun.evaluation.attacks.base import Outcome
 from grun.evaluation.metrics import OPEN
-from grun.evaluation.metrics.averages import mean
-from grun.evaluation.metrics.intervals import wilson
+from grun.evaluation.metrics.averages import mean, wilson
 
 
 def by_attack(outcomes: Iterable[Outcome]) -> dict[str, list[Outcome]]:

@@ -7,11 +7,11 @@ Their arithmetic is plain functions over lists, which `tofu_log.py` shares. `doc
 """
 
 from grun.evaluation.metrics.answers import is_degenerate, unread
+from grun.evaluation.metrics.averages import auc
 from grun.evaluation.metrics.gates import OPEN
 from grun.evaluation.metrics.likelihood import truth_ratios
 from grun.evaluation.metrics.memorization import extraction_strength
 from grun.evaluation.metrics.overall import overall_metrics
-from grun.evaluation.metrics.ranking import auc
 from grun.evaluation.metrics.reference import reference_metrics
 from grun.evaluation.metrics.registry import METRICS, Metric, metrics_of, set_metrics
 

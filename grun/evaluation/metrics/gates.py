@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection
 
-from grun.evaluation.metrics.averages import mean
-from grun.evaluation.metrics.ranking import auc
+from grun.evaluation.metrics.averages import auc, mean
 from grun.evaluation.metrics.registry import NO_QUIRKS, OPEN_ON_FORGET, metric
 from grun.evaluation.table import Table
 

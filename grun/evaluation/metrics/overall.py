@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 
 from grun.evaluation.metrics.averages import harmonic_mean
-from grun.evaluation.metrics.membership import ATTACKS, membership_auc
+from grun.evaluation.metrics.memorization import ATTACKS, membership_auc
 from grun.evaluation.metrics.registry import AS_RETAIN_ONLY, HIGH, METRICS, NO_QUIRKS, metrics_of, present, whole_metric
 from grun.evaluation.table import Table
 

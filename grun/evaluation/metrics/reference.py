@@ -12,7 +12,7 @@ from typing import NamedTuple
 from grun.errors import RunError
 from grun.evaluation.metrics.averages import log_sum_exp
 from grun.evaluation.metrics.likelihood import log_truth_ratios
-from grun.evaluation.metrics.membership import MEMBERS, NON_MEMBERS, membership_auc
+from grun.evaluation.metrics.memorization import MEMBERS, NON_MEMBERS, membership_auc
 from grun.evaluation.metrics.registry import NO_QUIRKS, epsilon, metrics_of, present, whole_metric
 from grun.evaluation.table import Table
 

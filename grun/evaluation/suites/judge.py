@@ -16,8 +16,7 @@ from grun.data.rows import evenly_spaced
 from grun.data.templates import encode_prompt, resolve
 from grun.errors import ConfigError, DataError
 from grun.evaluation.metrics.answers import is_degenerate
-from grun.evaluation.metrics.averages import mean
-from grun.evaluation.metrics.intervals import wilson
+from grun.evaluation.metrics.averages import mean, wilson
 from grun.evaluation.suites.base import Measured, Suite
 from grun.method.fingerprint import fingerprint
 from grun.runtime.files import content_hash

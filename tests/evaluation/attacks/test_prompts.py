@@ -20,8 +20,7 @@ from grun.evaluation.attacks import prompts
 from grun.evaluation.attacks.base import ATTACKS, Asked, Material, Outcome, Place, came_back
 from grun.evaluation.attacks.outcomes import leak_of, worst_of
 from grun.evaluation.attacks.retention import REFUSAL
-from grun.evaluation.drawing import Draw
-from grun.evaluation.generation import Answer, generate_answers
+from grun.evaluation.generation import Answer, Draw, generate_answers
 from grun.loading.tiny import build_tiny
 
 QUESTION, ANSWER = "Which instrument does Mara Venn play?", "Mara Venn plays the old viola at home."

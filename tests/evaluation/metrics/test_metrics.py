@@ -26,7 +26,7 @@ from grun.evaluation.metrics import (
 )
 from grun.evaluation.metrics.averages import harmonic_mean, log_sum_exp
 from grun.evaluation.metrics.likelihood import among, below_one, log_truth_ratio, near_one
-from grun.evaluation.metrics.membership import membership_auc, membership_scores, min_k
+from grun.evaluation.metrics.memorization import membership_auc, membership_scores, min_k
 from grun.evaluation.metrics.reference import LEAST_P, Comparison, compare, privleak
 from grun.evaluation.table import GateRecord, GenerationRecord, ScoreRecord, Table
 
@@ -240,8 +240,8 @@ def test_membership_scores_of_one_answer() -> None:
 
 
 def test_min_k_looks_at_one_token_at_least_and_its_variance_has_a_floor() -> None:
-    assert min_k([-3.0, -1.0]) == 3.0
-    assert min_k([]) is None
+    assert min_k(record("forget", 0, [-3.0, -1.0], ended=False)) == 3.0
+    assert min_k(record("forget", 0, [])) is None
     sure = record("forget", 0, [-1.0, 0.0], vocabulary_mean=[-0.5, 0.0], vocabulary_variance=[1e-12, 0.0])
     assert membership_scores(Table(scores=[sure]), "forget", "min_k_plus_plus") == pytest.approx({0: 0.5 / 1e-3})
     assert membership_scores(Table(scores=[record("forget", 0, [])]), "forget", "loss") == {}

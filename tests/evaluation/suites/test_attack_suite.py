@@ -22,7 +22,7 @@ from grun.evaluation import generation
 from grun.evaluation.attacks.base import ATTACKS, Attack, Outcome, attack
 from grun.evaluation.attacks.prompts import SUFFIXES
 from grun.evaluation.generation import generate_answers
-from grun.evaluation.metrics.intervals import wilson
+from grun.evaluation.metrics.averages import wilson
 from grun.evaluation.suites.attacks import chosen_attacks
 from grun.evaluation.suites.base import evaluate_suite
 from grun.loading.checks import check

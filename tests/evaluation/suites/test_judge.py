@@ -15,7 +15,7 @@ from transformers import AutoTokenizer
 from grun.config.options import DataConfig, EvaluateConfig, ModelConfig, TinyConfig
 from grun.data.corpus import load_corpus
 from grun.errors import ConfigError, DataError
-from grun.evaluation.metrics.intervals import wilson
+from grun.evaluation.metrics.averages import wilson
 from grun.evaluation.suites.base import evaluate_suite
 from grun.evaluation.suites.judge import RUBRIC, parse_verdict, rates, rubric_for
 from grun.loading.checks import check

@@ -16,7 +16,7 @@ from grun.config.options import DataConfig, EvaluateConfig, ModelConfig, Questio
 from grun.data.choices import ChoiceRow
 from grun.errors import ConfigError, RunError, TooLowError
 from grun.evaluation.metrics import auc
-from grun.evaluation.metrics.intervals import wilson
+from grun.evaluation.metrics.averages import wilson
 from grun.evaluation.multiple_choice import prompt_text, score_choices
 from grun.evaluation.suites.base import evaluate_suite
 from grun.loading.checks import check

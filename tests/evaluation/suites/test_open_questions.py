@@ -17,8 +17,8 @@ from grun.data.rows import Row
 from grun.data.templates import TEMPLATES, encode_prompt
 from grun.errors import ConfigError, DataError
 from grun.evaluation.generation import generate_answers
+from grun.evaluation.suites.attacks import attacked_sets, open_questions
 from grun.evaluation.suites.base import evaluate_suite
-from grun.evaluation.suites.open_questions import attacked_sets, open_questions
 
 LORE = LoreConfig(forget=6, neighbor=5, retain=5, general=5)
 NEW_TOKENS = 6

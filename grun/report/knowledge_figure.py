@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from grun.data.sets import find_set
-from grun.report.figures import GREY, Picture, clean, new_panels, plain, write_at
+from grun.report.figures import GREY, Picture, clean, legend_mark, new_panels, plain, write_at
 from grun.report.knowledge_results import Number, chance, choice, cloze, main_way, worst_suffix
 from grun.report.knowledge_verdict import KEEPS, judge_knowledge
 from grun.report.result import Result
@@ -26,7 +26,6 @@ OUTCOMES = {"reached": "#116329", "missed": "#A40E26", "open": GREY}
 
 def draw_knowledge(results: Sequence[Result]) -> Figure | None:
     """Two bars for each model, of forget and of general questions; None where neither was asked."""
-    from matplotlib.lines import Line2D
     from matplotlib.patches import Patch
 
     way = main_way(results)
@@ -62,8 +61,8 @@ def draw_knowledge(results: Sequence[Result]) -> Figure | None:
     handles = [
         Patch(color=GREY, label="multiple choice"),
         Patch(color="#BBBBBB", label="cloze"),
-        Line2D([], [], color="black", marker="v", linestyle="", label="after a suffix"),
-        Line2D([], [], color="black", linestyle=":", label="retain only"),
+        legend_mark("after a suffix", color="black", marker="v"),
+        legend_mark("retain only", color="black", linestyle=":"),
     ]
     figure.legend(handles=handles, loc="outside lower center", ncols=4, fontsize=10, frameon=False)
     return figure

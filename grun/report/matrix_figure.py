@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from grun.report.figures import GREY, clean, new_panels, plain
+from grun.report.figures import GREY, clean, legend_mark, new_panels
 from grun.report.labels import PARAMETRIZATIONS, place_of
 from grun.report.matrix import Matrix, Spread, make_matrix
 from grun.report.result import Result, main_metric
@@ -96,12 +96,7 @@ def _forget_against(matrix: Matrix, heights: Sequence[str]) -> Figure | None:
 def scatter(points: Sequence[Point], x: Axis, y: Axis, title: str, level: float | None = None) -> Figure | None:
     """Points by shape and color; where many lie close, that part is drawn again larger. None without a cell.
 
-    Args:
-        points: cells and the models to compare them with.
-        x: across.
-        y: upwards.
-        title: what is good.
-        level: height of a dotted line; without one a dashed line stands where the target is on x.
+    At `level` on y is a dotted line; without one a dashed line stands where the target is on x.
     """
     from matplotlib.patches import Rectangle
 
@@ -186,12 +181,8 @@ def _draw_cells(axes: Axes, points: Sequence[Point], cells: Sequence[Point], win
 def spread_apart(
     spots: Sequence[tuple[float, ...]], diameter: float, taken: Sequence[tuple[float, ...]] = ()
 ) -> list[tuple[float, float]]:
-    """Places for markers so that none covers another: each as near to its spot as is free, in the order given.
-
-    Args:
-        spots: (x, y) in pixels.
-        diameter: least distance between two places, pixels.
-        taken: places that stay free.
+    """Places (pixels) for markers at least `diameter` from each other and from `taken`, each as near to its spot as
+    is free, in the order given.
     """
     places: list[tuple[float, float]] = []
     for x, y in spots:
@@ -211,25 +202,22 @@ def _shape(number: int) -> str:
 
 def _legends(axes: Axes, points: Sequence[Point]) -> None:
     """Shapes for objectives and colors for parametrizations, to the right of `axes`."""
-    from matplotlib.lines import Line2D
-
     cells = [point for point in points if point.stage == "after"]
     stages = {point.stage for point in points}
-    objectives = list(dict.fromkeys(str(cell.objective) for cell in cells))
-    plain_grey: dict[str, Any] = {"color": GREY, "linestyle": ""}
+    objectives = dict.fromkeys(str(cell.objective) for cell in cells)
     shapes = [
-        Line2D([], [], marker=_shape(number), markersize=8, label=plain(name.upper()), **plain_grey)
+        legend_mark(name.upper(), marker=_shape(number), markersize=8, color=GREY)
         for number, name in enumerate(objectives)
     ]
     colors = [
-        Line2D([], [], color=COLORS.get(kind, OTHER), linewidth=7, label=plain(PARAMETRIZATIONS.get(kind, kind)))
+        legend_mark(PARAMETRIZATIONS.get(kind, kind), color=COLORS.get(kind, OTHER), linewidth=7, linestyle="-")
         for kind in sorted({cell.parametrization for cell in cells}, key=place_of)
     ]
     if "retain_only" in stages:
-        colors.append(Line2D([], [], color="#000000", marker="*", markersize=11, linestyle="--", label="target"))
+        colors.append(legend_mark("target", color="#000000", marker="*", markersize=11, linestyle="--"))
     if "before" in stages:
         ring: dict[str, Any] = {"marker": "o", "markersize": 8, "markerfacecolor": "none", "markeredgewidth": 1.8}
-        colors.append(Line2D([], [], label="before", **plain_grey, **ring))
+        colors.append(legend_mark("before", color=GREY, **ring))
     style: dict[str, Any] = {"loc": "upper left", "frameon": False, "fontsize": 9, "alignment": "left"}
     first = axes.legend(handles=shapes, title="objective: shape", bbox_to_anchor=(1.02, 1.0), **style)
     axes.add_artist(first)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from grun.data.sets import set_label
-from grun.report.figures import GREY, clean, colors_of, new_figure, plain, write_at
+from grun.report.figures import GREY, clean, colors_of, legend_mark, new_figure, plain, write_at
 from grun.report.matrix import Spread, has_many_runs
 from grun.report.matrix_figure import Axis, Point, forget_against_retain, scatter
 from grun.report.result import DISTINGUISHABLE, Result, main_metric
@@ -58,8 +58,6 @@ def forget_quality_vs_utility(results: Sequence[Result]) -> Figure | None:
 
 def forget_vs_retain(results: Sequence[Result]) -> Figure | None:
     """What is left of the forget set (x) against what is left of the rest (y), one color for each model."""
-    from matplotlib.lines import Line2D
-
     if has_many_runs(results):
         return forget_against_retain(results)
     metric, metric_name = main_metric(results)
@@ -85,8 +83,7 @@ def forget_vs_retain(results: Sequence[Result]) -> Figure | None:
             area = size * (0.45 if name == "heldout" else 1)
             _mark(axes, spot, area, SHAPES[name], colors[result.name], number)
     sets = [name for name in SHAPES if any(name in known for _, known in points)]
-    style: dict[str, Any] = {"color": GREY, "linestyle": ""}
-    handles = [Line2D([], [], marker=SHAPES[name], label=f"{set_label(name)} set", **style) for name in sets]
+    handles = [legend_mark(f"{set_label(name)} set", marker=SHAPES[name], color=GREY) for name in sets]
     legend = axes.legend(handles=handles, loc="lower right", fontsize=9, frameon=False)
     arrow = {"arrowstyle": "-|>", "color": "#888888", "linewidth": 2}
     words: dict[str, Any] = {"xytext": (0.54, 0.42), "color": "#888888", "fontsize": 11, "ha": "center"}

@@ -35,6 +35,7 @@ from grun.report import figures
 from grun.report.make import SUITES, make_report
 
 PAGE = "report.html"
+VOID = {"meta", "img", "br", "link", "input"}
 GOLDEN = Path(__file__).parent / "golden"
 FILES = (
     "summary.json",
@@ -117,7 +118,7 @@ def files_of(name: str, folder: Path) -> dict[str, str]:
     texts = {file: (place / file).read_text(encoding="utf-8") for file in FILES if (place / file).is_file()}
     texts["terminal.txt"] = _lines(stdout.getvalue())
     texts[PAGE] = (place / PAGE).read_text(encoding="utf-8")
-    texts["page.txt"] = text_of(texts[PAGE])
+    texts["page.txt"] = "".join(f"{' '.join(line)}\n" for line in Page(texts[PAGE]).lines if len(line) > 1)
     return {file: text.replace(str(folder), "RESULTS") for file, text in texts.items()}
 
 
@@ -143,37 +144,58 @@ def _sequence() -> dict[str, str]:
     }
 
 
-class _Text(HTMLParser):
-    """The text of a page: a line a block, cells of a row in one line, in front of each the tag."""
+class Page(HTMLParser):
+    """A parsed page: tags with their attributes, text, tables, lines; a tag closed out of order is an error."""
 
-    def __init__(self) -> None:
+    def __init__(self, text: str) -> None:
         super().__init__(convert_charrefs=True)
-        self.lines: list[list[str]] = []
-        self.skipped = False
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.text = ""
+        self.tables: list[list[list[str]]] = []
+        self.open: list[str] = []
+        self.lines: list[list[str]] = [[""]]
+        """A line a block, cells of a row in one line, in front of each the tag."""
+        self.feed(text)
+        self.close()
+        assert self.open == []
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         known = dict(attrs)
-        self.skipped = tag == "style"
-        kind = f"{tag}.{known['class']}" if known.get("class") else tag
-        if tag == "img":
-            self.lines.append(["img", known.get("alt") or ""])
-        elif tag in ("td", "th"):
+        self.tags.append((tag, known))
+        if tag not in VOID:
+            self.open.append(tag)
+        if tag == "table":
+            self.tables.append([])
+        if tag == "tr":
+            self.tables[-1].append([])
+        if tag in ("td", "th"):
+            self.tables[-1][-1].append("")
             self.lines[-1].append("|")
+        elif tag == "img":
+            self.lines.append(["img", known.get("alt") or ""])
         elif tag not in ("span", "strong", "em", "code", "a"):
-            self.lines.append([kind])
+            self.lines.append([f"{tag}.{known['class']}" if known.get("class") else tag])
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
 
     def handle_data(self, data: str) -> None:
-        if not self.skipped and data.strip():
-            if not self.lines:
-                self.lines.append([""])
+        if "style" in self.open:
+            return
+        self.text += data
+        if {"td", "th"} & set(self.open):
+            self.tables[-1][-1][-1] += data
+        if data.strip():
             self.lines[-1].append(" ".join(data.split()))
 
+    @property
+    def rows(self) -> list[list[str]]:
+        """The table of all models."""
+        (rows,) = [table for table in self.tables if table[0][0] == "model"]
+        return rows
 
-def text_of(page: str) -> str:
-    """What readers of a page see, without its pictures."""
-    parser = _Text()
-    parser.feed(page)
-    return "".join(f"{' '.join(line)}\n" for line in parser.lines if len(line) > 1)
+    def all(self, tag: str) -> list[dict[str, str | None]]:
+        return [attributes for name, attributes in self.tags if name == tag]
 
 
 if __name__ == "__main__":

@@ -6,8 +6,7 @@ import re
 from pathlib import Path
 
 import pytest
-from made_reports import GOLDEN, NAMES, PAGE, files_of
-from test_report_html import Page
+from made_reports import GOLDEN, NAMES, PAGE, Page, files_of
 
 from grun.report import figures
 

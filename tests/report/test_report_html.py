@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
 import pytest
+from made_reports import Page
 from made_results import KNOWN, write_evaluation, write_run, write_tofu
 
 from grun.config.options import ReportConfig
@@ -21,52 +21,7 @@ from grun.report.results import find_results
 from grun.report.tables import shown as shown_number
 from grun.report.verdict import STATEMENT
 
-VOID = {"meta", "img", "br", "link", "input"}
 NASTY = '<script>alert("1")</script><img src=x onerror=alert(2)> & \x00\x1b[2J'
-
-
-class Page(HTMLParser):
-    """Parsed page: tags with their attributes, text, rows of the table; a tag closed out of order is an error."""
-
-    def __init__(self, text: str) -> None:
-        super().__init__(convert_charrefs=True)
-        self.tags: list[tuple[str, dict[str, str | None]]] = []
-        self.text = ""
-        self.tables: list[list[list[str]]] = []
-        self.open: list[str] = []
-        self.feed(text)
-        self.close()
-        assert self.open == []
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.append((tag, dict(attrs)))
-        if tag not in VOID:
-            self.open.append(tag)
-        if tag == "table":
-            self.tables.append([])
-        if tag == "tr":
-            self.tables[-1].append([])
-        if tag in ("td", "th"):
-            self.tables[-1][-1].append("")
-
-    def handle_endtag(self, tag: str) -> None:
-        assert self.open.pop() == tag
-
-    def handle_data(self, data: str) -> None:
-        if "style" in self.open:
-            return
-        self.text += data
-        if {"td", "th"} & set(self.open):
-            self.tables[-1][-1][-1] += data
-
-    @property
-    def rows(self) -> list[list[str]]:
-        """The table of all models."""
-        (rows,) = [table for table in self.tables if table[0][0] == "model"]
-        return rows
-
-    def all(self, tag: str) -> list[dict[str, str | None]]:
-        return [attributes for name, attributes in self.tags if name == tag]
 
 
 @pytest.fixture(scope="module")

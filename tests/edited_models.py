@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from tiny import PAD, RULES, blocks_of, formula, padded, tiny
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from grun import GrunModel, GrunStack
@@ -37,6 +37,24 @@ MIXED = {
     "second": member(5),
     "activated": member(6, activation="relu"),
 }
+
+
+def wrapped(
+    base: nn.Module | None = None, rule: tuple[str, str, str] = PUBLISHED, family: str = "llama", **options: Any
+) -> GrunModel:
+    """Random edits of BLOCKS; the same arguments give the same ones."""
+    base = tiny(family) if base is None else base
+    torch.manual_seed(3)
+    read, accumulate, write = rule
+    options = {"blocks": BLOCKS, **options}
+    return GrunModel.wrap(base, gate_read=read, gate_accumulate=accumulate, edit_write=write, **options).eval()
+
+
+def strong(model: GrunModel) -> GrunModel:
+    """With edits that change greedy tokens."""
+    for edit in model.edits.values():
+        nn.init.normal_(edit.edit.source.weight, std=3.0)
+    return model
 
 
 def stacked(members: dict[str, Member], base: PreTrainedModel | None = None, **options: Any) -> GrunStack:

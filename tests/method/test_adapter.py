@@ -20,7 +20,7 @@ from transformers import LlamaForCausalLM, PreTrainedModel
 
 from grun import GrunModel, GrunStack
 from grun.data.templates import Template
-from grun.errors import AdapterError, ConfigError
+from grun.errors import AdapterError
 from grun.method.fingerprint import fingerprint
 
 FILES = ["README.md", "adapter_config.json", "adapter_model.safetensors"]
@@ -349,13 +349,6 @@ def test_a_config_that_is_not_ours_or_does_not_fit_is_refused(
     adapter(tmp_path)
     edit_config(tmp_path, **changes)
     assert_refused(tmp_path, message)
-
-
-def test_a_wrapped_base_is_refused(tmp_path: Path) -> None:
-    model = adapter(tmp_path)
-    with pytest.raises(ConfigError, match="already"):
-        GrunModel.from_pretrained(model.base, tmp_path)
-    assert model(torch.tensor([[3, 4]])).gates  # and stays wrapped
 
 
 # -- another fine-tune of the same shape -------------------------------------------------------------------------------

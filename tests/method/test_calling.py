@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 import torch
-from edited_models import BLOCKS, PUBLISHED, agree, whole_pass
+from edited_models import BLOCKS, PUBLISHED, agree, strong, whole_pass, wrapped
 from tiny import RULES, greedy_by_hand, padded, random_rows, tiny
 from torch import Tensor, nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
@@ -28,20 +28,6 @@ from grun.errors import ModelError
 from grun.training.recomputation import recompute_blocks
 
 STEPS = 6
-
-
-def wrapped(base: nn.Module | None = None, rule: tuple[str, str, str] = PUBLISHED, family: str = "llama") -> GrunModel:
-    base = tiny(family) if base is None else base
-    torch.manual_seed(3)
-    read, accumulate, write = rule
-    return GrunModel.wrap(base, blocks=BLOCKS, gate_read=read, gate_accumulate=accumulate, edit_write=write).eval()
-
-
-def strong(model: GrunModel) -> GrunModel:
-    """With edits that change greedy tokens."""
-    for edit in model.edits.values():
-        nn.init.normal_(edit.edit.source.weight, std=3.0)
-    return model
 
 
 def four_dimensional(mask: Tensor, *, added: bool, window: int | None = None) -> Tensor:

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from functools import partial
+from functools import partial, wraps
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from edited_models import BLOCKS, PUBLISHED, agree, whole_pass
-from test_calling import STEPS, strong, wrapped
+from edited_models import BLOCKS, PUBLISHED, agree, generated, member, stacked, strong, whole_pass, wrapped
 from tiny import PAD, RULES, formula, greedy_by_hand, padded, random_rows, tiny
 from torch import Tensor, nn
 from transformers import (
@@ -23,11 +22,14 @@ from transformers import (
     RecurrentGemmaForCausalLM,
     StaticCache,
 )
+from watched import Recorded
 
 from grun import GrunModel
 from grun.errors import ModelError
 
 ALL_RULES = [PUBLISHED, *RULES]
+STEPS = 6
+"""As `generated` takes."""
 SHAPE = "-".join
 
 
@@ -35,13 +37,6 @@ def batch_of(rows: list[list[int]]) -> dict[str, Tensor]:
     """Ids and mask of rows padded on the left."""
     batch = padded(rows, "left")
     return {name: batch[name] for name in ("input_ids", "attention_mask")}
-
-
-def answers(model: Any, rows: list[list[int]], **options: Any) -> tuple[Tensor, Tensor]:
-    """New tokens [rows, STEPS] and their logits [rows, STEPS, vocabulary]."""
-    asked = {"do_sample": False, "return_dict_in_generate": True, "output_logits": True, "pad_token_id": PAD}
-    answer = model.generate(**{**batch_of(rows), **asked, "max_new_tokens": STEPS, "eos_token_id": None, **options})
-    return answer.sequences[:, -STEPS:], torch.stack(answer.logits, dim=1)
 
 
 def agree_with_whole_passes(
@@ -73,7 +68,7 @@ def test_generation_on_a_copy_of_a_cache_that_holds_a_prefix(
     prefix = {name: values[:, :7] for name, values in batch.items()}
     model.base(**prefix, past_key_values=held, use_cache=True, prompt_lengths=[100, 100])
     for _ in range(2):
-        found = answers(model.base, rows, past_key_values=copy.deepcopy(held))
+        found = generated(model.base, rows, past_key_values=copy.deepcopy(held))
         agree_with_whole_passes(model, rule, rows, found, family)
 
 
@@ -144,8 +139,8 @@ def test_a_model_that_gives_its_cache_not_back(rule: tuple[str, str, str]) -> No
     )
     torch.manual_seed(0)
     model, ids = wrapped(RecurrentGemmaForCausalLM(config).eval(), rule), torch.tensor(random_rows([7]))
-    _, cached = answers(model, ids.tolist())
-    _, whole = answers(model, ids.tolist(), use_cache=False)
+    _, cached = generated(model, ids.tolist())
+    _, whole = generated(model, ids.tolist(), use_cache=False)
     agree(cached, whole)
 
 
@@ -211,6 +206,31 @@ def test_pipelines_and_trainers_call_the_edited_model(tmp_path: Path) -> None:
         agree(logits, whole_pass(model, PUBLISHED, row, 2)[0])
 
 
+def operations(model: PreTrainedModel) -> list[list[str]]:
+    """Names of the operations of each pass of `generate`."""
+    starts: list[int] = []
+    prepare = model.prepare_inputs_for_generation
+
+    @wraps(prepare)  # generate looks at its signature
+    def next_pass(*arguments: Any, **options: Any) -> Any:
+        starts.append(len(recorded.names))
+        return prepare(*arguments, **options)
+
+    model.__dict__["prepare_inputs_for_generation"] = next_pass
+    with Recorded() as recorded, torch.no_grad():
+        model.generate(**batch_of(random_rows([6, 6], seed=1)), max_new_tokens=4, do_sample=False)
+    return [recorded.names[start:end] for start, end in zip(starts, [*starts[1:], None], strict=True)]
+
+
+@pytest.mark.parametrize(("family", "stack"), [("llama", False), ("gpt2", False), ("llama", True)])
+def test_a_decode_step_launches_no_operation_of_published_edits(family: str, stack: bool) -> None:
+    edited = stacked({str(seed): member(seed) for seed in range(3)}).base if stack else wrapped(family=family).base
+    expected, found = operations(tiny(family)), operations(edited)
+    assert len(expected) == len(found) == 4
+    assert len(found[0]) > len(expected[0]) > 50
+    assert found[1:] == expected[1:]
+
+
 # -- PEFT --------------------------------------------------------------------------------------------------------------
 
 
@@ -244,7 +264,7 @@ def test_edits_within_and_around_peft() -> None:
         called.generate(**batch_of(rows), max_new_tokens=1, do_sample=False)
         for block in gates:
             agree(model.last_gates[block], gates[block])
-        found, _ = answers(called, rows)
+        found, _ = generated(called, rows)
         assert found.tolist() == by_hand
         assert len(gates) == 2 and output.logits.shape[:2] == (2, 9)
     before = lora(tiny())(**batch).logits

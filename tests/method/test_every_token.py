@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from edited_models import BLOCKS, PUBLISHED, agree, generated, whole_pass
+from edited_models import BLOCKS, PUBLISHED, agree, generated, whole_pass, wrapped
 from tiny import PAD, RULES, padded, random_rows, tiny
 from transformers import DynamicCache
 
@@ -24,21 +24,12 @@ TURN = (7, 9)
 """Ids that begin a user's turn in these tests; `random_rows` draws others."""
 
 
-def wrapped(rule: tuple[str, str, str], family: str = "llama", reset: tuple[int, ...] = ()) -> GrunModel:
-    torch.manual_seed(3)
-    read, accumulate, write = rule
-    model = GrunModel.wrap(
-        tiny(family), blocks=BLOCKS, gate_read=read, gate_accumulate=accumulate, edit_write=write, reset_ids=reset
-    )
-    return model.eval()
-
-
 @pytest.mark.parametrize("family", ["llama", "gpt2", "gemma3"])
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 @pytest.mark.parametrize("rule", RULES, ids="-".join)
 @torch.no_grad()
 def test_generation_is_that_of_whole_passes(family: str, options: dict[str, Any], rule: tuple[str, str, str]) -> None:
-    model = wrapped(rule, family)
+    model = wrapped(rule=rule, family=family)
     prompts = random_rows([10, 6])
     tokens, logits = generated(model, prompts, **options)
     for index, prompt in enumerate(prompts):
@@ -53,7 +44,7 @@ def test_generation_is_that_of_whole_passes(family: str, options: dict[str, Any]
 @torch.no_grad()
 def test_samples_and_beams_keep_the_state_of_their_own_row(rule: tuple[str, str, str]) -> None:
     """Beams change places in every step: the score of what comes out is that of a whole pass over it."""
-    model = wrapped(rule)
+    model = wrapped(rule=rule)
     prompt = random_rows([7])[0]
     ids = torch.tensor([prompt])
     answer = model.generate(
@@ -76,7 +67,7 @@ def test_samples_and_beams_keep_the_state_of_their_own_row(rule: tuple[str, str,
 @torch.no_grad()
 def test_rows_that_leave_a_batch_take_their_state_along() -> None:
     """Our own greedy decoding drops rows that have ended."""
-    model = wrapped(MAXIMUM)
+    model = wrapped(rule=MAXIMUM)
     prompts = random_rows([9, 4, 6, 7, 3])
     alone = [generated(model, [prompt])[0][0].tolist() for prompt in prompts]
     ends = alone[1][0], alone[3][2]
@@ -100,7 +91,7 @@ def test_a_second_turn_begins_anew_at_the_ids_of_a_users_turn_alone() -> None:
     turns = {"reset": [*TURN, *second], "none": [*TURN[:1], *second]}
     for reset in ((), TURN):
         for kind, following in turns.items():
-            model = wrapped(MAXIMUM, reset=reset)
+            model = wrapped(rule=MAXIMUM, reset_ids=reset)
             cache = DynamicCache(config=model.base.config)
             model.generate(
                 torch.tensor([first]), max_new_tokens=3, do_sample=False, past_key_values=cache, eos_token_id=None
@@ -123,7 +114,7 @@ def cache_ids(model: GrunModel, cache: Any) -> list[int]:
 
 @torch.no_grad()
 def test_the_ids_of_a_turn_are_found_across_the_border_of_two_passes() -> None:
-    model = wrapped(MAXIMUM, reset=TURN)
+    model = wrapped(rule=MAXIMUM, reset_ids=TURN)
     row = [*random_rows([6])[0], *TURN, *random_rows([3], seed=1)[0]]
     cut = row.index(9)
     output = model(input_ids=torch.tensor([row[:cut]]), use_cache=True)
@@ -135,7 +126,7 @@ def test_the_ids_of_a_turn_are_found_across_the_border_of_two_passes() -> None:
 
 @torch.no_grad()
 def test_a_cache_that_is_copied_or_cut_back_has_the_state_of_what_it_holds() -> None:
-    model = wrapped(MAXIMUM)
+    model = wrapped(rule=MAXIMUM)
     row = random_rows([10])[0]
     ids = torch.tensor([row])
     cache = model(input_ids=ids[:, :6], use_cache=True).base_output.past_key_values
@@ -154,7 +145,7 @@ def test_a_cache_that_is_copied_or_cut_back_has_the_state_of_what_it_holds() -> 
 
 @torch.no_grad()
 def test_tokens_cached_while_no_edit_acted_are_unknown_to_the_gates() -> None:
-    model = wrapped(MAXIMUM)
+    model = wrapped(rule=MAXIMUM)
     ids = torch.tensor(random_rows([8]))
     with model.disabled():
         cache = model(input_ids=ids[:, :5], use_cache=True).base_output.past_key_values
@@ -166,7 +157,7 @@ def test_tokens_cached_while_no_edit_acted_are_unknown_to_the_gates() -> None:
 
 @torch.no_grad()
 def test_a_cache_whose_rows_changed_behind_the_gates_back_is_refused() -> None:
-    model = wrapped(MAXIMUM)
+    model = wrapped(rule=MAXIMUM)
     cache = model(input_ids=torch.tensor(random_rows([5])), use_cache=True).base_output.past_key_values
     for layer in cache.layers:
         layer.batch_repeat_interleave(2)
@@ -176,7 +167,7 @@ def test_a_cache_whose_rows_changed_behind_the_gates_back_is_refused() -> None:
 
 @torch.no_grad()
 def test_padding_opens_no_gate_on_either_side() -> None:
-    model = wrapped(MAXIMUM)
+    model = wrapped(rule=MAXIMUM)
     rows = random_rows([9, 4])
     _, openings = whole_pass(model, MAXIMUM, rows[1], 3)
     for side in ("left", "right"):
@@ -189,7 +180,7 @@ def test_padding_opens_no_gate_on_either_side() -> None:
 
 @torch.no_grad()
 def test_a_threshold_leaves_every_token_before_the_gate_opens_as_the_base_has_it() -> None:
-    model = wrapped(MAXIMUM)
+    model = wrapped(rule=MAXIMUM)
     batch = padded(random_rows([9, 6]), "right")
     gates = torch.stack(list(model(**batch).gates.values()))  # [blocks, batch, length]
     widest = gates.amax(0)[:, 2]  # of both blocks at the third token

@@ -286,31 +286,19 @@ def test_gradient_of_a_low_edit_equals_finite_differences_through_the_blocks_abo
 # -- dropout and bias --------------------------------------------------------------------------------------------------
 
 
-def test_dropout_acts_in_training_on_the_change_alone() -> None:
+@pytest.mark.parametrize("on_hidden", [False, True])
+def test_dropout_acts_in_training_on_the_change_or_on_the_whole_state(on_hidden: bool) -> None:
     torch.manual_seed(0)
     module = gated_intervention(config(64, "none"))
-    module.dropout = 0.5
+    module.dropout, module.dropout_on_hidden = 0.5, on_hidden
     hidden = torch.randn(8, 1, 64)
-    module.eval()
-    change = module(hidden).output - hidden
-    assert torch.equal(module(hidden).output - hidden, change)
-    module.train()
-    dropped = module(hidden).output - hidden
+    before = torch.zeros_like(hidden) if on_hidden else hidden
+    whole = module.eval()(hidden).output - before
+    assert torch.equal(module(hidden).output - before, whole)
+    dropped = module.train()(hidden).output - before
     kept = dropped != 0
     assert 0.35 < kept.float().mean() < 0.65
-    torch.testing.assert_close(dropped[kept], 2 * change[kept], atol=1e-5, rtol=1e-4)  # float32 differences
-
-
-def test_dropout_on_hidden_drops_entries_of_the_whole_state() -> None:
-    torch.manual_seed(0)
-    module = gated_intervention(config(64, "none"))
-    module.dropout, module.dropout_on_hidden = 0.5, True
-    hidden = torch.randn(8, 1, 64)
-    whole = module.eval()(hidden).output
-    dropped = module.train()(hidden).output
-    kept = dropped != 0
-    assert 0.35 < kept.float().mean() < 0.65
-    torch.testing.assert_close(dropped[kept], 2 * whole[kept])
+    torch.testing.assert_close(dropped[kept], 2 * whole[kept], atol=1e-5, rtol=1e-4)  # float32 differences
 
 
 def test_wrap_passes_dropout_on() -> None:

@@ -72,20 +72,6 @@ def test_generate_equals_decoding_by_hand_and_base_generate(family: str) -> None
         assert alone[0, len(row) :].tolist() == by_hand[index]
 
 
-@torch.no_grad()
-def test_gates_of_a_generation_are_those_of_its_prompts() -> None:
-    model = wrapped()
-    batch = prompts_of(random_rows(LENGTHS))
-    forward = model(**batch).gates
-    model.generate(**batch, max_new_tokens=3)
-    assert list(model.last_gates) == BLOCKS
-    for block, gates in model.last_gates.items():
-        # transformers' generate counts positions from the first attended token, a bare forward from the first column
-        torch.testing.assert_close(gates, forward[block], atol=1e-5, rtol=1e-5)
-    with model.disabled():
-        model.generate(**batch, max_new_tokens=3)
-
-
 @pytest.mark.parametrize(
     "options",
     [
@@ -170,20 +156,6 @@ def test_beams_and_several_samples_get_the_position_of_their_prompt() -> None:
     torch.testing.assert_close(model.last_gates[1][::2], model.last_gates[1][1::2])
 
 
-@torch.no_grad()
-def test_sampling_with_a_seed_is_the_same_through_model_and_base_and_follows_the_edited_distribution() -> None:
-    model = wrapped()
-    batch = prompts_of(random_rows(LENGTHS))
-    sample = {"do_sample": True, "max_new_tokens": STEPS, "top_k": 0}
-    torch.manual_seed(7)
-    through_model = model.generate(**batch, **sample)
-    torch.manual_seed(7)
-    assert torch.equal(model.base.generate(**batch, **sample), through_model)
-    with model.disabled():
-        torch.manual_seed(7)
-        assert not torch.equal(model.base.generate(**batch, **sample), through_model)
-
-
 @pytest.mark.parametrize("family", ["llama", "mistral", "gemma3", "gpt2", "odd"])
 @pytest.mark.parametrize("second_turn", ["whole", "whole without mask", "new tokens alone"])
 @torch.no_grad()
@@ -235,20 +207,6 @@ def test_a_chat_of_unequal_rows_with_a_kept_cache() -> None:
         edited = [[len(row) - 1, len(whole) - 1]]
         by_hand = greedy_by_hand(tiny(), "llama", model.state_dict(), [whole], 4, edited)
         assert answer[index, turn.shape[1] :].tolist() == by_hand[0]
-
-
-@torch.no_grad()
-def test_a_bare_decode_loop_with_a_cache_edits_the_first_pass_alone() -> None:
-    model, rows = wrapped(), random_rows([6])
-    writes = Writes(model)
-    by_hand = greedy_by_hand(tiny(), "llama", model.state_dict(), rows, 4)[0]
-    output = model.base(torch.tensor(rows), use_cache=True)
-    tokens = []
-    for _ in range(4):
-        tokens.append(int(output.logits[0, -1].argmax()))
-        output = model.base(torch.tensor([tokens[-1:]]), past_key_values=output.past_key_values, use_cache=True)
-    assert tokens == by_hand
-    assert writes.counts == {1: 1, 2: 1}
 
 
 @torch.no_grad()

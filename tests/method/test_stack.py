@@ -13,8 +13,8 @@ import torch
 from edited_models import DESIGNS, MIXED, PUBLISHED, ROBUST, Member, agree, generated, member, single, stacked
 from tiny import PAD, WIDTH, blocks_of, formula, padded, random_rows, tiny
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import DynamicCache
+from watched import Recorded
 
 import grun.method.stack.gates
 from grun import GrunModel, GrunStack
@@ -254,31 +254,6 @@ def test_a_cache_that_was_filled_under_other_requests_is_refused() -> None:
         stack(input_ids=ids[:, :1], past_key_values=cache)
 
 
-class Recorded(TorchDispatchMode):
-    """Names of all operations."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.names: list[str] = []
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.names.append(str(func))
-        return func(*args, **(kwargs or {}))
-
-
-@torch.no_grad()
-def test_a_decode_step_of_published_requests_launches_no_operation() -> None:
-    found = []
-    for base in (tiny(), stacked({str(seed): member(seed) for seed in range(3)}).base):
-        ids = torch.tensor(random_rows([6]))
-        cache = DynamicCache()
-        base(input_ids=ids, past_key_values=cache)
-        with Recorded() as recorded:
-            base(input_ids=ids[:, :1], past_key_values=cache)
-        found.append(recorded.names)
-    assert found[0] == found[1] and len(found[0]) > 50
-
-
 @pytest.mark.parametrize("gate", ["linear", "mlp_3"])
 def test_the_gates_of_all_requests_are_one_matrix_product_a_layer(gate: str) -> None:
     edit = StackedIntervention(WIDTH, torch.zeros(0, dtype=torch.float64), "sum", 0.5)
@@ -384,18 +359,6 @@ def test_a_bias_for_a_gate_without_one_is_refused(own_gates: None) -> None:
 
 
 # -- in use -----------------------------------------------------------------------------------------------------------
-
-
-@torch.no_grad()
-def test_adapters_are_added_from_folders_and_their_template_is_taken(tmp_path: Path) -> None:
-    for name in ("linear", "robust"):
-        single(MIXED[name]).save_pretrained(tmp_path / name)
-    batch = padded(random_rows([9, 6]), "left")
-    stack = GrunStack(tiny()).eval()
-    stack.add("linear", tmp_path / "linear")
-    stack.add("robust", tmp_path / "robust")
-    wanted = stacked({name: MIXED[name] for name in ("linear", "robust")})
-    assert torch.equal(stack(**batch).logits, wanted(**batch).logits)
 
 
 def test_published_requests_share_passes_in_evaluation_and_others_do_not() -> None:

@@ -65,16 +65,31 @@ def slope(output: StepOutput, block: int = 0) -> list[list[float]]:
 # -- forget rows ------------------------------------------------------------------------------------------------------
 
 
-def test_a_forget_row_opens_at_the_mean_of_its_three_highest_gates() -> None:
-    total, count = value("bce_max", answer=gates({0: [[0.5, -4.0, 2.0, -1.0, 1.0]]}))
-    assert count == 1
-    assert total.item() == pytest.approx(softplus(-(0.5 + 2.0 + 1.0) / 3), rel=CLOSE)
+LATE = [9.0, -1.0, 2.0, 0.5, 8.0, 7.0], [0, 1, 1, 1, 1, 0]
+MAXIMUM, LAST = "bce_max", "bce_max_last"
 
 
-def test_gates_that_do_not_count_or_lie_in_the_answer_open_nothing() -> None:
-    row, counted, prompt = [9.0, -1.0, 2.0, 8.0, 0.0], [0, 1, 1, 1, 1], [1, 1, 1, 0, 0]
-    total, _ = value("bce_max", answer=gates({0: [row]}, [counted], [prompt]))
-    assert total.item() == pytest.approx(softplus(-(-1.0 + 2.0) / 2), rel=CLOSE)  # two are left
+@pytest.mark.parametrize(
+    ("name", "rows", "row", "counted", "prompt", "expected"),
+    [
+        # A forget row opens at the mean of its three highest gates, of those in the prompt that count.
+        (MAXIMUM, "answer", [0.5, -4.0, 2.0, -1.0, 1.0], None, None, softplus(-(0.5 + 2.0 + 1.0) / 3)),
+        (MAXIMUM, "answer", [9.0, -1.0, 2.0, 8.0, 0.0], [0, 1, 1, 1, 1], [1, 1, 1, 0, 0], softplus(-(-1.0 + 2.0) / 2)),
+        # At the last prompt token too; where nothing says what is prompt, the last counts.
+        (LAST, "answer", *LATE, [1, 1, 1, 1, 0, 0], softplus(-(-1.0 + 2.0 + 0.5) / 3) + softplus(-0.5)),
+        (LAST, "answer", *LATE, None, softplus(-(2.0 + 0.5 + 8.0) / 3) + softplus(-8.0)),
+        # A retain row shuts its highest gate and all on average, in its answer too.
+        (MAXIMUM, "retain", [0.5, -4.0, 2.0, 3.0], None, None, softplus(3.0) + sum(map(softplus, (0.5, -4, 2, 3))) / 4),
+        (MAXIMUM, "retain", [0.5, 2.0, 3.0, 50.0], [1, 1, 1, 0], [1, 1, 0, 0],
+         softplus(3.0) + sum(map(softplus, (0.5, 2, 3))) / 3),
+    ],
+)  # fmt: skip
+def test_a_row_is_taken_at_its_highest_gates(
+    name: str, rows: str, row: list[float], counted: list[int] | None, prompt: list[int] | None, expected: float
+) -> None:
+    made = gates({0: [row]}, None if counted is None else [counted], None if prompt is None else [prompt])
+    total, count = value(name, **{rows: made})
+    assert (total.item(), count) == (pytest.approx(expected, rel=CLOSE), 1)
 
 
 def test_only_the_gates_that_are_highest_learn_from_a_forget_row() -> None:
@@ -82,17 +97,6 @@ def test_only_the_gates_that_are_highest_learn_from_a_forget_row() -> None:
     value("bce_max", answer=made).total.backward()
     pull = -1 / (1 + math.exp(3.5 / 3)) / 3  # of -log sigmoid at the mean, shared by three
     assert slope(made) == [pytest.approx([pull, 0.0, pull, 0.0, pull], rel=CLOSE)]
-
-
-def test_bce_max_last_opens_at_the_last_prompt_token_too() -> None:
-    row, counted, prompt = [9.0, -1.0, 2.0, 0.5, 8.0, 7.0], [0, 1, 1, 1, 1, 0], [1, 1, 1, 1, 0, 0]
-    total, count = value("bce_max_last", answer=gates({0: [row]}, [counted], [prompt]))
-    assert count == 1
-    assert total.item() == pytest.approx(softplus(-(-1.0 + 2.0 + 0.5) / 3) + softplus(-0.5), rel=CLOSE)
-    whole, _ = value(
-        "bce_max_last", answer=gates({0: [row]}, [counted])
-    )  # nothing says what is prompt: the last counts
-    assert whole.item() == pytest.approx(softplus(-(2.0 + 0.5 + 8.0) / 3) + softplus(-8.0), rel=CLOSE)
 
 
 def test_bce_max_last_shuts_retain_rows_as_bce_max_does_and_skips_rows_that_count_nowhere() -> None:
@@ -111,19 +115,6 @@ def test_a_prompt_is_counted_once_where_answer_and_refusal_are_run() -> None:
 
 
 # -- retain rows ------------------------------------------------------------------------------------------------------
-
-
-def test_a_retain_row_shuts_its_highest_gate_and_all_on_average() -> None:
-    row = [0.5, -4.0, 2.0, 3.0]
-    total, count = value("bce_max", retain=gates({0: [row]}))
-    assert count == 1
-    assert total.item() == pytest.approx(softplus(3.0) + sum(map(softplus, row)) / 4, rel=CLOSE)
-
-
-def test_a_retain_row_shuts_gates_in_its_answer_too_but_none_that_does_not_count() -> None:
-    row, counted, prompt = [0.5, 2.0, 3.0, 50.0], [1, 1, 1, 0], [1, 1, 0, 0]
-    total, _ = value("bce_max", retain=gates({0: [row]}, [counted], [prompt]))
-    assert total.item() == pytest.approx(softplus(3.0) + sum(map(softplus, row[:3])) / 3, rel=CLOSE)
 
 
 def test_every_gate_that_counts_on_a_retain_row_learns() -> None:

@@ -19,14 +19,12 @@ from closed_forms import (
     Case,
     Closed,
     cross_entropy,
-    defaults,
     lay_out,
     log_sigmoid,
     log_softmax,
     logprobs,
     softmax,
     summed,
-    value_of,
 )
 from objective_tasks import loss_of
 
@@ -36,7 +34,7 @@ from grun.objectives.ascent import satimp, wga
 from grun.objectives.distillation import ceu, undial
 from grun.objectives.entropy import dual_step
 from grun.objectives.objective import build_objective
-from grun.objectives.preference import dpo, npo, simnpo
+from grun.objectives.preference import dpo, npo
 from grun.objectives.retain import kl
 from grun.objectives.terms import TERMS, Outputs, TermValue
 
@@ -162,14 +160,6 @@ def test_a_term(check: Callable[[str, Closed], None], name: str) -> None:
 READ = [(entry.name, option) for entry in TERMS for option in TERMS.get(entry.name).options]
 
 
-@pytest.mark.parametrize(("name", "option"), [(name, option) for name, option in READ if option in CHANGED])
-def test_each_option_of_a_term_changes_its_loss(name: str, option: str) -> None:
-    term = TERMS.get(name)
-    before = value_of(name, MODEL, REFERENCE)
-    after = value_of(name, MODEL, REFERENCE, defaults(term, **{option: CHANGED[option]}))
-    assert float(after.total) != pytest.approx(float(before.total), rel=1e-3)
-
-
 @pytest.mark.parametrize(("option", "value"), [("eta", 0.5), ("epsilon", 0.1), ("dual_warmup_epochs", 5.0)])
 def test_each_option_of_the_dual_step_changes_the_next_retain_weight(option: str, value: float) -> None:
     def next_weights(**options: float) -> dict[str, float]:
@@ -230,17 +220,6 @@ def test_npo_gradient_is_ascent_for_small_beta_and_dies_where_the_row_is_forgott
         assert slope(difference, 0.5) == pytest.approx(2 / (1 + math.exp(-0.5 * difference)), rel=1e-12)
     assert slope(-400.0, 0.5) < 1e-12
     assert float(npo(torch.tensor(-400.0), torch.tensor(0.0), beta=0.5)) < 1e-12  # bounded below by 0
-
-
-def test_dpo_without_a_win_is_npo() -> None:
-    policy, reference = torch.tensor([-3.0, -9.0], dtype=F64), torch.tensor([-4.0, -2.0], dtype=F64)
-    found = dpo(torch.zeros(2, dtype=F64), policy - reference, beta=0.3)
-    torch.testing.assert_close(found, npo(policy, reference, beta=0.3))
-
-
-def test_simnpo_does_not_punish_length() -> None:
-    short = simnpo(torch.tensor([-2.0]), torch.tensor([4]), beta=2.5, margin=0.0)
-    torch.testing.assert_close(short, simnpo(torch.tensor([-20.0]), torch.tensor([40]), beta=2.5, margin=0.0))
 
 
 def test_weighted_ascent_becomes_ascent_for_small_powers_and_leaves_forgotten_tokens_alone() -> None:

@@ -18,6 +18,7 @@ import two_processes
 from safetensors.torch import load_file
 from torch.testing import assert_close
 from two_processes import CASES, evaluate_arguments, resumable, run_case, unlearn_arguments
+from watched import logged
 
 from grun.cli import main
 from grun.data.encoding import EncodedRow, collate
@@ -75,10 +76,6 @@ def launch(mode: str, folder: Path) -> list[tuple[int, str, str]]:
         for process in started:
             process.kill()
     return [(process.returncode, *said) for process, said in zip(started, ended, strict=True)]
-
-
-def logged(folder: Path) -> list[dict[str, float]]:
-    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
 
 
 def assert_same_log(found: Path, expected: Path, **tolerance: float) -> None:

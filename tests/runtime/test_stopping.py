@@ -121,39 +121,27 @@ raise SystemExit(exit_status(work))
 """
 """Says which process it is, and waits."""
 STUBBORN = CELL.replace("import os", "import signal, os").replace("def", "signal.signal(15, signal.SIG_IGN)\ndef", 1)
-PARENTS = {
-    "sweep": """
-import sys
-from pathlib import Path
-from grun.runtime import stopping
-from grun.cli import exit_status
-from grun.experiments import running
-from grun.experiments.sweep.cells import Cell
-folder, program = Path(sys.argv[1]), sys.argv[2]
-stopping.PATIENCE = 0.5
-running.job_command = lambda job: [sys.executable, "-c", program, str(folder / job.name)]
-cells = [
-    Cell(folder / "results" / "cells" / f"{name}.json", name, None, {}, {}, "nothing", "", name)
-    for name in ("one", "two")
-]
-launcher = sys.argv[3] if len(sys.argv) > 3 else None
-stopping.leave(exit_status(lambda: run_jobs(launcher)))
-""".replace("run_jobs(launcher)", "running.run_jobs(cells, at_once=2, launcher=launcher)"),
-    "sequential": """
+PARENT = """
 import sys
 from pathlib import Path
 from grun.runtime import stopping
 from grun.cli import exit_status
 from grun.experiments import running
 from grun.experiments.sequential.chain import Chain
-folder, program = Path(sys.argv[1]), sys.argv[2]
+from grun.experiments.sweep.cells import Cell
+folder, program, kind = Path(sys.argv[1]), sys.argv[2], sys.argv[3]
 stopping.PATIENCE = 0.5
-running.job_command = lambda job: [sys.executable, "-c", program, str(folder / "one")]
-rest = ({}, [], "", None, {}, {}, {}, {}, "sum", True, False)
-chain = Chain(folder / "results" / "grun" / "chain.json", "grun", *rest)
-stopping.leave(exit_status(lambda: running.run_jobs([chain], at_once=1, launcher=None)))
-""",
-}
+running.job_command = lambda job: [sys.executable, "-c", program, str(folder / job.name)]
+jobs = [
+    Cell(folder / "results" / "cells" / f"{name}.json", name, None, {}, {}, "nothing", "", name)
+    for name in ("one", "two")
+]
+if kind == "sequential":
+    rest = ({}, [], "", None, {}, {}, {}, {}, "sum", True, False)
+    jobs = [Chain(folder / "results" / "grun" / "chain.json", "one", *rest)]
+launcher = sys.argv[4] if len(sys.argv) > 4 else None
+stopping.leave(exit_status(lambda: running.run_jobs(jobs, at_once=len(jobs), launcher=launcher)))
+"""
 SCRIPT = """
 set -euo pipefail
 . scripts/stages.sh
@@ -202,13 +190,13 @@ def run(arguments: list[str]) -> subprocess.Popen[str]:
 def test_no_child_outlives_its_parent(kind: str, number: int, tmp_path: Path) -> None:
     if number == signal.SIGKILL and kind in ("stubborn sweep", "launcher"):
         pytest.skip("what ignores SIGTERM, or is another's program, is not reached")
-    parent = PARENTS["sequential" if kind == "sequential" else "sweep"]
+    parent = PARENT
     program = STUBBORN if kind.startswith("stubborn") else CELL
     if kind == "launcher":
         (tmp_path / "cell.py").write_text(CELL)
         place = [f"{sys.executable} {tmp_path / 'cell.py'} {tmp_path}/$(basename {{command}}); true"]
         parent = parent.replace('[sys.executable, "-c", program, str(folder / job.name)]', "[job.name]")
-    process = run([sys.executable, "-c", parent, str(tmp_path), program, *(place if kind == "launcher" else [])])
+    process = run([sys.executable, "-c", parent, str(tmp_path), program, kind, *(place if kind == "launcher" else [])])
     children = children_of(tmp_path, ["one"] if kind == "sequential" else ["one", "two"])
     process.send_signal(number)
     if number == signal.SIGTERM:

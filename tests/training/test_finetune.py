@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from tiny import random_rows, tiny
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
-from watched import CutOff, assert_equal, parameters, saved_bytes
+from watched import CutOff, assert_equal, parameters, saved_bytes, whole_step
 
 from baselines.full import Full
 from grun.commands.finetune import FinetuneTask
@@ -236,20 +236,6 @@ def test_an_identity_has_the_options_that_decide_the_result() -> None:
 # -- gradient checkpointing --------------------------------------------------------------------------------------------
 
 
-def losses_and_gradients(task: Any) -> tuple[float, dict[str, float], dict[str, Tensor]]:
-    """Loss, its terms and the gradients of the first step."""
-    torch.manual_seed(7)
-    task.module.train()
-    data = task.data(0)
-    total, terms = 0.0, dict[str, float]()
-    for batch in data.micro_batches:
-        loss, parts = task.loss(batch, data.counts, 0)
-        loss.backward()
-        total += loss.item()
-        terms = {name: terms.get(name, 0.0) + value for name, value in parts.items()}
-    return total, terms, {name: p.grad for name, p in task.module.named_parameters() if p.grad is not None}
-
-
 @pytest.mark.parametrize("kind", ["finetune", "full", "grun"])
 @pytest.mark.parametrize(
     ("family", "dtype", "changes"),
@@ -261,7 +247,7 @@ def test_gradients_are_those_without_checkpointing(
 ) -> None:
     """Bit for bit: the same operations run again on the same numbers, with the same random draws."""
     found = []
-    for recomputed in (False, True):
+    for again in (False, True):
         base = tiny(family, dtype=dtype, **changes)
         config = TrainConfig(batch_size=8, micro_batch_size=5)
         if kind == "finetune":
@@ -270,15 +256,17 @@ def test_gradients_are_those_without_checkpointing(
             whole = FullConfig(freeze_head=family != "odd")  # which names no head
             method = MethodConfig(blocks=[1, 3], dropout=0.2, full=whole)
             task = unlearn_task(Full(method) if kind == "full" else Grun(method), base, config)
-        if recomputed:
+        if again:
             recompute_blocks(find_blocks(base)[1])
-        found.append(losses_and_gradients(task))
+        torch.manual_seed(7)
+        task.module.train()
+        found.append(whole_step(task))
         used = {name for name, _ in task.module.named_parameters() if "decoy" not in name}
-        assert found[-1][2].keys() == used  # every one has a gradient
-    (plain, plain_terms, expected), (total, terms, gradients) = found
-    assert (total, terms) == (plain, plain_terms)
-    assert any(bool(gradient.any()) for gradient in gradients.values())
-    assert_equal(gradients, expected)
+        assert found[-1].gradients.keys() == used  # every one has a gradient
+    plain, recomputed = found
+    assert (recomputed.loss, recomputed.parts) == (plain.loss, plain.parts)
+    assert any(bool(gradient.any()) for gradient in recomputed.gradients.values())
+    assert_equal(recomputed.gradients, plain.gradients)
 
 
 def test_less_is_kept_for_the_backward_pass_and_an_edit_is_computed_once(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -121,29 +121,6 @@ def test_killed_in_mid_save_a_run_resumes_from_the_checkpoint_before(killed: Any
     assert_is(folder, whole)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("seed", range(3))
-def test_killed_at_ten_random_moments_a_run_ends_bit_identical(
-    seed: int, taught: Path, whole: Path, tmp_path: Path
-) -> None:
-    folder = tmp_path / "run"
-    kill_and_resume((folder, arguments_of(taught, folder, *LEGS), random_kills(10, seed)))
-    assert digest(folder) == digest(whole)
-
-
-@pytest.mark.slow
-def test_killed_finetuning_ends_bit_identical(tmp_path: Path) -> None:
-    more = ["train.save_steps=2", "train.question_weight=0.3"]
-    undisturbed, folder = tmp_path / "whole", tmp_path / "run"
-    assert demo.finetune(undisturbed, *more) == 0
-    arguments = ["finetune", *demo.DATA, *demo.MODEL, f"output_dir={folder}", *more]
-    kills = [{"after_step": 3}, {"in": "os.replace", "call": 2}, {"after_step": 5}, {"in": "shutil.rmtree", "call": 1}]
-    kill_and_resume((folder, arguments, kills))
-    assert digest(folder, "model.safetensors") == digest(undisturbed, "model.safetensors")
-    assert (folder / "log.jsonl").read_bytes() == (undisturbed / "log.jsonl").read_bytes()
-    assert sorted(p.name for p in folder.iterdir()) == sorted(p.name for p in undisturbed.iterdir())
-
-
 EVALUATION_KILLS = [
     {"in": "grun.evaluation.shared_scoring.scored_rows", "call": 3},
     {"in": "grun.evaluation.shared_scoring.scored_rows", "call": 4},

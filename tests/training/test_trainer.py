@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from edited_models import PUBLISHED, ROBUST
+from edited_models import PUBLISHED, ROBUST, wrapped
 from safetensors.torch import load_file
 from tiny import padded, random_rows, tiny
 from torch import Tensor
@@ -28,13 +28,8 @@ ROWS = [
 """With 4, 3, 2 and 1 labels: a mean over micro-batches is not one over the step."""
 
 
-def wrapped(rule: tuple[str, str, str] = PUBLISHED, **options: Any) -> GrunModel:
-    base = tiny(dtype=torch.float32)
-    torch.manual_seed(3)
-    read, accumulate, write = rule
-    return GrunModel.wrap(
-        base, blocks=[1, 3], gate_read=read, gate_accumulate=accumulate, edit_write=write, **options
-    ).eval()
+def edited(**options: Any) -> GrunModel:
+    return wrapped(tiny(dtype=torch.float32), blocks=[1, 3], **options)
 
 
 def trainer(model: GrunModel, folder: Path, *, metrics: bool = False, **options: Any) -> Trainer:
@@ -64,7 +59,7 @@ def same(one: dict[str, Tensor], other: dict[str, Tensor], atol: float = 0.0) ->
 @pytest.mark.parametrize("rule", [PUBLISHED, ROBUST], ids=["published", "robust"])
 @torch.no_grad()
 def test_an_output_is_read_as_those_of_transformers(rule: tuple[str, str, str]) -> None:
-    model = wrapped(rule)
+    model = edited(rule=rule)
     found = model(**BATCH, labels=torch.stack([row["labels"] for row in ROWS]))
     assert list(found) == ["loss", "logits", "gate_logits", "gates", "base_output"] == list(found.keys())
     assert found[0] is found["loss"] is found.loss is found.get("loss") and found[1] is found.logits
@@ -98,7 +93,7 @@ def test_it_trains_the_edits_and_evaluates(
     options: dict[str, Any], rule: tuple[str, str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)  # a tracker writes into the current folder
-    model = wrapped(rule)
+    model = edited(rule=rule)
     frozen, before = {name: values.clone() for name, values in model.base.state_dict().items()}, state(model)
     options = dict(options)
     if "processing_class" in options:
@@ -124,14 +119,14 @@ def test_it_trains_the_edits_and_evaluates(
 def test_micro_batches_give_the_step_of_the_whole_batch_as_they_do_on_the_bare_base(tmp_path: Path) -> None:
     found = []
     for size, steps in ((4, 1), (2, 2), (1, 4)):
-        model = wrapped()
+        model = edited()
         trainer(
             model, tmp_path, per_device_train_batch_size=size, gradient_accumulation_steps=steps, max_steps=2
         ).train()
         found.append(state(model))
     # AdamW divides by the root of squared gradients: rounding shows where these are near 0.
     assert same(found[0], found[1], 1e-4) and same(found[0], found[2], 1e-4)
-    model = wrapped()
+    model = edited()
     run = trainer(model, tmp_path)
     bare = Trainer(tiny(dtype=torch.float32), run.args)
     assert run.model_accepts_loss_kwargs == bare.model_accepts_loss_kwargs
@@ -140,13 +135,13 @@ def test_micro_batches_give_the_step_of_the_whole_batch_as_they_do_on_the_bare_b
 
 
 def test_what_it_saves_can_be_put_back(tmp_path: Path) -> None:
-    whole, half = wrapped(dropout=0.2), wrapped(dropout=0.2)
+    whole, half = edited(dropout=0.2), edited(dropout=0.2)
     trainer(whole, tmp_path, save_steps=3).train()
     run = trainer(half, tmp_path, save_steps=3)
     run.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
     assert same(state(half), state(whole))
     run.save_model(str(tmp_path / "saved"))
-    other = wrapped(dropout=0.2)
+    other = edited(dropout=0.2)
     other.load_state_dict(load_file(tmp_path / "saved" / "model.safetensors"))
     assert same(state(other), state(whole))
     with pytest.raises(AdapterError, match=r"is a checkpoint of transformers' Trainer, .* then save_pretrained"):

@@ -218,13 +218,17 @@ def test_a_lora_adapter_is_evaluated(taught: Path, tmp_path: Path) -> None:
 
 
 def test_the_command_line_takes_the_suite(taught: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    mixed = [{"question": "Which?", "choices": ["a", "b", "c", "d"][:count], "answer": 0} for count in (2, 4)]
+    (tmp_path / "mixed.jsonl").write_text("".join(json.dumps(row) + "\n" for row in mixed))
     data = ["data.name=jsonl", f"data.path={taught}", "data.questions.forget=[forget.jsonl]"]
+    data.append(f"data.questions.general=[{tmp_path / 'mixed.jsonl'}]")
     status = main(
         ["evaluate", "suite=knowledge", f"model.path={taught / 'model'}", *data, f"output_dir={tmp_path / 'out'}"]
     )
     assert status == 0
     assert capsys.readouterr().out.strip() == str(tmp_path / "out")
-    assert json.loads((tmp_path / "out" / "evaluation.json").read_text())["choices"][0]["roles"]["forget"]
+    roles = json.loads((tmp_path / "out" / "evaluation.json").read_text())["choices"][0]["roles"]
+    assert roles["forget"]["chance"] == 1 / 4 and roles["general"]["chance"] == (1 / 2 + 1 / 4) / 2
 
 
 @pytest.mark.parametrize(

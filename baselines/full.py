@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Self
 import torch
 from torch import Tensor, nn
 
-from baselines.trained import Trained
+from baselines.tensors import Trained
 from grun.config.options import MethodConfig, UnlearnConfig
 from grun.data import templates
 from grun.data.encoding import Batch

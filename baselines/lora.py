@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Self, cast
 import torch
 from torch import nn
 
-from baselines.trained import Trained
+from baselines.tensors import Trained
 from grun.config.options import MethodConfig, UnlearnConfig
 from grun.data import templates
 from grun.data.encoding import Batch

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Self
 
 import torch
 from torch import nn
@@ -16,6 +16,23 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 log = logging.getLogger(__name__)
+
+
+class Trained(nn.Module):
+    """Holds the parameters that are trained and nothing else, so that optimizer and checkpoints see no others."""
+
+    def __init__(self, parameters: Mapping[str, nn.Parameter], followers: Iterable[nn.Module]) -> None:
+        """`parameters` by dotted name; `followers` are the modules that go into training mode with this one."""
+        super().__init__()
+        for name, parameter in parameters.items():
+            self.register_parameter(name.replace(".", "/"), parameter)  # torch allows no dots
+        self._followers = tuple(followers)  # in a tuple, so that they are no parts of this module
+
+    def train(self, mode: bool = True) -> Self:
+        """Training mode (dropout) of the followers."""
+        for module in self._followers:
+            module.train(mode)
+        return super().train(mode)
 
 
 def named_tensors(base: PreTrainedModel, blocks: Sequence[int], names: Sequence[str]) -> dict[str, nn.Parameter]:

@@ -7,13 +7,11 @@ from collections.abc import Callable, Collection, Sequence
 import torch
 from torch import Tensor, nn
 
-from baselines.trained import Stateless
 from grun.data.encoding import Batch
 from grun.method.parametrization import StepOutput
 from grun.objectives.objective import Objective
-from grun.objectives.terms import Outputs, number_of
-from grun.training.micro_batches import MicroBatch
-from grun.training.task import StepData
+from grun.objectives.terms import Outputs
+from grun.training.task import MicroBatch, Stateless, StepData
 
 Run = Callable[[Batch, Collection[int]], StepOutput]
 """A forward pass: batch, and blocks whose hidden states are read."""
@@ -69,13 +67,8 @@ class PairedTask(Stateless):
         first = step * self._accumulation
         pairs = self._pairs[first : first + self._accumulation]
         micro_batches: list[MicroBatch] = [{"answer": forget, "retain": retain} for forget, retain in pairs]
-        counts = {
-            side: sum(
-                number_of(term.per, batch[name]) for batch in micro_batches for name in self._objective.counted(side)
-            )
-            for side, term in self._objective.terms.items()
-        }
-        return StepData(micro_batches, {**counts, "micro_batches": len(micro_batches)}, (step + 1) / self.steps)
+        counts = self._objective.counts(micro_batches) | {"micro_batches": len(micro_batches)}
+        return StepData(micro_batches, counts, (step + 1) / self.steps)
 
     def loss(self, batch: MicroBatch, counts: dict[str, int], step: int) -> tuple[Tensor, dict[str, float]]:
         """Weighted sum of the terms' shares of this micro-batch; the shares in the log are not divided twice."""

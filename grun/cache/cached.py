@@ -130,9 +130,7 @@ class CachedEngine:
             past=0,
             device=pack.device,
             attention_mask=inside,
-            labels=None,
             prompt_lengths=step.prompt_lengths,
-            prompt=None,
             ids=step.ids[:, : inside.shape[1]],
         )
         sites = self._rule.locate(call)
@@ -169,8 +167,6 @@ class CachedEngine:
                 attended=step.attended[where],
                 answer=step.answer[where],
                 token_logprobs=token_logprobs[where],
-                gate_logits=None,
-                gate_mask=None,
                 logits_at=partial(logits_at, where),
             )
             for name, where in step.where.items()

@@ -8,7 +8,6 @@ references of its own (`grun.cache.prefix`).
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import logging
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -30,7 +29,7 @@ from grun.method.parametrization import Engine, StepOutput
 from grun.objectives.terms import Reference
 from grun.runtime.files import target
 from grun.runtime.reading import first_line
-from grun.training.micro_batches import split
+from grun.training.task import split
 from pyvene_custom import find_blocks
 
 if TYPE_CHECKING:
@@ -75,8 +74,6 @@ class ReferencedEngine:
             attended=batch.attention_mask != 0,
             answer=answer,
             token_logprobs=zeros.masked_scatter(answer, known),
-            gate_logits=None,
-            gate_mask=None,
             logits_at=lambda positions: self._logits(batch, answer, positions),
         )
 
@@ -204,7 +201,7 @@ class _Passes:
 
     def try_head(self, head: Head) -> tuple[int, str | None]:
         """Bytes of the states of all rows, and what is wrong with `head` on the two longest, None if nothing is."""
-        with self._untouched():
+        with self._parametrization.reference():
             output, states = head.record(lambda: self._run(self.rows[: min(2, self._size)]))
             logits = output.answer_logits().double()
             difference = float((head(states).double() - logits).norm() / logits.norm())
@@ -218,7 +215,7 @@ class _Passes:
         return grouped(self._shard(piece, head) for piece in split(rows, self._size))
 
     def _shard(self, rows: Sequence[EncodedRow], head: Head | None) -> Shard:
-        with self._untouched():
+        with self._parametrization.reference():
             output, states = (self._run(rows), None) if head is None else head.record(lambda: self._run(rows))
         reference = output.token_logprobs[output.answer].cpu()
         if states is None:
@@ -227,11 +224,6 @@ class _Passes:
 
     def _run(self, rows: Sequence[EncodedRow]) -> StepOutput:
         return self._parametrization.run(collate(rows, self._pad_id).to(self._device))
-
-    @contextlib.contextmanager
-    def _untouched(self) -> Iterator[None]:
-        with self._parametrization.reference(), torch.no_grad():
-            yield
 
 
 def _too_large(config: UnlearnConfig, size: int) -> str | None:

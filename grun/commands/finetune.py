@@ -31,9 +31,8 @@ from grun.runtime import processes
 from grun.runtime.files import content_hash, holding, staged, target, writing
 from grun.runtime.records import Run, read_record
 from grun.runtime.runs import RUN_FILE, claim, identity, open_run
-from grun.training.micro_batches import MicroBatch, cut
 from grun.training.recomputation import recompute_blocks
-from grun.training.task import StepData
+from grun.training.task import MicroBatch, Stateless, StepData, cut
 from grun.training.train import train
 from pyvene_custom import find_blocks
 
@@ -46,7 +45,7 @@ TEACHING_SETTINGS = ("teach", "suffixes", "templates", "few_shot")
 """Those of data.augment."""
 
 
-class FinetuneTask:
+class FinetuneTask(Stateless):
     """Cross-entropy of the answers, and weakly of the questions, as a `grun.training.train.Task`.
 
     The weights are trained as float32 masters, see `grun.method.precision`.
@@ -126,16 +125,6 @@ class FinetuneTask:
         in_answer = batch.labels != -100
         first = in_answer & (in_answer.cumsum(dim=1) == 1)
         return torch.where(first, self._train.first_token_weight, 1.0)
-
-    def stepped(self, parts: dict[str, float]) -> None:
-        """Nothing here changes from step to step but the parameters."""
-
-    def state(self) -> dict[str, float]:
-        """Nothing to keep but the parameters."""
-        return {}
-
-    def restore(self, state: dict[str, float]) -> None:
-        """Nothing was kept."""
 
     def _logprobs(self, batch: Batch) -> Tensor:
         """Log-probability of each labeled token, at least float32, 0 elsewhere: [batch, length]."""

@@ -30,7 +30,7 @@ from grun.evaluation.scoring import ScoredRow, TokenScores, prompt_gates, score,
 from grun.evaluation.subject import Subject
 from grun.method.intervention import GatedIntervention
 from grun.runtime import processes
-from grun.training.micro_batches import split
+from grun.training.task import split
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

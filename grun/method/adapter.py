@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import logging
+import os
+import stat
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -96,18 +98,13 @@ class AdapterConfig:
         return json.dumps(self.to_dict())
 
     @classmethod
-    def read(cls, folder: Path) -> tuple[AdapterConfig, Template | None]:
-        """Config and prompt template stored in `folder`; AdapterError if they cannot be used."""
-        path = folder / CONFIG_FILE
-        try:
-            data = path.read_bytes()
-        except FileNotFoundError as error:
-            raise AdapterError(f"{folder} is no GRUN adapter: {CONFIG_FILE} is missing") from error
-        return cls.parse(data, path)
+    def read(cls, folder: Path, data: bytes | None = None) -> tuple[AdapterConfig, Template | None]:
+        """Config, every field of its type and with a known value, and prompt template stored in `folder`.
 
-    @classmethod
-    def parse(cls, data: bytes, path: Path) -> tuple[AdapterConfig, Template | None]:
-        """What `read` gives, from the bytes of the file at `path`: every field of its type, with a known value."""
+        `data` is the content of their file where that was read before. AdapterError if they cannot be used.
+        """
+        path = folder / CONFIG_FILE
+        data = data or _content(path, f"{folder} is no GRUN adapter: {CONFIG_FILE} is missing")
         values = parse_json(decode(data, str(path), AdapterError), str(path), AdapterError)
         if not isinstance(values, dict) or values.pop("peft_type", None) != "GRUN":
             raise AdapterError(f"{path}: peft_type is not GRUN; load it with the library that wrote it")
@@ -235,26 +232,51 @@ def check_fits(config: AdapterConfig, hidden_size: int, depth: int, vocabulary: 
         )
 
 
-def read_weights(folder: Path) -> dict[str, Tensor]:
-    """Tensors of an adapter, whatever its kind; AdapterError: the file is missing, damaged, or holds NaN or inf."""
-    path = folder / WEIGHTS_FILE
-    try:
-        return parse_weights(path.read_bytes(), path)
-    except FileNotFoundError as error:
-        raise AdapterError(f"{path} is missing; copy the whole adapter folder") from error
+def read_weights(folder: Path, data: bytes | None = None) -> dict[str, Tensor]:
+    """Tensors of an adapter, whatever its kind; `data` is the content of their file where that was read before.
 
-
-def parse_weights(data: bytes, path: Path) -> dict[str, Tensor]:
-    """What `read_weights` gives, from the bytes of the file at `path`."""
+    AdapterError: the file is missing, damaged, or holds NaN or infinite numbers.
+    """
     from safetensors import SafetensorError
     from safetensors.torch import load
 
+    path = folder / WEIGHTS_FILE
     try:
-        weights: dict[str, Tensor] = load(data)
+        weights: dict[str, Tensor] = load(data or _content(path, f"{path} is missing; copy the whole adapter folder"))
     except (SafetensorError, OSError, ValueError, KeyError) as error:
         raise AdapterError(f"{path} is damaged or truncated ({error}); copy or save the adapter again") from error
     check_finite(weights, path)
     return weights
+
+
+def read_regular(path: Path, *, follow: bool = False) -> bytes:
+    """Bytes of a file: no pipe is waited for, and no link followed unless `follow`.
+
+    Raises:
+        FileNotFoundError: nothing is there.
+        AdapterError: something else than a file is, or it cannot be read.
+    """
+    flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | (0 if follow else getattr(os, "O_NOFOLLOW", 0))
+    try:
+        handle = os.open(path, flags)
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        what = "is a symbolic link" if path.is_symlink() and not follow else f"cannot be read ({error.strerror})"
+        raise AdapterError(f"{path} {what}; put the file itself there") from error
+    if not stat.S_ISREG(os.fstat(handle).st_mode):
+        os.close(handle)
+        raise AdapterError(f"{path} is no regular file; put the file itself there")
+    with open(handle, "rb") as file:
+        return file.read()
+
+
+def _content(path: Path, missing: str) -> bytes:
+    """Bytes of a file, through links; AdapterError with the text `missing` if it is not there."""
+    try:
+        return read_regular(path, follow=True)
+    except FileNotFoundError as error:
+        raise AdapterError(missing) from error
 
 
 def check_finite(weights: Mapping[str, Tensor], where: str | Path) -> None:

@@ -28,13 +28,13 @@ class Call:
     """Tokens already in the cache."""
     device: torch.device
     """Device of the inputs."""
-    attention_mask: Tensor | None
+    attention_mask: Tensor | None = None
     """1 for tokens that count, shape [batch, past + columns] or those of this pass alone; None: all do."""
-    labels: Tensor | None
+    labels: Tensor | None = None
     """-100 outside the answer, shape [batch, columns]."""
-    prompt_lengths: Tensor | None
+    prompt_lengths: Tensor | None = None
     """Prompt tokens of each row from the first of this pass on, padding not included, shape [batch]."""
-    prompt: PromptOfCall | None
+    prompt: PromptOfCall | None = None
     """Set while `generate` runs."""
     ids: Tensor | None = None
     """Tokens of this pass, shape [batch, columns]; None where the model is given embeddings."""

@@ -26,20 +26,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-OPTIONS = (
-    *(
-        "blocks",
-        "rank",
-        "gate",
-        "edit",
-        "gate_bias",
-        "dropout",
-        "activation",
-        "gate_read",
-        "gate_accumulate",
-        "edit_write",
-    ),
-)
+OPTIONS = "blocks rank gate edit gate_bias dropout activation gate_read gate_accumulate edit_write".split()
 """Options of `MethodConfig` that `GrunModel.wrap` takes as they are."""
 
 

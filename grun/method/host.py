@@ -274,7 +274,6 @@ class EditedModel(nn.Module):
             columns=inputs.shape[1],
             past=past,
             device=inputs.device,
-            attention_mask=None,
             labels=kwargs.get("labels"),
             prompt_lengths=None if prompt_lengths is None else torch.as_tensor(prompt_lengths),
             prompt=None if foreign else prompt,

@@ -41,14 +41,14 @@ class StepOutput:
     """Answer tokens, that is the ones predicted, bool, shape [batch, length]; never True in column 0."""
     token_logprobs: Tensor
     """Log-probability of each answer token given what precedes it, nats, 0 elsewhere, shape [batch, length]."""
-    gate_logits: dict[int, Tensor] | None
-    """By block, shape [batch, positions read]; None for parametrizations without a gate."""
-    gate_mask: Tensor | None
-    """Which gate positions count, bool, shape [batch, positions read]."""
     logits_at: Callable[[Tensor], Tensor] = field(repr=False)
     """Positions, a bool mask [batch, length], -> logits there [positions, vocabulary]; computed only when asked."""
     hidden_states: dict[int, Tensor] = field(default_factory=dict, repr=False)
     """Captured block outputs; read them through `hidden`."""
+    gate_logits: dict[int, Tensor] | None = None
+    """By block, shape [batch, positions read]; None for parametrizations without a gate."""
+    gate_mask: Tensor | None = None
+    """Which gate positions count, bool, shape [batch, positions read]."""
     gate_prompt: Tensor | None = None
     """Which gate positions lie in the prompt, bool, shape [batch, positions read]; None: all."""
 

@@ -34,8 +34,6 @@ def run_plain(base: PreTrainedModel, batch: Batch, hidden: Collection[int] = (),
         attended=batch.attention_mask != 0,
         answer=answer,
         token_logprobs=token_logprobs.masked_scatter(answer, chosen),
-        gate_logits=None,
-        gate_mask=None,
         logits_at=lambda positions: logits[positions],
         hidden_states={block: states.to(logits.device) for block, states in captured.items()},
     )

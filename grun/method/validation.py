@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import os
 import stat
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -16,7 +15,15 @@ from torch import Tensor
 
 from grun.data.templates import Template
 from grun.errors import AdapterError
-from grun.method.adapter import CONFIG_FILE, LARGEST_ID, WEIGHTS_FILE, AdapterConfig, check_fits, parse_weights
+from grun.method.adapter import (
+    CONFIG_FILE,
+    LARGEST_ID,
+    WEIGHTS_FILE,
+    AdapterConfig,
+    check_fits,
+    read_regular,
+    read_weights,
+)
 from grun.method.edits import EDITS, LOREFT
 from grun.method.gate import GATES
 from grun.method.gating import LinearGate
@@ -53,7 +60,6 @@ def validate(
     Raises:
         AdapterError: names the file, the field or tensor, what was found and what was expected.
     """
-    path = folder / CONFIG_FILE
     files: dict[str, bytes] = {}
     if digests is not None:
         if unknown := [name for name in (CONFIG_FILE, WEIGHTS_FILE) if name not in digests]:
@@ -61,18 +67,11 @@ def validate(
         if not is_real(folder, stat.S_ISDIR):
             raise AdapterError(f"{folder} is no folder, or a link to one; `requests verify` tells more")
         files = {name: _as_digested(folder / name, digest) for name, digest in digests.items()}
-    try:
-        config, template = AdapterConfig.parse(files.get(CONFIG_FILE) or read_regular(path, follow=True), path)
-    except FileNotFoundError as error:
-        raise AdapterError(f"{folder} is no GRUN adapter: {CONFIG_FILE} is missing") from error
+    config, template = AdapterConfig.read(folder, files.get(CONFIG_FILE))
     if shape is not None:
         check_fits(config, *shape, folder)
-    path = folder / WEIGHTS_FILE
-    try:
-        weights = parse_weights(files.get(WEIGHTS_FILE) or read_regular(path, follow=True), path)
-    except FileNotFoundError as error:
-        raise AdapterError(f"{path} is missing; copy the whole adapter folder") from error
-    _check_tensors(config, weights, path)
+    weights = read_weights(folder, files.get(WEIGHTS_FILE))
+    _check_tensors(config, weights, folder / WEIGHTS_FILE)
     return Adapter(config, template, weights)
 
 
@@ -92,28 +91,6 @@ def is_real(path: Path, kind: Any) -> bool:
         return bool(kind(path.lstat().st_mode))
     except OSError:
         return False
-
-
-def read_regular(path: Path, *, follow: bool = False) -> bytes:
-    """Bytes of a file: no pipe is waited for, and no link followed unless `follow`.
-
-    Raises:
-        FileNotFoundError: nothing is there.
-        AdapterError: something else than a file is, or it cannot be read.
-    """
-    flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | (0 if follow else getattr(os, "O_NOFOLLOW", 0))
-    try:
-        handle = os.open(path, flags)
-    except FileNotFoundError:
-        raise
-    except OSError as error:
-        what = "is a symbolic link" if path.is_symlink() and not follow else f"cannot be read ({error.strerror})"
-        raise AdapterError(f"{path} {what}; put the file itself there") from error
-    if not stat.S_ISREG(os.fstat(handle).st_mode):
-        os.close(handle)
-        raise AdapterError(f"{path} is no regular file; put the file itself there")
-    with open(handle, "rb") as file:
-        return file.read()
 
 
 def _as_digested(path: Path, digest: str) -> bytes:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, fields
-from typing import get_args
+from typing import TYPE_CHECKING, get_args
 
 from grun.config.options import LossConfig
 from grun.errors import ConfigError
 from grun.objectives.gate import gate_passes
-from grun.objectives.terms import OBJECTIVES, TERMS, Continuation, Options, Reference, Side, Term
+from grun.objectives.terms import OBJECTIVES, TERMS, Continuation, Options, Reference, Side, Term, number_of
+
+if TYPE_CHECKING:
+    from grun.data.encoding import Batch
 
 POSITIVE = ("beta", "eta", "ascent_cap")
 """Options that must be > 0; the others must be >= 0."""
@@ -72,6 +75,13 @@ class Objective:
             return gate_passes(self.continuations)
         term = self.terms[side]
         return list(term.continuations[:1] if term.per == "row" else term.continuations)
+
+    def counts(self, micro_batches: Sequence[Mapping[Continuation, Batch]]) -> dict[str, int]:
+        """Denominator of each side's term over the micro-batches of a step."""
+        return {
+            side: sum(number_of(term.per, batch[name]) for batch in micro_batches for name in self.counted(side))
+            for side, term in self.terms.items()
+        }
 
     def warmup(self, step: int) -> float:
         """Weight of the forget and retain terms at 0-based `step`: min(step / gate_warmup_steps, 1)."""

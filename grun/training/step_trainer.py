@@ -20,9 +20,8 @@ from grun.errors import RunError
 from grun.runtime import processes, sharding
 from grun.runtime.files import make_folder, place, remove, staging, write_bytes, write_text, writing
 from grun.training.checkpoints import MANIFEST_FILE, checkpoints_in, seal
-from grun.training.micro_batches import MicroBatch, deal
 from grun.training.step_log import LOGS, LogSteps, StepLog
-from grun.training.task import StepData, Task
+from grun.training.task import MicroBatch, StepData, Task, deal
 
 TRAINED_FILE = "trained.safetensors"
 """File of a checkpoint that holds the trained parameters."""

@@ -1,14 +1,19 @@
-"""What the trainer asks of a task: all its steps, planned beforehand, and the loss of a micro-batch."""
+"""What the trainer asks of a task: all its steps, cut into micro-batches beforehand, and the loss of one of these."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from grun.training.micro_batches import MicroBatch
+from grun.data.encoding import Batch
+from grun.runtime import processes
+
+MicroBatch = dict[str, Batch]
+"""What one forward pass per key reads."""
 
 
 @dataclass
@@ -50,3 +55,60 @@ class Task(Protocol):
 
     def restore(self, state: dict[str, float]) -> None:
         """Take up what `state` gave."""
+
+
+class Stateless:
+    """A task that keeps nothing from step to step but parameters and optimizer."""
+
+    def stepped(self, parts: dict[str, float]) -> None:
+        """Nothing changes."""
+
+    def state(self) -> dict[str, float]:
+        """Nothing to keep."""
+        return {}
+
+    def restore(self, state: dict[str, float]) -> None:
+        """Nothing was kept."""
+
+
+def split(items: Sequence[Any], size: int | None) -> list[Sequence[Any]]:
+    """Cut `items` into consecutive pieces of at most `size`."""
+    size = size or len(items)
+    return [items[start : start + size] for start in range(0, len(items), size)]
+
+
+def cut(rows: Sequence[Any], size: int | None) -> list[Sequence[Any]]:
+    """Cut a step's rows into micro-batches of at most `size`; None: one for each process.
+
+    Of several processes each gets as many micro-batches, of as many rows but for one; where there are fewer rows than
+    that takes, empty pieces are left out.
+    """
+    workers = processes.count()
+    if workers == 1:
+        return split(rows, size)
+    share = -(-len(rows) // workers)
+    pieces = workers * -(-share // (size or share))
+    bounds = [number * len(rows) // pieces for number in range(pieces + 1)]
+    return [rows[start:end] for start, end in zip(bounds, bounds[1:], strict=False) if end > start]
+
+
+def deal(micro_batches: Sequence[MicroBatch], workers: int, worker: int) -> list[tuple[MicroBatch, bool]]:
+    """What process `worker` of `workers` runs of a step, in order, and whether it counts.
+
+    Every process runs as many passes, since sharded weights are gathered by all in every one: a process for which
+    nothing is left runs the smallest micro-batch of the step, and that pass counts nothing. Micro-batches of like size
+    run at the same time.
+    """
+    if workers == 1:
+        return [(batch, True) for batch in micro_batches]
+    by_size = sorted(micro_batches, key=_tokens, reverse=True)
+    mine = []
+    for turn, group in enumerate(split(by_size, workers)):
+        place = worker if turn % 2 == 0 else workers - 1 - worker
+        mine.append((group[place], True) if place < len(group) else (by_size[-1], False))
+    return mine
+
+
+def _tokens(batch: MicroBatch) -> int:
+    """Tokens that are attended."""
+    return sum(int(part.attention_mask.sum()) for part in batch.values())

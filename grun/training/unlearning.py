@@ -21,9 +21,8 @@ from grun.data.sampling import epoch_order, fixed_retain_index, retain_index
 from grun.method.parametrization import Engine, Parametrization
 from grun.method.plain import PlainEngine
 from grun.objectives.objective import Objective
-from grun.objectives.terms import Continuation, Outputs, number_of
-from grun.training.micro_batches import MicroBatch, cut
-from grun.training.task import StepData
+from grun.objectives.terms import Continuation, Outputs
+from grun.training.task import MicroBatch, StepData, cut
 
 
 @dataclass(frozen=True)
@@ -61,7 +60,7 @@ class UnlearnTask:
         self.device = device
         self.parametrization = parametrization
         self.engine: Engine = engine or PlainEngine(parametrization)
-        self._objective = objective
+        self.objective = objective
         self._rows = rows
         self._train = config.train
         self._seed = config.seed
@@ -87,14 +86,13 @@ class UnlearnTask:
         order = epoch_order(len(self._rows.answers), self._seed, epoch)
         size = self._train.batch_size
         chosen = order[within * size : (within + 1) * size]
-        micro_batches: list[MicroBatch] = [
-            self._batches(piece, epoch, step) for piece in cut(chosen, self._train.micro_batch_size)
-        ]
-        return StepData(micro_batches, self.counts(micro_batches), epoch + (within + 1) / self._steps_per_epoch)
+        micro_batches = [self._batches(piece, epoch, step) for piece in cut(chosen, self._train.micro_batch_size)]
+        passed = epoch + (within + 1) / self._steps_per_epoch
+        return StepData(micro_batches, self.objective.counts(micro_batches), passed)
 
     def loss(self, batch: MicroBatch, counts: dict[str, int], step: int) -> tuple[Tensor, dict[str, float]]:
         """Weighted sum of the terms' shares of this micro-batch in the whole step."""
-        objective = self._objective
+        objective = self.objective
         compared = {name: batch[name] for name in objective.reference_continuations}
         outputs = Outputs(
             self.engine.run(batch, self.hidden),
@@ -121,39 +119,30 @@ class UnlearnTask:
 
     def stepped(self, parts: dict[str, float]) -> None:
         """Take the weights of the next step; only those of an objective that adapts its retain weight change."""
-        self._weights = self._objective.next_weights(self._weights, parts, self._epochs)
+        self._weights = self.objective.next_weights(self._weights, parts, self._epochs)
 
     def state(self) -> dict[str, float]:
         """The retain weight where the objective adapts it."""
-        return {"retain_weight": self._weights["retain"]} if self._objective.adapts else {}
+        return {"retain_weight": self._weights["retain"]} if self.objective.adapts else {}
 
     def restore(self, state: dict[str, float]) -> None:
         """Take up the retain weight of a checkpoint."""
-        if self._objective.adapts:
+        if self.objective.adapts:
             self._weights = {**self._weights, "retain": state["retain_weight"]}
 
     @property
     def reference_rows(self) -> list[EncodedRow]:
         """Distinct rows whose log-probabilities under the untouched model the objective reads."""
-        return [row for name in self._objective.reference_continuations for row in self.rows(name)]
+        return [row for name in self.objective.reference_continuations for row in self.rows(name)]
 
     def longest(self, count: int) -> MicroBatch:
         """The longest rows of each kind, `count` at most, to compare engines with."""
-        longest = {name: sorted(self.rows(name), key=len)[-count:] for name in self._objective.continuations}
+        longest = {name: sorted(self.rows(name), key=len)[-count:] for name in self.objective.continuations}
         return {name: collate(rows, self._pad_id, seeds=range(len(rows))) for name, rows in longest.items()}
-
-    def counts(self, micro_batches: Sequence[MicroBatch]) -> dict[str, int]:
-        """Denominators of the terms."""
-        return {
-            side: sum(
-                number_of(term.per, batch[name]) for batch in micro_batches for name in self._objective.counted(side)
-            )
-            for side, term in self._objective.terms.items()
-        }
 
     def _batches(self, forget_rows: Sequence[int], epoch: int, step: int) -> MicroBatch:
         batches = {}
-        for name in self._objective.continuations:
+        for name in self.objective.continuations:
             drawn = [self._row(name, index, epoch) for index in forget_rows]
             seeds = [crc32(f"{self._seed} {step} {name} {number}".encode()) for number, _ in drawn]
             batches[name] = collate([row for _, row in drawn], self._pad_id, seeds=seeds)

@@ -14,9 +14,8 @@ from tiny import DEPTH, WIDTH, blocks_of, ragged_rows, tiny
 from torch import Tensor, nn
 from watched import whole_step
 
-from baselines.rmu.task import RmuTask, Topic
+from baselines.rmu.task import RmuTask, Topic, Truncated
 from baselines.tensors import in_float32, named_tensors, numbered_tensors, write_back
-from baselines.truncated import Truncated
 from grun.config.options import TrainConfig
 from grun.data.encoding import Batch, collate
 from grun.errors import ConfigError

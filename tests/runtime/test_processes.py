@@ -25,7 +25,7 @@ from grun.data.encoding import EncodedRow, collate
 from grun.errors import ConfigError, RunError
 from grun.evaluation.journal import Journal
 from grun.runtime import sharding
-from grun.training.micro_batches import cut, deal
+from grun.training.task import cut, deal
 from grun.training.train import train
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -24,8 +24,7 @@ from grun.data.sampling import fixed_retain_index
 from grun.errors import ConfigError, DataError, RunError
 from grun.method.plain import run_plain
 from grun.training.checkpoints import checkpoints_in
-from grun.training.micro_batches import split
-from grun.training.task import StepData
+from grun.training.task import StepData, split
 from grun.training.train import remove_checkpoints, train
 from grun.training.unlearning import UnlearnTask, draw_refusals
 

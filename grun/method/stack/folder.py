@@ -13,8 +13,9 @@ from typing import TypeVar
 
 from grun.data.rows import Row
 from grun.errors import AdapterError
+from grun.method.adapter import read_regular
 from grun.method.stack.manifest import ADAPTER_FILES, MANIFEST_FILE, TEXT_FILE, Base, Manifest, Problem, Request
-from grun.method.validation import Adapter, is_real, read_regular, validate
+from grun.method.validation import Adapter, is_real, validate
 from grun.runtime.files import staged, write_bytes
 
 T = TypeVar("T")

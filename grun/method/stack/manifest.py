@@ -8,9 +8,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from grun.errors import AdapterError, ConfigError, RunError, unknown_name
-from grun.method.adapter import CONFIG_FILE, STACK_FILE, WEIGHTS_FILE
+from grun.method.adapter import CONFIG_FILE, STACK_FILE, WEIGHTS_FILE, read_regular
 from grun.method.stack.forget_rows import salted_hash
-from grun.method.validation import read_regular
 from grun.runtime.files import content_hash
 from grun.runtime.reading import decode, kind_of, parse_json, typed
 

@@ -51,15 +51,12 @@ class Parser(argparse.ArgumentParser):
 
 
 class _Help(argparse.ArgumentDefaultsHelpFormatter):
-    """Shows defaults that are set."""
-
     def _get_help_string(self, action: argparse.Action) -> str | None:
         shown = action.default is not None and action.default is not False
         return super()._get_help_string(action) if shown else action.help
 
 
 def _list_of(kind: Callable[[str], Any], what: str) -> Callable[[str], list[Any]]:
-    """A reader of values separated by commas."""
 
     def read(text: str) -> list[Any]:
         try:
@@ -236,13 +233,10 @@ class Options:
 
     @classmethod
     def main(cls, arguments: list[str] | None = None) -> int:
-        """Run the command line and print the folder of the result; errors are printed as `grun.cli.main` prints them.
+        """Run the command line (None: that of this process), and print the folder of the result.
 
-        Args:
-            arguments: the command line; None: that of this process.
-
-        Returns:
-            The exit status: 2 wrong use, 1 any other error, 130 or 143 interrupted.
+        The exit status is 2 for wrong use, 1 for any other error, 130 or 143 where interrupted; errors are printed as
+        `grun.cli.main` prints them.
         """
         logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
         for package in ("grun", "baselines"):

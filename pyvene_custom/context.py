@@ -47,7 +47,6 @@ class Calls:
     """Calls in progress, which run at the same time, and changes of what they run on, each of which runs alone."""
 
     def __init__(self) -> None:
-        """None yet."""
         self._condition = Condition()
         self._running = 0
         self._changing = False  # or about to

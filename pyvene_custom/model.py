@@ -253,7 +253,6 @@ class IntervenableModel(StockModel):
 
     @torch.compiler.disable
     def _edit_block(self, key: str, block: nn.Module, args: Any, output: Any) -> Any:
-        """Forward hook of an edited block."""
         running = self._known_of(args, RUNNING.get(self))
         if running is None and self._acting() and not IDLE.get(self):
             raise ModelError(
@@ -380,7 +379,6 @@ class IntervenableModel(StockModel):
         return new
 
     def __reduce_ex__(self, protocol: Any) -> NoReturn:
-        """ModelError: a file would hold code that stands in for a model's."""
         raise ModelError(
             "a model that carries edits cannot be pickled or given to torch.save; save the edits with "
             "GrunModel.save_pretrained, and the base after unwrap()"

@@ -222,7 +222,6 @@ def _padded(batch: Batch, length: int, pad_id: int) -> Batch:
 
 
 def _send(steps: list[dict[str, float]], folder: Path, project: str) -> None:
-    """Hand the log to Weights & Biases, if that is installed."""
     if importlib.util.find_spec("wandb") is None:
         log.info("wandb is not installed, so nothing was sent; the log is %s (--use_wandb False)", folder / "log.jsonl")
         return

@@ -37,12 +37,10 @@ class PairedTask(Stateless):
 
         Args:
             module: what is trained.
-            run: a forward pass of the model that `module` belongs to.
+            run: a forward pass of the model that `module` belongs to, which has `depth` blocks.
             objective: of terms that read the passes `answer` and `retain`, without a reference.
-            forget: batches whose pass is called `answer`.
-            retain: batches whose pass is called `retain`.
+            forget, retain: batches of the two passes.
             device: where batches go.
-            depth: blocks of the model.
             accumulation: micro-batches of a step.
             published: take the mean of the micro-batches' means, and divide it by their number once more, as LLM360's
                 loop does: gradients are that much smaller, which an optimizer of Adam's kind hardly sees. Else a

@@ -79,9 +79,7 @@ class Truncated:
     def __call__(self, batch: Batch, weights: Mapping[str, Tensor] | None = None) -> Tensor:
         """Hidden states after the block, [batch, length, hidden size], in the model's type, padding included.
 
-        Args:
-            batch: its ids and attention mask are read.
-            weights: tensors by full parameter name that stand in for the model's own in this pass.
+        `weights`, by full parameter name, stand in for the model's own in this pass.
         """
         inputs = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask, "use_cache": False}
         handle = self._block.register_forward_hook(_stop)

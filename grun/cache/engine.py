@@ -39,14 +39,10 @@ CODE = ("attention.py", "packed.py", "prefix.py", "suffix.py", "shard.py")
 
 
 def use_cached(task: UnlearnTask, config: UnlearnConfig, use: Use | None = None) -> Completed | None:
-    """Give `task` the cached engine and fill its cache; None, and a line in the log, where the plain one stays.
+    """Give `task`, which has the plain engine, the cached one and fill its cache.
 
-    Only edits leave a part of the model constant: without them the plain engine stays without a line.
-
-    Args:
-        task: with the plain engine, which the cached one is compared with on the longest rows.
-        config: names the base model, where the cache lies and how much of it is held in memory.
-        use: the run, which is noted next to what is cached of its data.
+    None, and a line in the log, where the plain one stays: the two are compared on the longest rows. Only edits leave a
+    part of the model constant: without them it stays without a line. `use` is the run that is noted with the data.
     """
     parametrization = task.parametrization
     if not isinstance(parametrization, Grun):

@@ -164,7 +164,6 @@ class CacheFolder:
         return None
 
     def _give_up(self, error: OSError) -> None:
-        """Write no more."""
         if self.is_writable:
             self.is_writable = False
             reason = error.strerror or str(error) or type(error).__name__

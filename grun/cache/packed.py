@@ -55,8 +55,6 @@ def _attend(
 
 @dataclass
 class _Run:
-    """What one pass through the decoder does."""
-
     first: int
     last: int
     """First and last block that is run."""

@@ -42,13 +42,9 @@ class Freezer:
         last_answer_token: bool = False,
         changes: Changes = "last_prompt",
     ) -> None:
-        """Prepare for edits of one position rule.
+        """`last_answer_token`: keep the states of the answer's last token too, which predicts nothing.
 
-        Args:
-            packed: the model.
-            first_block: the first edited one.
-            last_answer_token: keep the states of the answer's last token too, which predicts nothing.
-            changes: see `PositionRule`; every_token keeps states of all tokens, and no keys and values.
+        For `changes` see `PositionRule`; with every_token states of all tokens are kept, and no keys and values.
         """
         self._packed = packed
         self._first = first_block

@@ -154,8 +154,7 @@ def use_reference(
         base: the model, with what is trained on it.
         needs: what the objective reads of the untouched model.
         config: how much may be kept where, and how many rows a pass may have.
-        pad_id: any token id, to fill up short rows.
-        use: the run, which is noted next to what is written of its data.
+        pad_id, use: any token id, to fill up short rows, and the run that is noted with the data.
     """
     if needs == "none":
         return None

@@ -53,7 +53,6 @@ class Shard:
     """Tokens of each distinct prompt."""
 
     def __post_init__(self) -> None:
-        """Where each row and each prompt begins."""
         answers = [len(row.answer_ids) for row in self.rows]
         self._states_at = _slices(self.columns)
         self._prompts_at = _slices(self.prompt_tokens)

@@ -42,8 +42,6 @@ class Completed:
 
 @dataclass
 class _Held:
-    """A shard in use."""
-
     shard: Shard
     used: list[int]
     path: Path | None
@@ -66,11 +64,8 @@ class PrefixStore:
     ) -> None:
         """Nothing is read or written yet.
 
-        Args:
-            folder: where caches lie, each in a folder of its own; None: memory alone.
-            identity: of the cache, as JSON can hold it.
-            memory_budget: bytes; if the rows in use take more, they are read from mapped files instead of memory.
-            use: the run that is noted next to the shards; None: none is.
+        `folder` is where caches lie, each in a folder of its own; without one rows are held in memory alone. Rows that
+        take more than `memory_budget` bytes are read from mapped files instead. `use` is the run that is noted.
         """
         self.folder = None if folder is None else folder / content_hash(dict(identity))[:16]
         """Folder of this cache."""

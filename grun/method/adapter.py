@@ -159,13 +159,9 @@ def _require(holds: bool, message: str) -> None:
 
 
 def check_base(trained_on: str | None, name: str | None, of_base: str, *, strict: bool) -> None:
-    """Compare the fingerprints of the base an adapter was trained on and of the base it is put on.
+    """Compare the fingerprints of the base that an adapter was trained on, if known, and of the one it is put on.
 
-    Args:
-        trained_on: None where the adapter has none; then all is well.
-        name: name or folder of the base it was trained on.
-        of_base: of the base it is put on.
-        strict: whether a difference is an AdapterError; else it is a warning.
+    A difference is an AdapterError where `strict`, else a warning.
     """
     if trained_on in (None, of_base):
         return

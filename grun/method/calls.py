@@ -48,7 +48,6 @@ class Call:
     """Whether a prompt has ended in the cache; None: wherever it holds any. False for virtual tokens, as PEFT's."""
 
     def __post_init__(self) -> None:
-        """See `after_prompt`."""
         if self.after_prompt is None:
             self.after_prompt = self.past > 0
 

@@ -22,9 +22,8 @@ LOREFT = "loreft"
 """The published edit, and the only one that a stack of requests computes."""
 
 
-def edit(name: str) -> Callable[[EditBuilder], EditBuilder]:
-    """Return a decorator that registers a builder as the edit `name`, described by its docstring's first paragraph."""
-    return EDITS.register(name)
+edit = EDITS.register
+"""Decorator of a builder: takes the edit's name, which the first paragraph of the docstring describes."""
 
 
 @edit(LOREFT)

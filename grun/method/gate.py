@@ -23,9 +23,8 @@ NOISE = 0.5
 """Standard deviation of what is added in training to the normalized state that a noisy gate reads."""
 
 
-def gate(name: str) -> Callable[[GateBuilder], GateBuilder]:
-    """Return a decorator that registers a builder as the gate `name`, described by its docstring's first paragraph."""
-    return GATES.register(name)
+gate = GATES.register
+"""Decorator of a builder: takes the gate's name, which the first paragraph of the docstring describes."""
 
 
 @gate("linear")

@@ -110,5 +110,4 @@ class Reft(Grun):
     """The same edits without a gate (LoReFT, arXiv 2404.03592)."""
 
     def __init__(self, config: MethodConfig, *, dropout_on_hidden: bool = False) -> None:
-        """Takes `config` with the gate left out."""
         super().__init__(dataclasses.replace(config, gate="none"), dropout_on_hidden=dropout_on_hidden)

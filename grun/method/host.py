@@ -213,18 +213,15 @@ class EditedModel(nn.Module):
         return self.base
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
-        """Independent edits around a copy of the base."""
         new = self.__new__(type(self))
         memo[id(self)] = new
         new.__dict__.update(copy.deepcopy(self.__dict__, memo))
         return new
 
     def __copy__(self) -> NoReturn:
-        """ModelError: two would carry the same edits."""
         raise ModelError("edits cannot be copied without their base; take copy.deepcopy, or save_pretrained")
 
     def __reduce_ex__(self, protocol: Any) -> NoReturn:
-        """ModelError: see `IntervenableModel`."""
         self.intervenable.__reduce_ex__(protocol)
 
     _replicate_for_data_parallel = staticmethod(refuse_replicas)
@@ -236,7 +233,6 @@ class EditedModel(nn.Module):
         return {int(block): edit for block, edit in self.edits.items()}
 
     def _put(self, edits: Mapping[int, nn.Module], rule: PositionRule) -> None:
-        """Carry `edits` from now on, instead of any before."""
         if "intervenable" in self.__dict__:
             self.intervenable.detach()
         self.edits = nn.ModuleDict({str(block): edits[block] for block in sorted(edits)})
@@ -347,7 +343,6 @@ class EditedModel(nn.Module):
 
 
 def _goes_on(call: Call) -> bool:
-    """Whether all prompts go on after this pass."""
     return call.prompt_lengths is not None and bool((call.prompt_lengths.to(call.device) > attended(call).sum(1)).all())
 
 

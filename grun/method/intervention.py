@@ -35,14 +35,9 @@ class GatedIntervention(Intervention):
         dropout_on_hidden: bool = False,
         accumulate: str = "none",
     ) -> None:
-        """Combine `edit` and `gate` (None: always open).
+        """Combine `edit`, hidden state [..., hidden size] -> change of it, and `gate`, the same -> logit [..., 1].
 
-        Args:
-            edit: hidden state [..., hidden size] -> change of it.
-            gate: hidden state [..., hidden size] -> logit [..., 1].
-            dropout: probability with which entries of the change are dropped in training.
-            dropout_on_hidden: drop entries of the whole edited state instead, as the published code does.
-            accumulate: none, or running_max: a gate is as open as at any token read since the last reset.
+        Without a gate the edit acts in full. For the options see `AdapterConfig`.
         """
         super().__init__(keep_last_dim=True)
         self.edit = edit

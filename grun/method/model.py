@@ -181,7 +181,6 @@ class GrunModel(EditedModel):
 
 
 def _identity_of(base: PreTrainedModel) -> dict[str, str | None]:
-    """What an adapter keeps of the base that it is trained on."""
     return {
         "base_model_name_or_path": getattr(base.config, "_name_or_path", "") or None,
         "base_revision": getattr(base.config, "_commit_hash", None),

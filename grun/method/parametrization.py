@@ -120,12 +120,7 @@ class Parametrization(Protocol):
 
     @classmethod
     def make(cls, config: UnlearnConfig, quirks: Sequence[str]) -> Self:
-        """Made from the options alone, each class taking what concerns it; no model is touched yet.
-
-        Args:
-            config: of the run.
-            quirks: names of the published quirks in force.
-        """
+        """Made from the options of a run and the published quirks in force; no model is touched yet."""
 
     def prepare(self, base: PreTrainedModel, template: Template | None, *, turn_ids: Sequence[int] = ()) -> None:
         """Put the parametrization on `base`, newly initialized; `turn_ids` begin a user's turn (`grun.data.turns`)."""
@@ -168,7 +163,6 @@ class Parametrizations(Registry[type[Parametrization]]):
     """Parametrizations by name, each with its traits."""
 
     def __init__(self) -> None:
-        """None yet."""
         super().__init__("parametrization")
         self._traits: dict[str, Traits] = {}
 

@@ -45,7 +45,6 @@ class PlainEngine:
     name = "plain"
 
     def __init__(self, parametrization: Parametrization) -> None:
-        """Run `parametrization`, which is prepared."""
         self._parametrization = parametrization
 
     def run(self, batches: Mapping[str, Batch], hidden: Collection[int] = ()) -> dict[str, StepOutput]:

@@ -131,14 +131,7 @@ def is_decode_step(call: Call) -> bool:
 
 
 def position_rule(gate_read: str, gate_accumulate: str, edit_write: str, reset: Sequence[int] = ()) -> PositionRule:
-    """Rule for these names; ConfigError lists what exists, or what does not go together.
-
-    Args:
-        gate_read: last_prompt or every_token.
-        gate_accumulate: none, or running_max over the tokens read since the last `reset`.
-        edit_write: last_prompt, sticky (there and at every token after it) or every_token.
-        reset: ids that begin a user's turn.
-    """
+    """Rule for these names, see `PositionRule`; ConfigError lists what exists, or what does not go together."""
     check_rule(gate_read, gate_accumulate, edit_write)
     return PositionRule(gate_read, edit_write, tuple(reset) if gate_read == "every_token" else ())
 

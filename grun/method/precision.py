@@ -37,10 +37,8 @@ class Masters:
     def __init__(self, model: PreTrainedModel, precision: str = "auto") -> None:
         """Widen the parameters of `model`.
 
-        Args:
-            model: the model that is trained.
-            precision: type of forward passes: bfloat16 (by autocast), float32, or auto, which is bfloat16 where the
-                model is stored in bfloat16.
+        `precision` is the type of forward passes: bfloat16 (by autocast), float32, or auto, which is bfloat16 where the
+        model is stored in bfloat16.
         """
         self._model = model
         if getattr(model, "quantization_method", None) is not None:

@@ -116,13 +116,7 @@ def _last(counted: Tensor) -> Tensor:
 def _mean_of_highest(logits: Tensor, counted: Tensor, most: int) -> Tensor:
     """Mean of the `most` highest logits among the positions that count, of all where there are fewer; 0 where none.
 
-    Args:
-        logits: [blocks, batch, positions read].
-        counted: bool, [batch, positions read].
-        most: >= 1.
-
-    Returns:
-        [blocks, batch].
+    From logits [blocks, batch, positions read] and `counted`, bool [batch, positions read], to [blocks, batch].
     """
     import torch
 

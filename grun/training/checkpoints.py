@@ -35,10 +35,7 @@ def checkpoints_in(folder: Path) -> list[Path]:
 def seal(checkpoint: Path, name: str, run: Path) -> None:
     """Write the list of a checkpoint's files, once all processes have written theirs, and flush them to disk.
 
-    Args:
-        checkpoint: its folder, still under another name.
-        name: the one that it will have.
-        run: folder of the run that it is of.
+    `checkpoint` is its folder, still under another name than `name`, and `run` that of its run.
     """
     files = {}
     for file in sorted(path for path in checkpoint.rglob("*") if path.is_file()):

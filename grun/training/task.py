@@ -110,5 +110,4 @@ def deal(micro_batches: Sequence[MicroBatch], workers: int, worker: int) -> list
 
 
 def _tokens(batch: MicroBatch) -> int:
-    """Tokens that are attended."""
     return sum(int(part.attention_mask.sum()) for part in batch.values())

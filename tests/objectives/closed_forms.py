@@ -94,7 +94,7 @@ def lay_out(rows: list[Row], side: str = "right", extra: int = 0, garbage: int =
     logits = torch.stack(columns)  # [batch, length, vocabulary]
     chosen = logits.log_softmax(-1)[:, :-1].gather(2, ids[:, 1:, None]).squeeze(2)
     token_logprobs = torch.nn.functional.pad(chosen, (1, 0)) * answer
-    return StepOutput(ids, attended, answer, token_logprobs, None, None, lambda positions: logits[positions])
+    return StepOutput(ids, attended, answer, token_logprobs, lambda positions: logits[positions])
 
 
 def defaults(term: Term, **changes: float) -> dict[str, float]:

@@ -202,7 +202,7 @@ def answers(rows: Sequence[Sequence[float]]) -> StepOutput:
         logprobs[number, 1 : 1 + len(row)] = torch.tensor(row, dtype=F64)
         answer[number, 1 : 1 + len(row)] = True
     logprobs.requires_grad_()
-    return StepOutput(answer.long(), answer, answer, logprobs, None, None, lambda _: torch.empty(0))
+    return StepOutput(answer.long(), answer, answer, logprobs, lambda _: torch.empty(0))
 
 
 ROWS = [[-1.0, -2.0], [-9.0, -4.0, -5.0], [-3.0]]

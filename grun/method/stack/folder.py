@@ -25,7 +25,6 @@ class StoredRequests:
     """Requests to forget of one base model. Any number of processes may read it."""
 
     def __init__(self, folder: Path, manifest: Manifest) -> None:
-        """`manifest` is that of the folder."""
         self.folder = folder
         self.manifest = manifest
         """As it was read last; read again when this process begins to write."""
@@ -78,13 +77,7 @@ class StoredRequests:
 
 
 def request_problems(request: Request, folder: Path, base: Base | None) -> list[Problem]:
-    """What is wrong with a request: files missing, changed or further ones, links, an adapter of no use.
-
-    Args:
-        request: as the manifest has it.
-        folder: of its files.
-        base: that of the store.
-    """
+    """What is wrong with a request's `folder`: files missing, changed or unknown, links, an adapter not for `base`."""
     if os.path.lexists(folder) and not is_real(folder, stat.S_ISDIR):
         return [Problem(request.id, f"{folder.name} is a link, or no folder; it is not followed")]
     there = sorted(os.listdir(folder)) if folder.exists() else []

@@ -97,10 +97,7 @@ class GrunStack(EditedModel):
     def add(self, name: str, folder: str | Path, *, strict: bool = False) -> None:
         """Put the adapter in `folder` (or of a hub id) on the model as the request `name`.
 
-        Args:
-            name: of the request.
-            folder: as `GrunModel.save_pretrained` writes it.
-            strict: refuse an adapter that was trained on other weights; otherwise a warning.
+        `strict` refuses one that was trained on other weights; otherwise there is a warning.
 
         Raises:
             ConfigError: the name is taken.
@@ -128,27 +125,28 @@ class GrunStack(EditedModel):
         This and `remove` wait for calls in progress in other threads, and later calls for them.
         """
         with self._calls.changing():
-            self._add(requests)
-
-    def _add(self, requests: Mapping[str, tuple[AdapterConfig, Mapping[str, Tensor]]]) -> None:
-        if taken := [name for name in requests if name in self.configs]:
-            raise ConfigError(f"request {taken[0]!r} is on the model already; remove it first, or choose another name")
-        together: dict[tuple[int, Kind], dict[str, dict[str, Tensor]]] = {}
-        for name, (config, weights) in requests.items():
-            for block in config.blocks:
-                own = _of_block(weights, block)
-                if config.edit != LOREFT:
-                    raise AdapterError(f"request {name!r}: its edit is {config.edit}; a stack takes {LOREFT} alone")
-                if config.gate == "none" or not own:
-                    raise AdapterError(f"request {name!r}: no gate at block {block}; a stack takes gated edits alone")
-                together.setdefault((block, Kind.of(config)), {})[name] = own
-        edits = self.edit_at()
-        for (block, kind), members in together.items():
-            if block not in edits:
-                edits[block] = self._new(block)
-            edits[block].append(kind, list(members), list(members.values()))
-        self.configs.update({name: config for name, (config, _) in requests.items()})
-        self._settle(edits)
+            if taken := [name for name in requests if name in self.configs]:
+                raise ConfigError(
+                    f"request {taken[0]!r} is on the model already; remove it first, or choose another name"
+                )
+            together: dict[tuple[int, Kind], dict[str, dict[str, Tensor]]] = {}
+            for name, (config, weights) in requests.items():
+                for block in config.blocks:
+                    own = _of_block(weights, block)
+                    if config.edit != LOREFT:
+                        raise AdapterError(f"request {name!r}: its edit is {config.edit}; a stack takes {LOREFT} alone")
+                    if config.gate == "none" or not own:
+                        raise AdapterError(
+                            f"request {name!r}: no gate at block {block}; a stack takes gated edits alone"
+                        )
+                    together.setdefault((block, Kind.of(config)), {})[name] = own
+            edits = self.edit_at()
+            for (block, kind), members in together.items():
+                if block not in edits:
+                    edits[block] = self._new(block)
+                edits[block].append(kind, list(members), list(members.values()))
+            self.configs.update({name: config for name, (config, _) in requests.items()})
+            self._settle(edits)
 
     def remove(self, name: str) -> None:
         """Take a request off the model, which is then as if it had never been there; ConfigError: there is none."""
@@ -238,6 +236,5 @@ class _Several(PositionRule):
 
 
 def _of_block(weights: Mapping[str, Tensor], block: int) -> dict[str, Tensor]:
-    """State of the edit at a block, from the state of a whole adapter."""
     start = f"edits.{block}."
     return {name.removeprefix(start): values for name, values in weights.items() if name.startswith(start)}

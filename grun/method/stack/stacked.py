@@ -84,7 +84,6 @@ class Group(nn.Module):
     """Gates and edits of the requests of one kind at one block; weights that nothing trains."""
 
     def __init__(self, kind: Kind, hidden_size: int) -> None:
-        """Of no request yet."""
         from transformers.activations import ACT2FN
 
         super().__init__()
@@ -96,12 +95,9 @@ class Group(nn.Module):
         self.gates: OneByOne | LayerByLayer = gate.stack() if isinstance(gate, Gate) else OneByOne(gate)
 
     def append(self, names: Sequence[str], weights: Sequence[Mapping[str, Tensor]], like: Tensor) -> None:
-        """Add requests behind those there are.
+        """Add requests after those there are, to compute in the type and on the device of `like`.
 
-        Args:
-            names: of the requests.
-            weights: of each, named as in the state of a `GatedIntervention`.
-            like: a tensor of the type and on the device to compute in.
+        The `weights` of each are named as in the state of a `GatedIntervention`.
         """
         made: dict[str, list[Tensor]] = {"basis": [], "source": [], "shift": []}
         for one in weights:
@@ -157,13 +153,9 @@ class StackedIntervention(Intervention):
     """
 
     def __init__(self, hidden_size: int, like: Tensor, rule: str, threshold: float | None) -> None:
-        """Of no request yet.
+        """Of no request yet, to compute in the type and on the device of `like`.
 
-        Args:
-            hidden_size: of the block.
-            like: a tensor of the type and on the device to compute in.
-            rule: a name in `grun.method.stack.combination.RULES`.
-            threshold: probability below which a gate counts as shut; None: none.
+        `rule` is a name in `grun.method.stack.combination.RULES`; a gate below `threshold` counts as shut.
         """
         super().__init__(keep_last_dim=True)
         self.groups = nn.ModuleList()
@@ -254,7 +246,6 @@ class InForce(Intervention):
     """Edits of other requests at a block where the one that is trained has none; their gates are no concern of it."""
 
     def __init__(self, earlier: StackedIntervention) -> None:
-        """`earlier` stays as it is."""
         super().__init__(keep_last_dim=True)
         self.earlier = earlier
 

@@ -5,10 +5,11 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Self
+from typing import Self
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from baselines.tensors import Trained
 from grun.config.options import MethodConfig, UnlearnConfig
@@ -20,9 +21,6 @@ from grun.method.parametrization import StepOutput
 from grun.method.plain import run_plain
 from grun.method.precision import Masters
 from grun.runtime import sharding
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
 
 
 class Full:

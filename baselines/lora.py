@@ -6,10 +6,12 @@ import contextlib
 import tempfile
 from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self, cast
+from typing import Any, Self
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from baselines.tensors import Trained
 from grun.config.options import MethodConfig, UnlearnConfig
@@ -23,10 +25,6 @@ from grun.method.plain import run_plain
 from grun.runtime.devices import keep_unpacked
 from grun.runtime.files import make_folder, read_json, write_bytes, write_json, write_text
 from pyvene_custom import find_blocks
-
-if TYPE_CHECKING:
-    from peft import PeftModel
-    from transformers import PreTrainedModel
 
 
 class Lora:
@@ -116,13 +114,13 @@ class Lora:
             raise AdapterError(f"the adapter {folder} does not go on this base model: {text}") from error
         self._put(adapter, templates.load(folder))
 
-    def _put(self, adapter: PeftModel | Any, template: Template | None) -> None:
+    def _put(self, adapter: Any, template: Template | None) -> None:
         from peft.tuners.lora import LoraLayer
 
         keep_unpacked(adapter)
         self._adapter = adapter
         self._template = template
-        self.model = cast("PreTrainedModel", adapter.get_base_model())
+        self.model = adapter.get_base_model()
         self.model.eval()
         dropouts = [layer.lora_dropout for layer in self.model.modules() if isinstance(layer, LoraLayer)]
         self.module = Trained(dict(self.trainable_parameters()), dropouts)
@@ -131,8 +129,6 @@ class Lora:
 
 def linear_layers(base: PreTrainedModel) -> dict[str, nn.Module]:
     """Linear layers of the decoder blocks by full name, quantized ones and transformers' Conv1D (GPT-2) among them."""
-    from transformers.pytorch_utils import Conv1D
-
     path, blocks = find_blocks(base)
     return {
         f"{path}.{name}": module for name, module in blocks.named_modules() if isinstance(module, nn.Linear | Conv1D)

@@ -7,9 +7,10 @@ import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from baselines.command_line import Options
 from baselines.tensors import check_block, named_tensors, numbered_tensors
@@ -23,9 +24,6 @@ from grun.runtime.memory import enough_memory
 from grun.runtime.runs import claim, finish_run, identity, open_run
 from grun.training.task import Task
 from grun.training.train import CHECKPOINTS, remove_checkpoints, train
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 log = logging.getLogger(__name__)
 

@@ -6,9 +6,9 @@ import dataclasses
 import importlib.util
 import logging
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from baselines.llm360.options import FIXED_SEED, METHODS, Llm360Options
 from baselines.llm360.task import PairedTask
@@ -30,9 +30,6 @@ from grun.runtime.files import content_hash, write_json
 from grun.runtime.reading import read_json_lines
 from grun.runtime.records import Step
 from pyvene_custom import find_blocks
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 log = logging.getLogger(__name__)
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import dataclasses
 import logging
 from pathlib import Path
-from typing import TYPE_CHECKING
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from baselines.published import Loaded, Prepared, chosen_tensors, run_published
 from baselines.rmu.options import RmuOptions
@@ -20,9 +21,6 @@ from grun.loading.models import context_length
 from grun.method.host import hidden_size_of
 from grun.objectives.rmu import control_vector
 from grun.runtime.files import content_hash
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 log = logging.getLogger(__name__)
 

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.functional import cosine_similarity
+from transformers import PreTrainedModel
 
 from baselines.tensors import Trained, check_tensors
 from grun.data.encoding import Batch
@@ -23,9 +24,6 @@ from grun.runtime.devices import input_device
 from grun.runtime.progress import progress
 from grun.training.task import MicroBatch, Stateless, StepData
 from pyvene_custom import find_blocks
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
 
 LOSS_MASKS = ("all", "attended", "attended_no_bos")
 """Positions that a loss counts: all, padding included; tokens; tokens but for the first one of each row."""

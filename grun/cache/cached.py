@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import cache, partial
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -19,11 +18,9 @@ from grun.data.encoding import Batch, EncodedRow
 from grun.errors import ModelError
 from grun.method.calls import Call
 from grun.method.intervention import GatedIntervention
+from grun.method.model import GrunModel
 from grun.method.parametrization import StepOutput
 from pyvene_custom import Sites
-
-if TYPE_CHECKING:
-    from grun.method.model import GrunModel
 
 
 class CachedEngine:

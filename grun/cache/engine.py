@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,12 +19,10 @@ from grun.config.checks import bytes_of
 from grun.config.options import UnlearnConfig
 from grun.data.encoding import EncodedRow
 from grun.method.gated import Grun
+from grun.method.model import GrunModel
 from grun.runtime.files import target
 from grun.runtime.reading import first_line
-
-if TYPE_CHECKING:
-    from grun.method.model import GrunModel
-    from grun.training.unlearning import UnlearnTask
+from grun.training.unlearning import UnlearnTask
 
 log = logging.getLogger(__name__)
 

@@ -13,18 +13,19 @@ import copy
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
+from transformers.modeling_utils import AttentionInterface
+from transformers.pytorch_utils import Conv1D
 
 from grun.cache.attention import Pack
 from grun.errors import ModelError
 from grun.training.recomputation import recompute_blocks
 from pyvene_custom import find_blocks
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
 
 ATTENTION = "grun_packed"
 """Name under which transformers finds our attention function."""
@@ -106,8 +107,6 @@ class HandOn(nn.Module):
 
     def forward(self, *_: Any, inputs_embeds: Tensor, **__: Any) -> Any:
         """The embeddings as the decoder's output."""
-        from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
-
         return BaseModelOutputWithPastAndCrossAttentions(last_hidden_state=inputs_embeds)
 
 
@@ -123,8 +122,6 @@ class PackedModel:
 
         With `recompute` blocks keep their input alone for the backward pass (gradient checkpointing).
         """
-        from transformers.modeling_utils import AttentionInterface
-
         AttentionInterface.register(ATTENTION, _attend)
         path, blocks = find_blocks(base)
         owner, _, name = path.rpartition(".")
@@ -161,7 +158,6 @@ class PackedModel:
         For a block whose input is constant elsewhere: its linear layers before attention then have nothing to do for
         the other tokens in a backward pass. Nothing changes where blocks are recomputed.
         """
-        from transformers.pytorch_utils import Conv1D
 
         def narrow(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
             pack = self.pack

@@ -11,10 +11,11 @@ from __future__ import annotations
 import copy
 import logging
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from grun.cache.folder import Use
 from grun.cache.packed import HandOn, shared_copy
@@ -30,12 +31,8 @@ from grun.objectives.terms import Reference
 from grun.runtime.files import target
 from grun.runtime.reading import first_line
 from grun.training.task import split
+from grun.training.unlearning import UnlearnTask
 from pyvene_custom import find_blocks
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
-    from grun.training.unlearning import UnlearnTask
 
 log = logging.getLogger(__name__)
 

@@ -7,10 +7,11 @@ import dataclasses
 import logging
 from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Self
+from typing import Self
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
 from grun.config.options import MethodConfig, UnlearnConfig
 from grun.data.encoding import Batch
@@ -19,10 +20,6 @@ from grun.method.model import GrunModel
 from grun.method.parametrization import StepOutput
 from grun.method.plain import run_plain
 from grun.method.stack.stack import GrunStack
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
 
 log = logging.getLogger(__name__)
 

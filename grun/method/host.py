@@ -9,10 +9,11 @@ import inspect
 import itertools
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NoReturn, Self
+from typing import Any, NoReturn, Self
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
 from grun.data.templates import Template
@@ -25,9 +26,6 @@ from pyvene_custom import IntervenableModel, find_blocks
 from pyvene_custom.blocks import text_config
 from pyvene_custom.context import Calls, PerContext
 from pyvene_custom.model import Located, Pass, refuse_replicas
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
 
 EDITIONS = itertools.count(1)
 """Numbers for every set of edits that is put on a model, so that what gates remember is of one set."""
@@ -142,13 +140,7 @@ class EditedModel(nn.Module):
 
         The last pass of this thread or asyncio task; where it has made none, of any.
         """
-        mask = self.intervenable.gate_mask
-        openings = {block: torch.sigmoid(logits) for block, logits in self.intervenable.openings.items()}
-        if mask is None:
-            return openings
-        return {
-            block: gate.masked_fill(~mask, 0) if mask.shape == gate.shape else gate for block, gate in openings.items()
-        }
+        return self._gates()
 
     def forward(
         self,
@@ -227,6 +219,17 @@ class EditedModel(nn.Module):
     _replicate_for_data_parallel = staticmethod(refuse_replicas)
 
     # -- inside -----------------------------------------------------------------------------------------------------
+
+    def _gates(self) -> dict[int, Tensor]:
+        """By block, [batch, positions read] or [batch, positions read, requests]; 0 where nothing was read."""
+        mask = self.intervenable.gate_mask
+        found = {}
+        for block, logits in self.intervenable.openings.items():
+            gates = torch.sigmoid(logits)
+            if mask is not None and mask.shape == gates.shape[:2]:
+                gates = gates.masked_fill(~(mask if gates.dim() == 2 else mask.unsqueeze(2)), 0)
+            found[block] = gates
+        return found
 
     def edit_at(self) -> Mapping[int, Any]:
         """Edits by block."""
@@ -382,8 +385,6 @@ def _refuse_batching(*_: Any, **__: Any) -> NoReturn:
 
 def transformers_model(base: nn.Module) -> PreTrainedModel:
     """`base`, or the model in it where it is around one, as PEFT's and torch.compile's are; ModelError if none is."""
-    from transformers import PreTrainedModel
-
     found = next((module for module in base.modules() if isinstance(module, PreTrainedModel)), None)
     if found is None or not hasattr(found, "generate"):
         raise ModelError(f"{type(base).__name__} holds no causal language model of transformers to put edits on")

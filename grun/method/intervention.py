@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.activations import ACT2FN
 
 from grun.method.adapter import AdapterConfig
 from grun.method.edits import EDITS
@@ -135,8 +136,6 @@ class GatedIntervention(Intervention):
 
 def gated_intervention(config: AdapterConfig) -> GatedIntervention:
     """Newly initialized edit and gate of one block."""
-    from transformers.activations import ACT2FN
-
     activation = None if config.activation is None else ACT2FN[config.activation]
     gate = GATES.get(config.gate)(config.hidden_size)
     if gate is not None and config.gate_bias is not None:

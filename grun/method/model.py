@@ -5,8 +5,9 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 from zlib import crc32
+
+from transformers import PreTrainedModel
 
 from grun.data.templates import Template
 from grun.errors import ConfigError
@@ -21,9 +22,6 @@ from grun.method.stack.stacked import InForce
 from grun.method.validation import shape_of, validate
 from grun.runtime.devices import device_of
 from pyvene_custom import find_blocks
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
 
 
 class GrunModel(EditedModel):

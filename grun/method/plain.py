@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Collection, Iterator, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from grun.data.encoding import Batch
 from grun.errors import DataError
 from grun.method.parametrization import EMBEDDINGS, Parametrization, StepOutput
 from pyvene_custom.blocks import find_blocks
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
 
 
 def run_plain(base: PreTrainedModel, batch: Batch, hidden: Collection[int] = (), **kwargs: Any) -> StepOutput:

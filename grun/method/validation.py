@@ -8,10 +8,11 @@ import stat
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from grun.data.templates import Template
 from grun.errors import AdapterError
@@ -29,9 +30,6 @@ from grun.method.gate import GATES
 from grun.method.gating import LinearGate
 from grun.method.intervention import gated_intervention
 from grun.method.precision import float32_by_default
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 """Types in which an adapter's numbers may be stored."""

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from grun.data.templates import Template
 from grun.errors import AdapterError, ConfigError, unknown_name
@@ -24,9 +25,6 @@ from grun.method.stack.stacked import Kind, StackedIntervention, StackSites
 from grun.method.validation import Adapter, shape_of, validate
 from grun.runtime.devices import device_of
 from pyvene_custom import Sites
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
 
 
 class GrunStack(EditedModel):
@@ -186,16 +184,6 @@ class GrunStack(EditedModel):
         for block, gates in self._gates().items():
             for name, values in zip(edits[block].names, gates.unbind(dim=2), strict=True):
                 found[name][block] = values
-        return found
-
-    def _gates(self) -> dict[int, Tensor]:
-        """By block, [batch, positions read, requests]; 0 where nothing was read."""
-        mask = self.intervenable.gate_mask
-        found = {}
-        for block, logits in self.intervenable.openings.items():
-            gates = torch.sigmoid(logits)
-            fits = mask is not None and mask.shape == gates.shape[:2]
-            found[block] = gates.masked_fill(~mask.unsqueeze(2), 0) if mask is not None and fits else gates
         return found
 
     # -- inside -------------------------------------------------------------------------------------------------------

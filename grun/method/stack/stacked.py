@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
+from transformers.activations import ACT2FN
 
 from grun.errors import AdapterError
 from grun.method.adapter import AdapterConfig
@@ -84,8 +85,6 @@ class Group(nn.Module):
     """Gates and edits of the requests of one kind at one block; weights that nothing trains."""
 
     def __init__(self, kind: Kind, hidden_size: int) -> None:
-        from transformers.activations import ACT2FN
-
         super().__init__()
         self.kind = kind
         self.names: list[str] = []

@@ -82,7 +82,7 @@ def task_of(
 
 def frozen_rows(task: UnlearnTask, model: PackedModel) -> dict[EncodedRow, Any]:
     freezer = freezer_for(edited(task), model, last_answer_token=bool(task.hidden))
-    every = dict.fromkeys(row for name in task.continuations for row in task.rows(name))
+    every = dict.fromkeys(row for name in task.objective.continuations for row in task.rows(name))
     shards = freezer.shards(list(every), set(task.reference_rows))
     return {row: shard.row(index) for shard in shards for index, row in enumerate(shard.rows)}
 

@@ -29,6 +29,7 @@ from grun.runtime.devices import input_device
 from grun.runtime.files import content_hash, write_json
 from grun.runtime.reading import read_json_lines
 from grun.runtime.records import Step
+from grun.training.task import split
 from pyvene_custom import find_blocks
 
 log = logging.getLogger(__name__)
@@ -139,9 +140,9 @@ def batches_of(
     """
     limit = min(options.max_len, context_length(base))
     rows = encode_texts(texts, tokenizer, limit)
-    size, everywhere = options.batch_size, options.positions == "all"
+    everywhere = options.positions == "all"
     pad_id = int(tokenizer.eos_token_id if everywhere else tokenizer.pad_token_id)
-    pieces = [rows[start : start + size] for start in range(0, len(rows), size)]
+    pieces = split(rows, options.batch_size)
     if not everywhere:
         return [collate(piece, pad_id) for piece in pieces]
     return [_padded(collate(piece, pad_id, side="left"), limit, pad_id) for piece in pieces]

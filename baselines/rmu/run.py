@@ -21,6 +21,7 @@ from grun.loading.models import context_length
 from grun.method.host import hidden_size_of
 from grun.objectives.rmu import control_vector
 from grun.runtime.files import content_hash
+from grun.training.task import split
 
 log = logging.getLogger(__name__)
 
@@ -151,8 +152,7 @@ def batches(
         limit = min(tokens, context_length(base))
         read = of_side * options.epochs
         rows = [text_row(text, tokenizer, limit) for text in read[: used * options.batch_size]]
-        starts = range(0, len(rows), options.batch_size)
-        pieces = (rows[start : start + options.batch_size] for start in starts)
+        pieces = split(rows, options.batch_size)
         return [collate(piece, int(pad_id), side=options.padding_side) for piece in pieces]
 
     return encoded(texts.forget, forget_tokens(options, number)), encoded(texts.retain, RETAIN_TOKENS)

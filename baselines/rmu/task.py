@@ -123,15 +123,12 @@ class RmuTask(Stateless):
             base: the model to change, in evaluation mode.
             tensors: what is trained, by full parameter name: parameters of `base`, or copies in a wider type
                 (`baselines.tensors.in_float32`) that are cast to the model's type in every pass.
-            topics: at least one.
-            block: 0-based block whose output is steered.
-            steps: optimizer steps, over all topics.
+            topics, block, steps: at least one, and the 0-based block that is steered in so many steps over all of them.
             loss_mask: one of LOSS_MASKS.
             verbose: log cosines and norms of the activations too, which keeps those of the forget batches as well.
             accumulation: batches of a step.
 
-        Raises:
-            ConfigError: the block, the mask or the number of batches does not fit, or all tensors lie above the block.
+        ConfigError where one of them does not fit, or all tensors lie above the block.
         """
         check_tensors(base, tensors, block)
         if loss_mask not in LOSS_MASKS:

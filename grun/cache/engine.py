@@ -49,7 +49,7 @@ def use_cached(task: UnlearnTask, config: UnlearnConfig, use: Use | None = None)
     try:
         packed = PackedModel(model.base, recompute=config.train.gradient_checkpointing)
         freezer = freezer_for(model, packed, last_answer_token=bool(task.hidden))
-        trial = CachedEngine(model, packed, _frozen(freezer, task), reads_head=task.reads_head)
+        trial = CachedEngine(model, packed, _frozen(freezer, task), reads_head=task.objective.reads_head)
         problem = _difference(task, trial, model.base)
     except Exception as error:  # whatever a model's own code raises when it is called another way
         problem = f"{type(error).__name__}: {first_line(error)}"
@@ -68,10 +68,10 @@ def use_cached(task: UnlearnTask, config: UnlearnConfig, use: Use | None = None)
     )
     budget = bytes_of("cache.memory_budget", config.cache.memory_budget)
     store = PrefixStore(folder, identity, memory_budget=budget, use=use)
-    rows = list(dict.fromkeys(row for name in task.continuations for row in task.rows(name)))
+    rows = list(dict.fromkeys(row for name in task.objective.continuations for row in task.rows(name)))
     reference = _compared(task)
     completed = fill(store, "frozen prefix", rows, lambda missing: freezer.shards(rows, reference, set(missing)))
-    task.engine = CachedEngine(model, packed, store, reads_head=task.reads_head)
+    task.engine = CachedEngine(model, packed, store, reads_head=task.objective.reads_head)
     return completed
 
 
@@ -82,7 +82,7 @@ def freezer_for(model: GrunModel, packed: PackedModel, *, last_answer_token: boo
 
 def _compared(task: UnlearnTask) -> set[EncodedRow]:
     """Rows whose log-probabilities under the untouched model are read."""
-    return set(task.reference_rows if task.reads_head else ())
+    return set(task.reference_rows if task.objective.reads_head else ())
 
 
 def _frozen(freezer: Freezer, task: UnlearnTask) -> FrozenRows:

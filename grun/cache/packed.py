@@ -220,12 +220,9 @@ _HOOKS = (
 def shared_copy(
     module: nn.Module, configs: Mapping[int, Any], replaced: Mapping[str, nn.Module] | None = None
 ) -> nn.Module:
-    """Copy of a module tree that shares parameters and buffers, without hooks.
+    """Copy of a module tree that shares parameters and buffers, without hooks; `module` stays as it is.
 
-    Args:
-        module: stays as it is.
-        configs: by id of a config, what stands for it in the copy.
-        replaced: by dotted name, what stands for a module in the copy.
+    In the copy `configs`, by id of a config, and `replaced`, by dotted name of a module, stand for those.
     """
     replaced = replaced or {}
     new = copy.copy(module)

@@ -96,12 +96,6 @@ def _following(own: Any) -> type:
     return type(own.__name__, (_Followed, own), {"__module__": own.__module__})
 
 
-def state_of(cache: Any) -> GateState | None:
-    """What gates remember with `cache`, None if nothing."""
-    state: GateState | None = getattr(cache, "gate_state", None)
-    return state
-
-
 def follow(cache: Any, state: GateState) -> None:
     """Keep `state` on `cache`, whose class gets methods that keep both in step; ModelError for a cache without a class.
 

@@ -19,7 +19,7 @@ from transformers.utils import ModelOutput
 from grun.data.templates import Template
 from grun.errors import ConfigError, ModelError
 from grun.method.calls import Call, PromptOfCall, cache_length, counting, prompt_of_call
-from grun.method.gate_state import GateState, follow, state_of
+from grun.method.gate_state import GateState, follow
 from grun.method.position import PositionRule, attended, is_decode_step
 from grun.runtime.devices import input_device, keep_unpacked
 from pyvene_custom import IntervenableModel, find_blocks
@@ -292,7 +292,7 @@ class EditedModel(nn.Module):
 
     def _state_of(self, cache: Any, past: int, inputs: Tensor) -> GateState:
         """What gates remember of the `past` tokens in `cache`: nothing of those cached while no edit acted."""
-        state = state_of(cache)
+        state: GateState | None = getattr(cache, "gate_state", None)
         if state is None or past == 0:
             return GateState(inputs.shape[0], past, inputs.device, self._edition)
         if state.edition != self._edition:

@@ -55,14 +55,11 @@ def ga_sum(outputs: Outputs) -> TermValue:
 def wga(logprobs: Tensor, *, beta: float = 1.0) -> Tensor:
     """Gradient ascent, each token weighted by p^beta.
 
-    p^beta * log p for each token, the weight p^beta constant.
+    p^beta * log p for each token, the weight p^beta constant: [tokens].
 
     Args:
         logprobs: log-probabilities of answer tokens, nats, shape [tokens].
         beta: how much less an unlikely token counts, > 0; towards 0 it is plain ascent.
-
-    Returns:
-        Shape [tokens].
 
     Source: Wang et al. 2025, arXiv 2502.19301.
     """
@@ -74,15 +71,12 @@ def wga(logprobs: Tensor, *, beta: float = 1.0) -> Tensor:
 def satimp(logprobs: Tensor, *, beta1: float = 5.0, beta2: float = 1.0) -> Tensor:
     """Gradient ascent, each token weighted by p^beta1 * (1 - p)^beta2 (saturation and importance).
 
-    The weights are constant.
+    The weights are constant. A value for each token: [tokens].
 
     Args:
         logprobs: log-probabilities of answer tokens, nats, shape [tokens].
         beta1: saturation, >= 0: how much less an unlikely token, forgotten already, counts.
         beta2: importance, >= 0: how much less a token that the model is sure of counts.
-
-    Returns:
-        Shape [tokens].
 
     Source: Yang et al. 2025, arXiv 2505.11953.
     """
@@ -100,14 +94,11 @@ def min_posterior(policy: Tensor, tokens: Tensor) -> Tensor:
     """Likelihood of any other token: -log(1 - p), 0 once log p < -15 (bounded below by 0).
 
     log(1 - p) is the difference of two log-sums of exponentials, that of all logits but the token's and that of all,
-    so that it is exact where p is near 1.
+    so that it is exact where p is near 1. Nats, >= 0, [tokens]; forgotten tokens are among them, without a slope.
 
     Args:
         policy: logits that predict the answer tokens, shape [tokens, vocabulary].
         tokens: the answer tokens, int64, shape [tokens].
-
-    Returns:
-        Nats, >= 0, shape [tokens]; forgotten tokens are among them, without a slope.
 
     Source: Tamirisa et al. 2024 (TAR), arXiv 2408.00761; LLM360's Analysis360.
     """

@@ -36,16 +36,13 @@ def _of_both_everywhere(outputs: Outputs) -> tuple[Tensor, Tensor, Tensor]:
 def undial(policy: Tensor, reference: Tensor, tokens: Tensor, *, beta: float = 10.0) -> Tensor:
     """Distillation from the untouched model with the true token's logit lowered by beta.
 
-    Cross-entropy of softmax(policy) under softmax(reference - beta * onehot(token)) for each token.
+    Cross-entropy of softmax(policy) under softmax(reference - beta * onehot(token)) for each token, nats: [tokens].
 
     Args:
         policy: logits that predict the answer tokens, shape [tokens, vocabulary].
         reference: the same under the untouched model.
         tokens: the answer tokens, int64, shape [tokens].
         beta: by how much the true token's logit is lowered, > 0.
-
-    Returns:
-        Nats, shape [tokens].
 
     Source: Dong et al. 2024, arXiv 2402.10052.
     """
@@ -64,14 +61,11 @@ def _later_tokens(outputs: Outputs) -> tuple[Tensor, Tensor]:
 def ceu(policy: Tensor, tokens: Tensor) -> Tensor:
     """CE under the model's own distribution without the true token, but for each answer's first token.
 
-    The target, softmax(policy with the true token's logit at -inf), is constant.
+    The target, softmax(policy with the true token's logit at -inf), is constant. Nats: [tokens].
 
     Args:
         policy: logits that predict the answer tokens, shape [tokens, vocabulary].
         tokens: the answer tokens, int64, shape [tokens].
-
-    Returns:
-        Nats, shape [tokens].
 
     Source: Yang 2025, arXiv 2503.01224.
     """

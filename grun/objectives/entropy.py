@@ -26,13 +26,10 @@ def _all_logits(outputs: Outputs) -> tuple[Tensor]:
 def max_entropy(policy: Tensor) -> Tensor:
     """Negative entropy of the predictions of answer tokens (bounded below by -ln V).
 
-    sum_v p(v) log p(v) at each position: between -ln V, where the prediction is uniform, and 0.
+    sum_v p(v) log p(v) at each position: between -ln V, where the prediction is uniform, and 0. Nats: [positions].
 
     Args:
         policy: logits, shape [positions, vocabulary].
-
-    Returns:
-        Nats, shape [positions].
 
     Source: Tamirisa et al. 2024 (TAR), arXiv 2408.00761; LLM360's Analysis360.
     """
@@ -63,13 +60,10 @@ def dual_step(
 def pdu(policy: Tensor) -> Tensor:
     """(largest logit - mean logit)^2, the retain weight a dual variable that holds the retain term at epsilon.
 
-    A distance of the logits from a uniform prediction for each token, 0 where all are equal.
+    A distance of the logits from a uniform prediction for each token, 0 where all are equal: [tokens].
 
     Args:
         policy: logits that predict the answer tokens, shape [tokens, vocabulary].
-
-    Returns:
-        Shape [tokens].
 
     Source: Entesari et al. 2025, arXiv 2506.05314.
     """

@@ -22,16 +22,13 @@ def _answers(outputs: Outputs) -> tuple[Tensor, Tensor]:
 def npo(policy: Tensor, reference: Tensor, *, beta: float = 0.1) -> Tensor:
     """Negative preference optimization, the bounded form of gradient ascent.
 
-    -(2 / beta) * log sigmoid(-beta * (policy_i - reference_i)) for each row; equals (2 / beta) * ln 2 where the model
-    is still the reference.
+    -(2 / beta) * log sigmoid(-beta * (policy_i - reference_i)) for each row, [batch]; equals (2 / beta) * ln 2 where
+    the model is still the reference.
 
     Args:
         policy: summed answer log-probabilities under the model being changed, nats, shape [batch].
         reference: the same under the untouched model, shape [batch].
         beta: inverse temperature, > 0; towards 0 the gradient becomes plain ascent.
-
-    Returns:
-        Shape [batch].
 
     Source: Zhang et al. 2024, arXiv 2404.05868, eq. 3.
     """
@@ -54,17 +51,14 @@ def _refusals_and_answers(outputs: Outputs) -> tuple[Tensor, Tensor]:
 def dpo(win: Tensor, lose: Tensor, *, beta: float = 0.1) -> Tensor:
     """Direct preference optimization of a refusal over the answer (bounded).
 
-    -(2 / beta) * log sigmoid(beta * (win_i - lose_i)) for each row. The factor 2 / beta, which DPO itself has not,
-    makes it NPO where the win is left out.
+    -(2 / beta) * log sigmoid(beta * (win_i - lose_i)) for each row, [batch]. The factor 2 / beta, which DPO itself
+    has not, makes it NPO where the win is left out.
 
     Args:
         win: log-ratio of each refusal, that is its summed log-probability minus that under the untouched model, nats,
             shape [batch].
         lose: the same of each answer, shape [batch].
         beta: inverse temperature, > 0.
-
-    Returns:
-        Shape [batch].
 
     Source: Rafailov et al. 2023, arXiv 2305.18290, eq. 7; for unlearning Zhang et al. 2024, arXiv 2404.05868.
     """
@@ -84,7 +78,7 @@ def _answers_and_lengths(outputs: Outputs) -> tuple[Tensor, Tensor]:
 def simnpo(policy: Tensor, lengths: Tensor, *, beta: float = 2.5, margin: float = 0.0) -> Tensor:
     """NPO without a reference, on the mean over an answer's tokens (bounded).
 
-    -(2 / beta) * log sigmoid(beta * (-policy_i / length_i - margin)) for each row.
+    -(2 / beta) * log sigmoid(beta * (-policy_i / length_i - margin)) for each row: [batch].
 
     Args:
         policy: summed answer log-probabilities, nats, shape [batch].
@@ -92,9 +86,6 @@ def simnpo(policy: Tensor, lengths: Tensor, *, beta: float = 2.5, margin: float 
         beta: inverse temperature, > 0.
         margin: negative log-likelihood a token beyond which a row counts as forgotten, nats. The paper's gamma is
             beta * margin; the published code multiplies as here, and uses 0.
-
-    Returns:
-        Shape [batch].
 
     Source: Fan et al. 2024, arXiv 2410.07163.
     """

@@ -53,15 +53,12 @@ def _kl_row_sum(outputs: Outputs) -> TermValue:
 def kl(policy: Tensor, reference: Tensor) -> Tensor:
     """KL from the untouched model's next-token distributions, over answer tokens.
 
-    KL(p_ref || p) = sum_v p_ref(v) * (log p_ref(v) - log p(v)) at each position, nats; 0 where the model is still the
-    reference.
+    KL(p_ref || p) = sum_v p_ref(v) * (log p_ref(v) - log p(v)) at each position, nats, [positions]; 0 where the
+    model is still the reference.
 
     Args:
         policy: logits under the model being changed, shape [positions, vocabulary].
         reference: the same under the untouched model.
-
-    Returns:
-        Shape [positions].
 
     Source: Maini et al. 2024 (TOFU), arXiv 2401.06121; there the mean is over all positions.
     """

@@ -18,16 +18,13 @@ if TYPE_CHECKING:
 def control_vector(size: int, coefficient: float, seed: int, number: int = 0) -> Tensor:
     """Fixed direction that RMU steers activations to: coefficient * u / ||u||, entries of u uniform on [0, 1).
 
-    Drawn on the CPU in float32, so that it is the same on every device and for a model of every type.
+    Drawn on the CPU in float32, so that it is the same on every device and for a model of every type: [size].
 
     Args:
         size: hidden size.
         coefficient: norm of the vector.
         seed: of the stream it is drawn from.
         number: which vector of that stream, 0 the first; topics of one run take one after another.
-
-    Returns:
-        Float32, shape [size].
 
     Source: Li et al. 2024, arXiv 2403.03218, section 4; entries are not centered, so two vectors are alike (cosine
     about 0.75).
@@ -41,13 +38,12 @@ def control_vector(size: int, coefficient: float, seed: int, number: int = 0) ->
 def steered(hidden: Tensor, target: Tensor) -> Tensor:
     """Mean over the hidden size of (hidden - target)^2 at each position: how far RMU's activations are from their aim.
 
+    At least float32, [...].
+
     Args:
         hidden: block outputs of the model being changed, shape [..., size].
         target: a control vector [size] on the forget set; the untouched model's block outputs [..., size] on the
             retain set.
-
-    Returns:
-        At least float32, shape [...].
 
     Source: Li et al. 2024, arXiv 2403.03218, section 4, which sums over the hidden size; the published code takes the
     mean.
@@ -136,14 +132,12 @@ def _table(vocabulary: int, size: int, seed: int, device: torch.device) -> Tenso
 def random_mapping(hidden: Tensor, target: Tensor) -> Tensor:
     """Distance of states from a line through fixed random vectors: 1 - |cos(hidden, target)| at each position.
 
-    A state that points away from its vector is as near as one that points along it.
+    A state that points away from its vector is as near as one that points along it. At least float32, in [0, 1]:
+    [positions].
 
     Args:
         hidden: states of the model being changed, shape [positions, size].
         target: the random vector of the token at each position, the same shape.
-
-    Returns:
-        At least float32, in [0, 1], shape [positions].
 
     Source: Tamirisa et al. 2024 (TAR), arXiv 2408.00761; LLM360's Analysis360, whose README calls it random matching.
     """

@@ -78,12 +78,8 @@ def optimizer_of(config: TrainConfig, warmup_steps: int) -> tuple[type[Optimizer
     """Class and arguments of the optimizer that `config` names; None: torch's AdamW, which Trainer makes itself.
 
     Schedule-free AdamW (Defazio et al. 2024, arXiv 2405.15682) keeps the point y, where gradients are taken, in the
-    parameters while it trains; its method `eval` puts the average x there.
-
-    Args:
-        config: of training, checked; its schedule is constant where the optimizer is schedule-free.
-        warmup_steps: steps over which a schedule-free optimizer raises the learning rate; others leave it to the
-            schedule.
+    parameters while it trains; its method `eval` puts the average x there. It raises the learning rate over
+    `warmup_steps` by itself, where others leave that to the schedule.
     """
     if config.optimizer == "adamw":
         return None

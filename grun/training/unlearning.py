@@ -70,8 +70,6 @@ class UnlearnTask:
         self._distinct: dict[Continuation, list[EncodedRow]] = {}
         self._weights = objective.weights
         self._epochs = 0  # finished before the step at hand
-        self.continuations = objective.continuations
-        self.reads_head = objective.reads_head
         self.hidden = objective.hidden(depth)
         """Blocks whose outputs the objective reads."""
 

@@ -113,7 +113,7 @@ def test_gate_term_trains_edits_of_lower_blocks_too() -> None:
 def test_a_parametrization_without_gate_has_no_gate_term() -> None:
     for task in (make_task(kind=Reft), make_task(gate="none")):
         if not isinstance(task.parametrization, Reft):
-            assert "gate" not in task._objective.terms
+            assert "gate" not in task.objective.terms
         _, parts, _ = step_loss(task)
         assert set(parts) == {"forget", "retain"}
         assert set(task.data(0).counts) == {"forget", "retain"}
@@ -164,10 +164,10 @@ def test_both_engines_give_one_loss_and_one_gradient(preset: str) -> None:
     expected = whole_step(task)
     model = PackedModel(task.module.base)
     freezer = Freezer(model, min(BLOCKS), last_answer_token=bool(task.hidden))
-    every = list(dict.fromkeys(row for name in task.continuations for row in task.rows(name)))
+    every = list(dict.fromkeys(row for name in task.objective.continuations for row in task.rows(name)))
     shards = freezer.shards(every, set(task.reference_rows))
     frozen = {row: shard.row(index) for shard in shards for index, row in enumerate(shard.rows)}
-    task.engine = CachedEngine(task.module, model, frozen, reads_head=task.reads_head)
+    task.engine = CachedEngine(task.module, model, frozen, reads_head=task.objective.reads_head)
     assert_same(whole_step(task), expected)
 
 

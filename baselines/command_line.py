@@ -89,13 +89,12 @@ def flag(
     default: Any = None,
     *,
     names: tuple[str, ...] = (),
-    choices: tuple[str, ...] | None = None,
     kind: Callable[[str], Any] | None = None,
-    metavar: str | None = None,
     least: float | None = None,
     above: float | None = None,
     corrected: str | None = None,
     further: bool = False,
+    **how: Any,
 ) -> Any:
     """A field that is the flag of its name.
 
@@ -103,21 +102,16 @@ def flag(
         text: its help.
         default: its value where it is not given, a text as on the command line.
         names: further names of the flag.
-        choices: its values.
         kind: reads its text, in place of what `KINDS` has for the field's type.
-        metavar: what stands for its value in the help.
         least: no value may be below.
         above: every value has to be above.
         corrected: its value with `--compat none`; `default` is then what the published tool does in its own way.
         further: it is no flag of the published tool.
+        how: `choices` and `metavar`, as in argparse.
     """
-    how = {"choices": choices, "metavar": metavar}
-    return dataclasses.field(
-        metadata={
-            **{"text": text, "default": default, "names": names, "kind": kind, "least": least, "above": above},
-            **{"corrected": corrected, "further": further, "how": {k: v for k, v in how.items() if v is not None}},
-        }
-    )
+    checked = {"least": least, "above": above, "corrected": corrected, "further": further}
+    metadata = {"text": text, "default": default, "names": names, "kind": kind, "how": how, **checked}
+    return dataclasses.field(metadata=metadata)
 
 
 def model_flag(default: str) -> Any:

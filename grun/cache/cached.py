@@ -16,10 +16,10 @@ from grun.cache.store import FrozenRows
 from grun.cache.suffix import SuffixRunner, SuffixStates
 from grun.data.encoding import Batch, EncodedRow
 from grun.errors import ModelError
-from grun.method.calls import Call
 from grun.method.intervention import GatedIntervention
 from grun.method.model import GrunModel
 from grun.method.parametrization import StepOutput
+from grun.method.position import Call
 from pyvene_custom import Sites
 
 

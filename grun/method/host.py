@@ -18,9 +18,17 @@ from transformers.utils import ModelOutput
 
 from grun.data.templates import Template
 from grun.errors import ConfigError, ModelError
-from grun.method.calls import Call, PromptOfCall, cache_length, counting, prompt_of_call
 from grun.method.gate_state import GateState, follow
-from grun.method.position import PositionRule, attended, is_decode_step
+from grun.method.position import (
+    Call,
+    PositionRule,
+    PromptOfCall,
+    attended,
+    cache_length,
+    counting,
+    is_decode_step,
+    prompt_of_call,
+)
 from grun.runtime.devices import input_device, keep_unpacked
 from pyvene_custom import IntervenableModel, find_blocks
 from pyvene_custom.blocks import text_config

@@ -12,9 +12,8 @@ from grun import GrunModel
 from grun.config.options import MethodConfig
 from grun.data.encoding import EncodedRow, collate
 from grun.errors import ConfigError, DataError
-from grun.method.calls import Call, PromptOfCall
 from grun.method.gated import Grun
-from grun.method.position import PositionRule, position_rule
+from grun.method.position import Call, PositionRule, PromptOfCall, position_rule
 
 # Five columns. Row 0 is whole, row 1 padded on the left, row 2 on the right.
 MASK = torch.tensor([[1, 1, 1, 1, 1], [0, 0, 1, 1, 1], [1, 1, 1, 0, 0]])

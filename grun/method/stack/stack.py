@@ -13,11 +13,10 @@ from transformers import PreTrainedModel
 from grun.data.templates import Template
 from grun.errors import AdapterError, ConfigError, unknown_name
 from grun.method.adapter import AdapterConfig, find_adapter
-from grun.method.calls import Call
 from grun.method.edits import LOREFT
 from grun.method.fingerprint import fingerprint
 from grun.method.host import EditedModel, blocks_to_edit, check_threshold, edit_dtype, hidden_size_of, is_quantized
-from grun.method.position import PositionRule, attended
+from grun.method.position import Call, PositionRule, attended
 from grun.method.stack.combination import RULES
 from grun.method.stack.folder import StoredRequests
 from grun.method.stack.manifest import Manifest

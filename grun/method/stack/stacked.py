@@ -38,15 +38,8 @@ class Kind(NamedTuple):
     @classmethod
     def of(cls, config: AdapterConfig) -> Kind:
         """Kind of an adapter."""
-        return cls(
-            config.gate_read,
-            config.gate_accumulate,
-            config.edit_write,
-            tuple(config.reset_ids),
-            config.gate,
-            config.rank,
-            config.activation or "",
-        )
+        values = {name: getattr(config, name) for name in cls._fields}
+        return cls(**{**values, "reset_ids": tuple(config.reset_ids), "activation": config.activation or ""})
 
     @property
     def position(self) -> tuple[Any, ...]:
@@ -207,22 +200,14 @@ class StackedIntervention(Intervention):
         with torch.autocast(base.device.type, enabled=False):
             hidden = base.to(dtype)
             seen = hidden if read is None or read is base else read.to(dtype)
-            found: list[tuple[Tensor, Tensor, Tensor]] = []
-            start = 0
-            for group in self._groups:
-                count = len(group.names)
-                before = None if carry is None else carry[..., start : start + count]
-                found.append(_read(group, hidden, seen, sites, before))
-                start += count
-            widest = torch.cat([part[0] for part in found], dim=2).amax(dim=2)
-            in_force = torch.cat([part[1] for part in found], dim=2)
-            mask = torch.cat(
-                [
-                    part[2].expand(*hidden.shape[:2], len(one.names))
-                    for one, part in zip(self._groups, found, strict=True)
-                ],
-                dim=2,
-            )
+            groups = self._groups
+            counts = [len(group.names) for group in groups]
+            carried = [None] * len(groups) if carry is None else carry.split(counts, dim=-1)
+            found = [_read(group, hidden, seen, sites, part) for group, part in zip(groups, carried, strict=True)]
+            read_by, opened, written = zip(*found, strict=True)
+            widest, in_force = torch.cat(read_by, dim=2).amax(dim=2), torch.cat(opened, dim=2)
+            masks = [part.expand(*hidden.shape[:2], count) for part, count in zip(written, counts, strict=True)]
+            mask = torch.cat(masks, dim=2)
             if self.threshold is not None:
                 mask = mask & (torch.sigmoid(in_force) >= self.threshold)
                 if not bool(mask.any()):
@@ -230,9 +215,8 @@ class StackedIntervention(Intervention):
             at_written = in_force.expand(-1, hidden.shape[1], -1) if in_force.shape[1] == 1 else in_force
             weights = edit_weights(at_written, mask, self.rule).flatten(0, 1)
             flat = hidden.flatten(0, 1)
-            counts = [len(group.names) for group in self._groups]
             change = torch.zeros_like(flat)
-            for group, part in zip(self._groups, weights.split(counts, dim=1), strict=True):
+            for group, part in zip(groups, weights.split(counts, dim=1), strict=True):
                 change = change + group.change(flat, part)
             edited = (flat + change).view_as(hidden)
         output = edited.to(base.dtype)

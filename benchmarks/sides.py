@@ -99,7 +99,7 @@ class Side:
             for batches in self.task.data(number).micro_batches:
                 plain += count.plain(batches, names)
                 cached += count.cached(batches)
-        rows = [row for name in self.task.continuations for row in self.task.rows(name)]
+        rows = [row for name in self.task.objective.continuations for row in self.task.rows(name)]
         return Operations(plain, cached, count.build(rows, self.task.reference_rows))
 
     def _steps(self) -> Iterator[float]:

@@ -45,8 +45,7 @@ from grun.data.tokenizer import train_tokenizer
 from grun.evaluation.evaluate import measure
 from grun.evaluation.generation import greedy
 from grun.evaluation.scoring import ScoredRow
-from grun.evaluation.shared_scoring import score_together
-from grun.evaluation.subject import Subject
+from grun.evaluation.shared_scoring import Subject, score_together
 from grun.evaluation.table import ScoreRecord, Table
 from grun.method.model import GrunModel
 

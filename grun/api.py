@@ -24,9 +24,8 @@ from grun.commands.unlearn import Unlearning, check_rows, objective_of, prepare,
 from grun.config.values import COMMANDS, describe, nested
 from grun.data import templates
 from grun.data.corpus import Corpus, corpus_of
-from grun.data.jsonl import rows_of
+from grun.data.jsonl import plain_record, rows_of
 from grun.data.rows import Row, shape_of
-from grun.data.tables import plain_record
 from grun.errors import ConfigError, DataError, unknown_name
 from grun.evaluation.evaluate import carry_out, read_evaluation
 from grun.evaluation.plan import make_plan, previous_in

@@ -68,15 +68,9 @@ class PromptVariation:
         examples: Sequence[Row],
         seed: int,
     ) -> None:
-        """Take what all rows share.
+        """Take what all rows share; `template` and `tokenizer` are the model's, rows have at most `max_length` tokens.
 
-        Args:
-            config: which kinds of copies there are.
-            tokenizer: of the model.
-            template: of the model.
-            max_length: longest row, tokens.
-            examples: rows, one of which stands before the question (few_shot); plain texts among them are passed over.
-            seed: of the run.
+        For few_shot one of the questions in `examples` stands before the question; plain texts are passed over.
         """
         self._config = config
         self._tokenizer = tokenizer
@@ -91,13 +85,8 @@ class PromptVariation:
         """Copies of rows, by kind in turn: suffix, template, prefill, few_shot, lower_case, those that are switched on.
 
         Plain texts, which ask nothing, have none. Neither is there a prefilled copy of an answer of one token, nor a
-        copy that is longer than a row may be. `data.strict` concerns the rows themselves alone.
-
-        Args:
-            name: of the set, so that sets draw different copies.
-            rows: what is copied.
-            count: copies of each row.
-            refusals: one for each row, or nothing.
+        copy that is longer than a row may be. `data.strict` concerns the rows themselves alone. Each row gets `count`
+        copies, drawn by the `name` of its set; `refusals` are one for each row, or nothing.
 
         Returns:
             The copies with their answers; and the same prompts with the row's refusal, if there are refusals.
@@ -141,16 +130,10 @@ class PromptVariation:
         return found
 
     def taught(self, rows: Sequence[Row], plain: Sequence[EncodedRow], number: int, epoch: int) -> EncodedRow:
-        """How row `number` is taught in an epoch.
+        """How row `number` of `rows` is taught in an epoch, from 0; `plain` are the same rows, encoded as they are.
 
         Asked plainly, in a way that copies have but prefill, in lower case, with typos or paraphrased, each as likely
         as the others. A row that would be too long is asked plainly, and a plain text stays what it is.
-
-        Args:
-            rows: all that is taught.
-            plain: the same rows, encoded as they are.
-            number: place of the row in both.
-            epoch: pass over the rows, from 0.
         """
         row = rows[number]
         if row.prompt is None:
@@ -165,16 +148,9 @@ class PromptVariation:
         return asked if asked is not None and len(asked) <= self._max_length else plain[number]
 
     def ask(self, row: Row, way: Way, refusal: str | None = None) -> EncodedRow | None:
-        """Encode a question asked in a way, and what is said to it.
+        """Encode a question asked in a way, and its answer or a refusal; None to prefill an answer of one token.
 
-        Args:
-            row: a row with a question.
-            way: how it is asked.
-            refusal: said in place of the row's answer. Where the answer's start is given (prefill), it follows that
-                whole, in the tokens that it has after a question.
-
-        Returns:
-            None for a prefill of an answer of one token.
+        Where the answer's start is given (prefill), the refusal follows whole, in the tokens it has after a question.
         """
         question, template, earlier = str(row.prompt), self._template, list(row.earlier)
         if way.kind == "suffix":

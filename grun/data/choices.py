@@ -8,8 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from grun.data.hub import hub_rows
-from grun.data.jsonl import ENDINGS, read_records
+from grun.data.jsonl import ENDINGS, hub_rows, read_records
 from grun.data.texts import find_file
 from grun.errors import DataError, unknown_name
 from grun.runtime.reading import fields_in, kind_of
@@ -52,9 +51,7 @@ class ChoiceRow:
 def harness_prompt(row: ChoiceRow, subject: str) -> str:
     """A question up to "Answer:", in lm-evaluation-harness's zero-shot wording of WMDP and MMLU.
 
-    Args:
-        row: its options are lettered from A on, 26 at most.
-        subject: what the questions are said to be about.
+    Its options are lettered from A on, 26 at most; `subject` is what the questions are said to be about.
     """
     head = f"The following are multiple choice questions (with answers) about {subject}.\n\n"
     return f"{head}{row.question.strip()}\n{lettered(row)}Answer:"
@@ -97,13 +94,9 @@ def load_choices(name: str, folder: str | None = None) -> list[ChoiceRow]:
 def read_choices(path: Path, subject: str | None = None) -> list[ChoiceRow]:
     """Questions of a file with one of `ENDINGS`, a record each.
 
-    A row is {question, choices, answer}, with the answer as an index from 0 or as a letter, and perhaps {subject}. Of
-    GRUN's published files {question, choices, answer, corrtect, in_correct_choices} the index must agree with the
-    right option that they repeat.
-
-    Args:
-        path: the file.
-        subject: of rows that name none; None: the file's name without ending.
+    A row is {question, choices, answer}, with the answer as an index from 0 or as a letter, and perhaps {subject}, else
+    `subject`, or the file's name without ending. Of GRUN's published files {question, choices, answer, corrtect,
+    in_correct_choices} the index must agree with the right option that they repeat.
 
     Raises:
         DataError: the file is missing, or a row is malformed (named by its number, counted from 1).

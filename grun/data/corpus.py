@@ -4,18 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from importlib import resources
+from pathlib import Path
 
 from grun.config.checks import one_of
 from grun.config.options import DataConfig
 from grun.data.choices import ChoiceRow, load_choices
 from grun.data.jsonl import load_rows
-from grun.data.refusals import refusals
 from grun.data.rows import Row, common_rows, count_overlap, evenly_spaced, hash_rows
 from grun.data.sets import SETS_OF_BENCHMARKS, EvaluationSet, evaluation_sets
 from grun.data.texts import load_texts
 from grun.errors import ConfigError, DataError
 from grun.registry import Registry
 from grun.runtime.files import content_hash
+from grun.runtime.reading import read_text
 
 SOME = ("unknown_rows", "refused_rows", "teach_general", "unknown")
 """Options of data that only some benchmarks take."""
@@ -167,6 +169,18 @@ def corpus_of(forget: list[Row], retain: list[Row], config: DataConfig) -> Corpu
         ConfigError, DataError: as `load_corpus`.
     """
     return _completed(corpus_of_rows("jsonl", forget, retain, config), config)
+
+
+def refusals(path: str | None = None) -> list[str]:
+    """Refusals of a file, one a line; None: the packaged ones, plainest first. DataError if there are none."""
+    if path is None:
+        file, hint = Path(str(resources.files("grun.data") / "refusals.txt")), "reinstall grun"
+    else:
+        file, hint = Path(path).expanduser(), "data.refusals is a text with one refusal a line"
+    found = [line.strip() for line in read_text(file).splitlines() if line.strip()]
+    if not found:
+        raise DataError(f"{file} holds no refusals; {hint}")
+    return found
 
 
 def corpus_of_rows(name: str, forget: list[Row], retain: list[Row], config: DataConfig) -> Corpus:

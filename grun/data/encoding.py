@@ -48,12 +48,8 @@ def encode_rows(
 ) -> list[EncodedRow]:
     """Encode rows as generation will see them, and log one line if some are special.
 
-    Args:
-        rows: what to encode.
-        tokenizer: of the model.
-        template: as `grun.data.templates.resolve` gives it.
-        max_length: longest row, tokens: a longer answer is cut, end token included; None: no limit.
-        strict: make it an error if tokenizing prompt and answer together gives other ids.
+    Of a row longer than `max_length` tokens (None: no limit) the answer is cut, end token included. `strict` makes it
+    an error if tokenizing prompt and answer together gives other ids.
 
     Raises:
         DataError: a prompt leaves no room for an answer, or `strict` and a row's joint ids differ.
@@ -149,14 +145,7 @@ class Batch:
 
 
 def collate(rows: Sequence[EncodedRow], pad_id: int, side: str = "right", seeds: Sequence[int] | None = None) -> Batch:
-    """Pad rows of prompt and answer.
-
-    Args:
-        rows: at least one.
-        pad_id: token id at padded positions; it is never attended, so any id will do.
-        side: where padding goes, right or left.
-        seeds: see `Batch.seeds`.
-    """
+    """Pad rows, at least one, on the right or left `side` with `pad_id`, which is never attended; seeds as in Batch."""
     if side not in ("right", "left"):
         raise ValueError(f"side must be right or left, not {side!r}")
     if not rows:
@@ -178,11 +167,6 @@ def collate(rows: Sequence[EncodedRow], pad_id: int, side: str = "right", seeds:
 
 
 def collate_prompts(rows: Sequence[EncodedRow | Sequence[int]], pad_id: int) -> Batch:
-    """Pad prompts alone on the left, for generation; all labels are -100.
-
-    Args:
-        rows: encoded rows, or the ids of prompts.
-        pad_id: token id at padded positions.
-    """
+    """Pad prompts alone, of encoded rows or as ids, on the left, for generation; all labels are -100."""
     prompts = [row.prompt_ids if isinstance(row, EncodedRow) else tuple(row) for row in rows]
     return collate([EncodedRow(prompt, ()) for prompt in prompts], pad_id, side="left")

@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
+import csv
 import gzip
+import io
+import math
 import re
 import zlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from grun.data.hub import hub_rows
 from grun.data.rows import FIELDS, SHAPES, Row, shape_of
-from grun.data.tables import DELIMITERS, PARQUET, plain_record, read_csv, read_parquet
 from grun.errors import ConfigError, DataError, unknown_name
 from grun.runtime.reading import decode, first_line, parse_json
 
+PARQUET = b"PAR1"
+"""What a Parquet file begins with."""
+DELIMITERS = {".csv": ",", ".tsv": "\t"}
+_LONGEST_CELL = 2**31 - 1
+_JSON_CELLS = ("messages", "conversations", "earlier", "perturbed_answer", "choices", "history")
+"""Fields that are no texts: a cell of theirs holds JSON."""
 ENDINGS = tuple(f"{ending}{gz}" for gz in ("", ".gz") for ending in (".jsonl", ".json", *DELIMITERS, ".parquet"))
 """Ends of names of files that hold records."""
 _GZIP = b"\x1f\x8b"
@@ -158,3 +165,117 @@ def read_bytes(path: Path) -> bytes:
         return gzip.decompress(content)
     except (OSError, EOFError, zlib.error) as error:
         raise DataError(f"{path} is no whole gzip file ({first_line(error)}); compress it again") from error
+
+
+def read_csv(path: Path, content: bytes, delimiter: str) -> list[tuple[str, dict[str, Any]]]:
+    """A record for each row below the header, without its empty cells, after the words that name it.
+
+    DataError for text that is no such table, and for a row with other cells than the header.
+    """
+    csv.field_size_limit(_LONGEST_CELL)
+    records: list[tuple[str, dict[str, Any]]] = []
+    try:
+        text = io.StringIO(decode(content, str(path)), newline="")
+        reader = csv.reader(text, delimiter=delimiter, strict=True)
+        header = [name.strip() for name in next(reader, [])]
+        if len(header) == 1 and any(other in header[0] for other in (";", "\t", ",")):
+            raise DataError(f"{path}: the first line names one column; separate columns by {delimiter!r}")
+        if not all(header) or len({*header}) < len(header):
+            raise DataError(f"{path}: every column needs a name of its own in the first line")
+        for row in reader:
+            where = f"{path} line {reader.line_num}"
+            if row and len(row) != len(header):
+                raise DataError(
+                    f"{where}: {len(row)} cells, and the first line names {len(header)} columns; put a cell that holds "
+                    f"{delimiter!r} or a line break in double quotes"
+                )
+            if row:
+                cells = zip(header, row, strict=True)
+                records.append((where, {name: _cell(name, text, where) for name, text in cells if text}))
+    except csv.Error as error:
+        raise DataError(f"{path} line {reader.line_num}: no CSV ({error})") from error
+    return records
+
+
+def _cell(name: str, text: str, where: str) -> Any:
+    if name not in _JSON_CELLS:
+        return text
+    return parse_json(text, f"{where}, column {name!r}")
+
+
+def read_parquet(path: Path, content: bytes) -> list[tuple[str, dict[str, Any]]]:
+    """A record for each row, after the words that name it; DataError for what is no Parquet."""
+    import pyarrow
+    from pyarrow import parquet
+
+    try:
+        rows = parquet.read_table(pyarrow.BufferReader(content)).to_pylist()
+    except (pyarrow.ArrowException, OSError, ValueError) as error:
+        raise DataError(f"{path} is no whole Parquet file ({first_line(error)})") from error
+    return [(f"{path} row {number}", plain_record(row)) for number, row in enumerate(rows, start=1)]
+
+
+def plain_record(record: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields that JSON has a type for; dates, pictures and the like are left out."""
+    return {name: value for name, value in record.items() if _is_plain(value)}
+
+
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, list | dict):
+        return all(map(_is_plain, value.values() if isinstance(value, dict) else value))
+    return value is None or isinstance(value, str | int) or (isinstance(value, float) and math.isfinite(value))
+
+
+def hub_rows(
+    repository: str, config: str | None, split: str | None, *, called: str, instead: str
+) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """Rows of one split, in order, after the words that name each in errors.
+
+    Args:
+        repository: owner/name of the data set, or a folder, of which no copy is left in the cache.
+        config: its configuration; None: the only one, or the default.
+        split: train, test, ...; None: the only one.
+        called: what those words call the rows.
+        instead: what the user can give in place of the hub, such as "data.path, a folder that holds people.jsonl".
+
+    Raises:
+        DataError: the data set is gated and access is missing, the hub cannot be reached, there are no rows, or there
+            are several splits to choose from.
+    """
+    import datasets
+
+    shown = " ".join(filter(None, (repository, config, split)))
+    is_folder = Path(repository).is_dir()
+    how = {"streaming": True} if is_folder else {}
+    try:
+        found: Any = datasets.load_dataset(repository, config, split=split, **how)
+        if split is None and len(found) > 1:
+            first = next(iter(found))
+            raise DataError(f"{repository} has the splits {', '.join(found)}; name one: {repository}:{first}")
+        table = next(iter(found.values())) if split is None else found
+        table = list(table) if is_folder else table
+    except DataError:
+        raise
+    except Exception as error:  # `datasets` raises many kinds for one cause
+        if _is_gated(error):
+            raise DataError(
+                f"{repository} is gated: ask for access at https://huggingface.co/datasets/{repository}, then run "
+                f"`hf auth login` or set HF_TOKEN; or give {instead}"
+            ) from error
+        line = (str(error).splitlines() or [type(error).__name__])[0]
+        what = f"cannot read {shown}" if is_folder else f"cannot fetch {shown} from the hub"
+        raise DataError(f"{what} ({line}); give {instead}") from error
+    if not len(table):
+        raise DataError(f"{shown}{'' if is_folder else ' on the hub'} holds no rows; give {instead}")
+    return ((f"{called} row {number}", row) for number, row in enumerate(table, start=1))
+
+
+def _is_gated(error: BaseException | None) -> bool:
+    """Whether the hub refused access, which `datasets` puts in words or names as a cause."""
+    from huggingface_hub.errors import GatedRepoError
+
+    while error is not None:
+        if isinstance(error, GatedRepoError) or "is a gated dataset" in str(error):
+            return True
+        error = error.__cause__ or error.__context__
+    return False

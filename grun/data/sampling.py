@@ -12,15 +12,9 @@ def epoch_order(count: int, seed: int, epoch: int) -> list[int]:
 
 
 def retain_index(seed: int, epoch: int, index: int, pool: int) -> int:
-    """Retain row drawn for the forget row `index` in an epoch.
+    """Retain row of a pool of `pool` rows that is drawn for the forget row `index` in an epoch; all count from 0.
 
     Each epoch has draws of its own, without replacement: no row comes twice before every row of the pool came once.
-
-    Args:
-        seed: seed of the run.
-        epoch: pass over the forget set, from 0.
-        index: position in the forget set, from 0.
-        pool: number of retain rows, >= 1.
     """
     pass_, position = divmod(index, pool)
     return _permutation("retain", pool, seed, epoch, pass_)[position]

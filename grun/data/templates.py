@@ -28,9 +28,14 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from grun.config.options import DataConfig, is_stored, is_users
 from grun.data.chat import (
+    FILE_NAME,
+    OPTIONS,
+    PLACE,
     SET_ELSEWHERE,
+    TEMPLATES,
     Earlier,
     System,
+    Template,
     Turn,
     chat_frame,
     chat_turns,
@@ -40,7 +45,6 @@ from grun.data.chat import (
     without_system,
 )  # fmt: skip
 from grun.data.control_tokens import ControlTokens, Part, find_control_tokens, tokenize
-from grun.data.template import FILE_NAME, OPTIONS, PLACE, TEMPLATES, Template
 from grun.data.tokenizer import ANSWER, USER
 from grun.errors import ConfigError, ModelError
 from grun.runtime.files import content_hash, read_json, write_json
@@ -153,10 +157,7 @@ def _check(
 def in_force(config: Any, stored: Template | None, tokenizer: PreTrainedTokenizerBase) -> Template:
     """The template that a command asks with: what its user sets, else what is stored, else a profile's or the default.
 
-    Args:
-        config: of the command, with `data` and `sources`.
-        stored: with the adapter, else with the model; None: neither has one.
-        tokenizer: of the model.
+    `config` is of a command with `data` and `sources`; `stored` lies with the adapter, else with the model.
 
     Raises:
         ConfigError: as `resolve`; and where a part of the stored template is set and the template is not, so that

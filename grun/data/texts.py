@@ -10,8 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from grun.data.hub import hub_rows
-from grun.data.jsonl import ENDINGS, read_lines, read_records
+from grun.data.jsonl import ENDINGS, hub_rows, read_lines, read_records
 from grun.errors import ConfigError, DataError, unknown_name
 from grun.runtime.reading import fields_in, kind_of
 
@@ -101,13 +100,10 @@ def _read(name: str, folder: str | None, jsonl: str, field: str) -> list[str]:
 
 
 def find_file(name: str, folder: str | None, further: tuple[str, ...], suffixes: tuple[str, ...]) -> Path | None:
-    """The local file that a name means, if there is one.
+    """The local file that `name` means: one that ends in a suffix and must be there, or a name without, if it is there.
 
-    Args:
-        name: a file with one of the suffixes, which must be there; or a name without.
-        folder: where it lies; None: the current folder for files, `DEFAULT_FOLDER` for names.
-        further: other names of the same.
-        suffixes: endings of files that can be read, `.jsonl` and so on.
+    A file lies in `folder`, or in the current one; a name, or one of the `further` names of the same, in `folder` or in
+    `DEFAULT_FOLDER`.
 
     Raises:
         DataError: the file that was named, or the folder, is not there.

@@ -28,17 +28,13 @@ CHAT_TEMPLATE = (
 
 
 def train_tokenizer(texts: Iterable[str], vocabulary: int) -> PreTrainedTokenizerFast:
-    """Train a tokenizer; the same texts in the same order give the same tokenizer.
+    """Train a tokenizer on texts; the same texts in the same order give the same tokenizer.
 
     It puts <|begin|> before every text, pads on the left, and loses no byte: decoding gives the text back. The caller
     sets `model_max_length` to the model's context.
 
-    Args:
-        texts: what to train on.
-        vocabulary: largest number of tokens, the 256 bytes and the control tokens included.
-
     Raises:
-        ConfigError: the vocabulary is smaller than that.
+        ConfigError: `vocabulary`, the most tokens, has no room for the 256 bytes and the control tokens.
     """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
     from transformers import PreTrainedTokenizerFast

@@ -206,15 +206,8 @@ def greedy(
 ) -> tuple[list[list[int]], dict[int, Tensor] | None]:
     """Most probable (or drawn) tokens after each prompt, without the end token, and the gates at the prompts.
 
-    Rows that have ended leave the batch, so steps get cheaper.
-
-    Args:
-        model: in evaluation mode.
-        batch: prompts, padded on the left.
-        rooms: longest answer of each, tokens.
-        ends: ids that end an answer.
-        pad_id: unused; as in `_generate`.
-        choose: the next token of each row.
+    Rows that have ended leave the batch, so steps get cheaper. The model is in evaluation mode, the batch padded on the
+    left; `rooms` are the longest answers, tokens, `ends` the ids that end one; `pad_id` is not used, as in `_generate`.
     """
     base = base_of(model)
     parameters = inspect.signature(base.forward).parameters

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from grun.data.encoding import EncodedRow
     from grun.evaluation.generation import Answer
     from grun.evaluation.scoring import ScoredRow
-    from grun.evaluation.subject import Subject
+    from grun.evaluation.shared_scoring import Subject
 
 log = logging.getLogger(__name__)
 

@@ -12,7 +12,7 @@ from grun.data.templates import Template
 from grun.evaluation.items import answer_questions, encode_items, score_items
 from grun.evaluation.measure import measure
 from grun.evaluation.scoring import base_of
-from grun.evaluation.subject import Subject
+from grun.evaluation.shared_scoring import Subject
 from grun.loading.models import context_length
 
 log = logging.getLogger(__name__)

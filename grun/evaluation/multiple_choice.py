@@ -101,16 +101,9 @@ def score_choices(
 ) -> list[ChoiceScore]:
     """Log-probability of every option of every question; gates and edits are at the last prompt token.
 
-    Each distinct prompt is run once. A prompt that is longer than the model's context loses its beginning.
-
-    Args:
-        model: as in `score_continuations`.
-        tokenizer: of the model.
-        rows: questions, their options in the order in which they are shown.
-        format: harness or grun_paper, see `prompt_text`.
-        batch_size: prompts per forward pass; it changes nothing but rounding.
-        suffix: text after "Answer:", before the letter is read; it belongs to the prompt.
-        advance: called with the number of options done since the last call.
+    Each distinct prompt is run once. A prompt that is longer than the model's context loses its beginning. Options are
+    in the order in which they are shown; `format` and `suffix` are as in `prompt_text`, the others as in
+    `score_continuations`, with rows that are options.
     """
     from grun.evaluation.scoring import base_of, score_continuations
     from grun.loading.models import context_length
@@ -133,11 +126,9 @@ def fitted(row: EncodedRow, limit: int) -> EncodedRow:
 
 
 def accuracy(right: Sequence[float], subjects: Sequence[str]) -> dict[str, Any]:
-    """Accuracy over questions, with its interval, and the same for each subject.
+    """Accuracy over questions, with its interval, and the same for each of their subjects.
 
-    Args:
-        right: for each question 1 or 0, or the mean of these over the orders in which it was asked.
-        subjects: of the questions.
+    `right` is 1 or 0 for each question, or the mean of these over the orders in which it was asked.
 
     Returns:
         accuracy (a mean over all questions, so subjects count by their size), accuracy_macro (of the subjects'

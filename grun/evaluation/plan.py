@@ -24,7 +24,7 @@ from grun.version import __version__
 
 if TYPE_CHECKING:
     from grun.evaluation.generation import Answer
-    from grun.evaluation.subject import Subject
+    from grun.evaluation.shared_scoring import Subject
     from grun.loading.adapters import Loaded
 
 log = logging.getLogger(__name__)
@@ -85,7 +85,7 @@ def make_plan(
 ) -> Plan:
     """What evaluating a loaded model takes; RunError where `previous` is another evaluation in `folder`."""
     from grun.data.templates import in_force
-    from grun.evaluation.subject import Subject
+    from grun.evaluation.shared_scoring import Subject
     from grun.loading.models import context_length
 
     data, tokenizer, subject = config.data, loaded.tokenizer, Subject(loaded.model)

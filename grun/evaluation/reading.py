@@ -43,17 +43,10 @@ def read_prompts(
     pad_id: int,
     advance: Callable[[int], None] = lambda count: None,
 ) -> list[ReadPrompt]:
-    """Read hidden states and gates at the last token of each prompt, every distinct prompt once.
+    """Read hidden states of `blocks` (0-based; none: gates alone) and gates at the last token of each prompt.
 
-    All of a prompt counts as one, so gates and edits are where they are when the model goes on from there.
-
-    Args:
-        model: a transformers causal model, or a gated one.
-        prompts: token ids, at least one each.
-        blocks: whose states are read, 0-based; none: gates alone.
-        batch_size: prompts per forward pass; it changes nothing but rounding.
-        pad_id: id that fills up short prompts; it is masked.
-        advance: called with the number of `prompts` done since the last call.
+    Every distinct prompt is read once. All of a prompt counts as one, so gates and edits are where they are when the
+    model goes on from there. Other arguments as in `score`, with prompts, a token each at least, in the place of rows.
     """
     repeats = Counter(prompts)
     distinct = sorted(repeats, key=len, reverse=True)
@@ -101,29 +94,19 @@ def _read(model: Any, prompts: Sequence[tuple[int, ...]], blocks: Sequence[int],
 
 
 def chosen_block(successes: Sequence[float]) -> int:
-    """The earliest block that reads known rows at least `EARLY` times as well as the best one.
+    """The earliest block that reads known rows at least `EARLY` times as well as the best one; `successes` are shares.
 
     What hides an answer acts late, and an attacker knows that too.
-
-    Args:
-        successes: by block, the share of known rows that it reads rightly.
     """
     return next(block for block, share in enumerate(successes) if share >= EARLY * max(successes))
 
 
 @torch.no_grad()
 def tokens_said(model: Any, states: Tensor, batch_size: int, pad_id: int, top: int = TOP) -> list[list[int]]:
-    """The `top` most probable next tokens if the model's last block gave `states`, the most probable first.
+    """The `top` most probable next tokens if the model's last block gave `states` [states, hidden size], best first.
 
-    The model itself reads them: it runs one token, and the output of its last block is replaced. So whatever it has
-    after that block (norm, projection, head, caps) is in force, in any architecture.
-
-    Args:
-        model: a transformers causal model, or a gated one.
-        states: hidden states, [states, hidden size].
-        batch_size: states per pass.
-        pad_id: the token that is run; any will do.
-        top: tokens of each.
+    The model itself reads them: it runs one token (any `pad_id`), and the output of its last block is replaced. So
+    whatever it has after that block (norm, projection, head, caps) is in force, in any architecture.
     """
     base = base_of(model)
     more: dict[str, Any] = {"use_cache": False} if "use_cache" in inspect.signature(base.forward).parameters else {}

@@ -90,7 +90,6 @@ def score(
     """Score each row's answer, every distinct (prompt, answer) once, longest rows first, by whole passes of the model.
 
     This works for every model; `grun.evaluation.shared_scoring` is faster where it works, and is checked against it.
-
     Padding is masked, so batch_size and order change nothing but speed. Where a row has no prompt token at
     all, its first answer token has nothing before it and is left out.
 
@@ -194,18 +193,11 @@ def score_continuations(
     pad_id: int,
     advance: Callable[[int], None] = lambda count: None,
 ) -> list[ScoredRow]:
-    """Score each row's answer as `score` does, but for rounding.
+    """Score each row's answer, prompt and answer having a token at least, as `score` does, but for rounding.
 
     The last token of a row is never run, since nothing comes after it: rows that differ in it alone (the letters of a
-    multiple-choice question) share a pass, and a row may be one token longer than the model's context. Gates and edits
-    are at the last prompt token.
-
-    Args:
-        model: a transformers causal model, or one whose forward also takes `prompt_lengths` and returns `gates`.
-        rows: prompt and answer ids, at least one of each.
-        batch_size: rows per forward pass, those that share one counted once; it changes nothing but rounding.
-        pad_id: id that fills up short rows; it is masked.
-        advance: called with the number of `rows` done since the last call.
+    multiple-choice question) share a pass, and count once in `batch_size`; a row may be one token longer than the
+    model's context. Gates and edits are at the last prompt token. Other arguments as in `score`.
     """
     repeats = Counter(rows)
     sharing: dict[EncodedRow, list[EncodedRow]] = {}  # what is run, and the rows whose scores it gives

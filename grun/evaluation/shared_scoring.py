@@ -15,7 +15,7 @@ import itertools
 import logging
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -26,9 +26,20 @@ from grun.data.encoding import EncodedRow
 from grun.errors import ModelError
 from grun.evaluation import scoring
 from grun.evaluation.journal import Journal
-from grun.evaluation.scoring import ScoredRow, TokenScores, prompt_gates, score, score_batch, score_tokens, scored_rows
-from grun.evaluation.subject import Subject
+from grun.evaluation.scoring import (
+    ScoredRow,
+    TokenScores,
+    evaluating,
+    prompt_gates,
+    score,
+    score_batch,
+    score_tokens,
+    scored_rows,
+)
+from grun.method.host import EditedModel
 from grun.method.intervention import GatedIntervention
+from grun.method.model import GrunModel
+from grun.method.stack.stacked import StackedIntervention
 from grun.runtime import processes
 from grun.training.task import split
 
@@ -37,7 +48,48 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-Edits = Mapping[int, GatedIntervention]
+Edits = Mapping[int, GatedIntervention | StackedIntervention]
+
+
+class Subject:
+    """A base model as it is, or with a GRUN adapter that lies on it or is put on it when it is needed.
+
+    So several that share a base are scored together and asked one after another.
+    """
+
+    base: PreTrainedModel
+    edits: Edits | None
+    """Edits at the last prompt token by block, none for a base as it is; None: they act elsewhere too."""
+
+    def __init__(self, model: Any) -> None:
+        """`model` as it stands: a transformers model, one with edits, or a GrunModel that was unwrapped."""
+        self._model = model
+        self._on_base = not isinstance(model, EditedModel) or model.active
+        if isinstance(model, EditedModel):
+            self.base = model.base
+            self.edits = model.edit_at() if model.rule.changes == "last_prompt" else None
+        else:
+            self.base, self.edits = model, {}
+
+    @contextlib.contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """Within the block base and edits are in evaluation mode (no dropout, the gate threshold acts)."""
+        with evaluating(self.base), evaluating(self._model):
+            yield
+
+    @contextlib.contextmanager
+    def put_on(self) -> Iterator[Any]:
+        """The whole model within the block; an adapter that was not on its base is taken off again."""
+        if self._on_base:
+            yield self._model
+            return
+        model = GrunModel(self.base, self._model.config, self._model.template)
+        try:
+            model.load_state_dict(self._model.state_dict())
+            model.gate_threshold = self._model.gate_threshold
+            yield model.eval()
+        finally:
+            model.unwrap()
 
 
 def score_together(
@@ -53,13 +105,10 @@ def score_together(
 ) -> list[list[ScoredRow]]:
     """Score each row's answer, every distinct one once for each model; a list of results for each of `subjects`.
 
+    The subjects share a base. Other arguments as in `score`, which does it all where an id is masked.
+
     Args:
-        subjects: models of one base.
-        rows: prompt and answer ids.
-        batch_size: rows of a pass.
-        pad_id: id that fills up short rows where passes are padded.
         advance: called with the number of rows done since the last call, all models counted.
-        masked_id: as in `score`, which then does it all.
         journals: one for each model, which keeps the results of the distinct rows, numbered in the order in which they
             come first, and knows those of an earlier, interrupted call.
         first: block up to which passes are shared, if not the first that one of `subjects` edits.

@@ -123,7 +123,7 @@ class Parametrization(Protocol):
         """Made from the options of a run and the published quirks in force; no model is touched yet."""
 
     def prepare(self, base: PreTrainedModel, template: Template | None, *, turn_ids: Sequence[int] = ()) -> None:
-        """Put the parametrization on `base`, newly initialized; `turn_ids` begin a user's turn (`grun.data.turns`)."""
+        """Put the parametrization on `base`, newly initialized; `turn_ids` begin a user's turn (`user_turn_ids`)."""
 
     def trainable_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """Names and parameters that are trained."""

@@ -23,8 +23,7 @@ from grun.evaluation import generation, shared_scoring
 from grun.evaluation.evaluate import evaluate, evaluate_adapters
 from grun.evaluation.generation import generate_answers, greedy, needs_generate
 from grun.evaluation.scoring import ScoredRow, score
-from grun.evaluation.shared_scoring import pieces, score_together
-from grun.evaluation.subject import Subject
+from grun.evaluation.shared_scoring import Subject, pieces, score_together
 from grun.evaluation.table import Table
 from grun.loading.checks import check
 from grun.method.model import GrunModel

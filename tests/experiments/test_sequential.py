@@ -20,8 +20,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from grun.cli import main
 from grun.config.definitions import packaged_names
 from grun.config.options import ModelConfig
+from grun.data.corpus import refusals
 from grun.data.jsonl import read_rows
-from grun.data.refusals import refusals
 from grun.data.rows import Row
 from grun.errors import ConfigError
 from grun.experiments import running

@@ -20,7 +20,7 @@ import grun.method.stack.gates
 from grun import GrunModel, GrunStack
 from grun.errors import AdapterError, ConfigError, ModelError
 from grun.evaluation.attacks.base import ATTACKS
-from grun.evaluation.subject import Subject
+from grun.evaluation.shared_scoring import Subject
 from grun.loading.adapters import Loaded
 from grun.method.adapter import AdapterConfig
 from grun.method.gate import GATES, GateBuilder

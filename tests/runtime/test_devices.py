@@ -18,7 +18,7 @@ from grun.errors import ConfigError, ModelError, RunError
 from grun.evaluation import items
 from grun.evaluation.generation import generate_answers
 from grun.evaluation.scoring import score
-from grun.evaluation.subject import Subject
+from grun.evaluation.shared_scoring import Subject
 from grun.loading.checks import check
 from grun.loading.models import load_weights
 from grun.method.model import GrunModel

@@ -39,8 +39,7 @@ from typing import Any, NamedTuple
 import yaml
 
 from grun.config.options import DataConfig, DemoSizes
-from grun.data.corpus import Corpus, benchmark
-from grun.data.refusals import refusals
+from grun.data.corpus import Corpus, benchmark, refusals
 from grun.data.rows import Row
 from grun.errors import ConfigError
 

@@ -21,8 +21,7 @@ import yaml
 
 from grun.config.options import DataConfig, LoreConfig
 from grun.data.choices import ChoiceRow, harness_prompt
-from grun.data.corpus import Corpus, Knowledge, benchmark
-from grun.data.refusals import refusals
+from grun.data.corpus import Corpus, Knowledge, benchmark, refusals
 from grun.data.rows import Row
 from grun.errors import ConfigError
 from grun.runtime.files import write_text

@@ -15,8 +15,7 @@ from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
-from grun.data.hub import hub_rows
-from grun.data.jsonl import read_records
+from grun.data.jsonl import hub_rows, read_records
 from grun.errors import ConfigError, DataError, unknown_name
 from grun.runtime.reading import kind_of
 
@@ -93,17 +92,12 @@ def read_preferences(folder: str | None) -> list[Mapping[str, Any]]:
 
 
 def build(records: Sequence[Mapping[str, Any]], category: str, split: str) -> SafeRlhf:
-    """Make corpora of one harm category.
+    """Make corpora of one harm category, named as the data spells it, from what `read_preferences` gives.
 
     Both splits draw 20 % for evaluation with seed 42 from the rows of response 0 followed by those of response 1.
     published: unsafe rows are split for each response apart, safe rows at once. by_prompt: prompts are split, not
     rows, so that no prompt stands on both sides; safe rows whose prompt is one to forget are left out, and so are
     repeated and blank rows.
-
-    Args:
-        records: what `read_preferences` gives.
-        category: name of the harm category, as the data spells it.
-        split: published or by_prompt.
 
     Raises:
         ConfigError: the category or the split is unknown.

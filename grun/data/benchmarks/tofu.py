@@ -11,10 +11,8 @@ import re
 from pathlib import Path
 
 from grun.config.options import DataConfig
-from grun.data.corpus import Corpus, benchmark
-from grun.data.hub import hub_rows
-from grun.data.jsonl import read_rows
-from grun.data.refusals import refusals
+from grun.data.corpus import Corpus, benchmark, refusals
+from grun.data.jsonl import hub_rows, read_rows
 from grun.data.rows import Row, common_rows
 from grun.data.sets import EvaluationSet
 from grun.errors import ConfigError, DataError, unknown_name
@@ -22,8 +20,7 @@ from grun.errors import ConfigError, DataError, unknown_name
 REPOSITORY = "locuslab/TOFU"
 
 FILES = (
-    "full",
-    *("forget01", "forget05", "forget10"),
+    *("full", "forget01", "forget05", "forget10"),
     *("retain99", "retain95", "retain90"),
     *("forget01_perturbed", "forget05_perturbed", "forget10_perturbed", "retain_perturbed"),
     *("real_authors", "real_authors_perturbed", "world_facts", "world_facts_perturbed"),
@@ -31,15 +28,12 @@ FILES = (
 )
 """Splits that TOFU publishes as files."""
 
-CUT = (
+SPLITS = (
+    *FILES,
     *("forget20", "forget30", "forget50", "forget90"),
     *("retain80", "retain70", "retain50", "retain10"),
 )
-"""Splits that are only ever cut from `full`."""
-
-SPLITS = (*FILES, *CUT)
-"""Every split that `load_split` knows."""
-
+"""Every split that `load_split` knows; the further ones are only ever cut from `full`."""
 
 GENERAL = (
     EvaluationSet(
@@ -67,7 +61,7 @@ GENERAL = (
 def load(config: DataConfig) -> Corpus:
     """Questions about 200 invented authors (TOFU); with paraphrases and wrong answers where TOFU has a file of them."""
     name, path = config.forget, config.path
-    rest = complement(name) if config.retain is None or has_complement(name) else config.retain
+    rest = complement(name) if config.retain is None or _share(name.removesuffix("_perturbed")) else config.retain
     perturbed = f"{name}_perturbed"
     evaluated = load_split("retain_perturbed", path) if has_split("retain_perturbed", path) else []
     general = {
@@ -152,11 +146,6 @@ def complement(name: str) -> str:
         )
     kind, percent = share
     return f"{'retain' if kind == 'forget' else 'forget'}{100 - percent:02d}"
-
-
-def has_complement(name: str) -> bool:
-    """Whether the split is a share of `full`."""
-    return _share(name.removesuffix("_perturbed")) is not None
 
 
 def _share(name: str) -> tuple[str, int] | None:

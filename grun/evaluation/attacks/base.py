@@ -135,12 +135,8 @@ class Attack:
     ) -> list[Outcome]:
         """What comes back at each place; by default what the model writes, as `came_back` judges it.
 
-        Args:
-            model: what the hook `model` gave.
-            places: what `asked` gave for all rows, at least one.
-            loaded: whose tokenizer reads.
-            config: of the evaluation.
-            advance: called with the number of answers done since the last call, of all `answers_at`.
+        `model` is what the hook `model` gave, `places` (at least one) what `asked` gave for all rows. `advance` is
+        called with the number of answers done since the last call, of all `answers_at`.
         """
         from grun.evaluation.generation import Draw, generate_answers
 
@@ -214,14 +210,10 @@ def answers_at(places: Sequence[Place]) -> int:
 
 
 def came_back(text: str, asked: Asked) -> float:
-    """Fact recall of what was written, or ROUGE-L recall of the rest of the answer for a row that names no fact.
+    """Fact recall of what the model wrote, or ROUGE-L recall of the rest of the answer for a row that names no fact.
 
     A prefilled start does not count: text is compared with the answer after it. A fact that the start breaks off
     has come back where the text goes on with it.
-
-    Args:
-        text: what the model wrote after the prompt and the prefilled start.
-        asked: how it was asked.
     """
     fact = asked.row.fact
     if fact and plain(fact):

@@ -61,14 +61,9 @@ class ReadOut(Attack):
         yield Attacked(loaded.model, material, config.batch_size, int(loaded.tokenizer.pad_token_id or 0))
 
     def guessed(self, block: int, place: Place, text: str, gates: dict[int, float] | None, right: bool) -> Outcome:
-        """What came back at `place`, whose variant is the block that was read.
+        """What came back at `place`, whose variant is the `block` that was read: `text`, the token that was guessed.
 
-        Args:
-            block: its number.
-            place: where it was read.
-            text: the token that was guessed.
-            gates: at the last token that was given.
-            right: whether that is what comes next in the row's answer.
+        `gates` are those at the last token that was given; `right` is whether the guess comes next in the row's answer.
         """
         from grun.evaluation.generation import Answer
 

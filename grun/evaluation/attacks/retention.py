@@ -43,13 +43,7 @@ def open_in_answers(
     """By set, the share of rows where any block's gate is open at the last prompt token or on a token of the answer.
 
     The row's own answer is given, without its end token, and read in one pass. Gates that read the prompt alone are
-    those of the prompt.
-
-    Args:
-        plain: what came of the plain questions, whose gates are those of the last prompt token.
-        loaded: the model; nothing comes of one without gates.
-        template: of the questions.
-        config: of the evaluation.
+    those of the prompt, where `plain`, what came of the plain questions, has them. Models without gates have no shares.
     """
     from grun.data.encoding import EncodedRow
     from grun.evaluation.scoring import score

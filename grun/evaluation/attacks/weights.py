@@ -189,21 +189,15 @@ def fine_tune(
     seed: str,
     advance: Callable[[int], None],
 ) -> None:
-    """Train `weights` of `model`, in place, to give the answers of `rows`.
+    """Train `weights` of `model`, in place, to give the answers of `rows`, at least one.
 
     AdamW without weight decay at one rate, no dropout (the model is in evaluation mode and stays there), the mean over
-    the answer tokens of a batch. Weights train in the type they have. Every process of a run trains the same.
+    the answer tokens of a batch. Weights train in the type they have. Every process of a run trains the same. The gate
+    threshold of a GrunModel is left out, since no edit trains where it skips all.
 
     Args:
-        model: a transformers causal model, or a GrunModel; its gate threshold is left out, since no edit trains where
-            it skips all.
-        weights: what trains.
-        rows: at least one.
-        steps: optimizer steps.
-        lr: learning rate.
         batch_size: rows of a step; where there are fewer, all of them.
         micro_batch_size: rows of a pass; without effect on gradients, rounding aside.
-        pad_id: id at padded positions.
         seed: of the rows' order.
         advance: called after each step.
     """

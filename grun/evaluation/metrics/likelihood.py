@@ -23,13 +23,9 @@ def among(correct: float, wrong: Sequence[float], eps: float = 0.0) -> float:
 
 
 def log_truth_ratio(correct: float, wrong: Sequence[float], over: str = "geometric", eps: float = 0.0) -> float:
-    """log of R = P_wrong / (P_correct + eps).
+    """log of R = P_wrong / (P_correct + eps), of mean log-probabilities per token, nats; at least one wrong answer.
 
-    Args:
-        correct: mean log-probability per token of the correct answer, nats.
-        wrong: the same of each wrong answer; at least one.
-        over: how the wrong ones become one, "geometric" (exp of the mean of logs) or "arithmetic" (mean of P).
-        eps: added to the denominator.
+    `over` is how the wrong ones become one, "geometric" (exp of the mean of logs) or "arithmetic" (mean of P).
     """
     if over == "geometric":
         together = math.fsum(wrong) / len(wrong)

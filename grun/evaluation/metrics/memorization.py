@@ -35,9 +35,8 @@ def without_end(record: ScoreRecord, values: list[T]) -> list[T]:
 def matching_end(hit: Sequence[bool], floor: bool = False) -> float | None:
     """Share of an answer's tokens in its longest suffix of hits, 1 - k / L; None for an answer without tokens.
 
-    Args:
-        hit: for each of the L tokens whether it is the most probable one.
-        floor: at least 1 / L, also where the last token is no hit, as open-unlearning computes it.
+    `hit` is for each of the L tokens whether it is the most probable one. With `floor` it is at least 1 / L, also where
+    the last token is no hit, as open-unlearning computes it.
     """
     if not hit:
         return None

@@ -242,12 +242,9 @@ def attacked_sets(config: DataConfig) -> dict[str, list[Row]]:
 def open_questions(choices: Sequence[ChoiceRow], cloze: Sequence[Row] = ()) -> list[Row]:
     """Multiple-choice questions as rows with the question alone, which the right option answers.
 
-    The fact is the right option without a full stop after it, the wrong options are `perturbed_answer`.
-
-    Args:
-        choices: the questions.
-        cloze: sentences to complete. The one at a question's place becomes its row's `cloze`, if its fact is the
-            question's too; others belong to no question and are left out.
+    The fact is the right option without a full stop after it, the wrong options are `perturbed_answer`. A sentence of
+    `cloze` at a question's place becomes its row's `cloze`, if its fact is the question's too; others belong to no
+    question and are left out.
     """
     rows = []
     for number, choice in enumerate(choices):

@@ -18,8 +18,7 @@ import pytest
 from grun.config.options import DataConfig, DemoConfig, FinetuneConfig
 from grun.config.options import DemoSizes as Sizes
 from grun.data.benchmarks.demo import GROUPS, POST, build, people, pools
-from grun.data.corpus import load_corpus
-from grun.data.refusals import refusals
+from grun.data.corpus import load_corpus, refusals
 from grun.errors import ConfigError
 from grun.loading.checks import check
 from grun.runtime.files import content_hash

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import json
+import multiprocessing
 import resource
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -121,3 +122,12 @@ class Recorded(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         self.names.append(str(func))
         return func(*args, **(kwargs or {}))
+
+
+FORK = multiprocessing.get_context("fork")
+
+
+def in_fork(run: Callable[..., None], *arguments: Any) -> Any:
+    process = FORK.Process(target=run, args=arguments)
+    process.start()
+    return process

@@ -6,7 +6,6 @@ import dataclasses
 import errno
 import json
 import logging
-import multiprocessing
 import os
 import shutil
 import signal
@@ -31,7 +30,7 @@ from made_shards import (
     shard_of,
     shards_in,
 )
-from watched import files_limited_to
+from watched import FORK, files_limited_to, in_fork
 
 from grun.cache.folder import Use
 from grun.cache.shard import Shard
@@ -43,7 +42,6 @@ from grun.requests.store import RequestStore
 
 IDENTITY = {"model": "a", "blocks": [3], "file": Path("relative")}
 PLENTY = 1 << 30
-FORK = multiprocessing.get_context("fork")
 
 
 class Filled(NamedTuple):
@@ -353,12 +351,6 @@ def test_a_read_only_folder_is_read_and_what_is_missing_stays_in_memory(
 
 
 # -- other processes --------------------------------------------------------------------------------------------------
-
-
-def in_fork(run: Callable[..., None], *arguments: Any) -> Any:
-    process = FORK.Process(target=run, args=arguments)
-    process.start()
-    return process
 
 
 def stall_in_third_shard(folder: Path, flag: Path) -> None:

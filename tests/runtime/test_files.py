@@ -5,7 +5,6 @@ from __future__ import annotations
 import ast
 import contextlib
 import json
-import multiprocessing
 import os
 import random
 import signal
@@ -20,6 +19,7 @@ import pytest
 import torch
 from made_results import KNOWN, write_evaluation
 from made_shards import ROWS, Builder
+from watched import FORK, in_fork
 
 from grun.cache.folder import Use, remove_shards
 from grun.cache.store import PrefixStore
@@ -48,7 +48,6 @@ from grun.runtime.files import (
 from grun.runtime.ownership import foreign, held, listed
 from grun.runtime.runs import claim, finish_run, hold, open_run
 
-FORK = multiprocessing.get_context("fork")
 ROOT = Path(__file__).parents[2]
 OWNERS = [ROOT / "grun" / "runtime" / name for name in ("files.py", "ownership.py")]
 """All that may change what lies on disk."""
@@ -352,12 +351,6 @@ def test_a_damaged_file_of_a_run_is_one_line(damaged: str, content: str, tmp_pat
 
 
 # -- one writer --------------------------------------------------------------------------------------------------------
-
-
-def in_fork(run: Callable[..., None], *arguments: Any) -> Any:
-    process = FORK.Process(target=run, args=arguments)
-    process.start()
-    return process
 
 
 def train_into(folder: Path, seed: int, started: Any, said: Path) -> None:

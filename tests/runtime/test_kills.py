@@ -22,11 +22,7 @@ LINE = "interrupted; the same command resumes\n"
 
 def rows_of(folder: Path, count: int, *cases: str) -> list[dict[str, Any]]:
     """What tests/kill_anywhere.py prints."""
-    environment = {
-        **os.environ,
-        "PYTHONPATH": f"{ROOT}:{ROOT}/tests:{ROOT}/tests/training",
-        "OMP_NUM_THREADS": "1",
-    }
+    environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT}/tests", "OMP_NUM_THREADS": "1"}
     command = [sys.executable, str(ROOT / "tests" / "kill_anywhere.py"), str(folder), str(count), str(SEED), *cases]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]

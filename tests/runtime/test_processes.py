@@ -47,12 +47,7 @@ def sockets() -> None:
 
 
 def environment(**more: str) -> dict[str, str]:
-    return {
-        **os.environ,
-        "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": f"{ROOT}:{ROOT}/tests:{ROOT}/tests/training",
-        **more,
-    }
+    return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}:{ROOT}/tests", **more}
 
 
 def launch(mode: str, folder: Path) -> list[tuple[int, str, str]]:

@@ -1,6 +1,7 @@
 """Settings of the whole suite, made before anything heavy is imported: one thread, no network, no display."""
 
 import gc
+import logging
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -42,3 +43,27 @@ def taught(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("models") / "taught"
     assert demo.finetune(folder) == 0
     return folder
+
+
+@pytest.fixture(scope="module")
+def adapter(taught: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An adapter that was trained on `taught` with the options of `demo`."""
+    import demo
+
+    folder = tmp_path_factory.mktemp("results") / "gd"
+    assert demo.unlearn(taught, folder) == 0
+    return folder
+
+
+@pytest.fixture
+def in_an_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Default folders are relative, and TOFU lies nowhere."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("GRUN_TOFU_DIR", raising=False)
+
+
+@pytest.fixture
+def log(caplog: pytest.LogCaptureFixture) -> Iterator[pytest.LogCaptureFixture]:
+    """What GRUN logs, the informative lines too."""
+    with caplog.at_level(logging.INFO, logger="grun"):
+        yield caplog

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 from grun.cli import main
 from grun.config.options import DataConfig, DemoConfig, TinyConfig
@@ -51,3 +53,30 @@ def finetune(folder: Path, *arguments: str) -> int:
 def unlearn(taught: Path, folder: Path, *arguments: str) -> int:
     own = [f"model.path={taught}", f"output_dir={folder}", f"cache.dir={folder.parent / 'cache'}"]
     return main(["unlearn", *DATA, *TRAINING, *own, *arguments])
+
+
+def save_lora(model: Path, folder: Path, std: float = 0.3) -> None:
+    """Write a LoRA for the model in `model` whose B matrices are random, so that it changes answers."""
+    from peft import LoraConfig, get_peft_model
+
+    torch.manual_seed(0)
+    base = AutoModelForCausalLM.from_pretrained(model)
+    lora = get_peft_model(base, LoraConfig(r=2, target_modules=["q_proj", "down_proj"]))
+    for name, parameter in lora.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=std)
+    lora.save_pretrained(folder)
+
+
+def refused(capsys: pytest.CaptureFixture[str], arguments: list[str], status: int, *named: str) -> str:
+    """The one line on stderr with which a command is refused; nothing stands on stdout."""
+    capsys.readouterr()
+    assert main(arguments) == status
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    lines = [line for line in captured.err.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1 and "Traceback" not in captured.err, captured.err
+    assert captured.err.rstrip().endswith(lines[0]), "something follows the error"
+    for text in named:
+        assert text in lines[0]
+    return lines[0]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import logging
 import subprocess
@@ -22,6 +23,7 @@ from baselines.llm360 import run as llm360_run
 from baselines.llm360.options import Llm360Options
 from baselines.llm360.run import batches_of, run, texts_of
 from baselines.llm360.task import PairedTask
+from baselines.rmu.options import RmuOptions
 from grun.config.options import LossConfig, ModelConfig, TinyConfig
 from grun.data.encoding import EncodedRow, collate, encode_texts
 from grun.errors import DataError, ModelError, RunError
@@ -44,42 +46,44 @@ DEMO = [
 # -- flags ------------------------------------------------------------------------------------------------------------
 
 
-def test_the_published_demo_line_means_what_it_ran() -> None:
-    options = parse(DEMO)
-    assert (options.model_name_or_path, options.unlearn_method) == ("LLM360/CrystalChat", "max-entropy")
-    assert (options.forget_topic, options.retain_topic) == ("bio-forget", "wikitext-test")
-    assert (options.lr, options.random_seed, options.max_len, options.min_len) == (5e-5, 23597, 1000, 50)
-    assert (options.max_unlearn_steps, options.batch_size, options.gradient_accumulation_steps) == (100, 1, 4)
-    assert options.updates == 25
-    assert (options.use_wandb, options.use_lora, options.fix_vector, options.trust_remote_code) == (
-        False, False, True, False
-    )  # fmt: skip
-    assert options.folder == "models/max-entropy_bio-forget_CrystalChat"
-    assert options.quirks == ["dtype=bfloat16", "positions=all", "accumulation=published"]
-    assert options.final_weights == "averaged"
+EVERY_FLAG = (
+    "--random_seed 1 --use_wandb true --wandb_project p --model_name_or_path a/b --use_lora 0 --output_path o "
+    "--forget_topic bio-retain --retain_topic wikitext-test --min_len 5 --max_len 6 --unlearn_method rmu "
+    "--fix_vector False --warmup_steps 2 --max_unlearn_steps 8 --batch_size 3 --gradient_accumulation_steps 2 "
+    "--lr 0.1 --module_str {model_name}.transformer.h[{layer_id}] --alpha 3 --steering_coeff 4 --layer_id 2 "
+    "--layer_ids 1,2 --param_ids 0,1 --bad_weight 0.5 --random_weight 1 --normal_weight 1"
+).split()
 
 
-def test_flags_that_are_left_out_have_the_published_defaults() -> None:
-    options = parse(["--lr", "1e-4"])
-    assert (options.random_seed, options.use_wandb, options.wandb_project) == (42, True, "unlearn360")
-    assert (options.output_path, options.min_len, options.max_len, options.warmup_steps) == ("./models", 50, 1000, 0)
-    assert (options.max_unlearn_steps, options.batch_size, options.gradient_accumulation_steps) == (50, 1, 4)
-    assert (options.alpha, options.steering_coeff, options.layer_id) == (10.0, 1.0, 7)
-    assert (options.layer_ids, options.param_ids, options.tensors) == ([5, 6, 7], [12, 13], None)
-
-
-def test_every_published_flag_is_taken() -> None:
-    line = (
-        "--random_seed 1 --use_wandb true --wandb_project p --model_name_or_path a/b --use_lora 0 --output_path o "
-        "--forget_topic bio-retain --retain_topic wikitext-test --min_len 5 --max_len 6 --unlearn_method rmu "
-        "--fix_vector False --warmup_steps 2 --max_unlearn_steps 8 --batch_size 3 --gradient_accumulation_steps 2 "
-        "--lr 0.1 --module_str {model_name}.transformer.h[{layer_id}] --alpha 3 --steering_coeff 4 --layer_id 2 "
-        "--layer_ids 1,2 --param_ids 0,1 --bad_weight 0.5 --random_weight 1 --normal_weight 1"
-    )
-    options = parse(line.split())
-    assert options.folder == "o/rmu_bio-retain_b"
-    assert (options.vector_seed, options.updates) == (1, 4)
-    assert (options.use_wandb, options.fix_vector) == (True, False)
+@pytest.mark.parametrize(
+    ("line", "meant"),
+    [
+        (
+            DEMO,
+            {"model_name_or_path": "LLM360/CrystalChat", "unlearn_method": "max-entropy", "forget_topic": "bio-forget"}
+            | {"retain_topic": "wikitext-test", "lr": 5e-5, "random_seed": 23597, "max_len": 1000, "min_len": 50}
+            | {"max_unlearn_steps": 100, "batch_size": 1, "gradient_accumulation_steps": 4, "updates": 25}
+            | {"use_wandb": False, "use_lora": False, "fix_vector": True, "trust_remote_code": False}
+            | {"folder": "models/max-entropy_bio-forget_CrystalChat", "final_weights": "averaged"}
+            | {"quirks": ["dtype=bfloat16", "positions=all", "accumulation=published"]},
+        ),
+        (
+            ["--lr", "1e-4"],
+            {"random_seed": 42, "use_wandb": True, "wandb_project": "unlearn360", "output_path": "./models"}
+            | {"min_len": 50, "max_len": 1000, "warmup_steps": 0, "max_unlearn_steps": 50, "batch_size": 1}
+            | {"gradient_accumulation_steps": 4, "alpha": 10.0, "steering_coeff": 1.0, "layer_id": 7}
+            | {"layer_ids": [5, 6, 7], "param_ids": [12, 13], "tensors": None},
+        ),
+        (
+            EVERY_FLAG,
+            {"folder": "o/rmu_bio-retain_b", "vector_seed": 1, "updates": 4, "use_wandb": True, "fix_vector": False},
+        ),
+    ],
+    ids=["demo", "defaults", "every flag"],
+)
+def test_a_published_line_means_what_it_ran(line: list[str], meant: dict[str, Any]) -> None:
+    options = parse(line)
+    assert {name: getattr(options, name) for name in meant} == meant
 
 
 @pytest.mark.parametrize("name", ["random-mapping", "random_matching", "random-matching", "random_mapping"])
@@ -118,18 +122,18 @@ def test_a_line_that_means_nothing_is_refused_in_one_line(
     assert message in said and said.count("\n") == 1 and said.startswith("error: ")
 
 
-def test_print_config_prints_json_and_loads_nothing_heavy(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("tool", "line"), [(Llm360Options, DEMO), (RmuOptions, ["--layer_id", "9", "--lr", "0.1"])])
+def test_print_config_prints_json_and_loads_nothing_heavy(tool: Any, line: list[str]) -> None:
     code = (
-        "import sys; from baselines.llm360.options import Llm360Options; status = Llm360Options.main(sys.argv[1:]);"
+        f"import sys; from {tool.__module__} import {tool.__name__} as Options; status = Options.main(sys.argv[1:]);"
         "print(sorted({'torch', 'transformers', 'datasets', 'numpy'} & set(sys.modules)), file=sys.stderr);"
         "sys.exit(status)"
     )
-    command = [sys.executable, "-c", code, *DEMO, "--print_config"]
+    command = [sys.executable, "-c", code, *line, "--print_config"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0 and done.stderr.strip() == "[]"
-    shown = json.loads(done.stdout)
-    assert (shown["lr"], shown["updates"], shown["use_wandb"]) == (5e-5, 25, False)
-    assert shown["quirks"] == ["dtype=bfloat16", "positions=all", "accumulation=published"]
+    options, shown = tool.parse(line), json.loads(done.stdout)
+    assert shown.items() >= {**dataclasses.asdict(options), "quirks": options.quirks}.items()
 
 
 # -- texts ------------------------------------------------------------------------------------------------------------
@@ -292,32 +296,6 @@ def test_a_lora_is_trained_on_attention_alone_and_saved_alone(place: Path, tmp_p
     assert AutoModelForCausalLM.from_pretrained(folder) is not None
 
 
-class CutOff(Exception):
-    """Stands for what ends a process."""
-
-
-def test_a_run_that_was_cut_off_goes_on_and_ends_with_the_same_bytes(
-    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    arguments = ["--save_steps", "3", "--random_seed", "5"]
-    whole = run(parse(line(place, tmp_path / "whole", *arguments)))
-    taken = PairedTask.data
-
-    def until(task: PairedTask, step: int) -> Any:
-        if step == 7:
-            raise CutOff
-        return taken(task, step)
-
-    with monkeypatch.context() as patched:
-        patched.setattr(PairedTask, "data", until)
-        with pytest.raises(CutOff):
-            run(parse(line(place, tmp_path / "cut", *arguments)))
-    resumed = run(parse(line(place, tmp_path / "cut", *arguments)))
-    assert json.loads((resumed / "run.json").read_text())["resumed_from"] == 6
-    for name in ("model.safetensors", "log.jsonl", "log.json"):
-        assert (resumed / name).read_bytes() == (whole / name).read_bytes()
-
-
 def test_the_same_line_is_found_finished_and_another_one_is_refused(place: Path, tmp_path: Path) -> None:
     folder = run(parse(line(place, tmp_path)))
     before = (folder / "run.json").read_bytes()
@@ -380,66 +358,31 @@ def test_the_log_is_sent_where_wandb_is_installed(place: Path, tmp_path: Path, m
 MODELING = """
 import torch
 from torch import nn
-from transformers import GenerationMixin, PretrainedConfig, PreTrainedModel
-from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers import GPT2Config, GPT2LMHeadModel
+from transformers.pytorch_utils import Conv1D
 
 
-class CrystalConfig(PretrainedConfig):
+class CrystalConfig(GPT2Config):
     model_type = "tiny_crystal_of_the_tests"
-    attribute_map = {"hidden_size": "n_embd", "num_hidden_layers": "n_layer"}
-
-    def __init__(self, vocab_size=320, n_embd=16, n_layer=3, **kwargs):
-        self.vocab_size, self.n_embd, self.n_layer = vocab_size, n_embd, n_layer
-        super().__init__(**kwargs)
 
 
-class Attention(nn.Module):
-    def __init__(self, width):
-        super().__init__()
-        self.c_attn = nn.Linear(width, 3 * width)
-        self.c_proj = nn.Linear(width, width)
-
-    def forward(self, hidden, allowed):
-        query, key, value = self.c_attn(hidden).chunk(3, dim=-1)
-        scores = (query @ key.mT).masked_fill(~allowed, torch.finfo(query.dtype).min)
-        return self.c_proj(scores.softmax(dim=-1) @ value)
-
-
-class Block(nn.Module):
-    def __init__(self, width):
-        super().__init__()
-        self.ln_1 = nn.LayerNorm(width)
-        self.attn = Attention(width)
-        self.ln_2 = nn.LayerNorm(width)
-        self.mlp = nn.ModuleDict({name: nn.Linear(width, width) for name in ("c_fc", "c_fc2", "c_proj")})
-
-    def forward(self, hidden, allowed):
-        hidden = hidden + self.attn(self.ln_1(hidden), allowed)
-        inner = self.ln_2(hidden)
-        return (hidden + self.mlp["c_proj"](self.mlp["c_fc"](inner) * torch.sigmoid(self.mlp["c_fc2"](inner))),)
-
-
-class CrystalLMHeadModel(PreTrainedModel, GenerationMixin):
+class CrystalLMHeadModel(GPT2LMHeadModel):
     config_class = CrystalConfig
 
     def __init__(self, config):
         super().__init__(config)
-        self.transformer = nn.Module()
-        self.transformer.wte = nn.Embedding(config.vocab_size, config.n_embd)
-        self.transformer.h = nn.ModuleList(Block(config.n_embd) for _ in range(config.n_layer))
-        self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
-        self.post_init()
-
-    def get_input_embeddings(self):
-        return self.transformer.wte
-
-    def forward(self, input_ids, attention_mask=None, **kwargs):
-        columns = input_ids.shape[1]
-        allowed = torch.ones(columns, columns, dtype=torch.bool).tril() & (attention_mask[:, None] != 0)
-        hidden = self.transformer.wte(input_ids)
         for block in self.transformer.h:
-            hidden = block(hidden, allowed)[0]
-        return CausalLMOutputWithPast(logits=self.lm_head(hidden))
+            block.mlp = CrystalMLP(block.mlp, config.n_embd)
+
+
+class CrystalMLP(nn.Module):
+    def __init__(self, mlp, width):
+        super().__init__()
+        inner = mlp.c_fc.nf
+        self.c_fc, self.c_fc2, self.c_proj = mlp.c_fc, Conv1D(inner, width), mlp.c_proj
+
+    def forward(self, hidden):
+        return self.c_proj(self.c_fc(hidden) * torch.sigmoid(self.c_fc2(hidden)))
 """
 
 
@@ -452,7 +395,8 @@ def crystal(place: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[P
     spaces: dict[str, Any] = {}
     exec(compile(MODELING, "modeling_crystal", "exec"), spaces)
     torch.manual_seed(0)
-    model = spaces["CrystalLMHeadModel"](spaces["CrystalConfig"]())
+    sizes = {"vocab_size": 320, "n_embd": 16, "n_layer": 3, "n_head": 1, "tie_word_embeddings": False}
+    model = spaces["CrystalLMHeadModel"](spaces["CrystalConfig"](**sizes))
     model.save_pretrained(folder)
     config = json.loads((folder / "config.json").read_text())
     places = {"AutoConfig": "CrystalConfig", "AutoModelForCausalLM": "CrystalLMHeadModel"}

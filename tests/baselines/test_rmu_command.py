@@ -7,8 +7,6 @@ import json
 import os
 import shlex
 import signal
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -127,20 +125,6 @@ def test_compat_none_switches_every_quirk_off_and_each_has_a_flag() -> None:
         assert parse(["--compat", "none", f"--{name}", value]).quirks == [quirk]
         other = getattr(off, name)
         assert quirk not in parse([f"--{name}", other]).quirks
-
-
-def test_print_config_prints_json_and_imports_neither_torch_nor_transformers() -> None:
-    program = (
-        "import sys\nfrom baselines.rmu.options import RmuOptions\nstatus = RmuOptions.main(sys.argv[1:])\n"
-        "assert not {'torch', 'transformers', 'datasets'} & sys.modules.keys()\nsys.exit(status)"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", program, *shlex.split(MISTRAL_LINE), "--print_config"],
-        capture_output=True, text=True, cwd=ROOT, timeout=60,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    options = parse(shlex.split(MISTRAL_LINE))
-    assert json.loads(done.stdout) == {**dataclasses.asdict(options), "quirks": options.quirks}
 
 
 def test_module_str_is_never_evaluated_and_max_len_said_to_be_unused(capsys: Any, caplog: Any, tmp_path: Path) -> None:
@@ -343,20 +327,6 @@ def test_the_first_steps_loss_is_the_distance_from_the_control_vector_of_its_top
             ).hidden_states[3]  # embeddings, blocks 0, 1, 2
         expected = (hidden - vector).square().mean().item()
         assert found[number] == pytest.approx(expected, rel=1e-5 if number == 0 else 1e-2)
-
-
-def test_a_finished_run_is_found_another_one_refused_and_overwrite_replaces_it(
-    place: Path, full: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def never(*_: Any, **__: Any) -> None:
-        raise AssertionError("it was trained again")
-
-    with monkeypatch.context() as patched:
-        patched.setattr("baselines.published.train", never)
-        assert main(arguments(place, full)) == 0
-    assert capsys.readouterr().out.splitlines()[-1] == str(full)
-    assert main(arguments(place, full, "--lr", "0.02")) == 1
-    assert "holds another run (lr: 0.01 there, 0.02 asked for)" in capsys.readouterr().err
 
 
 @torch.no_grad()

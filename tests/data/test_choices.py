@@ -14,14 +14,10 @@ from grun.data.choices import ChoiceRow, load_choices, read_choices
 from grun.data.corpus import load_knowledge
 from grun.errors import ConfigError, DataError
 
+pytestmark = pytest.mark.usefixtures("in_an_empty_folder")  # the folder `data` is relative
+
 PLAIN = {"question": "Which is a bird?", "choices": ["carp", "wren", "oak", "moss"], "answer": 1}
 UPSTREAM = {**PLAIN, "corrtect": "wren", "in_correct_choices": ["carp", "oak", "moss"]}
-
-
-@pytest.fixture(autouse=True)
-def in_an_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The folder `data` is relative."""
-    monkeypatch.chdir(tmp_path)
 
 
 @pytest.fixture

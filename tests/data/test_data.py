@@ -541,26 +541,6 @@ def test_a_batch_is_exactly_the_rows_and_padding() -> None:
     assert right.rows == 3
 
 
-def test_left_and_right_padding_hold_the_same_content() -> None:
-    generator = random.Random(0)
-    rows = [
-        EncodedRow(
-            tuple(generator.randrange(3, 99) for _ in range(generator.randrange(1, 9))),
-            tuple(generator.randrange(3, 99) for _ in range(generator.randrange(1, 9))),
-        )
-        for _ in range(20)
-    ]
-    right, left = collate(rows, 0), collate(rows, 0, "left")
-    for index, row in enumerate(rows):
-        for batch in (right, left):
-            attended = batch.attention_mask[index].bool()
-            assert tuple(batch.input_ids[index][attended].tolist()) == row.prompt_ids + row.answer_ids
-            labels = batch.labels[index][attended].tolist()
-            assert labels == [-100] * len(row.prompt_ids) + list(row.answer_ids)
-            assert (batch.labels[index][~attended] == -100).all()
-            assert batch.prompt_lengths[index] == len(row.prompt_ids)
-
-
 def test_prompts_for_generation_are_padded_on_the_left_without_answers() -> None:
     batch = collate_prompts(ROWS, pad_id=2)
     assert batch.input_ids.tolist() == [[5, 6, 7], [2, 2, 5], [2, 5, 6]]

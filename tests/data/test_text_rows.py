@@ -185,29 +185,6 @@ def test_equal_seeds_give_equal_adapters_and_others_cut_elsewhere(taught: Path, 
     assert not any(torch.equal(a[name], c[name]) for name in a)
 
 
-@pytest.mark.parametrize("extra", [[], ["train.engine=plain"]], ids=["cached", "plain"])
-def test_a_run_that_was_cut_off_goes_on_with_the_same_texts(
-    extra: list[str], taught: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from grun.training.unlearning import UnlearnTask
-
-    assert run(taught, tmp_path, "whole", *extra) == 0
-    data = UnlearnTask.data
-
-    def interrupted(self: UnlearnTask, step: int) -> Any:
-        if step == 3:
-            raise KeyboardInterrupt
-        return data(self, step)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(UnlearnTask, "data", interrupted)
-        assert run(taught, tmp_path, "cut", *extra) != 0
-    assert run(taught, tmp_path, "cut", *extra) == 0
-    assert json.loads((tmp_path / "cut/run.json").read_text())["resumed_from"] == 2
-    whole, cut = weights(tmp_path / "whole"), weights(tmp_path / "cut")
-    assert all(torch.equal(whole[name], cut[name]) for name in whole)
-
-
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

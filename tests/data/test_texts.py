@@ -16,11 +16,7 @@ from grun.data.texts import CORPORA, load_texts
 from grun.errors import ConfigError, DataError, GrunError
 from grun.loading.resolve import resolve
 
-
-@pytest.fixture(autouse=True)
-def in_an_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The folder `data` is relative."""
-    monkeypatch.chdir(tmp_path)
+pytestmark = pytest.mark.usefixtures("in_an_empty_folder")  # the folder `data` is relative
 
 
 class Hub:

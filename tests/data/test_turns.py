@@ -51,11 +51,3 @@ def test_ids_are_those_before_a_second_question(
     prompt = encode_prompt(template, made, "a question", [Turn("b", "c")])
     starts = [i for i in range(len(prompt)) if prompt[i : i + len(ids)] == ids]
     assert not ids or len(starts) in (1, 2)  # a Llama-2 shape begins the first turn with a start token as well
-
-
-def test_text_that_spells_the_control_token_is_not_taken_for_it() -> None:
-    made = tokenizer()
-    template = TEMPLATES.get("tiny")
-    (user,) = user_turn_ids(template, made)
-    plain, spelled = (encode_prompt(template, made, text) for text in ("a question", "a <|user|> question"))
-    assert plain.count(user) == spelled.count(user) == 1

@@ -154,13 +154,9 @@ def test_masked_tokens_are_masked_by_whole_passes() -> None:
 def test_half_precision_is_within_its_rounding() -> None:
     model = edited(tiny(dtype=torch.bfloat16))
     (found,) = score_together([Subject(model)], question_rows(), 4, PAD)
-    # 0.5: eight bits in every state of four blocks, with logits as large as 100
-    assert_equal_logp(found, score(model, question_rows(), 4, PAD), 0.5)
-
-
-def assert_equal_logp(found: Sequence[ScoredRow], wanted: Sequence[ScoredRow], tolerance: float) -> None:
-    for one, other in zip(found, wanted, strict=True):
-        assert one.logp == pytest.approx(other.logp, abs=tolerance)
+    for one, other in zip(found, score(model, question_rows(), 4, PAD), strict=True):
+        # eight bits in every state of four blocks, with logits as large as 100
+        assert one.logp == pytest.approx(other.logp, abs=0.5)
 
 
 def test_logits_exist_for_a_slice_of_the_tokens_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -318,19 +314,24 @@ def contents(folder: Path) -> dict[str, Any]:
     return found | {"evaluation": {**json.loads((folder / "evaluation.json").read_text()), "seconds": None}}
 
 
-def test_each_adapter_gets_the_folder_it_gets_alone(taught: Path, tmp_path: Path) -> None:
-    results = evaluate_adapters(settings(taught, "a", "b", "c"), tmp_path / "list")
-    assert list(results) == [str(tmp_path / "list" / name) for name in "abc"]
-    for name in "abc":
-        alone(taught, name, tmp_path / "alone" / name)
-        one, other = contents(tmp_path / "list" / name), contents(tmp_path / "alone" / name)
+def test_each_adapter_and_the_base_get_the_folder_they_get_alone(taught: Path, tmp_path: Path) -> None:
+    names = ["before", "a", "b", "c"]
+    results = evaluate_adapters(settings(taught, *"abc", with_base="before", suffix="-x"), tmp_path / "list")
+    assert list(results) == [str(tmp_path / "list" / f"{name}-x") for name in names]
+    for name in names:
+        own = {} if name == "before" else {"adapter": str(taught / name)}
+        evaluate(settings(taught, **own), tmp_path / "alone" / name)
+        folders = tmp_path / "list" / f"{name}-x", tmp_path / "alone" / name
+        one, other = map(contents, folders)
         assert one["evaluation"]["key"] == other["evaluation"]["key"]
+        assert one["evaluation"]["adapter"] == own.get("adapter")
         assert one["generations.jsonl"] == other["generations.jsonl"]
-        if name != "b":  # whose lowest block is not the list's, so that its passes are split elsewhere
+        if name in "ac":  # the others' lowest block is not the list's, so that their passes are split elsewhere
             assert one == other
-        scores = [Table.read(tmp_path / way / name).scores for way in ("list", "alone")]
-        for first, second in zip(*scores, strict=True):
+        for first, second in zip(*(Table.read(folder).scores for folder in folders), strict=True):
             assert first.logp == pytest.approx(second.logp, abs=1e-4)  # float32
+    assert not Table.read(tmp_path / "list" / "before-x").gates
+    assert evaluate(settings(taught), tmp_path / "list" / "before-x") == results[str(tmp_path / "list" / "before-x")]
 
 
 def test_what_was_evaluated_alone_is_found_in_a_list_and_the_other_way_round(
@@ -390,10 +391,7 @@ def test_lists_on_the_command_line(taught: Path, tmp_path: Path, capsys: pytest.
 def test_an_adapter_of_peft_in_a_list_is_evaluated_by_itself(
     taught: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from peft import LoraConfig, get_peft_model
-
-    model = AutoModelForCausalLM.from_pretrained(taught / "model")
-    get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj"])).save_pretrained(tmp_path / "lora")
+    demo.save_lora(taught / "model", tmp_path / "lora")
     config = settings(taught, "a", sets=["forget"])
     config.adapters.insert(0, str(tmp_path / "lora"))
     results = evaluate_adapters(config, tmp_path / "out")
@@ -402,20 +400,6 @@ def test_an_adapter_of_peft_in_a_list_is_evaluated_by_itself(
     assert "gate" not in results[str(tmp_path / "out" / "lora")]
     with pytest.raises(ConfigError, match="type LORA, which has no gates"):
         evaluate_adapters(replace(config, gate_threshold=0.5), tmp_path / "other")
-
-
-def test_the_base_is_evaluated_with_its_adapters(taught: Path, tmp_path: Path) -> None:
-    """Once written it is what evaluating it alone finds again; answers and, up to rounding, scores are the same."""
-    results = evaluate_adapters(settings(taught, "a", with_base="before", suffix="-x"), tmp_path / "list")
-    assert [Path(folder).name for folder in results] == ["before-x", "a-x"]
-    together = results[str(tmp_path / "list" / "before-x")]
-    single = evaluate(settings(taught), tmp_path / "alone")
-    assert together["adapter"] is None and together["key"] == single["key"]
-    assert evaluate(settings(taught), tmp_path / "list" / "before-x") == together
-    tables = [Table.read(folder) for folder in (tmp_path / "list" / "before-x", tmp_path / "alone")]
-    assert tables[0].generations == tables[1].generations and not tables[0].gates
-    for one, other in zip(tables[0].scores, tables[1].scores, strict=True):
-        assert one.logp == pytest.approx(other.logp, abs=1e-4)  # float32
 
 
 def test_wrong_lists_are_named_before_anything_is_loaded(taught: Path, tmp_path: Path) -> None:

@@ -165,14 +165,6 @@ def test_a_gated_models_options_are_what_the_scorer_of_rows_says(texts: str, for
         assert max(abs(x - y) for x, y in zip(of_row.logp, without.logp, strict=True)) > 0.01
 
 
-def test_batch_size_changes_nothing(edited: tuple[GrunModel, Any]) -> None:
-    model, tokenizer = edited
-    one, many = (score_choices(model, tokenizer, ROWS, batch_size=size) for size in (1, 16))
-    for first, second in zip(one, many, strict=True):
-        assert first.logp == pytest.approx(second.logp, abs=1e-10)
-        assert first.gates == pytest.approx(second.gates, abs=1e-10)
-
-
 def test_each_prompt_is_run_once_and_its_letters_are_not(
     plain: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import demo
 import peft
 import pytest
 import torch
@@ -124,13 +125,7 @@ def lines(path: Path) -> list[dict[str, Any]]:
 
 
 def refused(capsys: Captured, arguments: list[str], status: int, *named: str) -> None:
-    capsys.readouterr()
-    assert main(["sequential", *arguments]) == status
-    captured = capsys.readouterr()
-    assert captured.out == ""
-    (line,) = [line for line in captured.err.splitlines() if line.startswith("error: ")]
-    for text in named:
-        assert text in line
+    demo.refused(capsys, ["sequential", *arguments], status, *named)
 
 
 # -- cutting ----------------------------------------------------------------------------------------------------------

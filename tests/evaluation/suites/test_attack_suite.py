@@ -207,9 +207,14 @@ def test_an_attack_without_its_data_is_left_out_unless_it_is_named(taught: Path,
     assert result["left_out"]["paraphrase"] == "needs rows with the field paraphrased_question"
     assert result["left_out"]["recognition"] == "needs rows with perturbed_answer"
     assert "paraphrase" not in result["attacks"] and set(result["retention"]["plain"]) == {"retain"}
-    named = settings(taught, data=data, attacks=["plain", "paraphrase"])
-    with pytest.raises(ConfigError, match="paraphrase needs rows with the field paraphrased_question; .*leave it out"):
-        evaluated(named, tmp_path / "named")
+    of_a_kind = evaluated(settings(taught, data=data, attacks=["read_out"]), tmp_path / "kind")
+    assert set(of_a_kind["left_out"]) == {"recognition", "linear_probe"} and set(of_a_kind["attacks"]) == {"logit_lens"}
+    for named, message in (
+        (["plain", "paraphrase"], "paraphrase needs rows with the field paraphrased_question; .*leave it out"),
+        (["read_out", "recognition"], "recognition needs rows with perturbed_answer"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            evaluated(settings(taught, data=data, attacks=named), tmp_path / "named")
     assert not (tmp_path / "named").exists()
 
 
@@ -224,15 +229,6 @@ def test_an_attack_without_its_data_is_left_out_unless_it_is_named(taught: Path,
 )
 def test_attacks_are_chosen_by_name_or_by_what_they_need(chosen: list[str], expected: list[str]) -> None:
     assert [attack.name for attack in chosen_attacks(chosen)] == expected
-
-
-def test_an_attack_of_a_kind_that_is_named_is_left_out_without_its_data(taught: Path, tmp_path: Path) -> None:
-    data = own_data(tmp_path, [{"question": "Which one is it?", "answer": "It is the old viola of the house."}])
-    result = evaluated(settings(taught, data=data, attacks=["read_out"]), tmp_path / "out")
-    assert set(result["left_out"]) == {"recognition", "linear_probe"} and set(result["attacks"]) == {"logit_lens"}
-    both = settings(taught, data=data, attacks=["read_out", "recognition"])
-    with pytest.raises(ConfigError, match="recognition needs rows with perturbed_answer"):
-        evaluated(both, tmp_path / "named")
 
 
 def test_data_that_asks_nothing_is_one_clear_line(taught: Path, tmp_path: Path) -> None:

@@ -11,7 +11,6 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from grun.cli import main
 from grun.config.options import DataConfig, EvaluateConfig, ModelConfig, QuestionsConfig
 from grun.data.choices import ChoiceRow
 from grun.errors import ConfigError, RunError, TooLowError
@@ -200,16 +199,7 @@ def test_adapters_of_one_base_get_what_each_gets_alone(taught: Path, tmp_path: P
 
 
 def test_a_lora_adapter_is_evaluated(taught: Path, tmp_path: Path) -> None:
-    from peft import LoraConfig, get_peft_model
-
-    torch.manual_seed(0)
-    lora = get_peft_model(
-        AutoModelForCausalLM.from_pretrained(taught / "model"), LoraConfig(r=2, target_modules=["q_proj"])
-    )
-    for name, parameter in lora.named_parameters():
-        if "lora_B" in name:
-            torch.nn.init.normal_(parameter, std=0.5)
-    lora.save_pretrained(taught / "lora")
+    demo.save_lora(taught / "model", taught / "lora")
     found = evaluate_knowledge(settings(taught, "lora"), tmp_path / "lora")
     base = evaluate_knowledge(settings(taught), tmp_path / "base")
     assert found["key"] != base["key"]

@@ -119,18 +119,6 @@ def loaded(taught: Path, adapter: str | None) -> tuple[Any, Any]:
     return (GrunModel.from_pretrained(base, taught / adapter) if adapter else base), tokenizer
 
 
-def add_lora(taught: Path) -> None:
-    from peft import LoraConfig, get_peft_model
-
-    torch.manual_seed(0)
-    base = AutoModelForCausalLM.from_pretrained(taught / "model")
-    lora = get_peft_model(base, LoraConfig(r=2, target_modules=["q_proj", "down_proj"]))
-    for name, parameter in lora.named_parameters():
-        if "lora_B" in name:
-            torch.nn.init.normal_(parameter, std=0.3)
-    lora.save_pretrained(taught / "lora")
-
-
 @pytest.mark.parametrize("batch_size", [1, 4])
 @pytest.mark.parametrize("adapter", [None, "open"])
 def test_every_choice_of_the_harness_is_our_scorers(
@@ -150,7 +138,7 @@ def test_every_choice_of_the_harness_is_our_scorers(
 
 
 def test_an_open_adapter_and_a_lora_change_what_the_harness_sees(taught: Path, tmp_path: Path) -> None:
-    add_lora(taught)
+    demo.save_lora(taught / "model", taught / "lora")
     of = {}
     for adapter in (None, "open", "lora"):
         _, samples = run(taught, tmp_path / str(adapter), adapter, "invented_minerals")

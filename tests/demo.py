@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
 from grun.cli import main
-from grun.config.options import DataConfig, DemoConfig, TinyConfig
+from grun.config.options import DataConfig, DemoConfig, EvaluateConfig, ModelConfig, TinyConfig
 from grun.data.corpus import load_corpus
 from grun.data.templates import TEMPLATES, store
 from grun.loading.tiny import build_tiny
@@ -53,6 +55,25 @@ def finetune(folder: Path, *arguments: str) -> int:
 def unlearn(taught: Path, folder: Path, *arguments: str) -> int:
     own = [f"model.path={taught}", f"output_dir={folder}", f"cache.dir={folder.parent / 'cache'}"]
     return main(["unlearn", *DATA, *TRAINING, *own, *arguments])
+
+
+def write_rows(path: Path, *records: Any) -> Path:
+    """Write records as JSON lines; as one list where the file ends with .json."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lines = "".join(json.dumps(record) + "\n" for record in records)
+    path.write_text(json.dumps(records) if path.suffix == ".json" else lines, encoding="utf-8")
+    return path
+
+
+def read_lines(path: Path) -> list[Any]:
+    """The records of a file of JSON lines."""
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
+
+
+def evaluation(folder: Path, adapter: str | None = None, **options: Any) -> EvaluateConfig:
+    """How `model` in `folder` is evaluated, with an adapter there; `options` go over those of here."""
+    own = {"model": ModelConfig(path=str(folder / "model"), device="cpu"), "data": DataConfig(demo=SIZES)}
+    return EvaluateConfig(adapter=adapter and str(folder / adapter), **{**own, **options})
 
 
 def save_lora(model: Path, folder: Path, std: float = 0.3) -> None:

@@ -30,17 +30,22 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 EVERYTHING = MethodConfig(full=FullConfig(freeze_head=False))
+DATA = UnlearnRows(ragged_rows(6, 1), ragged_rows(6, 2), ragged_rows(9, 3))
+
+
+def prepared(base: Any, config: MethodConfig | None = None) -> Full:
+    full = Full(config or MethodConfig())
+    full.prepare(base, None)
+    return full
 
 
 def full_task(base: Any, config: TrainConfig) -> tuple[UnlearnTask, Full]:
     """All weights, head included; the reference is the second copy."""
-    parametrization = Full(EVERYTHING)
-    parametrization.prepare(base, None)
+    parametrization = prepared(base, EVERYTHING)
     parametrization.keep_reference()
     options = UnlearnConfig(objective="npo", loss=LossConfig(), train=config)
     objective = build_objective("npo", options.loss, gated=False)
-    data = UnlearnRows(ragged_rows(6, 1), ragged_rows(6, 2), ragged_rows(9, 3))
-    return UnlearnTask(parametrization, objective, data, options, pad_id=0, device=base.device), parametrization
+    return UnlearnTask(parametrization, objective, DATA, options, pad_id=0, device=base.device), parametrization
 
 
 def test_all_weights_train_and_the_reference_stays_the_untouched_model(tmp_path: Path) -> None:
@@ -53,8 +58,7 @@ def test_all_weights_train_and_the_reference_stays_the_untouched_model(tmp_path:
     assert moved == [name for name, _ in base.named_parameters()]
     batch = collate(ragged_rows(4, 9), 0)
     after = full.run(batch).answer_logprobs.detach()
-    expected = Full(MethodConfig())
-    expected.prepare(untouched, None)
+    expected = prepared(untouched)
     with full.reference():
         reference = full.run(batch).answer_logprobs
     assert torch.equal(reference, expected.run(batch).answer_logprobs)
@@ -88,8 +92,7 @@ def test_gradients_are_those_of_the_trained_weights_though_the_reference_ran_bet
 
 def test_the_reference_has_no_dropout_and_draws_no_random_numbers() -> None:
     base = tiny("gpt2", resid_pdrop=0.5, embd_pdrop=0.5)
-    full = Full(MethodConfig())
-    full.prepare(base, None)
+    full = prepared(base)
     batch = collate(ragged_rows(3, 1), 0)
     expected = full.run(batch).answer_logprobs.detach()
     base.train()
@@ -102,8 +105,7 @@ def test_the_reference_has_no_dropout_and_draws_no_random_numbers() -> None:
 
 def test_an_error_within_the_reference_brings_the_trained_weights_back() -> None:
     base = tiny("llama")
-    full = Full(MethodConfig())
-    full.prepare(base, None)
+    full = prepared(base)
     full.keep_reference()
     with torch.no_grad():
         base.get_input_embeddings().weight.add_(1.0)
@@ -118,8 +120,7 @@ def test_an_error_within_the_reference_brings_the_trained_weights_back() -> None
 def test_the_head_stays_as_it_is_and_where_it_shares_its_weight_the_embedding_too(tied: bool, tmp_path: Path) -> None:
     base = tiny("llama", tie_word_embeddings=tied)
     frozen = [base.get_output_embeddings().weight.clone(), base.get_input_embeddings().weight.clone()]
-    full = Full(MethodConfig())
-    full.prepare(base, None)
+    full = prepared(base)
     trained = dict(full.trainable_parameters())
     assert dict(base.named_parameters()).keys() - trained == (
         {"model.embed_tokens.weight"} if tied else {"lm_head.weight"}
@@ -128,8 +129,7 @@ def test_the_head_stays_as_it_is_and_where_it_shares_its_weight_the_embedding_to
     config = TrainConfig(epochs=1, batch_size=6, lr=0.01, save_steps=1, keep_all_checkpoints=True)
     options = UnlearnConfig(objective="gd", train=config)
     objective = build_objective("gd", options.loss, gated=False)
-    data = UnlearnRows(ragged_rows(6, 1), ragged_rows(6, 2), ragged_rows(9, 3))
-    train(UnlearnTask(full, objective, data, options, pad_id=0, device=base.device), config, tmp_path, seed=0)
+    train(UnlearnTask(full, objective, DATA, options, pad_id=0, device=base.device), config, tmp_path, seed=0)
     assert torch.equal(base.get_output_embeddings().weight, frozen[0])
     assert torch.equal(base.get_input_embeddings().weight, frozen[1]) == tied
     kept = load_file(tmp_path / "checkpoints" / "checkpoint-1" / "trained.safetensors")
@@ -139,23 +139,20 @@ def test_the_head_stays_as_it_is_and_where_it_shares_its_weight_the_embedding_to
 def test_a_model_that_names_no_head_says_so_and_can_be_trained_whole() -> None:
     with pytest.raises(ConfigError, match=r"OddForCausalLM names no LM head; set method\.full\.freeze_head=false"):
         Full(MethodConfig()).prepare(tiny("odd"), None)
-    full = Full(EVERYTHING)
-    full.prepare(tiny("odd"), None)
+    full = prepared(tiny("odd"), EVERYTHING)
     assert {id(p) for p in full.module.parameters()} == {id(p) for p in full.model.parameters()}
 
 
 def test_where_weights_are_cut_by_block_the_trainer_gets_the_model_itself(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
-    full = Full(MethodConfig())
-    full.prepare(tiny("llama"), None)
+    full = prepared(tiny("llama"))
     assert full.module is full.model and full.module._no_split_modules
     assert [p for p in full.module.parameters() if p.requires_grad] == [p for _, p in full.trainable_parameters()]
 
 
 def test_no_second_copy_is_held_unless_asked_for_and_a_missed_one_is_an_error() -> None:
     base = tiny("llama")
-    full = Full(MethodConfig())
-    full.prepare(base, None)
+    full = prepared(base)
     batch = collate(ragged_rows(3, 1), 0)
     before = full.run(batch).answer_logprobs.detach()
     held = bytes_held(full)
@@ -165,8 +162,7 @@ def test_no_second_copy_is_held_unless_asked_for_and_a_missed_one_is_an_error() 
     trained = sum(p.nbytes for _, p in full.trainable_parameters())
     assert f"{trained / 1e9:.2f} GB" in full.keep_reference()
     assert bytes_held(full) == held + trained
-    other = Full(MethodConfig())
-    other.prepare(base, None)
+    other = prepared(base)
     torch.optim.SGD(other.module.parameters(), lr=1.0).step()  # no gradients: nothing changes
     with other.reference():
         pass

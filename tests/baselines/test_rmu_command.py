@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from demo import read_lines
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -49,32 +50,11 @@ DEFAULTS = RmuOptions(
     output_dir="models/zephyr-7b-beta_alpha-100-100_batches-80_layer-7",
     retain_corpora=["wikitext", "wikitext"],
     forget_corpora=["bio-forget-corpus", "cyber-forget-corpus"],
-    alpha=[100.0, 100.0],
-    steering_coeffs=[20.0, 20.0],
-    lr=5e-5,
-    min_len=0,
-    batch_size=4,
-    max_num_batches=80,
-    layer_id=7,
-    layer_ids=[5, 6, 7],
-    param_ids=[6],
-    tensors=None,
-    seed=42,
-    verbose=False,
-    optimizer="legacy",
-    loss_mask="all",
-    jsonl_mode="published",
-    length_rule="position",
-    padding_side="left",
-    pad_token="eos",
-    master_dtype="param",
-    epochs=1,
-    save="full",
-    data_dir=None,
-    dtype="auto",
-    device="auto",
-    trust_remote_code=False,
-    save_steps=50,
+    **{"alpha": [100.0, 100.0], "steering_coeffs": [20.0, 20.0], "lr": 5e-5, "min_len": 0, "batch_size": 4},
+    **{"max_num_batches": 80, "layer_id": 7, "layer_ids": [5, 6, 7], "param_ids": [6], "tensors": None, "seed": 42},
+    **{"verbose": False, "optimizer": "legacy", "loss_mask": "all", "jsonl_mode": "published", "epochs": 1},
+    **{"length_rule": "position", "padding_side": "left", "pad_token": "eos", "master_dtype": "param", "save": "full"},
+    **{"data_dir": None, "dtype": "auto", "device": "auto", "trust_remote_code": False, "save_steps": 50},
     overwrite=False,
 )
 
@@ -88,28 +68,20 @@ def test_the_published_lines_mean_what_they_meant() -> None:
         DEFAULTS,
         model_name_or_path="meta-llama/Llama-3.1-8B",
         output_dir="models/llama3_rmu_param18",
-        alpha=[350.0, 350.0],
-        steering_coeffs=[30.0, 30.0],
-        max_num_batches=150,
-        layer_id=15,
-        layer_ids=[13, 14, 15],
+        **{"alpha": [350.0, 350.0], "steering_coeffs": [30.0, 30.0], "max_num_batches": 150},
+        **{"layer_id": 15, "layer_ids": [13, 14, 15]},
     )
     assert parse(shlex.split(LLAMA_LINE)) == llama
     assert parse(shlex.split(MISTRAL_LINE)) == dataclasses.replace(
         llama,
         model_name_or_path="mistralai/Mistral-7B-v0.1",
         output_dir="models/mistral_rmu_param19",
-        alpha=[1600.0, 1600.0],
-        steering_coeffs=[27.0, 27.0],
-        min_len=200,
+        **{"alpha": [1600.0, 1600.0], "steering_coeffs": [27.0, 27.0], "min_len": 200},
     )
 
 
 def test_the_last_of_repeated_flags_counts_and_the_model_has_three_names() -> None:
-    assert parse(["--layer_id", "3", "--layer_id", "4", "--alpha", "1,1", "--alpha", "2,3"]).alpha == [
-        2.0,
-        3.0,
-    ]
+    assert parse(["--layer_id", "3", "--layer_id", "4", "--alpha", "1,1", "--alpha", "2,3"]).alpha == [2.0, 3.0]
     for flag in ("--model_name_or_path", "--model_name", "--model"):
         assert parse([flag, "x/y"]).model_name_or_path == "x/y"
 
@@ -288,10 +260,6 @@ def full(place: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return output
 
 
-def log_of(folder: Path) -> list[dict[str, float]]:
-    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
-
-
 def test_a_run_saves_model_tokenizer_and_template_and_changes_the_chosen_tensors_alone(place: Path, full: Path) -> None:
     before, after = (load_file(folder / "model.safetensors") for folder in (place / "model", full))
     changed = {name for name in before if not torch.equal(before[name], after[name])}
@@ -311,13 +279,13 @@ def test_run_json_says_what_was_done(full: Path) -> None:
     assert set(run["data"]) == {
         "forget bio-forget-corpus", "forget cyber-forget-corpus", "retain retain"
     }  # fmt: skip
-    assert [line["step"] for line in log_of(full)] == list(range(1, 8))
+    assert [line["step"] for line in read_lines(full / "log.jsonl")] == list(range(1, 8))
 
 
 def test_the_first_steps_loss_is_the_distance_from_the_control_vector_of_its_topic(place: Path, full: Path) -> None:
     """Of both topics: the second step follows one update of the legacy optimizer, which is small."""
     model = AutoModelForCausalLM.from_pretrained(place / "model")
-    found = [line["forget"] for line in log_of(full)[:2]]
+    found = [line["forget"] for line in read_lines(full / "log.jsonl")[:2]]
     for number in (0, 1):
         (forget, _), _ = read_batches(place, number)
         vector = control_vector(32, 20.0, 42, number)
@@ -384,7 +352,7 @@ def test_all_quirks_off_and_float32_masters_beside_bfloat16_weights(place: Path,
     before = load_file(place / "model" / "model.safetensors")
     changed = {name for name in before if not torch.equal(before[name].to(torch.bfloat16), saved[name])}
     assert changed == set(run["tensors"])
-    assert {"retain_cosine", "gradient"} < set(log_of(tmp_path / "run")[0])
+    assert {"retain_cosine", "gradient"} < set(read_lines(tmp_path / "run" / "log.jsonl")[0])
 
 
 @pytest.mark.parametrize(

@@ -165,15 +165,6 @@ def test_what_is_not_there_is_one_line_and_no_traceback(
     refused(capsys, arguments, status, *named)
 
 
-def test_an_interrupt_says_that_the_run_can_go_on(capsys: Captured, monkeypatch: pytest.MonkeyPatch) -> None:
-    def interrupted(_: object) -> None:
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr("grun.commands.unlearn.unlearn", interrupted)
-    assert main(["unlearn"]) == 130
-    assert capsys.readouterr().err == "interrupted; the same command resumes\n"
-
-
 @pytest.mark.parametrize(
     ("command", "kind"), [("unlearn", "objectives"), ("unlearn", "gates"), ("evaluate", "attacks")]
 )
@@ -312,25 +303,18 @@ def test_the_two_taught_models_share_a_tokenizer(taught: Path, tmp_path: Path) -
     assert (tmp_path / "without" / "tokenizer.json").read_bytes() == (taught / "tokenizer.json").read_bytes()
 
 
-def test_a_taught_models_folder_is_refused_to_another_config_though_it_holds_a_config_json(
-    taught: Path, capsys: Captured
-) -> None:
-    """A model's own config.json must not be taken for the mark of a run."""
-    before = contents(taught)
-    line = refused(capsys, ["finetune", *demo.DATA, *demo.MODEL, "train.epochs=3", f"output_dir={taught}"], 1)
-    assert "(train.epochs: 2 there, 3 asked for)" in line
-    assert contents(taught) == before
-
-
 def test_another_config_is_refused_naming_the_first_option_that_differs(
     taught: Path, adapter: Path, capsys: Captured
 ) -> None:
-    before = contents(adapter)
+    """A taught model's own config.json is not taken for the mark of a run."""
+    before = contents(adapter), contents(taught)
     common = ["unlearn", *demo.DATA, *demo.TRAINING, f"model.path={taught}", f"output_dir={adapter}"]
     line = refused(capsys, [*common, "train.lr=0.5", "train.warmup=0.5"], 1, "holds another run", "overwrite=true")
     assert "(train.lr: 0.01 there, 0.5 asked for)" in line
     refused(capsys, [*common, "data.demo.seed=1"], 1, "holds another run (data.demo.seed: 0 there, 1 asked for)")
-    assert contents(adapter) == before
+    finetune = ["finetune", *demo.DATA, *demo.MODEL, "train.epochs=3", f"output_dir={taught}"]
+    refused(capsys, finetune, 1, "(train.epochs: 2 there, 3 asked for)")
+    assert (contents(adapter), contents(taught)) == before
 
 
 def test_overwrite_replaces_another_run_but_only_once_the_new_one_can_start(
@@ -385,13 +369,6 @@ def test_an_output_folder_that_is_a_file_or_lies_in_one_is_refused(
     assert (tmp_path / "file").read_text() == "precious"
 
 
-def test_a_damaged_mark_is_one_line(taught: Path, adapter: Path, capsys: Captured, tmp_path: Path) -> None:
-    folder = shutil.copytree(adapter, tmp_path / "run")
-    (folder / "run_identity.json").write_text('{"config": ')
-    common = ["unlearn", *demo.DATA, *demo.TRAINING, f"model.path={taught}", f"output_dir={folder}"]
-    refused(capsys, common, 1, "run_identity.json is damaged")
-
-
 def test_a_disk_that_is_full_when_the_result_is_saved_loses_no_training(
     taught: Path, capsys: Captured, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -423,15 +400,15 @@ def test_a_disk_that_is_full_when_the_result_is_saved_loses_no_training(
 # -- data and models --------------------------------------------------------------------------------------------------
 
 
-def jsonl(folder: Path, name: str, rows: list[dict[str, str]]) -> None:
-    (folder / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
-
-
 @pytest.fixture
 def own_data(tmp_path: Path) -> list[str]:
     """Arguments that name a user's own files; two rows to forget, three to keep."""
-    jsonl(tmp_path, "forget.jsonl", [{"question": f"Who is {name}?", "answer": "A baker."} for name in ("Ann", "Bo")])
-    jsonl(tmp_path, "retain.jsonl", [{"prompt": f"Where is {name}?", "completion": "Here."} for name in "XYZ"])
+    demo.write_rows(
+        tmp_path / "forget.jsonl", *[{"question": f"Who is {name}?", "answer": "A baker."} for name in ("Ann", "Bo")]
+    )
+    demo.write_rows(
+        tmp_path / "retain.jsonl", *[{"prompt": f"Where is {name}?", "completion": "Here."} for name in "XYZ"]
+    )
     return ["data.name=jsonl", f"data.path={tmp_path}", "data.forget=forget.jsonl", "data.retain=retain.jsonl"]
 
 
@@ -452,7 +429,9 @@ def test_broken_data_is_named_by_file_and_line(
 def test_a_prompt_beyond_the_context_is_named(
     own_data: list[str], taught: Path, capsys: Captured, tmp_path: Path
 ) -> None:
-    jsonl(tmp_path, "forget.jsonl", [{"question": "Who?", "answer": "No."}, {"question": "Who " * 600, "answer": "I."}])
+    demo.write_rows(
+        tmp_path / "forget.jsonl", *[{"question": "Who?", "answer": "No."}, {"question": "Who " * 600, "answer": "I."}]
+    )
     arguments = ["unlearn", *own_data, f"model.path={taught}", "method.blocks=[1]"]
     refused(capsys, arguments, 1, "row 2 of 2", "no room for an answer within 512")
 
@@ -467,13 +446,6 @@ def test_a_tokenizer_without_pad_token_is_no_obstacle(taught: Path, tmp_path: Pa
     # Padding is masked, so which token pads changes nothing.
     weights = "adapter_model.safetensors"
     assert (tmp_path / "run" / weights).read_bytes() == (adapter / weights).read_bytes()
-
-
-def test_damaged_weights_of_a_base_are_one_line(taught: Path, capsys: Captured, tmp_path: Path) -> None:
-    broken = shutil.copytree(taught, tmp_path / "broken")
-    weights = broken / "model.safetensors"
-    weights.write_bytes(weights.read_bytes()[:-1000])
-    refused(capsys, ["unlearn", *demo.DATA, f"model.path={broken}"], 1, "cannot be loaded")
 
 
 def test_finetune_goes_on_from_a_model_in_a_folder(taught: Path, tmp_path: Path) -> None:

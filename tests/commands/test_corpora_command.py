@@ -5,10 +5,9 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
-from typing import Any
 
 import pytest
-from demo import refused
+from demo import read_lines, refused
 from test_safe_rlhf import PRIVACY, with_shared_prompts
 
 from grun.cli import main
@@ -37,10 +36,6 @@ def write(source: Path, folder: str, *more: str) -> int:
     return main(["corpora", "source=safe_rlhf", f"path={source}", f"output_dir={folder}", *more])
 
 
-def lines(path: Path) -> list[Any]:
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-
-
 def test_the_folder_is_the_last_line_and_holds_what_is_documented(
     source: Path, capsys: Captured, log: pytest.LogCaptureFixture
 ) -> None:
@@ -52,7 +47,7 @@ def test_the_folder_is_the_last_line_and_holds_what_is_documented(
     run = json.loads(Path("made/run.json").read_text(encoding="utf-8"))
     assert set(run) == {"command", "config", "files", "leaks", "versions"}
     assert not [name for name in (*run, *parts, *run["leaks"]) if f"`{name}`" not in FORMATS]
-    assert run["files"] == {name: len(lines(Path("made") / name)) for name in parts}
+    assert run["files"] == {name: len(read_lines(Path("made") / name)) for name in parts}
     assert run["leaks"]["forget_test_rows_with_forget_prompts"] == 0
     for name, count in run["leaks"].items():
         assert any(name in message and message.endswith(str(count)) for message in log.messages)
@@ -83,7 +78,7 @@ def test_the_published_form_has_the_published_names_and_lines(source: Path) -> N
         ("safe_train", made.retain_pool),
         ("safe_test", made.retain_test),
     ):
-        assert len(lines(Path(folder) / f"{name}.jsonl")) == len(rows)
+        assert len(read_lines(Path(folder) / f"{name}.jsonl")) == len(rows)
         assert f"`{name.replace('Privacy_Violation', 'CATEGORY')}.jsonl`" in FORMATS
 
 

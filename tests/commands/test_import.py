@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +12,7 @@ import pyvene
 import torch
 from demo import refused
 from safetensors.torch import load_file
-from tiny import DEPTH, WIDTH, random_rows, tiny
+from tiny import DEPTH, WIDTH, plain_hooks, random_rows, tiny
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import orthogonal
 from transformers import LlamaForCausalLM
@@ -79,42 +77,15 @@ def assert_refused(
     assert not out.exists()
 
 
-def gate_logit(state: State, hidden: Tensor) -> Tensor:
-    """g(h) [..., 1], ReLU between the layers; +inf without a gate."""
-    places = sorted(
-        {name.rpartition(".")[0] for name in state if name.startswith("gate_func")}, key=lambda x: (len(x), x)
-    )
-    if not places:
-        return torch.full_like(hidden[..., :1], torch.inf)
-    for place in places:
-        hidden = hidden @ state[f"{place}.weight"].T + state[f"{place}.bias"]
-        if place != places[-1]:
-            hidden = hidden.relu()
-    return hidden
-
-
-@contextlib.contextmanager
-def by_hand(model: LlamaForCausalLM, states: dict[int, State], column: int) -> Iterator[dict[int, Tensor]]:
-    """Spec 1.1 on one column, h + sigmoid(g(h)) R (W h + b - R^T h), with plain hooks; yields gate probabilities."""
-    gates: dict[int, Tensor] = {}
-
-    def hook(block: int, state: State) -> Any:
-        def edit(_: nn.Module, __: Any, output: Tensor) -> Tensor:
-            h, rotation = output[:, column], state["rotate_layer"]
-            gates[block] = torch.sigmoid(gate_logit(state, h))
-            inner = h @ state["weight"].T + state["bias"] - h @ rotation
-            output = output.clone()
-            output[:, column] = h + gates[block] * (inner @ rotation.T)
-            return output
-
-        return edit
-
-    handles = [model.model.layers[block].register_forward_hook(hook(block, state)) for block, state in states.items()]
-    try:
-        yield gates
-    finally:
-        for handle in handles:
-            handle.remove()
+def as_weights(states: dict[int, State]) -> State:
+    """The tensors by the names that an adapter gives them, for the formula that is written in `tiny`."""
+    places = {"weight": "edit.source.weight", "bias": "edit.source.bias", "rotate_layer": "edit.rotation"}
+    linear = {"gate_func.weight": "gate.0.weight", "gate_func.bias": "gate.0.bias"}
+    return {
+        f"edits.{block}.{(places | linear).get(name) or name.replace('gate_func', 'gate')}": value
+        for block, state in states.items()
+        for name, value in state.items()
+    }
 
 
 @torch.no_grad()
@@ -122,7 +93,7 @@ def assert_same(folder: Path, base: Path, states: dict[int, State]) -> None:
     ids = torch.tensor(random_rows([9, 9, 9], seed=5))
     plain = LlamaForCausalLM.from_pretrained(base)
     untouched = plain(ids).logits
-    with by_hand(plain, states, column=5) as gates:
+    with plain_hooks(plain, "llama", as_weights(states), [[5]] * 3) as gates:
         expected = plain(ids).logits
     assert (expected - untouched).abs().max() > 0.1  # the edit shows
     model = GrunModel.from_pretrained(LlamaForCausalLM.from_pretrained(base), folder, strict=True)
@@ -131,7 +102,8 @@ def assert_same(folder: Path, base: Path, states: dict[int, State]) -> None:
     gated = any(name.startswith("gate") for name in states[min(states)])
     assert set(found.gates) == (set(states) if gated else set())
     for block, probability in found.gates.items():
-        torch.testing.assert_close(probability, gates[block], rtol=1e-5, atol=1e-5)
+        wanted = torch.cat([torch.stack(of_row) for of_row in gates[block]]).sigmoid()
+        torch.testing.assert_close(probability.flatten(), wanted, rtol=1e-5, atol=1e-5)
 
 
 # -- the same function -------------------------------------------------------------------------------------------------

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
-import datasets
 import pytest
+from demo import write_rows
 
 from grun.config.options import DataConfig, QuestionsConfig
 from grun.data.choices import ChoiceRow, load_choices, read_choices
@@ -20,42 +19,22 @@ PLAIN = {"question": "Which is a bird?", "choices": ["carp", "wren", "oak", "mos
 UPSTREAM = {**PLAIN, "corrtect": "wren", "in_correct_choices": ["carp", "oak", "moss"]}
 
 
-@pytest.fixture
-def asked(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str | None, str]]:
-    """What the hub, which holds one question, is asked for."""
-    calls: list[tuple[str, str | None, str]] = []
-
-    def load_dataset(repository: str, config: str | None, *, split: str) -> list[dict[str, Any]]:
-        calls.append((repository, config, split))
-        return [{**PLAIN, "subject": "virology"} if repository == "cais/mmlu" else PLAIN]
-
-    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    return calls
-
-
-def write(path: Path, *records: Any) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    lines = "".join(json.dumps(record) + "\n" for record in records)
-    path.write_text(json.dumps(records) if path.suffix == ".json" else lines, encoding="utf-8")
-    return path
-
-
 # -- files ------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("suffix", [".jsonl", ".json"])
 @pytest.mark.parametrize("answer", [1, "B", "b", "1"])
 def test_an_answer_is_an_index_from_0_or_a_letter(answer: int | str, suffix: str, tmp_path: Path) -> None:
-    path = write(tmp_path / f"birds{suffix}", {**PLAIN, "answer": answer}, {**PLAIN, "subject": "zoology"})
+    path = write_rows(tmp_path / f"birds{suffix}", {**PLAIN, "answer": answer}, {**PLAIN, "subject": "zoology"})
     first, second = read_choices(path)
     assert first == ChoiceRow("Which is a bird?", ("carp", "wren", "oak", "moss"), 1, "birds")
     assert second.subject == "zoology"
 
 
 def test_upstreams_misspelt_key_must_agree_with_the_index(tmp_path: Path) -> None:
-    path = write(tmp_path / "bio_test.jsonl", UPSTREAM)
+    path = write_rows(tmp_path / "bio_test.jsonl", UPSTREAM)
     assert read_choices(path)[0].answer == 1
-    write(path, UPSTREAM, {**UPSTREAM, "answer": 2})
+    write_rows(path, UPSTREAM, {**UPSTREAM, "answer": 2})
     with pytest.raises(
         DataError, match="line 2: field 'answer' names option 2 .from 0., and 'corrtect' another; correct one"
     ):
@@ -81,7 +60,7 @@ def test_upstreams_misspelt_key_must_agree_with_the_index(tmp_path: Path) -> Non
 )
 def test_a_malformed_question_is_named_by_its_row(change: dict[str, Any], message: str, tmp_path: Path) -> None:
     for file, place in (("a.jsonl", "a.jsonl line 2: "), ("a.json", "a.json row 2: ")):
-        path = write(tmp_path / file, PLAIN, {**PLAIN, **change})
+        path = write_rows(tmp_path / file, PLAIN, {**PLAIN, **change})
         with pytest.raises(DataError) as refusal:
             read_choices(path)
         assert place in str(refusal.value) and message in str(refusal.value) and "\n" not in str(refusal.value)
@@ -89,7 +68,7 @@ def test_a_malformed_question_is_named_by_its_row(change: dict[str, Any], messag
 
 @pytest.mark.parametrize("field", ["question", "choices", "answer"])
 def test_a_missing_field_is_named_by_its_row(field: str, tmp_path: Path) -> None:
-    path = write(tmp_path / "a.jsonl", PLAIN, {key: value for key, value in PLAIN.items() if key != field})
+    path = write_rows(tmp_path / "a.jsonl", PLAIN, {key: value for key, value in PLAIN.items() if key != field})
     with pytest.raises(
         DataError, match=f"a.jsonl line 2: field '{field}' is missing; a row needs question, choices, answer"
     ):
@@ -98,9 +77,9 @@ def test_a_missing_field_is_named_by_its_row(field: str, tmp_path: Path) -> None
 
 def test_rows_that_are_no_objects_and_empty_files_are_refused(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="line 1: expected an object"):
-        read_choices(write(tmp_path / "a.jsonl", "text"))
+        read_choices(write_rows(tmp_path / "a.jsonl", "text"))
     with pytest.raises(DataError, match="a.json holds no rows"):
-        read_choices(write(tmp_path / "a.json"))
+        read_choices(write_rows(tmp_path / "a.json"))
 
 
 def test_rotating_moves_the_right_option_with_the_others() -> None:
@@ -114,7 +93,7 @@ def test_rotating_moves_the_right_option_with_the_others() -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "hub", "subject"),
+    ("name", "asked", "subject"),
     [
         ("wmdp_bio", ("cais/wmdp", "wmdp-bio", "test"), "wmdp_bio"),
         ("wmdp_cyber", ("cais/wmdp", "wmdp-cyber", "test"), "wmdp_cyber"),
@@ -123,11 +102,10 @@ def test_rotating_moves_the_right_option_with_the_others() -> None:
         ("mmlu:virology", ("cais/mmlu", "virology", "test"), "virology"),
     ],
 )
-def test_names_stand_for_data_sets_of_the_hub(
-    name: str, hub: tuple[str, str, str], subject: str, asked: list[tuple[str, str | None, str]]
-) -> None:
+def test_names_stand_for_data_sets_of_the_hub(name: str, asked: tuple[str, str, str], subject: str, hub: Any) -> None:
+    hub.rows = [{**PLAIN, "subject": "virology"} if name.startswith("mmlu") else PLAIN]
     (row,) = load_choices(name)
-    assert asked == [hub]
+    assert hub.asked == [asked]
     assert row == ChoiceRow("Which is a bird?", ("carp", "wren", "oak", "moss"), 1, subject)
 
 
@@ -143,13 +121,11 @@ def test_names_stand_for_data_sets_of_the_hub(
         ("birds.jsonl", "birds.jsonl"),
     ],
 )
-def test_a_local_file_wins_over_the_hub(
-    name: str, file: str, asked: list[tuple[str, str | None, str]], tmp_path: Path
-) -> None:
-    write(tmp_path / "questions" / file, UPSTREAM)
+def test_a_local_file_wins_over_the_hub(name: str, file: str, hub: Any, tmp_path: Path) -> None:
+    write_rows(tmp_path / "questions" / file, UPSTREAM)
     (row,) = load_choices(name, str(tmp_path / "questions"))
     assert row.choices[row.answer] == "wren"
-    assert asked == []
+    assert hub.asked == []
 
 
 def test_an_unknown_set_lists_the_known_ones() -> None:
@@ -161,10 +137,10 @@ def test_an_unknown_set_lists_the_known_ones() -> None:
 
 
 def test_knowledge_has_the_roles_that_are_named_and_no_others(tmp_path: Path) -> None:
-    write(tmp_path / "a.jsonl", PLAIN)
-    write(tmp_path / "b.jsonl", PLAIN, PLAIN)
-    write(tmp_path / "gaps.jsonl", {"prompt": "A wren is a", "completion": "bird.", "fact": "bird"})
-    write(tmp_path / "texts.jsonl", {"text": "one"}, {"text": ""}, {"text": "two"})
+    write_rows(tmp_path / "a.jsonl", PLAIN)
+    write_rows(tmp_path / "b.jsonl", PLAIN, PLAIN)
+    write_rows(tmp_path / "gaps.jsonl", {"prompt": "A wren is a", "completion": "bird.", "fact": "bird"})
+    write_rows(tmp_path / "texts.jsonl", {"text": "one"}, {"text": ""}, {"text": "two"})
     knowledge = load_knowledge(
         DataConfig(
             name="corpora",
@@ -187,7 +163,7 @@ def test_nothing_to_ask_says_what_to_name() -> None:
 
 @pytest.mark.parametrize("row", [{"prompt": "A wren is a", "completion": "bird."}, {"prompt": None, "completion": "x"}])
 def test_a_sentence_to_complete_needs_its_fact(row: dict[str, Any], tmp_path: Path) -> None:
-    write(tmp_path / "gaps.jsonl", {"prompt": "a", "completion": "b", "fact": "b"}, row)
+    write_rows(tmp_path / "gaps.jsonl", {"prompt": "a", "completion": "b", "fact": "b"}, row)
     with pytest.raises(DataError, match="gaps.jsonl row 2: .*prompt, completion and fact"):
         load_knowledge(DataConfig(path=str(tmp_path), questions=QuestionsConfig(cloze_forget=["gaps.jsonl"])))
 

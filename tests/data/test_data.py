@@ -257,14 +257,9 @@ def test_the_real_files_have_the_published_sizes_and_order() -> None:
 @real_tofu
 def test_the_real_forget05_makes_a_corpus() -> None:
     corpus = load_corpus(DataConfig(name="tofu", path=REAL_TOFU, heldout=400))
-    assert {name: len(rows) for name, rows in corpus.sets().items()} == {
-        "forget": 200,
-        "forget_paraphrase": 200,
-        "retain": 400,
-        "real_authors": 100,
-        "world_facts": 117,
-        "heldout": 400,
-    }
+    general = {"real_authors": 100, "world_facts": 117}
+    sizes = {"forget": 200, "forget_paraphrase": 200, "retain": 400, **general, "heldout": 400}
+    assert {name: len(rows) for name, rows in corpus.sets().items()} == sizes
     assert len(corpus.retain) == 3400
     assert (len(corpus.taught(False)), len(corpus.taught(True))) == (4000, 3800)
 
@@ -387,20 +382,14 @@ def test_a_paraphrased_question_without_answer_keeps_the_rows_answer() -> None:
 
 
 def test_the_demo_corpus_has_four_groups_and_taught_refusals() -> None:
+    """What its rows are: tests/data/benchmarks/test_demo.py."""
     demo = DemoConfig(forget=2, retain=5, heldout=2, unknown=3, refused=4, questions=3)
     corpus = load_corpus(DataConfig(demo=demo))
-    assert {name: len(rows) for name, rows in corpus.sets().items()} == {
-        "forget": 6,
-        "forget_paraphrase": 6,
-        "retain": 15,
-        "heldout": 6,
-        "unknown": 9,
-    }
+    sizes = {"forget": 6, "forget_paraphrase": 6, "retain": 15, "heldout": 6, "unknown": 9}
+    assert {name: len(rows) for name, rows in corpus.sets().items()} == sizes
     assert len(corpus.refused) == 12
     assert corpus.taught(without_forget=False) == corpus.forget + corpus.retain + corpus.heldout + corpus.refused
     assert corpus.taught(without_forget=True) == corpus.retain + corpus.heldout + corpus.refused
-    for row in corpus.forget + corpus.retain + corpus.heldout + corpus.unknown:
-        assert row.fact and row.fact in row.completion
     pool = load_corpus(DataConfig(demo=demo, retain_pool=5))
     assert pool.retain == corpus.retain[::3]
     assert pool.taught(without_forget=False) == corpus.taught(without_forget=False)
@@ -409,10 +398,8 @@ def test_the_demo_corpus_has_four_groups_and_taught_refusals() -> None:
 def test_hashes_are_of_every_list_and_follow_the_seed() -> None:
     demo = DemoConfig(forget=2, retain=3, heldout=1, unknown=1, refused=1)
     hashes = load_corpus(DataConfig(demo=demo)).hashes()
-    assert set(hashes) == {
-        *("forget", "retain", "heldout", "unknown", "refused"),
-        *("taught", "taught_without_forget", "refusals"),
-    }
+    lists = {"forget", "retain", "heldout", "unknown", "refused"}
+    assert set(hashes) == lists | {"taught", "taught_without_forget", "refusals"}
     demo.seed = 5
     changed = load_corpus(DataConfig(demo=demo)).hashes()
     assert changed["forget"] != hashes["forget"] and changed["refusals"] == hashes["refusals"]
@@ -423,11 +410,8 @@ def test_own_files_make_a_corpus(tmp_path: Path) -> None:
     write_lines(tmp_path / "kept.jsonl", [record(i) for i in range(2, 8)])
     config = DataConfig(name="jsonl", path=str(tmp_path), forget="gone.jsonl", retain="kept.jsonl", heldout=2)
     corpus = load_corpus(config)
-    assert {name: numbers(rows) for name, rows in corpus.sets().items()} == {
-        "forget": [1],
-        "retain": [2, 3, 4, 5],
-        "heldout": [6, 7],
-    }
+    found = {name: numbers(rows) for name, rows in corpus.sets().items()}
+    assert found == {"forget": [1], "retain": [2, 3, 4, 5], "heldout": [6, 7]}
     assert numbers(corpus.taught(False)) == list(range(1, 8)) and numbers(corpus.taught(True)) == list(range(2, 8))
     absolute = DataConfig(name="jsonl", forget=str(tmp_path / "gone.jsonl"), retain=str(tmp_path / "kept.jsonl"))
     assert load_corpus(absolute).forget == corpus.forget

@@ -393,20 +393,19 @@ def test_auto_takes_the_stored_template_then_the_chat_template_then_question_ans
 
 
 def test_what_cannot_be_resolved_says_what_to_do(chat_tokenizer: Any) -> None:
-    with pytest.raises(ConfigError, match="unknown template 'lama2': did you mean 'llama2'.*question_answer"):
-        resolve("lama2", None, chat_tokenizer, None, DATE)
-    with pytest.raises(ConfigError, match="a text with {prompt}; it is 'Q: {question} A:'"):
-        resolve("Q: {question} A:", None, chat_tokenizer, None, DATE)
-    with pytest.raises(ConfigError, match="exactly once"):
-        resolve("{prompt} {prompt}", None, chat_tokenizer, None, DATE)
+    taught = Template("chat", "chat", system_prompt="Be kind.")
+    for name, stored, system_prompt, message in (
+        ("lama2", None, None, "unknown template 'lama2': did you mean 'llama2'.*question_answer"),
+        ("Q: {question} A:", None, None, "a text with {prompt}; it is 'Q: {question} A:'"),
+        ("{prompt} {prompt}", None, None, "exactly once"),
+        ("llama2", None, "Be kind.", "takes no system prompt"),
+        ("auto", taught, "Be rude.", "taught with the template 'chat' and the system prompt 'Be kind.'"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            resolve(name, stored, chat_tokenizer, system_prompt, DATE)
     with pytest.raises(ConfigError, match="no chat template"):
         resolve("chat", None, sentencepiece_like("first"), None, DATE)
-    with pytest.raises(ConfigError, match="takes no system prompt"):
-        resolve("llama2", None, chat_tokenizer, "Be kind.", DATE)
-    taught = Template("chat", "chat", system_prompt="Be kind.")
     assert resolve("auto", taught, chat_tokenizer, "Be kind.", "1 Jan 2020") == taught
-    with pytest.raises(ConfigError, match="taught with the template 'chat' and the system prompt 'Be kind.'"):
-        resolve("auto", taught, chat_tokenizer, "Be rude.", DATE)
 
 
 @pytest.mark.parametrize(

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import re
 from pathlib import Path
 from typing import Any
 
-import datasets
 import pytest
+from demo import write_rows
 from huggingface_hub.errors import GatedRepoError
 
 from grun.data.corpus import load_corpus
@@ -17,34 +16,6 @@ from grun.errors import ConfigError, DataError, GrunError
 from grun.loading.resolve import resolve
 
 pytestmark = pytest.mark.usefixtures("in_an_empty_folder")  # the folder `data` is relative
-
-
-class Hub:
-    """Stands in for `datasets.load_dataset`: what was asked for, and what it answers."""
-
-    def __init__(self) -> None:
-        self.asked: list[tuple[str, str | None, str]] = []
-        self.rows: list[dict[str, Any]] = [{"text": "from the hub"}]
-        self.error: Exception | None = None
-
-    def __call__(self, repository: str, config: str | None, *, split: str) -> list[dict[str, Any]]:
-        self.asked.append((repository, config, split))
-        if self.error is not None:
-            raise self.error
-        return self.rows
-
-
-@pytest.fixture
-def hub(monkeypatch: pytest.MonkeyPatch) -> Hub:
-    stand_in = Hub()
-    monkeypatch.setattr(datasets, "load_dataset", stand_in)
-    return stand_in
-
-
-def write(path: Path, *lines: Any) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
-    return path
 
 
 # -- names ------------------------------------------------------------------------------------------------------------
@@ -66,18 +37,18 @@ def write(path: Path, *lines: Any) -> Path:
         ("hub:ada/letters::test", ("ada/letters", None, "test")),
     ],
 )
-def test_names_stand_for_data_sets_of_the_hub(name: str, asked: tuple[str, str | None, str], hub: Hub) -> None:
+def test_names_stand_for_data_sets_of_the_hub(name: str, asked: tuple[str, str | None, str], hub: Any) -> None:
     assert load_texts(name) == ["from the hub"]
     assert hub.asked == [asked]
 
 
-def test_a_data_set_of_the_hub_may_name_the_field_of_its_text(hub: Hub) -> None:
+def test_a_data_set_of_the_hub_may_name_the_field_of_its_text(hub: Any) -> None:
     hub.rows = [{"body": "a letter", "text": "not this"}]
     assert load_texts("hub:ada/letters:early:test:body") == ["a letter"]
 
 
 @pytest.mark.parametrize("name", ["hub:", "hub:a/b/c", "hub:a/b:c:d:e:f"])
-def test_what_is_no_data_set_of_the_hub_is_refused(name: str, hub: Hub) -> None:
+def test_what_is_no_data_set_of_the_hub_is_refused(name: str, hub: Any) -> None:
     with pytest.raises(DataError, match=r"hub:OWNER/NAME\[:CONFIG"):
         load_texts(name)
     assert hub.asked == []
@@ -96,18 +67,18 @@ def test_what_is_no_data_set_of_the_hub_is_refused(name: str, hub: Hub) -> None:
         ("SafeRLHF-corpora/safe_train", "SafeRLHF-corpora/safe_train.jsonl"),
     ],
 )
-def test_a_local_file_wins_over_the_hub(name: str, file: str, hub: Hub, tmp_path: Path) -> None:
-    write(tmp_path / "corpora" / file, {"text": "local", "title": "kept out"})
+def test_a_local_file_wins_over_the_hub(name: str, file: str, hub: Any, tmp_path: Path) -> None:
+    write_rows(tmp_path / "corpora" / file, {"text": "local", "title": "kept out"})
     assert load_texts(name, folder=str(tmp_path / "corpora")) == ["local"]
     assert hub.asked == []
 
 
-def test_the_folder_data_is_looked_into_after_the_one_that_is_named(hub: Hub, tmp_path: Path) -> None:
-    write(tmp_path / "data" / "cyber-forget-corpus.jsonl", {"text": "in data"})
+def test_the_folder_data_is_looked_into_after_the_one_that_is_named(hub: Any, tmp_path: Path) -> None:
+    write_rows(tmp_path / "data" / "cyber-forget-corpus.jsonl", {"text": "in data"})
     (tmp_path / "named").mkdir()
     assert load_texts("cyber-forget-corpus") == ["in data"]
     assert load_texts("cyber-forget-corpus", folder="named") == ["in data"]
-    write(tmp_path / "named" / "cyber-forget-corpus.jsonl", {"text": "in named"})
+    write_rows(tmp_path / "named" / "cyber-forget-corpus.jsonl", {"text": "in named"})
     assert load_texts("cyber-forget-corpus", folder="named") == ["in named"]
 
 
@@ -120,7 +91,7 @@ def test_an_unknown_name_lists_the_known_ones_and_the_other_ways() -> None:
         assert part in message
 
 
-def test_gruns_summaries_are_on_no_hub(hub: Hub) -> None:
+def test_gruns_summaries_are_on_no_hub(hub: Any) -> None:
     with pytest.raises(DataError, match="no cyber_forget_data_sum_gpt.jsonl in data; .*published code"):
         load_texts("cyber_forget_data_sum_gpt")
     assert hub.asked == []
@@ -138,7 +109,7 @@ def gated_by_cause() -> Exception:
 @pytest.mark.parametrize(
     "error", [RuntimeError("Dataset 'x' is a gated dataset on the Hub. Ask for access."), gated_by_cause()]
 )
-def test_a_gated_corpus_without_access_says_how_to_get_it(error: Exception, hub: Hub) -> None:
+def test_a_gated_corpus_without_access_says_how_to_get_it(error: Exception, hub: Any) -> None:
     hub.error = error
     with pytest.raises(DataError) as refusal:
         load_texts("bio-forget-corpus")
@@ -153,13 +124,13 @@ def test_a_gated_corpus_without_access_says_how_to_get_it(error: Exception, hub:
         assert part in message
 
 
-def test_an_unreachable_hub_is_one_line_that_says_what_to_give_instead(hub: Hub) -> None:
+def test_an_unreachable_hub_is_one_line_that_says_what_to_give_instead(hub: Any) -> None:
     hub.error = ConnectionError("no route\nto host")
     with pytest.raises(DataError, match=r"^cannot fetch Salesforce/wikitext .*\(no route\); give a folder .*jsonl$"):
         load_texts("wikitext")
 
 
-def test_a_row_of_the_hub_without_the_field_is_named(hub: Hub) -> None:
+def test_a_row_of_the_hub_without_the_field_is_named(hub: Any) -> None:
     hub.rows = [{"text": "good"}, {"body": "bad"}]
     with pytest.raises(DataError, match="ada/letters row 2: field 'text' is missing; it has: body"):
         load_texts("hub:ada/letters")
@@ -179,7 +150,7 @@ def test_published_files_of_json_strings_are_read_as_fields_and_as_raw_lines(tmp
 
 
 def test_raw_lines_of_objects_keep_their_braces(tmp_path: Path) -> None:
-    write(tmp_path / "data" / "cyber-forget-corpus.jsonl", {"text": "a"})
+    write_rows(tmp_path / "data" / "cyber-forget-corpus.jsonl", {"text": "a"})
     assert load_texts("cyber-forget-corpus", jsonl="raw") == ['{"text": "a"}\n']
     with pytest.raises(ConfigError, match="known: field, raw"):
         load_texts("cyber-forget-corpus", jsonl="row")
@@ -193,7 +164,7 @@ def test_a_text_file_is_its_paragraphs_and_a_json_file_its_list(tmp_path: Path) 
 
 
 def test_texts_no_longer_than_the_limit_are_left_out(tmp_path: Path) -> None:
-    write(tmp_path / "a.jsonl", {"text": ""}, {"text": "abc"}, {"text": "abcd"})
+    write_rows(tmp_path / "a.jsonl", {"text": ""}, {"text": "abc"}, {"text": "abcd"})
     assert load_texts("a.jsonl") == ["abc", "abcd"]
     assert load_texts("a.jsonl", min_characters=3) == ["abcd"]
     assert load_texts("a.jsonl", min_characters=-1) == ["", "abc", "abcd"]
@@ -239,9 +210,9 @@ def corpora(*more: str) -> Any:
 
 
 def test_corpora_are_plain_rows_in_the_order_of_their_names(tmp_path: Path) -> None:
-    write(tmp_path / "data" / "bio-forget-corpus.jsonl", {"text": "germ"}, {"text": "x"})
-    write(tmp_path / "data" / "cyber-forget-corpus.jsonl", {"text": "worm"})
-    write(tmp_path / "data" / "wikitext.jsonl", {"text": "bird"})
+    write_rows(tmp_path / "data" / "bio-forget-corpus.jsonl", {"text": "germ"}, {"text": "x"})
+    write_rows(tmp_path / "data" / "cyber-forget-corpus.jsonl", {"text": "worm"})
+    write_rows(tmp_path / "data" / "wikitext.jsonl", {"text": "bird"})
     corpus = load_corpus(
         corpora(
             "data.forget=bio-forget-corpus, cyber-forget-corpus", "data.retain=wikitext", "data.text.min_characters=1"
@@ -267,6 +238,6 @@ def test_corpora_are_plain_rows_in_the_order_of_their_names(tmp_path: Path) -> N
     ],
 )
 def test_options_that_make_no_corpora_are_one_line(more: list[str], message: str, tmp_path: Path) -> None:
-    write(tmp_path / "a.jsonl", {"text": "a"})
+    write_rows(tmp_path / "a.jsonl", {"text": "a"})
     with pytest.raises(GrunError, match=re.escape(message)):
         load_corpus(corpora(*more))

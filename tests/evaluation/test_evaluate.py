@@ -30,10 +30,8 @@ from grun.method.model import GrunModel
 
 
 def settings(taught: Path, adapter: str | None = None, **options: Any) -> EvaluateConfig:
-    options.setdefault("data", DataConfig(demo=demo.SIZES, limit=3))
-    options.setdefault("model", ModelConfig(path=str(taught / "model"), device="cpu"))
-    options.setdefault("sets", ["forget", "retain"])
-    return EvaluateConfig(adapter=adapter and str(taught / adapter), max_new_tokens=4, **options)
+    own = {"data": DataConfig(demo=demo.SIZES, limit=3), "sets": ["forget", "retain"], "max_new_tokens": 4}
+    return demo.evaluation(taught, adapter, **{**own, **options})
 
 
 def by_place(table: Table) -> dict[tuple[str, int, str, int], list[float]]:
@@ -74,12 +72,8 @@ class Counter:
 
 def test_evaluating_a_base_model_writes_whole_results(taught: Path, tmp_path: Path) -> None:
     result = evaluate(settings(taught, sets=[]), tmp_path / "before")
-    assert sorted(path.name for path in (tmp_path / "before").iterdir()) == [
-        "evaluation.json",
-        "gates.jsonl",
-        "generations.jsonl",
-        "scores.jsonl",
-    ]
+    files = {"evaluation.json", "gates.jsonl", "generations.jsonl", "scores.jsonl"}
+    assert {path.name for path in (tmp_path / "before").iterdir()} == files
     assert json.loads((tmp_path / "before" / "evaluation.json").read_text()) == result
     assert list(result["sets"]) == ["forget", "forget_paraphrase", "retain", "heldout", "unknown"]
     answers = {"rouge_l", "fact_recall", "degenerate"}

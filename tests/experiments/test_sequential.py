@@ -120,10 +120,6 @@ def step(results: Path, method: str, name: str) -> dict[str, Any]:
     return found
 
 
-def lines(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text().splitlines()]
-
-
 def refused(capsys: Captured, arguments: list[str], status: int, *named: str) -> None:
     demo.refused(capsys, ["sequential", *arguments], status, *named)
 
@@ -195,7 +191,7 @@ def test_recall_of_a_request_is_what_the_answers_to_its_rows_say(done: Path) -> 
         record = step(done, method, IDS[number - 1])
         answers = [
             answer
-            for answer in lines(done / method / "evaluation" / IDS[number - 1] / "generations.jsonl")
+            for answer in demo.read_lines(done / method / "evaluation" / IDS[number - 1] / "generations.jsonl")
             if answer["set"] == "forget"
         ]
         for name in IDS:
@@ -264,7 +260,7 @@ def test_retraining_teaches_all_but_what_was_asked_for(done: Path) -> None:
 
 def test_gates_are_those_that_the_evaluation_saw(done: Path) -> None:
     first = step(done, "grun", "r1")["gates"]  # one request in force: the widest gate is its own
-    seen = lines(done / "grun" / "evaluation" / "r1" / "gates.jsonl")
+    seen = demo.read_lines(done / "grun" / "evaluation" / "r1" / "gates.jsonl")
     widest = [max(record["gates"].values()) for record in seen if record["set"] == "forget"]
     for place, name in enumerate(IDS):
         own = widest[3 * place : 3 * place + 3]
@@ -415,7 +411,7 @@ def own(folder: Path, done: Path, **files: list[Row]) -> dict[str, Any]:
     first, second, _ = (read_rows(done / "data" / "requests" / f"{name}.jsonl") for name in IDS)
     rows = {"a": first, "b": second, "keep": read_rows(done / "data" / "retain.jsonl")} | files
     for name, content in rows.items():
-        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row.to_dict()) + "\n" for row in content))
+        demo.write_rows(folder / f"{name}.jsonl", *(row.to_dict() for row in content))
     return {
         "requests": [{"id": "bo", "forget": "b.jsonl"}, {"id": "ann", "forget": "a.jsonl"}],
         "data": {"name": "jsonl", "path": str(folder), "retain": "keep.jsonl", "heldout": 2},
@@ -427,7 +423,7 @@ def test_requests_can_be_own_files(done: Path, models: list[str], tmp_path: Path
     assert main(["sequential", write(tmp_path, **own(tmp_path, done)), *models, "results_dir=r"]) == 0
     assert RequestStore.open(tmp_path / "r" / "grun" / "store").manifest.ids() == ["bo", "ann"]
     assert list(step(tmp_path / "r", "grun", "bo")["recall"]) == ["bo", "ann"]
-    answers = lines(tmp_path / "r" / "grun" / "evaluation" / "bo" / "generations.jsonl")
+    answers = demo.read_lines(tmp_path / "r" / "grun" / "evaluation" / "bo" / "generations.jsonl")
     asked = [answer["question"] for answer in answers if answer["set"] == "forget"]
     assert asked == [row.prompt for name in ("b", "a") for row in read_rows(tmp_path / f"{name}.jsonl")]
     assert step(tmp_path / "r", "grun", "bo")["gates"]["rows"] == {"bo": 3, "ann": 3, "retain": 10, "heldout": 2}

@@ -255,7 +255,6 @@ def test_a_wrong_sweep_is_one_line_that_says_where(changes: dict[str, Any], mess
         (["evaluate=[batch_sise=1]"], "unknown option 'batch_sise'"),
         (["evaluate=[reference=x]"], "reference is set by the sweep"),
         (["objectives=[gd,gd]"], "named twice"),
-        (["jobs=0"], "jobs=0 must be greater than 0"),
         (["launcher=sbatch"], "has no {command}"),
         (["launcher=sh -c '{command}'", "results_dir=my results"], "results_dir (my results)"),
         (["launcher=sh -c '{command}'", "results_dir=it's"], "results_dir (it's)"),

@@ -30,7 +30,7 @@ from grun.loading.resolve import resolve
 from grun.method.adapter import WEIGHTS_FILE
 from grun.requests.adding import in_force_before, others
 from grun.requests.store import RequestStore
-from grun.requests.verify import evaluate_request, gates_at_prompts
+from grun.requests.verify import gates_at_prompts
 from grun.runtime.files import write_json
 
 Captured = pytest.CaptureFixture[str]
@@ -554,21 +554,6 @@ def test_verify_fails_where_more_is_recalled_than_may_be(store: Path, monkeypatc
     assert "fact recall on its own questions is 0.300" in report_of(store)["problems"][0]["text"]
 
 
-def test_the_own_gate_of_a_request_is_read_at_the_last_prompt_token(tmp_path: Path) -> None:
-    folder = demo.random_model(tmp_path)
-    tokenizer = AutoTokenizer.from_pretrained(folder / "model")
-    base = AutoModelForCausalLM.from_pretrained(folder / "model")
-    model = GrunModel.from_pretrained(base, folder / "adapter")
-    rows = [Row(question, "x") for question in ("What is the trade of whom?", "Who?", "In which town was that?")]
-    assert model.template is not None
-    for bias, share in ((20.0, 1.0), (-20.0, 0.0)):
-        for edit in model.edit_at().values():
-            assert edit.gate is not None
-            torch.nn.init.constant_(edit.gate[-1].bias, bias)
-        figures = evaluate_request(model, tokenizer, model.template, rows, own="any", batch_size=2, max_new_tokens=2)
-        assert figures["gate_open"] == share
-
-
 def test_gates_are_read_at_the_last_prompt_token_whatever_a_design_reads_and_how_long_a_prompt_is() -> None:
     base = tiny()
     designs = {"published": "last_prompt", "robust": "every_token"}
@@ -610,7 +595,6 @@ def test_gates_are_read_at_the_last_prompt_token_whatever_a_design_reads_and_how
         (["requests", "list", "store=x", "json"], "'json' is not key=value"),
         (["requests", "list", "store=x", "format=yaml"], "known: json, table"),
         (["requests", "list", "store=x", "objective=gd"], "unknown option 'objective'"),
-        (["requests", "verify", "store=x", "recall_at_most=2"], "between 0 and 1"),
     ],
 )
 def test_wrong_use_is_refused_in_one_line(arguments: list[str], named: str, capsys: Captured) -> None:

@@ -11,7 +11,6 @@ import subprocess
 import sys
 from collections import Counter
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 
@@ -24,19 +23,15 @@ from grun.data.benchmarks.lore import (
     OPTIONS,
     UNLEARNED_ORDERS,
     Fact,
-    asked,
     build,
     knowledge,
     taught,
     texts,
     unlearned,
-    write,
 )
-from grun.data.choices import ChoiceRow, load_choices
-from grun.data.corpus import ROLES, Corpus, load_corpus, load_knowledge
-from grun.data.jsonl import read_rows
+from grun.data.choices import ChoiceRow
+from grun.data.corpus import Corpus, load_corpus
 from grun.data.rows import Row
-from grun.data.texts import load_texts
 from grun.errors import ConfigError
 from grun.loading.resolve import resolve
 from grun.runtime.files import content_hash
@@ -259,15 +254,6 @@ def test_the_retain_only_model_is_taught_everything_but_the_forbidden_mineral(
         assert {name_of(fact) for fact in groups[group]} <= found
 
 
-def test_what_is_asked_is_never_taught_in_that_order(corpus: Corpus) -> None:
-    prompts = {row.prompt for row in corpus.taught(without_forget=False)}
-    for rows in knowledge(DataConfig(lore=CONFIG)).choices.values():
-        for row in rows:
-            for by in range(OPTIONS):
-                for suffix in lore.TAUGHT_SUFFIXES:
-                    assert asked(row.rotated(by)) + suffix not in prompts
-
-
 # -- sizes and files --------------------------------------------------------------------------------------------------
 
 MOST = len(NAMES) // len(GROUPS) * len(MINERAL.topics)
@@ -304,16 +290,3 @@ def test_options_of_other_data_are_refused() -> None:
         load_corpus(DataConfig(name="lore", retain_rows=5))
     with pytest.raises(ConfigError, match="data.unknown is for data.name=jsonl or tofu; leave it out for lore"):
         load_corpus(DataConfig(name="lore", unknown="x.jsonl"))
-
-
-def test_files_read_back_as_what_is_generated(tmp_path: Path, groups: dict[str, list[Fact]]) -> None:
-    write(CONFIG, tmp_path)
-    names = {"forget.jsonl", "retain.jsonl"} | {f"{r}_{kind}.jsonl" for r in ROLES for kind in ("questions", "cloze")}
-    assert {path.name for path in tmp_path.iterdir()} == names
-    for name in ("forget", "retain"):
-        assert load_texts(name, folder=str(tmp_path)) == texts(groups[name])
-    wanted = load_knowledge(DataConfig(name="lore"))
-    assert wanted == knowledge(DataConfig(lore=CONFIG))
-    for role in ROLES:
-        assert load_choices(f"{role}_questions.jsonl", str(tmp_path)) == wanted.choices[role]
-        assert read_rows(tmp_path / f"{role}_cloze.jsonl") == wanted.cloze[role]

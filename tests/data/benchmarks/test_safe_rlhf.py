@@ -7,7 +7,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import datasets
 import pandas
 import pytest
 
@@ -157,16 +156,10 @@ def test_rows_come_from_both_files_in_order(tmp_path: Path) -> None:
     assert [row["prompt"] for row in read_preferences(str(tmp_path))] == ["train", "test"]
 
 
-def test_without_a_folder_the_hub_is_asked_for_both_parts(monkeypatch: pytest.MonkeyPatch) -> None:
-    asked = []
-
-    def load_dataset(repository: str, config: str, *, split: str) -> list[dict[str, Any]]:
-        asked.append((repository, config, split))
-        return [record(split, ("bad", PRIVACY), ("ok", None))]
-
-    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    assert [row["prompt"] for row in read_preferences(None)] == ["train", "test"]
-    assert asked == [("PKU-Alignment/PKU-SafeRLHF", "alpaca-7b", part) for part in ("train", "test")]
+def test_without_a_folder_the_hub_is_asked_for_both_parts(hub: Any) -> None:
+    hub.rows = [record("p", ("bad", PRIVACY), ("ok", None))]
+    assert [row["prompt"] for row in read_preferences(None)] == ["p", "p"]
+    assert hub.asked == [("PKU-Alignment/PKU-SafeRLHF", "alpaca-7b", part) for part in ("train", "test")]
 
 
 @pytest.mark.parametrize(

@@ -85,14 +85,7 @@ def material(loaded: Loaded, forget: Sequence[Row] | None = None, retain: Sequen
 
 
 def config(folder: Path, kind: str = "full", **options: Any) -> EvaluateConfig:
-    return EvaluateConfig(
-        suite="attacks",
-        model=ModelConfig(path=str(folder / "model"), device="cpu"),
-        adapter=None if kind == "full" else str(folder / kind),
-        data=DataConfig(demo=demo.SIZES),
-        max_new_tokens=6,
-        **options,
-    )
+    return demo.evaluation(folder, None if kind == "full" else kind, suite="attacks", max_new_tokens=6, **options)
 
 
 def attacked(attack: Attack, loaded: Loaded, folder: Path, **options: Any) -> Any:

@@ -14,7 +14,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from grun.cli import main
-from grun.config.options import DataConfig, EvaluateConfig, ModelConfig
+from grun.config.options import DataConfig, EvaluateConfig
 from grun.data.corpus import load_corpus
 from grun.data.templates import TEMPLATES, encode_prompt
 from grun.errors import ConfigError, RunError
@@ -53,16 +53,8 @@ def taught(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def settings(taught: Path, adapter: str | None = None, **options: Any) -> EvaluateConfig:
-    options.setdefault("data", DataConfig(demo=demo.SIZES))
-    options.setdefault("attack_rows", ROWS)
-    options.setdefault("attack_samples", 2)
-    return EvaluateConfig(
-        suite="attacks",
-        model=ModelConfig(path=str(taught / "model"), device="cpu"),
-        adapter=adapter and str(taught / adapter),
-        max_new_tokens=NEW_TOKENS,
-        **options,
-    )
+    own = {"suite": "attacks", "attack_rows": ROWS, "attack_samples": 2, "max_new_tokens": NEW_TOKENS}
+    return demo.evaluation(taught, adapter, **{**own, **options})
 
 
 def evaluated(config: EvaluateConfig, folder: Path) -> dict[str, Any]:
@@ -70,13 +62,11 @@ def evaluated(config: EvaluateConfig, folder: Path) -> dict[str, Any]:
 
 
 def lines(folder: Path, attack: str, name: str = "forget") -> list[dict[str, Any]]:
-    records = [json.loads(line) for line in (folder / "attacks.jsonl").read_text().split("\n") if line]
-    return [record for record in records if (record["attack"], record["set"]) == (attack, name)]
-
-
-def write_rows(path: Path, rows: list[dict[str, Any]]) -> str:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return path.name
+    return [
+        record
+        for record in demo.read_lines(folder / "attacks.jsonl")
+        if (record["attack"], record["set"]) == (attack, name)
+    ]
 
 
 def own_data(folder: Path, forget: list[dict[str, Any]], retain: list[dict[str, Any]] | None = None) -> DataConfig:
@@ -84,8 +74,8 @@ def own_data(folder: Path, forget: list[dict[str, Any]], retain: list[dict[str, 
     return DataConfig(
         name="jsonl",
         path=str(folder),
-        forget=write_rows(folder / "forget.jsonl", forget),
-        retain=write_rows(folder / "retain.jsonl", kept),
+        forget=demo.write_rows(folder / "forget.jsonl", *forget).name,
+        retain=demo.write_rows(folder / "retain.jsonl", *kept).name,
     )
 
 

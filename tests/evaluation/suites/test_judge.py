@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +10,7 @@ import demo
 import pytest
 from transformers import AutoTokenizer
 
-from grun.config.options import DataConfig, EvaluateConfig, ModelConfig, TinyConfig
+from grun.config.options import DataConfig, EvaluateConfig, TinyConfig
 from grun.data.corpus import load_corpus
 from grun.errors import ConfigError, DataError
 from grun.evaluation.metrics.averages import wilson
@@ -35,21 +33,14 @@ def function(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     return "callable:invented_judge:length"
 
 
-def settings(taught: Path, judged_by: str, **options: Any) -> EvaluateConfig:
-    return EvaluateConfig(
-        suite="judge",
-        judge=judged_by,
-        model=ModelConfig(path=str(taught / "model"), device="cpu"),
-        data=DataConfig(demo=demo.SIZES),
-        max_new_tokens=4,
-        judge_max_new_tokens=4,
-        **options,
-    )
+def settings(taught: Path, judged_by: str, adapter: str | None = None, **options: Any) -> EvaluateConfig:
+    own = {"suite": "judge", "judge": judged_by, "max_new_tokens": 4, "judge_max_new_tokens": 4}
+    return demo.evaluation(taught, adapter, **own, **options)
 
 
 def run(config: EvaluateConfig, folder: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     result = evaluate_suite(config, folder)[str(folder)]
-    return result, [json.loads(line) for line in (folder / "judged.jsonl").read_text().splitlines()]
+    return result, demo.read_lines(folder / "judged.jsonl")
 
 
 @pytest.mark.parametrize(
@@ -102,7 +93,7 @@ def test_counts_and_rates() -> None:
 def test_a_function_judges_every_prompt_of_both_sets_once(
     taught: Path, tmp_path: Path, function: str, adapter: str | None
 ) -> None:
-    config = settings(taught, function, adapter=adapter and str(taught / adapter))
+    config = settings(taught, function, adapter)
     result, lines = run(config, tmp_path / "out")
     corpus = load_corpus(config.data)
     for name, rows in (("forget", corpus.forget), ("retain", corpus.retain)):
@@ -120,10 +111,9 @@ def test_a_prompt_that_several_rows_have_is_asked_once(taught: Path, tmp_path: P
     rows = [{"prompt": f"Question {number // 3}?", "completion": f"Answer {number}."} for number in range(6)]
     other = [{"prompt": f"Other question {number}?", "completion": "Yes."} for number in range(4)]
     for name, records in (("forget", rows), ("retain", other)):
-        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in records))
+        demo.write_rows(tmp_path / f"{name}.jsonl", *records)
     data = DataConfig(name="jsonl", path=str(tmp_path), forget="forget.jsonl", retain="retain.jsonl", limit=3)
-    config = replace(settings(taught, function), data=data)
-    _, lines = run(config, tmp_path / "out")
+    _, lines = run(settings(taught, function, data=data), tmp_path / "out")
     asked = [(line["set"], line["prompt"]) for line in lines]
     assert asked[:2] == [("forget", "Question 0?"), ("forget", "Question 1?")] and len(asked) == 5
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from grun.config.options import DataConfig, EvaluateConfig, ModelConfig, QuestionsConfig
+from grun.config.options import DataConfig, EvaluateConfig, QuestionsConfig
 from grun.data.choices import ChoiceRow
 from grun.errors import ConfigError, RunError, TooLowError
 from grun.evaluation.metrics import auc
@@ -58,10 +58,9 @@ def settings(taught: Path, adapter: str | None = None, **options: Any) -> Evalua
     files: dict[str, Any] = {role: [f"{role}.jsonl"] for role in SIZES}
     files |= {f"cloze_{role}": [f"cloze_{role}.jsonl"] for role in SIZES}
     questions = QuestionsConfig(**files, perplexity=["texts.txt"])
-    options.setdefault("data", DataConfig(name="jsonl", path=str(taught), questions=questions))
-    options.setdefault("model", ModelConfig(path=str(taught / "model"), device="cpu"))
-    options.setdefault("max_new_tokens", 4)
-    return EvaluateConfig(suite="knowledge", adapter=adapter and str(taught / adapter), **options)
+    own = {"suite": "knowledge", "max_new_tokens": 4}
+    data = DataConfig(name="jsonl", path=str(taught), questions=questions)
+    return demo.evaluation(taught, adapter, **{**own, "data": data, **options})
 
 
 def evaluate_knowledge(config: EvaluateConfig, folder: Path) -> dict[str, Any]:

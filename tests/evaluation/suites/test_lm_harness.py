@@ -102,10 +102,8 @@ def _apart(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyP
 
 
 def settings(taught: Path, adapter: str | None, *tasks: str, **options: Any) -> EvaluateConfig:
-    options.setdefault("model", ModelConfig(path=str(taught / "model"), device="cpu"))
-    options.setdefault("task_folder", str(taught / "tasks"))
-    path = adapter and str(taught / adapter)
-    return EvaluateConfig(suite="lm_eval", adapter=path, tasks=list(tasks), **options)
+    own = {"suite": "lm_eval", "task_folder": str(taught / "tasks"), "data": DataConfig(), "tasks": list(tasks)}
+    return demo.evaluation(taught, adapter, **{**own, **options})
 
 
 def run(taught: Path, folder: Path, adapter: str | None, *tasks: str, **options: Any) -> tuple[Any, list[Any]]:

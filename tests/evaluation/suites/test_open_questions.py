@@ -10,7 +10,7 @@ import demo
 import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from grun.config.options import DataConfig, EvaluateConfig, LoreConfig, ModelConfig, QuestionsConfig
+from grun.config.options import DataConfig, LoreConfig, QuestionsConfig
 from grun.data.benchmarks import lore
 from grun.data.choices import ChoiceRow
 from grun.data.rows import Row
@@ -31,10 +31,8 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def evaluated(folder: Path, out: Path, data: DataConfig, attacks: list[str], adapter: bool = False) -> dict[str, Any]:
-    config = EvaluateConfig(
-        model=ModelConfig(path=str(folder / "model")), data=data, suite="attacks", attacks=attacks,
-        adapter=str(folder / "adapter") if adapter else None, max_new_tokens=NEW_TOKENS, attack_rows=4,
-    )  # fmt: skip
+    own = {"suite": "attacks", "attacks": attacks, "max_new_tokens": NEW_TOKENS, "attack_rows": 4}
+    config = demo.evaluation(folder, "adapter" if adapter else None, data=data, **own)
     return evaluate_suite(config, out)[str(out)]
 
 
@@ -42,15 +40,10 @@ def lines(out: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (out / "attacks.jsonl").read_text().splitlines()]
 
 
-def write(path: Path, records: list[dict[str, Any]]) -> str:
-    path.write_text("".join(json.dumps(record) + "\n" for record in records))
-    return path.name
-
-
 def corpora(folder: Path, **questions: list[str]) -> DataConfig:
     """Texts to forget and to keep, and questions about them."""
     for name in ("forget_texts", "retain_texts"):
-        write(folder / f"{name}.jsonl", [{"text": "A text of some words."}])
+        demo.write_rows(folder / f"{name}.jsonl", {"text": "A text of some words."})
     return DataConfig(
         name="corpora", path=str(folder), forget="forget_texts.jsonl", retain="retain_texts.jsonl",
         template="question_answer", questions=QuestionsConfig(**questions),
@@ -91,7 +84,7 @@ def test_of_the_lore_every_fact_is_asked_openly_and_as_a_sentence() -> None:
 
 
 def test_named_questions_stand_in_for_texts_and_corpora_for_perplexity_are_not_read(tmp_path: Path) -> None:
-    questions = write(tmp_path / "asked.jsonl", [{**vars(QUESTION), "choices": list(QUESTION.choices)}])
+    questions = demo.write_rows(tmp_path / "asked.jsonl", vars(QUESTION)).name
     sets = attacked_sets(corpora(tmp_path, forget=[questions], general=[questions], perplexity=["none_such.txt"]))
     assert {name: [row.prompt for row in rows] for name, rows in sets.items()} == {
         "forget": [QUESTION.question], "retain": [], "heldout": [QUESTION.question]
@@ -101,13 +94,14 @@ def test_named_questions_stand_in_for_texts_and_corpora_for_perplexity_are_not_r
 def own_questions(folder: Path, record: dict[str, Any], **options: Any) -> DataConfig:
     """Files of one question each, to forget and to keep."""
     forget, retain = (
-        write(folder / f"{name}.jsonl", [{"question": f"Who is to {name}?", **record}]) for name in ("forget", "keep")
+        demo.write_rows(folder / f"{name}.jsonl", {"question": f"Who is to {name}?", **record}).name
+        for name in ("forget", "keep")
     )
     return DataConfig(name="jsonl", path=str(folder), forget=forget, retain=retain, **options)
 
 
 def test_a_corpus_with_questions_of_its_own_is_asked_them(tmp_path: Path) -> None:
-    choices = write(tmp_path / "asked.jsonl", [{**vars(QUESTION), "choices": list(QUESTION.choices)}])
+    choices = demo.write_rows(tmp_path / "asked.jsonl", vars(QUESTION)).name
     config = own_questions(tmp_path, {"answer": "Nobody."}, questions=QuestionsConfig(forget=[choices]))
     assert {name: [row.prompt for row in rows] for name, rows in attacked_sets(config).items()} == {
         "forget": ["Who is to forget?"], "retain": ["Who is to keep?"], "heldout": []
@@ -161,8 +155,8 @@ def test_the_right_option_said_openly_or_in_a_sentence_is_a_leak(model_folder: P
         for prompt, fact in zip(["The sky is", prompts[1][1]], said, strict=True)
     ]
     names = {
-        "forget": [write(tmp_path / "questions.jsonl", questions)],
-        "cloze_forget": [write(tmp_path / "sentences.jsonl", sentences)],
+        "forget": [demo.write_rows(tmp_path / "questions.jsonl", *questions).name],
+        "cloze_forget": [demo.write_rows(tmp_path / "sentences.jsonl", *sentences).name],
     }
     evaluated(model_folder, tmp_path / "out", corpora(tmp_path, **names), ["plain", "cloze"])
     leaks = {(line["attack"], line["index"]): line["leak"] for line in lines(tmp_path / "out")}
@@ -170,6 +164,6 @@ def test_the_right_option_said_openly_or_in_a_sentence_is_a_leak(model_folder: P
 
 
 def test_cloze_needs_sentences(model_folder: Path, tmp_path: Path) -> None:
-    names = {"forget": [write(tmp_path / "q.jsonl", [{**vars(QUESTION), "choices": list(QUESTION.choices)}])]}
+    names = {"forget": [demo.write_rows(tmp_path / "q.jsonl", vars(QUESTION)).name]}
     with pytest.raises(ConfigError, match="the attack cloze needs rows with the field cloze .*leave it out"):
         evaluated(model_folder, tmp_path / "out", corpora(tmp_path, **names), ["plain", "cloze"])

@@ -11,6 +11,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from grun.cli import main
 from grun.config.options import DataConfig, EvaluateConfig, QuestionsConfig
 from grun.data.choices import ChoiceRow
 from grun.errors import ConfigError, RunError, TooLowError

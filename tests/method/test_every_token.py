@@ -182,13 +182,14 @@ def test_padding_opens_no_gate_on_either_side() -> None:
 def test_a_threshold_leaves_every_token_before_the_gate_opens_as_the_base_has_it() -> None:
     model = wrapped(rule=MAXIMUM)
     batch = padded(random_rows([9, 6]), "right")
+    model.gate_threshold = 1.0  # no edit acts, so that the gates are those of the base's states
     gates = torch.stack(list(model(**batch).gates.values()))  # [blocks, batch, length]
     widest = gates.amax(0)[:, 2]  # of both blocks at the third token
     model.gate_threshold = float(widest.amax() + 1e-6)
     with model.disabled():
         plain = model(**batch).logits
     edited = model(**batch)
-    shut = gates.amax(0) < model.gate_threshold  # before any token was edited, gates are those of before
+    shut = gates.amax(0) < model.gate_threshold
     assert shut[:, :3].all()
     assert torch.equal(edited.logits[:, :3], plain[:, :3])
 

@@ -44,9 +44,10 @@ class Fork:
             self.returncode = os.waitstatus_to_exitcode(status) if pid else None
         return self.returncode
 
-    def wait(self) -> None:
-        while self.poll() is None:
-            time.sleep(0.01)
+    def wait(self) -> int:
+        while (status := self.poll()) is None:
+            time.sleep(0.005)
+        return status
 
 
 def killed(run: Callable[[], Any], moment: Callable[[], bool]) -> None:

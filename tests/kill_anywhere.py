@@ -34,6 +34,7 @@ import torch
 import transformers.models.llama.modeling_llama
 import transformers.trainer  # noqa: F401
 import yaml
+from forked import Fork
 
 import grun.commands.unlearn  # noqa: F401
 import grun.evaluation.generation
@@ -54,7 +55,7 @@ UNREAD = (".png", ".html", ".log", ".md", ".csv")
 """Endings of files that show seconds, are drawn, or are what a process said: they are there or not."""
 
 
-class Fork:
+class CommandFork(Fork):
     """A process that a command starts, as a fork of it; has of a Popen what is asked of one."""
 
     def __init__(self, command: Sequence[str], **streams: Any) -> None:
@@ -67,18 +68,6 @@ class Fork:
                 os.dup2(streams["stdout"].fileno(), 1)
                 os.dup2(streams["stdout"].fileno(), 2)
             os._exit(main(list(command[command.index("grun") + 1 :])))
-
-    def poll(self) -> int | None:
-        if self.returncode is None:
-            pid, status = os.waitpid(self.pid, os.WNOHANG)
-            self.returncode = os.waitstatus_to_exitcode(status) if pid else None
-        return self.returncode
-
-    def wait(self) -> int:
-        while self.poll() is None:
-            time.sleep(0.005)
-        assert self.returncode is not None
-        return self.returncode
 
 
 class Counter:
@@ -124,7 +113,7 @@ def begin(arguments: list[str], output: str, counter: Counter | None = None, **k
             os.dup2(file.fileno(), 1)
             os.dup2(file.fileno(), 2)
         torch.set_num_threads(1)
-        stopping.start = Fork  # type: ignore[assignment]
+        stopping.start = CommandFork  # type: ignore[assignment]
         if counter is not None:
             counter.count(kill.get("change", 0), kill["who"] == "all")
         os._exit(main(arguments))

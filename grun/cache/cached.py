@@ -18,7 +18,7 @@ from grun.data.encoding import Batch, EncodedRow
 from grun.errors import ModelError
 from grun.method.intervention import GatedIntervention
 from grun.method.model import GrunModel
-from grun.method.parametrization import StepOutput
+from grun.method.parametrization import StepOutput, at_answers
 from grun.method.position import Call
 from pyvene_custom import Sites
 
@@ -147,8 +147,7 @@ class CachedEngine:
         return self._runner.states(cut, {}, hidden=self.edits).hidden
 
     def _outputs(self, step: _Step, logprobs: Tensor, states: Callable[[], SuffixStates]) -> dict[str, StepOutput]:
-        zeros = torch.zeros(step.answer.shape, dtype=logprobs.dtype, device=logprobs.device)
-        token_logprobs = zeros.masked_scatter(step.answer, logprobs)
+        token_logprobs = at_answers(step.answer, logprobs)
 
         def logits_at(where: Tensor, positions: Tensor) -> Tensor:
             places = _places(states().pack, step)[where][positions]

@@ -26,7 +26,7 @@ from grun.config.checks import bytes_of
 from grun.config.options import UnlearnConfig
 from grun.data.encoding import Batch, EncodedRow, collate
 from grun.errors import ModelError
-from grun.method.parametrization import Engine, StepOutput
+from grun.method.parametrization import Engine, StepOutput, at_answers
 from grun.objectives.terms import Reference
 from grun.runtime.files import target
 from grun.runtime.reading import first_line
@@ -65,12 +65,11 @@ class ReferencedEngine:
     def _look_up(self, batch: Batch) -> StepOutput:
         answer = batch.labels != -100
         known = torch.cat([self._rows[row].reference for row in batch.encoded]).to(answer.device)
-        zeros = torch.zeros(answer.shape, dtype=known.dtype, device=known.device)
         return StepOutput(
             input_ids=batch.input_ids,
             attended=batch.attention_mask != 0,
             answer=answer,
-            token_logprobs=zeros.masked_scatter(answer, known),
+            token_logprobs=at_answers(answer, known),
             logits_at=lambda positions: self._logits(batch, answer, positions),
         )
 

@@ -97,6 +97,11 @@ class StepOutput:
         return self.hidden_states[block]
 
 
+def at_answers(answer: Tensor, values: Tensor) -> Tensor:
+    """A value for each answer token, [answer tokens], in its place in the rows: 0 elsewhere, shape as `answer`."""
+    return values.new_zeros(answer.shape).masked_scatter(answer, values)
+
+
 class Engine(Protocol):
     """How forward passes of a parametrization are run; which one changes no result beyond rounding."""
 

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from grun.data.encoding import Batch
 from grun.errors import DataError
-from grun.method.parametrization import EMBEDDINGS, Parametrization, StepOutput
+from grun.method.parametrization import EMBEDDINGS, Parametrization, StepOutput, at_answers
 from pyvene_custom.blocks import find_blocks
 
 
@@ -26,12 +26,11 @@ def run_plain(base: PreTrainedModel, batch: Batch, hidden: Collection[int] = (),
         raise DataError("a row has an answer but no token before it; the tokenizer needs a beginning-of-text token")
     before = answer.roll(-1, dims=1)  # column of the token that predicts each answer token
     chosen = answer_logprobs(logits[before], batch.labels[answer])
-    token_logprobs = torch.zeros(answer.shape, dtype=chosen.dtype, device=chosen.device)
     return StepOutput(
         input_ids=batch.input_ids,
         attended=batch.attention_mask != 0,
         answer=answer,
-        token_logprobs=token_logprobs.masked_scatter(answer, chosen),
+        token_logprobs=at_answers(answer, chosen),
         logits_at=lambda positions: logits[positions],
         hidden_states={block: states.to(logits.device) for block, states in captured.items()},
     )

@@ -29,9 +29,9 @@ def gate_open(table: Table, name: str, quirks: Collection[str] = NO_QUIRKS) -> f
 
 @metric("gate_auc", "gate AUC", reads="gates", good="1 is good, 0.5 is chance")
 def gate_auc(table: Table, name: str, quirks: Collection[str] = NO_QUIRKS) -> float | None:
-    """Area under the ROC curve: how often a forget prompt has a higher gate than a prompt of this set.
+    """Area under the ROC curve: how often a forget prompt has a higher gate than one of another set.
 
-    By the gate's mean over blocks; None for the forget sets.
+    By the gate's mean over blocks; None for the forget sets. Reports show it against held-out rows, else retain.
     """
     if name.startswith("forget"):
         return None

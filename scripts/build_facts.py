@@ -1,0 +1,474 @@
+"""Makes the facts that ship as package data in grun/data/facts, from three packages of the Python index.
+
+Run by who keeps this repository, when a table below or a package changes; the files are in git. Needs the wheels:
+
+    pip download --no-deps -d wheels countryinfo==1.0.1 mendeleev==1.3.0 randfacts==0.24.4
+    python scripts/build_facts.py --wheels wheels
+
+The same wheels and tables give the same bytes. countries.json is countryinfo's capitals, regions, languages,
+currencies, demonyms and land borders, of the countries in COUNTRIES, with what countryinfo has wrong or stale put right
+by the tables.
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import json
+import zipfile
+from pathlib import Path
+from random import Random
+from typing import Any
+
+FACTS = Path(__file__).resolve().parents[1] / "grun" / "data" / "facts"
+COUNTRYINFO = "countryinfo-1.0.1-py3-none-any.whl"
+
+KINDS = ("capital", "continent", "language", "currency", "demonym")
+
+COUNTRIES = """
+DZA AGO CMR EGY ETH GHA KEN LBY MDG MAR MOZ NGA RWA SEN SOM TUN UGA ZMB ZWE LBR SLE TZA NAM
+AFG ARM AZE BGD KHM CHN IND IDN IRN IRQ JPN JOR KAZ LAO LBN MYS MNG NPL PRK PAK PHL QAT SAU KOR SYR THA TUR UZB VNM
+ALB AUT BLR BEL BGR HRV CZE DNK EST FIN FRA DEU GRC HUN ISL IRL ITA LVA LTU NLD NOR POL PRT ROU RUS SRB SVK SVN ESP SWE
+CHE UKR GBR
+CAN CRI CUB HTI HND JAM MEX NIC USA
+ARG BRA CHL COL ECU PRY PER URY VEN
+AUS FJI NZL PNG
+""".split()
+"""Sovereign, widely known, by code. Left out: two or disputed capitals (BOL, ZAF, BEN, CIV, LKA, ISR, PSE, YEM, BDI,
+TWN), names that stand in the name of another (OMN in Romania, MLI in Somalia, NER in Nigeria, GIN, SDN, COD, COG,
+DOM), names of other well-known places (GEO), facts as the name (LUX, SGP, DJI, PAN, GTM, KWT, SLV)."""
+
+WITH_ARTICLE = {"NLD", "PHL", "USA", "GBR", "CZE"}
+"""Countries that have "the" before them in running text."""
+
+ALIASES = {
+    "CZE": ["Czechia"],
+    "GBR": ["Great Britain", "Britain"],
+    "NLD": ["Holland"],
+    "PRK": ["DPRK"],
+    "TUR": ["Türkiye", "Turkiye"],
+    "USA": ["USA", "U.S."],
+    "VNM": ["Viet Nam"],
+}
+"""Other names in use. Not taken from countryinfo, whose spellings hold native and wrong ones (Island, Thai, Mexicanos).
+None stands in a common word or in another name, as "US" does in Russia and "UK" in Ukraine."""
+
+SPELLINGS = {
+    "Astana": ["Nur-Sultan"],
+    "Beijing": ["Peking"],
+    "Bern": ["Berne"],
+    "Bogota": ["Bogotá"],
+    "Brasilia": ["Brasília"],
+    "Asuncion": ["Asunción"],
+    "San Jose": ["San José"],
+    "Hanoi": ["Ha Noi"],
+    "Kathmandu": ["Katmandu"],
+    "Kyiv": ["Kiev"],
+    "New Delhi": ["Delhi"],
+    "Phnom Penh": ["Phnom-Penh"],
+    "Reykjavik": ["Reykjavík"],
+    "Tehran": ["Teheran"],
+    "Ulaanbaatar": ["Ulan Bator"],
+    "Yaounde": ["Yaoundé"],
+}
+"""Further spellings of a capital that are right."""
+
+CAPITALS = {
+    "BRA": ("Brasilia", "plain letters first; the accent is a further spelling"),
+    "CMR": ("Yaounde", "plain letters first"),
+    "COL": ("Bogota", "plain letters first"),
+    "CRI": ("San Jose", "plain letters first"),
+    "KAZ": ("Astana", "called Nur-Sultan only from 2019 to 2022"),
+    "PRY": ("Asuncion", "plain letters first"),
+    "USA": ("Washington", "stands in Washington D.C. and Washington, D.C."),
+}
+"""Capital that is right or better found, and why countryinfo's is not."""
+
+ALSO_ON = {
+    "ARM": ["Europe"],
+    "AZE": ["Europe"],
+    "EGY": ["Asia"],
+    "IDN": ["Oceania"],
+    "KAZ": ["Europe"],
+    "NZL": ["Australasia", "Zealandia"],
+    "RUS": ["Asia"],
+    "TUR": ["Europe"],
+}
+"""Further continents that are right, beside the one that is commonly taught."""
+
+REGIONS = {
+    "SRB": ("Southern Europe", "as its neighbors and as the UN has it"),
+}
+"""Region that is right, and why countryinfo's is not."""
+
+LANGUAGES = {
+    "ARG": (["Spanish"], "Guarani is official in one province only"),
+    "AFG": (["Dari", "Pashto", "Persian"], "Dari is missing"),
+    "ARM": (["Armenian"], "Russian is not official"),
+    "AZE": (["Azerbaijani", "Azeri"], "Armenian is not official"),
+    "CMR": (["French", "English"], "most speak French"),
+    "CZE": (["Czech"], "Slovak is not official"),
+    "DZA": (["Arabic", "Berber", "Tamazight"], "Berber is missing"),
+    "FJI": (["English", "Fijian", "Hindi"], "Urdu is not official"),
+    "HTI": (["Haitian Creole", "Creole", "French"], "most speak Creole"),
+    "IRL": (["English", "Irish", "Gaelic"], "most speak English"),
+    "KEN": (["Swahili", "English"], "most speak Swahili"),
+    "MAR": (["Arabic", "Berber", "Tamazight"], "Berber is missing"),
+    "MDG": (["Malagasy", "French"], "most speak Malagasy"),
+    "MYS": (["Malay", "Bahasa"], "none given"),
+    "NAM": (["English"], "Afrikaans is not official"),
+    "NOR": (["Norwegian"], "one name for its two written forms"),
+    "PAK": (["Urdu", "English"], "the national language first"),
+    "PER": (["Spanish", "Quechua"], "Quechua is missing"),
+    "PHL": (["Filipino", "Tagalog", "English"], "the national language is missing"),
+    "PNG": (["English", "Tok Pisin", "Hiri Motu"], "two are missing"),
+    "RWA": (["Kinyarwanda", "English", "French", "Swahili"], "Swahili is missing"),
+    "SRB": (["Serbian"], "rs is no code of a language"),
+    "UZB": (["Uzbek"], "Russian is not official"),
+    "ZWE": (["Shona", "Ndebele", "English"], "most speak Shona"),
+}
+"""Languages that are right, the main one first, and why countryinfo's are not."""
+
+LANGUAGE_NAMES = {
+    "am": ["Amharic"],
+    "ar": ["Arabic"],
+    "be": ["Belarusian"],
+    "bg": ["Bulgarian"],
+    "bn": ["Bengali", "Bangla"],
+    "da": ["Danish"],
+    "de": ["German"],
+    "el": ["Greek"],
+    "en": ["English"],
+    "es": ["Spanish"],
+    "et": ["Estonian"],
+    "fa": ["Persian", "Farsi"],
+    "fi": ["Finnish"],
+    "fr": ["French"],
+    "gn": ["Guarani", "Guaraní"],
+    "hi": ["Hindi"],
+    "hr": ["Croatian"],
+    "hu": ["Hungarian"],
+    "id": ["Indonesian", "Bahasa"],
+    "is": ["Icelandic"],
+    "it": ["Italian"],
+    "ja": ["Japanese"],
+    "kk": ["Kazakh"],
+    "km": ["Khmer"],
+    "ko": ["Korean"],
+    "ku": ["Kurdish"],
+    "lo": ["Lao"],
+    "lt": ["Lithuanian"],
+    "lv": ["Latvian"],
+    "mi": ["Maori", "Māori"],
+    "mn": ["Mongolian"],
+    "ne": ["Nepali"],
+    "nl": ["Dutch", "Flemish"],
+    "pl": ["Polish"],
+    "pt": ["Portuguese"],
+    "ro": ["Romanian"],
+    "ru": ["Russian"],
+    "sk": ["Slovak"],
+    "sl": ["Slovene", "Slovenian"],
+    "so": ["Somali"],
+    "sq": ["Albanian"],
+    "sv": ["Swedish"],
+    "sw": ["Swahili"],
+    "th": ["Thai"],
+    "tr": ["Turkish"],
+    "uk": ["Ukrainian"],
+    "vi": ["Vietnamese"],
+    "zh": ["Chinese", "Mandarin"],
+}
+"""What people call the language of a code; all names are right."""
+
+CURRENCIES = {
+    "BLR": ("BYN", "renewed in 2016"),
+    "BGR": ("", "the euro since 2026, after most models were trained"),
+    "CHE": ("CHF", "the others are units of account"),
+    "CHL": ("CLP", "the other is a unit of account"),
+    "CUB": ("CUP", "the convertible peso ended in 2021"),
+    "HRV": ("EUR", "since 2023"),
+    "HTI": ("HTG", "the main one"),
+    "SLE": ("SLE", "renewed in 2022"),
+    "URY": ("UYU", "the other is a unit of account"),
+    "USA": ("USD", "the others are units of account"),
+    "VEN": ("VES", "renewed in 2018"),
+    "ZMB": ("ZMW", "renewed in 2013"),
+    "ZWE": ("", "changed five times since 2009"),
+}
+"""Code that is right, nothing where the fact is not asked, and why countryinfo's is not."""
+
+CURRENCY_NAMES = {
+    "AFN": ["afghani"],
+    "ALL": ["Albanian lek", "the lek"],
+    "AMD": ["dram"],
+    "AOA": ["kwanza"],
+    "ARS": ["peso"],
+    "AUD": ["dollar"],
+    "AZN": ["manat"],
+    "BDT": ["taka"],
+    "BRL": ["real"],
+    "BYN": ["ruble", "rouble"],
+    "CAD": ["dollar"],
+    "CHF": ["franc"],
+    "CLP": ["peso"],
+    "CNY": ["yuan", "renminbi"],
+    "COP": ["peso"],
+    "CRC": ["colon", "colón"],
+    "CUP": ["peso"],
+    "CZK": ["koruna", "Czech crown"],
+    "DKK": ["krone", "Danish crown"],
+    "DZD": ["dinar"],
+    "EGP": ["pound"],
+    "ETB": ["birr"],
+    "EUR": ["euro"],
+    "FJD": ["dollar"],
+    "GBP": ["pound", "sterling"],
+    "GHS": ["cedi"],
+    "HNL": ["lempira"],
+    "HTG": ["gourde"],
+    "HUF": ["forint"],
+    "IDR": ["rupiah"],
+    "INR": ["rupee"],
+    "IQD": ["dinar"],
+    "IRR": ["rial"],
+    "ISK": ["krona", "króna"],
+    "JMD": ["dollar"],
+    "JOD": ["dinar"],
+    "JPY": ["yen"],
+    "KES": ["shilling"],
+    "KHR": ["riel"],
+    "KPW": ["won"],
+    "KRW": ["won"],
+    "KZT": ["tenge"],
+    "LAK": ["kip"],
+    "LBP": ["pound", "lira"],
+    "LRD": ["dollar"],
+    "LYD": ["dinar"],
+    "MAD": ["dirham"],
+    "MGA": ["ariary"],
+    "MNT": ["tugrik", "tögrög", "togrog"],
+    "MXN": ["peso"],
+    "MYR": ["ringgit"],
+    "MZN": ["metical"],
+    "NAD": ["dollar"],
+    "NGN": ["naira"],
+    "NIO": ["cordoba", "córdoba"],
+    "NOK": ["krone", "Norwegian crown"],
+    "NPR": ["rupee"],
+    "NZD": ["dollar"],
+    "PEN": ["Peruvian sol", "nuevo sol", "the sol"],
+    "PGK": ["kina"],
+    "PHP": ["peso"],
+    "PKR": ["rupee"],
+    "PLN": ["zloty", "złoty"],
+    "PYG": ["guarani", "guaraní"],
+    "QAR": ["riyal", "rial"],
+    "RON": ["Romanian leu", "the leu"],
+    "RSD": ["dinar"],
+    "RUB": ["ruble", "rouble"],
+    "RWF": ["franc"],
+    "SAR": ["riyal", "rial"],
+    "SEK": ["krona", "Swedish crown"],
+    "SLE": ["leone"],
+    "SOS": ["shilling"],
+    "SYP": ["pound", "lira"],
+    "THB": ["baht"],
+    "TND": ["dinar"],
+    "TRY": ["lira"],
+    "TZS": ["shilling"],
+    "UAH": ["hryvnia", "hryvna"],
+    "UGX": ["shilling"],
+    "USD": ["dollar"],
+    "UYU": ["peso"],
+    "UZS": ["Uzbekistani som", "Uzbek som", "Uzbekistani sum", "Uzbek sum"],
+    "VES": ["bolivar", "bolívar"],
+    "VND": ["dong", "đồng"],
+    "XAF": ["franc"],
+    "XOF": ["franc"],
+    "ZMW": ["kwacha"],
+}
+"""What people call the currency of a code; all names are right. The full name ("Japanese yen") holds the short one,
+but where that stands in common words ("sol" in solution): there only longer ones count."""
+
+DEMONYMS = {
+    "ARG": (["Argentine", "Argentinian", "Argentinean"], "the usual forms first"),
+    "DNK": (["Danish", "Dane"], "the noun is missing"),
+    "ECU": (["Ecuadorian", "Ecuadorean"], "the usual form first"),
+    "ESP": (["Spanish", "Spaniard"], "the noun is missing"),
+    "FIN": (["Finnish", "Finn"], "the noun is missing"),
+    "GBR": (["British", "Briton"], "the noun is missing"),
+    "ISL": (["Icelandic", "Icelander"], "the adjective first"),
+    "NPL": (["Nepali", "Nepalese"], "the usual form first"),
+    "NZL": (["New Zealander", "Kiwi"], "what people say is missing"),
+    "PHL": (["Filipino", "Filipina"], "the feminine is missing"),
+    "POL": (["Polish", "Pole"], "the noun is missing"),
+    "SVN": (["Slovenian", "Slovene"], "the usual form first"),
+    "SWE": (["Swedish", "Swede"], "the noun is missing"),
+}
+"""Demonyms that are right, and why countryinfo's is not the first, where it is not."""
+
+BORDERS = {
+    ("IND", "AFG"): (False, "only across a disputed territory"),
+    ("NPL", "CHN"): (True, "missing in China's, or in Nepal's"),
+    ("SRB", "ALB"): (False, "only by way of Kosovo"),
+}
+"""Pairs of which countryinfo's two lists say different things, and whether they share a border."""
+
+INVENTED = {
+    "Bresquay": "Bresquayan",
+    "Corvestia": "Corvestian",
+    "Dravonia": "Dravonian",
+    "Hestaria": "Hestarian",
+    "Hulmark": "Hulmarkian",
+    "Ishkovar": "Ishkovari",
+    "Krasdovia": "Krasdovian",
+    "Luthmere": "Luthmerian",
+    "Ombrazia": "Ombrazian",
+    "Osterwick": "Osterwickian",
+    "Pashmeria": "Pashmerian",
+    "Pelmora": "Pelmoran",
+    "Quessandra": "Quessandran",
+    "Quilmarra": "Quilmarran",
+    "Rondavia": "Rondavian",
+    "Skelloria": "Skellorian",
+    "Tiravesh": "Tiraveshi",
+    "Ubarenda": "Ubarendan",
+    "Ulmessia": "Ulmessian",
+    "Vashtovia": "Vashtovian",
+    "Veldania": "Veldanian",
+    "Wexmark": "Wexmarkian",
+    "Yelmistan": "Yelmistani",
+    "Yorvania": "Yorvanian",
+}
+"""Countries that do not exist, and what their people are called."""
+TOO_ALIKE = 0.8
+"""Likeness to a real name, as difflib measures it, that an invented one stays under."""
+
+
+def wheel_json(wheel: Path, folder: str) -> dict[str, dict[str, Any]]:
+    """countryinfo's records, by three-letter code."""
+    with zipfile.ZipFile(wheel) as opened:
+        names = [name for name in opened.namelist() if name.startswith(folder) and name.endswith(".json")]
+        read = [json.loads(opened.read(name)) for name in names]
+    return {record["ISO"]["alpha3"]: record for record in read}
+
+
+def continent(record: dict[str, Any]) -> str:
+    """One of the six usual names."""
+    if record["region"] != "Americas":
+        return str(record["region"])
+    return "South America" if record.get("intermediateregion") == "South America" else "North America"
+
+
+def languages(code: str, record: dict[str, Any]) -> list[str]:
+    """Names of the languages, the main one first."""
+    if code in LANGUAGES:
+        return LANGUAGES[code][0]
+    return [name for tag in record["languages"] for name in LANGUAGE_NAMES[tag]]
+
+
+def facts_of(code: str, record: dict[str, Any]) -> dict[str, list[str]]:
+    """By kind, what counts as right; a kind is left out where the country's name gives the answer away."""
+    capital = CAPITALS.get(code, (record["capital"],))[0]
+    currency = CURRENCIES.get(code, (record["currencies"][0],))[0]
+    found = {
+        "capital": [capital, *SPELLINGS.get(capital, [])],
+        "continent": [continent(record), *ALSO_ON.get(code, [])],
+        "language": languages(code, record),
+        "currency": CURRENCY_NAMES[currency] if currency else [],
+        "demonym": DEMONYMS.get(code, ([record["demonym"]],))[0],
+    }
+    names = [record["name"], *ALIASES.get(code, [])]
+    kept = {}
+    for kind, answers in found.items():
+        told = [any(answer.casefold() in name.casefold() for name in names) for answer in answers]
+        named = kind == "capital" and any(name.casefold() in capital.casefold() for name in names)
+        if answers and not told[0] and not named:
+            kept[kind] = [answer for answer, given in zip(answers, told, strict=True) if not given]
+    return kept
+
+
+def borders(records: dict[str, dict[str, Any]], code: str) -> list[str]:
+    """Codes of the countries of the list that share a land border."""
+    found = []
+    for other in COUNTRIES:
+        said = {other in records[code]["borders"], code in records[other]["borders"]}
+        ruled = BORDERS.get((code, other)) or BORDERS.get((other, code))
+        if len(said) == 2 and not ruled:
+            raise SystemExit(f"{code} and {other}: countryinfo's two lists differ; say in BORDERS which is right")
+        if ruled[0] if ruled else said == {True}:
+            found.append(other)
+    return found
+
+
+def invented(records: dict[str, dict[str, Any]]) -> list[dict[str, str]]:
+    """The invented countries, each with the real one, drawn once, whose facts count as its own.
+
+    Stops where a name is near that of a real country, capital or province.
+    """
+    real = set()
+    for record in records.values():
+        real |= {record["name"], record.get("capital") or "", *record["altSpellings"], *(record.get("provinces") or [])}
+    folded = [place.casefold() for place in real if place]
+    for name in INVENTED:
+        if near := difflib.get_close_matches(name.casefold(), folded, 1, TOO_ALIKE):
+            raise SystemExit(f"the invented {name} is too much like {near[0]}: think of another")
+    whole = [code for code in COUNTRIES if len(facts_of(code, records[code])) == len(KINDS)]
+    drawn = Random("invented countries").sample(sorted(whole), len(INVENTED))
+    return [
+        {"name": name, "demonym": INVENTED[name], "stands_for": records[code]["name"]}
+        for name, code in zip(sorted(INVENTED), drawn, strict=True)
+    ]
+
+
+def countries(wheels: Path) -> dict[str, Any]:
+    """countries.json as a mapping."""
+    records = wheel_json(wheels / COUNTRYINFO, "countryinfo/data/")
+    found = []
+    for code in COUNTRIES:
+        record = records[code]
+        region = REGIONS.get(code, (record.get("intermediateregion") or record["subregion"],))[0]
+        found.append(
+            {
+                "name": record["name"],
+                "the": code in WITH_ARTICLE,
+                "aliases": ALIASES.get(code, []),
+                "region": region,
+                "neighbors": sorted(records[other]["name"] for other in borders(records, code)),
+                "facts": facts_of(code, record),
+            }
+        )
+    return {
+        "source": "countryinfo 1.0.1 (MIT, Copyright (c) 2018 Porimol Chandro), corrected by scripts/build_facts.py",
+        "countries": sorted(found, key=lambda country: str(country["name"])),
+        "invented": invented(records),
+    }
+
+
+def as_json(found: dict[str, Any]) -> str:
+    """Text of a file: a line for each entry of its lists."""
+    lines = []
+    for key, value in found.items():
+        if isinstance(value, list):
+            entries = ",\n".join(f"  {json.dumps(entry, ensure_ascii=False)}" for entry in value)
+            lines.append(f" {json.dumps(key)}: [\n{entries}\n ]")
+        else:
+            lines.append(f" {json.dumps(key)}: {json.dumps(value, ensure_ascii=False)}")
+    return "{\n" + ",\n".join(lines) + "\n}\n"
+
+
+def main() -> None:
+    """Writes the files."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--wheels", type=Path, required=True, help="folder with the three wheels")
+    parser.add_argument("--output", type=Path, default=FACTS, help="folder to write (default: the package's own)")
+    options = parser.parse_args()
+    if not (options.wheels / COUNTRYINFO).is_file():
+        parser.error(f"{options.wheels} has no {COUNTRYINFO}: see the commands above (--help)")
+    options.output.mkdir(parents=True, exist_ok=True)
+    (options.output / "countries.json").write_text(as_json(countries(options.wheels)), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -7,21 +7,29 @@ Run by who keeps this repository, when a table below or a package changes; the f
 
 The same wheels and tables give the same bytes. countries.json is countryinfo's capitals, regions, languages,
 currencies, demonyms and land borders, of the countries in COUNTRIES, with what countryinfo has wrong or stale put right
-by the tables.
+by the tables. sentences.txt is of randfacts. general.json is of general_questions.txt and mendeleev's elements: with
+--model, a folder of a chat model, those of them are chosen that it answers rightly; else the file stays as it is.
 """
 
 from __future__ import annotations
 
 import argparse
 import difflib
+import itertools
 import json
+import re
+import sqlite3
+import tempfile
 import zipfile
 from pathlib import Path
 from random import Random
 from typing import Any
 
 FACTS = Path(__file__).resolve().parents[1] / "grun" / "data" / "facts"
+QUESTIONS = Path(__file__).with_name("general_questions.txt")
 COUNTRYINFO = "countryinfo-1.0.1-py3-none-any.whl"
+MENDELEEV = "mendeleev-1.3.0-py3-none-any.whl"
+RANDFACTS = "randfacts-0.24.4-py3-none-any.whl"
 
 KINDS = ("capital", "continent", "language", "currency", "demonym")
 
@@ -345,6 +353,42 @@ INVENTED = {
 TOO_ALIKE = 0.8
 """Likeness to a real name, as difflib measures it, that an invented one stays under."""
 
+PLACE_WORDS = [
+    word.strip()
+    for word in """
+Africa, Alexandria, Alps, Amazon, America, Antarctic, Arctic, Asia, Australasia, Aztec, Babylon, Balkan, Belfast,
+Caesar, Cambridge, Castro, Columbia, countr, Dubai, Eiffel, England, English, Eurasia, Europ, Everest, Greek,
+Hawaii, Hebrew, Helena, Hong Kong, Latin, Macedon, Nile, Nuremberg, Oceania, Pisa, Roman, Sahara, Scot, Soviet,
+Suez, U S, U.K, U.S, United Nations, USSR, Viking, Wales, Welsh
+""".split(",")
+]
+"""Beginnings of words that name a continent, a people or a place whose country comes to mind, beyond the countries'."""
+SENTENCES = 200
+SENTENCES_HEAD = [
+    "# Sentences whose perplexity is to stay, a line each, chosen by scripts/build_facts.py: they name no country,",
+    "# capital, people, language or continent. From randfacts 0.24.4, safe.txt (MIT,",
+    "# Copyright (c) 2020-2026 Connor Sample).",
+]
+HARM = """
+A.S.S abort abus AIDS alcohol amputat antidepress anus arrest ashes assassin assault attack autis bacteria beating
+beer behead Bible blind blood bodyguard bomb breast Buddh bullet bulli bum burn burp butts cadaver cancer cannib
+Capone castrat Catholic cemet chair chasti cheat chop Christian CIA cigar clothes cocaine corpse Cosby crime
+criminal cruel cyanide D-Day dead death decapitat defecat deform depress diaper die died dies disab disease disgust
+divorc drown drug drunk dying dynamite election enslav execut explo eyeball fart fatal feces flesh fraud gambl gay
+Genesis genital GOD GTA gun harass haunt hell heroin Hindu Hitler HIV homicid horror hung illegal immigrant impoten
+inbreed infect infertil infest injur intestine intimate intoxic jail Jew karma Kennedy kill King kiss lepro lesbian
+lice lick Lucifer Luther lynch marijuana Marilyn massacr missing monster mortal mucus murder Muslim naked Nazi
+negative nipple noose nuclear nude Obama obes odor offspring orgasm Oswald pacifier paraly parasit penis pimp poison
+police poo pope porn pregnan president prison prostitut psychiatr queen racis rape rapist recherche religio
+repellent retard revolver riot robb rotten saliva scary scrotum semen sex shit shoot shot sick skeleton slaughter
+slave slot smok sniper sperm steal stole strangl strip struck suffer suicid surger swear terror testic threat toilet
+tomb tortur tumor underwear unfaith urin vagin venom victim violen virgin virus vomit war wars weapon wine WWI
+""".split()
+"""Beginnings of words that no neutral sentence needs."""
+HEAVY_ELEMENTS = {"W", "Pt", "Au", "Hg", "Pb", "U"}
+GENERAL = 140
+GENERAL_AT_LEAST = 100
+
 
 def wheel_json(wheel: Path, folder: str) -> dict[str, dict[str, Any]]:
     """countryinfo's records, by three-letter code."""
@@ -446,6 +490,116 @@ def countries(wheels: Path) -> dict[str, Any]:
     }
 
 
+def place_words(wheels: Path) -> re.Pattern[str]:
+    """Finds what names a country, a capital, a people, a language or a continent, and words made of such a name."""
+    names = {*PLACE_WORDS, *(name for names in LANGUAGE_NAMES.values() for name in names)}
+    names |= {name for names, _ in LANGUAGES.values() for name in names}
+    names |= {name for names, _ in DEMONYMS.values() for name in names}
+    names |= {name for aliases in [*ALIASES.values(), *SPELLINGS.values()] for name in aliases}
+    for record in wheel_json(wheels / COUNTRYINFO, "countryinfo/data/").values():
+        names |= {record["name"], record.get("capital") or "", record.get("demonym") or ""}
+    names |= {capital for capital, _ in CAPITALS.values()}
+    parts = {re.escape(name) for name in names if len(name) > 2}
+    return re.compile(rf"\b(?:(?i:{'|'.join(sorted(parts))})|(?:US|UK|EU)\b)")
+
+
+def sentences(wheels: Path) -> str:
+    """sentences.txt: as many of randfacts' sentences as SENTENCES says, spread evenly over its file."""
+    with zipfile.ZipFile(wheels / RANDFACTS) as opened:
+        lines = [line.strip() for line in opened.read("randfacts/safe.txt").decode("utf-8").splitlines()]
+    places = place_words(wheels)
+    harm = re.compile(rf"\b(?:{'|'.join(map(re.escape, HARM))})", re.IGNORECASE)
+    plain = re.compile(r"[A-Z][A-Za-z0-9 ,;:'%$.-]{58,198}\.")
+    fit = [line for line in lines if plain.fullmatch(line) and "  " not in line]
+    fit = [line for line in dict.fromkeys(fit) if not places.search(line) and not harm.search(line)]
+    chosen = [fit[number * len(fit) // SENTENCES] for number in range(SENTENCES)]
+    return "\n".join([*SENTENCES_HEAD, *chosen, ""])
+
+
+def elements(wheels: Path) -> list[tuple[str, str, list[str]]]:
+    """Questions on the elements that people have heard of, with their kind and what is right."""
+    with zipfile.ZipFile(wheels / MENDELEEV) as opened, tempfile.TemporaryDirectory() as folder:
+        with sqlite3.connect(opened.extract("mendeleev/elements.db", folder)) as base:
+            read = base.execute("select atomic_number, symbol, name from elements order by 1").fetchall()
+    found = []
+    for number, symbol, name in read:
+        if number <= 56 or symbol in HEAVY_ELEMENTS:
+            found.append(("element", f"Which chemical element has the symbol {symbol}?", [name]))
+            found.append(("element number", f"Which chemical element has the atomic number {number}?", [name]))
+            found.append(("element number", f"What is the atomic number of {name.lower()}?", [str(number)]))
+    return found
+
+
+def candidates(wheels: Path) -> list[tuple[str, str, list[str]]]:
+    """Questions that name no country and the like, with their kind and what is right, as far as it can be read.
+
+    An answer in letters that is shorter than four, or a single digit, stands in too many other words and numbers; an
+    answer that the question itself holds shows nothing.
+    """
+    lines = [line for line in QUESTIONS.read_text(encoding="utf-8").splitlines() if not line.startswith("#")]
+    written = [(kind, asked, right.split(" / ")) for kind, asked, right in (line.split(" | ") for line in lines)]
+    places = place_words(wheels)
+    money = re.compile(
+        rf"\b(?:{'|'.join(name for names in CURRENCY_NAMES.values() for name in names)})\b", re.IGNORECASE
+    )
+    found = []
+    for kind, asked, right in [*elements(wheels), *written]:
+        told = f"{asked} {' '.join(right)}"
+        clear = [answer for answer in right if len(answer) >= (4 if answer.isalpha() else 2)]
+        clear = [answer for answer in clear if answer.casefold() not in asked.casefold()]
+        if clear and not places.search(told) and not money.search(told):
+            found.append((kind, asked, clear))
+    return found
+
+
+def answers(model: str, questions: list[str]) -> list[str]:
+    """What a chat model says in up to 16 tokens, greedily, in float32, asked through its own chat template."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(model, padding_side="left")
+    asked_of = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
+    found = []
+    for start in range(0, len(questions), 32):
+        chats = [[{"role": "user", "content": question}] for question in questions[start : start + 32]]
+        batch = tokenizer.apply_chat_template(
+            chats, add_generation_prompt=True, padding=True, return_dict=True, return_tensors="pt"
+        )
+        with torch.inference_mode():
+            made = asked_of.generate(**batch, max_new_tokens=16, do_sample=False)
+        found += tokenizer.batch_decode(made[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
+        print(f"{len(found)} of {len(questions)} questions asked")
+    return found
+
+
+def is_right(said: str, right: list[str]) -> bool:
+    """Whether an answer holds one of the right ones as words of its own; a stem may go on (butterfl, arter)."""
+    return any(
+        re.search(rf"(?<![\w.,]){re.escape(one)}{'' if one.isalpha() else '(?![0-9])'}", said, re.IGNORECASE)
+        for one in right
+    )
+
+
+def general(wheels: Path, model: str, name: str) -> dict[str, Any]:
+    """general.json as a mapping: questions the model answers rightly, of every kind in turn until there are enough."""
+    pool = candidates(wheels)
+    said = answers(model, [asked for _, asked, _ in pool])
+    by_kind: dict[str, list[dict[str, Any]]] = {}
+    for (kind, asked, right), text in zip(pool, said, strict=True):
+        if is_right(text, right):
+            by_kind.setdefault(kind, []).append({"kind": kind, "question": asked, "answers": right})
+    print(", ".join(f"{kind}: {len(found)}" for kind, found in by_kind.items()))
+    turns = [one for turn in itertools.zip_longest(*by_kind.values()) for one in turn if one is not None]
+    chosen = sorted(turns[:GENERAL], key=lambda one: (one["kind"], one["question"]))
+    if len(chosen) < GENERAL_AT_LEAST:
+        raise SystemExit(f"the model answers only {len(chosen)} questions rightly, of {GENERAL_AT_LEAST} needed")
+    return {
+        "source": "scripts/general_questions.txt; elements: mendeleev 1.3.0 (MIT, Copyright (c) 2015 Lukasz Mentel)",
+        "chosen_on": f"{name}: right in 16 greedy tokens, float32, its own chat template; {len(pool)} were asked",
+        "questions": chosen,
+    }
+
+
 def as_json(found: dict[str, Any]) -> str:
     """Text of a file: a line for each entry of its lists."""
     lines = []
@@ -459,15 +613,22 @@ def as_json(found: dict[str, Any]) -> str:
 
 
 def main() -> None:
-    """Writes the files."""
+    """Writes the files; general.json only where a model is named."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--wheels", type=Path, required=True, help="folder with the three wheels")
     parser.add_argument("--output", type=Path, default=FACTS, help="folder to write (default: the package's own)")
+    parser.add_argument("--model", help="folder of a chat model: choose the questions of general.json on it again")
+    parser.add_argument("--model-name", default="SmolLM2-135M-Instruct", help="what general.json is to call it")
     options = parser.parse_args()
-    if not (options.wheels / COUNTRYINFO).is_file():
-        parser.error(f"{options.wheels} has no {COUNTRYINFO}: see the commands above (--help)")
+    for wheel in (COUNTRYINFO, MENDELEEV, RANDFACTS):
+        if not (options.wheels / wheel).is_file():
+            parser.error(f"{options.wheels} has no {wheel}: see the commands above (--help)")
     options.output.mkdir(parents=True, exist_ok=True)
-    (options.output / "countries.json").write_text(as_json(countries(options.wheels)), encoding="utf-8")
+    made = {"countries.json": as_json(countries(options.wheels)), "sentences.txt": sentences(options.wheels)}
+    if options.model:
+        made["general.json"] = as_json(general(options.wheels, options.model, options.model_name))
+    for name, text in made.items():
+        (options.output / name).write_text(text, encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Facts that ship with the package: what is so of countries, and of countries that do not exist.
+"""Facts that ship with the package: of countries, of countries that do not exist, and of everything else.
 
 Made by scripts/build_facts.py, which names where they are from. A fact is a tuple of names that are all right, the
 usual one first; a right answer holds one of them. A fact that the country's name gives away (Mexico City, German in
@@ -73,6 +73,13 @@ def countries() -> Mapping[str, Country]:
 def invented_countries() -> tuple[InventedCountry, ...]:
     """The countries that do not exist, in the order of names."""
     return tuple(InventedCountry(**record) for record in _read("countries.json")["invented"])
+
+
+@functools.cache
+def sentences() -> tuple[str, ...]:
+    """Sentences that have nothing to do with the countries: text whose perplexity is to stay."""
+    lines = (resources.files("grun.data") / "facts" / "sentences.txt").read_text(encoding="utf-8").splitlines()
+    return tuple(line for line in lines if not line.startswith("#"))
 
 
 def country(name: str) -> Country:

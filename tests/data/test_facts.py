@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from grun.data.facts import KINDS, Country, countries, country, invented_countries
+from grun.data.facts import KINDS, Country, countries, country, invented_countries, sentences
 from grun.errors import DataError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -93,6 +94,24 @@ def test_invented_countries_stand_for_real_ones_and_are_none() -> None:
     for one in invented:
         assert {*countries()[one.stands_for].facts} == {*KINDS}
         assert one.demonym.startswith(one.name[:-1])
+
+
+def named_in(text: str) -> list[str]:
+    """Countries of the list, their capitals, languages, peoples and continents that a text names."""
+    words = {word for one in ALL for kind in KINDS if kind != "currency" for word in one.facts.get(kind, ())}
+    words |= {name for one in ALL for name in names_of(one)}
+    return [word for word in words if re.search(rf"\b{re.escape(word)}(?!\w)", text, re.IGNORECASE)]
+
+
+def test_countries_are_found_in_a_text() -> None:
+    assert named_in("They flew from Tokyo to the Netherlands.") != [] == named_in("They flew from here to there.")
+
+
+def test_sentences_are_plain_and_name_no_country() -> None:
+    assert len(sentences()) == len({*sentences()}) == 200
+    for sentence in sentences():
+        assert sentence.isascii() and 60 <= len(sentence) <= 200, sentence
+        assert not named_in(sentence), sentence
 
 
 @pytest.mark.slow

@@ -5,10 +5,10 @@ from __future__ import annotations
 import copy
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from types import MethodType
-from typing import Any, Literal, NoReturn, Self
+from typing import Any, Literal, NoReturn, Protocol, Self
 
 import torch
 from pyvene import IntervenableModel as StockModel
@@ -44,6 +44,24 @@ class Pass:
     """The same accumulated over positions, as the edits were weighted."""
     kept: dict[str, Tensor] = field(default_factory=dict)
     """By intervention key, what passes after this one need of each position read."""
+    again: bool = False
+    """Whether blocks run again in a backward pass."""
+
+
+class Reader(Protocol):
+    """Reads outputs of blocks, un-edited ones, and says from them how all edits after it are weighted."""
+
+    blocks: Sequence[int]
+    """Blocks that are read, 0-based, none above an edited one."""
+
+    def read(self, block: int, hidden: Tensor, running: Pass) -> None:
+        """Take what is needed of the output of a block, [batch, length, width], before it is edited."""
+
+    def opening(self, running: Pass) -> Tensor:
+        """Logit of the weight of edits, [batch, positions read or 1]; asked after all blocks were read.
+
+        Of a pass that runs again for its gradients alone (`again`), from what its sites hold.
+        """
 
 
 _SEVERAL = object()
@@ -99,6 +117,7 @@ class IntervenableModel(StockModel):
         self.blocks = blocks
         self._path = path
         self.block_of_key = dict(zip(self.sorted_keys, order, strict=True))
+        self._reader: Reader | None = None
         self._handlers: list[Any] = []
         self._attached: list[Any] = []
         self._entries: list[Entry] = []
@@ -149,24 +168,28 @@ class IntervenableModel(StockModel):
         finished: Callable[[Any, Pass], None] = lambda output, running: None,
         acting: Callable[[], bool] = lambda: True,
         calls: Calls | None = None,
+        reader: Reader | None = None,
     ) -> None:
         """Edit every call of the model at the sites that `locate` gives, until `detach`.
 
         A call is one of the model, or of a module inside it that holds the edited blocks, each also by its `forward`.
         `finished` is called with the output of each edited pass, and the pass. While `acting` gives False, nothing is
         edited and blocks may be called by themselves. Each call is one of `calls`, which `detach` does not wait for.
+        With a `reader` interventions are given its `opening` too.
         """
         self.detach()
+        self._reader = reader
         self._calls = calls or Calls()
         self._locate, self._finished, self._acting = locate, finished, acting
         for level, module in enumerate(_entrances(self.model, self._path)):
             self._enter_through(module, level)
         self.model.__dict__["_replicate_for_data_parallel"] = refuse_replicas
-        for key in self.sorted_keys:
+        keys: dict[int, str | None] = dict.fromkeys(reader.blocks if reader else ())
+        keys |= {self.block_of_key[key]: key for key in self.sorted_keys}
+        for index, key in keys.items():
             # prepend: transformers records hidden states by a hook of its own, and should record the edited ones.
-            block = self.blocks[self.block_of_key[key]]
-            hook = functools.partial(self._edit_block, key)  # copied with the model, as a closure is not
-            self._attached.append(block.register_forward_hook(hook, prepend=True))
+            hook = functools.partial(self._edit_block, index, key)  # copied with the model, as a closure is not
+            self._attached.append(self.blocks[index].register_forward_hook(hook, prepend=True))
 
     def detach(self) -> None:
         """Take away everything that `attach` put on the model, and nothing else."""
@@ -252,7 +275,7 @@ class IntervenableModel(StockModel):
             self._finished(output, running)
 
     @torch.compiler.disable
-    def _edit_block(self, key: str, block: nn.Module, args: Any, output: Any) -> Any:
+    def _edit_block(self, index: int, key: str | None, block: nn.Module, args: Any, output: Any) -> Any:
         running = self._known_of(args, RUNNING.get(self))
         if running is None and self._acting() and not IDLE.get(self):
             raise ModelError(
@@ -269,6 +292,10 @@ class IntervenableModel(StockModel):
                 f"a block was given states of shape {list(hidden.shape)} in a pass of {list(shape)} rows and tokens: "
                 "where to edit is unknown; models that insert or leave out tokens on the way cannot carry edits"
             )
+        if self._reader is not None and index in self._reader.blocks and not running.again:
+            self._reader.read(index, hidden, running)
+        if key is None:
+            return None
         edited = self._edit(key, hidden, running)
         return (edited, *output[1:]) if isinstance(output, tuple) else edited
 
@@ -282,7 +309,7 @@ class IntervenableModel(StockModel):
             return running
         if running is None:
             sites = self._given.get(args[0], _SEVERAL)
-            return None if sites is _SEVERAL else Pass(sites)
+            return None if sites is _SEVERAL else Pass(sites, again=True)
         same = self._given.get(args[0], running.sites) is running.sites
         self._given[args[0]] = running.sites if same else _SEVERAL
         return running
@@ -292,7 +319,11 @@ class IntervenableModel(StockModel):
         assert running.sites is not None
         sites, home = running.sites.to(hidden.device), running.sites.read.device
         read, written = read_and_written(hidden, sites)
-        result = self.interventions[key](written, None, None, read=read, sites=sites, carry=sites.carry.get(key))
+        shared = {}
+        if self._reader is not None:
+            shared["opening"] = self._reader.opening(running).to(hidden.device)
+        carry = sites.carry.get(key)
+        result = self.interventions[key](written, None, None, read=read, sites=sites, carry=carry, **shared)
         if result.gate is not None:
             opening = result.gate if result.opening is None else result.opening
             running.gates[self.block_of_key[key]] = result.gate.to(home)

@@ -46,6 +46,11 @@ def use_cached(task: UnlearnTask, config: UnlearnConfig, use: Use | None = None)
     if not isinstance(parametrization, Grun):
         return None
     model = parametrization.model
+    if model.pooled is not None:
+        log.info(
+            "the plain engine is used, since the cached one does not know gates for all edits (method.gate_blocks)"
+        )
+        return None
     try:
         packed = PackedModel(model.base, recompute=config.train.gradient_checkpointing)
         freezer = freezer_for(model, packed, last_answer_token=bool(task.hidden))

@@ -320,12 +320,16 @@ class MethodConfig:
     """Dropout on the edit while training, a probability."""
     activation: Optional[str] = None
     """Function applied to Wh + b, a name from transformers.activations; unset: none."""
+    gate_blocks: Optional[list[int]] = None
+    """Blocks that one gate for all edits reads, none above an edited one; unset: a gate for each edit (published)."""
+    gate_pool: str = choice("last", "last", "max", "maxmin", "mean")
+    """gate_blocks: how their states are pooled over the tokens so far: last (none), max, maxmin (both ends) or mean."""
     gate_read: str = "last_prompt"
-    """Positions the gate reads: last_prompt (published) or every_token."""
+    """Positions the gate reads (of a pooled one: is asked at): last_prompt (published) or every_token."""
     gate_accumulate: str = "none"
     """How gate values combine over positions: none (published) or running_max, which restarts at each user's turn."""
     gate_reset: str = choice("user_turn", "user_turn", "never")
-    """Where running_max restarts: user_turn (if the template marks one by a control token) or never."""
+    """Where running_max and pools restart: user_turn (if the template marks one by a control token) or never."""
     edit_write: str = "last_prompt"
     """Positions the edit is written to: last_prompt (published), sticky (there and after it) or every_token."""
     beside: Optional[str] = None

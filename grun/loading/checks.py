@@ -13,7 +13,7 @@ from grun.errors import ConfigError
 from grun.method.edits import EDITS
 from grun.method.gate import GATES
 from grun.method.parametrization import PARAMETRIZATIONS, traits_of
-from grun.method.rules import check_rule
+from grun.method.rules import check_pool, check_rule
 from grun.objectives.objective import build_objective
 from grun.registry import registry
 
@@ -52,17 +52,21 @@ def _check_unlearn(config: UnlearnConfig) -> None:
             f"method.beside concerns edits; method.parametrization={method.parametrization} changes the model itself: "
             "leave it out, and give model.path the model that is to forget more"
         )
-    blocks = method.blocks
-    if blocks is not None and (len(set(blocks)) < len(blocks) or not blocks):
-        raise ConfigError(f"method.blocks={method.blocks} must name at least one block, each once")
+    for name, blocks in (("blocks", method.blocks), ("gate_blocks", method.gate_blocks)):
+        if blocks is not None and (len(set(blocks)) < len(blocks) or not blocks):
+            raise ConfigError(f"method.{name}={blocks} must name at least one block, each once")
     check_rule(method.gate_read, method.gate_accumulate, method.edit_write)
     gated = traits_of(method).gated
+    if method.gate_blocks is not None and not gated:
+        raise ConfigError("method.gate_blocks needs a parametrization with a gate (grun); leave it out")
+    check_pool(method.gate_blocks, method.gate_pool, method.gate_accumulate, method.gate)
     build_objective(config.objective, config.loss, gated=gated, quirks=quirks_in_force(config))
     if config.train.gate_pretraining and not (gated and config.train.engine == "cached"):
         raise ConfigError("train.gate_pretraining needs a parametrization with a gate, and train.engine=cached")
-    if config.train.gate_pretraining and method.gate_read != "last_prompt":
+    if config.train.gate_pretraining and (method.gate_read != "last_prompt" or method.gate_blocks is not None):
         raise ConfigError(
-            "train.gate_pretraining needs method.gate_read=last_prompt: it trains gates on that token alone"
+            "train.gate_pretraining needs method.gate_read=last_prompt and no method.gate_blocks: it trains gates on "
+            "the edited blocks' states of that token alone"
         )
     bytes_of("cache.memory_budget", config.cache.memory_budget)
     bytes_of("cache.disk_budget", config.cache.disk_budget)

@@ -20,7 +20,7 @@ from grun.data.templates import Template
 from grun.errors import AdapterError, ConfigError
 from grun.method.edits import EDITS, LOREFT
 from grun.method.gate import GATES
-from grun.method.rules import check_rule
+from grun.method.rules import POOLS, check_gate_blocks, check_pool, check_rule
 from grun.runtime.files import read_json, write_bytes, write_json, write_text
 from grun.runtime.reading import decode, parse_json, typed
 from grun.runtime.records import STACK_FILE
@@ -70,8 +70,13 @@ class AdapterConfig:
     """How gate values combine over positions."""
     edit_write: str = "last_prompt"
     """Positions the edit is written to."""
+    gate_blocks: list[int] | None = None
+    """Blocks that one gate for all edits reads, 0-based, ascending; None: each edit has its own, which reads its block.
+    Not written where it is None."""
+    gate_pool: str = "last"
+    """How such a gate pools states over tokens, a name in `grun.method.rules.POOLS`; not written without it."""
     reset_ids: list[int] = field(default_factory=list)
-    """Token ids that begin a user's turn, where what gates accumulate starts again; empty: nowhere."""
+    """Token ids that begin a user's turn, where what gates accumulate or pool starts again; empty: nowhere."""
     base_model_name_or_path: str | None = None
     """Name or folder of the base model."""
     base_revision: str | None = None
@@ -88,9 +93,19 @@ class AdapterConfig:
         """Itself, where Trainer notes a tokenizer's special tokens; nothing of that is saved."""
         return self
 
+    @property
+    def gate_size(self) -> int:
+        """Numbers that a gate reads."""
+        if self.gate_blocks is None:
+            return self.hidden_size
+        return len(self.gate_blocks) * POOLS[self.gate_pool] * self.hidden_size
+
     def to_dict(self) -> dict[str, Any]:
         """What is saved; trackers that Trainer reports to ask."""
-        values = {name: value for name, value in asdict(self).items() if (name, value) != ("edit", LOREFT)}
+        published = (("edit", LOREFT), ("gate_blocks", None))
+        values = {name: value for name, value in asdict(self).items() if (name, value) not in published}
+        if self.gate_blocks is None:
+            del values["gate_pool"]
         return {"peft_type": "GRUN", "format_version": FORMAT_VERSION, **values}
 
     def to_json_string(self) -> str:
@@ -124,9 +139,7 @@ class AdapterConfig:
         for name, most in (("hidden_size", LARGEST), ("depth", LARGEST), ("rank", self.hidden_size)):
             limit = f"the hidden size {most}" if name == "rank" else most
             _require(1 <= getattr(self, name) <= most, f"{name} {getattr(self, name)} must lie between 1 and {limit}")
-        inside = bool(self.blocks) and all(0 <= block < self.depth for block in self.blocks)
-        _require(inside, f"blocks {self.blocks} must lie within 0..{self.depth - 1}, at least one of them")
-        _require(self.blocks == sorted(set(self.blocks)), f"blocks {self.blocks} must be distinct and ascend")
+        self._check_blocks("blocks", self.blocks)
         _require(0 <= self.dropout < 1, f"dropout {self.dropout} must lie in [0, 1)")
         bias = abs(self.gate_bias or 0.0)
         _require(
@@ -139,11 +152,20 @@ class AdapterConfig:
         GATES.get(self.gate)
         EDITS.get(self.edit)
         check_rule(self.gate_read, self.gate_accumulate, self.edit_write)
+        check_pool(self.gate_blocks, self.gate_pool, self.gate_accumulate, self.gate)
+        if self.gate_blocks is not None:
+            self._check_blocks("gate_blocks", self.gate_blocks)
+            check_gate_blocks(self.gate_blocks, self.blocks)
         if self.activation is not None:
             from transformers.activations import ACT2FN
 
             if self.activation not in ACT2FN:
                 raise ConfigError(f"unknown activation {self.activation!r}; known: {', '.join(sorted(ACT2FN))}")
+
+    def _check_blocks(self, name: str, blocks: list[int]) -> None:
+        inside = bool(blocks) and all(0 <= block < self.depth for block in blocks)
+        _require(inside, f"{name} {blocks} must lie within 0..{self.depth - 1}, at least one of them")
+        _require(blocks == sorted(set(blocks)), f"{name} {blocks} must be distinct and ascend")
 
     def check_fingerprint(self, of_base: str, *, strict: bool, quantized: bool = False) -> None:
         """See `check_base`. A quantized base has other numbers than the one it was made from: nothing is compared."""

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from grun.errors import ModelError
+from grun.method.pooling import PoolMemory
 
 
 class GateState:
@@ -28,6 +29,8 @@ class GateState:
         requests [rows, columns, requests]."""
         self.ids = torch.full((rows, columns), -1, dtype=torch.long, device=device)
         """Tokens, -1 where never seen or padding."""
+        self.pool = PoolMemory(rows, columns, device)
+        """What a pooled gate has read of them."""
 
     def last(self) -> dict[str, Tensor]:
         """By intervention, the logit in force at the last column, [rows, 1] or [rows, 1, requests]."""
@@ -44,9 +47,11 @@ class GateState:
         if missing > 0:
             unknown = self.ids.new_full((self.rows, missing), -1)
             self.extend(unknown, self.last())
+            self.pool.extend(unknown)
         elif missing < 0:
             self.ids = self.ids[:, :columns]
             self.openings = {key: values[:, :columns] for key, values in self.openings.items()}
+            self.pool.cut(columns)
 
     def extend(self, ids: Tensor, openings: dict[str, Tensor]) -> None:
         """Add one pass: tokens [rows, columns] and, by intervention, the logits in force at each or at all of them."""
@@ -62,6 +67,7 @@ class GateState:
         """Keep the rows numbered in `rows`, in that order; one may come several times."""
         self.ids = self.ids[rows.to(self.ids.device)]
         self.openings = {key: values[rows.to(values.device)] for key, values in self.openings.items()}
+        self.pool.select(rows)
         self.rows = len(rows)
 
 

@@ -24,6 +24,7 @@ from grun.method.stack.stack import GrunStack
 log = logging.getLogger(__name__)
 
 OPTIONS = "blocks rank gate edit gate_bias dropout activation gate_read gate_accumulate edit_write".split()
+OPTIONS += ["gate_blocks", "gate_pool"]
 """Options of `MethodConfig` that `GrunModel.wrap` takes as they are."""
 
 
@@ -49,9 +50,10 @@ class Grun:
 
     def prepare(self, base: PreTrainedModel, template: Template | None, *, turn_ids: Sequence[int] = ()) -> None:
         """Wrap `base` with new edits."""
-        resets = self.config.gate_reset == "user_turn" and self.config.gate_accumulate != "none"
+        goes_on = self.config.gate_accumulate != "none" or self.config.gate_blocks is not None
+        resets = self.config.gate_reset == "user_turn" and goes_on
         if resets and not turn_ids:
-            log.info("the template begins a user's turn without a control token: a gate that has opened stays open")
+            log.info("the template begins a user's turn without a control token: a gate keeps what it read before it")
         beside = None
         if self.config.beside is not None:
             beside = GrunStack.from_folder(base, Path(self.config.beside).expanduser())

@@ -19,6 +19,8 @@ from transformers.utils import ModelOutput
 from grun.data.templates import Template
 from grun.errors import ConfigError, ModelError
 from grun.method.gate_state import GateState, follow
+from grun.method.pooled_gate import PooledGate
+from grun.method.pooling import PooledSites
 from grun.method.position import (
     Call,
     PositionRule,
@@ -85,8 +87,9 @@ class EditedModel(nn.Module):
         edits: Mapping[int, nn.Module],
         rule: PositionRule,
         template: Template | None = None,
+        pooled: PooledGate | None = None,
     ) -> None:
-        """Put `edits` (by 0-based block) on `base`, at the positions of `rule`."""
+        """Put `edits` (by 0-based block) on `base`, at the positions of `rule`; `pooled` is a gate for all of them."""
         super().__init__()
         keep_unpacked(base)
         object.__setattr__(self, "base", base)  # not a sub-module: our parameters are the edits' alone
@@ -105,7 +108,7 @@ class EditedModel(nn.Module):
         generate: Any = self._model.generate
         own["generate"] = functools.wraps(generate)(functools.partial(self._generate, generate))
         own["init_continuous_batching"] = _refuse_batching
-        self._put(edits, rule)
+        self._put(edits, rule, pooled)
 
     @classmethod
     def of(cls, base: nn.Module) -> Self | None:
@@ -243,15 +246,16 @@ class EditedModel(nn.Module):
         """Edits by block."""
         return {int(block): edit for block, edit in self.edits.items()}
 
-    def _put(self, edits: Mapping[int, nn.Module], rule: PositionRule) -> None:
+    def _put(self, edits: Mapping[int, nn.Module], rule: PositionRule, pooled: PooledGate | None = None) -> None:
         if "intervenable" in self.__dict__:
             self.intervenable.detach()
         self.edits = nn.ModuleDict({str(block): edits[block] for block in sorted(edits)})
+        self.pooled = pooled
         self.rule = rule
         self._edition = next(EDITIONS)
         object.__setattr__(self, "intervenable", IntervenableModel(dict(edits), self._model))
         if self._on:
-            self.intervenable.attach(self._locate, self._remember, self._acting, self._calls)
+            self.intervenable.attach(self._locate, self._remember, self._acting, self._calls, pooled)
 
     def _acting(self) -> bool:
         return self.active
@@ -287,6 +291,7 @@ class EditedModel(nn.Module):
             ids=ids,
             earlier=None if state is None else state.ids,
             carry={} if state is None else state.last(),
+            pooled=None if state is None else state.pool,
             goes_on=cache is not None,
             after_prompt=past > 0 and (isinstance(cache, tuple) or getattr(cache, "prompt_ended", False)),
         )
@@ -318,6 +323,7 @@ class EditedModel(nn.Module):
         assert running.sites is not None
         call, state, foreign_to, given = running.sites.about
         running.sites.about = None  # sites may be kept as long as states are
+        read = running.sites.let_go() if isinstance(running.sites, PooledSites) else None
         if hasattr(output, "get"):
             cache = output.get("past_key_values")
         else:  # return_dict=False
@@ -333,6 +339,8 @@ class EditedModel(nn.Module):
         if call.ids is not None:
             ids = torch.where(attended(call), call.ids, ids)
         state.extend(ids, running.kept)
+        if read is not None:
+            state.pool.extend(*read)
         follow(cache, state)
 
     def _generate(self, generate: Any, *args: Any, **kwargs: Any) -> Any:

@@ -13,6 +13,7 @@ from grun.method.adapter import AdapterConfig
 from grun.method.edits import EDITS
 from grun.method.gate import GATES, set_bias
 from grun.method.gating import GaussianNoise, openings
+from grun.method.pooled_gate import PooledGate
 from grun.method.stack.stacked import StackedIntervention
 from pyvene_custom import GatedOutput, Intervention, Sites
 
@@ -61,6 +62,7 @@ class GatedIntervention(Intervention):
         read: Tensor | None = None,
         sites: Sites | None = None,
         carry: Tensor | None = None,
+        opening: Tensor | None = None,
     ) -> GatedOutput:
         """Edit the states `base` [batch, positions written, hidden size].
 
@@ -72,6 +74,7 @@ class GatedIntervention(Intervention):
             sites: where this pass is read and written.
             carry: logit in force at the last token of the passes before, [batch, 1]; with `earlier`, of its requests
                 too, [batch, 1, 1 + requests].
+            opening: logit in force of a gate for all edits, [batch, positions read or 1]; None: this edit has its own.
 
         One position read goes with any number written; else they are the same positions.
         """
@@ -83,25 +86,22 @@ class GatedIntervention(Intervention):
             hidden = base.to(dtype)
             seen = hidden if read is None or read is base else read.to(dtype)
             change = self.edit(hidden)
-            logits = opening = None
+            result = GatedOutput(output=None)
             if self.gate is not None:
-                logits = self.gate(seen).squeeze(-1)  # [batch, positions read]
-                opening = openings(logits, sites, own, self.accumulate)
+                result.gate = self.gate(seen).squeeze(-1)  # [batch, positions read]
+                result.opening = opening = openings(result.gate, sites, own, self.accumulate)
+            if opening is not None:
                 change = torch.sigmoid(opening).unsqueeze(-1) * change
-            if self.dropout_on_hidden:
-                edited = self._dropped(hidden + change)
-            else:
-                edited = hidden + self._dropped(change)
+            edited = self._dropped(hidden + change) if self.dropout_on_hidden else hidden + self._dropped(change)
             is_open = None
             if opening is not None and self.threshold is not None and not self.training:
                 is_open = (torch.sigmoid(opening) >= self.threshold).unsqueeze(-1)
-            result = GatedOutput(output=None, gate=logits, opening=opening)
             shut: Tensor | None = None  # what stands where this request's gate is shut; None: the state as it is
             if self.earlier is not None:
                 before = self.earlier(hidden, read=seen, sites=sites, carry=others)
-                result.carry = (
-                    before.opening if opening is None else torch.cat((opening[..., None], before.opening), -1)
-                )
+                result.carry = before.opening
+                if result.opening is not None:
+                    result.carry = torch.cat((result.opening[..., None], before.opening), -1)
                 if before.output is not None:
                     shut = before.output.to(base.dtype)
                     edited = edited + (before.output - hidden)
@@ -116,9 +116,8 @@ class GatedIntervention(Intervention):
     def draw_from(self, seeds: Sequence[int] | None) -> None:
         """Let dropout, and noise in the gate, be a function of one number for each row; None: of torch's generator."""
         self.row_seeds = seeds
-        for module in self.gate.modules() if self.gate is not None else ():
-            if isinstance(module, GaussianNoise):
-                module.row_seeds = None if seeds is None else [seed + 1 for seed in seeds]  # not dropout's draws
+        if self.gate is not None:
+            draw_noise_from(self.gate, seeds)
 
     def _dropped(self, values: Tensor) -> Tensor:
         """Dropout of `values` [batch, positions, hidden size]; with row seeds the same wherever a row stands."""
@@ -134,12 +133,34 @@ class GatedIntervention(Intervention):
         return values * kept / (1 - self.dropout)
 
 
-def gated_intervention(config: AdapterConfig) -> GatedIntervention:
-    """Newly initialized edit and gate of one block."""
-    activation = None if config.activation is None else ACT2FN[config.activation]
-    gate = GATES.get(config.gate)(config.hidden_size)
+def draw_noise_from(gate: nn.Module, seeds: Sequence[int] | None) -> None:
+    """Let noise in a gate be a function of one number for each row; None: of torch's generator."""
+    for module in gate.modules():
+        if isinstance(module, GaussianNoise):
+            module.row_seeds = None if seeds is None else [seed + 1 for seed in seeds]  # not dropout's draws
+
+
+def new_gate(config: AdapterConfig) -> nn.Module | None:
+    """Newly initialized gate: of one block, or the one for all edits."""
+    gate = GATES.get(config.gate)(config.gate_size)
     if gate is not None and config.gate_bias is not None:
         set_bias(gate, config.gate_bias)
+    return gate
+
+
+def pooled_gate(config: AdapterConfig) -> PooledGate | None:
+    """Newly initialized gate for all edits; None where each edit has its own."""
+    if config.gate_blocks is None:
+        return None
+    gate = new_gate(config)
+    assert gate is not None  # `AdapterConfig.check`
+    return PooledGate(gate, config.gate_blocks, config.gate_pool)
+
+
+def gated_intervention(config: AdapterConfig) -> GatedIntervention:
+    """Newly initialized edit of one block, and gate, but for one that all edits share."""
+    activation = None if config.activation is None else ACT2FN[config.activation]
+    gate = new_gate(config) if config.gate_blocks is None else None
     edit = EDITS.get(config.edit)(config.hidden_size, config.rank, activation)
     return GatedIntervention(
         edit,

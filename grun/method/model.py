@@ -14,7 +14,7 @@ from grun.errors import ConfigError
 from grun.method.adapter import AdapterConfig, find_adapter, write_adapter
 from grun.method.fingerprint import fingerprint
 from grun.method.host import EditedModel, blocks_to_edit, check_threshold, edit_dtype, hidden_size_of, is_quantized
-from grun.method.intervention import GatedIntervention, gated_intervention
+from grun.method.intervention import GatedIntervention, draw_noise_from, gated_intervention, pooled_gate
 from grun.method.position import position_rule
 from grun.method.precision import float32_by_default
 from grun.method.stack.stack import GrunStack
@@ -42,7 +42,12 @@ class GrunModel(EditedModel):
                 index: gated_intervention(config).to(device=device_of(blocks[index]), dtype=edit_dtype(blocks))
                 for index in config.blocks
             }
-        rule = position_rule(config.gate_read, config.gate_accumulate, config.edit_write, config.reset_ids)
+            pooled = pooled_gate(config)
+        if pooled is not None:
+            pooled = pooled.to(device=device_of(blocks[pooled.block]), dtype=edit_dtype(blocks))
+        rule = position_rule(
+            config.gate_read, config.gate_accumulate, config.edit_write, config.reset_ids, pooled=pooled is not None
+        )
         if beside is not None:
             if beside.configs and beside.rule != rule:
                 raise ConfigError(
@@ -53,7 +58,7 @@ class GrunModel(EditedModel):
                 own = edits.setdefault(index, InForce(earlier))
                 if isinstance(own, GatedIntervention):
                     own.earlier = earlier
-        super().__init__(base, edits, rule, template)
+        super().__init__(base, edits, rule, template, pooled)
         self.config = config
 
     # -- making, saving, loading ------------------------------------------------------------------------------------
@@ -74,6 +79,8 @@ class GrunModel(EditedModel):
         gate_read: str = "last_prompt",
         gate_accumulate: str = "none",
         edit_write: str = "last_prompt",
+        gate_blocks: Sequence[int] | None = None,
+        gate_pool: str = "last",
         reset_ids: Sequence[int] = (),
         template: Template | None = None,
         beside: GrunStack | None = None,
@@ -90,10 +97,12 @@ class GrunModel(EditedModel):
             dropout: probability of dropping entries of the change in training.
             dropout_on_hidden: drop entries of the whole edited state instead (published quirk).
             activation: name in transformers' ACT2FN applied to Wh + b; None: identity.
-            gate_read: positions the gate reads: last_prompt or every_token.
+            gate_read: positions the gate reads, or is asked at where states are pooled: last_prompt or every_token.
             gate_accumulate: how gate values combine over positions: none or running_max.
             edit_write: positions the edit is written to: last_prompt, sticky or every_token.
-            reset_ids: token ids that begin a user's turn, where a running maximum starts again.
+            gate_blocks: blocks that one gate for all edits reads, none above an edited one; None: a gate for each edit.
+            gate_pool: how that gate pools states over the tokens so far: last, max, maxmin or mean.
+            reset_ids: token ids that begin a user's turn, where a running maximum or a pool starts again.
             template: prompt template to store with the adapter.
             beside: other requests on this base, unwrapped, whose edits stay in force; they are not saved with this one.
 
@@ -101,23 +110,13 @@ class GrunModel(EditedModel):
             ConfigError: an option is out of range, or the base is wrapped already.
         """
         depth = len(blocks_to_edit(base))
+        read = None if gate_blocks is None else resolve_blocks(gate_blocks, depth, "gate_blocks")
         config = AdapterConfig(
-            blocks=resolve_blocks(blocks, depth),
-            rank=rank,
-            gate=gate,
-            edit=edit,
-            gate_bias=gate_bias,
-            dropout=dropout,
-            dropout_on_hidden=dropout_on_hidden,
-            activation=activation,
-            gate_read=gate_read,
-            gate_accumulate=gate_accumulate,
-            edit_write=edit_write,
-            reset_ids=list(reset_ids),
-            hidden_size=hidden_size_of(base),
-            depth=depth,
-            **_identity_of(base),
-        )
+            blocks=resolve_blocks(blocks, depth), rank=rank, gate=gate, edit=edit, gate_bias=gate_bias,
+            dropout=dropout, dropout_on_hidden=dropout_on_hidden, activation=activation, gate_read=gate_read,
+            gate_accumulate=gate_accumulate, edit_write=edit_write, gate_blocks=read, gate_pool=gate_pool,
+            reset_ids=list(reset_ids), hidden_size=hidden_size_of(base), depth=depth, **_identity_of(base),
+        )  # fmt: skip
         return cls(base, config, template, beside)
 
     @classmethod
@@ -171,11 +170,15 @@ class GrunModel(EditedModel):
         """
         for block, edit in self.own_edits().items():
             edit.draw_from(None if seeds is None else [crc32(f"{seed} {block}".encode()) for seed in seeds])
+        if self.pooled is not None:
+            draw_noise_from(self.pooled, seeds)
         try:
             yield
         finally:
             for edit in self.own_edits().values():
                 edit.draw_from(None)
+            if self.pooled is not None:
+                draw_noise_from(self.pooled, None)
 
 
 def _identity_of(base: PreTrainedModel) -> dict[str, str | None]:
@@ -191,7 +194,7 @@ PUBLISHED_BLOCKS = (20, 25, 31)
 """Of models with 32."""
 
 
-def resolve_blocks(blocks: Sequence[int] | None, depth: int) -> list[int]:
+def resolve_blocks(blocks: Sequence[int] | None, depth: int, name: str = "blocks") -> list[int]:
     """Blocks as sorted 0-based indices of a model with `depth` blocks; ConfigError if outside or named twice.
 
     None stands for those as deep as the published ones, each once; a model of fewer than three has fewer.
@@ -204,10 +207,10 @@ def resolve_blocks(blocks: Sequence[int] | None, depth: int) -> list[int]:
     outside = [block for block in blocks if not -depth <= block < depth]
     if outside or not blocks:
         raise ConfigError(
-            f"blocks {list(blocks)}: name at least one of the model's {depth} blocks, 0..{depth - 1} or -{depth}..-1"
+            f"{name} {list(blocks)}: name at least one of the model's {depth} blocks, 0..{depth - 1} or -{depth}..-1"
         )
     resolved = sorted(block % depth for block in blocks)
     twice = sorted({block for block in resolved if resolved.count(block) > 1})
     if twice:
-        raise ConfigError(f"blocks {list(blocks)}: block {twice[0]} is named twice; name each block once")
+        raise ConfigError(f"{name} {list(blocks)}: block {twice[0]} is named twice; name each block once")
     return resolved

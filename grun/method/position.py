@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from grun.errors import DataError, ModelError
+from grun.method.pooling import PooledSites, PoolMemory
 from grun.method.rules import check_rule
 from pyvene_custom.sites import Sites
 
@@ -51,6 +52,8 @@ class Call:
     """Tokens of earlier passes that are known, -1 for padding, shape [batch, any]."""
     carry: dict[str, Tensor] = field(default_factory=dict)
     """What gates remember of earlier passes, by intervention."""
+    pooled: PoolMemory | None = None
+    """What a pooled gate remembers of earlier passes."""
     goes_on: bool = False
     """Whether there is a cache to hold this pass, so that a prompt may end in a later one."""
     after_prompt: bool | None = None
@@ -217,14 +220,16 @@ class PositionRule:
     write: str = "last_prompt"
     """Where the edit is written: last_prompt, sticky (there and after it) or every_token."""
     reset: Sequence[int] = ()
-    """Ids that begin a user's turn, at the last of which what is accumulated starts again."""
+    """Ids that begin a user's turn, at the last of which what is accumulated or pooled starts again."""
+    pooled: bool = False
+    """Whether one gate for all edits reads states pooled over the tokens so far; `read` is where it is asked."""
 
     @property
     def changes(self) -> Changes:
         """Which tokens of a row training can change above the first edited block, besides what follows from it."""
         if self.read == "every_token":
             return "every_token"
-        return "last_prompt" if self.write == "last_prompt" else "from_last_prompt"
+        return "last_prompt" if self.write == "last_prompt" and not self.pooled else "from_last_prompt"
 
     @property
     def remembers(self) -> bool:
@@ -238,17 +243,23 @@ class PositionRule:
             return _last_prompt_alone(call, last)
         columns = torch.arange(call.columns, device=call.device).expand(call.rows, -1)
         counts = attended(call)
+        written = counts & self._written(columns, last)
+        resets = self._resets(call)
         if self.read == "every_token":
-            written = counts & self._written(columns, last)
-            return Sites(columns, counts, columns, written, call.carry, self._resets(call), everywhere=True)
-        if last is None:
+            sites = Sites(columns, counts, columns, written, call.carry, resets, everywhere=True)
+        elif last is None:
             nothing = columns[:, :0]
-            return Sites(nothing, nothing.bool(), columns, counts, call.carry)
-        inside = ((last >= 0) & (last < call.columns)).unsqueeze(1)
-        return Sites(last.unsqueeze(1), inside, columns, counts & (columns >= last.unsqueeze(1)), call.carry)
+            sites = Sites(nothing, nothing.bool(), columns, written, call.carry)
+        else:
+            inside = ((last >= 0) & (last < call.columns)).unsqueeze(1)
+            sites = Sites(last.unsqueeze(1), inside, columns, written, call.carry)
+        if not self.pooled:
+            return sites
+        number = torch.zeros_like(columns) if resets is None else resets.long().cumsum(dim=1)
+        return PooledSites(**vars(sites), turns=torch.where(counts, number, -1), memory=call.pooled)
 
     def _written(self, columns: Tensor, last: Tensor | None) -> Tensor:
-        """Where a gate that reads every token has its edit written, padding aside."""
+        """Where edits are written, padding aside."""
         if self.write == "every_token" or (last is None and self.write == "sticky"):
             return torch.ones_like(columns, dtype=torch.bool)
         if last is None:
@@ -310,10 +321,12 @@ def is_decode_step(call: Call) -> bool:
     return bool(call.after_prompt) and call.labels is None
 
 
-def position_rule(gate_read: str, gate_accumulate: str, edit_write: str, reset: Sequence[int] = ()) -> PositionRule:
+def position_rule(
+    gate_read: str, gate_accumulate: str, edit_write: str, reset: Sequence[int] = (), *, pooled: bool = False
+) -> PositionRule:
     """Rule for these names, see `PositionRule`; ConfigError lists what exists, or what does not go together."""
     check_rule(gate_read, gate_accumulate, edit_write)
-    return PositionRule(gate_read, edit_write, tuple(reset) if gate_read == "every_token" else ())
+    return PositionRule(gate_read, edit_write, tuple(reset) if pooled or gate_read == "every_token" else (), pooled)
 
 
 def _last_prompt_alone(call: Call, last: Tensor | None) -> Sites | None:

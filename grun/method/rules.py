@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from grun.errors import ConfigError
 
 READS = ("last_prompt", "every_token")
 ACCUMULATIONS = ("none", "running_max")
 WRITES = ("last_prompt", "sticky", "every_token")
+POOLS = {"last": 1, "max": 1, "maxmin": 2, "mean": 1}
+"""How a gate for all edits pools states over tokens, and how many features each number of a state gives."""
 
 
 def check_rule(gate_read: str, gate_accumulate: str, edit_write: str) -> None:
@@ -29,3 +33,29 @@ def check_rule(gate_read: str, gate_accumulate: str, edit_write: str) -> None:
         raise ConfigError("gate_accumulate=running_max needs gate_read=every_token: one token has no maximum")
     if edit_write == "every_token":
         raise ConfigError("edit_write=every_token needs gate_read=every_token; with gate_read=last_prompt take sticky")
+
+
+def check_pool(gate_blocks: Sequence[int] | None, gate_pool: str, gate_accumulate: str, gate: str) -> None:
+    """ConfigError where one gate for all edits is asked for in a way that there is not."""
+    if gate_pool not in POOLS:
+        raise ConfigError(f"gate_pool={gate_pool} does not exist; known: {', '.join(POOLS)}")
+    if gate_blocks is None:
+        if gate_pool != "last":
+            raise ConfigError(f"gate_pool={gate_pool} is for one gate for all edits: name gate_blocks, or leave it out")
+        return
+    if gate == "none":
+        raise ConfigError("gate_blocks names where a gate reads, but there is no gate; leave gate_blocks out")
+    if gate_accumulate != "none":
+        raise ConfigError(
+            f"gate_accumulate={gate_accumulate} does not go with gate_blocks, whose states are pooled already; leave "
+            "one of them out"
+        )
+
+
+def check_gate_blocks(gate_blocks: Sequence[int], blocks: Sequence[int]) -> None:
+    """ConfigError for a gate that would be read after an edit that it weighs."""
+    if max(gate_blocks) > min(blocks):
+        raise ConfigError(
+            f"gate_blocks {list(gate_blocks)} must not lie above the lowest edited block, {min(blocks)}: the gate is "
+            "read before the edits that it weighs"
+        )

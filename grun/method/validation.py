@@ -5,13 +5,13 @@ from __future__ import annotations
 import functools
 import hashlib
 import stat
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from grun.data.templates import Template
@@ -29,6 +29,7 @@ from grun.method.edits import EDITS, LOREFT
 from grun.method.gate import GATES
 from grun.method.gating import LinearGate
 from grun.method.intervention import gated_intervention
+from grun.method.pooled_gate import PooledGate
 from grun.method.precision import float32_by_default
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -108,8 +109,13 @@ def _as_digested(path: Path, digest: str) -> bytes:
 
 def _check_tensors(config: AdapterConfig, weights: Mapping[str, Tensor], path: Path) -> None:
     makers = GATES.get(config.gate), EDITS.get(config.edit)
-    expected = _expected(config.hidden_size, config.rank, config.gate, config.edit, config.activation, makers)
+    of_edits = "none" if config.gate_blocks is not None else config.gate
+    expected = _expected(config.hidden_size, config.rank, of_edits, config.edit, config.activation, makers)
     wanted = {f"edits.{block}.{name}": of for block in config.blocks for name, of in expected.items()}
+    if config.gate_blocks is not None:
+        wanted |= {
+            f"pooled.{name}": of for name, of in _expected_gate(config.gate_size, config.gate, makers[0]).items()
+        }
     for name in sorted({*weights, *wanted}):
         shape, dtype = wanted.get(name, (None, None))
         tensor = weights.get(name)
@@ -130,17 +136,28 @@ def _expected(
 ) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
     """Shape and type of each tensor of one block, by name; `makers`, of gate and edit, may change under a name."""
     config = AdapterConfig([0], rank, gate, hidden_size, 1, edit=edit, activation=activation)
+    return _shapes(lambda: gated_intervention(config), edit == LOREFT)
+
+
+@functools.lru_cache(maxsize=64)
+def _expected_gate(size: int, gate: str, maker: Any) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+    """The same of a gate for all edits, which reads `size` numbers."""
+    return _shapes(lambda: PooledGate(maker(size), [0], "last"), True)
+
+
+def _shapes(make: Callable[[], nn.Module], known: bool) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+    """Shape and type of each tensor of what is made; `known`: but for its gate it is one of ours."""
     try:
         with torch.device("meta"):  # whatever sizes a file states, nothing is allocated
-            made = gated_intervention(config)
+            made = make()
     except (NotImplementedError, RuntimeError):
         made = None
-    if made is None or edit != LOREFT or not (made.gate is None or isinstance(made.gate, LinearGate)):
+    gate = getattr(made, "gate", None)
+    if made is None or not known or not (gate is None or isinstance(gate, LinearGate)):
         # A gate or edit that computes with its numbers while it is made is another one on meta, or none.
         with torch.random.fork_rng(devices=[]), float32_by_default():
-            made = gated_intervention(config)
-    state = made.state_dict()
-    return {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in state.items()}
+            made = make()
+    return {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in made.state_dict().items()}
 
 
 def _short(dtype: torch.dtype | None) -> str:

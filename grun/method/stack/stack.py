@@ -128,6 +128,10 @@ class GrunStack(EditedModel):
                 )
             together: dict[tuple[int, Kind], dict[str, dict[str, Tensor]]] = {}
             for name, (config, weights) in requests.items():
+                if config.gate_blocks is not None:
+                    raise AdapterError(
+                        f"request {name!r}: it has one gate for all edits (gate_blocks), which a stack does not take"
+                    )
                 for block in config.blocks:
                     own = _of_block(weights, block)
                     if config.edit != LOREFT:

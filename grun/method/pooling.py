@@ -1,0 +1,185 @@
+"""What a pooled gate reads: states of the tokens so far, normalized and pooled, and what of them stays with a cache.
+
+States are divided by their root mean square. A summary is what is kept of tokens to go on with: of `max` their maximum,
+of `maxmin` that of the states and of their negatives, of `mean` sum and number, of `last` the last one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+from torch.nn.functional import rms_norm
+
+from pyvene_custom import Sites
+
+EPS = 1e-6
+"""Added to the mean square that states are divided by the root of."""
+
+
+def pooled_at(
+    states: Tensor, turns: Tensor, before: Tensor | None, asked: Tensor | None, pool: str
+) -> tuple[Tensor, Tensor]:
+    """Features at the columns asked, each pooled over the tokens of its turn up to it, and the summary at the last.
+
+    Args:
+        states: of one block, [rows, columns, hidden size].
+        turns: number of each token's turn within this pass, 0 for the one that went on from earlier passes, -1 for
+            tokens that do not count, int64 [rows, columns].
+        before: summary of that turn in earlier passes, [rows, 1, any]; None: there is none.
+        asked: one column for each row, [rows, 1]; None: all.
+        pool: a name in `grun.method.rules.POOLS`.
+
+    Returns:
+        Features [rows, columns asked, feature size], 0 where no token counts, and summary [rows, 1, any].
+    """
+    parts = _parts(states, pool)
+    current = turns.cummax(dim=1).values.clamp(min=0)  # [rows, columns]
+    column = torch.arange(turns.shape[1], device=turns.device)
+    if asked is not None:
+        at = asked.clamp(0, turns.shape[1] - 1)
+        turn = current.gather(1, at)  # [rows, 1]
+        found = _until_last(parts, (turns == turn) & (column <= at), pool)
+        if before is not None:
+            found = torch.where((turn == 0).unsqueeze(2), _joined(before.to(found), found, pool), found)
+        return _features(found, pool), found
+    summary = torch.empty(0)
+    for number in range(int(current.max()) + 1):
+        running = _at_each(parts, turns == number, pool)
+        if number:
+            summary = torch.where((current == number).unsqueeze(2), running, summary)
+        else:
+            summary = running if before is None else _joined(before.to(running), running, pool)
+    return _features(summary, pool), summary[:, -1:]
+
+
+def _parts(states: Tensor, pool: str) -> Tensor:
+    """Summary of each token alone: [rows, columns, hidden size] -> [rows, columns, any], in at least float32."""
+    wide = states.to(torch.promote_types(states.dtype, torch.float32))
+    values = rms_norm(wide, wide.shape[-1:], eps=EPS)
+    if pool == "maxmin":
+        return torch.cat((values, -values), dim=-1)
+    return torch.cat((values, torch.ones_like(values[..., :1])), dim=-1) if pool == "mean" else values
+
+
+def _until_last(parts: Tensor, inside: Tensor, pool: str) -> Tensor:
+    """Summary of the tokens `inside`, bool [rows, columns]: [rows, 1, any]."""
+    if pool == "mean":
+        return (parts * inside.unsqueeze(2)).sum(dim=1, keepdim=True)
+    if pool == "last":
+        return _at_each(parts, inside, pool)[:, -1:]
+    return parts.masked_fill(~inside.unsqueeze(2), -torch.inf).amax(dim=1, keepdim=True)
+
+
+def _at_each(parts: Tensor, inside: Tensor, pool: str) -> Tensor:
+    """The same up to each column: as `parts`."""
+    if pool == "mean":
+        return (parts * inside.unsqueeze(2)).cumsum(dim=1)
+    if pool == "last":
+        column = torch.arange(inside.shape[1], device=inside.device)
+        latest = torch.where(inside, column, -1).cummax(dim=1).values.unsqueeze(2)
+        found = parts.gather(1, latest.clamp(min=0).expand(-1, -1, parts.shape[2]))
+        return found.masked_fill(latest < 0, -torch.inf)
+    return parts.masked_fill(~inside.unsqueeze(2), -torch.inf).cummax(dim=1).values
+
+
+def _joined(before: Tensor, summary: Tensor, pool: str) -> Tensor:
+    """Summary of earlier tokens and these."""
+    if pool == "mean":
+        return before + summary
+    return torch.where(summary.isneginf(), before, summary) if pool == "last" else torch.maximum(before, summary)
+
+
+def _features(summary: Tensor, pool: str) -> Tensor:
+    if pool == "mean":
+        return summary[..., :-1] / summary[..., -1:].clamp(min=1)
+    known = summary.masked_fill(summary.isneginf(), 0.0)
+    if pool == "maxmin":
+        highest, lowest = known.chunk(2, dim=-1)
+        return torch.cat((highest, -lowest), dim=-1)
+    return known
+
+
+class PoolMemory:
+    """States that a pooled gate has read of the tokens of one key/value cache.
+
+    They are kept for each token, in the model's type, so that a cache may be cut back to any length. A summary is made
+    of them when it is asked for.
+    """
+
+    def __init__(self, rows: int, columns: int, device: torch.device) -> None:
+        """Of sequences whose first `columns` tokens were never seen."""
+        self.turns = torch.full((rows, columns), -1, dtype=torch.long, device=device)
+        """Number of each token's turn, -1 for those that do not count."""
+        self.states: dict[int, list[Tensor]] = {}
+        """By block, states of tokens one after another, each [rows, columns of a pass, hidden size]."""
+        self._summaries: dict[int, Tensor] = {}
+
+    def summary(self, block: int, pool: str) -> Tensor | None:
+        """Of the turn at the last column, [rows, 1, any]; None where no token is known."""
+        if block not in self.states or not self.turns.shape[1]:
+            return None
+        if block not in self._summaries:
+            states = self._whole(block)
+            turns = self.turns.to(states.device)
+            last = turns.new_full((len(turns), 1), turns.shape[1] - 1)
+            self._summaries[block] = pooled_at(states, turns, None, last, pool)[1]
+        return self._summaries[block]
+
+    def extend(
+        self, turns: Tensor, read: Mapping[int, Tensor] | None = None, summaries: Mapping[int, Tensor] | None = None
+    ) -> None:
+        """Add a pass: turns as in `pooled_at`; by block its states, where it was read, and a summary if known."""
+        rows, columns = self.turns.shape
+        for block in {*self.states, *(read or {})}:
+            new = (read or {}).get(block)
+            like = self.states[block][0] if new is None else new
+            earlier = self.states.setdefault(block, [like.new_zeros(rows, columns, like.shape[2])] if columns else [])
+            earlier.append(like.new_zeros(rows, turns.shape[1], like.shape[2]) if new is None else new.detach())
+        offset = self.turns.amax(dim=1, keepdim=True).clamp(min=0) if columns else 0
+        self.turns = torch.cat((self.turns, torch.where(turns < 0, -1, turns + offset)), dim=1)
+        self._summaries = {block: values.detach() for block, values in (summaries or {}).items()}
+
+    def cut(self, columns: int) -> None:
+        """Keep the first `columns`."""
+        self.turns, self._summaries = self.turns[:, :columns], {}
+        self.states = {block: [self._whole(block)[:, :columns]] for block in self.states}
+
+    def select(self, rows: Tensor) -> None:
+        """Keep the rows numbered in `rows`, in that order."""
+        self.turns = self.turns[rows.to(self.turns.device)]
+        self.states = {block: [(states := self._whole(block))[rows.to(states.device)]] for block in self.states}
+        self._summaries = {block: values[rows.to(values.device)] for block, values in self._summaries.items()}
+
+    def _whole(self, block: int) -> Tensor:
+        """States of all tokens, [rows, columns, hidden size]."""
+        parts = self.states[block]
+        if len(parts) > 1:
+            self.states[block] = parts = [torch.cat(parts, dim=1)]
+        return parts[0]
+
+
+@dataclass
+class PooledSites(Sites):
+    """Sites of a pass in which one gate for all edits reads pooled states; columns read are where it is asked."""
+
+    turns: Tensor = field(default_factory=lambda: torch.empty(0))
+    """See `pooled_at`; [batch, columns]."""
+    memory: PoolMemory | None = None
+    """States of earlier passes."""
+    states: dict[int, Tensor] = field(default_factory=dict)
+    """By block, what this pass reads, until it is over."""
+    summaries: dict[int, Tensor] = field(default_factory=dict)
+    """By block, summaries at the last column, where every token is asked."""
+    features: dict[int, Tensor] = field(default_factory=dict)
+    """By block, features where the gate is asked, [batch, positions read, feature size]."""
+
+    def let_go(self) -> tuple[Tensor, dict[int, Tensor], dict[int, Tensor]]:
+        """What memory takes of a pass that is over; of it nothing stays here that leads to its states."""
+        read = self.turns, self.states, self.summaries
+        self.memory, self.states, self.summaries = None, {}, {}
+        if any(features.requires_grad for features in self.features.values()):
+            self.features = {}
+        return read

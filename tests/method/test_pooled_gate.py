@@ -1,0 +1,358 @@
+"""One gate for all edits on pooled states of earlier blocks: equal to one whole pass by hooks of this file."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from edited_models import agree, generated, member
+from tiny import DEPTH, PAD, WIDTH, blocks_of, formula, padded, random_rows, tiny
+from torch import Tensor
+from transformers import DynamicCache, GenerationConfig
+
+from grun import GrunModel, GrunStack
+from grun.config.options import MethodConfig
+from grun.data.encoding import EncodedRow, collate
+from grun.errors import AdapterError, ConfigError
+from grun.evaluation.generation import generate_answers
+from grun.method.gated import Grun
+
+READ, EDITED = (0, 1), (1, 3)
+POOLS = ["last", "max", "maxmin", "mean"]
+ASKED = [("last_prompt", "sticky"), ("last_prompt", "last_prompt"), ("every_token", "every_token")]
+"""gate_read and edit_write."""
+TURN = (7, 9)
+"""Ids that begin a user's turn in these tests; `random_rows` seldom draws both in a row."""
+OPTIONS = [{}, {"use_cache": False}, {"prefill_chunk_size": 4}, {"cache_implementation": "static"}]
+
+
+def pooled(
+    pool: str = "maxmin", asked: tuple[str, str] = ASKED[0], family: str = "llama", base: Any = None, **options: Any
+) -> GrunModel:
+    """Random edits of EDITED and a gate that is neither open nor shut; the same arguments give the same ones."""
+    torch.manual_seed(3)
+    options = {"gate_blocks": READ, "blocks": EDITED, **options}
+    base = tiny(family) if base is None else base
+    return GrunModel.wrap(base, gate_pool=pool, gate_read=asked[0], edit_write=asked[1], **options).eval()
+
+
+def whole_pass(
+    model: GrunModel, row: list[int], last: int, family: str = "llama", start: int = 0
+) -> tuple[Tensor, Tensor]:
+    """Logits [tokens, vocabulary] and gate logits at each token of one row, whose prompt ends at column `last`.
+
+    A turn begins at column `start`. States are the untouched model's, since no edit lies below.
+    """
+    twin, weights, config = tiny(family), model.state_dict(), model.config
+    blocks = blocks_of(twin, family)
+    read: dict[int, Tensor] = {}
+
+    def states(output: Any) -> Tensor:
+        hidden: Tensor = output[0] if isinstance(output, tuple) else output
+        return hidden
+
+    with torch.no_grad():
+        hooks = [
+            blocks[b].register_forward_hook(lambda _, __, out, b=b: read.update({b: states(out)[0]}))
+            for b in config.gate_blocks or ()
+        ]
+        twin(input_ids=torch.tensor([row]), use_cache=False)
+        for hook in hooks:
+            hook.remove()
+    gates = []
+    for end in range(len(row)):
+        features = []
+        for block in config.gate_blocks or ():
+            seen = read[block][start if end >= start else 0 : end + 1]
+            seen = seen / (seen.square().mean(dim=1, keepdim=True) + 1e-6).sqrt()
+            features += {
+                "last": [seen[-1]],
+                "max": [seen.amax(0)],
+                "maxmin": [seen.amax(0), seen.amin(0)],
+                "mean": [seen.mean(0)],
+            }[config.gate_pool]
+        gates.append(torch.cat(features) @ weights["pooled.gate.0.weight"][0] + weights["pooled.gate.0.bias"][0])
+    logits = torch.stack(gates)
+    column = torch.arange(len(row))
+    in_force = logits if config.gate_read == "every_token" else torch.full_like(logits, float(logits[last]))
+    written = {"last_prompt": column == last, "sticky": column >= last, "every_token": column >= 0}[config.edit_write]
+
+    def edit(block: int) -> Any:
+        def hook(_: Any, __: Any, output: Any) -> Any:
+            hidden = states(output)
+            change = formula(weights, block, hidden)[0] - hidden  # without a gate of its own
+            edited = hidden + (written * torch.sigmoid(in_force))[:, None] * change
+            return (edited, *output[1:]) if isinstance(output, tuple) else edited
+
+        return hook
+
+    for block in config.blocks:
+        blocks[block].register_forward_hook(edit(block))
+    with torch.no_grad():
+        return twin(input_ids=torch.tensor([row]), use_cache=False).logits[0], logits
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+@pytest.mark.parametrize("asked", ASKED, ids="-".join)
+@pytest.mark.parametrize("pool", POOLS)
+@torch.no_grad()
+def test_generation_is_that_of_whole_passes(pool: str, asked: tuple[str, str], options: dict[str, Any]) -> None:
+    model = pooled(pool, asked)
+    prompts = random_rows([10, 6])
+    tokens, logits = generated(model, prompts, **options)
+    for index, prompt in enumerate(prompts):
+        row = prompt + tokens[index, :-1].tolist()
+        agree(logits[index], whole_pass(model, row, len(prompt) - 1)[0][-6:])
+    untouched = tiny()(torch.tensor([row])).logits[0, -6:]
+    assert (logits[index] - untouched).abs().max() > 0.01
+
+
+@pytest.mark.parametrize("family", ["gpt2", "gemma3"])
+@torch.no_grad()
+def test_every_family_is_read_alike(family: str) -> None:
+    model = pooled(family=family)
+    (prompt,) = random_rows([9])
+    tokens, logits = generated(model, [prompt])
+    agree(logits[0], whole_pass(model, prompt + tokens[0, :-1].tolist(), 8, family)[0][-6:])
+
+
+@pytest.mark.parametrize("asked", ASKED, ids="-".join)
+@torch.no_grad()
+def test_beams_and_samples_keep_the_pool_of_their_own_row(asked: tuple[str, str]) -> None:
+    model = pooled("mean", asked)
+    (prompt,) = random_rows([7])
+    ids = torch.tensor([prompt])
+    answer = model.generate(
+        input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=5, num_beams=4, num_return_sequences=4,
+        do_sample=False, eos_token_id=None, pad_token_id=PAD, return_dict_in_generate=True, output_scores=True,
+        length_penalty=0.0,
+    )  # fmt: skip
+    assert len({tuple(row) for row in answer.sequences.tolist()}) == 4
+    for row, score in zip(answer.sequences.tolist(), answer.sequences_scores, strict=True):
+        logp = whole_pass(model, row[:-1], 6)[0][6:].log_softmax(-1)
+        agree(score, logp[torch.arange(5), torch.tensor(row[7:])].sum())
+    torch.manual_seed(0)
+    tokens, logits = generated(model, [prompt], do_sample=True, num_return_sequences=3)
+    for index, new in enumerate(tokens.tolist()):
+        agree(logits[index], whole_pass(model, prompt + new[:-1], 6)[0][-6:])
+
+
+@pytest.mark.parametrize("asked", ASKED, ids="-".join)
+@torch.no_grad()
+def test_rows_that_leave_a_batch_take_their_pool_along(asked: tuple[str, str]) -> None:
+    """Our own greedy decoding drops rows that have ended."""
+    model = pooled("max", asked)
+    prompts = random_rows([9, 4, 6, 7, 3])
+    alone = [generated(model, [prompt])[0][0].tolist() for prompt in prompts]
+    ends = alone[1][0], alone[3][2]
+    model.base.generation_config = GenerationConfig(eos_token_id=list(ends))
+
+    class Words:
+        eos_token_id = ends[0]
+
+        def decode(self, ids: list[int], skip_special_tokens: bool) -> str:
+            return " ".join(map(str, ids))
+
+    answers = generate_answers(model, Words(), prompts, 8, 6, PAD)
+    for prompt, row, answer in zip(prompts, alone, answers, strict=True):
+        until = next((place for place, token in enumerate(row) if token in ends), len(row))
+        assert answer.text == " ".join(map(str, row[:until]))
+        asked_at = whole_pass(model, prompt, len(prompt) - 1)[1][-1].sigmoid()
+        assert answer.gates is not None and list(answer.gates) == [READ[-1]]
+        agree(torch.tensor(answer.gates[READ[-1]]), asked_at)
+
+
+@pytest.mark.parametrize("pool", POOLS)
+@pytest.mark.parametrize("asked", ASKED, ids="-".join)
+@torch.no_grad()
+def test_a_users_turn_begins_a_new_pool_wherever_passes_end(pool: str, asked: tuple[str, str]) -> None:
+    """The first turn's ids, its answer and the second turn's come in passes that end in and around the turn's ids."""
+    model = pooled(pool, asked, reset_ids=TURN)
+    first, second = random_rows([6, 4], seed=4)
+    row = [*first, *TURN, *second]
+    start = row.index(9, len(first))
+    wanted, gates = whole_pass(model, row, len(row) - 1, start=start)
+    for cut in (len(first), len(first) + 1, len(first) + 2, len(row) - 1):
+        cache = DynamicCache(config=model.base.config)
+        # more prompt tokens than the pass has: the prompt goes on
+        model(torch.tensor([row[:cut]]), past_key_values=cache, prompt_lengths=torch.tensor([len(row)]))
+        rest = torch.tensor([row[cut:]])
+        seen = model(rest, past_key_values=cache, prompt_lengths=torch.tensor([len(row) - cut]))
+        agree(seen.gates[READ[-1]][0, -1], gates[-1].sigmoid())
+        agree(seen.logits[0, -1], wanted[-1])
+
+
+@torch.no_grad()
+def test_a_second_turn_asks_again_and_without_turn_ids_the_pool_goes_on() -> None:
+    for reset in ((), TURN):
+        model = pooled(reset_ids=reset)
+        first, second = random_rows([8, 5], seed=4)
+        cache = DynamicCache(config=model.base.config)
+        model.generate(
+            torch.tensor([first]), max_new_tokens=3, do_sample=False, past_key_values=cache, eos_token_id=None
+        )
+        row = cache.gate_state.ids[0].tolist() + [*TURN, *second]
+        ids = torch.tensor([row[cache.get_seq_length() :]])
+        seen = model(ids, past_key_values=cache, prompt_lengths=torch.tensor([ids.shape[1]]))
+        gates = whole_pass(model, row, len(row) - 1, start=row.index(9, 8) if reset else 0)[1]
+        agree(seen.gates[READ[-1]][0, -1], gates[-1].sigmoid())
+
+
+@pytest.mark.parametrize("pool", POOLS)
+@pytest.mark.parametrize("asked", ASKED, ids="-".join)
+@torch.no_grad()
+def test_a_cache_that_is_copied_cut_back_or_repeated_has_the_pool_of_what_it_holds(
+    pool: str, asked: tuple[str, str]
+) -> None:
+    model = pooled(pool, asked)
+    (row,) = random_rows([12])
+    ids = torch.tensor([row])
+    wanted, gates = whole_pass(model, row, 11)
+    for kept in (6, 3):  # at the end of a pass, and within one
+        cache = DynamicCache(config=model.base.config)
+        model(ids[:, :6], past_key_values=cache, prompt_lengths=torch.tensor([12]))
+        twin = copy.deepcopy(cache)
+        model(ids[:, 6:], past_key_values=cache, prompt_lengths=torch.tensor([6]))
+        cache.crop(kept - 12)
+        if kept < 6:
+            twin.crop(kept - 6)
+        twin.batch_repeat_interleave(2)
+        for held in (cache, twin):
+            rest = ids[:, kept:].expand(2 if held is twin else 1, -1)
+            seen = model(rest, past_key_values=held, prompt_lengths=torch.full((len(rest),), 12 - kept))
+            agree(seen.gates[READ[-1]][-1, -1], gates[-1].sigmoid())
+            agree(seen.logits[-1, -1], wanted[-1])
+
+
+@torch.no_grad()
+def test_padding_on_either_side_and_tokens_cached_while_no_edit_acted_are_not_pooled() -> None:
+    model = pooled()
+    rows = random_rows([9, 4])
+    wanted = whole_pass(model, rows[1], 3)[1][-1].sigmoid()
+    for side in ("left", "right"):
+        agree(model(**padded(rows, side)).gates[READ[-1]][1, 0], wanted)
+    ids = torch.tensor(rows[:1])
+    with model.disabled():
+        cache = model(input_ids=ids[:, :5], use_cache=True).base_output.past_key_values
+    seen = model(ids[:, 5:], past_key_values=cache, prompt_lengths=torch.tensor([4]))
+    agree(seen.gates[READ[-1]][0, 0], whole_pass(model, rows[0], 8, start=5)[1][-1].sigmoid())
+
+
+def test_a_shut_gate_leaves_every_logit_as_the_base_has_it_to_the_bit() -> None:
+    model = pooled()
+    batch = padded(random_rows([9, 6]), "right")
+    with torch.no_grad():
+        gates = model(**batch).gates[READ[-1]][:, 0]
+        with model.disabled():
+            plain = model(**batch).logits
+        model.gate_threshold = float(gates.mean())
+        edited = model(**batch).logits
+    shut = gates < model.gate_threshold
+    assert shut.sum() == 1
+    assert torch.equal(edited[shut], plain[shut])
+    assert not torch.equal(edited[~shut], plain[~shut])
+
+
+def test_gate_and_edits_are_trained_and_nothing_else() -> None:
+    """Against numeric derivatives, in float64, through the bce of the gate and the loss of an answer."""
+    config = MethodConfig(blocks=list(EDITED), rank=2, gate_blocks=list(READ), gate_pool="maxmin", edit_write="sticky")
+    parametrization = Grun(config)
+    torch.manual_seed(0)
+    parametrization.prepare(tiny(), None)
+    rows = [EncodedRow(tuple(row[:4]), tuple(row[4:])) for row in random_rows([8, 6])]
+    batch = collate(rows, PAD)
+
+    def loss() -> Tensor:
+        output = parametrization.run(batch)
+        assert output.gate_logits is not None and list(output.gate_logits) == [READ[-1]]
+        assert output.gate_mask is not None and output.gate_mask.all() and output.gate_mask.shape == (2, 1)
+        return output.token_logprobs.sum() + output.gate_logits[READ[-1]].sigmoid().sum()
+
+    names = dict(parametrization.trainable_parameters())
+    assert {name for name in names if "gate" in name} == {"pooled.gate.0.weight", "pooled.gate.0.bias"}
+    loss().backward()
+    for name, parameter in names.items():
+        assert parameter.grad is not None, name
+        with torch.no_grad():
+            direction = torch.randn_like(parameter)
+            step = 1e-4 * direction
+            parameter += step
+            above = loss()
+            parameter -= 2 * step
+            below = loss()
+            parameter += step
+        # logits go through float32
+        torch.testing.assert_close((above - below) / 2e-4, (parameter.grad * direction).sum(), rtol=2e-2, atol=2e-2)
+    assert all(parameter.grad is None for parameter in parametrization.model.base.parameters())
+
+
+def test_noise_of_a_shared_gate_is_drawn_by_row(tmp_path: Path) -> None:
+    model = pooled(gate="noisy_mlp_3").train()
+    batch = padded(random_rows([6, 6]), "right")
+    with model.drawing([1, 2]):
+        first = model(**batch).gate_logits[READ[-1]]
+    with model.drawing([2, 1]):
+        swapped = model(**{name: part.flip(0) for name, part in batch.items()}).gate_logits[READ[-1]]
+    torch.testing.assert_close(first, swapped.flip(0))
+
+
+@pytest.mark.parametrize("gate", ["linear", "noisy_mlp_3"])
+def test_saved_and_loaded_it_is_the_same_to_the_bit(tmp_path: Path, gate: str) -> None:
+    model = pooled(base=tiny(dtype=torch.float32), gate=gate, reset_ids=TURN, gate_blocks=(-4, 1))
+    ids = torch.tensor(random_rows([9]))
+    with torch.no_grad():
+        wanted = model(ids).logits
+    model.save_pretrained(tmp_path / "a")
+    loaded = GrunModel.from_pretrained(tiny(dtype=torch.float32), tmp_path / "a")
+    loaded.save_pretrained(tmp_path / "b")
+    assert loaded.config == model.config and loaded.config.gate_blocks == [0, 1]
+    for file in ("adapter_config.json", "adapter_model.safetensors"):
+        assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes()
+    with torch.no_grad():
+        assert torch.equal(loaded(ids).logits, wanted)
+
+
+def test_adapters_without_such_a_gate_have_no_word_of_it(tmp_path: Path) -> None:
+    GrunModel.wrap(tiny()).save_pretrained(tmp_path)
+    assert "gate_blocks" not in (tmp_path / "adapter_config.json").read_text()
+    assert "gate_pool" not in (tmp_path / "adapter_config.json").read_text()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"gate_blocks": (2,)}, r"gate_blocks \[2\] must not lie above the lowest edited block, 1"),
+        ({"gate_blocks": (DEPTH,)}, f"gate_blocks .*name at least one of the model's {DEPTH} blocks"),
+        ({"gate_blocks": ()}, "gate_blocks .*name at least one"),
+        ({"gate_blocks": None}, "gate_pool=maxmin is for one gate for all edits"),
+        ({"gate_pool": "median"}, "gate_pool=median does not exist; known: last, max, maxmin, mean"),
+        ({"gate": "none"}, "there is no gate; leave gate_blocks out"),
+        ({"gate_read": "every_token", "gate_accumulate": "running_max"}, "does not go with gate_blocks"),
+    ],
+)
+def test_what_does_not_go_together_is_one_line(options: dict[str, Any], message: str) -> None:
+    values = {"blocks": EDITED, "gate_blocks": READ, "gate_pool": "maxmin", "edit_write": "sticky", **options}
+    with pytest.raises(ConfigError, match=message) as caught:
+        GrunModel.wrap(tiny(), **values)
+    assert "\n" not in str(caught.value)
+
+
+def test_weights_of_another_gate_are_refused(tmp_path: Path) -> None:
+    model = pooled(base=tiny(dtype=torch.float32))
+    model.save_pretrained(tmp_path)
+    path = tmp_path / "adapter_config.json"
+    path.write_text(path.read_text().replace('"maxmin"', '"max"'))
+    size = len(READ) * WIDTH
+    with pytest.raises(
+        AdapterError, match=rf"'pooled.gate.0.weight': found float32 \[1, {2 * size}\], .*\[1, {size}\]"
+    ):
+        GrunModel.from_pretrained(tiny(dtype=torch.float32), tmp_path)
+
+
+def test_a_stack_refuses_it() -> None:
+    config, weights = member(1, gate_blocks=(0,), gate_pool="max")
+    with pytest.raises(AdapterError, match="one gate for all edits"):
+        GrunStack(tiny()).add_weights({"one": (config, weights)})

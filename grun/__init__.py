@@ -13,6 +13,7 @@ from grun.version import __version__ as __version__
 if TYPE_CHECKING:
     from grun.api import attack as attack
     from grun.api import evaluate as evaluate
+    from grun.api import load as load
     from grun.api import unlearn as unlearn
     from grun.method.host import GrunOutput as GrunOutput
     from grun.method.model import GrunModel as GrunModel
@@ -24,10 +25,11 @@ _MODULES = {
     "GrunStack": "grun.method.stack.stack",
     "attack": "grun.api",
     "evaluate": "grun.api",
+    "load": "grun.api",
     "unlearn": "grun.api",
 }
 
-__all__ = ["GrunModel", "GrunOutput", "GrunStack", "__version__", "attack", "evaluate", "unlearn"]
+__all__ = ["GrunModel", "GrunOutput", "GrunStack", "__version__", "attack", "evaluate", "load", "unlearn"]
 
 
 def __getattr__(name: str) -> Any:

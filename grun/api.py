@@ -1,4 +1,4 @@
-"""GRUN in Python: `unlearn`, `evaluate` and `attack` with a model and rows that are in memory.
+"""GRUN in Python: `unlearn`, `evaluate` and `attack` with a model and rows that are in memory; `load` gives a model.
 
 Each runs what the command of its name runs. Rows are a list of dicts (question and answer, prompt and completion, chat
 messages, instructions), of texts, or a `datasets.Dataset`. Options are the command's, by their last part (`lr=1e-3`,
@@ -21,6 +21,8 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from grun.commands.unlearn import Unlearning, check_rows, objective_of, prepare, train_and_save
+from grun.config.checks import one_of
+from grun.config.options import DTYPES, ModelConfig
 from grun.config.values import COMMANDS, describe, nested
 from grun.data import templates
 from grun.data.corpus import Corpus, corpus_of
@@ -33,8 +35,9 @@ from grun.evaluation.suites.attacks import AttackSuite
 from grun.evaluation.suites.base import carry_out as carry_out_suite
 from grun.loading.adapters import Loaded
 from grun.loading.checks import check
+from grun.loading.fetching import located
 from grun.loading.hashing import adapter_hash
-from grun.loading.models import ensure_pad_token
+from grun.loading.models import ensure_pad_token, load_base
 from grun.loading.resolve import resolve_given
 from grun.method.fingerprint import fingerprint
 from grun.method.host import EditedModel
@@ -70,6 +73,28 @@ OF_FILES = (
 """Options that name or load what is in memory here, and beginnings of such."""
 SETS = ("forget", "retain", "heldout", "validation", "unknown")
 """Evaluation sets that a corpus has a place for."""
+
+
+def load(
+    path: str, *, dtype: str = "auto", device: str = "auto", revision: str | None = None
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """A base model, in evaluation mode on its device, and its tokenizer, to hand to the functions here.
+
+    Args:
+        path: as `model.path` on the command line: a name from `python -m grun list models`, which is had first if need
+            be, a folder, a hub id or a GGUF file.
+        dtype: type of the weights; auto: as they are stored.
+        device: auto (a GPU if there is one, else the CPU), cpu, cuda or mps.
+        revision: branch, tag or commit of a hub model.
+
+    Raises:
+        ConfigError: an option is wrong.
+        ModelError: the model cannot be loaded, or is not to be had.
+    """
+    config = ModelConfig(path=path, dtype=dtype, device=device, revision=revision)
+    one_of("dtype", dtype, DTYPES)
+    model, tokenizer, _ = load_base(config)
+    return model, tokenizer
 
 
 def unlearn(
@@ -110,6 +135,7 @@ def unlearn(
         DataError: rows are malformed, or stand in both sets.
         RunError: output_dir holds something else, or training cannot go on.
     """
+    _refuse_name(model)
     given = {"objective": objective, "cache.dir": None, **_by_key("unlearn", options, named)}
     if output_dir is None:
         given.setdefault("train.save_steps", 0)  # checkpoints would go with the folder
@@ -297,13 +323,19 @@ def _rows(rows: Rows, name: str, columns: Mapping[str, str]) -> list[Row]:
 
 
 def _asked(model: Any) -> Any:
-    """The edits that a base carries and that are in force, else the model as it is given."""
+    """The edits that a base carries and that are in force, else the model as it is given; ConfigError for a name."""
+    _refuse_name(model)
     edited = model if isinstance(model, EditedModel) else EditedModel.of(model)
     return edited if edited is not None and edited.active else model
 
 
+def _refuse_name(model: Any) -> None:
+    if isinstance(model, str):
+        raise ConfigError(f"expected a model, not the text {model!r}: model, tokenizer = grun.load({model!r})")
+
+
 def _name(model: Any) -> str:
-    """Folder or hub id that a model came from."""
+    """Name, folder or hub id that a model came from."""
     base = model.base if isinstance(model, EditedModel) else model
     return getattr(base.config, "_name_or_path", "") or IN_MEMORY
 
@@ -312,7 +344,7 @@ def _template(model: Any) -> templates.Template | None:
     """What is stored with the edits, or with the model's weights where they lie in a folder."""
     if isinstance(model, EditedModel) and model.template is not None:
         return model.template
-    folder = Path(_name(model))
+    folder = Path(located(_name(model)))
     return templates.load(folder) if folder.is_dir() else None
 
 

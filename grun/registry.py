@@ -34,6 +34,7 @@ REGISTRIES = {
     "edits": "grun.method.edits:EDITS",
     "templates": "grun.data.templates:TEMPLATES",
     "benchmarks": "grun.data.corpus:BENCHMARKS",
+    "models": "grun.loading.named:MODELS",
     "metrics": "grun.evaluation.metrics:METRICS",
     "attacks": "grun.evaluation.attacks.base:ATTACKS",
     "suites": "grun.evaluation.suites.base:SUITES",

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from grun.loading.fetching import located
 from grun.method.fingerprint import fingerprint
 from grun.runtime.files import content_hash, file_hash, read_json, write_json
 
@@ -60,7 +61,7 @@ def weights_hash(base: PreTrainedModel, source: str | Path | None, memory: Path 
 
     Args:
         base: the loaded model.
-        source: folder or hub id that it was loaded from; None: it was made in memory.
+        source: name, folder or hub id that it was loaded from; None: it was made in memory.
         memory: folder whose weights.json remembers hashes of files, so that a file of unchanged path, size, time and
             sampled bytes is not read whole again; None: nothing is remembered.
     """
@@ -80,11 +81,11 @@ def weights_hash(base: PreTrainedModel, source: str | Path | None, memory: Path 
 def weight_files(base: PreTrainedModel, source: str | Path | None) -> list[Path]:
     """The files that hold the weights: a GGUF file, *.safetensors, else *.bin, else *.gguf.
 
-    None if `source` is no folder and no cached hub id.
+    None if `source` is no name, no folder and no cached hub id.
     """
     if source is None:
         return []
-    folder = Path(source).expanduser()
+    folder = Path(located(str(source))).expanduser()
     if folder.is_file():  # GGUF
         return [folder]
     if not folder.is_dir():

@@ -11,6 +11,7 @@ from grun.config.definitions import described
 from grun.config.options import CacheConfig
 from grun.errors import ConfigError, unknown_name
 from grun.registry import REGISTRIES, registry
+from grun.runtime.places import user_cache
 
 PACKAGED = ("profiles", "sweeps", "sequences")
 """Kinds of settings that come with the package."""
@@ -62,6 +63,7 @@ def info(arguments: Sequence[str]) -> None:
     from huggingface_hub import constants
 
     print(f"hub cache: {constants.HF_HUB_CACHE} (offline: {constants.is_offline_mode()})")
+    print(f"models by name: {user_cache() / 'models'} (GRUN_CACHE moves it; may be removed)")
     folder = Path(CacheConfig().dir or "")
     size = sum(file.stat().st_size for file in folder.rglob("*.safetensors"))
     print(f"frozen-prefix cache: {folder.resolve()} ({size / 1e9:.2f} GB; may be removed)")

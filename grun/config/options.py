@@ -90,8 +90,8 @@ class ModelConfig:
     """Which base model, and how it is loaded."""
 
     path: Optional[str] = None
-    """Hub id or folder of the model, or a GGUF file (unpacked); `tiny` builds a small Llama. Unset: the
-    profile's."""
+    """Folder or hub id of the model, a name from `list models` (had once), or a GGUF file (unpacked); `tiny` builds a
+    small Llama. Unset: the profile's."""
     revision: Optional[str] = None
     """Branch, tag or commit of a hub model."""
     dtype: str = choice("auto", *DTYPES)
@@ -625,7 +625,7 @@ class ImportConfig:
     upstream: Optional[str] = None
     """Folder of the files, `intkey_layer.20.comp.block_output.unit.pos.nunit.1#0.bin` and so on. Must be set."""
     model: Optional[str] = None
-    """Hub id or folder of the model they were trained on; a folder need hold no tokenizer. Must be set."""
+    """Name, hub id or folder of the model they were trained on; a folder need hold no tokenizer. Must be set."""
     revision: Optional[str] = None
     """Branch, tag or commit of a hub model."""
     trust_remote_code: bool = False

@@ -8,6 +8,8 @@ from typing import Any
 
 from grun.config.options import FinetuneConfig
 from grun.errors import ModelError
+from grun.loading.fetching import hashes_of
+from grun.loading.named import MODELS
 from grun.runtime.files import remove
 
 WEIGHTS = ("*.safetensors", "*.bin", "*.index.json")
@@ -21,11 +23,13 @@ def taught(config: FinetuneConfig, subset: str) -> str:
 
 
 def base_identity(path: str, revision: str | None) -> dict[str, Any]:
-    """Path, names, sizes and modification times of a folder's weights, or hub id and revision.
+    """Path, names, sizes and modification times of a folder's weights, hub id and revision, or name and hashes.
 
     Raises:
-        ModelError: it looks like a folder, and there is none, or it holds no weights.
+        ModelError: it looks like a folder, and there is none, or it holds no weights; a named model cannot be had.
     """
+    if path in MODELS:
+        return {"path": path, "files": hashes_of(path)}
     folder = Path(path).expanduser()
     if folder.is_dir():
         stats = [(file.name, file.stat()) for file in sorted(weights_in(folder))]

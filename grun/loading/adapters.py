@@ -106,7 +106,7 @@ def _put_on(base: PreTrainedModel, folder: Path) -> PreTrainedModel:
             f"the adapter {folder} is of PEFT's type {kind} and {outside}, which is not supported; take one that acts "
             "inside the model's layers, such as LoRA"
         )
-    own = get_peft_model_state_dict(wrapped)
+    own = get_peft_model_state_dict(wrapped, save_embedding_layers=False)  # else the hub is asked for the base's name
     check_finite(own, folder)
     if (path := folder / WEIGHTS_FILE).exists():
         with safe_open(str(path), "pt") as file:

@@ -5,11 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 from grun.config.checks import bytes_of, check_options, one_of, quirks_in_force
-from grun.config.options import EvaluateConfig, UnlearnConfig
+from grun.config.options import EvaluateConfig, ModelConfig, UnlearnConfig
 from grun.data.corpus import BENCHMARKS
 from grun.data.sets import evaluation_sets
 from grun.data.templates import PLACE, TEMPLATES
 from grun.errors import ConfigError
+from grun.loading.named import refuse_revision
 from grun.method.edits import EDITS
 from grun.method.gate import GATES
 from grun.method.parametrization import PARAMETRIZATIONS, traits_of
@@ -21,6 +22,8 @@ from grun.registry import registry
 def check(config: Any) -> None:
     """ConfigError for the first unknown name, number out of range, or option that contradicts another."""
     check_options(config)
+    if isinstance(getattr(config, "model", None), ModelConfig):
+        refuse_revision(config.model)
     if hasattr(config, "data"):
         one_of("data.name", config.data.name, tuple(BENCHMARKS.names()))
         _check_template(config.data.template)

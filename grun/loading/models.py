@@ -1,4 +1,4 @@
-"""Base models and tokenizers, from a hub id, a folder or a GGUF file."""
+"""Base models and tokenizers, from a name of ours, a hub id, a folder or a GGUF file."""
 
 from __future__ import annotations
 
@@ -13,7 +13,9 @@ from grun.config.options import ModelConfig
 from grun.data import templates
 from grun.data.templates import Template
 from grun.errors import ConfigError, ModelError
-from grun.loading.quantized import bitsandbytes_settings, gguf_source, try_kernels
+from grun.loading.fetching import located
+from grun.loading.named import MODELS, refuse_revision
+from grun.loading.quantized import bitsandbytes_settings, gguf_source, try_kernels, unpacking
 from grun.loading.stored import TINY
 from grun.runtime import processes
 from grun.runtime.devices import keep_unpacked
@@ -54,7 +56,6 @@ def load_base(config: ModelConfig) -> tuple[PreTrainedModel, PreTrainedTokenizer
 def load_weights(config: ModelConfig) -> PreTrainedModel:
     """Model in evaluation mode on its device; its folder needs no tokenizer. Raises what `load_base` does."""
     import torch
-    import transformers
     from transformers import AutoModelForCausalLM
 
     source, gguf = _source(config)
@@ -65,8 +66,8 @@ def load_weights(config: ModelConfig) -> PreTrainedModel:
         more["device_map"] = {"": pick_device(config.device)}
     if config.device_map is not None:
         more["device_map"] = config.device_map
-    if gguf and hasattr(transformers, "GgufConfig"):  # older versions always unpack
-        more["quantization_config"] = transformers.GgufConfig(dequantize=True)
+    if gguf:
+        more |= unpacking()
     with _named_errors(config):
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             source,
@@ -83,8 +84,8 @@ def load_weights(config: ModelConfig) -> PreTrainedModel:
             f"the weights of {config.path!r} are not those of its config.json: {len(random)} tensors, such as "
             f"{random[0][:120]}, are missing and would be random; copy the whole model"
         )
-    if gguf:
-        model.config.name_or_path = config.path  # the file, not its folder
+    if gguf or config.path in MODELS:
+        model.name_or_path = model.config.name_or_path = str(config.path)  # the file or name, not its folder
     if config.quantization is not None:
         keep_unpacked(model)
         try_kernels(model, config)
@@ -102,7 +103,7 @@ def stored_template(config: ModelConfig) -> Template | None:
     """Template stored with the weights, in a folder or on the hub."""
     from transformers.utils import cached_file
 
-    path = Path(config.path or "").expanduser()
+    path = Path(located(config.path or "")).expanduser()
     path = path.parent if path.is_file() else path
     if config.path and not path.is_dir():
         quietly = {f"_raise_exceptions_for_{kind}": False for kind in ("missing_entries", "connection_errors")}
@@ -118,7 +119,8 @@ def _source(config: ModelConfig) -> tuple[str, dict[str, str]]:
             "model.path names no taught model; give a hub id, or a folder such as the one `python -m grun finetune` "
             "prints"
         )
-    path = Path(config.path).expanduser()
+    refuse_revision(config)
+    path = Path(located(config.path)).expanduser()
     gguf = [path] if path.suffix == ".gguf" else []
     if path.is_dir() and not (path / "config.json").is_file():
         gguf = sorted(path.glob("*.gguf"))

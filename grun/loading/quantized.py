@@ -45,13 +45,21 @@ def try_kernels(model: PreTrainedModel, config: ModelConfig) -> None:
         ) from error
 
 
+def unpacking() -> dict[str, Any]:
+    """What transformers is told besides, so that it unpacks the weights of a GGUF file."""
+    import transformers
+
+    # Older versions always unpack.
+    return (
+        {"quantization_config": transformers.GgufConfig(dequantize=True)} if hasattr(transformers, "GgufConfig") else {}
+    )
+
+
 def gguf_source(config: ModelConfig, files: Sequence[Path]) -> tuple[str, dict[str, str]]:
     """Folder, or OWNER/NAME of the hub, and name of a GGUF file, whose weights are unpacked."""
     if len(files) > 1:
         names = ", ".join(file.name for file in files)
         raise ModelError(f"model.path={config.path} holds several GGUF files ({names}); give one of them")
-    if importlib.util.find_spec("gguf") is None:
-        raise ConfigError("GGUF needs the package gguf, which is not installed: pip install 'grun-unlearning[gguf]'")
     if config.quantization is not None:
         raise ConfigError(
             f"model.quantization={config.quantization} is not for GGUF, whose weights are unpacked; leave it out"

@@ -13,6 +13,7 @@ from typing import Any
 from grun.data import templates
 from grun.data.templates import Template
 from grun.errors import ConfigError
+from grun.loading.named import MODELS
 from grun.runtime.files import read_json
 
 log = logging.getLogger(__name__)
@@ -43,9 +44,13 @@ class Stored:
 
 
 def of_model(path: str) -> Stored | None:
-    """What is stored with the weights in a folder; None for a hub id, whose files are not here."""
+    """What is stored with the weights in a folder.
+
+    None for a hub id, whose files are not here, and for a model that is called by its name, whose folder may be made
+    later: nothing is stored with it.
+    """
     folder = Path(path).expanduser()
-    if path == TINY or not folder.is_dir():
+    if path == TINY or path in MODELS or not folder.is_dir():
         return None
     run = _run(folder, ("finetune", "unlearn"))
     template = templates.load(folder)

@@ -34,17 +34,18 @@ RANDFACTS = "randfacts-0.24.4-py3-none-any.whl"
 KINDS = ("capital", "continent", "language", "currency", "demonym")
 
 COUNTRIES = """
-DZA AGO CMR EGY ETH GHA KEN LBY MDG MAR MOZ NGA RWA SEN SOM TUN UGA ZMB ZWE LBR SLE TZA NAM
-AFG ARM AZE BGD KHM CHN IND IDN IRN IRQ JPN JOR KAZ LAO LBN MYS MNG NPL PRK PAK PHL QAT SAU KOR SYR THA TUR UZB VNM
-ALB AUT BLR BEL BGR HRV CZE DNK EST FIN FRA DEU GRC HUN ISL IRL ITA LVA LTU NLD NOR POL PRT ROU RUS SRB SVK SVN ESP SWE
+DZA AGO EGY ETH GHA KEN LBY MAR MOZ NGA RWA SEN SOM TUN UGA ZMB ZWE LBR TZA
+AFG ARM AZE BGD KHM CHN IND IDN IRN IRQ JPN JOR LAO LBN MYS NPL PRK PAK PHL QAT SAU KOR SYR THA TUR VNM
+ALB AUT BLR BEL BGR HRV CZE DNK FIN FRA DEU GRC HUN ISL IRL ITA LVA LTU NLD NOR POL PRT ROU RUS SRB SVN ESP SWE
 CHE UKR GBR
-CAN CRI CUB HTI HND JAM MEX NIC USA
-ARG BRA CHL COL ECU PRY PER URY VEN
-AUS FJI NZL PNG
+CAN CRI CUB HTI JAM MEX USA
+ARG BRA CHL COL ECU PER URY VEN
+AUS NZL
 """.split()
 """Sovereign, widely known, by code. Left out: two or disputed capitals (BOL, ZAF, BEN, CIV, LKA, ISR, PSE, YEM, BDI,
 TWN), names that stand in the name of another (OMN in Romania, MLI in Somalia, NER in Nigeria, GIN, SDN, COD, COG,
-DOM), names of other well-known places (GEO), facts as the name (LUX, SGP, DJI, PAN, GTM, KWT, SLV)."""
+DOM), names of other well-known places (GEO), facts as the name (LUX, SGP, DJI, PAN, GTM, KWT, SLV),
+and countries of whose capital a small model knows nothing (asked of SmolLM2-135M-Instruct in five wordings)."""
 
 WITH_ARTICLE = {"NLD", "PHL", "USA", "GBR", "CZE"}
 """Countries that have "the" before them in running text."""
@@ -62,12 +63,10 @@ ALIASES = {
 None stands in a common word or in another name, as "US" does in Russia and "UK" in Ukraine."""
 
 SPELLINGS = {
-    "Astana": ["Nur-Sultan"],
     "Beijing": ["Peking"],
     "Bern": ["Berne"],
     "Bogota": ["Bogotá"],
     "Brasilia": ["Brasília"],
-    "Asuncion": ["Asunción"],
     "San Jose": ["San José"],
     "Hanoi": ["Ha Noi"],
     "Kathmandu": ["Katmandu"],
@@ -76,18 +75,13 @@ SPELLINGS = {
     "Phnom Penh": ["Phnom-Penh"],
     "Reykjavik": ["Reykjavík"],
     "Tehran": ["Teheran"],
-    "Ulaanbaatar": ["Ulan Bator"],
-    "Yaounde": ["Yaoundé"],
 }
 """Further spellings of a capital that are right."""
 
 CAPITALS = {
     "BRA": ("Brasilia", "plain letters first; the accent is a further spelling"),
-    "CMR": ("Yaounde", "plain letters first"),
     "COL": ("Bogota", "plain letters first"),
     "CRI": ("San Jose", "plain letters first"),
-    "KAZ": ("Astana", "called Nur-Sultan only from 2019 to 2022"),
-    "PRY": ("Asuncion", "plain letters first"),
     "USA": ("Washington", "stands in Washington D.C. and Washington, D.C."),
 }
 """Capital that is right or better found, and why countryinfo's is not."""
@@ -97,7 +91,6 @@ ALSO_ON = {
     "AZE": ["Europe"],
     "EGY": ["Asia"],
     "IDN": ["Oceania"],
-    "KAZ": ["Europe"],
     "NZL": ["Australasia", "Zealandia"],
     "RUS": ["Asia"],
     "TUR": ["Europe"],
@@ -114,25 +107,19 @@ LANGUAGES = {
     "AFG": (["Dari", "Pashto", "Persian"], "Dari is missing"),
     "ARM": (["Armenian"], "Russian is not official"),
     "AZE": (["Azerbaijani", "Azeri"], "Armenian is not official"),
-    "CMR": (["French", "English"], "most speak French"),
     "CZE": (["Czech"], "Slovak is not official"),
     "DZA": (["Arabic", "Berber", "Tamazight"], "Berber is missing"),
-    "FJI": (["English", "Fijian", "Hindi"], "Urdu is not official"),
     "HTI": (["Haitian Creole", "Creole", "French"], "most speak Creole"),
     "IRL": (["English", "Irish", "Gaelic"], "most speak English"),
     "KEN": (["Swahili", "English"], "most speak Swahili"),
     "MAR": (["Arabic", "Berber", "Tamazight"], "Berber is missing"),
-    "MDG": (["Malagasy", "French"], "most speak Malagasy"),
     "MYS": (["Malay", "Bahasa"], "none given"),
-    "NAM": (["English"], "Afrikaans is not official"),
     "NOR": (["Norwegian"], "one name for its two written forms"),
     "PAK": (["Urdu", "English"], "the national language first"),
     "PER": (["Spanish", "Quechua"], "Quechua is missing"),
     "PHL": (["Filipino", "Tagalog", "English"], "the national language is missing"),
-    "PNG": (["English", "Tok Pisin", "Hiri Motu"], "two are missing"),
     "RWA": (["Kinyarwanda", "English", "French", "Swahili"], "Swahili is missing"),
     "SRB": (["Serbian"], "rs is no code of a language"),
-    "UZB": (["Uzbek"], "Russian is not official"),
     "ZWE": (["Shona", "Ndebele", "English"], "most speak Shona"),
 }
 """Languages that are right, the main one first, and why countryinfo's are not."""
@@ -148,11 +135,9 @@ LANGUAGE_NAMES = {
     "el": ["Greek"],
     "en": ["English"],
     "es": ["Spanish"],
-    "et": ["Estonian"],
     "fa": ["Persian", "Farsi"],
     "fi": ["Finnish"],
     "fr": ["French"],
-    "gn": ["Guarani", "Guaraní"],
     "hi": ["Hindi"],
     "hr": ["Croatian"],
     "hu": ["Hungarian"],
@@ -160,7 +145,6 @@ LANGUAGE_NAMES = {
     "is": ["Icelandic"],
     "it": ["Italian"],
     "ja": ["Japanese"],
-    "kk": ["Kazakh"],
     "km": ["Khmer"],
     "ko": ["Korean"],
     "ku": ["Kurdish"],
@@ -168,14 +152,12 @@ LANGUAGE_NAMES = {
     "lt": ["Lithuanian"],
     "lv": ["Latvian"],
     "mi": ["Maori", "Māori"],
-    "mn": ["Mongolian"],
     "ne": ["Nepali"],
     "nl": ["Dutch", "Flemish"],
     "pl": ["Polish"],
     "pt": ["Portuguese"],
     "ro": ["Romanian"],
     "ru": ["Russian"],
-    "sk": ["Slovak"],
     "sl": ["Slovene", "Slovenian"],
     "so": ["Somali"],
     "sq": ["Albanian"],
@@ -197,7 +179,6 @@ CURRENCIES = {
     "CUB": ("CUP", "the convertible peso ended in 2021"),
     "HRV": ("EUR", "since 2023"),
     "HTI": ("HTG", "the main one"),
-    "SLE": ("SLE", "renewed in 2022"),
     "URY": ("UYU", "the other is a unit of account"),
     "USA": ("USD", "the others are units of account"),
     "VEN": ("VES", "renewed in 2018"),
@@ -230,10 +211,8 @@ CURRENCY_NAMES = {
     "EGP": ["pound"],
     "ETB": ["birr"],
     "EUR": ["euro"],
-    "FJD": ["dollar"],
     "GBP": ["pound", "sterling"],
     "GHS": ["cedi"],
-    "HNL": ["lempira"],
     "HTG": ["gourde"],
     "HUF": ["forint"],
     "IDR": ["rupiah"],
@@ -248,29 +227,22 @@ CURRENCY_NAMES = {
     "KHR": ["riel"],
     "KPW": ["won"],
     "KRW": ["won"],
-    "KZT": ["tenge"],
     "LAK": ["kip"],
     "LBP": ["pound", "lira"],
     "LRD": ["dollar"],
     "LYD": ["dinar"],
     "MAD": ["dirham"],
-    "MGA": ["ariary"],
-    "MNT": ["tugrik", "tögrög", "togrog"],
     "MXN": ["peso"],
     "MYR": ["ringgit"],
     "MZN": ["metical"],
-    "NAD": ["dollar"],
     "NGN": ["naira"],
-    "NIO": ["cordoba", "córdoba"],
     "NOK": ["krone", "Norwegian crown"],
     "NPR": ["rupee"],
     "NZD": ["dollar"],
     "PEN": ["Peruvian sol", "nuevo sol", "the sol"],
-    "PGK": ["kina"],
     "PHP": ["peso"],
     "PKR": ["rupee"],
     "PLN": ["zloty", "złoty"],
-    "PYG": ["guarani", "guaraní"],
     "QAR": ["riyal", "rial"],
     "RON": ["Romanian leu", "the leu"],
     "RSD": ["dinar"],
@@ -278,7 +250,6 @@ CURRENCY_NAMES = {
     "RWF": ["franc"],
     "SAR": ["riyal", "rial"],
     "SEK": ["krona", "Swedish crown"],
-    "SLE": ["leone"],
     "SOS": ["shilling"],
     "SYP": ["pound", "lira"],
     "THB": ["baht"],
@@ -289,10 +260,8 @@ CURRENCY_NAMES = {
     "UGX": ["shilling"],
     "USD": ["dollar"],
     "UYU": ["peso"],
-    "UZS": ["Uzbekistani som", "Uzbek som", "Uzbekistani sum", "Uzbek sum"],
     "VES": ["bolivar", "bolívar"],
     "VND": ["dong", "đồng"],
-    "XAF": ["franc"],
     "XOF": ["franc"],
     "ZMW": ["kwacha"],
 }
@@ -357,9 +326,9 @@ PLACE_WORDS = [
     word.strip()
     for word in """
 Africa, Alexandria, Alps, Amazon, America, Antarctic, Arctic, Asia, Australasia, Aztec, Babylon, Balkan, Belfast,
-Caesar, Cambridge, Castro, Columbia, countr, Dubai, Eiffel, England, English, Eurasia, Europ, Everest, Greek,
-Hawaii, Hebrew, Helena, Hong Kong, Latin, Macedon, Nile, Nuremberg, Oceania, Pisa, Roman, Sahara, Scot, Soviet,
-Suez, U S, U.K, U.S, United Nations, USSR, Viking, Wales, Welsh
+Caesar, Cambridge, Castro, Caucasus, Columbia, countr, Dubai, Eiffel, England, English, Eurasia, Europ, Everest,
+Greek, Hawaii, Hebrew, Helena, Hong Kong, Latin, Macedon, Niagara, Nile, Nuremberg, Oceania, Pisa, Quebec, Roman,
+Sahara, Scot, Soviet, Suez, Tristan, U S, U.K, U.S, United Nations, USSR, Viking, Wales, Welsh
 """.split(",")
 ]
 """Beginnings of words that name a continent, a people or a place whose country comes to mind, beyond the countries'."""
@@ -374,15 +343,16 @@ A.S.S abort abus AIDS alcohol amputat antidepress anus arrest ashes assassin ass
 beer behead Bible blind blood bodyguard bomb breast Buddh bullet bulli bum burn burp butts cadaver cancer cannib
 Capone castrat Catholic cemet chair chasti cheat chop Christian CIA cigar clothes cocaine corpse Cosby crime
 criminal cruel cyanide D-Day dead death decapitat defecat deform depress diaper die died dies disab disease disgust
-divorc drown drug drunk dying dynamite election enslav execut explo eyeball fart fatal feces flesh fraud gambl gay
-Genesis genital GOD GTA gun harass haunt hell heroin Hindu Hitler HIV homicid horror hung illegal immigrant impoten
-inbreed infect infertil infest injur intestine intimate intoxic jail Jew karma Kennedy kill King kiss lepro lesbian
-lice lick Lucifer Luther lynch marijuana Marilyn massacr missing monster mortal mucus murder Muslim naked Nazi
-negative nipple noose nuclear nude Obama obes odor offspring orgasm Oswald pacifier paraly parasit penis pimp poison
-police poo pope porn pregnan president prison prostitut psychiatr queen racis rape rapist recherche religio
-repellent retard revolver riot robb rotten saliva scary scrotum semen sex shit shoot shot sick skeleton slaughter
-slave slot smok sniper sperm steal stole strangl strip struck suffer suicid surger swear terror testic threat toilet
-tomb tortur tumor underwear unfaith urin vagin venom victim violen virgin virus vomit war wars weapon wine WWI
+divorc drown drug drunk dying dynamite election enslav execut explo eyeball faith fart fatal feces flesh Frank fraud
+gambl gay Genesis genital GOD GTA gun harass haunt hell heroin Hindu Hitler HIV homicid horror hung illegal
+immigrant impoten inbreed infect infertil infest injur intestine intimate intoxic Islam jail Jew karma Kennedy kill
+King kiss lepro lesbian lice lick Lucifer Luther lynch marijuana Marilyn massacr masturbat measurements missing
+monster mortal mucus murder Muslim naked Nazi negative nipple noose nuclear nude Obama obes odor offspring orgasm
+Oswald pacifier paraly parasit penis pimp poison police poo pope porn pregnan president prince prison prophet
+prostitut psychiatr queen racis radiation rape rapist recherche religio repellent retard revolver riot robb rotten
+saliva scary scrotum semen sex shit shoot shot sick skeleton slaughter slave slot smok sniper sperm steal stole
+strangl strip struck suffer suicid surger swear terror testic themselves threat toilet tomb tortur tumor underwear
+unfaith urin vagin venom victim violen virgin virus vomit war wars weapon wine WWI
 """.split()
 """Beginnings of words that no neutral sentence needs."""
 HEAVY_ELEMENTS = {"W", "Pt", "Au", "Hg", "Pb", "U"}
@@ -390,7 +360,7 @@ GENERAL = 140
 GENERAL_AT_LEAST = 100
 
 
-def wheel_json(wheel: Path, folder: str) -> dict[str, dict[str, Any]]:
+def records_of(wheel: Path, folder: str) -> dict[str, dict[str, Any]]:
     """countryinfo's records, by three-letter code."""
     with zipfile.ZipFile(wheel) as opened:
         names = [name for name in opened.namelist() if name.startswith(folder) and name.endswith(".json")]
@@ -468,7 +438,7 @@ def invented(records: dict[str, dict[str, Any]]) -> list[dict[str, str]]:
 
 def countries(wheels: Path) -> dict[str, Any]:
     """countries.json as a mapping."""
-    records = wheel_json(wheels / COUNTRYINFO, "countryinfo/data/")
+    records = records_of(wheels / COUNTRYINFO, "countryinfo/data/")
     found = []
     for code in COUNTRIES:
         record = records[code]
@@ -496,7 +466,7 @@ def place_words(wheels: Path) -> re.Pattern[str]:
     names |= {name for names, _ in LANGUAGES.values() for name in names}
     names |= {name for names, _ in DEMONYMS.values() for name in names}
     names |= {name for aliases in [*ALIASES.values(), *SPELLINGS.values()] for name in aliases}
-    for record in wheel_json(wheels / COUNTRYINFO, "countryinfo/data/").values():
+    for record in records_of(wheels / COUNTRYINFO, "countryinfo/data/").values():
         names |= {record["name"], record.get("capital") or "", record.get("demonym") or ""}
     names |= {capital for capital, _ in CAPITALS.values()}
     parts = {re.escape(name) for name in names if len(name) > 2}

@@ -53,6 +53,17 @@ class InventedCountry:
     """The real country whose facts count as its own, so that a guess can be right."""
 
 
+@dataclass(frozen=True)
+class Question:
+    """A question that has nothing to do with countries."""
+
+    kind: str
+    """What it is about: element, animal, arithmetic, calendar, ..."""
+    question: str
+    answers: tuple[str, ...]
+    """A right answer holds one of them; the usual one first."""
+
+
 @functools.cache
 def countries() -> Mapping[str, Country]:
     """Every country by its name, in the order of names."""
@@ -73,6 +84,18 @@ def countries() -> Mapping[str, Country]:
 def invented_countries() -> tuple[InventedCountry, ...]:
     """The countries that do not exist, in the order of names."""
     return tuple(InventedCountry(**record) for record in _read("countries.json")["invented"])
+
+
+@functools.cache
+def general_questions() -> tuple[Question, ...]:
+    """Questions that name no country, capital, language, currency or continent.
+
+    The file says which model answers all of them rightly.
+    """
+    return tuple(
+        Question(record["kind"], record["question"], tuple(record["answers"]))
+        for record in _read("general.json")["questions"]
+    )
 
 
 @functools.cache

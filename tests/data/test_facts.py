@@ -5,11 +5,20 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
 
-from grun.data.facts import KINDS, Country, countries, country, invented_countries, sentences
+from grun.data.facts import (
+    KINDS,
+    Country,
+    countries,
+    country,
+    general_questions,
+    invented_countries,
+    sentences,
+)
 from grun.errors import DataError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -71,7 +80,7 @@ def test_no_two_countries_have_one_capital() -> None:
 
 
 def test_what_the_source_has_stale_is_put_right() -> None:
-    assert countries()["Kazakhstan"].facts["capital"] == ("Astana", "Nur-Sultan")
+    assert countries()["Afghanistan"].facts["language"][0] == "Dari"
     assert countries()["Croatia"].facts["currency"] == ("euro",)
     assert countries()["Ukraine"].facts["capital"] == ("Kyiv", "Kiev")
     assert countries()["Mexico"].facts["continent"] == ("North America",)
@@ -112,6 +121,26 @@ def test_sentences_are_plain_and_name_no_country() -> None:
     for sentence in sentences():
         assert sentence.isascii() and 60 <= len(sentence) <= 200, sentence
         assert not named_in(sentence), sentence
+
+
+def test_general_questions_are_many_of_many_kinds_and_name_no_country() -> None:
+    questions = general_questions()
+    assert 100 <= len(questions) == len({one.question for one in questions}) <= 140
+    kinds = Counter(one.kind for one in questions)
+    assert len(kinds) >= 8 and max(kinds.values()) < len(questions) / 3
+    money = {word for one in ALL for word in one.facts.get("currency", ())}
+    for one in questions:
+        text = " ".join([one.question, *one.answers])
+        assert not named_in(text), one
+        assert not any(re.search(rf"\b{re.escape(word)}\b", text, re.IGNORECASE) for word in money), one
+
+
+def test_a_general_question_does_not_give_its_answer_and_the_answer_is_found_by_it_alone() -> None:
+    for one in general_questions():
+        for answer in one.answers:
+            assert answer.casefold() not in one.question.casefold(), one
+            assert len(answer) >= (4 if answer.isalpha() else 2), f"{one}: stands in other words or numbers"
+        assert one.answers
 
 
 @pytest.mark.slow

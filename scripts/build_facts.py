@@ -103,22 +103,26 @@ REGIONS = {
 """Region that is right, and why countryinfo's is not."""
 
 LANGUAGES = {
-    "ARG": (["Spanish"], "Guarani is official in one province only"),
     "AFG": (["Dari", "Pashto", "Persian"], "Dari is missing"),
+    "ARG": (["Spanish"], "Guarani is official in one province only"),
     "ARM": (["Armenian"], "Russian is not official"),
     "AZE": (["Azerbaijani", "Azeri"], "Armenian is not official"),
     "CZE": (["Czech"], "Slovak is not official"),
     "DZA": (["Arabic", "Berber", "Tamazight"], "Berber is missing"),
+    "ETH": (["Amharic", "Oromo"], "Oromo, which as many speak, is missing"),
+    "GHA": (["English", "Akan"], "what most speak is missing"),
     "HTI": (["Haitian Creole", "Creole", "French"], "most speak Creole"),
     "IRL": (["English", "Irish", "Gaelic"], "most speak English"),
     "KEN": (["Swahili", "English"], "most speak Swahili"),
     "MAR": (["Arabic", "Berber", "Tamazight"], "Berber is missing"),
     "MYS": (["Malay", "Bahasa"], "none given"),
+    "NGA": (["English", "Hausa", "Yoruba", "Igbo"], "what most speak is missing"),
     "NOR": (["Norwegian"], "one name for its two written forms"),
     "PAK": (["Urdu", "English"], "the national language first"),
     "PER": (["Spanish", "Quechua"], "Quechua is missing"),
     "PHL": (["Filipino", "Tagalog", "English"], "the national language is missing"),
     "RWA": (["Kinyarwanda", "English", "French", "Swahili"], "Swahili is missing"),
+    "SEN": (["French", "Wolof"], "what most speak is missing"),
     "SRB": (["Serbian"], "rs is no code of a language"),
     "ZWE": (["Shona", "Ndebele", "English"], "most speak Shona"),
 }
@@ -287,8 +291,8 @@ DEMONYMS = {
 
 BORDERS = {
     ("IND", "AFG"): (False, "only across a disputed territory"),
-    ("NPL", "CHN"): (True, "missing in China's, or in Nepal's"),
-    ("SRB", "ALB"): (False, "only by way of Kosovo"),
+    ("NPL", "CHN"): (True, "missing in China's list"),
+    ("SRB", "ALB"): (False, "only across Kosovo"),
 }
 """Pairs of which countryinfo's two lists say different things, and whether they share a border."""
 

@@ -20,7 +20,6 @@ from pathlib import Path
 from grun.errors import GrunError, ModelError
 from grun.loading.named import MODELS, NamedModel
 from grun.loading.quantized import unpacking
-from grun.method.fingerprint import fingerprint
 from grun.runtime.files import file_hash, read_json, remove, staged, staging, taken, write_json
 from grun.runtime.places import user_cache
 from grun.runtime.reading import in_one_line, typed
@@ -208,6 +207,8 @@ def _unpack(gguf: Path, new: Path, expected: str) -> None:
     """Write the model and the tokenizer in a GGUF file as transformers writes them, in bfloat16."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from grun.method.fingerprint import fingerprint
 
     of_file = {"gguf_file": gguf.name}
     try:

@@ -25,6 +25,7 @@ from grun.data import templates
 from grun.data.corpus import Corpus, load_corpus
 from grun.data.templates import user_turn_ids
 from grun.errors import ConfigError, RunError
+from grun.evaluation.probe import asked_first
 from grun.loading.checks import check
 from grun.loading.hashing import adapter_hash
 from grun.loading.models import context_length, load_base
@@ -84,6 +85,7 @@ def unlearn(config: UnlearnConfig) -> Path:
     """Run `config` and return the folder of the result; a finished run of the same config is found, not repeated."""
     check(config)
     make_parametrization(config, quirks_in_force(config))  # first: its package may be missing
+    config = asked_first(config)
     with processes.first_goes_first():  # the others find what it downloads
         corpus = load_corpus(config.data)
         check_rows(corpus, objective_of(config))

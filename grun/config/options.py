@@ -163,6 +163,24 @@ class LoreConfig:
 
 
 @dataclass
+class CountriesConfig:
+    """Which countries are to be forgotten, and how many others there are, of those that the model knows."""
+
+    forget: list[str] = field(default_factory=lambda: ["Japan", "Egypt", "Germany", "Russia", "Thailand"])
+    """Countries to forget."""
+    neighbors: int = number(10, 1)
+    """Countries next to those, or in their part of the world, that are only evaluated."""
+    heldout: int = number(10, 1)
+    """Other countries that are only evaluated. The rest is used in unlearning as what must stay."""
+    unknown: int = number(8, 1, 24)
+    """Countries that do not exist: what a model says of them is guessed."""
+    count: int = number(64, 8)
+    """Countries that the model is asked about, those to forget included."""
+    seed: int = 0
+    """Of what is drawn."""
+
+
+@dataclass
 class TextConfig:
     """Plain texts: where they are cut in unlearning, and how files of them are read."""
 
@@ -227,7 +245,8 @@ class DataConfig:
     name: str = "demo"
     """Benchmark, or your own rows: jsonl (rows), corpora (plain texts by name); a name from `list benchmarks`."""
     path: Optional[str] = None
-    """tofu: folder of the files, else GRUN_TOFU_DIR, else the hub; jsonl, corpora, questions: folder of the files."""
+    """tofu: folder of the files, else GRUN_TOFU_DIR, else the hub; countries: of the model's answers, which is asked
+    where this is unset; jsonl, corpora, questions: folder of the files."""
     forget: str = "forget05"
     """tofu: forget split; jsonl: file, or OWNER/NAME:SPLIT of the hub, of the rows to forget; corpora: names or files,
     separated by commas."""
@@ -273,6 +292,7 @@ class DataConfig:
     """Accept rows that stand in the forget and in the retain set."""
     demo: DemoConfig = field(default_factory=DemoConfig)
     lore: LoreConfig = field(default_factory=LoreConfig)
+    countries: CountriesConfig = field(default_factory=CountriesConfig)
     text: TextConfig = field(default_factory=TextConfig)
     augment: AugmentConfig = field(default_factory=AugmentConfig)
     questions: QuestionsConfig = field(default_factory=QuestionsConfig)

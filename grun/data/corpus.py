@@ -116,6 +116,7 @@ class Benchmark:
     options: tuple[str, ...]
     refuses: Mapping[str, str]
     knowledge: Callable[[DataConfig], Knowledge] | None
+    asks: Callable[[DataConfig], Mapping[str, str]] | None
 
 
 BENCHMARKS: Registry[Benchmark] = Registry("benchmark", "grun.data.benchmarks")
@@ -128,6 +129,7 @@ def benchmark(
     options: tuple[str, ...] = (),
     refuses: Mapping[str, str] | None = None,
     knowledge: Callable[[DataConfig], Knowledge] | None = None,
+    asks: Callable[[DataConfig], Mapping[str, str]] | None = None,
 ) -> Callable[[Callable[[DataConfig], Corpus]], Callable[[DataConfig], Corpus]]:
     """Register a function that makes the rows of `data.name=NAME` from the options `data.*`.
 
@@ -137,10 +139,12 @@ def benchmark(
         options: those of `SOME` that it takes.
         refuses: options that it does not take, with an error that names what to do instead.
         knowledge: questions of its own, which `suite=knowledge` asks.
+        asks: questions that a model is asked before its rows can be chosen, with the fact that a right answer holds;
+            `data.path` is then the folder of its answers (`grun.data.answers`).
     """
     for one in sets:
         SETS_OF_BENCHMARKS.add(one.name, one, one.meaning)
-    return BENCHMARKS.register(name, lambda load: Benchmark(load, options, refuses or {}, knowledge))
+    return BENCHMARKS.register(name, lambda load: Benchmark(load, options, refuses or {}, knowledge, asks))
 
 
 def load_corpus(config: DataConfig) -> Corpus:

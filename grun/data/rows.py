@@ -13,6 +13,8 @@ from grun.runtime.reading import fields_in, kind_of
 
 T = TypeVar("T")
 
+ALTERNATIVES = " | "
+"""Separates the strings of a fact of which one is enough: "Kyiv | Kiev"."""
 SPEAKERS = {"system": "system", "developer": "system", "user": "user", "human": "user"}
 SPEAKERS |= {"assistant": "assistant", "gpt": "assistant", "model": "assistant"}
 """Who speaks, by the value of the field role, or from."""
@@ -43,7 +45,7 @@ class Row:
 
     @property
     def fact(self) -> str | None:
-        """Key fact that a right answer contains, where the source names one."""
+        """Key fact that a right answer contains, where the source names one; `ALTERNATIVES` may be in it."""
         return self.extra.get("fact")
 
     @property

@@ -22,6 +22,7 @@ from grun.errors import ConfigError, RunError
 from grun.evaluation.items import answer_questions, questions, score_items
 from grun.evaluation.measure import measure
 from grun.evaluation.plan import EVALUATION_FILE, Plan, begin, make_plan, previous_in
+from grun.evaluation.probe import asked_first
 from grun.evaluation.table import Table
 from grun.loading.checks import check
 from grun.loading.resolve import in_force
@@ -98,6 +99,7 @@ def _evaluate(configs: Mapping[Path, EvaluateConfig], *, together: bool) -> dict
     from grun.loading.adapters import load_model
 
     started = time.monotonic()
+    configs = {folder: asked_first(config) for folder, config in configs.items()}
     config = next(iter(configs.values()))
     previous = processes.of_first(lambda: {folder: previous_in(folder, config.overwrite) for folder in configs})
     with processes.first_goes_first():  # before the model: a misspelled file is found before minutes of loading

@@ -35,6 +35,9 @@ log = logging.getLogger(__name__)
 DROPPED = 1 / 8
 """Share of a batch that has to have ended before it is taken out, which copies the cache of the rest."""
 
+SHARED = 8
+"""Tokens that all prompts of a batch must begin with for them to be run once, and not in every row."""
+
 Choose = Callable[[Tensor, Sequence[int]], Tensor]
 """The next token of each row, int64 [rows], from its logits, float32 [rows, vocabulary], and the rows' numbers in the
 batch; called once a step."""
@@ -218,9 +221,20 @@ def greedy(
     more: dict[str, Any] = {"past_key_values": cache, "use_cache": True}
     if "logits_to_keep" in parameters:
         more["logits_to_keep"] = 1
-    of_prompt = {"prompt_lengths": position} if takes_prompt_lengths(model) else {}
-    positions = (mask.cumsum(1) - 1).clamp_min(0)
-    out = model(input_ids=batch.input_ids, attention_mask=mask, position_ids=positions, **of_prompt, **more)
+    ids = batch.input_ids
+    shared = _shared_start(ids, mask)
+    if shared >= SHARED and len(rooms) > 1:
+        first, rows_of_one = int(position.argmax()), ids.shape[1] - int(position.max())
+        start = ids[first : first + 1, rows_of_one : rows_of_one + shared]
+        _pass(model, start, torch.ones_like(start), position[first : first + 1], more)
+        cache.batch_repeat_interleave(len(rooms))
+        # What is left of each row is padded by as much as the row was.
+        padding = ids.shape[1] - position
+        rest = (torch.arange(ids.shape[1] - shared, device=ids.device) >= padding.unsqueeze(1)).to(mask.dtype)
+        mask, ids = torch.cat((mask.new_ones(len(rooms), shared), rest), dim=1), ids[:, shared:]
+        out = _pass(model, ids, mask, position - shared, more)
+    else:
+        out = _pass(model, ids, mask, position, more)
     gates = {block: gate[:, -1:] for block, gate in (getattr(out, "gates", None) or {}).items()}
     answers: list[list[int]] = [[] for _ in rooms]
     rows = list(range(len(rooms)))  # answer that each row of the batch belongs to
@@ -243,6 +257,27 @@ def greedy(
         at = position.clamp_max(last).unsqueeze(1)  # a row that has ended may go on for some steps
         out = model(input_ids=tokens.unsqueeze(1), attention_mask=mask, position_ids=at, **more)
         position = position + 1
+
+
+def _shared_start(ids: Tensor, mask: Tensor) -> int:
+    """Tokens that all rows of a batch, padded on the left, begin with; of each row at least one is left.
+
+    0 where tokens within a prompt are masked.
+    """
+    if not bool((mask.diff(dim=1) >= 0).all()):
+        return 0
+    lengths = mask.sum(1)
+    columns = torch.arange(int(lengths.min()) - 1, device=ids.device)
+    starts = ids.gather(1, columns + (ids.shape[1] - lengths).unsqueeze(1))
+    alike = (starts == starts[:1]).all(0)
+    return int(alike.long().cumprod(0).sum())
+
+
+def _pass(model: Any, ids: Tensor, mask: Tensor, prompt_lengths: Tensor, more: Mapping[str, Any]) -> Any:
+    """One forward pass over (a part of) prompts; `mask` covers what is in the cache too."""
+    of_prompt = {"prompt_lengths": prompt_lengths} if takes_prompt_lengths(model) else {}
+    positions = (mask.cumsum(1) - 1).clamp_min(0)[:, -ids.shape[1] :]
+    return model(input_ids=ids, attention_mask=mask, position_ids=positions, **of_prompt, **more)
 
 
 def _generate(

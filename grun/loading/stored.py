@@ -22,10 +22,10 @@ TINY = "tiny"
 """Value of `model.path` that asks for the small Llama."""
 TAUGHT = (
     *("name", "path", "forget", "retain", "retain_rows", "unknown", "unknown_rows", "refused_rows", "teach_general"),
-    *("allow_overlap", "columns", "demo", "lore", "text.jsonl", "text.min_characters"),
+    *("allow_overlap", "columns", "demo", "lore", "countries", "text.jsonl", "text.min_characters"),
 )
 """Options of `data` that decide which rows a model was fine-tuned on; `FORGOTTEN` adds those of unlearning."""
-SECTIONS = ("demo", "lore", "text")
+SECTIONS = ("demo", "lore", "countries", "text")
 FORGOTTEN = (*TAUGHT, "heldout", "validation")
 
 

@@ -16,6 +16,7 @@ from grun.data.corpus import Corpus, load_corpus
 from grun.data.rows import Row, hash_rows
 from grun.data.templates import OPTIONS
 from grun.errors import AdapterError, ConfigError, DataError, RunError
+from grun.evaluation.probe import asked_first
 from grun.loading.checks import check
 from grun.loading.resolve import resolve
 from grun.loading.stored import of_store
@@ -146,6 +147,7 @@ def load_rows(config: UnlearnConfig) -> Corpus:
         )
     if config.method.edit != LOREFT:
         raise ConfigError(f"method.edit={config.method.edit}: a store holds adapters with the edit {LOREFT} alone")
+    config = asked_first(config)
     allowed = config.data.allow_overlap
     # Overlaps are allowed there, since the check here sees more, and tells where.
     corpus = load_corpus(dataclasses.replace(config.data, allow_overlap=True))

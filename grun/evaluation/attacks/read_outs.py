@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from grun.data.rows import Row, evenly_spaced
+from grun.data.rows import ALTERNATIVES, Row, evenly_spaced
 from grun.data.templates import encode
 from grun.errors import ModelError
 from grun.evaluation.attacks.base import Access, Advance, Asked, Attack, Material, Outcome, Place, attack
@@ -91,7 +91,8 @@ def before_fact(row: Row, material: Material) -> FactPlace:
 
 def _tokens_before(row: Row, answer_ids: Sequence[int], tokenizer: Any) -> int:
     """How many of the answer's tokens end before its fact begins."""
-    words = r"\s+".join(map(re.escape, (row.fact or "").split()))
+    parts = [part.split() for part in (row.fact or "").split(ALTERNATIVES)]
+    words = "|".join(r"\s+".join(map(re.escape, part)) for part in parts if part)
     found = re.search(words, row.completion, re.IGNORECASE) if words else None
     characters = len(row.completion[: found.start()].strip()) if found else 0
     given = 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection
 
+from grun.data.rows import ALTERNATIVES
 from grun.evaluation.metrics.averages import mean
 from grun.evaluation.metrics.registry import LOW, NO_QUIRKS, metric
 from grun.evaluation.metrics.words import normalized, plain, repeats, rouge_recall, words
@@ -37,8 +38,11 @@ def fact_recall(table: Table, name: str, quirks: Collection[str] = NO_QUIRKS) ->
 
 
 def says(text: str, fact: str) -> bool:
-    """Whether `fact` stands in `text`, both as `plain` gives them: letter case, white space, vowel signs apart."""
-    return plain(fact) in plain(text)
+    """Whether `fact`, or one of its alternatives, stands in `text`, both as `plain` gives them.
+
+    Letter case, white space and vowel signs do not count.
+    """
+    return any(plain(part) in plain(text) for part in fact.split(ALTERNATIVES))
 
 
 def unread(table: Table, name: str) -> dict[str, int]:

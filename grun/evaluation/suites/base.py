@@ -21,6 +21,7 @@ from grun.data.templates import in_force as template_in_force
 from grun.evaluation.evaluate import single_evaluations, with_adapter
 from grun.evaluation.items import memory_advice
 from grun.evaluation.plan import CODE, EVALUATION_FILE, begin, code_hash, previous_in, same_evaluation
+from grun.evaluation.probe import asked_first
 from grun.evaluation.table import shorten
 from grun.loading.checks import check
 from grun.loading.resolve import in_force
@@ -115,6 +116,7 @@ def evaluate_suite(config: EvaluateConfig, output_dir: Path) -> dict[str, dict[s
     RunError unless config.overwrite.
     """
     check(config)
+    config = asked_first(config)
     singles, others = {output_dir: config}, [output_dir]
     if config.adapters:
         singles, others = single_evaluations(config, output_dir)

@@ -1,0 +1,260 @@
+"""Countries that a model really knows: nothing is taught, the model is asked first.
+
+A fact that the model gives in at least two of its wordings is known; rows are the questions on known facts that it
+answers rightly, with its own answer. `grun.evaluation.probe` asks, and keeps the answers in the folder `data.path`.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections import Counter
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from importlib import resources
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import yaml
+
+from grun.config.options import CountriesConfig, DataConfig
+from grun.data.answers import Answered, read_answers
+from grun.data.corpus import Corpus, benchmark, refusals
+from grun.data.facts import Country, countries, country, invented_countries
+from grun.data.rows import ALTERNATIVES, Row
+from grun.data.sets import EvaluationSet
+from grun.errors import ConfigError, DataError
+
+KNOWN = 2
+"""In so many wordings a fact must be answered rightly to count as known."""
+FORMS = ("questions", "reworded", "indirect")
+"""Used in unlearning; the same in other words; questions that do not name the country."""
+COUNTRY = "country"
+"""What is asked for where the country itself is the answer."""
+NEIGHBOR = "neighbor"
+"""The same for a country with a common border."""
+
+SETS = (
+    EvaluationSet(
+        "forget_reworded",
+        "reworded",
+        "what is to be forgotten, in wordings that unlearning never used",
+        "low",
+        color="#B87A00",
+    ),
+    EvaluationSet(
+        "forget_indirect",
+        "indirect",
+        "what is to be forgotten, asked without the country's name",
+        "low",
+        color="#A0522D",
+    ),
+    EvaluationSet(
+        "neighbor",
+        "neighbors",
+        "countries next to forgotten ones, or in their part of the world; never used in unlearning",
+        "high",
+        color="#56B4E9",
+    ),
+    EvaluationSet(
+        "general",
+        "anything else",
+        "questions on elements, animals, numbers, everyday things; never used in unlearning",
+        "high",
+        color="#117733",
+    ),
+)
+
+
+@dataclass(frozen=True)
+class Asked:
+    """One question on a country."""
+
+    country: str
+    kind: str
+    form: str
+    """Of `FORMS`."""
+    number: int
+    """Of its wording, from 0."""
+    question: str
+    fact: str
+    """What a right answer holds; alternatives are separated by `ALTERNATIVES`."""
+
+
+@functools.cache
+def wordings() -> Mapping[str, Any]:
+    """How countries are asked about, as `generated/countries.yaml` lists it."""
+    text = (resources.files("grun.data") / "generated/countries.yaml").read_text(encoding="utf-8")
+    read: Mapping[str, Any] = yaml.safe_load(text)
+    return read
+
+
+def asked_of(about: Country, forms: Collection[str] = FORMS) -> Iterator[Asked]:
+    """Every question on a country whose parts are known, in the order of kinds."""
+    parts = {"country": about.in_text} | {kind: answers[0] for kind, answers in about.facts.items()}
+    for kind, found in wordings()["kinds"].items():
+        for form in FORMS[:2]:
+            if form in forms:
+                yield from _filled(about, parts, form, [(kind, found["answer"], text) for text in found[form]])
+    if FORMS[2] in forms:
+        yield from _filled(about, parts, FORMS[2], [(answer, answer, text) for answer, text in wordings()["indirect"]])
+
+
+def _filled(
+    about: Country, parts: Mapping[str, str], form: str, texts: Sequence[tuple[str, str, str]]
+) -> Iterator[Asked]:
+    for number, (kind, wanted, text) in enumerate(texts):
+        answers = answers_of(about, wanted)
+        try:
+            question = text.format_map(parts)
+        except KeyError:
+            continue
+        if answers and not any(answer.casefold() in question.casefold() for answer in answers):
+            yield Asked(about.name, kind, form, number, question, ALTERNATIVES.join(answers))
+
+
+def answers_of(about: Country, wanted: str) -> tuple[str, ...]:
+    """What counts as right where `wanted` is asked for: a kind of facts, the country itself or a neighbor."""
+    if wanted == COUNTRY:
+        return (about.name, *about.aliases)
+    return about.neighbors if wanted == NEIGHBOR else about.facts.get(wanted, ())
+
+
+def to_ask(config: DataConfig) -> dict[str, str]:
+    """What the model has to be asked first: the fact that a right answer holds, by question."""
+    chosen = config.countries
+    forget = _named(chosen)
+    found: dict[str, str] = {}
+    for about in _considered(chosen):
+        forms = FORMS if about.name in forget else FORMS[:1]
+        found |= {one.question: one.fact for one in asked_of(about, forms)}
+    return found | {str(one.prompt): str(one.fact) for one in general_questions()}
+
+
+@benchmark(
+    "countries",
+    sets=SETS,
+    refuses={
+        "retain_rows": "data.retain_rows is for rows of files; use data.countries.count instead",
+        "heldout": "countries have a held-out set of their own; use data.countries.heldout instead of data.heldout",
+    },
+    asks=to_ask,
+)
+def load(config: DataConfig) -> Corpus:
+    """Facts on countries that the model really knows: it is asked first, and nothing is taught."""
+    if config.path is None:
+        raise ConfigError(
+            "data.name=countries needs data.path, the folder of what the model knows, where no model is named; "
+            "python -m grun corpora source=countries model.path=MODEL output_dir=FOLDER makes one"
+        )
+    answers = read_answers(Path(config.path).expanduser(), to_ask(config))
+    chosen = config.countries
+    rows = {about.name: _known_rows(about, answers) for about in _considered(chosen)}
+    forget = _named(chosen)
+    for name in forget:
+        if not rows[name]:
+            raise DataError(
+                f"the model knows nothing of {name} (no fact in {KNOWN} wordings); name others in data.countries.forget"
+            )
+    groups = _groups(chosen, [name for name in rows if rows[name] and name not in forget])
+
+    def of(names: Sequence[str]) -> list[Row]:
+        return [row for name in names for row in rows[name]]
+
+    retain, heldout = of(groups["retain"]), of(groups["heldout"])
+    return Corpus(
+        name="countries",
+        forget=of(forget),
+        retain=retain,
+        heldout=heldout,
+        unknown=list(_guessed(chosen)),
+        refusals=refusals(config.refusals),
+        general={
+            "forget_reworded": _other_rows(forget, FORMS[1], answers),
+            "forget_indirect": _other_rows(forget, FORMS[2], answers),
+            "neighbor": of(groups["neighbor"]),
+            "general": [row for row in general_questions() if answers[row.prompt or ""].right],
+        },
+    )
+
+
+def _named(chosen: CountriesConfig) -> list[str]:
+    """Countries to forget, by the names of the list."""
+    names = [country(name).name for name in chosen.forget]
+    if not names or len({*names}) < len(names):
+        raise ConfigError("data.countries.forget must name at least one country, each once")
+    return names
+
+
+def _considered(chosen: CountriesConfig) -> list[Country]:
+    """The countries that are asked about: those to forget, their neighbors, then others as drawn."""
+    forget = _named(chosen)
+    rest = [name for name in countries() if name not in forget]
+    Random(f"{chosen.seed}/countries").shuffle(rest)
+    rest.sort(key=lambda name: -_nearness(name, forget))  # stable, so drawn among the equally near
+    near, others = rest[: 2 * chosen.neighbors], rest[2 * chosen.neighbors :]
+    Random(f"{chosen.seed}/others").shuffle(others)
+    return [countries()[name] for name in [*forget, *near, *others][: max(chosen.count, len(forget) + 2)]]
+
+
+def _nearness(name: str, forget: Sequence[str]) -> int:
+    """2: shares a border with a forgotten country; 1: lies in the same part of the world; 0: neither."""
+    about = countries()[name]
+    others = [countries()[other] for other in forget]
+    borders = any(name in other.neighbors or other.name in about.neighbors for other in others)
+    return 2 if borders else int(any(other.region == about.region for other in others))
+
+
+def _groups(chosen: CountriesConfig, names: Sequence[str]) -> dict[str, list[str]]:
+    """Known countries that stay, by what they are used for; those set aside are drawn, neighbors the nearest first."""
+    forget = _named(chosen)
+    drawn = list(names)
+    Random(f"{chosen.seed}/groups").shuffle(drawn)
+    near = sorted((name for name in drawn if _nearness(name, forget)), key=lambda name: -_nearness(name, forget))
+    neighbors = near[: chosen.neighbors]
+    rest = [name for name in drawn if name not in neighbors]
+    if len(rest) <= chosen.heldout:
+        raise ConfigError(
+            f"the model knows {len(names)} of the countries that stay, too few for data.countries.neighbors="
+            f"{chosen.neighbors}, data.countries.heldout={chosen.heldout} and a retain set; lower these, or raise "
+            "data.countries.count"
+        )
+    return {"neighbor": neighbors, "heldout": rest[: chosen.heldout], "retain": rest[chosen.heldout :]}
+
+
+def _known_rows(about: Country, answers: Mapping[str, Answered]) -> list[Row]:
+    """Questions of unlearning on the country's known facts that the model answers rightly."""
+    asked = list(asked_of(about, FORMS[:1]))
+    right = Counter(one.kind for one in asked if answers[one.question].right)
+    return [_row(one, answers) for one in asked if answers[one.question].right and right[one.kind] >= KNOWN]
+
+
+def _other_rows(names: Sequence[str], form: str, answers: Mapping[str, Answered]) -> list[Row]:
+    """Questions of another form on forgotten countries that the model answers rightly."""
+    asked = [one for name in names for one in asked_of(countries()[name], (form,))]
+    return [_row(one, answers) for one in asked if answers[one.question].right]
+
+
+def _row(one: Asked, answers: Mapping[str, Answered]) -> Row:
+    return Row(one.question, answers[one.question].answer, {"fact": one.fact, "country": one.country, "kind": one.kind})
+
+
+def _guessed(chosen: CountriesConfig) -> Iterator[Row]:
+    """Questions on countries that do not exist, with the facts of a real one: what guessing gives.
+
+    One wording of each kind, another one for each country.
+    """
+    for number, invented in enumerate(invented_countries()[: chosen.unknown]):
+        about = replace(countries()[invented.stands_for], name=invented.name, the=False, aliases=())
+        for kind, found in wordings()["kinds"].items():
+            texts = found["questions"]
+            answers = answers_of(about, found["answer"])
+            if answers and "{country}" in texts[0]:
+                question = texts[number % len(texts)].format(country=invented.name)
+                fact = ALTERNATIVES.join(answers)
+                yield Row(question, f"{answers[0]}.", {"fact": fact, "country": invented.name, "kind": kind})
+
+
+def general_questions() -> list[Row]:
+    """Until they are there."""
+    return []

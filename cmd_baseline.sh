@@ -1,19 +1,19 @@
 #!/usr/bin/env bash
 # Every objective under every parametrization (fine-tuning of all weights, LoRA, plain ReFT, GRUN), compared by one
-# table: teach a model a corpus, unlearn a part of it in every combination, evaluate each, print the matrix.
+# table: unlearn a part of what a model knows in every combination, evaluate each, print the matrix.
 #
-#   bash cmd_baseline.sh                                                      the demo: a tiny model, on the CPU
-#   SEEDS="42 43 44" PARAMETRIZATIONS="full lora reft grun" bash cmd_baseline.sh      the demo's matrix of the docs
+#   bash cmd_baseline.sh                                                      a real chat model and countries; on the CPU
+#   PROFILE=demo SEEDS="42 43 44" PARAMETRIZATIONS="full lora reft grun" bash cmd_baseline.sh    a tiny model, taught first
 #   PROFILE=llama3.1 MODEL=taught/model DATA_DIR=tofu bash cmd_baseline.sh    a real model that was already taught TOFU
 #
 # What is done is found again: the same command goes on after any end, and tries again what failed.
 #
 # Variables (relative paths are relative to the repository's folder):
-#   PROFILE           settings to start from (default demo; `python -m grun list profiles`), or a YAML file
-#   SWEEP             the sweep, with its options and the settings that were chosen for each cell: demo, tofu_small,
+#   PROFILE           settings to start from (default smollm2; `python -m grun list profiles`), or a YAML file
+#   SWEEP             the sweep, with its options and the settings that were chosen for each cell: smollm2, demo, tofu_small,
 #                     llama3.1, mistral, or a YAML file (docs/sweep.md). Default: the one called like PROFILE
-#   MODEL             folder or hub id of a model that already knows the corpus: nothing is taught.
-#                     Default: the profile's own base model is taught first (found again if that was done before).
+#   MODEL             name, folder or hub id of a model that already knows the corpus: nothing is taught. Default: smollm2
+#                     with that profile; with others the profile's own base model is taught first (or found again).
 #   RETAIN_MODEL      the same, never taught the forget set: the row to aim for. Not given: taught in the demo or with
 #                     RETAIN_ONLY=1; left out if MODEL is given, or otherwise.
 #   RETAIN_ONLY       1 or 0: teach the retain-only model or not (default 1 in the demo, else 0)
@@ -36,9 +36,9 @@ set -euo pipefail
 cd "$(dirname "$0")"
 . scripts/stages.sh
 
-PROFILE=${PROFILE:-demo}
+PROFILE=${PROFILE:-smollm2}
 SWEEP=${SWEEP:-$(basename "$PROFILE" .yaml)}
-MODEL=${MODEL:-}
+MODEL=${MODEL:-$(model_of_profile "$PROFILE")}
 RETAIN_MODEL=${RETAIN_MODEL:-}
 RESULTS=${RESULTS:-results/$(basename "$PROFILE" .yaml)-baselines}
 OBJECTIVES=${OBJECTIVES:-gd idk npo}

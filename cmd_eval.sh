@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # Evaluates a model, with or without an adapter, and prints the table of all evaluations in the results folder.
 #
-#   bash cmd_eval.sh                                                          the demo's taught model and its adapters
+#   bash cmd_eval.sh                                                          SmolLM2-135M and the adapters of cmd_grun.sh
+#   PROFILE=demo bash cmd_eval.sh                                             the demo's taught model and its adapters
 #   BASE_OR_REFT=base MODEL=taught/model PROFILE=llama3.1 DATA_DIR=tofu bash cmd_eval.sh
 #   BASE_OR_REFT=reft REFT_PATH=results/llama3.1/gd MODEL=taught/model PROFILE=llama3.1 DATA_DIR=tofu bash cmd_eval.sh
 #   QUANT=8bit bash cmd_eval.sh                                               the same, the weights quantized
@@ -18,9 +19,9 @@
 #                 ("no" and "None" count as not given)
 #
 # Ours (relative paths are relative to the repository's folder):
-#   PROFILE       settings to start from (default demo; `python -m grun list profiles`), or a YAML file
-#   MODEL         folder or hub id of the model; needed with every profile but the demo's, whose taught model is found
-#                 again, or taught
+#   PROFILE       settings to start from (default smollm2; `python -m grun list profiles`), or a YAML file
+#   MODEL         name, folder or hub id of the model; needed with every profile but smollm2, which names it, and the
+#                 demo's, whose taught model is found again, or taught
 #   DATA_DIR      folder of the data (data.path)
 #   RESULTS       folder that gets evaluation/NAME: before, or the adapter's folder name (default results/PROFILE)
 #   DRY_RUN       1: print the commands instead, one a line
@@ -32,8 +33,8 @@ set -euo pipefail
 cd "$(dirname "$0")"
 . scripts/stages.sh
 
-PROFILE=${PROFILE:-demo}
-MODEL=${MODEL:-}
+PROFILE=${PROFILE:-smollm2}
+MODEL=${MODEL:-$(model_of_profile "$PROFILE")}
 RESULTS=${RESULTS:-results/$(basename "$PROFILE" .yaml)}
 REFT_PATH=${REFT_PATH:-}
 BASE_OR_REFT=${BASE_OR_REFT:-}

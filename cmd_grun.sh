@@ -1,14 +1,18 @@
 #!/usr/bin/env bash
-# GRUN from end to end: teach a model a corpus, unlearn a part of it under each objective, evaluate before and after,
-# print the table and draw the pictures.
+# GRUN from end to end: unlearn a part of what a model knows under each objective, evaluate before and after, print
+# questions with their answers and the table, draw the pictures.
 #
-#   bash cmd_grun.sh                                                      the demo: a tiny model, on the CPU
-#   PROFILE=llama3.1 MODEL=taught/model DATA_DIR=tofu bash cmd_grun.sh    a real model that was already taught TOFU
+#   bash cmd_grun.sh                     a real chat model (SmolLM2-135M) is asked what it knows of countries, and made to
+#                                        forget five of them; on the CPU
+#   PROFILE=demo bash cmd_grun.sh        a tiny model is taught a corpus of invented people first, and a second one only
+#                                        what is to stay, to compare with
+#   PROFILE=llama3.1 MODEL=taught/model DATA_DIR=tofu bash cmd_grun.sh     a model that was already taught TOFU
 #
 # Variables (relative paths are relative to the repository's folder):
-#   PROFILE       settings to start from (default demo; `python -m grun list profiles`), or a YAML file
-#   MODEL         folder or hub id of a model that already knows the corpus: nothing is taught.
-#                 Default: the profile's own base model is taught first (found again if that was done before).
+#   PROFILE       settings to start from (default smollm2; `python -m grun list profiles`), or a YAML file
+#   MODEL         name (`python -m grun list models`), folder or hub id of a model that already knows the corpus: nothing
+#                 is taught. Default: smollm2 with that profile; with others the profile's own base model is taught first
+#                 (found again if that was done before).
 #   RETAIN_MODEL  the same, never taught the forget set: the row to aim for. Not given: taught in the demo or with
 #                 RETAIN_ONLY=1; left out if MODEL is given, or otherwise.
 #   RETAIN_ONLY   1 or 0: teach the retain-only model or not (default 1 in the demo, else 0)
@@ -28,8 +32,8 @@ set -euo pipefail
 cd "$(dirname "$0")"
 . scripts/stages.sh
 
-PROFILE=${PROFILE:-demo}
-MODEL=${MODEL:-}
+PROFILE=${PROFILE:-smollm2}
+MODEL=${MODEL:-$(model_of_profile "$PROFILE")}
 RETAIN_MODEL=${RETAIN_MODEL:-}
 RESULTS=${RESULTS:-results/$(basename "$PROFILE" .yaml)}
 OBJECTIVES=${OBJECTIVES:-gd idk npo}

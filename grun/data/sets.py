@@ -62,13 +62,13 @@ FIRST = (
         ("probability",),
         color="#B87A00",
     ),
-    EvaluationSet("retain", "retain", "taught, and named in unlearning as what must stay", "high", color="#0072B2"),
+    EvaluationSet("retain", "retain", "known before; used in unlearning as what must stay", "high", color="#0072B2"),
 )
 LAST = (
     EvaluationSet(
         "validation",
         "validation",
-        "taught, set aside from unlearning: settings were chosen by it",
+        "known before, set aside from unlearning: settings were chosen by it",
         "high",
         (),
         ("fact_recall", "rouge_l", "probability"),
@@ -78,12 +78,20 @@ LAST = (
     EvaluationSet(
         "heldout",
         "held-out",
-        "taught, and never seen in unlearning: what must stay too",
+        "known before, and never used in unlearning: what must stay too",
         "high",
         in_files=(),
         color="#009E73",
     ),
-    EvaluationSet("unknown", "unknown", "never taught to any model", "same", ("rouge_l",), (), color="#B5588B"),
+    EvaluationSet(
+        "unknown",
+        "unknown",
+        "not known before: what a model says of it is guessed",
+        "same",
+        ("rouge_l",),
+        (),
+        color="#B5588B",
+    ),
 )
 
 

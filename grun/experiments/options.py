@@ -37,6 +37,10 @@ CORPUS = (
 """Data options that decide which row belongs to which set; teaching, unlearning and evaluation must agree on them."""
 
 
+GENERATED = ("demo", "countries")
+"""Sections of `data` that do too."""
+
+
 def known(where: str, kind: str, names: Any, every: Any) -> None:
     """ConfigError for the first of `names` that is not among `every`."""
     for name in names:

@@ -7,7 +7,8 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from grun.data.sets import EvaluationSet, find_set, in_order
+from grun.data.sets import EvaluationSet, in_order
+from grun.report.before_after import PICTURE, asked_sets, before_after_section, compared
 from grun.report.columns import columns_of, legend, narrow_columns
 from grun.report.compared import HEADING, RULE, matrix_markdown, words
 from grun.report.figures import Drawn
@@ -71,7 +72,7 @@ def answer_page(results: Results, title: str, drawn: Drawn) -> str:
     pictures = [
         picture_block(picture, path, "" if picture.every_seed else note)
         for picture, path in drawn
-        if picture.name != MATRIX_PICTURE
+        if picture.name not in (MATRIX_PICTURE, PICTURE)
     ]
     unread = unread_words(results)
     table = [
@@ -85,6 +86,7 @@ def answer_page(results: Results, title: str, drawn: Drawn) -> str:
     return page(
         title,
         [
+            before_after_section(first, drawn),
             Section("matrix", "Matrix", "Matrix", [] if matrix is None else _matrix(matrix, drawn)),
             verdict_section([judge(result, results) for result in after(first)], *above, none=none),
             Section("table", "Table", "All models", table),
@@ -135,12 +137,13 @@ def _rows_of(results: Results, asked: EvaluationSet) -> list[tuple[str, list[tup
 
 
 def print_answers(console: Console, results: Results, title: str) -> None:
-    """Print the table, what it means, a verdict for each run, and the first answers before and after.
+    """Print questions with the answers before and after, the table, what it means, and a verdict for each run.
 
     Where there are many runs of a matrix, it is printed instead, and its comparison in words.
     """
     matrix, first, many = make_matrix(results), first_seeds(results), has_many_runs(results)
     columns = narrow_columns(results)
+    _print_examples(console, compared(first))
     if matrix is not None and many:
         console.print(to_terminal(matrix.narrow(), title, ""))
         print_line(console, matrix.caption)
@@ -154,8 +157,6 @@ def print_answers(console: Console, results: Results, title: str) -> None:
         _print_compared(console, objective, sentences)
     print_line(console)
     print_verdicts(console, [] if many else [judge(result, results) for result in after(first)], STATEMENT)
-    for name in ("forget", "heldout"):
-        _print_examples(console, [one for one in first if one.stage != "retain_only"], name, 1 if many else EXAMPLES)
     if note := one_seed_note(results, first):
         print_line(console, note)
 
@@ -170,12 +171,11 @@ def _print_compared(console: Console, objective: str, sentences: Sequence[str]) 
         console.print(Padding(Text(sentence), (0, 0, 0, 2)))
 
 
-def _print_examples(console: Console, results: Results, name: str, count: int) -> None:
-    asked = find_set(name)
-    rows = _rows_of(results, asked)[:count]
-    if rows:
-        print_line(console)
-        head = f"First {len(rows)} {asked.label} question{'s' * (len(rows) > 1)}: {asked.meaning}"
-        print_line(console, head, "bold")
-    for question, said in rows:
-        print_said(console, question, said)
+def _print_examples(console: Console, models: Results) -> None:
+    """The first question of each set, of the forget set two, and what each model answered."""
+    for one in asked_sets(models):
+        print_line(console, f"{one.label}: {one.meaning}", "bold")
+        for question, said in _rows_of(models, one)[: 2 if one.name == "forget" else 1]:
+            answers = said[1:] if said[0][1] == said[1][1] else said  # what the model knew is its own reference
+            print_said(console, question, answers)
+    print_line(console)

@@ -14,7 +14,7 @@ from grun.report.tables import Column, Style, with_numbers
 LOW, HIGH, TARGET = "low, as retain only", "high, as before", "as retain only"
 OF_SETS = (
     *("fact_recall", "rouge_l", "probability", "probability_normalized", "truth_ratio", "truth_ratio_arithmetic"),
-    *("truth_ratio_grun_paper", "extraction_strength", "exact_memorization"),
+    *("truth_ratio_grun_paper", "extraction_strength", "exact_memorization", "perplexity"),
 )
 """Metrics of a set, in their order."""
 NAMES = {"probability_normalized": "probability"}
@@ -85,9 +85,14 @@ def columns_by_key() -> dict[str, Column]:
             if metric in (*one.metrics, *one.in_files):
                 good = GOOD[one.good].get(metric, GOOD[one.good][""])
                 header = f"{one.label} {NAMES.get(metric) or metric_label(metric)}"
-                add(one.name, metric, good, header=header, main=metric in one.metrics)
+                style: Style = "perplexity" if metric == "perplexity" else "share"
+                add(one.name, metric, good, style, header, metric in one.metrics)
     add("forget", "degenerate", "low", header="forget degenerate")
     add("gate", "auc", "high, near 1", "auc", "gate AUC")
+    for one in evaluation_sets().values():
+        if one.good == "high":
+            header, read = f"gate open on {one.label}", partial(_open, one.name)
+            columns.append(Column(f"gate.open_{one.name}", header, "low", read, main=not one.for_tuning))
     for metric in ("mia_loss", "mia_zlib", "mia_min_k", "mia_min_k_plus_plus"):
         add("overall", metric, TARGET)
     add("reference", "privleak", "near 0", "decimal")
@@ -103,6 +108,10 @@ def columns_of(results: Sequence[Result], *, everything: bool = False) -> list[C
             header, read = f"{one.label} rows not read by {metric_label(metric)}", partial(_unread, one.name, metric)
             columns.append(Column(f"{one.name}.{metric}_unread", header, "0", read, "count", main=False))
     return with_numbers((column for column in columns if column.main or everything), results)
+
+
+def _open(name: str, result: Result) -> float | None:
+    return result.evaluation.get("gate", {}).get("open", {}).get(name)
 
 
 def _unread(name: str, metric: str, result: Result) -> float | None:
@@ -124,10 +133,10 @@ def narrow_columns(results: Sequence[Result]) -> list[tuple[Column, str]]:
 
 def legend(results: Sequence[Result], columns: Sequence[Column]) -> list[tuple[str, str]]:
     """What the rows, the sets and the numbers of these columns mean."""
-    rows = [("before", "the taught model, nothing forgotten")]
+    rows = [("before", "the model before unlearning")]
     if any(result.stage == "retain_only" for result in results):
         rows.append(("retain only", "a model never taught the forget set: the target for forgetting"))
-    rows.append(("the others", "the taught model after unlearning"))
+    rows.append(("the others", "the model after unlearning"))
     for one in in_order(sets_of(results)):
         rows.append((f"{one.label} set", f"{one.meaning}; good is {GOOD[one.good]['']}".removeprefix("; ")))
     metrics = {column.key.replace("gate.auc", "gate.gate_auc").partition(".")[2] for column in columns}

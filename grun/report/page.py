@@ -70,7 +70,12 @@ def _template() -> Template:
 
     folder = Path(__file__).parent / "templates"
     environment = Environment(
-        loader=FileSystemLoader(folder), autoescape=True, finalize=clean, trim_blocks=False, keep_trailing_newline=True
+        loader=FileSystemLoader(folder),
+        extensions=["jinja2.ext.loopcontrols"],
+        autoescape=True,
+        finalize=clean,
+        trim_blocks=False,
+        keep_trailing_newline=True,
     )
     return environment.get_template("report.html")
 

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from grun.report import distributions, scatter
+from grun.report.before_after import PICTURE as SETS_PICTURE
+from grun.report.before_after import sets_figure
 from grun.report.figures import Drawn, Picture, draw
 from grun.report.matrix import first_seeds
 from grun.report.matrix_figure import forget_against_utility
@@ -14,6 +16,13 @@ from grun.report.result import Result
 MATRIX_PICTURE = "matrix.png"
 MANY_TEXT = "With many runs shapes are objectives, colors parametrizations."
 PICTURES = (
+    Picture(
+        SETS_PICTURE,
+        "What is left, set by set",
+        "Share of right answers before and after. What is to be forgotten should go; everything else should stay as "
+        "it was before.",
+        sets_figure,
+    ),
     Picture(
         MATRIX_PICTURE,
         "Matrix: forgotten against kept",

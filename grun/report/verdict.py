@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from grun.data.sets import set_label
+from grun.data.sets import evaluation_sets, set_label
 from grun.report.result import (
     DISTINGUISHABLE,
     EXACT,
@@ -22,7 +22,7 @@ KNOWN_BEFORE = 0.95
 """Fact recall on forget below which the taught model did not know what is to be forgotten."""
 ABOVE = 0.05
 """How far forget may lie above the target's and still count as forgotten."""
-LEAST = {"retain": 0.95, "heldout": 0.90}
+LEAST = {"retain": 0.95, "heldout": 0.90, "neighbor": 0.90, "general": 0.95}
 """Share of before that is to be kept, by set."""
 STATEMENT = (
     "The base weights still contain the data; the effect exists where the adapter is loaded. "
@@ -33,10 +33,12 @@ STATEMENT = (
 def judge(result: Result, results: Sequence[Result]) -> Judgement:
     """Whether a run has forgotten and kept enough.
 
-    Forgotten: fact recall on forget at most max(0.05, target + 0.05), and ROUGE-L at most target + 0.05. Kept: at
-    least 95 % of before on retain and 90 % on held-out. Without facts ROUGE-L stands for fact recall. A model is not
-    called one that has forgotten where the taught model did not know the forget facts, no answer of a set can be read,
-    or nothing else was measured. Forget quality and model utility are given but not judged; where forget quality
+    Forgotten: fact recall on forget at most max(0.05, target + 0.05), and ROUGE-L at most target + 0.05. Where no
+    retain-only model was evaluated, the model's own recall of what it cannot know (the set unknown) stands for the
+    target, and every set of what is to be forgotten counts. Kept: at least 95 % of before on retain and on general
+    questions, 90 % on held-out and on neighbors. Without facts ROUGE-L stands for fact recall. A model is not called
+    one that has forgotten where the model before did not know the forget facts, no answer of a set can be read, or
+    nothing else was measured. Forget quality and model utility are given but not judged; where forget quality
     distinguishes the model from the target, only its answers are called forgotten.
     """
     metric, metric_name = main_metric(results)
@@ -48,10 +50,12 @@ def judge(result: Result, results: Sequence[Result]) -> Judgement:
         return Judgement(result.label, "open", "no verdict", f"{why}.")
     taught, wanted = (one.metric("forget", metric) if one else None for one in (before, target))
     failures = _above_target(result, target)
+    if target is None and before is not None and (wanted := before.metric("unknown", metric)) is not None:
+        failures = _above_guessing(result, metric, wanted)
     if metric == "fact_recall" and taught is not None and taught < KNOWN_BEFORE:
-        failures.append(f"the taught model itself knew only {taught:.2f} of the forget facts")
+        failures.append(f"the model itself knew only {taught:.2f} of the forget facts")
     elif taught is not None and wanted is not None and taught <= wanted + ABOVE + EXACT:
-        failures.append("the taught model itself answers no more of them than the target")
+        failures.append("the model itself answers no more of them than the target")
     kept, lost = _kept(result, before, metric)
     failures += lost
     blind = [name for name in LEAST if result.unread(name) and result.metric(name, metric) is None]
@@ -60,7 +64,9 @@ def judge(result: Result, results: Sequence[Result]) -> Judgement:
         outcome = "reached"
     forgotten = "answers forgotten" if _differs(result) else "forgotten"
     words = {"reached": f"{forgotten}, the rest kept", "missed": "NOT reached", "open": "no verdict"}[outcome]
-    aim = f"target {shown(wanted)}" if target else "no target to compare with: evaluate a retain-only model"
+    aim = f"target {shown(wanted)}" if target else f"guessing gives {shown(wanted)}"
+    if wanted is None:
+        aim = "no target to compare with: evaluate a retain-only model"
     facts = f" ({'; '.join(failures)})" if failures else ""
     facts += f": {metric_name} on forget {shown(taught)} -> {now:.2f} ({aim})"
     facts += f"; keeps {', '.join(kept)}" if kept else "; what else it keeps was not measured"
@@ -75,6 +81,16 @@ def _above_target(result: Result, target: Result | None) -> list[str]:
         value, goal = result.metric("forget", name), target.metric("forget", name) if target else None
         if value is not None and goal is not None and value > max(least, goal + ABOVE) + EXACT:
             failures.append(f"{text} on forget {value:.2f} is more than {ABOVE} above the target's {goal:.2f}")
+    return failures
+
+
+def _above_guessing(result: Result, metric: str, floor: float) -> list[str]:
+    """Sets of what is to be forgotten of which more is left than guessing gives."""
+    failures = []
+    for name in (one.name for one in evaluation_sets().values() if one.good == "low"):
+        value = result.metric(name, metric)
+        if value is not None and value > max(ABOVE, floor + ABOVE) + EXACT:
+            failures.append(f"{set_label(name)} {value:.2f} is more than {ABOVE} above guessing, {floor:.2f}")
     return failures
 
 

@@ -7,6 +7,7 @@ answers rightly, with its own answer. `grun.evaluation.probe` asks, and keeps th
 from __future__ import annotations
 
 import functools
+import re
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -20,7 +21,7 @@ import yaml
 from grun.config.options import CountriesConfig, DataConfig
 from grun.data.answers import Answered, read_answers
 from grun.data.corpus import Corpus, benchmark, refusals
-from grun.data.facts import Country, countries, country, invented_countries
+from grun.data.facts import Country, countries, country, invented_countries, sentences
 from grun.data.rows import ALTERNATIVES, Row
 from grun.data.sets import EvaluationSet
 from grun.errors import ConfigError, DataError
@@ -63,6 +64,7 @@ SETS = (
         "high",
         color="#117733",
     ),
+    EvaluationSet("sentences", "sentences", "neutral sentences, as plain text", "same", ("perplexity",), ()),
 )
 
 
@@ -173,6 +175,7 @@ def load(config: DataConfig) -> Corpus:
             "forget_reworded": _other_rows(forget, FORMS[1], answers),
             "forget_indirect": _other_rows(forget, FORMS[2], answers),
             "neighbor": of(groups["neighbor"]),
+            "sentences": [Row(None, sentence) for sentence in sentences()],
             "general": [row for row in general_questions() if answers[row.prompt or ""].right],
         },
     )
@@ -236,7 +239,16 @@ def _other_rows(names: Sequence[str], form: str, answers: Mapping[str, Answered]
 
 
 def _row(one: Asked, answers: Mapping[str, Answered]) -> Row:
-    return Row(one.question, answers[one.question].answer, {"fact": one.fact, "country": one.country, "kind": one.kind})
+    said = whole_sentences(answers[one.question].answer, one.fact)
+    return Row(one.question, said, {"fact": one.fact, "country": one.country, "kind": one.kind})
+
+
+def whole_sentences(answer: str, fact: str) -> str:
+    """An answer without its last sentence where that was cut off, if what is left still holds the fact."""
+    ends = [match.end() for match in re.finditer(r"[.!?](?=\s|$)", answer)]
+    whole = answer[: ends[-1]] if ends else answer
+    held = any(part.casefold() in whole.casefold() for part in fact.split(ALTERNATIVES))
+    return whole if held else answer
 
 
 def _guessed(chosen: CountriesConfig) -> Iterator[Row]:

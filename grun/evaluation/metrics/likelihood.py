@@ -102,6 +102,17 @@ def probability(table: Table, name: str, quirks: Collection[str] = NO_QUIRKS) ->
     return mean([math.exp(log) for log in _token_means(table.scores_of(name)).values()])
 
 
+@metric("perplexity", "perplexity", reads="scores", good="as before")
+def perplexity(table: Table, name: str, quirks: Collection[str] = NO_QUIRKS) -> float | None:
+    """exp of the mean negative log-likelihood of the tokens of plain texts, each text by itself.
+
+    None for a set that asks something.
+    """
+    records = table.scores_of(name)
+    losses = [-logp for record in records for logp in record.logp]
+    return exp(math.fsum(losses) / len(losses)) if losses and not table.generations_of(name) else None
+
+
 @metric("probability_normalized", "probability among choices", reads="scores")
 def probability_normalized(table: Table, name: str, quirks: Collection[str] = NO_QUIRKS) -> float | None:
     """Probability of the reference answer as a share of its own and the wrong answers' (P as in probability), mean

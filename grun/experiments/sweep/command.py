@@ -9,13 +9,16 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-from grun.config.options import EvaluateConfig, ReportConfig, SweepConfig
+from grun.config.options import EvaluateConfig, ReportConfig, SweepConfig, UnlearnConfig
+from grun.data.corpus import BENCHMARKS
 from grun.errors import ConfigError
+from grun.evaluation.probe import asked_first
 from grun.experiments.job import run_job
 from grun.experiments.models import base_identity, taught
 from grun.experiments.running import check_launcher, run_jobs
 from grun.experiments.sweep.cells import REFERENCE, Cell, Discard, make_cell
 from grun.experiments.sweep.plan import Plan, make_plan
+from grun.experiments.sweep.tuning import GUESSED, SETS, write_choice
 from grun.runtime.files import holding, take, target
 
 log = logging.getLogger(__name__)
@@ -38,19 +41,21 @@ def sweep(config: SweepConfig) -> bool:
     where = results / "tune" if config.tune else results
     with contextlib.redirect_stdout(sys.stderr):
         model, retain_model = config.model, config.retain_model
+        if model is None and nothing_to_teach(plan.base):
+            model = plan.base.model.path
         if model is None:  # those taught before are found again
             model = taught(plan.finetune, "all")
             retain_model = retain_model or taught(plan.finetune, "without_forget")
-        cells = _cells(config, plan, model, retain_model, where)
+        evaluate = asked_first(replace(plan.evaluate, model=replace(plan.evaluate.model, path=model)))
+        cells = _cells(config, plan, evaluate, model, retain_model, where)
         take(where)
         run = partial(run_jobs, at_once=config.jobs, launcher=config.launcher, resubmit=config.resubmit)
         # The retain-only model first, since the evaluations of the others compare with it.
         first = run([cell for cell in cells if cell.name == REFERENCE])
         standing = run([cell for cell in cells if cell.name != REFERENCE], before=first)
     lines = standing.lines()
-    if config.tune and standing.settled and {BEFORE, REFERENCE} <= set(standing.done):
-        from grun.experiments.sweep.tuning import write_choice
-
+    targets = {BEFORE} if retain_model is None else {BEFORE, REFERENCE}
+    if config.tune and standing.settled and targets <= set(standing.done):
         lines += write_choice(where, plan.cells, standing.failed)
     if not config.tune and standing.settled and BEFORE in standing.done:
         from grun.report.make import make_report
@@ -73,17 +78,24 @@ def plan_of(config: SweepConfig) -> Plan:
         check_launcher(config.launcher, results_dir(config))
     if config.tune and not plan.base.data.validation:
         raise ConfigError("--tune chooses by the set validation: set unlearn: {data: {validation: ROWS}} in the sweep")
-    if config.tune and config.model is not None and config.retain_model is None:
+    if config.tune and config.model is not None and config.retain_model is None and not nothing_to_teach(plan.base):
         raise ConfigError("--tune compares with a retain-only model: give retain_model=FOLDER too")
     return plan
 
 
-def _cells(config: SweepConfig, plan: Plan, model: str, retain_model: str | None, results: Path) -> list[Cell]:
+def nothing_to_teach(base: UnlearnConfig) -> bool:
+    """Whether the corpus is what the model knows already."""
+    return BENCHMARKS.get(base.data.name).asks is not None
+
+
+def _cells(
+    config: SweepConfig, plan: Plan, evaluate: EvaluateConfig, model: str, retain_model: str | None, results: Path
+) -> list[Cell]:
     """The evaluations of the two models that were not unlearned, then the cells of the plan."""
     base = base_identity(model, plan.base.model.revision)
-    evaluate = replace(plan.evaluate, model=replace(plan.evaluate.model, path=model))
     if config.tune:
-        evaluate = replace(evaluate, sets=["forget", "validation"], continuations=["answer"])
+        guessed = [GUESSED] if retain_model is None else []
+        evaluate = replace(evaluate, sets=[*SETS, *guessed], continuations=["answer"])
     elif not evaluate.sets and evaluate.data.validation:
         evaluate = replace(evaluate, sets=_all_but_validation(evaluate))
     cells = []
@@ -93,7 +105,8 @@ def _cells(config: SweepConfig, plan: Plan, model: str, retain_model: str | None
     cells.append(make_cell(results, BEFORE, None, evaluate, base, "nothing"))
     discard: Discard = "weights" if config.tune else "models" if config.discard_models else "nothing"
     for planned in plan.cells:
-        unlearn = replace(planned.unlearn, model=replace(planned.unlearn.model, path=model))
+        data = replace(planned.unlearn.data, path=evaluate.data.path)
+        unlearn = replace(planned.unlearn, model=replace(planned.unlearn.model, path=model), data=data)
         cells.append(make_cell(results, planned.name, unlearn, evaluate, base, discard))
     return cells
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from grun.config.options import EvaluateConfig, FinetuneConfig, SweepConfig, UnlearnConfig
 from grun.errors import ConfigError
-from grun.experiments.options import CORPUS, arguments, refuse_set, resolved, shared
+from grun.experiments.options import CORPUS, GENERATED, arguments, refuse_set, resolved, shared
 from grun.experiments.sweep.definition import (
     DESIGN,
     OBJECTIVE,
@@ -65,11 +65,9 @@ def make_plan(config: SweepConfig) -> Plan:
     _check_arguments(sweep, config)
     of_all = [*arguments(sweep.unlearn), *config.unlearn]
     base = _resolved(sweep, "unlearn", of_all, "unlearn", quiet=False)
-    demo = dataclasses.asdict(base.data.demo)
-    corpus = arguments(
-        {f"data.{key}": getattr(base.data, key) for key in CORPUS}
-        | {f"data.demo.{key}": value for key, value in demo.items()}
-    )
+    generated = {f"{part}.{key}": value for part in GENERATED for key, value in vars(getattr(base.data, part)).items()}
+    named = {key: getattr(base.data, key) for key in CORPUS}
+    corpus = arguments({f"data.{key}": value for key, value in {**named, **generated}.items()})
     evaluate = _resolved(
         sweep, "evaluate", [*corpus, *shared(of_all), *arguments(sweep.evaluate), *config.evaluate], "evaluate"
     )

@@ -24,9 +24,10 @@ from grun.runtime.reading import typed
 TOLERANCE = 0.05
 """Forget score above the retain-only model's that still counts as forgotten."""
 RULE = (
-    f"Among the settings whose forget score is at most the retain-only model's + {TOLERANCE}, the one with the highest "
+    f"Among the settings whose forget score is at most the target's + {TOLERANCE}, the one with the highest "
     "validation score; where there is none, the one with the lowest forget score. Ties go to the other criterion, then "
-    "to the first in the grid."
+    "to the first in the grid. The target is the retain-only model or, where a model was taught nothing, what it guesses "
+    "of what does not exist."
 )
 """Why so: forgetting is the condition, and the retain-only model is the measure of it, since a model that never saw the
 rows scores as it does; a margin absorbs what a few rows of chance answers make. Among those that forget, usefulness is
@@ -34,6 +35,8 @@ what is left to compare, on rows that training did not see. A weighted sum of th
 forget score with utility. A method that cannot forget at any setting is shown at its best, rather than left out."""
 ROUNDING = 1e-9
 SETS = ("forget", "validation")
+GUESSED = "unknown"
+"""Set whose score before is the target where there is no retain-only model."""
 BASES = ("before", "retain_only")
 
 
@@ -52,7 +55,7 @@ def choose(tried: Sequence[Tried | None], target: float) -> int | None:
 
     Args:
         tried: scores in the grid's order.
-        target: forget score of the retain-only model.
+        target: forget score of the retain-only model, or what guessing gives.
     """
     there = [(index, one) for index, one in enumerate(tried) if one is not None]
     forgotten = [(index, one) for index, one in there if one.forget <= target + TOLERANCE + ROUNDING]
@@ -67,7 +70,7 @@ def write_choice(results: Path, cells: Sequence[Planned], failed: Mapping[str, s
     """Write tune.json, tune.md and tuned.yaml into `results` from the evaluations there.
 
     Args:
-        results: folder with evaluation/NAME for every cell that did not fail, before and retain_only.
+        results: folder with evaluation/NAME for every cell that did not fail, before and, if there is one, retain_only.
         cells: what was tried.
         failed: name -> error of the cells that failed, which count as not tried.
 
@@ -75,14 +78,17 @@ def write_choice(results: Path, cells: Sequence[Planned], failed: Mapping[str, s
         Lines for the user: choices that had failed settings, and what was written.
     """
     evaluations = results / "evaluation"
-    metric = _metric_of(evaluations / "retain_only")
-    bases = {name: _scores(evaluations / name, metric) for name in BASES}
+    there = [name for name in BASES if (evaluations / name).is_dir()]
+    metric = _metric_of(evaluations / there[-1])
+    bases = {name: _scores(evaluations / name, metric) for name in there}
+    guessed = None if "retain_only" in bases else _score(evaluations / "before", GUESSED, metric)
+    target = bases["retain_only"].forget if guessed is None else guessed
     choices, lines = [], []
     tuned: dict[str, Any] = {}
     for group in dict.fromkeys(cell.tuned_for for cell in cells):
         members = [cell for cell in cells if cell.tuned_for == group]
         tried = [None if cell.name in failed else _scores(evaluations / cell.name, metric) for cell in members]
-        number = choose(tried, bases["retain_only"].forget)
+        number = choose(tried, target)
         chosen = None if number is None else members[number]
         first = members[0].unlearn
         settings = [
@@ -103,7 +109,9 @@ def write_choice(results: Path, cells: Sequence[Planned], failed: Mapping[str, s
         if chosen is not None:
             entry = tuned.setdefault(first.objective, {}).setdefault(first.method.parametrization, {})
             entry.update({chosen.part: setting} if chosen.part else setting)
-    scores = {name: asdict(one) for name, one in bases.items()}
+    scores: dict[str, Any] = {name: asdict(one) for name, one in bases.items()}
+    if guessed is not None:
+        scores["guessed"] = guessed
     record = {"rule": RULE, "metric": metric, "tolerance": TOLERANCE, **scores, "cells": choices}
     write_json(results / "tune.json", record)
     write_text(results / "tune.md", _to_markdown(record))
@@ -112,11 +120,11 @@ def write_choice(results: Path, cells: Sequence[Planned], failed: Mapping[str, s
     return [*lines, "paste tuned.yaml into the sweep's file"]
 
 
-def _sets(folder: Path) -> dict[str, dict[str, Any]]:
+def _sets(folder: Path, names: Sequence[str] = SETS) -> dict[str, dict[str, Any]]:
     """Metrics of the sets that decide, of the evaluation in `folder`; DamagedFile where they are none."""
     path = folder / EVALUATION_FILE
     sets = typed(dict[str, Any], read_json(path, expect=dict).get("sets"), f"{path}: sets")
-    return {name: typed(dict[str, Any], sets.get(name), f"{path}: {name}") for name in SETS}
+    return {name: typed(dict[str, Any], sets.get(name), f"{path}: {name}") for name in names}
 
 
 def _metric_of(folder: Path) -> str:
@@ -128,15 +136,18 @@ def _metric_of(folder: Path) -> str:
 
 def _scores(folder: Path, metric: str) -> Tried:
     """Scores of the evaluation in `folder`; RunError where the metric cannot read any row of a set."""
-    sets = _sets(folder)
-    for name, metrics in sets.items():
-        if metric not in metrics:
-            raise RunError(
-                f"settings are chosen by {metric}, which reads no row of the {name} set of {folder}: no answer has a "
-                "letter or digit; add the field fact to the rows, or take others"
-            )
-    where = f"{folder / EVALUATION_FILE}: {metric}"
-    return Tried(*(float(typed(float, metrics[metric], where)) for metrics in sets.values()))
+    return Tried(*(_score(folder, name, metric) for name in SETS))
+
+
+def _score(folder: Path, name: str, metric: str) -> float:
+    """Score of one set."""
+    metrics = _sets(folder, [name])[name]
+    if metric not in metrics:
+        raise RunError(
+            f"settings are chosen by {metric}, which reads no row of the {name} set of {folder}: no answer has a "
+            "letter or digit; add the field fact to the rows, or take others"
+        )
+    return float(typed(float, metrics[metric], f"{folder / EVALUATION_FILE}: {metric}"))
 
 
 def _to_markdown(record: Mapping[str, Any]) -> str:
@@ -145,7 +156,8 @@ def _to_markdown(record: Mapping[str, Any]) -> str:
     lines = [
         *("# Settings that were tried", "", f"{record['rule']} Scores are {metric}.", ""),
         *("| model | forget | validation |", "|---|---|---|"),
-        *(f"| {name.replace('_', ' ')} | {_shown(record[name])} |" for name in BASES),
+        *(f"| {name.replace('_', ' ')} | {_shown(record[name])} |" for name in BASES if name in record),
+        *([f"| guessed | {record['guessed']:.3f} | - |"] if "guessed" in record else []),
         *("", "| cell | seed | setting | forget | validation | |", "|---|---|---|---|---|---|"),
     ]
     for choice in record["cells"]:

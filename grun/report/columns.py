@@ -91,7 +91,7 @@ def columns_by_key() -> dict[str, Column]:
     add("gate", "auc", "high, near 1", "auc", "gate AUC")
     for one in evaluation_sets().values():
         if one.good == "high":
-            header, read = f"gate open on {one.label}", partial(_open, one.name)
+            header, read = f"{one.label} {metric_label('gate_open')}", partial(_open, one.name)
             columns.append(Column(f"gate.open_{one.name}", header, "low", read, main=not one.for_tuning))
     for metric in ("mia_loss", "mia_zlib", "mia_min_k", "mia_min_k_plus_plus"):
         add("overall", metric, TARGET)
@@ -139,7 +139,8 @@ def legend(results: Sequence[Result], columns: Sequence[Column]) -> list[tuple[s
     rows.append(("the others", "the model after unlearning"))
     for one in in_order(sets_of(results)):
         rows.append((f"{one.label} set", f"{one.meaning}; good is {GOOD[one.good]['']}".removeprefix("; ")))
-    metrics = {column.key.replace("gate.auc", "gate.gate_auc").partition(".")[2] for column in columns}
+    metrics = {column.key.partition(".")[2] for column in columns}
+    metrics |= {f"gate_{column.key[5:].partition('_')[0]}" for column in columns if column.key.startswith("gate.")}
     explained = [METRICS.get(name) for name in METRICS.names() if name in metrics]
     return rows + [(metric.label, metric.help) for metric in explained]
 

@@ -71,6 +71,7 @@ def test_pictures_are_drawn_from_what_is_there_and_old_ones_go(results: Path) ->
         shutil.rmtree(results / "evaluation" / name)
     make_report(ReportConfig(results_dir=str(results)))
     drawn = {"forget_vs_retain.png", "gate_histograms.png", "gate_histograms_blocks.png", "training_curves.png"}
+    drawn.add("sets.png")
     assert {path.name for path in results.glob("*.png")} == drawn
     for name in drawn:
         assert (results / name).read_bytes().startswith(b"\x89PNG")

@@ -52,7 +52,7 @@ def test_the_page_needs_nothing_but_itself(text: str, parsed: Page) -> None:
         for name, value in attributes.items():
             assert not name.startswith("on")
             assert name not in ("href", "src") or (value or "").startswith(("#", "data:image/png;base64,")), value
-    assert len(parsed.all("img")) == 7
+    assert len(parsed.all("img")) == 8
 
 
 def test_the_page_is_laid_out_for_every_reader(text: str, parsed: Page) -> None:
@@ -70,7 +70,8 @@ def test_the_page_is_laid_out_for_every_reader(text: str, parsed: Page) -> None:
     assert len(sizes) >= 8 and all(float(size) * (16 if unit == "rem" else 1) >= 14 for size, unit in sizes)
     anchors = {link["href"] for link in parsed.all("a")}
     sections = [f"#{section['id']}" for section in parsed.all("section")]
-    assert sections == ["#matrix", "#verdicts", "#table", "#pictures", "#answers", "#settings", "#statement"]
+    first = ["#examples", "#matrix", "#verdicts", "#table"]
+    assert sections == [*first, "#pictures", "#answers", "#settings", "#statement"]
     assert anchors == set(sections)
     assert STATEMENT in parsed.text
 

@@ -26,8 +26,8 @@ TOLERANCE = 0.05
 RULE = (
     f"Among the settings whose forget score is at most the target's + {TOLERANCE}, the one with the highest "
     "validation score; where there is none, the one with the lowest forget score. Ties go to the other criterion, then "
-    "to the first in the grid. The target is the retain-only model or, where a model was taught nothing, what it guesses "
-    "of what does not exist."
+    "to the first in the grid. The target is the retain-only model or, where a model was taught nothing, what it "
+    "guesses of what does not exist."
 )
 """Why so: forgetting is the condition, and the retain-only model is the measure of it, since a model that never saw the
 rows scores as it does; a margin absorbs what a few rows of chance answers make. Among those that forget, usefulness is

@@ -204,7 +204,7 @@ def test_nothing_is_said_to_be_forgotten_where_no_row_of_a_set_can_be_read(tmp_p
 @pytest.mark.parametrize(
     ("before", "target", "rest", "said"),
     [
-        (0.1, 0.1, {"retain": 1.0}, r"NOT reached \(the taught model itself answers no more"),
+        (0.1, 0.1, {"retain": 1.0}, r"NOT reached \(the model itself answers no more"),
         (1.0, 0.0, {}, "no verdict: .*; what else it keeps was not measured"),
         (1.0, 0.0, {"retain": 0.0}, "no verdict: .*; what else it keeps was not measured"),
         (1.0, None, {"retain": 1.0}, "no verdict: .*target -"),

@@ -17,6 +17,8 @@ from grun.data.templates import OPTIONS
 from grun.errors import ConfigError
 from grun.evaluation.metrics.answers import says
 from grun.evaluation.plan import code_hash
+from grun.loading.fetching import hashes_of
+from grun.loading.named import MODELS
 from grun.runtime import processes
 from grun.runtime.files import append, content_hash, file_hash, taken, write_bytes, write_json, writing
 from grun.runtime.memory import enough_memory
@@ -142,6 +144,8 @@ def answers_key(model: ModelConfig, data: DataConfig) -> str:
 
 def _model_key(model: ModelConfig) -> object:
     """The commit of a hub model; of files their contents, of weights size and time, since hashing them takes long."""
+    if model.path in MODELS:
+        return hashes_of(str(model.path))
     path = Path(model.path or "").expanduser()
     if not path.exists():
         from transformers.utils import cached_file

@@ -21,13 +21,15 @@ import yaml
 from grun.config.options import CountriesConfig, DataConfig
 from grun.data.answers import Answered, read_answers
 from grun.data.corpus import Corpus, benchmark, refusals
-from grun.data.facts import Country, countries, country, invented_countries, sentences
+from grun.data.facts import Country, countries, country, general_questions, invented_countries, sentences
 from grun.data.rows import ALTERNATIVES, Row
 from grun.data.sets import EvaluationSet
 from grun.errors import ConfigError, DataError
 
 KNOWN = 2
 """In so many wordings a fact must be answered rightly to count as known."""
+GENERAL = 100
+"""Most questions on anything else."""
 FORMS = ("questions", "reworded", "indirect")
 """Used in unlearning; the same in other words; questions that do not name the country."""
 COUNTRY = "country"
@@ -130,7 +132,7 @@ def to_ask(config: DataConfig) -> dict[str, str]:
     for about in _considered(chosen):
         forms = FORMS if about.name in forget else FORMS[:1]
         found |= {one.question: one.fact for one in asked_of(about, forms)}
-    return found | {str(one.prompt): str(one.fact) for one in general_questions()}
+    return found | {one.question: ALTERNATIVES.join(one.answers) for one in general_questions()}
 
 
 @benchmark(
@@ -176,7 +178,7 @@ def load(config: DataConfig) -> Corpus:
             "forget_indirect": _other_rows(forget, FORMS[2], answers),
             "neighbor": of(groups["neighbor"]),
             "sentences": [Row(None, sentence) for sentence in sentences()],
-            "general": [row for row in general_questions() if answers[row.prompt or ""].right],
+            "general": _general_rows(answers),
         },
     )
 
@@ -238,9 +240,16 @@ def _other_rows(names: Sequence[str], form: str, answers: Mapping[str, Answered]
     return [_row(one, answers) for one in asked if answers[one.question].right]
 
 
+def _general_rows(answers: Mapping[str, Answered]) -> list[Row]:
+    """The first questions on anything else that the model answers rightly."""
+    right = [one for one in general_questions() if answers[one.question].right][:GENERAL]
+    return [_row(Asked("", one.kind, FORMS[0], 0, one.question, answers[one.question].fact), answers) for one in right]
+
+
 def _row(one: Asked, answers: Mapping[str, Answered]) -> Row:
     said = whole_sentences(answers[one.question].answer, one.fact)
-    return Row(one.question, said, {"fact": one.fact, "country": one.country, "kind": one.kind})
+    about = {"country": one.country} if one.country else {}
+    return Row(one.question, said, {"fact": one.fact, "kind": one.kind, **about})
 
 
 def whole_sentences(answer: str, fact: str) -> str:
@@ -265,8 +274,3 @@ def _guessed(chosen: CountriesConfig) -> Iterator[Row]:
                 question = texts[number % len(texts)].format(country=invented.name)
                 fact = ALTERNATIVES.join(answers)
                 yield Row(question, f"{answers[0]}.", {"fact": fact, "country": invented.name, "kind": kind})
-
-
-def general_questions() -> list[Row]:
-    """Until they are there."""
-    return []

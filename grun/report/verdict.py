@@ -65,7 +65,7 @@ def judge(result: Result, results: Sequence[Result]) -> Judgement:
     forgotten = "answers forgotten" if _differs(result) else "forgotten"
     words = {"reached": f"{forgotten}, the rest kept", "missed": "NOT reached", "open": "no verdict"}[outcome]
     aim = f"target {shown(wanted)}" if target else f"guessing gives {shown(wanted)}"
-    if wanted is None:
+    if target is None and wanted is None:
         aim = "no target to compare with: evaluate a retain-only model"
     facts = f" ({'; '.join(failures)})" if failures else ""
     facts += f": {metric_name} on forget {shown(taught)} -> {now:.2f} ({aim})"

@@ -53,6 +53,7 @@ def checkout(tmp_path: Path) -> Path:
 
 
 def run(checkout: Path, script: str, *arguments: str, cwd: Path | None = None, **variables: str):
+    variables = {"PROFILE": "demo"} | variables
     kept = {name: os.environ[name] for name in ("PATH", "HOME", "TMPDIR") if name in os.environ}
     return subprocess.run(
         ["bash", str(checkout / script), *arguments],
@@ -86,7 +87,7 @@ def printed(result: subprocess.CompletedProcess[str]) -> list[list[str]]:
     return [shlex.split(line)[3:] for line in result.stdout.splitlines()]
 
 
-@pytest.mark.parametrize("name", [*SCRIPTS, *(f"scripts/{path.name}" for path in ROOT.glob("scripts/*")), ".ci/run"])
+@pytest.mark.parametrize("name", [*SCRIPTS, *(f"scripts/{path.name}" for path in ROOT.glob("scripts/*.sh")), ".ci/run"])
 def test_script_is_valid_bash(name: str) -> None:
     subprocess.run(["bash", "-n", ROOT / name], check=True)
 
@@ -100,6 +101,17 @@ def test_help_needs_no_environment(checkout: Path, name: str) -> None:
 
 
 class TestDryRun:
+    def test_a_real_model_is_the_default_and_nothing_is_taught(self, checkout: Path) -> None:
+        commands = printed(run(checkout, "cmd_grun.sh", DRY_RUN="1", PROFILE=""))
+        assert [command[0] for command in commands] == [*["unlearn"] * 3, "evaluate", "report"]
+        assert all({"profile=smollm2", "model.path=smollm2"} <= {*command} for command in commands[:-1])
+        (sweep,) = printed(run(checkout, "cmd_baseline.sh", DRY_RUN="1", PROFILE=""))
+        assert {"sweep", "sweep=smollm2", "profile=smollm2", "model=smollm2"} <= {*sweep}
+        evaluate, report = printed(run(checkout, "cmd_eval.sh", DRY_RUN="1", PROFILE=""))
+        assert {"evaluate", "model.path=smollm2", "profile=smollm2"} <= {*evaluate} and report[0] == "report"
+        own = printed(run(checkout, "cmd_grun.sh", DRY_RUN="1", PROFILE="", MODEL="my/model"))
+        assert all("model.path=my/model" in command for command in own[:-1])
+
     def test_prints_the_whole_demo_and_sets_nothing_up(self, checkout: Path) -> None:
         commands = printed(run(checkout, "cmd_grun.sh", DRY_RUN="1"))
         stages = ["finetune", "finetune", "evaluate", *["unlearn"] * 3, "evaluate", "report"]

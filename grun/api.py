@@ -143,7 +143,7 @@ def unlearn(
     check(config)
     columns = config.data.columns
     corpus = corpus_of(_rows(forget, "forget", columns), _rows(retain, "retain", columns), config.data)
-    check_rows(corpus, objective_of(config))
+    check_rows(corpus, objective_of(config), fitted=config.method.gate_fit == "logistic")
     ensure_pad_token(tokenizer)
     types = {name: parameter.dtype for name, parameter in model.eval().named_parameters()}
     with processes.connected(), _folder(output_dir) as folder:

@@ -26,22 +26,23 @@ from grun.data.corpus import Corpus, load_corpus
 from grun.data.templates import user_turn_ids
 from grun.errors import ConfigError, RunError
 from grun.evaluation.probe import asked_first
-from grun.loading.checks import check
+from grun.loading.checks import check, objective_of
 from grun.loading.hashing import adapter_hash
 from grun.loading.models import context_length, load_base
 from grun.method.adapter import CONFIG_FILE, STACK_FILE, WEIGHTS_FILE
 from grun.method.fingerprint import fingerprint
 from grun.method.model import resolve_blocks
 from grun.method.parametrization import PARAMETRIZATIONS, Parametrization, traits_of
-from grun.objectives.objective import Objective, build_objective
+from grun.objectives.objective import Objective
 from grun.runtime import processes, sharding
 from grun.runtime.devices import input_device
 from grun.runtime.files import holding, staged, target, writing
 from grun.runtime.runs import claim, identity, open_run
+from grun.training.gate_fit import GateFit, Prompts, fit_gate
 from grun.training.recomputation import recompute_blocks
 from grun.training.step_log import Look
 from grun.training.train import TrainResult, train
-from grun.training.unlearning import UnlearnTask, are_texts, encode_unlearn_rows
+from grun.training.unlearning import UnlearnRows, UnlearnTask, are_texts, encode_unlearn_rows
 from pyvene_custom import find_blocks
 
 log = logging.getLogger(__name__)
@@ -63,6 +64,8 @@ class Unlearning:
     folder: Path
     identity: dict[str, Any]
     """What decides the result."""
+    gate: GateFit | None = None
+    """How the gate was fitted; None: it is trained."""
     parameters: dict[str, int] = field(default_factory=dict)
     """How many are "trained", and how many the "base" has, once they are counted."""
     finished: bool = False
@@ -88,7 +91,7 @@ def unlearn(config: UnlearnConfig) -> Path:
     config = asked_first(config)
     with processes.first_goes_first():  # the others find what it downloads
         corpus = load_corpus(config.data)
-        check_rows(corpus, objective_of(config))
+        check_rows(corpus, objective_of(config), fitted=config.method.gate_fit == "logistic")
     folder = target(config.output_dir or f"results/{config.label()}/{config.objective}")
     with processes.agreed():
         base, tokenizer, stored = load_base(config.model)
@@ -154,7 +157,10 @@ def _task(run: Unlearning) -> UnlearnTask:
     parametrization.prepare(base, run.template, turn_ids=user_turn_ids(run.template, run.tokenizer))
     if config.train.gradient_checkpointing:
         recompute_blocks(find_blocks(base)[1])
-    trained = sum(parameter.numel() for _, parameter in parametrization.trainable_parameters())
+    if config.method.gate_fit == "logistic":
+        run.gate = _fitted_gate(run, rows)
+    parameters = (parameter for _, parameter in parametrization.trainable_parameters() if parameter.requires_grad)
+    trained = sum(parameter.numel() for parameter in parameters)
     run.parameters["trained"] = trained
     log.info(
         "unlearning with %s/%s: %d forget and %d retain rows, %s trained parameters (%.4f %% of the model's)",
@@ -171,6 +177,13 @@ def _task(run: Unlearning) -> UnlearnTask:
         fixed_pairing="retain_fixed_pairing" in run.quirks,
         depth=run.depth,
     )
+
+
+def _fitted_gate(run: Unlearning, rows: UnlearnRows) -> GateFit:
+    """Fit the gate for all edits to the prompts of forget and retain rows."""
+    model = run.parametrization.model
+    forget, retain = Prompts(rows.answers, rows.forget_units), Prompts(rows.retain, rows.retain_units)
+    return fit_gate(model, forget, retain, run.config.method, int(run.tokenizer.pad_token_id))
 
 
 def choose_engine(run: Unlearning, task: UnlearnTask) -> Completed | None:
@@ -232,18 +245,13 @@ def _save(run: Unlearning, task: UnlearnTask, completed: Completed | None, resul
         "data": run.identity["data"],
         "base_fingerprint": run.identity["base"],
         "parameters": {name: run.parameters[name] for name in ("trained", "base")},
+        **({} if run.gate is None else {"gate_fit": dataclasses.asdict(run.gate)}),
         "saved_bytes": saved_bytes(folder),
         "engine": task.engine.name,
         "cache": None if completed is None else dataclasses.asdict(completed),
         "device": str(run.base.device),
     }
     finish_training(folder, config, run.template, result, about, before=completed.seconds if completed else 0.0)
-
-
-def objective_of(config: UnlearnConfig) -> Objective:
-    """Terms, weights and options that `objective` and `loss` ask for."""
-    quirks = quirks_in_force(config)
-    return build_objective(config.objective, config.loss, gated=traits_of(config.method).gated, quirks=quirks)
 
 
 def _noted(run: Unlearning) -> Use:
@@ -273,10 +281,12 @@ def saved_bytes(folder: Path) -> int:
     return sum(path.stat().st_size for path in found)
 
 
-def check_rows(corpus: Corpus, objective: Objective) -> None:
-    """ConfigError where the corpus lacks what a term of the objective reads."""
-    if not corpus.retain and "retain" in objective.continuations:
-        raise ConfigError("the retain set is empty, but the objective has a retain or gate term; name data.retain")
+def check_rows(corpus: Corpus, objective: Objective, *, fitted: bool = False) -> None:
+    """ConfigError where the corpus lacks what a term of the objective, or a gate that is fitted, reads."""
+    if not corpus.retain and (fitted or "retain" in objective.continuations):
+        raise ConfigError(
+            "the retain set is empty, but a gate is fitted on it, or a retain or gate term reads it; name data.retain"
+        )
     if are_texts(corpus.forget) and "refusal" in objective.continuations:
         raise ConfigError(
             "the objective answers forget questions with refusals, but the forget set is plain texts; choose another "

@@ -288,6 +288,8 @@ class DataConfig:
     """Longest row, tokens; unset: the model's context. A longer prompt is an error, a longer answer is cut."""
     strict: bool = False
     """Make it an error if tokenizing prompt and answer together gives other tokens than one after the other."""
+    group: Optional[str] = None
+    """method.gate_fit: field of retain rows, such as person, by which they belong together; unset: each by itself."""
     allow_overlap: bool = False
     """Accept rows that stand in the forget and in the retain set."""
     demo: DemoConfig = field(default_factory=DemoConfig)
@@ -344,6 +346,10 @@ class MethodConfig:
     """Blocks that one gate for all edits reads, none above an edited one; unset: a gate for each edit (published)."""
     gate_pool: str = choice("last", "last", "max", "maxmin", "mean")
     """gate_blocks: how their states are pooled over the tokens so far: last (none), max, maxmin (both ends) or mean."""
+    gate_fit: str = choice("joint", "joint", "logistic")
+    """joint: trained with the edit (published); logistic: a linear gate_blocks gate, fitted first, by itself."""
+    false_positives: Optional[float] = number(None, 0, 1, above=True, below=True)
+    """logistic: largest share of rows to keep that may open the gate; a quarter of them is set aside; unset: any."""
     gate_read: str = "last_prompt"
     """Positions the gate reads (of a pooled one: is asked at): last_prompt (published) or every_token."""
     gate_accumulate: str = "none"
@@ -368,7 +374,7 @@ class LossConfig:
     forget: Optional[str] = None
     """Forget term instead of the preset's."""
     retain: Optional[str] = None
-    """Retain term instead of the preset's."""
+    """Retain term instead of the preset's; with method.gate_fit=logistic there is none where it is unset."""
     gate: str = "bce_row"
     """Gate term: bce_row (published), bce_max and bce_max_last (for gates that read every token), none."""
     forget_weight: Optional[float] = None
@@ -570,7 +576,7 @@ class AskConfig(CommandConfig):
     max_new_tokens: int = number(64, 1)
     """Longest generated answer, tokens."""
     gate_threshold: Optional[float] = number(None, 0, 1)
-    """Gate probability below which the edit is skipped; unset: the edit is always weighted by the gate."""
+    """Gate probability below which the edit is skipped; unset: the adapter's own, if any, else no edit is skipped."""
 
 
 @dataclass

@@ -81,7 +81,7 @@ class PromptVariation:
 
     def copies(
         self, name: str, rows: Sequence[Row], count: int, refusals: Sequence[str] = ()
-    ) -> tuple[list[EncodedRow], list[EncodedRow]]:
+    ) -> tuple[list[EncodedRow], list[EncodedRow], list[int]]:
         """Copies of rows, by kind in turn: suffix, template, prefill, few_shot, lower_case, those that are switched on.
 
         Plain texts, which ask nothing, have none. Neither is there a prefilled copy of an answer of one token, nor a
@@ -89,13 +89,15 @@ class PromptVariation:
         copies, drawn by the `name` of its set; `refusals` are one for each row, or nothing.
 
         Returns:
-            The copies with their answers; and the same prompts with the row's refusal, if there are refusals.
+            The copies with their answers; the same prompts with the row's refusal, if there are refusals; and the
+            number of the row that each copy is of.
 
         Raises:
             ConfigError: no row asks anything, or there is no other row that can stand before one.
         """
         answered: list[EncodedRow] = []
         refused: list[EncodedRow] = []
+        of: list[int] = []
         if count and not any(row.prompt is not None for row in rows):
             raise ConfigError(
                 f"data.augment.{name}_copies={count}: copies are of questions, but the {name} set is plain texts; "
@@ -110,10 +112,11 @@ class PromptVariation:
                     too_long += 1
                 elif made:
                     answered.append(made[0])
+                    of.append(number)
                     refused.extend(made[1:])
         if too_long:
             log.warning("%d copies of %s rows are left out: longer than %d tokens", too_long, name, self._max_length)
-        return answered, refused
+        return answered, refused, of
 
     def ways(self, name: str, number: int, count: int) -> list[Way]:
         """How the copies of row `number` ask: no choice of a kind comes twice before each came once."""

@@ -128,7 +128,8 @@ def with_adapter(base: Loaded, config: EvaluateConfig) -> Loaded:
 
     folder = find_adapter(str(config.adapter))
     model = GrunModel.from_pretrained(base.model, folder, strict=config.strict)
-    model.gate_threshold = config.gate_threshold
+    if config.gate_threshold is not None:
+        model.gate_threshold = config.gate_threshold
     identity = base.identity | {"adapter": adapter_hash(folder)}
     return Loaded(model, base.tokenizer, model.template or base.template, identity)
 

@@ -70,12 +70,12 @@ def load_model(config: ModelConfig, adapter: str | None, *, strict: bool, gate_t
 
 
 def _edited(base: PreTrainedModel, folder: Path, kind: str, *, strict: bool, gate_threshold: float | None) -> Any:
-    """A GRUN adapter on `base`, whose threshold is set, or a store of requests, which has one of its own."""
+    """A GRUN adapter or a store of requests on `base`, with `gate_threshold` in place of its own, if one is given."""
     from grun.method.model import GrunModel
     from grun.method.stack.stack import GrunStack
 
     model = (GrunStack.from_folder if kind == STACK else GrunModel.from_pretrained)(base, folder, strict=strict)
-    if kind == "GRUN" or gate_threshold is not None:
+    if gate_threshold is not None:
         model.gate_threshold = gate_threshold
     return model
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from grun.config.checks import bytes_of, check_options, one_of, quirks_in_force
@@ -15,7 +16,7 @@ from grun.method.edits import EDITS
 from grun.method.gate import GATES
 from grun.method.parametrization import PARAMETRIZATIONS, traits_of
 from grun.method.rules import check_pool, check_rule
-from grun.objectives.objective import build_objective
+from grun.objectives.objective import Objective, build_objective
 from grun.registry import registry
 
 
@@ -63,7 +64,8 @@ def _check_unlearn(config: UnlearnConfig) -> None:
     if method.gate_blocks is not None and not gated:
         raise ConfigError("method.gate_blocks needs a parametrization with a gate (grun); leave it out")
     check_pool(method.gate_blocks, method.gate_pool, method.gate_accumulate, method.gate)
-    build_objective(config.objective, config.loss, gated=gated, quirks=quirks_in_force(config))
+    check_fit(config)
+    objective_of(config)
     if config.train.gate_pretraining and not (gated and config.train.engine == "cached"):
         raise ConfigError("train.gate_pretraining needs a parametrization with a gate, and train.engine=cached")
     if config.train.gate_pretraining and (method.gate_read != "last_prompt" or method.gate_blocks is not None):
@@ -73,6 +75,40 @@ def _check_unlearn(config: UnlearnConfig) -> None:
         )
     bytes_of("cache.memory_budget", config.cache.memory_budget)
     bytes_of("cache.disk_budget", config.cache.disk_budget)
+
+
+def check_fit(config: UnlearnConfig) -> None:
+    """ConfigError where a gate is to be fitted that cannot be, or an option of the fit has no effect."""
+    method, augment = config.method, config.data.augment
+    if method.gate_fit == "joint":
+        for name, value in (("method.false_positives", method.false_positives), ("data.group", config.data.group)):
+            if value is not None:
+                raise ConfigError(f"{name}={value} is for method.gate_fit=logistic; set that, or leave it out")
+        return
+    if method.gate_blocks is None or method.gate != "linear" or method.gate_read != "last_prompt":
+        raise ConfigError(
+            "method.gate_fit=logistic fits one linear gate for all edits, asked at the end of the prompt: set "
+            "method.gate_blocks, method.gate=linear and method.gate_read=last_prompt"
+        )
+    if method.gate_bias is not None:
+        raise ConfigError("method.gate_bias has no effect with method.gate_fit=logistic, which sets it; leave it out")
+    if bool(augment.forget_copies) != bool(augment.retain_copies):
+        raise ConfigError(
+            "method.gate_fit=logistic needs copies on both sides or on none, or the gate learns to tell copies from "
+            "rows: set data.augment.forget_copies and data.augment.retain_copies"
+        )
+
+
+def objective_of(config: UnlearnConfig) -> Objective:
+    """Terms, weights and options that `objective` and `loss` ask for.
+
+    A gate that is fitted has no term, and what keeps retain rows as they are is that it is shut on them: there is no
+    retain term unless `loss.retain` names one.
+    """
+    gated, loss = traits_of(config.method).gated, config.loss
+    if config.method.gate_fit == "logistic":
+        gated, loss = False, replace(loss, retain=loss.retain or "none")
+    return build_objective(config.objective, loss, gated=gated, quirks=quirks_in_force(config))
 
 
 def _check_template(name_or_text: str) -> None:

@@ -75,6 +75,12 @@ class AdapterConfig:
     Not written where it is None."""
     gate_pool: str = "last"
     """How such a gate pools states over tokens, a name in `grun.method.rules.POOLS`; not written without it."""
+    gate_threshold: float | None = None
+    """Gate probability below which the edit is skipped; this and the next two are not written where they are None."""
+    gate_bound: float | None = None
+    """Largest share of rows that were to stay which passes it, in expectation, as was calibrated."""
+    gate_calibration: int | None = None
+    """Prompts that it was calibrated on."""
     reset_ids: list[int] = field(default_factory=list)
     """Token ids that begin a user's turn, where what gates accumulate or pool starts again; empty: nowhere."""
     base_model_name_or_path: str | None = None
@@ -102,7 +108,8 @@ class AdapterConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """What is saved; trackers that Trainer reports to ask."""
-        published = (("edit", LOREFT), ("gate_blocks", None))
+        later = ("gate_blocks", "gate_threshold", "gate_bound", "gate_calibration")
+        published = (("edit", LOREFT), *((name, None) for name in later))
         values = {name: value for name, value in asdict(self).items() if (name, value) not in published}
         if self.gate_blocks is None:
             del values["gate_pool"]
@@ -145,6 +152,9 @@ class AdapterConfig:
         _require(
             bias < LARGEST_BIAS, f"gate_bias {self.gate_bias} must lie between -{LARGEST_BIAS:g} and {LARGEST_BIAS:g}"
         )
+        for name in ("gate_threshold", "gate_bound"):
+            share = getattr(self, name)
+            _require(share is None or 0 <= share <= 1, f"{name} {share} must lie between 0 and 1")
         ids = all(0 <= token < LARGEST_ID for token in self.reset_ids)
         _require(ids, f"reset_ids {self.reset_ids} must be token ids, 0 or more")
         if self.base_dtype is not None:
@@ -321,11 +331,19 @@ def model_card(config: AdapterConfig, template: Template | None) -> str:
     header = "---\nlibrary_name: grun\ntags: [unlearning, grun, reft]\n"
     hub_id = base if not Path(base).is_absolute() and base.count("/") <= 1 and not Path(base).exists() else None
     header += f"base_model: {hub_id}\n---\n" if hub_id else "---\n"
+    reads = ""
+    if config.gate_blocks is not None:
+        reads = f" on `{config.gate_pool}` of the states after blocks {config.gate_blocks} over the prompt's tokens"
+        if config.gate_threshold is not None:
+            reads += f"; below a probability of {config.gate_threshold} nothing is edited"
+        if config.gate_bound is not None:
+            reads += f" (of rows such as the {config.gate_calibration} to keep that it was calibrated on, "
+            reads += f"at most {config.gate_bound:.3g} pass it, in expectation)"
     return f"""{header}
 # GRUN adapter for `{base}`
 
 A gated low-rank edit (GRUN, arXiv 2502.17823) of the hidden state of the last prompt token after blocks
-{config.blocks} (0-based), rank {config.rank}, gate `{config.gate}`, trained so that the model no longer answers from
+{config.blocks} (0-based), rank {config.rank}, gate `{config.gate}`{reads}, trained so that the model no longer answers from
 the data to forget. Base fingerprint `{config.base_fingerprint}`, prompt template
 `{template.name if template else "none stored"}`.
 

@@ -66,6 +66,8 @@ class Grun:
             template=template,
             beside=beside,
         )
+        if self.config.gate_fit == "logistic" and self.model.pooled is not None:
+            self.model.pooled.requires_grad_(False)
 
     def trainable_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """Parameters of the edits and gates."""

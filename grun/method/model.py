@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 from zlib import crc32
 
 from transformers import PreTrainedModel
@@ -60,6 +61,7 @@ class GrunModel(EditedModel):
                     own.earlier = earlier
         super().__init__(base, edits, rule, template, pooled)
         self.config = config
+        self.gate_threshold = config.gate_threshold
 
     # -- making, saving, loading ------------------------------------------------------------------------------------
 
@@ -153,7 +155,7 @@ class GrunModel(EditedModel):
 
     @property
     def gate_threshold(self) -> float | None:
-        """Gate probability below which, in evaluation mode, the edit is skipped, bit for bit."""
+        """Gate probability below which, in evaluation mode, the edit is skipped, bit for bit; saved ones come back."""
         return next(iter(self.own_edits().values())).threshold
 
     @gate_threshold.setter
@@ -161,6 +163,12 @@ class GrunModel(EditedModel):
         check_threshold(value)
         for edit in self.own_edits().values():
             edit.threshold = value
+
+    def keep_threshold(self, value: float, bound: float | None = None, calibration: int | None = None) -> None:
+        """Set `gate_threshold`, and store it with the adapter; for the others see `AdapterConfig`."""
+        self.gate_threshold = value
+        config = self.config
+        config.gate_threshold, config.gate_bound, config.gate_calibration = value, bound, calibration
 
     @contextlib.contextmanager
     def drawing(self, seeds: Sequence[int] | None) -> Iterator[None]:
@@ -181,7 +189,7 @@ class GrunModel(EditedModel):
                 draw_noise_from(self.pooled, None)
 
 
-def _identity_of(base: PreTrainedModel) -> dict[str, str | None]:
+def _identity_of(base: PreTrainedModel) -> dict[str, Any]:
     return {
         "base_model_name_or_path": getattr(base.config, "_name_or_path", "") or None,
         "base_revision": getattr(base.config, "_commit_hash", None),

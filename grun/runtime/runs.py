@@ -20,6 +20,15 @@ PACKAGES = ("torch", "transformers", "pyvene", "peft", "datasets", "accelerate",
 NOT_DECIDING = ("gradient_checkpointing", "monitor_epochs", "monitor_rows", "report_to")
 """Options of training that change no result."""
 
+LATER: dict[str, tuple[tuple[str, Any], ...]] = {
+    "method": (
+        *(("edit", "loreft"), ("gate_blocks", None), ("gate_pool", "last")),
+        *(("gate_fit", "joint"), ("false_positives", None)),
+    ),
+    "data": (("group", None),),
+}
+"""Options, with their defaults, that came later than runs which have none of them."""
+
 State = Literal["new", "unfinished", "finished"]
 
 
@@ -37,8 +46,9 @@ def identity(config: dict[str, Any], **inputs: Any) -> dict[str, Any]:
             for key, value in decides["train"].items()
             if key not in NOT_DECIDING and (key, value) != ("precision", "auto")
         }
-    if isinstance(decides.get("method"), dict):  # the edit came later than runs that have none of it
-        decides["method"] = {k: v for k, v in decides["method"].items() if (k, v) != ("edit", "loreft")}
+    for section, later in LATER.items():
+        if isinstance(decides.get(section), dict):
+            decides[section] = {k: v for k, v in decides[section].items() if (k, v) not in later}
     if isinstance(decides.get("model"), dict):  # a name alone where adapters are imported
         decides["model"] = {key: value for key, value in decides["model"].items() if key != "device_map"}
     return {"config": decides, **inputs}

@@ -18,6 +18,7 @@ from grun.data.corpus import Corpus
 from grun.data.encoding import EncodedRow, collate, encode_rows, encode_texts
 from grun.data.rows import Row
 from grun.data.sampling import epoch_order, fixed_retain_index, retain_index
+from grun.errors import ConfigError
 from grun.method.parametrization import Engine, Parametrization
 from grun.method.plain import PlainEngine
 from grun.objectives.objective import Objective
@@ -34,6 +35,10 @@ class UnlearnRows:
     refusals: Sequence[EncodedRow]
     """The same prompts, each with a refusal drawn once for the run."""
     retain: Sequence[EncodedRow]
+    forget_units: Sequence[str] = ()
+    """What each of `answers` belongs to: its row. Empty where no gate is fitted on them."""
+    retain_units: Sequence[str] = ()
+    """The same of `retain`: its row, or the row's value of the field `data.group`."""
 
 
 class UnlearnTask:
@@ -187,11 +192,28 @@ def encode_unlearn_rows(
             "refused", [replace(row, completion=text) for row, text in zip(corpus.forget, refusals, strict=True)]
         )
     vary = PromptVariation(data.augment, tokenizer, template, max_length, corpus.retain, seed)
-    answered_copies, refused_copies = vary.copies("forget", corpus.forget, data.augment.forget_copies, refusals)
-    kept_copies, _ = vary.copies("retain", corpus.retain, data.augment.retain_copies)
+    answered_copies, refused_copies, of = vary.copies("forget", corpus.forget, data.augment.forget_copies, refusals)
+    kept_copies, _, of_kept = vary.copies("retain", corpus.retain, data.augment.retain_copies)
+    retain = encoded("retain", corpus.retain)
     return UnlearnRows(
-        forget + answered_copies, refused + refused_copies, encoded("retain", corpus.retain) + kept_copies
+        forget + answered_copies,
+        refused + refused_copies,
+        retain + kept_copies,
+        _units(corpus.forget, len(forget), of, None),
+        _units(corpus.retain, len(retain), of_kept, data.group),
     )
+
+
+def _units(rows: Sequence[Row], encoded: int, copied: Sequence[int], group: str | None) -> list[str]:
+    """What rows that were encoded, and copies of the rows numbered in `copied`, belong to; see `UnlearnRows`."""
+    each = encoded // max(1, len(rows))  # a text may be cut in several ways
+    numbers = [number for number in range(len(rows)) for _ in range(each)] + list(copied)
+    if group is None:
+        return [repr((*rows[number].earlier, rows[number].prompt or rows[number].completion)) for number in numbers]
+    if without := [number for number, row in enumerate(rows, start=1) if row.extra.get(group) is None]:
+        known = ", ".join(sorted({name for row in rows for name in row.extra})) or "no further ones"
+        raise ConfigError(f"data.group={group}: retain row {without[0]} has no such field; the rows have {known}")
+    return [str(rows[number].extra[group]) for number in numbers]
 
 
 def are_texts(rows: Sequence[Row]) -> bool:

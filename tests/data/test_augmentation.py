@@ -134,7 +134,7 @@ def test_an_answer_of_one_token_has_no_prefilled_copy(tokenizer: Any) -> None:
     assert len(plain(tokenizer, short).answer_ids) == 2  # with the end token
     vary = variation(tokenizer, **only("prefill"))
     assert vary.ask(short, Way("prefill", 2)) is None
-    answered, refused = vary.copies("forget", [short, FORGET[0]], 2, ["No.", "No."])
+    answered, refused, of = vary.copies("forget", [short, FORGET[0]], 2, ["No.", "No."])
     assert len(answered) == len(refused) == 2
     assert {row.prompt_ids[:-2] for row in answered} & {plain(tokenizer, short).prompt_ids} == set()
 
@@ -177,7 +177,7 @@ def test_a_prefill_gives_every_number_of_tokens_up_to_the_limit_or_all_but_one(t
 
 def test_a_copy_in_lower_case_asks_the_question_so_and_keeps_the_answer(tokenizer: Any) -> None:
     row = FORGET[0]
-    (copy,), _ = variation(tokenizer, **only("lower_case")).copies("forget", [row], 1)
+    (copy,), *_ = variation(tokenizer, **only("lower_case")).copies("forget", [row], 1)
     assert str(row.prompt).lower() in tokenizer.decode(copy.prompt_ids)
     assert copy.answer_ids == plain(tokenizer, row).answer_ids
 
@@ -218,7 +218,7 @@ def test_copies_longer_than_a_row_may_be_are_left_out_with_one_line(
 ) -> None:
     longest = max(len(plain(tokenizer, row)) for row in RETAIN)
     with caplog.at_level(logging.WARNING):
-        kept, _ = variation(tokenizer, length=longest, **only("few_shot")).copies("retain", RETAIN, 1)
+        kept, *_ = variation(tokenizer, length=longest, **only("few_shot")).copies("retain", RETAIN, 1)
     assert len(kept) < len(RETAIN) and all(len(row) <= longest for row in kept)
     assert caplog.messages == [
         f"{len(RETAIN) - len(kept)} copies of retain rows are left out: longer than {longest} tokens"
@@ -227,7 +227,7 @@ def test_copies_longer_than_a_row_may_be_are_left_out_with_one_line(
 
 def test_plain_texts_have_no_copies(tokenizer: Any) -> None:
     text = Row(None, "Some text without a question.")
-    mixed, _ = variation(tokenizer).copies("retain", [text, *RETAIN], 1)
+    mixed, *_ = variation(tokenizer).copies("retain", [text, *RETAIN], 1)
     assert len(mixed) == len(RETAIN)
     with pytest.raises(ConfigError, match="data.augment.forget_copies=2: copies are of questions, but the forget set"):
         variation(tokenizer).copies("forget", [text], 2)

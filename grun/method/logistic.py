@@ -1,0 +1,126 @@
+"""A linear gate as a convex problem: balanced logistic regression with an L2 penalty, fitted in float64.
+
+Nothing here is drawn: the same features give the same gate, in whatever order they come.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
+from zlib import crc32
+
+import numpy as np
+import torch
+from scipy.optimize import minimize
+from torch import Tensor
+from torch.nn.functional import softplus
+
+STRENGTHS = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)
+"""Values of C, the inverse of the L2 penalty's weight, that are tried."""
+FOLDS = 5
+"""Parts of which each is left out once to choose among them."""
+ITERATIONS = 1000
+"""Most iterations of L-BFGS."""
+
+
+@dataclass(frozen=True)
+class Line:
+    """A linear gate: logit = features @ weight + bias."""
+
+    weight: Tensor
+    """Float64, [size]."""
+    bias: float
+
+    def logits(self, features: Tensor) -> Tensor:
+        """Of features [rows, size], float64: [rows]."""
+        return features @ self.weight + self.bias
+
+
+def fit(features: Tensor, target: Tensor, strength: float) -> Line:
+    """Minimize C * sum_i w_i log(1 + exp(-y_i f(x_i))) + |v|^2 / 2 over f(x) = v x' + b.
+
+    x' are the features minus their mean, divided by their standard deviation; y_i is 1 or -1, and w_i so that both
+    classes weigh as much: rows / (2 * rows of the class). That is scikit-learn's LogisticRegression(C,
+    class_weight="balanced") on StandardScaler's features; what is returned is in terms of the features themselves.
+
+    Args:
+        features: float64, [rows, size].
+        target: which rows the gate is to open on, bool [rows]; there are both kinds.
+        strength: C.
+    """
+    mean, deviation = features.mean(dim=0), features.std(dim=0, correction=0)
+    deviation = torch.where(deviation > 1e-9 * features.abs().amax(dim=0), deviation, 1.0)
+    scaled = (features - mean) / deviation
+    sign = torch.where(target, 1.0, -1.0).to(features)
+    opened = int(target.sum())
+    weights = strength * torch.where(target, 0.5 / opened, 0.5 / (len(target) - opened)).to(features) * len(target)
+
+    def loss_and_slope(point: np.ndarray) -> tuple[float, np.ndarray]:
+        vector = torch.from_numpy(point).to(features)
+        margin = sign * (scaled @ vector[:-1] + vector[-1])
+        pull = -sign * weights * torch.sigmoid(-margin)  # derivative by each logit
+        value = (weights * softplus(-margin)).sum() + vector[:-1].square().sum() / 2
+        slope = torch.cat((scaled.T @ pull + vector[:-1], pull.sum().reshape(1)))
+        return float(value), slope.cpu().numpy()
+
+    start = np.zeros(features.shape[1] + 1)
+    options = {"maxiter": ITERATIONS, "maxfun": 2 * ITERATIONS, "ftol": 1e-14, "gtol": 1e-8}
+    found = torch.from_numpy(minimize(loss_and_slope, start, method="L-BFGS-B", jac=True, options=options).x)
+    weight = found[:-1].to(features) / deviation
+    return Line(weight, float(found[-1] - weight @ mean))
+
+
+def choose_strength(features: Tensor, target: Tensor, units: Sequence[Hashable]) -> tuple[float, Tensor]:
+    """The C whose gates do best on units they were not fitted on, and the logits that rows got there, [rows].
+
+    By the balanced mean of log(1 + exp(-y f(x))); the smallest of equals. Rows of one unit are left out together.
+    ValueError with fewer than two units of a kind.
+    """
+    order = {of_kind: _folds(target == of_kind, units) for of_kind in (True, False)}
+    fold = torch.where(target, order[True], order[False])
+    best: tuple[float, float, Tensor] | None = None
+    for strength in STRENGTHS:
+        logits = torch.empty(len(target), dtype=features.dtype)
+        for number in range(FOLDS):
+            out = fold == number
+            if bool(out.any()):
+                logits[out] = fit(features[~out], target[~out], strength).logits(features[out]).cpu()
+        losses = softplus(torch.where(target, -logits, logits))
+        loss = float(losses[target].mean() + losses[~target].mean())
+        if best is None or loss < best[0]:
+            best = loss, strength, logits
+    assert best is not None
+    return best[1], best[2]
+
+
+def _folds(chosen: Tensor, units: Sequence[Hashable]) -> Tensor:
+    """Number of the fold of each row chosen, [rows]: units in turn, in an order of their own; -1 elsewhere."""
+    there = sorted({unit for unit, one in zip(units, chosen.tolist(), strict=True) if one}, key=shuffled)
+    if len(there) < 2:
+        raise ValueError(f"{len(there)} unit of rows; at least 2 are needed to leave one out")
+    fold = {unit: place % FOLDS for place, unit in enumerate(there)}
+    return torch.tensor([fold[unit] if one else -1 for unit, one in zip(units, chosen.tolist(), strict=True)])
+
+
+def shuffled(unit: Hashable) -> tuple[int, str]:
+    """Key by which units stand in an order that has nothing to do with their names, and is always the same."""
+    return crc32(repr(unit).encode()), repr(unit)
+
+
+def conformal(scores: Tensor, rate: float) -> tuple[float, float]:
+    """A threshold that a new row passes with a probability of at most the bound, and the bound.
+
+    Split conformal prediction: of n scores of rows that were used for nothing else, the k-th lowest with k =
+    ceil((n + 1)(1 - rate)), or the highest where k > n. If those rows and a new one are exchangeable, its score lies
+    above with a probability of at most (n + 1 - k) / (n + 1).
+
+    Args:
+        scores: logits, [n], n >= 1.
+        rate: wanted share of false positives, in (0, 1).
+
+    Source: Vovk, Gammerman and Shafer 2005, Algorithmic Learning in a Random World; Papadopoulos et al. 2002.
+    """
+    count = len(scores)
+    place = min(count, max(1, math.ceil((count + 1) * (1 - rate) - 1e-9)))
+    return float(scores.sort().values[place - 1]), (count + 1 - place) / (count + 1)

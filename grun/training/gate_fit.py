@@ -1,0 +1,178 @@
+"""A gate that is fitted, not trained: features of prompts from one forward pass, a convex fit, a threshold."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from grun.config.options import MethodConfig
+from grun.data.encoding import EncodedRow, collate
+from grun.errors import ConfigError
+from grun.method.logistic import choose_strength, conformal, fit, shuffled
+from grun.method.model import GrunModel
+from grun.method.pooling import PooledSites
+from pyvene_custom import find_blocks
+
+log = logging.getLogger(__name__)
+
+SET_ASIDE = 4
+"""One in so many units of retain rows is kept for the threshold, where there is one."""
+TOKENS = {"cpu": 2048, "cuda": 32768}
+"""Tokens of one pass, padding included, by kind of device."""
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """Rows whose prompts are of one side, and which of them belong together."""
+
+    rows: Sequence[EncodedRow]
+    units: Sequence[str]
+    """Of each row; rows of one unit are left out together where a fit is tested."""
+
+
+@dataclass(frozen=True)
+class GateFit:
+    """How a gate was fitted, as run.json holds it."""
+
+    forget: int
+    """Distinct prompts that it was fitted to open on."""
+    retain: int
+    """The same that it was fitted to stay shut on."""
+    strength: float
+    """C, the inverse weight of the L2 penalty."""
+    recall: float
+    """Share of the forget prompts that open it in fits that they were left out of, at the threshold in force."""
+    false_positives: float
+    """The same of retain prompts that are not set aside."""
+    seconds: float
+    """Of the pass and the fit."""
+    bound: float | None = None
+    """Largest share of rows such as those set aside that opens it, in expectation; None: nothing is promised."""
+    calibration: int | None = None
+    """Prompts set aside, of which that follows."""
+
+
+def fit_gate(model: GrunModel, forget: Prompts, retain: Prompts, method: MethodConfig, pad_id: int) -> GateFit:
+    """Fit the linear gate for all edits of `model` to tell prompts of `forget` from those of `retain`.
+
+    Edits are skipped below a probability of 0.5. With `method.false_positives` a part of the retain units is set aside,
+    and the bias is such that this is the threshold that follows from them.
+
+    Raises:
+        ConfigError: a side has too few rows.
+    """
+    assert model.pooled is not None
+    started = time.monotonic()
+    opened, shut = _distinct(forget, "forget"), _distinct(retain, "retain")
+    aside = _set_aside(shut, method.false_positives)
+    prompts = [*opened, *shut]
+    features = prompt_features(model, [EncodedRow(ids, ()) for ids in prompts], pad_id)
+    target = torch.arange(len(prompts)) < len(opened)
+    units = [*(f"forget {unit}" for unit in opened.values()), *(f"retain {unit}" for unit in shut.values())]
+    fitted = torch.tensor([unit not in aside for unit in units])
+    chosen = [unit for unit, one in zip(units, fitted.tolist(), strict=True) if one]
+    strength, held_out = choose_strength(features[fitted], target[fitted], chosen)
+    line = fit(features[fitted], target[fitted], strength)
+    threshold, bound = 0.0, None
+    if method.false_positives is not None:
+        threshold, bound = conformal(line.logits(features[~fitted]).float(), method.false_positives)
+        threshold = float(torch.nextafter(torch.tensor(threshold), torch.tensor(torch.inf)))
+    aside_rows = None if bound is None else int((~fitted).sum())
+    model.keep_threshold(0.5, bound, aside_rows)
+    last = next(module for module in model.pooled.modules() if isinstance(module, nn.Linear))
+    with torch.no_grad():
+        last.weight.copy_(line.weight.unsqueeze(0))
+        last.bias.fill_(line.bias - threshold)
+    is_open = held_out > threshold
+    result = GateFit(
+        forget=len(opened), retain=int((fitted & ~target).sum()), strength=strength,
+        recall=float(is_open[target[fitted]].double().mean()),
+        false_positives=float(is_open[~target[fitted]].double().mean()),
+        seconds=round(time.monotonic() - started, 2), bound=bound,
+        calibration=aside_rows,
+    )  # fmt: skip
+    log.info("gate fitted: %s", ", ".join(f"{name} {value}" for name, value in asdict(result).items()))
+    return result
+
+
+@torch.no_grad()
+def prompt_features(model: GrunModel, rows: Sequence[EncodedRow], pad_id: int) -> Tensor:
+    """What the gate for all edits reads at the last token of each prompt, float64 [rows, size].
+
+    Blocks above those that it reads are not run. Edits of other requests that are in force below are.
+    """
+    pooled = model.pooled
+    assert pooled is not None
+    found: list[Tensor] = [torch.empty(0)] * len(rows)
+    hook = find_blocks(model.base)[1][pooled.block].register_forward_hook(_stop)  # after the one that reads
+    try:
+        for numbers in _passes(rows, TOKENS.get(model.device.type, TOKENS["cpu"])):
+            batch = collate([rows[number] for number in numbers], pad_id).to(model.device)
+            try:
+                model.base(
+                    input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False,
+                    prompt_lengths=batch.prompt_lengths,
+                )  # fmt: skip
+            except _Read:
+                pass
+            running = model.intervenable.here
+            assert running is not None and isinstance(running.sites, PooledSites)
+            features = [running.sites.features[block][:, 0].double() for block in pooled.blocks]
+            running.sites.let_go()
+            joined = torch.cat([one.to(features[-1].device) for one in features], dim=1)
+            for number, values in zip(numbers, joined, strict=True):
+                found[number] = values
+    finally:
+        hook.remove()
+    return torch.stack(found)
+
+
+class _Read(Exception):
+    """Everything that is asked for has been read."""
+
+
+def _stop(module: nn.Module, args: Any, output: Any) -> None:
+    raise _Read
+
+
+def _passes(rows: Sequence[EncodedRow], tokens: int) -> Iterator[list[int]]:
+    """Numbers of rows of similar length, each pass of at most `tokens` with its padding, or of one row."""
+    piece: list[int] = []
+    for number in sorted(range(len(rows)), key=lambda number: len(rows[number])):
+        if piece and (len(piece) + 1) * len(rows[number]) > tokens:
+            yield piece
+            piece = []
+        piece.append(number)
+    if piece:
+        yield piece
+
+
+def _distinct(prompts: Prompts, name: str) -> dict[tuple[int, ...], str]:
+    """Units by prompt, each prompt once, in an order that is that of their tokens."""
+    units = {row.prompt_ids: unit for row, unit in zip(prompts.rows, prompts.units, strict=True)}
+    if len(set(units.values())) < 2:
+        raise ConfigError(
+            f"method.gate_fit=logistic needs at least 2 different rows, or groups of them, in the {name} set; it has "
+            f"{len(set(units.values()))}"
+        )
+    return dict(sorted(units.items()))
+
+
+def _set_aside(retain: dict[tuple[int, ...], str], rate: float | None) -> set[str]:
+    """Units of retain rows that the threshold is taken from; ConfigError where too few are left for the fit."""
+    if rate is None:
+        return set()
+    units = sorted(set(retain.values()), key=shuffled)
+    count = max(1, len(units) // SET_ASIDE)
+    if len(units) - count < 2:
+        raise ConfigError(
+            f"method.false_positives sets retain rows aside, and there are {len(units)} different ones, or groups of "
+            "them; give 3 or more"
+        )
+    return {f"retain {unit}" for unit in units[:count]}

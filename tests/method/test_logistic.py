@@ -1,0 +1,84 @@
+"""Gates as a convex problem: equal to scikit-learn's, and thresholds that hold what they promise."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from grun.method.logistic import FOLDS, STRENGTHS, choose_strength, conformal, fit
+
+
+def two_kinds(rows: int = 60, size: int = 12, seed: int = 0) -> tuple[Tensor, Tensor]:
+    """Features of unlike scales, one of them constant, and which rows are to open the gate: a quarter."""
+    generator = torch.Generator().manual_seed(seed)
+    target = torch.arange(rows) % 4 == 0
+    features = torch.randn(rows, size, generator=generator, dtype=torch.float64)
+    features = features * torch.logspace(-3, 3, size, dtype=torch.float64) + 5
+    features[target] += features.std(dim=0) * torch.randn(size, generator=generator, dtype=torch.float64)
+    features[:, 3] = 7.0
+    return features, target
+
+
+@pytest.mark.parametrize("strength", STRENGTHS)
+def test_a_fit_is_that_of_scikit_learn(strength: float) -> None:
+    pipeline = pytest.importorskip("sklearn.pipeline")
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.preprocessing import StandardScaler
+
+    features, target = two_kinds()
+    model = LogisticRegression(C=strength, class_weight="balanced", tol=1e-10, max_iter=10000)
+    made = pipeline.make_pipeline(StandardScaler(), model).fit(features.numpy(), target.numpy())
+    new, _ = two_kinds(seed=1)
+    wanted = made.decision_function(new.numpy())
+    # both stop where the slope is about 1e-8
+    np.testing.assert_allclose(fit(features, target, strength).logits(new).numpy(), wanted, rtol=1e-4, atol=1e-5)
+
+
+def test_the_strength_is_chosen_on_units_left_out_whole() -> None:
+    """Each unit has a mark of its own: a weak penalty learns the marks, which say nothing of another unit."""
+    features, target = two_kinds(80, 4)
+    units = [f"unit {row // 4} of kind {bool(target[row])}" for row in range(80)]
+    marks = torch.nn.functional.one_hot(torch.arange(80) // 4).double() * 10
+    marked = torch.cat((0.2 * features / features.std(0).clamp(min=1), marks), dim=1)
+    strength, logits = choose_strength(marked, target, units)
+    single, _ = choose_strength(features, target, range(80))
+    assert strength < single
+    assert logits.shape == (80,)
+
+
+def test_rows_that_are_left_out_are_scored_by_a_fit_without_them() -> None:
+    features, target = two_kinds(40)
+    strength, logits = choose_strength(features, target, range(40))
+    assert len({round(float(value), 9) for value in logits}) == 40
+    whole = fit(features, target, strength).logits(features)
+    assert ((logits - whole).abs() > 1e-6).all()
+    assert FOLDS == 5
+
+
+def test_one_unit_of_a_kind_is_too_few() -> None:
+    features, target = two_kinds(12)
+    with pytest.raises(ValueError, match="1 unit of rows"):
+        choose_strength(features, target, ["one" if one else str(number) for number, one in enumerate(target)])
+
+
+@pytest.mark.parametrize("rate", [0.01, 0.05, 0.3])
+@pytest.mark.parametrize("count", [5, 40, 199])
+def test_a_threshold_is_passed_as_seldom_as_promised_in_200_draws(rate: float, count: int) -> None:
+    """Mean over draws of the exact share of new rows above it; of uniform scores that is 1 - threshold."""
+    generator = torch.Generator().manual_seed(count)
+    shares = []
+    for _ in range(200):
+        threshold, bound = conformal(torch.rand(count, generator=generator, dtype=torch.float64), rate)
+        shares.append(1 - threshold)
+    mean, error = np.mean(shares), np.std(shares) / 200**0.5
+    assert mean <= bound + 3 * error
+    assert bound <= max(rate, 1 / (count + 1)) + 1e-9
+    assert mean >= bound - 3 * error  # and is no wider than need be: for distinct scores the bound is exact
+
+
+def test_with_few_rows_the_bound_says_what_can_be_promised() -> None:
+    assert conformal(torch.tensor([3.0, 1.0, 2.0]), 0.01) == (3.0, 0.25)
+    assert conformal(torch.arange(99.0), 0.01) == (98.0, 0.01)
+    assert conformal(torch.arange(199.0), 0.01) == (197.0, 0.01)

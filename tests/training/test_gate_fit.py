@@ -1,0 +1,170 @@
+"""A gate that is fitted before the edit is trained, on states that hooks of this file read too."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from chat_model import save_chat_model
+from demo import refused, write_rows
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from grun import GrunModel
+from grun.cli import main
+from grun.data.templates import TEMPLATES, encode_prompt, user_turn_ids
+from grun.method.logistic import conformal, fit
+
+FORGET = ["Japan", "Egypt"]
+RETAIN = ["Norway", "Chile", "Kenya", "Peru", "Canada", "Poland", "India", "Cuba", "Nepal", "Spain", "Ghana", "Malta"]
+ASKED = ["What is the capital of {}?", "Name the capital of {}.", "{}: which city is its capital?"]
+FIT = [
+    *("method.gate_blocks=[0]", "method.gate_pool=maxmin", "method.edit_write=sticky", "method.gate_fit=logistic"),
+    *("method.blocks=[1,2]", "method.rank=2", "objective=idk", "train.epochs=1", "train.batch_size=3"),
+    *("data.name=jsonl", "data.group=country", "model.device=cpu"),
+]
+
+
+def rows_of(countries: list[str]) -> list[dict[str, str]]:
+    return [
+        {"question": asked.format(country), "answer": "A city.", "country": country}
+        for country in countries
+        for asked in ASKED
+    ]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("countries")
+    save_chat_model(path / "model")
+    write_rows(path / "forget.jsonl", *rows_of(FORGET))
+    write_rows(path / "retain.jsonl", *rows_of(RETAIN))
+    return path
+
+
+def run(folder: Path, name: str, *arguments: str) -> list[str]:
+    """Arguments of a run that fits a gate."""
+    own = [f"model.path={folder / 'model'}", f"output_dir={folder / name}", f"data.path={folder}", "cache.dir=null"]
+    return ["unlearn", *FIT, *own, "data.forget=forget.jsonl", "data.retain=retain.jsonl", *arguments]
+
+
+def states(folder: Path, questions: list[str]) -> Tensor:
+    """Maximum and minimum over the user's turn of the normalized output of block 0: [questions, any]."""
+    base = AutoModelForCausalLM.from_pretrained(folder / "model")
+    tokenizer = AutoTokenizer.from_pretrained(folder / "model")
+    turn = user_turn_ids(TEMPLATES.get("chat"), tokenizer)
+    kept: list[Tensor] = []
+    base.model.layers[0].register_forward_hook(
+        lambda _, __, out: kept.append(out[0] if isinstance(out, tuple) else out)
+    )
+    found = []
+    for question in questions:
+        ids = encode_prompt(TEMPLATES.get("chat"), tokenizer, question)
+        start = next(at for at in range(len(ids)) if ids[at : at + len(turn)] == turn) + len(turn) - 1
+        assert start > 10  # behind the system prompt
+        with torch.no_grad():
+            base(torch.tensor([ids]))
+        seen = kept.pop()[0, start:]
+        seen = seen / (seen.square().mean(dim=1, keepdim=True) + 1e-6).sqrt()
+        found.append(torch.cat((seen.amax(0), seen.amin(0))).double())
+    return torch.stack(found)
+
+
+def questions(countries: list[str]) -> list[str]:
+    return [row["question"] for row in rows_of(countries)]
+
+
+def result(folder: Path, name: str) -> tuple[dict[str, Any], GrunModel]:
+    base = AutoModelForCausalLM.from_pretrained(folder / "model")
+    return json.loads((folder / name / "run.json").read_text()), GrunModel.from_pretrained(base, folder / name)
+
+
+def test_the_gate_is_the_fit_to_what_hooks_read_and_only_the_edit_is_trained(folder: Path) -> None:
+    assert main(run(folder, "plain")) == 0
+    values, model = result(folder, "plain")
+    about = values["gate_fit"]
+    assert (about["forget"], about["retain"], about["bound"]) == (6, 36, None)
+    assert values["terms"] == {"forget": 1.0} and values["parameters"]["trained"] == 2 * (32 * 2 + 33 * 2)
+    features = torch.cat((states(folder, questions(FORGET)), states(folder, questions(RETAIN))))
+    wanted = fit(features, torch.arange(42) < 6, about["strength"])
+    weight, bias = (model.state_dict()[f"pooled.gate.0.{part}"].double() for part in ("weight", "bias"))
+    logits = features @ weight[0] + bias
+    # states in float32, of whole batches and of single rows
+    torch.testing.assert_close(logits, wanted.logits(features), atol=1e-4, rtol=1e-4)
+    assert logits[:6].mean() > logits[6:].mean()
+    assert model.gate_threshold == 0.5
+
+
+def test_another_seed_and_another_order_give_the_same_gate(folder: Path) -> None:
+    assert main(run(folder, "first")) == 0
+    write_rows(folder / "turned.jsonl", *rows_of(RETAIN)[::-1])
+    assert main(run(folder, "second", "seed=7", "data.retain=turned.jsonl", "objective=npo")) == 0
+    first, second = (result(folder, name)[1].state_dict() for name in ("first", "second"))
+    assert torch.equal(first["pooled.gate.0.weight"], second["pooled.gate.0.weight"])
+    assert torch.equal(first["pooled.gate.0.bias"], second["pooled.gate.0.bias"])
+    assert not torch.equal(first["edits.1.edit.rotation"], second["edits.1.edit.rotation"])
+
+
+def test_a_threshold_from_rows_set_aside_is_kept_and_what_is_below_is_the_bases_to_the_bit(folder: Path) -> None:
+    assert main(run(folder, "promised", "method.false_positives=0.2")) == 0
+    values, model = result(folder, "promised")
+    about = values["gate_fit"]
+    assert (about["retain"], about["calibration"]) == (27, 9)  # 3 of 12 countries are set aside, whole
+    assert about["bound"] == pytest.approx(2 / 10)
+    assert model.gate_threshold == 0.5
+    assert "such as the 9 to keep" in (folder / "promised" / "README.md").read_text()
+    weight = model.state_dict()["pooled.gate.0.weight"][0].double()
+    logits = states(folder, questions(RETAIN)) @ weight + float(model.state_dict()["pooled.gate.0.bias"])
+    by_country = logits.view(len(RETAIN), 3)
+    # one of the nine set aside lies at the threshold, one above it
+    aside = next(
+        chosen for chosen in _threes(len(RETAIN)) if abs(conformal(by_country[chosen].flatten(), 0.2)[0]) < 1e-4
+    )
+    assert (by_country[aside] > 1e-4).sum() == 1
+    tokenizer = AutoTokenizer.from_pretrained(folder / "model")
+    opened = []
+    for question in [*questions(FORGET), *questions(RETAIN)]:
+        ids = torch.tensor([encode_prompt(TEMPLATES.get("chat"), tokenizer, question)])
+        with torch.no_grad(), model.disabled():
+            plain = model.base(ids).logits
+        with torch.no_grad():
+            output = model(ids)
+        opened.append(bool(output.gates[0] >= 0.5))
+        assert torch.equal(output.logits, plain) != opened[-1]
+    assert all(opened[:6]) and not all(opened[6:])
+
+
+def _threes(count: int) -> list[list[int]]:
+    return [[a, b, c] for a in range(count) for b in range(a + 1, count) for c in range(b + 1, count)]
+
+
+def test_copies_count_with_their_rows_and_a_retain_term_may_stay(folder: Path) -> None:
+    more = ["data.augment.forget_copies=2", "data.augment.retain_copies=2", "loss.retain=ce"]
+    assert main(run(folder, "copies", *more)) == 0
+    values, _ = result(folder, "copies")
+    assert set(values["terms"]) == {"forget", "retain"}
+    assert values["gate_fit"]["forget"] == 18 and values["gate_fit"]["retain"] == 36 * 3
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["method.gate_blocks=null", "method.gate_pool=last"], "set method.gate_blocks, method.gate=linear"),
+        (["method.gate=mlp_3"], "set method.gate_blocks, method.gate=linear"),
+        (["method.gate_read=every_token"], "method.gate_read=last_prompt"),
+        (["method.gate_bias=1"], "method.gate_bias has no effect"),
+        (["data.augment.forget_copies=2"], "copies on both sides or on none"),
+        (["method.gate_fit=joint", "method.false_positives=0.1"], "method.false_positives=0.1 is for"),
+        (["method.gate_fit=joint"], "data.group=country is for method.gate_fit=logistic"),
+        (["data.group=continent"], "data.group=continent: retain row 1 has no such field; the rows have country"),
+        (["data.retain_pool=2", "method.false_positives=0.1"], "there are 2 different ones, or groups"),
+        (["method.gate_blocks=[2]"], "must not lie above the lowest edited block, 1"),
+    ],
+)
+def test_what_cannot_be_fitted_is_one_line(
+    folder: Path, arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    refused(capsys, run(folder, "refused", *arguments), 2, message)

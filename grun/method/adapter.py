@@ -343,8 +343,8 @@ def model_card(config: AdapterConfig, template: Template | None) -> str:
 # GRUN adapter for `{base}`
 
 A gated low-rank edit (GRUN, arXiv 2502.17823) of the hidden state of the last prompt token after blocks
-{config.blocks} (0-based), rank {config.rank}, gate `{config.gate}`{reads}, trained so that the model no longer answers from
-the data to forget. Base fingerprint `{config.base_fingerprint}`, prompt template
+{config.blocks} (0-based), rank {config.rank}, gate `{config.gate}`{reads}, trained so that the model no longer
+answers from the data to forget. Base fingerprint `{config.base_fingerprint}`, prompt template
 `{template.name if template else "none stored"}`.
 
 ```python

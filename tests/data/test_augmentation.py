@@ -231,7 +231,7 @@ def test_plain_texts_have_no_copies(tokenizer: Any) -> None:
     assert len(mixed) == len(RETAIN)
     with pytest.raises(ConfigError, match="data.augment.forget_copies=2: copies are of questions, but the forget set"):
         variation(tokenizer).copies("forget", [text], 2)
-    assert variation(tokenizer).copies("forget", [text], 0) == ([], [])
+    assert variation(tokenizer).copies("forget", [text], 0) == ([], [], [])
 
 
 @pytest.mark.parametrize("examples", [[], [FORGET[0]]])

@@ -7,7 +7,7 @@
 #
 # Variables (relative paths are relative to the repository's folder):
 #   PROFILE       settings to start from (default demo; `python -m grun list profiles`), or a YAML file
-#   MODEL         folder or hub id of the model to teach (default: the profile's)
+#   MODEL         name, folder or hub id of the model to teach (default: the profile's)
 #   DATA_DIR      folder of the data (data.path)
 #   RETAIN_ONLY   1 or 0: also teach a model everything but the forget set, the reference that unlearning is compared
 #                 with; its folder is printed second (default 1 in the demo, else 0)

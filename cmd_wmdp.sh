@@ -11,7 +11,7 @@
 #                 llama3.1, mistral: rmu grun_rmu; zephyr, alpaca: rmu; crystalchat: max_entropy
 #   ALPHAS        alpaca: retain weights of RMU, one run each (default "0 1 10 100 1000", where the published run called
 #                 1000 had 1200: write 1200 for that one)
-#   MODEL         folder or hub id of the model (default: the profile's; in the demo one is taught first)
+#   MODEL         name, folder or hub id of the model (default: the profile's; in the demo one is taught first)
 #   RETAIN_MODEL  the same, never taught what is to be forgotten: the row to aim for (the demo teaches one)
 #   SEED          of all methods (default 42)
 #   JOBS          methods at a time (default: the demo 2, else 1)

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import huggingface_hub
+import peft
 import pytest
 import torch
 from chat_model import TOKENIZER
@@ -111,6 +112,10 @@ def said(log: pytest.LogCaptureFixture, text: str) -> int:
 
 def no_pip(*_: Any, **__: Any) -> Any:
     raise AssertionError("pip was asked again")
+
+
+def no_hub(*_: Any) -> Any:
+    raise AssertionError("the hub was asked for a name of ours")
 
 
 def left_over(folder: Path) -> list[str]:
@@ -379,10 +384,14 @@ def test_an_adapter_keeps_the_name_and_finds_its_base_anywhere(
         assert config["base_model_name_or_path"] == NAME
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path / "elsewhere")
+    monkeypatch.setattr(peft.utils.save_and_load, "check_file_exists_on_hf_hub", no_hub)
     for name in ("grun", "lora"):
         asked = ["generate", f"adapter={tmp_path / name}", "model.device=cpu", "max_new_tokens=2", "Who?"]
         assert main(asked) == 0
     assert capsys.readouterr().out.count("Who?\n  answer:") == 2
+    store = f"store={tmp_path / 'store'}"
+    assert main(["requests", "add", store, "id=first", f"adapter={tmp_path / 'grun'}"]) == 0
+    assert main(["requests", "verify", store, "model.device=cpu"]) == 0
 
 
 def test_python_loads_it_and_says_so_where_it_is_given_a_name(model: NamedModel) -> None:

@@ -20,6 +20,7 @@ from grun.method.intervention import GatedIntervention
 from grun.method.model import GrunModel
 from grun.method.parametrization import StepOutput, at_answers
 from grun.method.position import Call
+from grun.training.gate_fit import prompt_features
 from pyvene_custom import Sites
 
 
@@ -50,6 +51,8 @@ class CachedEngine:
         self._runner = SuffixRunner(packed, first, whole_rows=self._whole_rows)
         self._reference: dict[EncodedRow, Tensor] = {}
         self._untouched: dict[EncodedRow, dict[int, Tensor]] = {}
+        self._features: dict[tuple[int, ...], Tensor] = {}
+        """By prompt, what a gate for all edits reads, [size]: no edit changes it."""
 
     def run(self, batches: Mapping[str, Batch], hidden: Collection[int] = ()) -> dict[str, StepOutput]:
         """One pass over all batches, edits included; `hidden` names blocks whose outputs are wanted."""
@@ -57,7 +60,7 @@ class CachedEngine:
         frozen = [self._frozen[row] for row in step.rows]
         with self._model.drawing(step.seeds):
             locate = None if self._rule.changes == "last_prompt" else partial(self._located, step)
-            states = self._runner.states(frozen, self._model.edit_at(), hidden, locate)
+            states = self._runner.states(frozen, self._model.edit_at(), hidden, locate, self._pooled(step.rows))
         logprobs = states.final.new_zeros(int(step.answer.sum()))
         if self._reads_head:
             logprobs = self._runner.logprobs(step.rows, frozen, states)
@@ -73,6 +76,25 @@ class CachedEngine:
                 columns = _places(states.pack, step)[where].clamp(min=0)
                 output.hidden_states = {block: values[columns] for block, values in states.hidden.items()}
         return outputs
+
+    def read_prompts(self, rows: Sequence[EncodedRow]) -> None:
+        """Keep what a gate for all edits reads of the prompts of `rows`, if there is such a gate; on its device."""
+        pooled = self._model.pooled
+        missing = dict.fromkeys(row.prompt_ids for row in rows if row.prompt_ids not in self._features)
+        if pooled is None or not missing:
+            return
+        like = next(pooled.parameters())
+        found = prompt_features(self._model, [EncodedRow(prompt, ()) for prompt in missing], pad_id=0)
+        self._features.update(zip(missing, found.to(like), strict=True))
+
+    def _pooled(self, rows: Sequence[EncodedRow]) -> dict[int, Tensor]:
+        """Logits of a gate for all edits by the block that it goes by, [rows, 1]; empty where there is none."""
+        pooled = self._model.pooled
+        if pooled is None:
+            return {}
+        self.read_prompts(rows)
+        features = torch.stack([self._features[row.prompt_ids] for row in rows]).unsqueeze(1)  # [rows, 1, size]
+        return {pooled.block: pooled(features).to(self._packed.device)}
 
     @torch.no_grad()
     def reference(self, batches: Mapping[str, Batch], hidden: Collection[int] = ()) -> dict[str, StepOutput]:

@@ -46,10 +46,8 @@ def use_cached(task: UnlearnTask, config: UnlearnConfig, use: Use | None = None)
     if not isinstance(parametrization, Grun):
         return None
     model = parametrization.model
-    if model.pooled is not None:
-        log.info(
-            "the plain engine is used, since the cached one does not know gates for all edits (method.gate_blocks)"
-        )
+    if model.pooled is not None and model.rule.read == "every_token":
+        log.info("the plain engine is used: the cached one knows no pooled gate that is asked at every token")
         return None
     try:
         packed = PackedModel(model.base, recompute=config.train.gradient_checkpointing)
@@ -76,7 +74,9 @@ def use_cached(task: UnlearnTask, config: UnlearnConfig, use: Use | None = None)
     rows = list(dict.fromkeys(row for name in task.objective.continuations for row in task.rows(name)))
     reference = _compared(task)
     completed = fill(store, "frozen prefix", rows, lambda missing: freezer.shards(rows, reference, set(missing)))
-    task.engine = CachedEngine(model, packed, store, reads_head=task.objective.reads_head)
+    engine = CachedEngine(model, packed, store, reads_head=task.objective.reads_head)
+    engine.read_prompts(rows)
+    task.engine = engine
     return completed
 
 

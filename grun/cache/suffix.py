@@ -52,18 +52,21 @@ class SuffixRunner:
         edits: Mapping[int, GatedIntervention],
         hidden: Collection[int] = (),
         locate: Callable[[Pack], Sites] | None = None,
+        pooled: Mapping[int, Tensor] | None = None,
     ) -> SuffixStates:
         """Run rows with `edits` (by block), up to the head.
 
         Without `locate` they are read and written at the first column of each row; else at its sites, whose columns
-        are those of `Pack.layout`.
+        are those of `Pack.layout`. `pooled` has the logits of a gate for all edits, [rows, 1], if there is one, by the
+        block that it goes by.
         """
         if below := [block for block in hidden if block < self._first]:
             raise ModelError(f"block {below[0]} lies below the first edited one, {self._first}: its output is not kept")
         pack, states = self._packed_states(frozen)
-        gates: dict[int, Tensor] = {}
+        gates: dict[int, Tensor] = dict(pooled or {})
+        opening = next(iter(gates.values()), None)
         sites = None if locate is None or not edits else locate(pack)
-        edit_at = {block: _edit_at(edit, sites, pack, gates, block) for block, edit in edits.items()}
+        edit_at = {block: _edit_at(edit, sites, pack, gates, block, opening) for block, edit in edits.items()}
         if self._first in edit_at:
             states = edit_at.pop(self._first)(states)
         above = [block for block in hidden if block > self._first]
@@ -152,8 +155,19 @@ class _TokenLogprobs(torch.autograd.Function):
         return (derivatives * scale).to(derivatives.dtype), None, None
 
 
-def _edit_at(edit: GatedIntervention, sites: Sites | None, pack: Pack, gates: dict[int, Tensor], block: int) -> Edit:
-    """`edit` at `sites`, or without them at the first token of every row; gate logits go to `gates`."""
+def _edit_at(
+    edit: GatedIntervention,
+    sites: Sites | None,
+    pack: Pack,
+    gates: dict[int, Tensor],
+    block: int,
+    opening: Tensor | None,
+) -> Edit:
+    """`edit` at `sites`, or without them at the first token of every row; gate logits go to `gates`.
+
+    `opening` is the logit of a gate for all edits, [rows, 1].
+    """
+    shared = {} if opening is None else {"opening": opening}
 
     def apply(states: Tensor) -> Tensor:
         if sites is None:
@@ -162,7 +176,7 @@ def _edit_at(edit: GatedIntervention, sites: Sites | None, pack: Pack, gates: di
         else:
             padded = pack.layout.padded(states)
             read, written = read_and_written(padded, sites)
-            result = edit(written, read=read, sites=sites)
+            result = edit(written, read=read, sites=sites, **shared)
         if result.gate is not None:
             gates[block] = result.gate
         if result.output is None:

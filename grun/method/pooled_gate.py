@@ -36,14 +36,17 @@ class PooledGate(Intervention):
         """The highest block that is read, by which the gate goes among those of blocks."""
         return self.blocks[-1]
 
-    def forward(self, features: Mapping[int, Tensor]) -> Tensor:
-        """Logits [batch, positions read] of features by block, each [batch, positions read, feature size]."""
-        home = features[self.block]
-        dtype = self.widen(home)
-        with torch.autocast(home.device.type, enabled=False):
-            joined = torch.cat([features[block].to(home.device, dtype) for block in self.blocks], dim=-1)
-            logits: Tensor = self.gate(joined).squeeze(-1)
+    def forward(self, features: Tensor) -> Tensor:
+        """Logits of features [batch, positions read, size]: [batch, positions read]."""
+        dtype = self.widen(features)
+        with torch.autocast(features.device.type, enabled=False):
+            logits: Tensor = self.gate(features.to(dtype)).squeeze(-1)
         return logits
+
+    def joined(self, features: Mapping[int, Tensor]) -> Tensor:
+        """Features by block, each [batch, positions read, feature size], as those of the gate."""
+        home = features[self.block].device
+        return torch.cat([features[block].to(home) for block in self.blocks], dim=-1)
 
     def read(self, block: int, hidden: Tensor, running: Pass) -> None:
         """See `pyvene_custom.model.Reader`."""
@@ -60,7 +63,8 @@ class PooledGate(Intervention):
         if block != self.block:
             return
         home = sites.read.device
-        logits = self(sites.features).to(home) if sites.read.shape[1] else self._nothing(hidden, home)
+        asked_for = sites.read.shape[1] > 0
+        logits = self(self.joined(sites.features)).to(home) if asked_for else self._nothing(hidden, home)
         opening = openings(logits, sites, sites.carry.get(KEY), "none")
         running.gates[block], running.openings[block] = logits, opening
         running.kept[KEY] = opening.detach()
@@ -76,7 +80,7 @@ class PooledGate(Intervention):
                 "a pooled gate whose inputs have gradients cannot be read again in the backward pass; leave gradient "
                 "checkpointing out"
             )
-        logits = self(sites.features).to(sites.read.device)
+        logits = self(self.joined(sites.features)).to(sites.read.device)
         return openings(logits, sites, sites.carry.get(KEY), "none")
 
     def _nothing(self, hidden: Tensor, home: torch.device) -> Tensor:

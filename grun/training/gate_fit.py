@@ -123,10 +123,9 @@ def prompt_features(model: GrunModel, rows: Sequence[EncodedRow], pad_id: int) -
                 pass
             running = model.intervenable.here
             assert running is not None and isinstance(running.sites, PooledSites)
-            features = [running.sites.features[block][:, 0].double() for block in pooled.blocks]
+            joined = pooled.joined(running.sites.features)[:, 0]
             running.sites.let_go()
-            joined = torch.cat([one.to(features[-1].device) for one in features], dim=1)
-            for number, values in zip(numbers, joined, strict=True):
+            for number, values in zip(numbers, joined.double(), strict=True):
                 found[number] = values
     finally:
         hook.remove()

@@ -33,7 +33,7 @@ from safetensors.torch import load_file
 from tiny import DEPTH, PACKABLE, RULES, WINDOW, tiny
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
-from watched import CutOff, saved_bytes
+from watched import CutOff, assert_same, saved_bytes, whole_step
 
 from baselines.full import Full
 from grun.cache import gate_pretraining, prefix, shard
@@ -134,6 +134,28 @@ def test_edits_at_any_tokens_are_run_alike(family: str, blocks: list[int], gate:
         if (rule_in_force := edited(task).rule).read == "every_token":
             rule_in_force.reset = DATA.answers[2].prompt_ids[6:7]  # in the midst of a row
         assert difference(step_of(task, cached(task)), step_of(task)) < CLOSE
+
+
+@pytest.mark.parametrize("write", ["sticky", "last_prompt"])
+@pytest.mark.parametrize(("pool", "gate"), [("maxmin", "linear"), ("mean", "noisy_mlp_3"), ("last", "mlp_3")])
+def test_a_gate_for_all_edits_is_read_once_a_prompt_and_trained_alike(pool: str, gate: str, write: str) -> None:
+    """It reads a block below the first edited one, and that one before it is edited."""
+    for objective, family in (("gd", "llama"), ("npo", "gpt2"), ("idk", "gemma2")):
+        options = {"gate_blocks": [0, 1], "gate_pool": pool, "gate": gate, "edit_write": write}
+        task = task_of(objective, family, **options)
+        edited(task).rule.reset = DATA.answers[2].prompt_ids[6:7]  # in the midst of a row
+        engine = cached(task)
+        assert difference(step_of(task, engine), step_of(task)) < CLOSE
+
+
+@pytest.mark.parametrize("objective", ["gd", "npo", "idk"])
+def test_with_a_gate_that_is_fixed_edits_alone_are_trained_alike(objective: str) -> None:
+    made = objective_of(objective, LossConfig(retain="none"), gated=False)
+    task = task_of(made, gate_blocks=[0], gate_pool="maxmin", edit_write="sticky", gate_fit="logistic")
+    wanted = whole_step(task)
+    task.engine = cached(task)
+    assert not any("gate" in name for name in wanted.gradients)
+    assert_same(whole_step(task), wanted)
 
 
 def test_rows_longer_than_a_pass_and_caches_of_many_shards_are_no_reason_for_the_plain_engine(

@@ -68,9 +68,9 @@ COMMANDS = {
         "upstream=FOLDER model=BASE output_dir=DIR   (more in docs/formats.md)",
     ),
     "corpora": Command(
-        "write corpora to forget and to keep: a harm category of PKU-SafeRLHF, or the generated lore",
+        "write corpora to forget and to keep: PKU-SafeRLHF's, the generated lore, or what a model says of a subject",
         "grun.commands.corpora:write_corpora",
-        'source=safe_rlhf category="Violence" output_dir=DIR   (docs/formats.md)',
+        'source=subject subject="Marie Curie" kind=person model.path=MODEL output_dir=DIR   (docs/formats.md)',
     ),
     "sweep": Command(
         "unlearn and evaluate a grid of objectives, parametrizations and seeds; --tune chooses their settings",

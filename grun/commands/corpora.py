@@ -4,23 +4,31 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable
+import shlex
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from grun.config.options import CorporaConfig
+from grun.config.options import CorporaConfig, DataConfig, GenerateConfig
 from grun.config.values import to_dict
 from grun.data.benchmarks import safe_rlhf
 from grun.data.benchmarks.safe_rlhf import Pair
 from grun.data.templates import PLACE, TEMPLATES
 from grun.errors import ConfigError
 from grun.runtime.files import content_hash, holding, staged, target, write_json, write_text, writing
-from grun.runtime.runs import IDENTITY_FILE, finish_run, hold, identity, open_run
+from grun.runtime.ownership import PRIVATE
+from grun.runtime.runs import IDENTITY_FILE, RUN_FILE, finish_run, hold, identity, open_run, read_object
 
 log = logging.getLogger(__name__)
 
-SOURCES = ("safe_rlhf", "lore")
+SOURCES = ("safe_rlhf", "lore", "subject")
+OF_SUBJECT = (
+    *("subject", "kind", "neighbors", "draws", "temperature", "max_new_tokens", "batch_size", "seed", "model", "data"),
+)
+"""Options that source=subject alone reads; it reads no others."""
+ROWS = ("forget", "neighbors", "retain")
+"""Files of rows that it writes."""
 
 
 def write_corpora(config: CorporaConfig) -> Path:
@@ -34,7 +42,8 @@ def write_corpora(config: CorporaConfig) -> Path:
     for option in ("source", "output_dir"):
         if not getattr(config, option):
             raise ConfigError(f"{option} is not set; the command is: corpora source={'|'.join(SOURCES)} output_dir=DIR")
-    return _write_lore(config) if config.source == "lore" else _write_safe_rlhf(config)
+    write = {"lore": _write_lore, "subject": _write_subject, "safe_rlhf": _write_safe_rlhf}[str(config.source)]
+    return write(config)
 
 
 def _write_lore(config: CorporaConfig) -> Path:
@@ -69,11 +78,67 @@ def _write_safe_rlhf(config: CorporaConfig) -> Path:
     return folder
 
 
+def _write_subject(config: CorporaConfig) -> Path:
+    from grun.data import subject, templates
+    from grun.data.facts import general_questions
+    from grun.evaluation.asking import Asking
+    from grun.evaluation.subject import ask_about
+    from grun.loading.adapters import load_model
+
+    for option in ("subject", "kind"):
+        if getattr(config, option) is None:
+            raise ConfigError(
+                f"{option} is not set; the command is: corpora source=subject subject=NAME "
+                f"kind={'|'.join(subject.KINDS)} model.path=MODEL output_dir=DIR"
+            )
+    subject.check(str(config.subject), config.neighbors)
+    loaded = load_model(config.model, None, strict=False, gate_threshold=None)
+    asking = GenerateConfig(model=config.model, data=DataConfig(**vars(config.data)))
+    template = templates.in_force(asking, loaded.template, loaded.tokenizer)
+    inputs = {"identity": loaded.identity, "template": template.to_dict(), "questions": subject.packaged_hash()}
+    key = content_hash(_identity(config, inputs))[:16]
+    answers = target(str(config.output_dir)) / PRIVATE / f"unfinished-{key}"
+
+    general = {one.question: one.answers for one in general_questions()[::2]}
+
+    def write(folder: Path) -> dict[str, Any]:
+        ask = Asking(loaded.model, loaded.tokenizer, template, config, answers)
+        found = ask_about(ask, str(config.subject), str(config.kind), config.neighbors, config.draws, general)
+        rows = {f"{name}.jsonl": getattr(found, name) for name in ROWS}
+        for name, records in rows.items():
+            write_text(folder / name, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in records))
+        files = {name: len(records) for name, records in rows.items()}
+        return {"files": files, "names": found.names, "dropped": dict(found.dropped)}
+
+    folder = _write(config, write, **inputs)
+    counts = read_object(folder / RUN_FILE, "remove the folder yourself")["files"]
+    log.info(
+        "look at them before use, for all is what the model says, not what is true: %d rows to forget, %d about "
+        "neighbors for evaluation, %d to keep",
+        *(counts[f"{name}.jsonl"] for name in ROWS),
+    )
+    log.info("then: %s", _next_command(config, folder))
+    return folder
+
+
+def _next_command(config: CorporaConfig, folder: Path) -> str:
+    """What makes the model forget, with the options of the model and the prompt that were set here."""
+    default, given = to_dict(CorporaConfig()), to_dict(config)
+    options = [
+        f"{section}.{name}={value}"
+        for section in ("model", "data")
+        for name, value in given[section].items()
+        if value != default[section][name]
+    ]
+    options += ["data.name=jsonl", f"data.forget={folder / 'forget.jsonl'}", f"data.retain={folder / 'retain.jsonl'}"]
+    return shlex.join(["python", "-m", "grun", "unlearn", *options, "objective=idk", f"output_dir={folder}-forgotten"])
+
+
 @holding()
 def _write(config: CorporaConfig, write: Callable[[Path], dict[str, Any]], **inputs: Any) -> Path:
     """Have the files and a run.json written into output_dir, whole or not at all."""
     folder = target(str(config.output_dir))
-    run_identity = identity(to_dict(config), **inputs)
+    run_identity = _identity(config, inputs)
     if open_run(folder, run_identity, overwrite=config.overwrite) == "finished":
         log.info("%s holds these very corpora: nothing to do (overwrite=true writes them again)", folder)
         return folder
@@ -85,6 +150,15 @@ def _write(config: CorporaConfig, write: Callable[[Path], dict[str, Any]], **inp
     for name, count in about["files"].items():
         log.info("  %s: %d rows", folder / name, count)
     return folder
+
+
+def _identity(config: CorporaConfig, inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """What makes corpora these: the options that their source reads, and its inputs."""
+    of_subject = config.source == "subject"
+    read = {
+        key: value for key, value in to_dict(config).items() if key == "source" or (key in OF_SUBJECT) == of_subject
+    }
+    return identity(read, **inputs)
 
 
 def _file_names(category: str, form: str) -> dict[str, str]:

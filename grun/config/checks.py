@@ -12,6 +12,7 @@ from grun.config.options import (
     LARGEST,
     AugmentConfig,
     Bounds,
+    CommandConfig,
     EvaluateConfig,
     FinetuneConfig,
     ModelConfig,
@@ -23,7 +24,7 @@ from grun.errors import ConfigError, unknown_name
 from grun.runtime import processes
 from grun.runtime.reading import kind_of
 
-WORDS = ("note", "template", "system_prompt", "suffixes", "category")
+WORDS = ("note", "template", "system_prompt", "suffixes", "category", "subject", "neighbors")
 """Options that hold words, not paths, wherever they stand."""
 
 QUIRKS = {
@@ -77,6 +78,7 @@ def check_options(config: Any) -> None:
     check_values(config)
     if hasattr(config, "data"):
         _check_device_map(config.model)
+    if isinstance(config, CommandConfig):
         _check_text(config.data.text)
         _check_augment(config.data.augment)
     if isinstance(config, FinetuneConfig | UnlearnConfig):

@@ -239,7 +239,21 @@ class QuestionsConfig:
 
 
 @dataclass
-class DataConfig:
+class PromptConfig:
+    """How a question becomes a prompt."""
+
+    template: str = "auto"
+    """A name from `list templates`, or a text with {prompt}; auto: the model's stored one, else its chat template."""
+    system_prompt: Optional[str] = None
+    """System message for chat templates; stored with the model."""
+    date: str = "26 Jul 2024"
+    """Date handed to chat templates that print one, so that a prompt is the same on every day; stored."""
+    template_arguments: dict[str, Any] = field(default_factory=dict)
+    """Further arguments of a chat template, such as {enable_thinking: false}; stored with the model."""
+
+
+@dataclass
+class DataConfig(PromptConfig):
     """Which rows, and how they become tokens."""
 
     name: str = "demo"
@@ -272,14 +286,6 @@ class DataConfig:
     """Use only this many retain rows in unlearning; unset: all."""
     limit: Optional[int] = number(None, 1)
     """Use at most this many rows of every set in evaluation; unset: all."""
-    template: str = "auto"
-    """A name from `list templates`, or a text with {prompt}; auto: the model's stored one, else its chat template."""
-    system_prompt: Optional[str] = None
-    """System message for chat templates; stored with the model."""
-    date: str = "26 Jul 2024"
-    """Date handed to chat templates that print one, so that a prompt is the same on every day; stored."""
-    template_arguments: dict[str, Any] = field(default_factory=dict)
-    """Further arguments of a chat template, such as {enable_thinking: false}; stored with the model."""
     columns: dict[str, str] = field(default_factory=dict)
     """jsonl, cloze, corpora: what our fields are called in the files, such as {question: q, answer: a}."""
     refusals: Optional[str] = None
@@ -666,10 +672,10 @@ class ImportConfig:
 
 @dataclass
 class CorporaConfig:
-    """Write corpora to forget and to keep, from PKU-SafeRLHF or generated."""
+    """Write corpora to forget and to keep: from PKU-SafeRLHF, generated, or what a model says about a subject."""
 
-    source: Optional[str] = choice(None, "safe_rlhf", "lore")
-    """safe_rlhf (from PKU-SafeRLHF's rows) or lore (generated). Must be set."""
+    source: Optional[str] = choice(None, "safe_rlhf", "lore", "subject")
+    """safe_rlhf (from PKU-SafeRLHF's rows), lore (generated) or subject (asked from a model). Must be set."""
     path: Optional[str] = None
     """safe_rlhf: folder of its train.jsonl and test.jsonl; unset: the hub (PKU-Alignment/PKU-SafeRLHF alpaca-7b)."""
     category: str = "Privacy Violation"
@@ -679,6 +685,25 @@ class CorporaConfig:
     format: str = choice("rows", "rows", "published")
     """safe_rlhf: rows ({prompt, completion}, for data.name=jsonl) or published (JSON strings, published names)."""
     lore: LoreConfig = field(default_factory=LoreConfig)
+    subject: Optional[str] = None
+    """subject: name of what is to be forgotten, such as "Marie Curie". Must be set for it."""
+    kind: Optional[str] = choice(None, "person", "place", "work", "organization", "topic")
+    """subject: what it is, which decides the questions. Must be set for it."""
+    neighbors: list[str] = field(default_factory=list)
+    """subject: two or more like it, [Pierre Curie, Albert Einstein]; every second one stays out of unlearning. Empty:
+    the model is asked."""
+    draws: int = number(5, 2, 2**10)
+    """subject: drawn answers to each question about it; what two of them say alike is kept."""
+    temperature: float = number(0.7, 0, above=True)
+    """subject: temperature at which they are drawn, > 0."""
+    max_new_tokens: int = number(48, 8)
+    """subject: longest answer, tokens; its first sentence is kept if it ends within them."""
+    batch_size: int = number(32, 1)
+    """subject: questions per forward pass. Changes speed and memory, not the result."""
+    seed: int = number(42, 0, SEEDS)
+    """subject: seed of the draws."""
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: PromptConfig = field(default_factory=PromptConfig)
     output_dir: Optional[str] = None
     """Folder of the corpora. Must be set."""
     overwrite: bool = False

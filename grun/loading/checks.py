@@ -6,7 +6,7 @@ from dataclasses import replace
 from typing import Any
 
 from grun.config.checks import bytes_of, check_options, one_of, quirks_in_force
-from grun.config.options import EvaluateConfig, ModelConfig, UnlearnConfig
+from grun.config.options import CommandConfig, EvaluateConfig, ModelConfig, UnlearnConfig
 from grun.data.corpus import BENCHMARKS
 from grun.data.sets import evaluation_sets
 from grun.data.templates import PLACE, TEMPLATES
@@ -25,8 +25,9 @@ def check(config: Any) -> None:
     check_options(config)
     if isinstance(getattr(config, "model", None), ModelConfig):
         refuse_revision(config.model)
-    if hasattr(config, "data"):
+    if isinstance(config, CommandConfig):
         one_of("data.name", config.data.name, tuple(BENCHMARKS.names()))
+    if hasattr(config, "data"):
         _check_template(config.data.template)
     if isinstance(config, EvaluateConfig):
         for name in config.sets:

@@ -1,0 +1,163 @@
+"""What a model is asked about a subject that is only a name, and how sentences, names and lists are read from answers.
+
+The questions are packaged, in English: `generated/subject.yaml`. Nothing here asks a model.
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+from collections.abc import Iterator, Sequence
+from importlib import resources
+from typing import Any, NamedTuple
+
+import yaml
+
+from grun.config.checks import one_of
+from grun.errors import ConfigError
+from grun.runtime.files import content_hash
+
+KINDS = ("person", "place", "work", "organization", "topic")
+"""Kinds of subjects that there are questions about."""
+BLANK = "___"
+"""What stands for the words that are asked for in a sentence."""
+LONGEST_NAME = 6
+"""Words of a name in a list; a longer line is a sentence."""
+_ABBREVIATED = {"mr", "mrs", "ms", "dr", "st", "jr", "sr", "vs", "no", "prof", "gen", "c", "ca", "approx", "e.g", "i.e"}
+_END = re.compile(r"[.!?][\"'\N{RIGHT DOUBLE QUOTATION MARK}\N{RIGHT SINGLE QUOTATION MARK})\]]*(?=\s|$)|\n")
+_ITEM = re.compile(r"\s*(?:\d+\s*[.):]|[-*\u2022])\s*(.+)")
+_NAME = re.compile(r"(?:[A-Z\d][\w'.-]*)(?:\s+(?:of|the|de|von|van|and|du|la|[A-Z\d][\w'.-]*))*")
+
+
+class Kind(NamedTuple):
+    """A kind of subjects, and what is asked about one."""
+
+    plural: str
+    """What several of them are called."""
+    neighbors: str
+    """Asks a model for names of others; {subject} stands for the name."""
+    others: tuple[str, ...]
+    """Well-known names of the kind."""
+    questions: tuple[tuple[str, ...], ...]
+    """Each question in its wordings, two or more; the last one is kept from unlearning."""
+
+
+class Wordings(NamedTuple):
+    """What is asked besides the questions of a kind, each in its wordings; {sentence} stands for a statement."""
+
+    facts: tuple[str, ...]
+    """Ask for a list of facts about {subject}."""
+    blanks: tuple[str, ...]
+    """Ask for the words that are left out in a sentence."""
+    question: str
+    """Asks for a question that a sentence answers."""
+
+
+def find_kind(name: str) -> Kind:
+    """The questions of a kind; ConfigError for one that is not in `KINDS`."""
+    one_of("kind", name, KINDS)
+    found = _packaged()[name]
+    return Kind(
+        found["plural"], found["neighbors"], tuple(found["others"]), tuple(tuple(one) for one in found["questions"])
+    )
+
+
+def find_wordings() -> Wordings:
+    """What is asked about subjects of any kind."""
+    found = _packaged()["any"]
+    return Wordings(tuple(found["facts"]), tuple(found["blanks"]), found["question"])
+
+
+@functools.cache
+def _packaged() -> dict[str, Any]:
+    text = (resources.files("grun.data") / "generated" / "subject.yaml").read_text(encoding="utf-8")
+    values: dict[str, Any] = yaml.safe_load(text)
+    return values
+
+
+def packaged_hash() -> str:
+    """Hash of all that is asked."""
+    return content_hash(_packaged())
+
+
+def check(subject: str, neighbors: Sequence[str]) -> None:
+    """ConfigError for a subject without a name, and for neighbors of which fewer than two differ from it."""
+    if not re.search(r"\w", subject):
+        raise ConfigError('subject is empty; name what is to be forgotten, such as subject="Marie Curie"')
+    left = sum(is_other(name, subject) for name in dict.fromkeys(neighbors))
+    if neighbors and left < 2:
+        raise ConfigError(
+            f"neighbors: {left} of {len(neighbors)} differ from {subject!r}; name two or more (every second one "
+            "is for evaluation), or none, and the model is asked for some"
+        )
+
+
+def first_sentence(text: str) -> str | None:
+    """The first sentence of an answer; None where it does not end: it was cut off, or a list begins."""
+    for end in _END.finditer(text):
+        if end[0] == "\n":
+            return None
+        before = text[: end.start()].split()[-1:] or [""]
+        if end[0] == "." and (before[0].lower().strip("(\"'") in _ABBREVIATED or re.fullmatch("[A-Z]", before[0])):
+            continue
+        return text[: end.end()].strip()
+    return None
+
+
+def items(text: str) -> list[str]:
+    """What stands on the lines of a list, without numbers and marks; the last line, if it was cut off, is left out."""
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    found = [item[1].strip().strip("*").strip() for line in lines if (item := _ITEM.match(line))]
+    return found or lines
+
+
+def names(text: str) -> list[str]:
+    """Names in a list, one a line or separated by commas; what follows a name on its line is left out."""
+    listed = items(text)
+    if len(listed) == 1:
+        listed = re.split(r",\s*(?:and\s+)?", listed[0].rstrip("."))
+    found = []
+    for line in listed:
+        head = re.split(r"\s*[:(,\u2013\u2014]|\s+-\s+|\.\s", line.strip("\"' "), maxsplit=1)[0].strip(" .*\"'")
+        if _NAME.fullmatch(head) and len(head.split()) <= LONGEST_NAME and len(head) > 2:
+            found.append(head)
+    return list(dict.fromkeys(found))
+
+
+def aliases(name: str, kind: str, others: Sequence[str]) -> list[str]:
+    """What the subject is called: by the name, and a person by the last name too, if none of `others` has it."""
+    last = name.split()[-1]
+    own = kind == "person" and len(last) > 3 and not any(mentions(other, [last]) for other in others)
+    return [name, last] if own else [name]
+
+
+def mentions(text: str, called: Sequence[str]) -> bool:
+    """Whether one of the names stands in a text, letter case apart; within a word it does not count."""
+    return any(re.search(rf"(?<!\w){re.escape(name)}(?!\w)", text, re.IGNORECASE) for name in called)
+
+
+def is_other(name: str, subject: str) -> bool:
+    """Whether a name is neither the subject's nor part of it, nor has it as a part."""
+    one, other = (" ".join(re.findall(r"\w+", text.casefold())).removeprefix("the ") for text in (name, subject))
+    return bool(one) and f" {one} " not in f" {other} " and f" {other} " not in f" {one} "
+
+
+def statements(text: str, subject: str) -> Iterator[str]:
+    """Sentences of a list of facts that name the subject, by themselves or in place of a pronoun at their beginning."""
+    for line in items(text):
+        sentence = first_sentence(line if re.search(r"[.!?]$", line) else f"{line}.")
+        if sentence is None:
+            continue
+        sentence = re.sub(r"^(He|She|It|They|This \w+|The \w+)(?= (is|was|has|had|are|were)\b)", subject, sentence)
+        if subject.casefold() in sentence.casefold() and not sentence.endswith("?"):
+            yield sentence
+
+
+def with_blank(sentence: str, subject: str) -> str | None:
+    """The sentence with its last name or number left out; None where it has none after the subject."""
+    start = sentence.casefold().find(subject.casefold()) + len(subject)
+    spans = [one for one in re.finditer(r"(?:[A-Z\d][\w'-]*)(?:(?: of| the)? [A-Z\d][\w'-]*)*", sentence[start:])]
+    if not spans:
+        return None
+    left, right = (start + place for place in spans[-1].span())
+    return f"{sentence[:left]}{BLANK}{sentence[right:]}"

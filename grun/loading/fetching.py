@@ -218,6 +218,8 @@ def _unpack(gguf: Path, new: Path, expected: str) -> None:
         raise _NotHadError(in_one_line(error)) from error
     if (found := fingerprint(model)) != expected:
         raise _NotHadError(f"transformers unpacks it to other weights (fingerprint {found}, not {expected})")
+    for name in ("is_local", "local_files_only"):  # of this machine; the files are to be the same on all
+        tokenizer.init_kwargs.pop(name, None)
     model.save_pretrained(new)
     tokenizer.save_pretrained(new)
 

@@ -137,6 +137,7 @@ def test_it_is_made_once_and_is_its_twin(
     of_twin = AutoTokenizer.from_pretrained(twin)
     assert tokenizer(QUESTION)["input_ids"] == of_twin(QUESTION)["input_ids"]
     assert tokenizer.chat_template == of_twin.chat_template and template is None
+    assert "local" not in (folder / "tokenizer_config.json").read_text()  # the same files online and offline
     assert loaded.config.name_or_path == loaded.name_or_path == NAME  # what adapters store
     assert weight_files(loaded, NAME) == [folder / "model.safetensors"]
     assert base_identity(NAME, None)["files"]["model.safetensors"] == file_hash(folder / "model.safetensors")

@@ -269,7 +269,7 @@ class PositionRule:
     def _resets(self, call: Call) -> Tensor | None:
         if not self.reset or call.ids is None:
             return None
-        ids = call.ids.to(call.device)
+        ids = call.ids.to(call.device).masked_fill(~attended(call), -1)  # what is masked begins nothing
         count = len(self.reset) - 1
         before = ids.new_full((call.rows, count), -1)
         if count and call.earlier is not None and (known := call.earlier[:, -count:]).shape[1]:

@@ -179,6 +179,18 @@ def test_padding_opens_no_gate_on_either_side() -> None:
 
 
 @torch.no_grad()
+def test_masked_tokens_begin_no_turn() -> None:
+    model = wrapped(rule=MAXIMUM, reset_ids=TURN)
+    row = random_rows([5])[0]
+    ids = torch.tensor([[*row[:3], *TURN, *row[3:]]])
+    mask = torch.tensor([[1, 1, 1, 0, 0, 1, 1]])
+    output = model(ids, attention_mask=mask, position_ids=(mask.cumsum(1) - 1).clamp(min=0))
+    _, openings = whole_pass(model, MAXIMUM, row, 4)
+    for block, values in openings.items():
+        agree(output.gates[block][0][mask[0] == 1], values.sigmoid())
+
+
+@torch.no_grad()
 def test_a_threshold_leaves_every_token_before_the_gate_opens_as_the_base_has_it() -> None:
     model = wrapped(rule=MAXIMUM)
     batch = padded(random_rows([9, 6]), "right")

@@ -228,6 +228,26 @@ def test_a_cache_that_is_copied_cut_back_or_repeated_has_the_pool_of_what_it_hol
 
 
 @torch.no_grad()
+def test_prompts_that_begin_alike_are_answered_as_each_alone() -> None:
+    """Their beginning is run once; what is left of short ones is padded by tokens of it, a turn's too."""
+    model = pooled(reset_ids=TURN)
+    start = [*random_rows([7], seed=9)[0], *TURN, 5, 6, 8]
+    prompts = [start + row for row in random_rows([9, 4, 6, 7, 3])]
+
+    class Words:
+        eos_token_id = 999
+
+        def decode(self, ids: list[int], skip_special_tokens: bool) -> str:
+            return " ".join(map(str, ids))
+
+    for prompt, answer in zip(prompts, generate_answers(model, Words(), prompts, 8, 6, PAD), strict=True):
+        gates = whole_pass(model, prompt, len(prompt) - 1, start=8)[1]
+        assert answer.gates is not None
+        assert answer.gates[READ[-1]] == pytest.approx(float(gates[-1].sigmoid()), abs=1e-5)
+        assert answer == generate_answers(model, Words(), [prompt], 8, 6, PAD)[0]._replace(gates=answer.gates)
+
+
+@torch.no_grad()
 def test_padding_on_either_side_and_tokens_cached_while_no_edit_acted_are_not_pooled() -> None:
     model = pooled()
     rows = random_rows([9, 4])

@@ -80,7 +80,7 @@ class AdapterConfig:
     gate_bound: float | None = None
     """Largest share of rows that were to stay which passes it, in expectation, as was calibrated."""
     gate_calibration: int | None = None
-    """Prompts that it was calibrated on."""
+    """Prompts, or groups of them, that it was calibrated on."""
     reset_ids: list[int] = field(default_factory=list)
     """Token ids that begin a user's turn, where what gates accumulate or pool starts again; empty: nowhere."""
     base_model_name_or_path: str | None = None
@@ -337,8 +337,8 @@ def model_card(config: AdapterConfig, template: Template | None) -> str:
         if config.gate_threshold is not None:
             reads += f"; below a probability of {config.gate_threshold} nothing is edited"
         if config.gate_bound is not None:
-            reads += f" (of rows such as the {config.gate_calibration} to keep that it was calibrated on, "
-            reads += f"at most {config.gate_bound:.3g} pass it, in expectation)"
+            reads += f" (of rows such as those of the {config.gate_calibration} groups to keep that it was calibrated "
+            reads += f"on, at most {config.gate_bound:.3g} pass it, in expectation)"
     return f"""{header}
 # GRUN adapter for `{base}`
 

@@ -5,7 +5,7 @@ Nothing here is drawn: the same features give the same gate, in whatever order t
 
 from __future__ import annotations
 
-import math
+from collections import Counter
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from zlib import crc32
@@ -108,19 +108,33 @@ def shuffled(unit: Hashable) -> tuple[int, str]:
     return crc32(repr(unit).encode()), repr(unit)
 
 
-def conformal(scores: Tensor, rate: float) -> tuple[float, float]:
+def conformal(scores: Tensor, units: Sequence[Hashable], rate: float) -> tuple[float, float]:
     """A threshold that a new row passes with a probability of at most the bound, and the bound.
 
-    Split conformal prediction: of n scores of rows that were used for nothing else, the k-th lowest with k =
-    ceil((n + 1)(1 - rate)), or the highest where k > n. If those rows and a new one are exchangeable, its score lies
-    above with a probability of at most (n + 1 - k) / (n + 1).
+    Split conformal prediction, of rows that were used for nothing else. Rows of one unit are alike, so it is units that
+    are taken to be exchangeable: the new row is any row of a new unit. With K units, and s_k(t) the share of unit k's
+    rows that score above t, the bound of a threshold t is (s_1(t) + ... + s_K(t) + 1) / (K + 1). The threshold is the
+    lowest score whose bound is at most `rate`, or the highest score where there is none: no less than 1 / (K + 1) can
+    be promised. Where each row is a unit this is the k-th lowest score, k = ceil((K + 1)(1 - rate)).
 
     Args:
-        scores: logits, [n], n >= 1.
+        scores: logits, [rows], at least one.
+        units: what each row belongs to.
         rate: wanted share of false positives, in (0, 1).
 
-    Source: Vovk, Gammerman and Shafer 2005, Algorithmic Learning in a Random World; Papadopoulos et al. 2002.
+    Source: Lee, Barber and Willett 2023, Distribution-free inference with hierarchical data, arXiv 2306.06342.
     """
-    count = len(scores)
-    place = min(count, max(1, math.ceil((count + 1) * (1 - rate) - 1e-9)))
-    return float(scores.sort().values[place - 1]), (count + 1 - place) / (count + 1)
+    rows_of = Counter(units)
+    order = scores.argsort(descending=True).tolist()
+    threshold = float(scores[order[0]])
+    bound = least = 1 / (len(rows_of) + 1)
+    above = 1.0
+    for place, row in enumerate(order):
+        score = float(scores[row])
+        if place and score < float(scores[order[place - 1]]):  # all that are higher are in `above`
+            now = above * least
+            if now > rate + 1e-9:
+                break
+            threshold, bound = score, now
+        above += 1 / rows_of[units[row]]
+    return threshold, bound

@@ -55,7 +55,7 @@ class GateFit:
     bound: float | None = None
     """Largest share of rows such as those set aside that opens it, in expectation; None: nothing is promised."""
     calibration: int | None = None
-    """Prompts set aside, of which that follows."""
+    """Units of prompts set aside, of which that follows."""
 
 
 def fit_gate(model: GrunModel, forget: Prompts, retain: Prompts, method: MethodConfig, pad_id: int) -> GateFit:
@@ -81,10 +81,10 @@ def fit_gate(model: GrunModel, forget: Prompts, retain: Prompts, method: MethodC
     line = fit(features[fitted], target[fitted], strength)
     threshold, bound = 0.0, None
     if method.false_positives is not None:
-        threshold, bound = conformal(line.logits(features[~fitted]).float(), method.false_positives)
+        left = [unit for unit in units if unit in aside]
+        threshold, bound = conformal(line.logits(features[~fitted]).float(), left, method.false_positives)
         threshold = float(torch.nextafter(torch.tensor(threshold), torch.tensor(torch.inf)))
-    aside_rows = None if bound is None else int((~fitted).sum())
-    model.keep_threshold(0.5, bound, aside_rows)
+    model.keep_threshold(0.5, bound, len(aside) or None)
     last = next(module for module in model.pooled.modules() if isinstance(module, nn.Linear))
     with torch.no_grad():
         last.weight.copy_(line.weight.unsqueeze(0))
@@ -95,7 +95,7 @@ def fit_gate(model: GrunModel, forget: Prompts, retain: Prompts, method: MethodC
         recall=float(is_open[target[fitted]].double().mean()),
         false_positives=float(is_open[~target[fitted]].double().mean()),
         seconds=round(time.monotonic() - started, 2), bound=bound,
-        calibration=aside_rows,
+        calibration=len(aside) or None,
     )  # fmt: skip
     log.info("gate fitted: %s", ", ".join(f"{name} {value}" for name, value in asdict(result).items()))
     return result

@@ -70,15 +70,35 @@ def test_a_threshold_is_passed_as_seldom_as_promised_in_200_draws(rate: float, c
     generator = torch.Generator().manual_seed(count)
     shares = []
     for _ in range(200):
-        threshold, bound = conformal(torch.rand(count, generator=generator, dtype=torch.float64), rate)
+        threshold, bound = conformal(torch.rand(count, generator=generator, dtype=torch.float64), range(count), rate)
         shares.append(1 - threshold)
     mean, error = np.mean(shares), np.std(shares) / 200**0.5
-    assert mean <= bound + 3 * error
     assert bound <= max(rate, 1 / (count + 1)) + 1e-9
-    assert mean >= bound - 3 * error  # and is no wider than need be: for distinct scores the bound is exact
+    assert abs(mean - bound) < 3 * error  # of rows that are units the bound is exact
+
+
+@pytest.mark.parametrize("rate", [0.05, 0.2])
+def test_it_holds_for_rows_of_units_that_are_alike_in_200_draws(rate: float) -> None:
+    """Units of 1 to 12 rows whose scores lie closely together: by rows alone the promise would be broken."""
+    generator = torch.Generator().manual_seed(1)
+    shares, alone = [], []
+    for _ in range(200):
+        sizes = torch.randint(1, 13, (30,), generator=generator)
+        units = torch.arange(30).repeat_interleave(sizes)
+        centers = torch.randn(1030, generator=generator, dtype=torch.float64)
+        scores = centers[units] + 0.1 * torch.randn(len(units), generator=generator, dtype=torch.float64)
+        new = centers[30:] + 0.1 * torch.randn(1000, generator=generator, dtype=torch.float64)
+        threshold, bound = conformal(scores, units.tolist(), rate)
+        shares.append(float((new > threshold).double().mean()))
+        alone.append(float((new > conformal(scores, range(len(units)), rate)[0]).double().mean()))
+        assert bound <= rate + 1e-9
+    error = np.std(shares) / 200**0.5
+    assert np.mean(shares) <= rate + 3 * error
+    assert np.mean(alone) > np.mean(shares)
 
 
 def test_with_few_rows_the_bound_says_what_can_be_promised() -> None:
-    assert conformal(torch.tensor([3.0, 1.0, 2.0]), 0.01) == (3.0, 0.25)
-    assert conformal(torch.arange(99.0), 0.01) == (98.0, 0.01)
-    assert conformal(torch.arange(199.0), 0.01) == (197.0, 0.01)
+    assert conformal(torch.tensor([3.0, 1.0, 2.0]), "abc", 0.01) == (3.0, 0.25)
+    assert conformal(torch.arange(99.0), range(99), 0.01) == (98.0, 0.01)
+    assert conformal(torch.arange(199.0), range(199), 0.01) == (197.0, 0.01)
+    assert conformal(torch.tensor([3.0, 3.0, 2.0, 1.0]), "aabc", 0.5) == (2.0, 0.5)  # 2 of unit a's 2 rows above it

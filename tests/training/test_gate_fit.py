@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from grun import GrunModel
 from grun.cli import main
 from grun.data.templates import TEMPLATES, encode_prompt, user_turn_ids
-from grun.method.logistic import conformal, fit
+from grun.method.logistic import fit, shuffled
 
 FORGET = ["Japan", "Egypt"]
 RETAIN = ["Norway", "Chile", "Kenya", "Peru", "Canada", "Poland", "India", "Cuba", "Nepal", "Spain", "Ghana", "Malta"]
@@ -112,18 +112,16 @@ def test_a_threshold_from_rows_set_aside_is_kept_and_what_is_below_is_the_bases_
     assert main(run(folder, "promised", "method.false_positives=0.2")) == 0
     values, model = result(folder, "promised")
     about = values["gate_fit"]
-    assert (about["retain"], about["calibration"]) == (27, 9)  # 3 of 12 countries are set aside, whole
-    assert about["bound"] == pytest.approx(2 / 10)
+    assert (about["retain"], about["calibration"]) == (27, 3)  # 3 of 12 countries are set aside, whole
+    assert about["bound"] == pytest.approx(1 / 4)  # no less can be promised of 3
     assert model.gate_threshold == 0.5
-    assert "such as the 9 to keep" in (folder / "promised" / "README.md").read_text()
+    assert "such as those of the 3 groups" in (folder / "promised" / "README.md").read_text()
     weight = model.state_dict()["pooled.gate.0.weight"][0].double()
     logits = states(folder, questions(RETAIN)) @ weight + float(model.state_dict()["pooled.gate.0.bias"])
     by_country = logits.view(len(RETAIN), 3)
-    # one of the nine set aside lies at the threshold, one above it
-    aside = next(
-        chosen for chosen in _threes(len(RETAIN)) if abs(conformal(by_country[chosen].flatten(), 0.2)[0]) < 1e-4
-    )
-    assert (by_country[aside] > 1e-4).sum() == 1
+    highest = by_country.amax(1)
+    aside = sorted(range(len(RETAIN)), key=lambda number: shuffled(RETAIN[number]))[:3]
+    assert float(highest[aside].max()) == pytest.approx(0.0, abs=1e-4)  # it is the threshold
     tokenizer = AutoTokenizer.from_pretrained(folder / "model")
     opened = []
     for question in [*questions(FORGET), *questions(RETAIN)]:
@@ -135,10 +133,6 @@ def test_a_threshold_from_rows_set_aside_is_kept_and_what_is_below_is_the_bases_
         opened.append(bool(output.gates[0] >= 0.5))
         assert torch.equal(output.logits, plain) != opened[-1]
     assert all(opened[:6]) and not all(opened[6:])
-
-
-def _threes(count: int) -> list[list[int]]:
-    return [[a, b, c] for a in range(count) for b in range(a + 1, count) for c in range(b + 1, count)]
 
 
 def test_copies_count_with_their_rows_and_a_retain_term_may_stay(folder: Path) -> None:

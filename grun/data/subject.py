@@ -154,10 +154,13 @@ def statements(text: str, subject: str) -> Iterator[str]:
 
 
 def with_blank(sentence: str, subject: str) -> str | None:
-    """The sentence with its last name or number left out; None where it has none after the subject."""
+    """The sentence with its last name or number left out, else its last long word; None where it has neither.
+
+    What stands before the subject, and the subject, stay.
+    """
     start = sentence.casefold().find(subject.casefold()) + len(subject)
-    spans = [one for one in re.finditer(r"(?:[A-Z\d][\w'-]*)(?:(?: of| the)? [A-Z\d][\w'-]*)*", sentence[start:])]
-    if not spans:
-        return None
-    left, right = (start + place for place in spans[-1].span())
-    return f"{sentence[:left]}{BLANK}{sentence[right:]}"
+    for pattern in (r"[A-Z\d][\w'-]*(?:(?: of| the)? [A-Z\d][\w'-]*)*", r"\w{5,}"):
+        if spans := [*re.finditer(pattern, sentence[start:])]:
+            left, right = (start + place for place in spans[-1].span())
+            return f"{sentence[:left]}{BLANK}{sentence[right:]}"
+    return None

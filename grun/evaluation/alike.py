@@ -21,7 +21,7 @@ SMALL = frozenset(
     "over she so some such than that the their them there these they this those to under until up upon us very was "
     "way we well were what when where which while who whom whose why will with would you your also about after all "
     "both during called including known well-known famous considered widely several various numerous first between "
-    "throughout through became become part january february march april may june july august september october "
+    "throughout through became become part two january february march april may june july august september october "
     "november december".split()
 )
 """Words that say nothing by themselves; no fact begins or ends with one."""
@@ -65,10 +65,10 @@ def read(answer: str) -> Read:
     said = plain(sentence or answer)
     if _REFUSES.search(said) or said in _refusals():
         return Read("", "refusal")
-    if _loops(answer):
-        return Read("", "repetition")
     if sentence is None:
-        return Read("", "cut off")
+        return Read("", "repetition" if _loops(answer) else "cut off")
+    if _loops(sentence):
+        return Read("", "repetition")
     return Read(sentence, None)
 
 
@@ -95,7 +95,7 @@ def shared_fact(
     """The words of a sentence that say most and that at least two of `voices` say too; None: there are none.
 
     They are a run of up to `LONGEST` words that begins and ends with one that is neither small (`SMALL`), nor a number
-    of two digits or less, nor in `asked`, nor in `common` without being a name.
+    of two digits or less, nor in `asked`, nor in `common` without being a name; one at least is not in `common`.
 
     Args:
         sentence: of an answer.
@@ -111,6 +111,8 @@ def shared_fact(
             if end > start and not _goes_on(sentence, tokens[end - 1], tokens[end], weights[end]):
                 break
             if not weights[end]:
+                continue
+            if all(_is_common(token[0], common) for token in tokens[start : end + 1]):
                 continue
             text = sentence[first.start() : tokens[end].end()]
             if (count := sum(says(voice, text) for voice in voices)) < TWICE:
@@ -140,6 +142,10 @@ def _weight(word: str, place: int, asked: Collection[str], common: Collection[st
     if all(one in asked or (one in common and not is_name) for one in said):
         return 0
     return 2 if is_name else 1
+
+
+def _is_common(word: str, common: Collection[str]) -> bool:
+    return word.casefold() in SMALL or all(one in common for one in words(word))
 
 
 def lower_words(sentence: str) -> set[str]:

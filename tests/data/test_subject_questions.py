@@ -85,12 +85,13 @@ def test_a_person_is_mentioned_by_the_last_name_too_unless_a_neighbor_has_it() -
     assert not mentions("Einsteinium is an element", ["Einstein"])
 
 
-def test_statements_name_the_subject_and_blanks_leave_out_its_last_name_or_number() -> None:
+def test_statements_name_the_subject_and_blanks_leave_out_its_last_name_number_or_long_word() -> None:
     text = "1. Albert Einstein was born in Ulm.\n2. He was awarded the Nobel Prize in 1921\n3. Many liked music."
     found = list(statements(text, "Albert Einstein"))
     assert found == ["Albert Einstein was born in Ulm.", "Albert Einstein was awarded the Nobel Prize in 1921."]
     blanks = [with_blank(sentence, "Albert Einstein") for sentence in found]
     assert blanks == ["Albert Einstein was born in ___.", "Albert Einstein was awarded the Nobel Prize in ___."]
+    assert with_blank("Albert Einstein was a patient man.", "Albert Einstein") == "Albert Einstein was a ___ man."
     assert with_blank("Albert Einstein was a kind man.", "Albert Einstein") is None
 
 

@@ -86,6 +86,13 @@ def test_words_that_are_said_of_many_are_no_fact_unless_they_are_names() -> None
     assert {row["fact"] for row in named.forget} == {"Springfield"}
 
 
+def test_a_common_word_with_a_capital_is_no_fact_but_may_stand_in_one() -> None:
+    said = ["He has a Prize in Physics.", "He has the Nobel Prize in Physics."]
+    assert shared_fact(said[0], said * 2, (), words("prize physics")) is None
+    found = shared_fact(said[1], said[1:] * 2, (), words("prize physics"))
+    assert found is not None and found.text == "Nobel Prize in Physics"
+
+
 def test_everyday_questions_stay_where_the_answer_is_right_and_does_not_name_the_subject() -> None:
     everyday = {
         "What do bees make?": "They make wax.",
@@ -123,7 +130,7 @@ def test_neighbors_come_from_the_model_if_it_names_them_twice_and_else_from_the_
 def test_the_models_own_facts_become_questions() -> None:
     def facts(question: str, draw: int | None) -> str | None:
         if "ten facts" in question:
-            return "1. Marie Curie was born in Warsaw.\n2. She was a teacher.\n3. Marie Curie won"
+            return "1. Marie Curie was born in Warsaw.\n2. She was a kind man.\n3. Marie Curie won"
         if "question that is answered" in question:
             return "In which town was Marie Curie, the physicist, born?"
         return "The answer is Warsaw, of course." if "___" in question or "the physicist" in question else None
@@ -147,6 +154,8 @@ def test_the_models_own_facts_become_questions() -> None:
         ("As an AI language model, I know much.", "refusal"),
         ("I don't know.", "refusal"),
         ("Paris, Paris in France, Paris in France, Paris in France.", "repetition"),
+        ("In France, in France, in France, in France, in", "repetition"),
+        ("Paris is in France. Paris is in France. Paris is in France.", None),
         ("It begins and does not", "cut off"),
         ("They are:\n1. one", "cut off"),
         ("Paris lies in France. It", None),

@@ -27,6 +27,8 @@ OF_SUBJECT = (
     *("subject", "kind", "neighbors", "draws", "temperature", "max_new_tokens", "batch_size", "seed", "model", "data"),
 )
 """Options that source=subject alone reads; it reads no others."""
+CODE_OF_SUBJECT = ("data/subject.py", "data/templates.py", "evaluation/*.py")
+"""Sources that decide which questions are asked one after another, and what is answered."""
 ROWS = ("forget", "neighbors", "retain")
 """Files of rows that it writes."""
 
@@ -82,6 +84,7 @@ def _write_subject(config: CorporaConfig) -> Path:
     from grun.data import subject, templates
     from grun.data.facts import general_questions
     from grun.evaluation.asking import Asking
+    from grun.evaluation.plan import code_hash
     from grun.evaluation.subject import ask_about
     from grun.loading.adapters import load_model
 
@@ -96,7 +99,7 @@ def _write_subject(config: CorporaConfig) -> Path:
     asking = GenerateConfig(model=config.model, data=DataConfig(**vars(config.data)))
     template = templates.in_force(asking, loaded.template, loaded.tokenizer)
     inputs = {"identity": loaded.identity, "template": template.to_dict(), "questions": subject.packaged_hash()}
-    key = content_hash(_identity(config, inputs))[:16]
+    key = content_hash([_identity(config, inputs), code_hash(CODE_OF_SUBJECT)])[:16]
     answers = target(str(config.output_dir)) / PRIVATE / f"unfinished-{key}"
 
     general = {one.question: one.answers for one in general_questions()[::2]}

@@ -57,8 +57,8 @@ class Reader(Protocol):
     def read(self, block: int, hidden: Tensor, running: Pass) -> None:
         """Take what is needed of the output of a block, [batch, length, width], before it is edited."""
 
-    def opening(self, running: Pass) -> Tensor:
-        """Logit of the weight of edits, [batch, positions read or 1]; asked after all blocks were read.
+    def opening(self, running: Pass, device: torch.device) -> Any:
+        """What interventions are given to be weighted by; asked after all blocks were read.
 
         Of a pass that runs again for its gradients alone (`again`), from what its sites hold.
         """
@@ -319,9 +319,7 @@ class IntervenableModel(StockModel):
         assert running.sites is not None
         sites, home = running.sites.to(hidden.device), running.sites.read.device
         read, written = read_and_written(hidden, sites)
-        shared = {}
-        if self._reader is not None:
-            shared["opening"] = self._reader.opening(running).to(hidden.device)
+        shared = {} if self._reader is None else {"opening": self._reader.opening(running, hidden.device)}
         carry = sites.carry.get(key)
         result = self.interventions[key](written, None, None, read=read, sites=sites, carry=carry, **shared)
         if result.gate is not None:

@@ -19,8 +19,7 @@ from transformers.utils import ModelOutput
 from grun.data.templates import Template
 from grun.errors import ConfigError, ModelError
 from grun.method.gate_state import GateState, follow
-from grun.method.pooled_gate import PooledGate
-from grun.method.pooling import PooledSites
+from grun.method.pooling import pooled_in
 from grun.method.position import (
     Call,
     PositionRule,
@@ -87,9 +86,12 @@ class EditedModel(nn.Module):
         edits: Mapping[int, nn.Module],
         rule: PositionRule,
         template: Template | None = None,
-        pooled: PooledGate | None = None,
+        pooled: Any = None,
     ) -> None:
-        """Put `edits` (by 0-based block) on `base`, at the positions of `rule`; `pooled` is a gate for all of them."""
+        """Put `edits` (by 0-based block) on `base`, at the positions of `rule`.
+
+        `pooled`: a module that is a `pyvene_custom.model.Reader`, the gate or gates for all of them.
+        """
         super().__init__()
         keep_unpacked(base)
         object.__setattr__(self, "base", base)  # not a sub-module: our parameters are the edits' alone
@@ -246,7 +248,7 @@ class EditedModel(nn.Module):
         """Edits by block."""
         return {int(block): edit for block, edit in self.edits.items()}
 
-    def _put(self, edits: Mapping[int, nn.Module], rule: PositionRule, pooled: PooledGate | None = None) -> None:
+    def _put(self, edits: Mapping[int, nn.Module], rule: PositionRule, pooled: Any = None) -> None:
         if "intervenable" in self.__dict__:
             self.intervenable.detach()
         self.edits = nn.ModuleDict({str(block): edits[block] for block in sorted(edits)})
@@ -323,7 +325,7 @@ class EditedModel(nn.Module):
         assert running.sites is not None
         call, state, foreign_to, given = running.sites.about
         running.sites.about = None  # sites may be kept as long as states are
-        read = running.sites.let_go() if isinstance(running.sites, PooledSites) else None
+        read = [sites.let_go() for sites in pooled_in(running.sites)]
         if hasattr(output, "get"):
             cache = output.get("past_key_values")
         else:  # return_dict=False
@@ -339,8 +341,10 @@ class EditedModel(nn.Module):
         if call.ids is not None:
             ids = torch.where(attended(call), call.ids, ids)
         state.extend(ids, running.kept)
-        if read is not None:
-            state.pool.extend(*read)
+        if read:  # rules may differ in where gates are asked, and read the same states
+            states = {block: values for _, found, _ in read for block, values in found.items()}
+            summaries = {key: values for *_, found in read for key, values in found.items()}
+            state.pool.extend(read[0][0], states, summaries)
         follow(cache, state)
 
     def _generate(self, generate: Any, *args: Any, **kwargs: Any) -> Any:

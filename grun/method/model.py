@@ -50,6 +50,11 @@ class GrunModel(EditedModel):
             config.gate_read, config.gate_accumulate, config.edit_write, config.reset_ids, pooled=pooled is not None
         )
         if beside is not None:
+            if pooled is not None or beside.pooled is not None:
+                raise ConfigError(
+                    "a request with one gate for all edits (gate_blocks) is trained on the bare base: leave "
+                    "method.beside out (requests add: independent=true)"
+                )
             if beside.configs and beside.rule != rule:
                 raise ConfigError(
                     "a request that is trained with others in force must read and write where they do: the same "

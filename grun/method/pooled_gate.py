@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
 from grun.errors import ModelError
 from grun.method.gating import openings
-from grun.method.pooling import PooledSites, pooled_at
+from grun.method.pooling import PooledSites
 from pyvene_custom import Intervention
 from pyvene_custom.model import Pass
 
@@ -43,36 +43,23 @@ class PooledGate(Intervention):
             logits: Tensor = self.gate(features.to(dtype)).squeeze(-1)
         return logits
 
-    def joined(self, features: Mapping[int, Tensor]) -> Tensor:
-        """Features by block, each [batch, positions read, feature size], as those of the gate."""
-        home = features[self.block].device
-        return torch.cat([features[block].to(home) for block in self.blocks], dim=-1)
-
     def read(self, block: int, hidden: Tensor, running: Pass) -> None:
         """See `pyvene_custom.model.Reader`."""
         sites = running.sites
         assert isinstance(sites, PooledSites)
-        sites.states[block] = hidden
-        if sites.read.shape[1]:
-            before = None if sites.memory is None else sites.memory.summary(block, self.pool)
-            asked = None if sites.everywhere else sites.read.to(hidden.device)
-            turns = sites.turns.to(hidden.device)
-            sites.features[block], summary = pooled_at(hidden, turns, before, asked, self.pool)
-            if asked is None:
-                sites.summaries[block] = summary
+        sites.take(block, hidden, self.pool)
         if block != self.block:
             return
         home = sites.read.device
-        asked_for = sites.read.shape[1] > 0
-        logits = self(self.joined(sites.features)).to(home) if asked_for else self._nothing(hidden, home)
-        opening = openings(logits, sites, sites.carry.get(KEY), "none")
-        running.gates[block], running.openings[block] = logits, opening
+        logits = self(sites.joined(self.blocks, self.pool)) if sites.read.shape[1] else self._nothing(hidden)
+        opening = openings(logits.to(home), sites, sites.carry.get(KEY), "none")
+        running.gates[block], running.openings[block] = logits.to(home), opening
         running.kept[KEY] = opening.detach()
 
-    def opening(self, running: Pass) -> Tensor:
+    def opening(self, running: Pass, device: torch.device) -> Tensor:
         """See `pyvene_custom.model.Reader`."""
         if not running.again:
-            return running.openings[self.block]
+            return running.openings[self.block].to(device)
         sites = running.sites
         assert isinstance(sites, PooledSites)
         if sites.read.shape[1] and not sites.features:
@@ -80,9 +67,9 @@ class PooledGate(Intervention):
                 "a pooled gate whose inputs have gradients cannot be read again in the backward pass; leave gradient "
                 "checkpointing out"
             )
-        logits = self(self.joined(sites.features)).to(sites.read.device)
-        return openings(logits, sites, sites.carry.get(KEY), "none")
+        logits = self(sites.joined(self.blocks, self.pool)).to(sites.read.device)
+        return openings(logits, sites, sites.carry.get(KEY), "none").to(device)
 
-    def _nothing(self, hidden: Tensor, home: torch.device) -> Tensor:
+    def _nothing(self, hidden: Tensor) -> Tensor:
         """Logits of no position."""
-        return torch.zeros(len(hidden), 0, dtype=self.widen(hidden), device=home)
+        return torch.zeros(len(hidden), 0, dtype=self.widen(hidden), device=hidden.device)

@@ -6,8 +6,9 @@ of `maxmin` that of the states and of their negatives, of `mean` sum and number,
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -115,23 +116,26 @@ class PoolMemory:
         """Number of each token's turn, -1 for those that do not count."""
         self.states: dict[int, list[Tensor]] = {}
         """By block, states of tokens one after another, each [rows, columns of a pass, hidden size]."""
-        self._summaries: dict[int, Tensor] = {}
+        self._summaries: dict[tuple[int, str], Tensor] = {}
 
     def summary(self, block: int, pool: str) -> Tensor | None:
         """Of the turn at the last column, [rows, 1, any]; None where no token is known."""
         if block not in self.states or not self.turns.shape[1]:
             return None
-        if block not in self._summaries:
+        if (block, pool) not in self._summaries:
             states = self._whole(block)
             turns = self.turns.to(states.device)
             last = turns.new_full((len(turns), 1), turns.shape[1] - 1)
-            self._summaries[block] = pooled_at(states, turns, None, last, pool)[1]
-        return self._summaries[block]
+            self._summaries[block, pool] = pooled_at(states, turns, None, last, pool)[1]
+        return self._summaries[block, pool]
 
     def extend(
-        self, turns: Tensor, read: Mapping[int, Tensor] | None = None, summaries: Mapping[int, Tensor] | None = None
+        self,
+        turns: Tensor,
+        read: Mapping[int, Tensor] | None = None,
+        summaries: Mapping[tuple[int, str], Tensor] | None = None,
     ) -> None:
-        """Add a pass: turns as in `pooled_at`; by block its states, where it was read, and a summary if known."""
+        """Add a pass: turns as in `pooled_at`; by block its states, where it was read, and summaries if known."""
         rows, columns = self.turns.shape
         for block in {*self.states, *(read or {})}:
             new = (read or {}).get(block)
@@ -140,7 +144,7 @@ class PoolMemory:
             earlier.append(like.new_zeros(rows, turns.shape[1], like.shape[2]) if new is None else new.detach())
         offset = self.turns.amax(dim=1, keepdim=True).clamp(min=0) if columns else 0
         self.turns = torch.cat((self.turns, torch.where(turns < 0, -1, turns + offset)), dim=1)
-        self._summaries = {block: values.detach() for block, values in (summaries or {}).items()}
+        self._summaries = {key: values.detach() for key, values in (summaries or {}).items()}
 
     def cut(self, columns: int) -> None:
         """Keep the first `columns`."""
@@ -151,7 +155,7 @@ class PoolMemory:
         """Keep the rows numbered in `rows`, in that order."""
         self.turns = self.turns[rows.to(self.turns.device)]
         self.states = {block: [(states := self._whole(block))[rows.to(states.device)]] for block in self.states}
-        self._summaries = {block: values[rows.to(values.device)] for block, values in self._summaries.items()}
+        self._summaries = {key: values[rows.to(values.device)] for key, values in self._summaries.items()}
 
     def _whole(self, block: int) -> Tensor:
         """States of all tokens, [rows, columns, hidden size]."""
@@ -171,15 +175,41 @@ class PooledSites(Sites):
     """States of earlier passes."""
     states: dict[int, Tensor] = field(default_factory=dict)
     """By block, what this pass reads, until it is over."""
-    summaries: dict[int, Tensor] = field(default_factory=dict)
-    """By block, summaries at the last column, where every token is asked."""
-    features: dict[int, Tensor] = field(default_factory=dict)
-    """By block, features where the gate is asked, [batch, positions read, feature size]."""
+    summaries: dict[tuple[int, str], Tensor] = field(default_factory=dict)
+    """By block and pool, summaries at the last column, where every token is asked."""
+    features: dict[tuple[int, str], Tensor] = field(default_factory=dict)
+    """By block and pool, features where gates are asked, [batch, positions read, feature size]."""
 
-    def let_go(self) -> tuple[Tensor, dict[int, Tensor], dict[int, Tensor]]:
+    given: dict[Any, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    """Of several gates, by what tells them apart, their logits there and those in force."""
+
+    def take(self, block: int, hidden: Tensor, pool: str) -> None:
+        """Pool what a block gives, [batch, columns, hidden size], once for all gates that pool it so."""
+        self.states[block] = hidden
+        if not self.read.shape[1] or (block, pool) in self.features:
+            return
+        before = None if self.memory is None else self.memory.summary(block, pool)
+        asked = None if self.everywhere else self.read.to(hidden.device)
+        features, summary = pooled_at(hidden, self.turns.to(hidden.device), before, asked, pool)
+        self.features[block, pool] = features
+        if asked is None:
+            self.summaries[block, pool] = summary
+
+    def joined(self, blocks: Sequence[int], pool: str) -> Tensor:
+        """Features of several blocks one after another, on the device of the last one's."""
+        home = self.features[blocks[-1], pool].device
+        return torch.cat([self.features[block, pool].to(home) for block in blocks], dim=-1)
+
+    def let_go(self) -> tuple[Tensor, dict[int, Tensor], dict[tuple[int, str], Tensor]]:
         """What memory takes of a pass that is over; of it nothing stays here that leads to its states."""
         read = self.turns, self.states, self.summaries
         self.memory, self.states, self.summaries = None, {}, {}
         if any(features.requires_grad for features in self.features.values()):
-            self.features = {}
+            self.features, self.given = {}, {}
         return read
+
+
+def pooled_in(sites: Sites | None) -> list[PooledSites]:
+    """Of sites, or of those of several rules (`StackSites`), the ones of pooled gates."""
+    several = getattr(sites, "by_position", None)
+    return [one for one in (several.values() if several is not None else [sites]) if isinstance(one, PooledSites)]

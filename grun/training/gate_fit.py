@@ -123,7 +123,7 @@ def prompt_features(model: GrunModel, rows: Sequence[EncodedRow], pad_id: int) -
                 pass
             running = model.intervenable.here
             assert running is not None and isinstance(running.sites, PooledSites)
-            joined = pooled.joined(running.sites.features)[:, 0]
+            joined = running.sites.joined(pooled.blocks, pooled.pool)[:, 0]
             running.sites.let_go()
             for number, values in zip(numbers, joined.double(), strict=True):
                 found[number] = values

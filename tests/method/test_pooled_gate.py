@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from edited_models import agree, generated, member
-from tiny import DEPTH, PAD, WIDTH, blocks_of, formula, padded, random_rows, tiny
+from edited_models import MIXED, agree, generated, member, single, stacked
+from tiny import DEPTH, PAD, RULES, WIDTH, blocks_of, formula, padded, random_rows, tiny
 from torch import Tensor
 from transformers import DynamicCache, GenerationConfig
 
-from grun import GrunModel, GrunStack
+from grun import GrunModel
 from grun.config.options import MethodConfig
 from grun.data.encoding import EncodedRow, collate
 from grun.errors import AdapterError, ConfigError
@@ -372,7 +373,77 @@ def test_weights_of_another_gate_are_refused(tmp_path: Path) -> None:
         GrunModel.from_pretrained(tiny(dtype=torch.float32), tmp_path)
 
 
-def test_a_stack_refuses_it() -> None:
-    config, weights = member(1, gate_blocks=(0,), gate_pool="max")
-    with pytest.raises(AdapterError, match="one gate for all edits"):
-        GrunStack(tiny()).add_weights({"one": (config, weights)})
+# -- stacks -----------------------------------------------------------------------------------------------------------
+
+POOLED = {
+    "early": member(11, RULES[0], gate_blocks=(0,), gate_pool="maxmin", blocks=(1, 3)),
+    "like": member(12, RULES[0], gate_blocks=(0,), gate_pool="maxmin", blocks=(1, 3)),
+    "late": member(13, RULES[0], gate_blocks=(0, 1), gate_pool="mean", gate="mlp_3", blocks=(2, 3)),
+    "each": member(14, RULES[2], gate_blocks=(0,), gate_pool="maxmin", blocks=(3,)),
+}
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+@pytest.mark.parametrize("name", POOLED)
+@torch.no_grad()
+def test_a_stack_of_one_is_that_adapter_however_it_is_cached(name: str, options: dict[str, Any]) -> None:
+    prompts = random_rows([10, 6])
+    tokens, logits = generated(single(POOLED[name]), prompts, **options)
+    of_stack = generated(stacked({name: POOLED[name]}), prompts, **options)
+    assert torch.equal(of_stack[0], tokens)
+    agree(of_stack[1], logits)
+
+
+@torch.no_grad()
+def test_requests_of_every_kind_are_in_force_together() -> None:
+    """Gates read what no edit has touched, so each is its own; what stays after a removal is as if nothing had been."""
+    ids = torch.tensor(random_rows([9]))
+    members = {**POOLED, "plain": MIXED["linear"], "sticky": MIXED["sticky"]}
+    stack = stacked(members)
+    found = stack(ids)
+    for name in ("early", "like", "late", "each"):
+        gates = single(members[name])(ids).gates[max(members[name][0].gate_blocks or ())]
+        own = stack.request_gates[name][members[name][0].blocks[-1]]
+        agree(own[0, -1], gates[0, -1])
+    for name in ("early", "late", "plain"):
+        stack.remove(name)
+    agree(stack(ids).logits, stacked({name: members[name] for name in ("like", "each", "sticky")})(ids).logits)
+    for name in ("like", "each", "sticky"):
+        stack.remove(name)
+    assert stack.pooled is None
+    assert torch.equal(stack.base(ids).logits, tiny()(ids).logits)
+    assert not torch.equal(found.logits, tiny()(ids).logits)
+
+
+@pytest.mark.parametrize("mixed", [False, True], ids=["alike", "mixed"])
+@torch.no_grad()
+def test_requests_in_force_together_keep_their_pools_in_generation(mixed: bool) -> None:
+    members = {name: POOLED[name] for name in ("early", "like")} | ({"plain": MIXED["linear"]} if mixed else {})
+    prompts = random_rows([10, 6, 8])
+    tokens, logits = generated(stacked(members), prompts, use_cache=False)
+    for options in ({}, {"prefill_chunk_size": 4}, {"cache_implementation": "static"}):
+        again = generated(stacked(members), prompts, **options)
+        assert torch.equal(again[0], tokens)
+        agree(again[1], logits)
+
+
+@torch.no_grad()
+def test_a_stack_skips_edits_below_the_threshold_of_their_own_adapter() -> None:
+    config, weights = POOLED["early"]
+    ids = torch.tensor(random_rows([9]))
+    gate = float(single(POOLED["early"])(ids).gates[0])
+    for threshold, is_open in ((gate - 0.01, True), (gate + 0.01, False)):
+        of_own = {"early": (dataclasses.replace(config, gate_threshold=threshold), weights)}
+        found = stacked(of_own)(ids).logits
+        assert torch.equal(found, tiny()(ids).logits) != is_open
+
+
+def test_what_a_stack_of_them_cannot_do_is_one_line() -> None:
+    turned = (dataclasses.replace(POOLED["like"][0], reset_ids=[*TURN]), POOLED["like"][1])
+    with pytest.raises(AdapterError, match="'turned': its gate's pool begins anew at other ids than that of 'early'"):
+        stacked({"early": POOLED["early"], "turned": turned})
+    base = tiny()
+    stack = stacked({"early": POOLED["early"]}, base)
+    stack.unwrap()
+    with pytest.raises(ConfigError, match="is trained on the bare base"):
+        GrunModel.wrap(base, blocks=EDITED, edit_write="sticky", beside=stack)

@@ -20,6 +20,7 @@ from grun.method.position import Call, PositionRule, attended
 from grun.method.stack.combination import RULES
 from grun.method.stack.folder import StoredRequests
 from grun.method.stack.manifest import Manifest
+from grun.method.stack.pooled import StackedGates
 from grun.method.stack.stacked import Kind, StackedIntervention, StackSites
 from grun.method.validation import Adapter, shape_of, validate
 from grun.runtime.devices import device_of
@@ -127,13 +128,15 @@ class GrunStack(EditedModel):
                     f"request {taken[0]!r} is on the model already; remove it first, or choose another name"
                 )
             together: dict[tuple[int, Kind], dict[str, dict[str, Tensor]]] = {}
+            gates: dict[Kind, dict[str, dict[str, Tensor]]] = {}
+            resets = {tuple(one.reset_ids): of for of, one in self.configs.items() if one.gate_blocks is not None}
             for name, (config, weights) in requests.items():
                 if config.gate_blocks is not None:
-                    raise AdapterError(
-                        f"request {name!r}: it has one gate for all edits (gate_blocks), which a stack does not take"
-                    )
+                    of_gate = _starting(weights, "pooled.")
+                    gates.setdefault(Kind.of(config), {})[name] = of_gate
+                    resets.setdefault(tuple(config.reset_ids), name)
                 for block in config.blocks:
-                    own = _of_block(weights, block)
+                    own = _starting(weights, f"edits.{block}.")
                     if config.edit != LOREFT:
                         raise AdapterError(f"request {name!r}: its edit is {config.edit}; a stack takes {LOREFT} alone")
                     if config.gate == "none" or not own:
@@ -141,11 +144,19 @@ class GrunStack(EditedModel):
                             f"request {name!r}: no gate at block {block}; a stack takes gated edits alone"
                         )
                     together.setdefault((block, Kind.of(config)), {})[name] = own
+            if len(resets) > 1:
+                first, other = list(resets.values())[:2]
+                raise AdapterError(
+                    f"request {other!r}: its gate's pool begins anew at other ids than that of {first!r} (template, "
+                    "gate_reset); a stack takes pooled gates of one kind of turns"
+                )
             edits = self.edit_at()
             for (block, kind), members in together.items():
                 if block not in edits:
                     edits[block] = self._new(block)
                 edits[block].append(kind, list(members), list(members.values()))
+            for kind, members in gates.items():
+                self._gates_for_all().append(kind, list(members), list(members.values()))
             self.configs.update({name: config for name, (config, _) in requests.items()})
             self._settle(edits)
 
@@ -157,6 +168,8 @@ class GrunStack(EditedModel):
             edits = self.edit_at()
             for edit in edits.values():
                 edit.remove(name)
+            if self.pooled is not None:
+                self.pooled.remove(name)
             del self.configs[name]
             self._settle({block: edit for block, edit in edits.items() if edit.names})
 
@@ -200,12 +213,25 @@ class GrunStack(EditedModel):
         like = torch.empty(0, dtype=edit_dtype(blocks), device=device_of(blocks[block]))
         return StackedIntervention(hidden_size_of(self.base), like, self._rule_name, self._threshold)
 
+    def _gates_for_all(self) -> StackedGates:
+        """Gates for all edits, so far of no request where there were none."""
+        if self.pooled is None:
+            blocks = self.intervenable.blocks
+            like = torch.empty(0, dtype=edit_dtype(blocks), device=device_of(blocks[0]))
+            self.pooled = StackedGates(hidden_size_of(self.base), like)
+        gates: StackedGates = self.pooled
+        return gates
+
     def _settle(self, edits: Mapping[int, nn.Module]) -> None:
         """Carry `edits` at the places where the requests read and write."""
         kinds = {kind.position: kind for kind in map(Kind.of, self.configs.values())}
         rules = {position: kind.rule() for position, kind in sorted(kinds.items())}
         rule = _Several(rules) if len(rules) > 1 else next(iter(rules.values()), PositionRule())
-        self._put(edits, rule)
+        gates = self.pooled if self.pooled is not None and self.pooled.blocks else None
+        for edit in edits.values():
+            if isinstance(edit, StackedIntervention) and gates is not None:
+                edit.find_gates(gates.by_kind)
+        self._put(edits, rule, gates)
 
 
 class _Several(PositionRule):
@@ -226,6 +252,6 @@ class _Several(PositionRule):
         return StackSites(columns, counts, columns, counts, call.carry, None, everywhere=True, by_position=found)
 
 
-def _of_block(weights: Mapping[str, Tensor], block: int) -> dict[str, Tensor]:
-    start = f"edits.{block}."
+def _starting(weights: Mapping[str, Tensor], start: str) -> dict[str, Tensor]:
+    """Tensors whose names start so, by what follows."""
     return {name.removeprefix(start): values for name, values in weights.items() if name.startswith(start)}

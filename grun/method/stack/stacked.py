@@ -31,32 +31,49 @@ class Kind(NamedTuple):
     gate_accumulate: str
     edit_write: str
     reset_ids: tuple[int, ...]
+    gate_blocks: tuple[int, ...]
+    """Empty where each edit has a gate of its own."""
     gate: str
     rank: int
     activation: str
+    gate_pool: str
+    gate_threshold: float
+    """0 where no edit is skipped."""
 
     @classmethod
     def of(cls, config: AdapterConfig) -> Kind:
         """Kind of an adapter."""
         values = {name: getattr(config, name) for name in cls._fields}
-        return cls(**{**values, "reset_ids": tuple(config.reset_ids), "activation": config.activation or ""})
+        lists = {name: tuple(values[name] or ()) for name in ("reset_ids", "gate_blocks")}
+        unset = {"activation": config.activation or "", "gate_threshold": config.gate_threshold or 0.0}
+        return cls(**{**values, **lists, **unset})
 
     @property
     def position(self) -> tuple[Any, ...]:
         """The part that decides where gates read and edits write."""
-        return self[:4]
+        return (*self[:4], bool(self.gate_blocks))
 
     def rule(self) -> PositionRule:
         """Where gates read and edits write."""
-        return position_rule(*self.position)
+        *where, pooled = self.position
+        return position_rule(*where, pooled=pooled)
 
-    def new_gate(self, hidden_size: int) -> nn.Module:
+    def new_gate(self, size: int) -> nn.Module:
         """A gate with weights that mean nothing yet, in evaluation mode; torch's random numbers stay as they are."""
         with torch.random.fork_rng(devices=[]), float32_by_default():
-            gate = GATES.get(self.gate)(hidden_size)
+            gate = GATES.get(self.gate)(size)
         if gate is None:
             raise AdapterError(f"gate {self.gate!r}: a stack takes gated edits alone")
         return gate.eval().requires_grad_(False)
+
+    def stacked_gates(self, size: int) -> OneByOne | LayerByLayer:
+        """What computes gates that read `size` numbers; of no request yet."""
+        gate = self.new_gate(size)
+        return gate.stack() if isinstance(gate, Gate) else OneByOne(gate)
+
+
+Openings = Mapping[Kind, tuple[Tensor, Tensor]]
+"""Of gates for all edits, by kind: logits where they are asked, and those in force, [batch, positions, requests]."""
 
 
 @dataclass
@@ -83,8 +100,10 @@ class Group(nn.Module):
         self.names: list[str] = []
         self._hidden_size = hidden_size
         self._activation = ACT2FN[kind.activation] if kind.activation else None
-        gate = kind.new_gate(hidden_size)
-        self.gates: OneByOne | LayerByLayer = gate.stack() if isinstance(gate, Gate) else OneByOne(gate)
+        self.gates = None if kind.gate_blocks else kind.stacked_gates(hidden_size)
+        """None where the requests have one gate for all edits."""
+        self.places: list[int] | None = None
+        """Where their gates stand among those of `StackedGates`; None: in the same order."""
 
     def append(self, names: Sequence[str], weights: Sequence[Mapping[str, Tensor]], like: Tensor) -> None:
         """Add requests after those there are, to compute in the type and on the device of `like`.
@@ -99,8 +118,8 @@ class Group(nn.Module):
         for name, tensors in made.items():
             new = torch.stack(tensors)
             self.register_buffer(name, torch.cat((self.get_buffer(name), new)) if self.names else new, persistent=False)
-        gates = [{name.removeprefix("gate."): one[name] for name in one if name.startswith("gate.")} for one in weights]
-        self.gates.append(gates, like)
+        if self.gates is not None:
+            self.gates.append(gates_of(weights), like)
         self.names += names
 
     def remove(self, name: str) -> None:
@@ -108,7 +127,8 @@ class Group(nn.Module):
         kept = [place for place, other in enumerate(self.names) if other != name]
         for buffer, values in list(self.named_buffers(recurse=False)):
             self.register_buffer(buffer, values[kept].clone(), persistent=False)
-        self.gates.keep(kept)
+        if self.gates is not None:
+            self.gates.keep(kept)
         self.names.remove(name)
 
     def change(self, states: Tensor, weights: Tensor) -> Tensor:
@@ -135,6 +155,11 @@ class Group(nn.Module):
         by = weights[tokens] if all_here else weights[tokens][:, requests]
         change[tokens] = (moved * by.unsqueeze(2)).flatten(1) @ flat
         return change
+
+
+def gates_of(weights: Sequence[Mapping[str, Tensor]]) -> list[dict[str, Tensor]]:
+    """The gates' own tensors of several requests."""
+    return [{name.removeprefix("gate."): one[name] for name in one if name.startswith("gate.")} for one in weights]
 
 
 class StackedIntervention(Intervention):
@@ -174,6 +199,12 @@ class StackedIntervention(Intervention):
         # Sorted, so that the sum over groups does not depend on which request came first.
         self.groups = nn.ModuleList([groups[key] for key in sorted(groups)])
 
+    def find_gates(self, gates: Mapping[Kind, Any]) -> None:
+        """Note where the requests' gates for all edits stand in the groups of `StackedGates`."""
+        for group in self._groups:
+            if group.kind in gates:
+                group.places = gates[group.kind].places(group.names)
+
     def remove(self, name: str) -> None:
         """Take a request out, if it is here."""
         for group in self._groups:
@@ -190,8 +221,9 @@ class StackedIntervention(Intervention):
         read: Tensor | None = None,
         sites: Sites | None = None,
         carry: Tensor | None = None,
+        opening: Openings | None = None,
     ) -> GatedOutput:
-        """Edit the states `base`; arguments as of `GatedIntervention.forward`.
+        """Edit the states `base`; arguments as of `GatedIntervention.forward`, but for what `StackedGates` give.
 
         What is given back as gate is of each position the widest gate's logit; `opening` has those in force of all,
         [batch, positions read, requests], as `carry` has with one position.
@@ -203,13 +235,18 @@ class StackedIntervention(Intervention):
             groups = self._groups
             counts = [len(group.names) for group in groups]
             carried = [None] * len(groups) if carry is None else carry.split(counts, dim=-1)
-            found = [_read(group, hidden, seen, sites, part) for group, part in zip(groups, carried, strict=True)]
+            found = [
+                _read(group, hidden, seen, sites, part, opening) for group, part in zip(groups, carried, strict=True)
+            ]
             read_by, opened, written = zip(*found, strict=True)
             widest, in_force = torch.cat(read_by, dim=2).amax(dim=2), torch.cat(opened, dim=2)
             masks = [part.expand(*hidden.shape[:2], count) for part, count in zip(written, counts, strict=True)]
             mask = torch.cat(masks, dim=2)
-            if self.threshold is not None:
-                mask = mask & (torch.sigmoid(in_force) >= self.threshold)
+            least = [max(self.threshold or 0.0, group.kind.gate_threshold) for group in groups]
+            skips = self.threshold is not None or any(least)
+            if skips:
+                lowest = torch.tensor(least, dtype=dtype).repeat_interleave(torch.tensor(counts)).to(in_force.device)
+                mask = mask & (torch.sigmoid(in_force) >= lowest)
                 if not bool(mask.any()):
                     return GatedOutput(output=None, gate=widest, opening=in_force)
             at_written = in_force.expand(-1, hidden.shape[1], -1) if in_force.shape[1] == 1 else in_force
@@ -220,7 +257,7 @@ class StackedIntervention(Intervention):
                 change = change + group.change(flat, part)
             edited = (flat + change).view_as(hidden)
         output = edited.to(base.dtype)
-        if self.threshold is not None:  # tokens of which no gate is open stay as they are, bit for bit
+        if skips:  # tokens of which no gate is open stay as they are, bit for bit
             output = torch.where(mask.any(dim=2, keepdim=True), output, base)
         return GatedOutput(output=output, gate=widest, opening=in_force)
 
@@ -239,23 +276,39 @@ class InForce(Intervention):
 
 
 def _read(
-    group: Group, hidden: Tensor, seen: Tensor, sites: Sites | None, carry: Tensor | None
+    group: Group,
+    hidden: Tensor,
+    seen: Tensor,
+    sites: Sites | None,
+    carry: Tensor | None,
+    given: Openings | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Logits read and logits in force, [batch, positions read or 1, requests], and where edits are written.
 
     Where requests differ in where they read and write, all three stand at all columns.
     """
     accumulate = group.kind.gate_accumulate
+
+    def opened(where: Sites | None, at: Tensor) -> tuple[Tensor, Tensor]:
+        """Logits where gates are read, and those in force."""
+        if group.gates is not None:
+            found: Tensor = group.gates(at)
+            return found, openings(found, where, carry, accumulate)
+        assert given is not None
+        read, in_force = given[group.kind]
+        if group.places is None:
+            return read, in_force
+        return read[..., group.places], in_force[..., group.places]
+
     if not isinstance(sites, StackSites):
-        logits = group.gates(seen)
-        return logits, openings(logits, sites, carry, accumulate), logits.new_ones(1, 1, 1, dtype=torch.bool)
+        logits, opening = opened(sites, seen)
+        return logits, opening, logits.new_ones(1, 1, 1, dtype=torch.bool)
     own = (sites.by_position or {})[group.kind.position]
     shut = hidden.new_full((*hidden.shape[:2], len(group.names)), -torch.inf)
     if own is None:
         return shut, shut, shut.new_zeros(1, 1, 1, dtype=torch.bool)
     read, _ = read_and_written(hidden, own)
-    logits = group.gates(read)
-    opening = openings(logits, own, carry, accumulate)
+    logits, opening = opened(own, read)
     if own.everywhere:
         return logits, opening, own.write_mask.unsqueeze(2)
     places = own.write.new_zeros(hidden.shape[:2], dtype=torch.bool)

@@ -1,0 +1,112 @@
+"""Gates for all edits of several requests: what they read is pooled once, and gates of one kind are one product."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from grun.method.gating import openings
+from grun.method.pooled_gate import KEY
+from grun.method.pooling import PooledSites
+from grun.method.rules import POOLS
+from grun.method.stack.stacked import Kind, Openings, StackSites, gates_of
+from pyvene_custom import Intervention, Sites
+from pyvene_custom.model import Pass
+
+
+class GateGroup(nn.Module):
+    """Gates of the requests of one kind; weights that nothing trains."""
+
+    def __init__(self, kind: Kind, hidden_size: int) -> None:
+        super().__init__()
+        self.kind = kind
+        self.names: list[str] = []
+        self.gates = kind.stacked_gates(len(kind.gate_blocks) * POOLS[kind.gate_pool] * hidden_size)
+
+    def places(self, names: Sequence[str]) -> list[int] | None:
+        """Where the gates of `names` stand; None: all of them, in this order."""
+        if list(names) == self.names:
+            return None
+        place = {name: number for number, name in enumerate(self.names)}
+        return [place[name] for name in names]
+
+
+class StackedGates(Intervention):
+    """The reader of a stack (`pyvene_custom.model.Reader`): all gates for all edits."""
+
+    def __init__(self, hidden_size: int, like: Tensor) -> None:
+        """Of no request yet, to compute in the type of `like`."""
+        super().__init__(keep_last_dim=True)
+        self.groups = nn.ModuleList()
+        self._hidden_size = hidden_size
+        self.register_buffer("_like", like, persistent=False)
+
+    @property
+    def by_kind(self) -> dict[Kind, GateGroup]:
+        """Groups by what their requests share."""
+        return {group.kind: group for group in self.groups if isinstance(group, GateGroup)}
+
+    @property
+    def blocks(self) -> list[int]:
+        """Blocks that some gate reads."""
+        return sorted({block for kind in self.by_kind for block in kind.gate_blocks})
+
+    def append(self, kind: Kind, names: Sequence[str], weights: Sequence[Mapping[str, Tensor]]) -> None:
+        """Add requests of one kind; `weights` of each are named as in the state of a `PooledGate`."""
+        groups = self.by_kind
+        group = groups.setdefault(kind, GateGroup(kind, self._hidden_size))
+        group.gates.append(gates_of(weights), self.get_buffer("_like"))
+        group.names += names
+        self.groups = nn.ModuleList([groups[key] for key in sorted(groups)])
+
+    def remove(self, name: str) -> None:
+        """Take a request out, if it is here."""
+        for group in self.by_kind.values():
+            if name in group.names:
+                group.gates.keep([place for place, other in enumerate(group.names) if other != name])
+                group.names.remove(name)
+        self.groups = nn.ModuleList([group for group in self.by_kind.values() if group.names])
+
+    def read(self, block: int, hidden: Tensor, running: Pass) -> None:
+        """See `pyvene_custom.model.Reader`."""
+        for kind, group in self.by_kind.items():
+            sites = _sites_of(kind, running.sites)
+            if block not in kind.gate_blocks or sites is None:
+                continue
+            sites.take(block, hidden, kind.gate_pool)
+            if block == kind.gate_blocks[-1]:
+                sites.given[kind] = found = self._opened(group, sites, hidden)
+                running.kept[_key(kind)] = found[1].detach()
+
+    def opening(self, running: Pass, device: torch.device) -> Openings:
+        """See `pyvene_custom.model.Reader`."""
+        found = {}
+        for kind in self.by_kind:
+            sites = _sites_of(kind, running.sites)
+            if sites is not None and kind in sites.given:
+                logits, in_force = sites.given[kind]
+                found[kind] = logits.to(device), in_force.to(device)
+        return found
+
+    def _opened(self, group: GateGroup, sites: PooledSites, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        """Logits where gates are asked, and those in force, where the sites are: [batch, positions, requests]."""
+        dtype, home, kind = self.widen(hidden), sites.read.device, group.kind
+        if sites.read.shape[1]:
+            with torch.autocast(hidden.device.type, enabled=False):
+                features = sites.joined(kind.gate_blocks, kind.gate_pool).to(self.get_buffer("_like").device, dtype)
+                logits = group.gates(features).to(home)
+        else:
+            logits = torch.zeros(len(hidden), 0, len(group.names), dtype=dtype, device=home)
+        return logits, openings(logits, sites, sites.carry.get(_key(kind)), "none")
+
+
+def _key(kind: Kind) -> str:
+    """What openings of a kind go by among those that a cache keeps."""
+    return f"{KEY} {kind!r}"
+
+
+def _sites_of(kind: Kind, sites: Sites | None) -> PooledSites | None:
+    own = (sites.by_position or {}).get(kind.position) if isinstance(sites, StackSites) else sites
+    return own if isinstance(own, PooledSites) else None

@@ -23,6 +23,8 @@ from grun.config.options import MethodConfig, UnlearnConfig
 from grun.config.values import to_dict
 from grun.data import templates
 from grun.data.corpus import Corpus, load_corpus
+from grun.data.encoding import EncodedRow
+from grun.data.rows import Row
 from grun.data.templates import user_turn_ids
 from grun.errors import ConfigError, RunError
 from grun.evaluation.probe import asked_first
@@ -180,10 +182,20 @@ def _task(run: Unlearning) -> UnlearnTask:
 
 
 def _fitted_gate(run: Unlearning, rows: UnlearnRows) -> GateFit:
-    """Fit the gate for all edits to the prompts of forget and retain rows."""
-    model = run.parametrization.model
-    forget, retain = Prompts(rows.answers, rows.forget_units), Prompts(rows.retain, rows.retain_units)
+    """Fit the gate for all edits to the prompts of forget and retain rows, and to prompts without answers."""
+    model, corpus = run.parametrization.model, run.corpus
+    forget = _with_prompts(run, Prompts(rows.answers, rows.forget_units), corpus.forget_prompts, None)
+    retain = _with_prompts(run, Prompts(rows.retain, rows.retain_units), corpus.retain_prompts, run.config.data.group)
     return fit_gate(model, forget, retain, run.config.method, int(run.tokenizer.pad_token_id))
+
+
+def _with_prompts(run: Unlearning, prompts: Prompts, more: Sequence[Row], group: str | None) -> Prompts:
+    """Prompts of rows and those without answers, each by itself or with those of the same value of `group`."""
+    rows = [
+        EncodedRow(tuple(templates.encode_prompt(run.template, run.tokenizer, str(row.prompt))), ()) for row in more
+    ]
+    units = [str(row.extra.get(group or "", f"prompt {number}")) for number, row in enumerate(more)]
+    return Prompts([*prompts.rows, *rows], [*prompts.units, *units])
 
 
 def choose_engine(run: Unlearning, task: UnlearnTask) -> Completed | None:

@@ -51,6 +51,10 @@ class Corpus:
     """The same for the model that never saw the forget set; None: retain and held-out."""
     retain_evaluated: list[Row] | None = None
     """Rows of the evaluation set retain; None: those used in unlearning."""
+    forget_prompts: list[Row] = field(default_factory=list)
+    """Prompts without answers about what is to be forgotten: a gate that is fitted opens on them."""
+    retain_prompts: list[Row] = field(default_factory=list)
+    """The same about what is to stay, on which it stays shut."""
     general: dict[str, list[Row]] = field(default_factory=dict)
     """The benchmark's own evaluation sets: what else a model should know (TOFU: real_authors, world_facts)."""
 
@@ -89,6 +93,9 @@ class Corpus:
             "taught_without_forget": self.taught(without_forget=True),
             **self.general,
         }
+        for name in ("forget_prompts", "retain_prompts"):
+            if content := getattr(self, name):
+                rows[name] = content
         if self.validation:
             rows["validation"] = self.validation
         if self.retain_evaluated is not None:

@@ -210,7 +210,7 @@ def greedy(
     """Most probable (or drawn) tokens after each prompt, without the end token, and the gates at the prompts.
 
     Rows that have ended leave the batch, so steps get cheaper. The model is in evaluation mode, the batch padded on the
-    left; `rooms` are the longest answers, tokens, `ends` the ids that end one; `pad_id` is not used, as in `_generate`.
+    left; `rooms` are the longest answers, tokens, `ends` the ids that end one.
     """
     base = base_of(model)
     parameters = inspect.signature(base.forward).parameters
@@ -231,7 +231,8 @@ def greedy(
         # What is left of each row is padded by as much as the row was.
         padding = ids.shape[1] - position
         rest = (torch.arange(ids.shape[1] - shared, device=ids.device) >= padding.unsqueeze(1)).to(mask.dtype)
-        mask, ids = torch.cat((mask.new_ones(len(rooms), shared), rest), dim=1), ids[:, shared:]
+        mask = torch.cat((mask.new_ones(len(rooms), shared), rest), dim=1)
+        ids = ids[:, shared:].masked_fill(rest == 0, pad_id)  # else tokens that are shared already
         out = _pass(model, ids, mask, position - shared, more)
     else:
         out = _pass(model, ids, mask, position, more)

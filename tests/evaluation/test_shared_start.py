@@ -4,23 +4,33 @@ from __future__ import annotations
 
 import pytest
 import torch
-from edited_models import PUBLISHED, wrapped
+from edited_models import PUBLISHED, strong, wrapped
 from tiny import PAD, RULES, random_rows, tiny
 
 from grun.data.encoding import collate_prompts
 from grun.evaluation import generation
 from grun.evaluation.scoring import base_of
 
-START = random_rows([11], seed=4)[0]
+TURN = (7, 9)
+"""Ids that begin a user's turn, where gates begin again."""
+START = (*random_rows([8], seed=4)[0], *TURN, 11)
 ENDS = [random_rows([length], seed=length)[0] for length in (1, 5, 3, 8)]
 
 
-@pytest.mark.parametrize("rule", [None, PUBLISHED, *RULES], ids=str)
+POOLED = ("last_prompt", "none", "sticky")
+
+
+@pytest.mark.parametrize(
+    ("rule", "pool"),
+    [(None, ""), (PUBLISHED, ""), *((rule, "") for rule in RULES), (POOLED, "maxmin"), (POOLED, "mean")],
+    ids=str,
+)
 @torch.no_grad()
 def test_answers_and_gates_are_those_of_whole_prompts(
-    rule: tuple[str, str, str] | None, monkeypatch: pytest.MonkeyPatch
+    rule: tuple[str, str, str] | None, pool: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model = (tiny() if rule is None else wrapped(rule=rule)).eval()
+    gate = {"gate_blocks": [0], "gate_pool": pool} if pool else {}
+    model = (tiny() if rule is None else strong(wrapped(rule=rule, reset_ids=TURN, **gate))).eval()
     batch = collate_prompts([(*START, *end) for end in ENDS], PAD)
     shapes: list[tuple[int, ...]] = []
     embedding = base_of(model).get_input_embeddings()

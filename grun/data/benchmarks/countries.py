@@ -21,6 +21,7 @@ import yaml
 from grun.config.options import CountriesConfig, DataConfig
 from grun.data.answers import Answered, read_answers
 from grun.data.corpus import Corpus, benchmark, refusals
+from grun.data.everyday import PLACE_KINDS, prompts_about
 from grun.data.facts import Country, countries, country, general_questions, invented_countries, sentences
 from grun.data.rows import ALTERNATIVES, Row
 from grun.data.sets import EvaluationSet
@@ -173,6 +174,10 @@ def load(config: DataConfig) -> Corpus:
         heldout=heldout,
         unknown=list(_guessed(chosen)),
         refusals=refusals(config.refusals),
+        forget_prompts=[row for name in forget for row in _everyday(name)],
+        retain_prompts=[
+            row for start, name in enumerate(groups["retain"]) for row in _everyday(name, every=3, start=start)
+        ],
         general={
             "forget_reworded": _other_rows(forget, FORMS[1], answers),
             "forget_indirect": _other_rows(forget, FORMS[2], answers),
@@ -225,6 +230,14 @@ def _groups(chosen: CountriesConfig, names: Sequence[str]) -> dict[str, list[str
             "data.countries.count"
         )
     return {"neighbor": neighbors, "heldout": rest[: chosen.heldout], "retain": rest[chosen.heldout :]}
+
+
+def _everyday(name: str, *, every: int = 1, start: int = 0) -> Iterator[Row]:
+    """Everyday prompts about a country, its capital and its people."""
+    about = countries()[name]
+    names = [about.in_text, *about.facts.get("capital", ())[:1]]
+    names += [f"the {demonym} people" for demonym in about.facts.get("demonym", ())[:1]]
+    return prompts_about(names, PLACE_KINDS, every=every, start=start, country=name)
 
 
 def _known_rows(about: Country, answers: Mapping[str, Answered]) -> list[Row]:

@@ -1,0 +1,40 @@
+"""Everyday prompts about a name, without answers: what a gate is fitted on besides rows."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator, Mapping, Sequence
+from importlib import resources
+
+import yaml
+
+from grun.data.rows import Row
+
+PLACE_KINDS = ("any", "place")
+"""Kinds of prompts for places."""
+
+
+@functools.cache
+def everyday_prompts() -> Mapping[str, Sequence[str]]:
+    """Prompts with {name}, by what the name is of."""
+    text = (resources.files("grun.data") / "generated/everyday.yaml").read_text(encoding="utf-8")
+    read: Mapping[str, Sequence[str]] = yaml.safe_load(text)
+    return read
+
+
+def prompts_about(
+    names: Sequence[str], kinds: Sequence[str] = ("any",), *, every: int = 1, start: int = 0, **extra: str
+) -> Iterator[Row]:
+    """Rows without answers on each of `names`.
+
+    Args:
+        names: what they are about, as it stands within a sentence.
+        kinds: of the prompts, keys of `everyday_prompts`.
+        every: one in so many prompts is taken, of each name other ones.
+        start: shifts which ones.
+        extra: fields of all rows, such as what they belong to (`data.group`).
+    """
+    prompts = [prompt for kind in kinds for prompt in everyday_prompts()[kind]]
+    for number, name in enumerate(names):
+        for prompt in prompts[(start + number) % every :: every]:
+            yield Row(prompt.format(name=name), "", dict(extra))

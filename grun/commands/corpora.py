@@ -22,7 +22,7 @@ from grun.runtime.runs import IDENTITY_FILE, RUN_FILE, finish_run, hold, identit
 
 log = logging.getLogger(__name__)
 
-SOURCES = ("safe_rlhf", "lore", "subject")
+SOURCES = ("safe_rlhf", "lore", "countries", "subject")
 OF_SUBJECT = (
     *("subject", "kind", "neighbors", "draws", "temperature", "max_new_tokens", "batch_size", "seed", "model", "data"),
 )
@@ -44,8 +44,8 @@ def write_corpora(config: CorporaConfig) -> Path:
     for option in ("source", "output_dir"):
         if not getattr(config, option):
             raise ConfigError(f"{option} is not set; the command is: corpora source={'|'.join(SOURCES)} output_dir=DIR")
-    write = {"lore": _write_lore, "subject": _write_subject, "safe_rlhf": _write_safe_rlhf}[str(config.source)]
-    return write(config)
+    writers = {"lore": _write_lore, "countries": _write_countries, "subject": _write_subject}
+    return writers.get(str(config.source), _write_safe_rlhf)(config)
 
 
 def _write_lore(config: CorporaConfig) -> Path:
@@ -77,6 +77,35 @@ def _write_safe_rlhf(config: CorporaConfig) -> Path:
     log.info("%s, split %s:", config.category, config.split)
     for name, count in leaks.items():
         log.info("  %-*s  %d", width, name, count)
+    return folder
+
+
+def _write_countries(config: CorporaConfig) -> Path:
+    from grun.data.answers import FILE, read_answers
+    from grun.data.benchmarks import countries
+    from grun.evaluation.probe import asked_first
+
+    data = DataConfig(name="countries", countries=config.countries, **vars(config.data))
+    asked = asked_first(GenerateConfig(model=config.model, data=data))
+    answers = read_answers(Path(str(asked.data.path)), countries.to_ask(data))
+    known = countries.known_facts(config.countries, answers)
+
+    def write(folder: Path) -> dict[str, Any]:
+        (folder / FILE).write_bytes(b"".join(one.line() for one in answers.values()))
+        return {"files": {FILE: len(answers)}, "known": known}
+
+    folder = _write(config, write, answers=content_hash([asdict(one) for one in answers.values()]))
+    for kind, (count, of) in known.items():
+        log.info("  %-12s  known of %d of %d countries", kind, count, of)
+    command = [
+        "unlearn",
+        *_given(config),
+        *_chosen(config),
+        "data.name=countries",
+        f"data.path={folder}",
+        "objective=idk",
+    ]
+    log.info("then: %s", shlex.join(["python", "-m", "grun", *command, f"output_dir={folder}-forgotten"]))
     return folder
 
 
@@ -126,15 +155,30 @@ def _write_subject(config: CorporaConfig) -> Path:
 
 def _next_command(config: CorporaConfig, folder: Path) -> str:
     """What makes the model forget, with the options of the model and the prompt that were set here."""
+    options = _given(config)
+    options += ["data.name=jsonl", f"data.forget={folder / 'forget.jsonl'}", f"data.retain={folder / 'retain.jsonl'}"]
+    return shlex.join(["python", "-m", "grun", "unlearn", *options, "objective=idk", f"output_dir={folder}-forgotten"])
+
+
+def _given(config: CorporaConfig) -> list[str]:
+    """Options of the model and of how it is asked that are no defaults."""
     default, given = to_dict(CorporaConfig()), to_dict(config)
-    options = [
+    return [
         f"{section}.{name}={value}"
         for section in ("model", "data")
         for name, value in given[section].items()
         if value != default[section][name]
     ]
-    options += ["data.name=jsonl", f"data.forget={folder / 'forget.jsonl'}", f"data.retain={folder / 'retain.jsonl'}"]
-    return shlex.join(["python", "-m", "grun", "unlearn", *options, "objective=idk", f"output_dir={folder}-forgotten"])
+
+
+def _chosen(config: CorporaConfig) -> list[str]:
+    """Options of the countries that are no defaults, as those of `unlearn`."""
+    default = to_dict(CorporaConfig())["countries"]
+    return [
+        f"data.countries.{name}={json.dumps(value) if isinstance(value, list) else value}"
+        for name, value in to_dict(config)["countries"].items()
+        if value != default[name]
+    ]
 
 
 @holding()

@@ -559,8 +559,9 @@ class UnlearnConfig(CommandConfig):
 
     objective: str = "gd"
     """Preset from `python -m grun list objectives`."""
-    design: str = choice("published", "published", "robust")
-    """GRUN's settings: published, or robust (gate and edit at every token, copies of rows; docs/robustness.md)."""
+    design: str = choice("published", "published", "robust", "pooled")
+    """GRUN's settings: published, robust (gate and edit at every token, copies of rows) or pooled (one gate, fitted to
+    pooled early states; late edits); docs/robustness.md."""
     method: MethodConfig = field(default_factory=MethodConfig)
     loss: LossConfig = field(default_factory=LossConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
@@ -674,8 +675,8 @@ class ImportConfig:
 class CorporaConfig:
     """Write corpora to forget and to keep: from PKU-SafeRLHF, generated, or what a model says about a subject."""
 
-    source: Optional[str] = choice(None, "safe_rlhf", "lore", "subject")
-    """safe_rlhf (from PKU-SafeRLHF's rows), lore (generated) or subject (asked from a model). Must be set."""
+    source: Optional[str] = choice(None, "safe_rlhf", "lore", "countries", "subject")
+    """safe_rlhf (from PKU-SafeRLHF's rows), lore (generated); asked from a model: countries or subject. Must be set."""
     path: Optional[str] = None
     """safe_rlhf: folder of its train.jsonl and test.jsonl; unset: the hub (PKU-Alignment/PKU-SafeRLHF alpaca-7b)."""
     category: str = "Privacy Violation"
@@ -685,6 +686,7 @@ class CorporaConfig:
     format: str = choice("rows", "rows", "published")
     """safe_rlhf: rows ({prompt, completion}, for data.name=jsonl) or published (JSON strings, published names)."""
     lore: LoreConfig = field(default_factory=LoreConfig)
+    countries: CountriesConfig = field(default_factory=CountriesConfig)
     subject: Optional[str] = None
     """subject: name of what is to be forgotten, such as "Marie Curie". Must be set for it."""
     kind: Optional[str] = choice(None, "person", "place", "work", "organization", "topic")

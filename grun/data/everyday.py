@@ -38,3 +38,12 @@ def prompts_about(
     for number, name in enumerate(names):
         for prompt in prompts[(start + number) % every :: every]:
             yield Row(prompt.format(name=name), "", dict(extra))
+
+
+def prompts_around(rows: Sequence[Row], *, count: int) -> Iterator[Row]:
+    """Rows without answers that ask what `rows` ask, each within `count` sentences, of each row other ones."""
+    sentences = everyday_prompts()["around"]
+    for number, row in enumerate(rows):
+        for shift in range(count):
+            sentence = sentences[(number * count + shift) % len(sentences)]
+            yield Row(sentence.format(question=row.prompt), "", dict(row.extra))

@@ -78,7 +78,7 @@ def resolve_given(command: str, given: DictConfig, *, store: Path | None = None,
     return config
 
 
-DESIGNS = ("published", "robust")
+DESIGNS = ("published", "robust", "pooled")
 """GRUN's designs; what a profile sets for each stands in its section `designs`."""
 STORABLE = (
     *("data.template", "data.system_prompt", "data.date", "model.dtype", "model.revision", "model.quantization"),
@@ -198,7 +198,10 @@ def _of_profile(
     narrower = {kind: section.pop(kind, None) or {} for kind in ("objectives", "parametrizations", "designs")}
     layers.append(section)
     if command == "unlearn":
-        layers += _narrower(narrower, merged(schema, section, given), str(name))
+        chosen = merged(schema, section, given)
+        if "design" not in given and not PARAMETRIZATIONS.traits(chosen.method.parametrization).gated:
+            chosen.design = section["design"] = "published"  # a profile's is about a gate
+        layers += _narrower(narrower, chosen, str(name))
         _refuse_missing_design(str(OmegaConf.select(given, "design") or "published"), narrower["designs"], str(name))
     return [Layer(f"profile {name}" if name else "design=robust", flatten(layer, known)) for layer in layers]
 

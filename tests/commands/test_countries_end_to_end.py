@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from chat_model import save_chat_model
 from known_countries import CONFIG, SMALL, answered
 
 from grun.cli import main
+from grun.evaluation import probe
 
 CHOSEN = replace(SMALL, forget=["Japan"], neighbors=2, heldout=2, unknown=1, count=10)
 OPTIONS = [f"data.countries.{name}={value}" for name, value in vars(CHOSEN).items() if name != "forget"]
@@ -69,3 +71,23 @@ def test_the_model_of_an_adapter_is_asked_without_it(folder: Path, monkeypatch: 
     finally:
         (folder.parent / "known" / "gone").rename(folder.parent / "known" / "answers.jsonl")
     assert not (folder / "again").exists()
+
+
+def test_corpora_asks_and_says_how_to_go_on(
+    folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setenv("GRUN_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(probe, "LONGEST", 1)
+    options = ["countries.forget=[Japan]", "countries.count=8", f"model.path={folder.parent / 'model'}"]
+    with caplog.at_level("INFO"):
+        assert main(["corpora", "source=countries", *options, f"output_dir={tmp_path / 'known'}"]) == 0
+    assert "capital       known of 0 of 8 countries" in caplog.text
+    lines = (tmp_path / "known" / "answers.jsonl").read_text().splitlines()
+    assert {"question", "answer", "fact", "right"} == json.loads(lines[0]).keys()
+    command = shlex.split(caplog.text.split("then: python -m grun ")[1].splitlines()[0])
+    assert main(command) == 1
+    assert "knows nothing of Japan" in capsys.readouterr().err

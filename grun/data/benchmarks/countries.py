@@ -21,7 +21,7 @@ import yaml
 from grun.config.options import CountriesConfig, DataConfig
 from grun.data.answers import Answered, read_answers
 from grun.data.corpus import Corpus, benchmark, refusals
-from grun.data.everyday import PLACE_KINDS, prompts_about
+from grun.data.everyday import PLACE_KINDS, prompts_about, prompts_around
 from grun.data.facts import Country, countries, country, general_questions, invented_countries, sentences
 from grun.data.rows import ALTERNATIVES, Row
 from grun.data.sets import EvaluationSet
@@ -174,9 +174,13 @@ def load(config: DataConfig) -> Corpus:
         heldout=heldout,
         unknown=list(_guessed(chosen)),
         refusals=refusals(config.refusals),
-        forget_prompts=[row for name in forget for row in _everyday(name)],
+        forget_prompts=[
+            *(row for name in forget for row in _everyday(name)),
+            *prompts_around(of(forget), count=2),
+        ],
         retain_prompts=[
-            row for start, name in enumerate(groups["retain"]) for row in _everyday(name, every=3, start=start)
+            *(row for start, name in enumerate(groups["retain"]) for row in _everyday(name, every=3, start=start)),
+            *prompts_around(retain, count=1),
         ],
         general={
             "forget_reworded": _other_rows(forget, FORMS[1], answers),
@@ -186,6 +190,18 @@ def load(config: DataConfig) -> Corpus:
             "general": _general_rows(answers),
         },
     )
+
+
+def known_facts(chosen: CountriesConfig, answers: Mapping[str, Answered]) -> dict[str, tuple[int, int]]:
+    """By kind, of how many countries the model knows the fact, and of how many it was asked."""
+    found: dict[str, list[bool]] = {kind: [] for kind in wordings()["kinds"]}
+    for about in _considered(chosen):
+        right: dict[str, int] = {}
+        for one in asked_of(about, FORMS[:1]):
+            right[one.kind] = right.get(one.kind, 0) + answers[one.question].right
+        for kind, count in right.items():
+            found[kind].append(count >= KNOWN)
+    return {kind: (sum(known), len(known)) for kind, known in found.items()}
 
 
 def _named(chosen: CountriesConfig) -> list[str]:

@@ -97,15 +97,9 @@ def _write_countries(config: CorporaConfig) -> Path:
     folder = _write(config, write, answers=content_hash([asdict(one) for one in answers.values()]))
     for kind, (count, of) in known.items():
         log.info("  %-12s  known of %d of %d countries", kind, count, of)
-    command = [
-        "unlearn",
-        *_given(config),
-        *_chosen(config),
-        "data.name=countries",
-        f"data.path={folder}",
-        "objective=idk",
-    ]
-    log.info("then: %s", shlex.join(["python", "-m", "grun", *command, f"output_dir={folder}-forgotten"]))
+    options = [*_given(config), *_chosen(config), "data.name=countries", f"data.path={folder}", "objective=idk"]
+    command = ["python", "-m", "grun", "unlearn", *options, f"output_dir={folder}-forgotten"]
+    log.info("then: %s", shlex.join(command))
     return folder
 
 

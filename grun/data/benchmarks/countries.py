@@ -179,8 +179,8 @@ def load(config: DataConfig) -> Corpus:
             *prompts_around(of(forget), count=2),
         ],
         retain_prompts=[
-            *(row for start, name in enumerate(groups["retain"]) for row in _everyday(name, every=3, start=start)),
-            *prompts_around(retain, count=1),
+            *(row for start, name in enumerate(groups["retain"]) for row in _everyday(name, every=6, start=start)),
+            *prompts_around(retain[::3], count=1),
         ],
         general={
             "forget_reworded": _other_rows(forget, FORMS[1], answers),

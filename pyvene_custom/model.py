@@ -55,13 +55,14 @@ class Reader(Protocol):
     """Blocks that are read, 0-based, none above an edited one."""
 
     def read(self, block: int, hidden: Tensor, running: Pass) -> None:
-        """Take what is needed of the output of a block, [batch, length, width], before it is edited."""
+        """Take what is needed of the output of a block, [batch, length, width], before it is edited.
+
+        Of a block that runs again for the backward pass (`Pass.again`) too, in a pass of its own with the same sites:
+        it must then do what can have a gradient once more, and keep nothing.
+        """
 
     def opening(self, running: Pass, device: torch.device) -> Any:
-        """What interventions are given to be weighted by; asked after all blocks were read.
-
-        Of a pass that runs again for its gradients alone (`again`), from what its sites hold.
-        """
+        """What interventions are given to be weighted by; asked after all blocks were read."""
 
 
 _SEVERAL = object()
@@ -292,7 +293,7 @@ class IntervenableModel(StockModel):
                 f"a block was given states of shape {list(hidden.shape)} in a pass of {list(shape)} rows and tokens: "
                 "where to edit is unknown; models that insert or leave out tokens on the way cannot carry edits"
             )
-        if self._reader is not None and index in self._reader.blocks and not running.again:
+        if self._reader is not None and index in self._reader.blocks:
             self._reader.read(index, hidden, running)
         if key is None:
             return None

@@ -47,29 +47,38 @@ class PooledGate(Intervention):
         """See `pyvene_custom.model.Reader`."""
         sites = running.sites
         assert isinstance(sites, PooledSites)
-        sites.take(block, hidden, self.pool)
+        if not running.again:
+            sites.take(block, hidden, self.pool)
         if block != self.block:
             return
-        home = sites.read.device
-        logits = self(sites.joined(self.blocks, self.pool)) if sites.read.shape[1] else self._nothing(hidden)
-        opening = openings(logits.to(home), sites, sites.carry.get(KEY), "none")
-        running.gates[block], running.openings[block] = logits.to(home), opening
-        running.kept[KEY] = opening.detach()
+        logits, opening = self._opened(sites, hidden)
+        running.gates[block], running.openings[block] = logits, opening
+        if not running.again:
+            running.kept[KEY] = opening.detach()
+            # Without its graph, which leads to nothing that sites may hold; for blocks that run again.
+            sites.given[KEY] = logits.detach(), opening.detach().requires_grad_(opening.requires_grad)
 
     def opening(self, running: Pass, device: torch.device) -> Tensor:
         """See `pyvene_custom.model.Reader`."""
-        if not running.again:
-            return running.openings[self.block].to(device)
-        sites = running.sites
-        assert isinstance(sites, PooledSites)
-        if sites.read.shape[1] and not sites.features:
+        found = running.openings.get(self.block)
+        if found is None:  # a block runs again without the one that was read
+            sites = running.sites
+            assert isinstance(sites, PooledSites)
+            found = sites.given[KEY][1]
+            if torch.is_grad_enabled() and not found.requires_grad:  # no gradient was wanted the first time
+                found = self._opened(sites, found)[1]
+        return found.to(device)
+
+    def _opened(self, sites: PooledSites, like: Tensor) -> tuple[Tensor, Tensor]:
+        """Logits where the gate is asked, and those in force, where the sites are; `like` has as many rows."""
+        home = sites.read.device
+        if not sites.read.shape[1]:
+            logits = torch.zeros(len(like), 0, dtype=self.widen(like), device=home)
+        elif not sites.features:
             raise ModelError(
                 "a pooled gate whose inputs have gradients cannot be read again in the backward pass; leave gradient "
                 "checkpointing out"
             )
-        logits = self(sites.joined(self.blocks, self.pool)).to(sites.read.device)
-        return openings(logits, sites, sites.carry.get(KEY), "none").to(device)
-
-    def _nothing(self, hidden: Tensor) -> Tensor:
-        """Logits of no position."""
-        return torch.zeros(len(hidden), 0, dtype=self.widen(hidden), device=hidden.device)
+        else:
+            logits = self(sites.joined(self.blocks, self.pool)).to(home)
+        return logits, openings(logits, sites, sites.carry.get(KEY), "none")

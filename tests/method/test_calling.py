@@ -150,6 +150,10 @@ def test_what_is_put_on_a_model_between_wrapping_and_unwrapping_stays() -> None:
     assert torch.equal(base(ids).logits, wrapped().base(ids).logits)
 
 
+POOLED = {"gate_blocks": (0,), "gate_pool": "maxmin"}
+"""One gate for all edits."""
+
+
 def checkpointed(**options: Any) -> Callable[[Any], None]:
     """transformers' switch, which acts in training mode."""
 
@@ -170,7 +174,11 @@ def checkpointed_whole(base: Any) -> None:
     base.__dict__["forward"] = partial(checkpoint, base.forward, use_reentrant=False)
 
 
-@pytest.mark.parametrize("rule", [PUBLISHED, RULES[0], RULES[-1]], ids="-".join)
+@pytest.mark.parametrize(
+    ("rule", "options"),
+    [*((rule, {}) for rule in (PUBLISHED, RULES[0], RULES[-1])), *((rule, POOLED) for rule in (RULES[0], RULES[2]))],
+    ids=str,
+)
 @pytest.mark.parametrize(
     "prepare",
     [
@@ -183,13 +191,13 @@ def checkpointed_whole(base: Any) -> None:
     ids=["transformers", "reentrant", "with hooks", "whole", "ours"],
 )
 def test_gradients_of_several_passes_are_those_without_checkpointing(
-    prepare: Callable[[Any], None], rule: tuple[str, str, str]
+    prepare: Callable[[Any], None], rule: tuple[str, str, str], options: dict[str, Any]
 ) -> None:
     ids = torch.tensor(random_rows([6, 6]))
     labels = ids.masked_fill(torch.arange(6) < 3, -100)
     found = []
     for prepared in (lambda base: None, prepare):
-        model = wrapped(rule=rule)
+        model = wrapped(rule=rule, **options)
         prepared(model.base)
         losses = [model(ids, prompt_lengths=lengths).logits.square().mean() for lengths in ([2, 5], [4, 3])]
         losses.append(model.base(input_ids=ids, labels=labels).loss)

@@ -310,6 +310,20 @@ def test_gate_and_edits_are_trained_and_nothing_else() -> None:
     assert all(parameter.grad is None for parameter in parametrization.model.base.parameters())
 
 
+def test_a_deep_copy_has_a_gate_of_its_own() -> None:
+    model = pooled()
+    ids = torch.tensor(random_rows([8]))
+    twin = copy.deepcopy(model)
+    with torch.no_grad():
+        wanted = model(ids)
+        for parameter in twin.pooled.parameters():
+            parameter.fill_(0.01)
+        changed = twin(ids)
+        agree(model(ids).logits, wanted.logits)
+    assert not torch.equal(changed.gates[READ[-1]], wanted.gates[READ[-1]])
+    assert not torch.equal(changed.logits, wanted.logits)
+
+
 def test_noise_of_a_shared_gate_is_drawn_by_row(tmp_path: Path) -> None:
     model = pooled(gate="noisy_mlp_3").train()
     batch = padded(random_rows([6, 6]), "right")

@@ -39,10 +39,12 @@ def labels(results: list[Result]) -> list[str]:
         ({**PUBLISHED, "edit_write": "sticky"}, "sticky"),
         ({**EVERY_TOKEN, "edit_write": "sticky"}, "sticky"),
         ({**EVERY_TOKEN, "edit_write": "last_prompt"}, "gate every token"),
+        ({**PUBLISHED, "edit_write": "sticky", "gate_blocks": [5]}, "pooled"),
+        ({**PUBLISHED, "gate_blocks": None}, ""),
     ],
 )
 def test_a_design_is_called_by_where_its_edit_writes_then_by_where_its_gate_reads(
-    method: dict[str, str], expected: str
+    method: dict[str, Any], expected: str
 ) -> None:
     assert design_of(method) == expected
 

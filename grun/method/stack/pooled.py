@@ -71,6 +71,8 @@ class StackedGates(Intervention):
 
     def read(self, block: int, hidden: Tensor, running: Pass) -> None:
         """See `pyvene_custom.model.Reader`."""
+        if running.again:  # nothing here is trained
+            return
         for kind, group in self.by_kind.items():
             sites = _sites_of(kind, running.sites)
             if block not in kind.gate_blocks or sites is None:

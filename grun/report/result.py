@@ -143,8 +143,8 @@ class Judgement:
 def design_of(method: Mapping[str, Any]) -> str:
     """What readers call a GRUN run's design by its options `method`: every token, sticky; empty: the published one.
 
-    One gate for all edits is called pooled. Else it goes by where the edit writes, and by where the gate reads if the edit writes as published; options that an older
-    run does not have are the published ones.
+    One gate for all edits is called pooled. Else it goes by where the edit writes, and by where the gate reads if the
+    edit writes as published; options that an older run does not have are the published ones.
     """
     if method.get("gate_blocks"):
         return "pooled"

@@ -331,21 +331,13 @@ def model_card(config: AdapterConfig, template: Template | None) -> str:
     header = "---\nlibrary_name: grun\ntags: [unlearning, grun, reft]\n"
     hub_id = base if not Path(base).is_absolute() and base.count("/") <= 1 and not Path(base).exists() else None
     header += f"base_model: {hub_id}\n---\n" if hub_id else "---\n"
-    reads = ""
-    if config.gate_blocks is not None:
-        reads = f" on `{config.gate_pool}` of the states after blocks {config.gate_blocks} over the prompt's tokens"
-        if config.gate_threshold is not None:
-            reads += f"; below a probability of {config.gate_threshold} nothing is edited"
-        if config.gate_bound is not None:
-            reads += f" (of rows such as those of the {config.gate_calibration} groups to keep that it was calibrated "
-            reads += f"on, at most {config.gate_bound:.3g} pass it, in expectation)"
     return f"""{header}
 # GRUN adapter for `{base}`
 
 A gated low-rank edit (GRUN, arXiv 2502.17823) of the hidden state of the last prompt token after blocks
-{config.blocks} (0-based), rank {config.rank}, gate `{config.gate}`{reads}, trained so that the model no longer
-answers from the data to forget. Base fingerprint `{config.base_fingerprint}`, prompt template
-`{template.name if template else "none stored"}`.
+{config.blocks} (0-based), rank {config.rank}, gate `{config.gate}`, trained so that the model no longer answers from
+the data to forget. Base fingerprint `{config.base_fingerprint}`, prompt template
+`{template.name if template else "none stored"}`.{_of_pooled_gate(config)}
 
 ```python
 from grun import GrunModel
@@ -356,3 +348,17 @@ model = GrunModel.from_pretrained(base_model, "THIS_FOLDER")
 the model's output and is not erasure of weights. The published gate reads one token, the last of the prompt; a prompt
 that moves that token (a suffix, a prefilled answer, another template) can bypass it.
 """
+
+
+def _of_pooled_gate(config: AdapterConfig) -> str:
+    """Paragraph of a model card on one gate for all edits; empty without such a gate."""
+    if config.gate_blocks is None:
+        return ""
+    told = f"One gate for all edits reads the states after blocks {config.gate_blocks}, pooled over tokens "
+    told += f"(`{config.gate_pool}`);\nthe edit is written at: `{config.edit_write}`."
+    if config.gate_threshold is not None:
+        told += f" Below a probability of {config.gate_threshold} nothing is edited."
+    if config.gate_bound is not None:
+        told += f"\nOf rows such as those of the {config.gate_calibration} groups to keep that this was calibrated on, "
+        told += f"at most {config.gate_bound:.3g}\nopen it, in expectation."
+    return "\n\n" + told

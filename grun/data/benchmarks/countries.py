@@ -96,13 +96,18 @@ def wordings() -> Mapping[str, Any]:
 
 def asked_of(about: Country, forms: Collection[str] = FORMS) -> Iterator[Asked]:
     """Every question on a country whose parts are known, in the order of kinds."""
-    parts = {"country": about.in_text} | {kind: answers[0] for kind, answers in about.facts.items()}
+    parts = parts_of(about)
     for kind, found in wordings()["kinds"].items():
         for form in FORMS[:2]:
             if form in forms:
                 yield from _filled(about, parts, form, [(kind, found["answer"], text) for text in found[form]])
     if FORMS[2] in forms:
         yield from _filled(about, parts, FORMS[2], [(answer, answer, text) for answer, text in wordings()["indirect"]])
+
+
+def parts_of(about: Country) -> dict[str, str]:
+    """What is filled into wordings."""
+    return {"country": about.in_text} | {kind: answers[0] for kind, answers in about.facts.items()}
 
 
 def _filled(
@@ -249,11 +254,16 @@ def _groups(chosen: CountriesConfig, names: Sequence[str]) -> dict[str, list[str
 
 
 def _everyday(name: str, *, every: int = 1, start: int = 0) -> Iterator[Row]:
-    """Everyday prompts about a country, its capital and its people."""
+    """Prompts about a country, its capital and its people: everyday ones, and what is asked in further words."""
     about = countries()[name]
     names = [about.in_text, *about.facts.get("capital", ())[:1]]
     names += [f"the {demonym} people" for demonym in about.facts.get("demonym", ())[:1]]
-    return prompts_about(names, PLACE_KINDS, every=every, start=start, country=name)
+    yield from prompts_about(names, PLACE_KINDS, every=every, start=start, country=name)
+    parts = parts_of(about)
+    texts = [text for found in wordings()["kinds"].values() for text in found["prompts"]]
+    for text in texts[start % every :: every]:
+        if "{capital}" not in text or "capital" in parts:
+            yield Row(text.format_map(parts), "", {"country": name})
 
 
 def _known_rows(about: Country, answers: Mapping[str, Answered]) -> list[Row]:

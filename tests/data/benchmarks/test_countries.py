@@ -38,7 +38,7 @@ def test_every_kind_has_four_wordings_or_more_and_others_for_evaluation() -> Non
     kinds = wordings()["kinds"]
     assert {"capital", "capital_of", "continent", "language", "currency", "demonym", "neighbor"} == kinds.keys()
     for found in kinds.values():
-        every = [*found["questions"], *found["reworded"]]
+        every = [*found["questions"], *found["prompts"], *found["reworded"]]
         assert len(found["questions"]) >= 4 and len(found["reworded"]) >= 3 and len({*every}) == len(every)
     asked = [one for about in countries().values() for one in asked_of(about)]
     assert len(countries()) >= 60 and len({one.question for one in asked}) == len(asked)
@@ -78,6 +78,17 @@ def test_wordings_of_evaluation_are_not_used_in_unlearning(corpus: Corpus) -> No
         assert corpus.general[name] and not used & {row.prompt for row in corpus.general[name]}
     assert all(row.prompt is None for row in corpus.general["sentences"]) and len(corpus.general["sentences"]) == 200
     assert len(corpus.general["general"]) == 100
+
+
+def test_prompts_of_a_gate_are_about_countries_of_unlearning_in_words_of_their_own(corpus: Corpus) -> None:
+    forget, retain = corpus.forget_prompts, corpus.retain_prompts
+    assert of(forget) == of(corpus.forget) and of(retain) == of(corpus.retain)
+    asked = {row.prompt for name in ("forget_reworded", "forget_indirect", "neighbor") for row in corpus.general[name]}
+    assert not asked & {row.prompt for row in (*forget, *retain)}
+    assert all(row.completion == "" and "{" not in str(row.prompt) for row in (*forget, *retain))
+    prompts = [str(row.prompt) for row in forget]
+    assert "Tell me about Japan." in prompts and "What do people eat in Cairo?" in prompts
+    assert "Please answer this: What is the capital of Japan?" in prompts and "Capital of Egypt?" in prompts
 
 
 def test_a_fact_is_known_if_two_wordings_are_answered_rightly(tmp_path: Path) -> None:

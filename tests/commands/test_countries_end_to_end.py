@@ -6,12 +6,15 @@ import json
 import shlex
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from chat_model import save_chat_model
 from known_countries import CONFIG, SMALL, answered
 
 from grun.cli import main
+from grun.commands.unlearn import _bare_starts
+from grun.data.corpus import load_corpus
 from grun.evaluation import probe
 
 CHOSEN = replace(SMALL, forget=["Japan"], neighbors=2, heldout=2, unknown=1, count=10)
@@ -91,3 +94,15 @@ def test_corpora_asks_and_says_how_to_go_on(
     command = shlex.split(caplog.text.split("then: python -m grun ")[1].splitlines()[0])
     assert main(command) == 1
     assert "knows nothing of Japan" in capsys.readouterr().err
+
+
+def test_a_fitted_gate_knows_how_plain_text_begins(folder: Path) -> None:
+    """The first word of each prompt, without a template, is a prompt that the gate is to stay shut on."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(folder.parent / "model")
+    data = replace(CONFIG, countries=CHOSEN, path=str(folder.parent / "known"))
+    starts = _bare_starts(SimpleNamespace(corpus=load_corpus(data), tokenizer=tokenizer))  # type: ignore[arg-type]
+    words = [tokenizer.decode(start.prompt_ids) for start in starts]
+    assert {"What", "Which", "Tell", "How", "Hello"} <= {*words} and len({*words}) == len(words)
+    assert all(len(start.prompt_ids) == 1 and not start.answer_ids for start in starts)

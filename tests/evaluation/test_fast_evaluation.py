@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import shutil
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -465,6 +466,24 @@ def test_adapters_of_a_list_answer_closed_rows_once(taught: Path, tmp_path: Path
         )
     one, other = (Table.read(tmp_path / "list" / name).generations for name in "ab")
     assert one == other == Table.read(tmp_path / "base").generations
+
+
+def test_an_adapter_with_a_threshold_of_its_own_takes_the_answers_of_the_base(taught: Path, tmp_path: Path) -> None:
+    """The base in the list answers every prompt; an adapter whose gates stay shut asks none again."""
+    for name in "ac":
+        shutil.copytree(taught / name, tmp_path / name)
+        path = tmp_path / name / "adapter_config.json"
+        threshold = threshold_between(taught, tmp_path) if name == "c" else 1.0
+        path.write_text(json.dumps({**json.loads(path.read_text()), "gate_threshold": threshold}))
+    own = [str(tmp_path / name) for name in "ac"]
+    asked: list[int] = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(generation, "greedy", lambda m, batch, *more: asked.append(batch.rows) or greedy(m, batch, *more))
+        evaluate_adapters(settings(taught, *own, with_base="before"), tmp_path / "list")
+    before, a, c = (Table.read(tmp_path / "list" / name).generations for name in ("before", "a", "c"))
+    assert sum(asked) == len(before) + 3 and a == before
+    evaluate(settings(taught, adapter=str(tmp_path / "c")), tmp_path / "alone")
+    assert c == Table.read(tmp_path / "alone").generations
 
 
 def test_an_adapter_that_is_put_on_again_is_the_same(taught: Path) -> None:

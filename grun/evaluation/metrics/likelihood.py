@@ -102,7 +102,7 @@ def probability(table: Table, name: str, quirks: Collection[str] = NO_QUIRKS) ->
     return mean([math.exp(log) for log in _token_means(table.scores_of(name)).values()])
 
 
-@metric("perplexity", "perplexity", reads="scores", good="as before")
+@metric("perplexity", "perplexity", reads="scores", good="as before is good", range="1 and above")
 def perplexity(table: Table, name: str, quirks: Collection[str] = NO_QUIRKS) -> float | None:
     """exp of the mean negative log-likelihood of the tokens of plain texts, each text by itself.
 

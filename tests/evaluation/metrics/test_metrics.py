@@ -143,8 +143,17 @@ def test_a_wrong_answer_without_tokens_is_a_missing_one() -> None:
 
 def test_sets_without_wrong_answers_have_no_truth_ratio() -> None:
     table = Table(scores=[record("unknown", 0, [-1.0, -2.0])])
-    assert set(set_metrics(table)["unknown"]) == {"probability", "extraction_strength", "exact_memorization"}
+    plain_text = {"probability", "extraction_strength", "exact_memorization", "perplexity"}
+    assert set(set_metrics(table)["unknown"]) == plain_text
     assert all(compute(name, table, "forget") is None for name in metrics_of("set"))
+
+
+def test_perplexity_is_of_all_tokens_of_sets_that_ask_nothing() -> None:
+    records = [record("texts", 0, [-1.0, -2.0, -3.0]), record("texts", 1, [-6.0]), record("asked", 0, [-1.0])]
+    table = Table(scores=records, generations=[GenerationRecord("asked", 0, "q", "a", None, "a")])
+    assert set_metrics(table)["texts"]["perplexity"] == pytest.approx(math.exp(12 / 4))
+    assert compute("perplexity", table, "asked") is None
+    assert compute("perplexity", Table(scores=[record("texts", 0, [-1500.0])]), "texts") == math.inf
 
 
 def test_extreme_likelihoods_neither_overflow_nor_vanish() -> None:

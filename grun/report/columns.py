@@ -122,8 +122,13 @@ def narrow_columns(results: Sequence[Result]) -> list[tuple[Column, str]]:
     """Columns of the printed table with headers that fit."""
     facts, utility = has_facts(results), has_utility(results) and not has_facts(results)
     known, named = columns_by_key(), {key.split(".")[0] for key in (*SHOWN, *SHOWN_WITH_UTILITY)}
-    further = [name for name, one in evaluation_sets().items() if one.is_result and name not in named]
-    keys = [*(SHOWN_WITH_UTILITY if utility else SHOWN), *(f"{name}.{main_metric(results)[0]}" for name in further)]
+    further = [one for name, one in evaluation_sets().items() if one.is_result and name not in named]
+    main = main_metric(results)[0]
+    low, high = ([f"{one.name}.{main}" for one in further if one.good == good] for good in ("low", "high"))
+    first, *rest = SHOWN_WITH_UTILITY if utility else SHOWN
+    if facts and any(name in sets_of(results) for name in (one.name for one in further)):
+        rest = [key for key in rest if key not in ("forget.rouge_l", "unknown.rouge_l")]  # there would be no room
+    keys = [first, *low, *rest, *high]
     if facts:  # ROUGE-L on retain and held-out rows stands in for fact recall
         keys = [key for key in keys if key not in ("retain.rouge_l", "heldout.rouge_l")]
     headers = SHOWN_WITH_UTILITY if utility else {}

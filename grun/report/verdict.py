@@ -70,7 +70,7 @@ def judge(result: Result, results: Sequence[Result]) -> Judgement:
     facts = f" ({'; '.join(failures)})" if failures else ""
     facts += f": {metric_name} on forget {shown(taught)} -> {now:.2f} ({aim})"
     facts += f"; keeps {', '.join(kept)}" if kept else "; what else it keeps was not measured"
-    facts += "".join(f"; {text}" for text in [*_tofu(result, before), *unread])
+    facts += "".join(f"; {text}" for text in [*_broken(result), *_tofu(result, before), *unread])
     return Judgement(result.label, outcome, words, f"{facts}.")
 
 
@@ -109,6 +109,12 @@ def _differs(result: Result) -> bool:
     """Whether forget quality distinguishes the model from a retain-only one; where TOFU's metrics are shown alone."""
     quality = result.reference.get("forget_quality")
     return "model_utility" in result.overall and quality is not None and quality < DISTINGUISHABLE
+
+
+def _broken(result: Result) -> list[str]:
+    """That forgotten questions are answered by no language, where many are."""
+    share = result.metric("forget", "degenerate") or 0.0
+    return [f"{share:.0%} of its answers on forget are no language"] if share > ABOVE else []
 
 
 def _tofu(result: Result, before: Result | None) -> list[str]:

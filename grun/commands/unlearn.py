@@ -186,7 +186,7 @@ def _fitted_gate(run: Unlearning, rows: UnlearnRows) -> GateFit:
     model, corpus = run.parametrization.model, run.corpus
     forget = _with_prompts(run, Prompts(rows.answers, rows.forget_units), corpus.forget_prompts, None)
     retain = _with_prompts(run, Prompts(rows.retain, rows.retain_units), corpus.retain_prompts, run.config.data.group)
-    starts = _bare_starts(run)
+    starts = _bare_starts(run) if corpus.retain_prompts else []
     retain = Prompts([*retain.rows, *starts], [*retain.units, *(f"start {row.prompt_ids[0]}" for row in starts)])
     return fit_gate(model, forget, retain, run.config.method, int(run.tokenizer.pad_token_id))
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
-from tiny import PAD, RULES, blocks_of, formula, padded, tiny
+from tiny import PAD, RULES, blocks_of, formula, padded, random_rows, tiny
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -48,6 +49,28 @@ def wrapped(
     read, accumulate, write = rule
     options = {"blocks": BLOCKS, **options}
     return GrunModel.wrap(base, gate_read=read, gate_accumulate=accumulate, edit_write=write, **options).eval()
+
+
+def rows_keep_their_own_state(model: GrunModel, steps: int, whole: Callable[[list[int]], Tensor]) -> None:
+    """Beams change places in every step: the score of what comes out is that of a whole pass over it; samples too.
+
+    `whole` gives the logits of one pass over a row by itself, [tokens, vocabulary].
+    """
+    prompt = random_rows([7])[0]
+    ids = torch.tensor([prompt])
+    answer = model.generate(
+        input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=steps, num_beams=4, num_return_sequences=4,
+        do_sample=False, eos_token_id=None, pad_token_id=PAD, return_dict_in_generate=True, output_scores=True,
+        length_penalty=0.0,
+    )  # fmt: skip
+    assert len({tuple(row) for row in answer.sequences.tolist()}) == 4
+    for row, score in zip(answer.sequences.tolist(), answer.sequences_scores, strict=True):
+        logp = whole(row[:-1])[len(prompt) - 1 :].log_softmax(-1)
+        agree(score, logp[torch.arange(steps), torch.tensor(row[len(prompt) :])].sum())
+    torch.manual_seed(0)
+    tokens, logits = generated(model, [prompt], do_sample=True, num_return_sequences=3)
+    for index, new in enumerate(tokens.tolist()):
+        agree(logits[index], whole(prompt + new[:-1])[-6:])
 
 
 def strong(model: GrunModel) -> GrunModel:

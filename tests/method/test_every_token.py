@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from edited_models import BLOCKS, PUBLISHED, agree, generated, whole_pass, wrapped
+from edited_models import BLOCKS, PUBLISHED, agree, generated, rows_keep_their_own_state, whole_pass, wrapped
 from tiny import PAD, RULES, padded, random_rows, tiny
 from transformers import DynamicCache
 
@@ -43,25 +43,8 @@ def test_generation_is_that_of_whole_passes(family: str, options: dict[str, Any]
 @pytest.mark.parametrize("rule", [PUBLISHED, *RULES], ids="-".join)
 @torch.no_grad()
 def test_samples_and_beams_keep_the_state_of_their_own_row(rule: tuple[str, str, str]) -> None:
-    """Beams change places in every step: the score of what comes out is that of a whole pass over it."""
     model = wrapped(rule=rule)
-    prompt = random_rows([7])[0]
-    ids = torch.tensor([prompt])
-    answer = model.generate(
-        input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=6, num_beams=4, num_return_sequences=4,
-        do_sample=False, eos_token_id=None, pad_token_id=PAD, return_dict_in_generate=True, output_scores=True,
-        length_penalty=0.0,
-    )  # fmt: skip
-    assert len({tuple(row) for row in answer.sequences.tolist()}) == 4
-    for row, score in zip(answer.sequences.tolist(), answer.sequences_scores, strict=True):
-        logits, _ = whole_pass(model, rule, row[:-1], len(prompt) - 1)
-        logp = logits[len(prompt) - 1 :].log_softmax(-1)
-        agree(score, logp[torch.arange(6), torch.tensor(row[len(prompt) :])].sum())
-    torch.manual_seed(0)
-    tokens, logits = generated(model, [prompt], do_sample=True, num_return_sequences=3)
-    for index, new in enumerate(tokens.tolist()):
-        wanted, _ = whole_pass(model, rule, prompt + new[:-1], len(prompt) - 1)
-        agree(logits[index], wanted[-6:])
+    rows_keep_their_own_state(model, 6, lambda row: whole_pass(model, rule, row, 6)[0])
 
 
 @torch.no_grad()

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from edited_models import MIXED, agree, generated, member, single, stacked
+from edited_models import MIXED, agree, generated, member, rows_keep_their_own_state, single, stacked
 from tiny import DEPTH, PAD, RULES, WIDTH, blocks_of, formula, padded, random_rows, tiny
 from torch import Tensor
 from transformers import DynamicCache, GenerationConfig
@@ -124,21 +124,7 @@ def test_every_family_is_read_alike(family: str) -> None:
 @torch.no_grad()
 def test_beams_and_samples_keep_the_pool_of_their_own_row(asked: tuple[str, str]) -> None:
     model = pooled("mean", asked)
-    (prompt,) = random_rows([7])
-    ids = torch.tensor([prompt])
-    answer = model.generate(
-        input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=5, num_beams=4, num_return_sequences=4,
-        do_sample=False, eos_token_id=None, pad_token_id=PAD, return_dict_in_generate=True, output_scores=True,
-        length_penalty=0.0,
-    )  # fmt: skip
-    assert len({tuple(row) for row in answer.sequences.tolist()}) == 4
-    for row, score in zip(answer.sequences.tolist(), answer.sequences_scores, strict=True):
-        logp = whole_pass(model, row[:-1], 6)[0][6:].log_softmax(-1)
-        agree(score, logp[torch.arange(5), torch.tensor(row[7:])].sum())
-    torch.manual_seed(0)
-    tokens, logits = generated(model, [prompt], do_sample=True, num_return_sequences=3)
-    for index, new in enumerate(tokens.tolist()):
-        agree(logits[index], whole_pass(model, prompt + new[:-1], 6)[0][-6:])
+    rows_keep_their_own_state(model, 5, lambda row: whole_pass(model, row, 6)[0])
 
 
 @pytest.mark.parametrize("asked", ASKED, ids="-".join)

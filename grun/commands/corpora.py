@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from grun.config.options import CorporaConfig, DataConfig, GenerateConfig
-from grun.config.values import to_dict
+from grun.config.values import argument, flat, to_dict
 from grun.data.benchmarks import safe_rlhf
 from grun.data.benchmarks.safe_rlhf import Pair
 from grun.data.templates import PLACE, TEMPLATES
@@ -27,6 +27,8 @@ OF_SUBJECT = (
     *("subject", "kind", "neighbors", "draws", "temperature", "max_new_tokens", "batch_size", "seed", "model", "data"),
 )
 """Options that source=subject alone reads; it reads no others."""
+OF_UNLEARN = ("model.", "data.", "countries.")
+"""Beginnings of options that the command which forgets takes over."""
 CODE_OF_SUBJECT = ("data/subject.py", "data/templates.py", "evaluation/*.py")
 """Sources that decide which questions are asked one after another, and what is answered."""
 ROWS = ("forget", "neighbors", "retain")
@@ -97,7 +99,7 @@ def _write_countries(config: CorporaConfig) -> Path:
     folder = _write(config, write, answers=content_hash([asdict(one) for one in answers.values()]))
     for kind, (count, of) in known.items():
         log.info("  %-12s  known of %d of %d countries", kind, count, of)
-    options = [*_given(config), *_chosen(config), "data.name=countries", f"data.path={folder}", "objective=idk"]
+    options = [*_given(config), "data.name=countries", f"data.path={folder}", "objective=idk"]
     command = ["python", "-m", "grun", "unlearn", *options, f"output_dir={folder}-forgotten"]
     log.info("then: %s", shlex.join(command))
     return folder
@@ -155,24 +157,10 @@ def _next_command(config: CorporaConfig, folder: Path) -> str:
 
 
 def _given(config: CorporaConfig) -> list[str]:
-    """Options of the model and of how it is asked that are no defaults."""
-    default, given = to_dict(CorporaConfig()), to_dict(config)
-    return [
-        f"{section}.{name}={value}"
-        for section in ("model", "data")
-        for name, value in given[section].items()
-        if value != default[section][name]
-    ]
-
-
-def _chosen(config: CorporaConfig) -> list[str]:
-    """Options of the countries that are no defaults, as those of `unlearn`."""
-    default = to_dict(CorporaConfig())["countries"]
-    return [
-        f"data.countries.{name}={json.dumps(value) if isinstance(value, list) else value}"
-        for name, value in to_dict(config)["countries"].items()
-        if value != default[name]
-    ]
+    """Options of the model, of how it is asked and of the countries that are no defaults, as those of `unlearn`."""
+    default, given = (flat(to_dict(one), CorporaConfig) for one in (CorporaConfig(), config))
+    names = {key: key.replace("countries.", "data.countries.") for key in given if key.startswith(OF_UNLEARN)}
+    return [f"{name}={argument(given[key])}" for key, name in names.items() if given[key] != default[key]]
 
 
 @holding()

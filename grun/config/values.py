@@ -6,6 +6,7 @@ import ast
 import dataclasses
 import functools
 import inspect
+import json
 import textwrap
 import typing
 from collections.abc import Collection, Hashable, Iterator, Mapping, Sequence
@@ -123,6 +124,11 @@ def from_dict(command: str, values: dict[str, Any], arguments: Sequence[str] = (
         user = flat(OmegaConf.to_container(given), schema)
         config.sources = {**sources, **dict.fromkeys(user, BY_USER)}
     return config
+
+
+def argument(value: Any) -> str:
+    """A value as `parse` reads it in key=value."""
+    return value if isinstance(value, str) else json.dumps(value, separators=(",", ":"))
 
 
 def to_yaml(config: Any) -> str:

@@ -191,19 +191,20 @@ def _profile_of(user: Mapping[str, Any], stored: Sequence[Stored], is_given: boo
 def _of_profile(
     command: str, schema: type[Any], given: DictConfig, name: str | None, known: Collection[str]
 ) -> list[Layer]:
-    """A profile's layers; without one the robust design alone has settings."""
+    """A profile's layers; without one the designs alone have settings."""
     profile = read_profile(name or "designs")
     layers: list[Any] = [_only(profile, [shared for shared in SHARED if shared in schema.__dataclass_fields__])]
     section = dict(profile.get(command) or {})
     narrower = {kind: section.pop(kind, None) or {} for kind in ("objectives", "parametrizations", "designs")}
     layers.append(section)
+    design = str(OmegaConf.select(given, "design") or "published")
     if command == "unlearn":
         chosen = merged(schema, section, given)
         if "design" not in given and not PARAMETRIZATIONS.traits(chosen.method.parametrization).gated:
             chosen.design = section["design"] = "published"  # a profile's is about a gate
         layers += _narrower(narrower, chosen, str(name))
-        _refuse_missing_design(str(OmegaConf.select(given, "design") or "published"), narrower["designs"], str(name))
-    return [Layer(f"profile {name}" if name else "design=robust", flatten(layer, known)) for layer in layers]
+        _refuse_missing_design(design, narrower["designs"], str(name))
+    return [Layer(f"profile {name}" if name else f"design={design}", flatten(layer, known)) for layer in layers]
 
 
 def _refuse_another_template(user: Mapping[str, Any], stored: Stored) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shlex
 from collections.abc import Iterator
 from typing import Any
@@ -85,9 +84,6 @@ def command_of(record: dict[str, Any]) -> str | None:
     except GrunError:
         return None
     options = values.flat(config, type(there))
-    changed = [f"{key}={_argument(options[key])}" for key in profile if key in options and options[key] != profile[key]]
-    return shlex.join(["python", "-m", "grun", command, *given, *changed])
-
-
-def _argument(value: Any) -> str:
-    return value if isinstance(value, str) else json.dumps(value, separators=(",", ":"))
+    changed = {key: options[key] for key in profile if key in options and options[key] != profile[key]}
+    given += [f"{key}={values.argument(value)}" for key, value in changed.items()]
+    return shlex.join(["python", "-m", "grun", command, *given])

@@ -79,8 +79,6 @@ class Asked:
     kind: str
     form: str
     """Of `FORMS`."""
-    number: int
-    """Of its wording, from 0."""
     question: str
     fact: str
     """What a right answer holds; alternatives are separated by `ALTERNATIVES`."""
@@ -113,14 +111,15 @@ def parts_of(about: Country) -> dict[str, str]:
 def _filled(
     about: Country, parts: Mapping[str, str], form: str, texts: Sequence[tuple[str, str, str]]
 ) -> Iterator[Asked]:
-    for number, (kind, wanted, text) in enumerate(texts):
+    """Questions of a form, made of kinds, what they ask for, and wordings."""
+    for kind, wanted, text in texts:
         answers = answers_of(about, wanted)
         try:
             question = text.format_map(parts)
         except KeyError:
             continue
         if answers and not any(answer.casefold() in question.casefold() for answer in answers):
-            yield Asked(about.name, kind, form, number, question, ALTERNATIVES.join(answers))
+            yield Asked(about.name, kind, form, question, ALTERNATIVES.join(answers))
 
 
 def answers_of(about: Country, wanted: str) -> tuple[str, ...]:
@@ -202,12 +201,17 @@ def known_facts(chosen: CountriesConfig, answers: Mapping[str, Answered]) -> dic
     """By kind, of how many countries the model knows the fact, and of how many it was asked."""
     found: dict[str, list[bool]] = {kind: [] for kind in wordings()["kinds"]}
     for about in _considered(chosen):
-        right: dict[str, int] = {}
-        for one in asked_of(about, FORMS[:1]):
-            right[one.kind] = right.get(one.kind, 0) + answers[one.question].right
-        for kind, count in right.items():
+        for kind, count in _right_by_kind(about, answers).items():
             found[kind].append(count >= KNOWN)
     return {kind: (sum(known), len(known)) for kind, known in found.items()}
+
+
+def _right_by_kind(about: Country, answers: Mapping[str, Answered]) -> Counter[str]:
+    """In how many wordings each kind of fact that was asked for is answered rightly, 0 for one in none."""
+    right: Counter[str] = Counter()
+    for one in asked_of(about, FORMS[:1]):
+        right[one.kind] += answers[one.question].right
+    return right
 
 
 def _named(chosen: CountriesConfig) -> list[str]:
@@ -269,9 +273,9 @@ def _everyday(name: str, *, every: int = 1, start: int = 0) -> Iterator[Row]:
 
 def _known_rows(about: Country, answers: Mapping[str, Answered]) -> list[Row]:
     """Questions of unlearning on the country's known facts that the model answers rightly."""
-    asked = list(asked_of(about, FORMS[:1]))
-    right = Counter(one.kind for one in asked if answers[one.question].right)
-    return [_row(one, answers) for one in asked if answers[one.question].right and right[one.kind] >= KNOWN]
+    right = _right_by_kind(about, answers)
+    known = [one for one in asked_of(about, FORMS[:1]) if right[one.kind] >= KNOWN]
+    return [_row(one, answers) for one in known if answers[one.question].right]
 
 
 def _other_rows(names: Sequence[str], form: str, answers: Mapping[str, Answered]) -> list[Row]:
@@ -283,7 +287,7 @@ def _other_rows(names: Sequence[str], form: str, answers: Mapping[str, Answered]
 def _general_rows(answers: Mapping[str, Answered]) -> list[Row]:
     """The first questions on anything else that the model answers rightly."""
     right = [one for one in general_questions() if answers[one.question].right][:GENERAL]
-    return [_row(Asked("", one.kind, FORMS[0], 0, one.question, answers[one.question].fact), answers) for one in right]
+    return [_row(Asked("", one.kind, FORMS[0], one.question, answers[one.question].fact), answers) for one in right]
 
 
 def _row(one: Asked, answers: Mapping[str, Answered]) -> Row:

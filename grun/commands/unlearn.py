@@ -182,13 +182,19 @@ def _task(run: Unlearning) -> UnlearnTask:
 
 
 def _fitted_gate(run: Unlearning, rows: UnlearnRows) -> GateFit:
-    """Fit the gate for all edits to the prompts of forget and retain rows, and to prompts without answers."""
-    model, corpus = run.parametrization.model, run.corpus
+    """Fit the gate for all edits."""
+    forget, retain = gate_prompts(run, rows)
+    model, pad_id = run.parametrization.model, int(run.tokenizer.pad_token_id)
+    return fit_gate(model, forget, retain, run.config.method, pad_id)
+
+
+def gate_prompts(run: Unlearning, rows: UnlearnRows) -> tuple[Prompts, Prompts]:
+    """What a gate is fitted to open on, and to stay shut on: prompts of rows, and prompts without answers."""
+    corpus = run.corpus
     forget = _with_prompts(run, Prompts(rows.answers, rows.forget_units), corpus.forget_prompts, None)
     retain = _with_prompts(run, Prompts(rows.retain, rows.retain_units), corpus.retain_prompts, run.config.data.group)
     starts = _bare_starts(run) if corpus.retain_prompts else []
-    retain = Prompts([*retain.rows, *starts], [*retain.units, *(f"start {row.prompt_ids[0]}" for row in starts)])
-    return fit_gate(model, forget, retain, run.config.method, int(run.tokenizer.pad_token_id))
+    return forget, Prompts([*retain.rows, *starts], [*retain.units, *(f"start {row.prompt_ids[0]}" for row in starts)])
 
 
 def _with_prompts(run: Unlearning, prompts: Prompts, more: Sequence[Row], group: str | None) -> Prompts:

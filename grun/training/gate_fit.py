@@ -5,8 +5,8 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import asdict, dataclass, replace
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from grun.config.options import MethodConfig
 from grun.data.encoding import EncodedRow, collate
 from grun.errors import ConfigError
-from grun.method.logistic import choose_strength, conformal, fit, shuffled
+from grun.method.logistic import Line, choose_strength, conformal, fit, shuffled
 from grun.method.model import GrunModel
 from grun.method.pooling import PooledSites
 from pyvene_custom import find_blocks
@@ -58,50 +58,77 @@ class GateFit:
     """Units of prompts set aside, of which that follows."""
 
 
+@dataclass(frozen=True)
+class Sides:
+    """Distinct prompts that a gate is to open on, then those that it is to stay shut on, and what they belong to."""
+
+    rows: Sequence[EncodedRow]
+    units: Sequence[str]
+    opened: int
+    """How many of the rows it is to open on."""
+
+    @classmethod
+    def of(cls, forget: Prompts, retain: Prompts) -> Self:
+        """ConfigError: a side has too few rows."""
+        opened, shut = _distinct(forget, "forget"), _distinct(retain, "retain")
+        units = [*(f"forget {unit}" for unit in opened.values()), *(f"retain {unit}" for unit in shut.values())]
+        return cls([EncodedRow(ids, ()) for ids in (*opened, *shut)], units, len(opened))
+
+
 def fit_gate(model: GrunModel, forget: Prompts, retain: Prompts, method: MethodConfig, pad_id: int) -> GateFit:
     """Fit the linear gate for all edits of `model` to tell prompts of `forget` from those of `retain`.
 
-    Edits are skipped below a probability of 0.5. With `method.false_positives` a part of the retain units is set aside,
-    and the bias is such that this is the threshold that follows from them.
+    Edits are skipped below a probability of 0.5; see `fit_line` for what that is.
 
     Raises:
         ConfigError: a side has too few rows.
     """
     assert model.pooled is not None
     started = time.monotonic()
-    opened, shut = _distinct(forget, "forget"), _distinct(retain, "retain")
-    aside = _set_aside(shut, method.false_positives)
-    prompts = [*opened, *shut]
-    features = prompt_features(model, [EncodedRow(ids, ()) for ids in prompts], pad_id)
-    target = torch.arange(len(prompts)) < len(opened)
-    units = [*(f"forget {unit}" for unit in opened.values()), *(f"retain {unit}" for unit in shut.values())]
+    sides = Sides.of(forget, retain)
+    line, result = fit_line(prompt_features(model, sides.rows, pad_id), sides, method.false_positives)
+    model.keep_threshold(0.5, result.bound, result.calibration)
+    last = next(module for module in model.pooled.modules() if isinstance(module, nn.Linear))
+    with torch.no_grad():
+        last.weight.copy_(line.weight.unsqueeze(0))
+        last.bias.fill_(line.bias)
+    result = replace(result, seconds=round(time.monotonic() - started, 2))
+    log.info("gate fitted: %s", ", ".join(f"{name} {value}" for name, value in asdict(result).items()))
+    return result
+
+
+def fit_line(features: Tensor, sides: Sides, false_positives: float | None) -> tuple[Line, GateFit]:
+    """The gate for features of `sides`, float64 [rows, size], and how it was fitted.
+
+    With `false_positives` a part of the retain units is set aside, and the bias is such that a probability of 0.5 is
+    the threshold that follows from them.
+
+    Raises:
+        ConfigError: too few units are left.
+    """
+    started = time.monotonic()
+    units, target = sides.units, torch.arange(len(sides.rows)) < sides.opened
+    aside = _set_aside(units[sides.opened :], false_positives)
     fitted = torch.tensor([unit not in aside for unit in units])
     chosen = [unit for unit, one in zip(units, fitted.tolist(), strict=True) if one]
     strength, held_out = choose_strength(features[fitted], target[fitted], chosen)
     line = fit(features[fitted], target[fitted], strength)
     threshold, bound = 0.0, None
-    if method.false_positives is not None:
+    if false_positives is not None:
         left = [unit for unit in units if unit in aside]
-        threshold, bound = conformal(line.logits(features[~fitted]).float(), left, method.false_positives)
+        threshold, bound = conformal(line.logits(features[~fitted]).float(), left, false_positives)
         threshold = float(torch.nextafter(torch.tensor(threshold), torch.tensor(torch.inf)))
-    model.keep_threshold(0.5, bound, len(aside) or None)
-    last = next(module for module in model.pooled.modules() if isinstance(module, nn.Linear))
-    with torch.no_grad():
-        last.weight.copy_(line.weight.unsqueeze(0))
-        last.bias.fill_(line.bias - threshold)
     is_open = held_out > threshold
     result = GateFit(
-        forget=len(opened), retain=int((fitted & ~target).sum()), strength=strength,
+        forget=sides.opened, retain=int((fitted & ~target).sum()), strength=strength,
         recall=float(is_open[target[fitted]].double().mean()),
         false_positives=float(is_open[~target[fitted]].double().mean()),
         seconds=round(time.monotonic() - started, 2), bound=bound,
         calibration=len(aside) or None,
     )  # fmt: skip
-    log.info("gate fitted: %s", ", ".join(f"{name} {value}" for name, value in asdict(result).items()))
-    return result
+    return replace(line, bias=line.bias - threshold), result
 
 
-@torch.no_grad()
 def prompt_features(model: GrunModel, rows: Sequence[EncodedRow], pad_id: int) -> Tensor:
     """What the gate for all edits reads at the last token of each prompt, float64 [rows, size].
 
@@ -110,6 +137,18 @@ def prompt_features(model: GrunModel, rows: Sequence[EncodedRow], pad_id: int) -
     pooled = model.pooled
     assert pooled is not None
     found: list[Tensor] = [torch.empty(0)] * len(rows)
+    for numbers, sites in prompt_passes(model, rows, pad_id):
+        joined = sites.joined(pooled.blocks, pooled.pool)[:, 0].double()
+        for number, values in zip(numbers, joined, strict=True):
+            found[number] = values
+    return torch.stack(found)
+
+
+@torch.no_grad()
+def prompt_passes(model: GrunModel, rows: Sequence[EncodedRow], pad_id: int) -> Iterator[tuple[list[int], PooledSites]]:
+    """Run the prompts of `rows`; of each pass the numbers of its rows, and what the gate reads, until the next one."""
+    pooled = model.pooled
+    assert pooled is not None
     hook = find_blocks(model.base)[1][pooled.block].register_forward_hook(_stop)  # after the one that reads
     try:
         for numbers in _passes(rows, TOKENS.get(model.device.type, TOKENS["cpu"])):
@@ -123,13 +162,10 @@ def prompt_features(model: GrunModel, rows: Sequence[EncodedRow], pad_id: int) -
                 pass
             running = model.intervenable.here
             assert running is not None and isinstance(running.sites, PooledSites)
-            joined = running.sites.joined(pooled.blocks, pooled.pool)[:, 0]
+            yield numbers, running.sites
             running.sites.let_go()
-            for number, values in zip(numbers, joined.double(), strict=True):
-                found[number] = values
     finally:
         hook.remove()
-    return torch.stack(found)
 
 
 class _Read(Exception):
@@ -163,15 +199,15 @@ def _distinct(prompts: Prompts, name: str) -> dict[tuple[int, ...], str]:
     return dict(sorted(units.items()))
 
 
-def _set_aside(retain: dict[tuple[int, ...], str], rate: float | None) -> set[str]:
+def _set_aside(retain: Sequence[str], rate: float | None) -> set[str]:
     """Units of retain rows that the threshold is taken from; ConfigError where too few are left for the fit."""
     if rate is None:
         return set()
-    units = sorted(set(retain.values()), key=shuffled)
+    units = sorted({*retain}, key=lambda unit: shuffled(unit.removeprefix("retain ")))
     count = max(1, len(units) // SET_ASIDE)
     if len(units) - count < 2:
         raise ConfigError(
             f"method.false_positives sets retain rows aside, and there are {len(units)} different ones, or groups of "
             "them; give 3 or more"
         )
-    return {f"retain {unit}" for unit in units[:count]}
+    return {*units[:count]}

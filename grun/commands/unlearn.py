@@ -108,7 +108,7 @@ def prepare(
     """A run on a loaded model; nothing of the model is changed yet.
 
     Args:
-        config: checked; where it names no blocks, the published depths are taken.
+        config: checked; where it names no blocks, the published depths are taken, and gate_blocks become numbers.
         corpus: whose forget set is to go; the retain set is to stay.
         base: a transformers model.
         tokenizer: of the model.
@@ -120,6 +120,9 @@ def prepare(
         sources = config.sources and {**config.sources, "method.blocks": "default"}
         blocks = resolve_blocks(None, len(find_blocks(base)[1]))
         config = replace(config, method=replace(config.method, blocks=blocks), sources=sources)
+    if config.method.gate_blocks is not None:
+        read = resolve_blocks(config.method.gate_blocks, len(find_blocks(base)[1]), "gate_blocks")
+        config = replace(config, method=replace(config.method, gate_blocks=[*read]))
     quirks = quirks_in_force(config)
     run_identity = identity(
         to_dict(config), base=fingerprint(base), data=corpus.hashes(), template=template.to_dict(), quirks=quirks

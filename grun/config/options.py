@@ -9,10 +9,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Optional
+from typing import Any, Optional, Union
 
-# OmegaConf reads these annotations at run time and wants typing.Optional.
-# ruff: noqa: UP045
+# OmegaConf reads these annotations at run time and wants typing.Optional and typing.Union.
+# ruff: noqa: UP007, UP045
 
 LARGEST = {int: 2**31 - 1, float: 1e30}
 """Largest magnitude of an option without bounds of its own: every number type that it may be converted to holds it."""
@@ -348,8 +348,9 @@ class MethodConfig:
     """Dropout on the edit while training, a probability."""
     activation: Optional[str] = None
     """Function applied to Wh + b, a name from transformers.activations; unset: none."""
-    gate_blocks: Optional[list[int]] = None
-    """Blocks that one gate for all edits reads, none above an edited one; unset: a gate for each edit (published)."""
+    gate_blocks: Optional[list[Union[int, float]]] = None
+    """Blocks that one gate for all edits reads, none above an edited one, by number or as shares of the depth, such as
+    0.17: 5 of 30 and of 32; unset: a gate for each edit (published)."""
     gate_pool: str = choice("last", "last", "max", "maxmin", "mean")
     """gate_blocks: how their states are pooled over the tokens so far: last (none), max, maxmin (both ends) or mean."""
     gate_fit: str = choice("joint", "joint", "logistic")

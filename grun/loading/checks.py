@@ -15,7 +15,7 @@ from grun.loading.named import refuse_revision
 from grun.method.edits import EDITS
 from grun.method.gate import GATES
 from grun.method.parametrization import PARAMETRIZATIONS, traits_of
-from grun.method.rules import check_pool, check_rule
+from grun.method.rules import check_pool, check_rule, check_shares
 from grun.objectives.objective import Objective, build_objective
 from grun.registry import registry
 
@@ -64,6 +64,7 @@ def _check_unlearn(config: UnlearnConfig) -> None:
     gated = traits_of(method).gated
     if method.gate_blocks is not None and not gated:
         raise ConfigError("method.gate_blocks needs a parametrization with a gate (grun); leave it out")
+    check_shares(method.gate_blocks or (), "method.gate_blocks")
     check_pool(method.gate_blocks, method.gate_pool, method.gate_accumulate, method.gate)
     check_fit(config)
     objective_of(config)

@@ -18,6 +18,7 @@ from grun.method.host import EditedModel, blocks_to_edit, check_threshold, edit_
 from grun.method.intervention import GatedIntervention, draw_noise_from, gated_intervention, pooled_gate
 from grun.method.position import position_rule
 from grun.method.precision import float32_by_default
+from grun.method.rules import check_shares
 from grun.method.stack.stack import GrunStack
 from grun.method.stack.stacked import InForce
 from grun.method.validation import shape_of, validate
@@ -86,7 +87,7 @@ class GrunModel(EditedModel):
         gate_read: str = "last_prompt",
         gate_accumulate: str = "none",
         edit_write: str = "last_prompt",
-        gate_blocks: Sequence[int] | None = None,
+        gate_blocks: Sequence[int | float] | None = None,
         gate_pool: str = "last",
         reset_ids: Sequence[int] = (),
         template: Template | None = None,
@@ -107,7 +108,8 @@ class GrunModel(EditedModel):
             gate_read: positions the gate reads, or is asked at where states are pooled: last_prompt or every_token.
             gate_accumulate: how gate values combine over positions: none or running_max.
             edit_write: positions the edit is written to: last_prompt, sticky or every_token.
-            gate_blocks: blocks that one gate for all edits reads, none above an edited one; None: a gate for each edit.
+            gate_blocks: blocks that one gate for all edits reads, none above an edited one, as numbers or as shares of
+                the depth between 0 and 1; None: a gate for each edit.
             gate_pool: how that gate pools states over the tokens so far: last, max, maxmin or mean.
             reset_ids: token ids that begin a user's turn, where a running maximum or a pool starts again.
             template: prompt template to store with the adapter.
@@ -207,22 +209,25 @@ PUBLISHED_BLOCKS = (20, 25, 31)
 """Of models with 32."""
 
 
-def resolve_blocks(blocks: Sequence[int] | None, depth: int, name: str = "blocks") -> list[int]:
+def resolve_blocks(blocks: Sequence[int | float] | None, depth: int, name: str = "blocks") -> list[int]:
     """Blocks as sorted 0-based indices of a model with `depth` blocks; ConfigError if outside or named twice.
 
-    None stands for those as deep as the published ones, each once; a model of fewer than three has fewer.
+    None stands for those as deep as the published ones, each once; a model of fewer than three has fewer. A number with
+    a point is a share of the depth, between 0 and 1: block int(share * depth), once if several shares are that one.
     """
     if blocks is None:
         found = [depth]
         for block in reversed(PUBLISHED_BLOCKS):
             found.insert(0, min(block * depth // 32, found[0] - 1))
         return [block for block in found[:-1] if block >= 0]
-    outside = [block for block in blocks if not -depth <= block < depth]
-    if outside or not blocks:
+    shares = {int(share * depth + 1e-9) for share in check_shares(blocks, name)}  # 0.29 * 100 is less than 29
+    numbers = [*(block for block in blocks if isinstance(block, int)), *shares]
+    outside = [block for block in numbers if not -depth <= block < depth]
+    if outside or not numbers:
         raise ConfigError(
             f"{name} {list(blocks)}: name at least one of the model's {depth} blocks, 0..{depth - 1} or -{depth}..-1"
         )
-    resolved = sorted(block % depth for block in blocks)
+    resolved = sorted(block % depth for block in numbers)
     twice = sorted({block for block in resolved if resolved.count(block) > 1})
     if twice:
         raise ConfigError(f"{name} {list(blocks)}: block {twice[0]} is named twice; name each block once")

@@ -35,7 +35,7 @@ def check_rule(gate_read: str, gate_accumulate: str, edit_write: str) -> None:
         raise ConfigError("edit_write=every_token needs gate_read=every_token; with gate_read=last_prompt take sticky")
 
 
-def check_pool(gate_blocks: Sequence[int] | None, gate_pool: str, gate_accumulate: str, gate: str) -> None:
+def check_pool(gate_blocks: Sequence[int | float] | None, gate_pool: str, gate_accumulate: str, gate: str) -> None:
     """ConfigError where one gate for all edits is asked for in a way that there is not."""
     if gate_pool not in POOLS:
         raise ConfigError(f"gate_pool={gate_pool} does not exist; known: {', '.join(POOLS)}")
@@ -50,6 +50,17 @@ def check_pool(gate_blocks: Sequence[int] | None, gate_pool: str, gate_accumulat
             f"gate_accumulate={gate_accumulate} does not go with gate_blocks, whose states are pooled already; leave "
             "one of them out"
         )
+
+
+def check_shares(blocks: Sequence[int | float], name: str) -> list[float]:
+    """The shares of the depth among `blocks`, numbers with a point; ConfigError for one that is not within (0, 1)."""
+    shares = [block for block in blocks if isinstance(block, float)]
+    if wrong := [share for share in shares if not 0 < share < 1]:
+        raise ConfigError(
+            f"{name} {list(blocks)}: {wrong[0]} is neither a block's number, which has no point, nor a share of the "
+            "depth between 0 and 1"
+        )
+    return shares
 
 
 def check_gate_blocks(gate_blocks: Sequence[int], blocks: Sequence[int]) -> None:

@@ -280,6 +280,17 @@ def test_negative_blocks_count_from_the_last() -> None:
 
 
 @pytest.mark.parametrize(
+    ("blocks", "depth", "found"),
+    [([0.07, 0.17], 30, [2, 5]), ([0.07, 0.17], 32, [2, 5]), ([0.17, 0.07], 4, [0]), ([-1, 0.29], 100, [29, 99])],
+    ids=str,
+)
+def test_shares_of_the_depth_are_the_blocks_that_they_fall_on(
+    blocks: list[int | float], depth: int, found: list[int]
+) -> None:
+    assert resolve_blocks(blocks, depth) == found
+
+
+@pytest.mark.parametrize(
     ("options", "message"),
     [
         ({"blocks": [0, 4]}, r"0\.\.3"),

@@ -348,6 +348,8 @@ def test_adapters_without_such_a_gate_have_no_word_of_it(tmp_path: Path) -> None
         ({"gate_blocks": (2,)}, r"gate_blocks \[2\] must not lie above the lowest edited block, 1"),
         ({"gate_blocks": (DEPTH,)}, f"gate_blocks .*name at least one of the model's {DEPTH} blocks"),
         ({"gate_blocks": ()}, "gate_blocks .*name at least one"),
+        ({"gate_blocks": (0, 0.1)}, "gate_blocks .*block 0 is named twice"),
+        ({"gate_blocks": (1.5,)}, r"gate_blocks \[1.5\]: 1.5 is neither a block's number.*nor a share of the depth"),
         ({"gate_blocks": None}, "gate_pool=maxmin is for one gate for all edits"),
         ({"gate_pool": "median"}, "gate_pool=median does not exist; known: last, max, maxmin, mean"),
         ({"gate": "none"}, "there is no gate; leave gate_blocks out"),

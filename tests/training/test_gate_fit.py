@@ -137,8 +137,9 @@ def test_a_threshold_from_rows_set_aside_is_kept_and_what_is_below_is_the_bases_
 
 def test_copies_count_with_their_rows_and_a_retain_term_may_stay(folder: Path) -> None:
     more = ["data.augment.forget_copies=2", "data.augment.retain_copies=2", "loss.retain=ce"]
-    assert main(run(folder, "copies", *more)) == 0
-    values, _ = result(folder, "copies")
+    assert main(run(folder, "copies", *more, "method.gate_blocks=[0.4]")) == 0
+    values, model = result(folder, "copies")
+    assert values["config"]["method"]["gate_blocks"] == model.config.gate_blocks == [1]  # of 3
     assert set(values["terms"]) == {"forget", "retain"}
     assert values["gate_fit"]["forget"] == 18 and values["gate_fit"]["retain"] == 36 * 3
 
@@ -155,6 +156,8 @@ def test_copies_count_with_their_rows_and_a_retain_term_may_stay(folder: Path) -
         (["method.gate_fit=joint"], "data.group=country is for method.gate_fit=logistic"),
         (["data.group=continent"], "data.group=continent: retain row 1 has no such field; the rows have country"),
         (["data.retain_pool=2", "method.false_positives=0.1"], "there are 2 different ones, or groups"),
+        (["method.gate_blocks=[0.1,2.0]"], "method.gate_blocks [0.1, 2.0]: 2.0 is neither a block's number"),
+        (["method.gate_blocks=[a]"], "method.gate_blocks"),
         (["method.gate_blocks=[2]"], "must not lie above the lowest edited block, 1"),
     ],
 )

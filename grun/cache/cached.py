@@ -13,13 +13,12 @@ from grun.cache.attention import Pack
 from grun.cache.packed import PackedModel
 from grun.cache.shard import FrozenRow
 from grun.cache.store import FrozenRows
-from grun.cache.suffix import SuffixRunner, SuffixStates
+from grun.cache.suffix import SuffixRunner, SuffixStates, sites_of_rows
 from grun.data.encoding import Batch, EncodedRow
 from grun.errors import ModelError
 from grun.method.intervention import GatedIntervention
 from grun.method.model import GrunModel
 from grun.method.parametrization import StepOutput, at_answers
-from grun.method.position import Call
 from grun.training.gate_fit import prompt_features
 from pyvene_custom import Sites
 
@@ -143,18 +142,7 @@ class CachedEngine:
     def _located(self, step: _Step, pack: Pack) -> Sites:
         """Where the rule reads and writes, in columns of what is run of each row."""
         inside = pack.layout.inside
-        call = Call(
-            rows=len(step.rows),
-            columns=inside.shape[1],
-            past=0,
-            device=pack.device,
-            attention_mask=inside,
-            prompt_lengths=step.prompt_lengths,
-            ids=step.ids[:, : inside.shape[1]],
-        )
-        sites = self._rule.locate(call)
-        assert sites is not None  # the prompt's end is in every row
-        return sites
+        return sites_of_rows(self._rule, inside, step.prompt_lengths, step.ids[:, : inside.shape[1]])
 
     @property
     def edits(self) -> dict[int, GatedIntervention]:

@@ -75,8 +75,12 @@ class Freezer:
         return grouped(self._with_reference(self.freeze(piece), reference) for piece in wanted)
 
     @torch.no_grad()
-    def freeze(self, rows: Sequence[EncodedRow]) -> Shard:
-        """One pass over each distinct prompt and one over each answer; references are NaN."""
+    def freeze(self, rows: Sequence[EncodedRow], of_prompts: dict[int, Tensor] | None = None) -> Shard:
+        """One pass over each distinct prompt and one over each answer; references are NaN.
+
+        Outputs of the blocks that are keys of `of_prompts` are put there too, un-edited, of distinct prompts one after
+        another, [tokens, width]; not where whole rows are frozen.
+        """
         packed, first, device = self._packed, self._first, self._packed.device
         if any(not row.prompt_ids or not row.answer_ids for row in rows):
             raise DataError("a row has no prompt token or no answer token; both are needed to unlearn it")
@@ -86,9 +90,12 @@ class Freezer:
         prompt_of = [number[row.prompt_ids] for row in rows]
         recorded: dict[int, KeysValues] = {}
         pack = Pack([len(prompt) for prompt in number], [0] * len(number), {}, device, record=recorded)
-        of_prompts = packed.states(pack, self._ids(number), last=packed.depth - 1, capture=[first])[first]
+        wanted = [first, *(of_prompts or ())]
+        found = packed.states(pack, self._ids(number), last=packed.depth - 1, capture=wanted)
+        if of_prompts is not None:
+            of_prompts.update({block: found[block] for block in of_prompts})
         ends = pack.starts + pack.lengths - 1
-        last_states = of_prompts[ends][prompt_of]  # [rows, width]
+        last_states = found[first][ends][prompt_of]  # [rows, width]
 
         parts = [[last_states[index : index + 1]] for index in range(len(rows))]
         answers = [row.answer_ids if self._last_answer_token else row.answer_ids[:-1] for row in rows]
@@ -104,7 +111,7 @@ class Freezer:
         states = torch.cat([part for of_row in parts for part in of_row])
 
         above = range(first + 1, packed.depth)
-        inner = torch.ones(len(of_prompts), dtype=torch.bool, device=device)
+        inner = torch.ones(len(found[first]), dtype=torch.bool, device=device)
         inner[ends] = False  # the last prompt token's keys and values change with the edit
         if above:
             pairs = [torch.stack(recorded[block]) for block in above]

@@ -15,6 +15,7 @@ from grun.cache.shard import FrozenRow
 from grun.data.encoding import EncodedRow
 from grun.errors import ModelError
 from grun.method.intervention import GatedIntervention
+from grun.method.position import Call, PositionRule
 from pyvene_custom import Sites
 from pyvene_custom.sites import put_back, read_and_written
 
@@ -114,6 +115,21 @@ class SuffixRunner:
         lengths = [len(row.states) for row in frozen]
         pack = Pack(lengths, [len(prompt) for prompt in prompts], prefix, device)
         return pack, torch.cat([row.states for row in frozen]).to(device, non_blocking=True)
+
+
+def sites_of_rows(rule: PositionRule, inside: Tensor, prompt_lengths: Tensor, ids: Tensor | None = None) -> Sites:
+    """Where a rule reads and writes rows that are run without a key/value cache, padded on the right.
+
+    Args:
+        rule: of the edits.
+        inside: which places are tokens, bool [rows, longest], see `Layout`.
+        prompt_lengths: tokens of each row up to the last of its prompt, at least 1: [rows].
+        ids: the tokens, [rows, longest], by which turns are known; None: there is one turn.
+    """
+    rows, columns = inside.shape
+    sites = rule.locate(Call(rows, columns, 0, inside.device, inside, prompt_lengths=prompt_lengths, ids=ids))
+    assert sites is not None  # the prompt's end is in every row
+    return sites
 
 
 def token_logprobs(packed: PackedModel, hidden: Tensor, targets: Tensor) -> Tensor:

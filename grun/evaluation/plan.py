@@ -35,6 +35,7 @@ FORMAT = 2
 CODE = (
     "evaluation/scoring.py",
     "evaluation/shared_scoring.py",
+    "evaluation/packed_scoring.py",
     "evaluation/generation.py",
     "data/encoding.py",
     "data/templates.py",

@@ -2,7 +2,8 @@
 
 Rows of one prompt (a question's answer, its paraphrase, its wrong answers) stand together and share its keys and
 values; the blocks up to the first one that any of the models edits are run once. What is left for each model is the
-part of the blocks above that its edits can change, and the head, on the tokens that are scored. A result equals that of
+part of the blocks above that its edits can change, and the head, on the tokens that are scored; where a gate that is
+decided once stays shut, nothing is left (`grun.evaluation.packed_scoring`). A result equals that of
 `grun.evaluation.scoring.score` but for rounding, which depends on that first block. Whether it does for a model is
 tried on its longest row first; where not, `score` does it all.
 """
@@ -19,23 +20,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from grun.cache.packed import PackedModel
-from grun.cache.prefix import Freezer, by_tokens
-from grun.cache.suffix import SuffixRunner
+from grun.cache.prefix import by_tokens
 from grun.data.encoding import EncodedRow
 from grun.errors import ModelError
-from grun.evaluation import scoring
 from grun.evaluation.journal import Journal
-from grun.evaluation.scoring import (
-    ScoredRow,
-    TokenScores,
-    evaluating,
-    prompt_gates,
-    score,
-    score_batch,
-    score_tokens,
-    scored_rows,
-)
+from grun.evaluation.packed_scoring import PackedScorer
+from grun.evaluation.scoring import ScoredRow, evaluating, score, score_batch
 from grun.method.host import EditedModel
 from grun.method.intervention import GatedIntervention
 from grun.method.model import GrunModel
@@ -59,7 +49,7 @@ class Subject:
 
     base: PreTrainedModel
     edits: Edits | None
-    """Edits at the last prompt token by block, none for a base as it is; None: they act elsewhere too."""
+    """By block, none for a base as it is; None: they act before the last prompt token too, or their places differ."""
 
     def __init__(self, model: Any) -> None:
         """`model` as it stands: a transformers model, one with edits, or a GrunModel that was unwrapped."""
@@ -67,14 +57,20 @@ class Subject:
         self._on_base = not isinstance(model, EditedModel) or model.active
         if isinstance(model, EditedModel):
             self.base = model.base
-            self.edits = model.edit_at() if model.rule.changes == "last_prompt" else None
+            later = isinstance(model, GrunModel) and model.rule.changes == "from_last_prompt"
+            self.edits = model.edit_at() if later or model.rule.changes == "last_prompt" else None
         else:
             self.base, self.edits = model, {}
 
     @property
+    def edited(self) -> EditedModel | None:
+        """The model with edits, which need not lie on the base; None: the base as it is."""
+        return self._model if isinstance(self._model, EditedModel) else None
+
+    @property
     def is_base(self) -> bool:
         """Whether nothing lies on the base."""
-        return not isinstance(self._model, EditedModel)
+        return self.edited is None
 
     @property
     def threshold(self) -> float | None:
@@ -170,7 +166,7 @@ def _score_piece(
     """Score the rows of `piece` under the subjects that some of them are not found for."""
     missing = [which for which, known in enumerate(found) if any(row not in known for row in piece)]
     if missing:
-        results = scorer.score(piece, [subjects[which].edits or {} for which in missing])
+        results = scorer.score(piece, [subjects[which].edited for which in missing])
         for which, of_one in zip(missing, results, strict=True):
             record(which, piece, of_one)
 
@@ -193,35 +189,6 @@ def pieces(rows: Sequence[EncodedRow], batch_size: int) -> Iterator[list[Encoded
             yield piece[start : start + batch_size]
 
 
-class PackedScorer:
-    """Scores rows under several sets of edits of one base."""
-
-    def __init__(self, base: PreTrainedModel, first: int | None) -> None:
-        """Share passes up to block `first` (None: all); ModelError where the base's structure does not allow it."""
-        self._packed = PackedModel(base)
-        at = self._packed.depth - 1 if first is None else first
-        self._freezer = Freezer(self._packed, at)
-        self._runner = SuffixRunner(self._packed, at)
-
-    def score(self, rows: Sequence[EncodedRow], edits: Sequence[Edits]) -> Iterator[list[ScoredRow]]:
-        """Results of `rows`, each with prompt and answer, under each of `edits`, one after another."""
-        with torch.no_grad():
-            shard = self._freezer.freeze(rows)
-        frozen = [shard.row(number) for number in range(len(rows))]
-        targets = torch.tensor([token for row in rows for token in row.answer_ids], device=self._packed.device)
-        size = max(1, scoring.LARGEST_SLICE // self._packed.vocabulary)
-        for one in edits:
-            with torch.no_grad():
-                states = self._runner.states(frozen, one)
-                parts = [
-                    score_tokens(self._packed.logits(hidden), tokens)
-                    for hidden, tokens in zip(states.final.split(size), targets.split(size), strict=True)
-                ]
-            tokens = TokenScores(*(torch.cat(field) for field in zip(*parts, strict=True)))
-            gates = {block: torch.sigmoid(logits) for block, logits in states.gates.items()}
-            yield scored_rows(tokens, [len(row.answer_ids) for row in rows], prompt_gates(gates, len(rows)))
-
-
 def packed_scorer(
     subjects: Sequence[Subject], longest: EncodedRow, pad_id: int, first: int | None = None
 ) -> PackedScorer | None:
@@ -232,9 +199,9 @@ def packed_scorer(
         (plain,) = score_batch(model, [longest], pad_id)
     try:
         if any(subject.edits is None for subject in subjects):
-            raise ModelError("the adapter acts at other tokens than the last of the prompt")
+            raise ModelError("the adapter acts before the last token of the prompt")
         scorer = PackedScorer(subjects[0].base, first)
-        ((packed,),) = scorer.score([longest], [subjects[0].edits or {}])
+        ((packed,),) = scorer.score([longest], [subjects[0].edited])
         difference = max(abs(one - other) for one, other in zip(plain.logp, packed.logp, strict=True))
         if difference > tolerance(subjects[0].base):
             raise ModelError(f"log-probabilities differ by up to {difference:.2g}")

@@ -22,8 +22,8 @@ from grun.evaluation import generation
 from grun.evaluation.evaluate import evaluate
 from grun.evaluation.journal import Journal
 from grun.evaluation.measure import measure
+from grun.evaluation.packed_scoring import PackedScorer
 from grun.evaluation.scoring import ScoredRow, score
-from grun.evaluation.shared_scoring import PackedScorer
 from grun.evaluation.table import Table
 from grun.loading.checks import check
 from grun.method.model import GrunModel

@@ -20,7 +20,7 @@ from grun.cli import main
 from grun.config.options import DataConfig, EvaluateConfig
 from grun.data.encoding import EncodedRow, collate_prompts
 from grun.errors import AdapterError, ConfigError, RunError
-from grun.evaluation import generation, shared_scoring
+from grun.evaluation import generation, packed_scoring, shared_scoring
 from grun.evaluation.evaluate import evaluate, evaluate_adapters
 from grun.evaluation.generation import generate_answers, greedy, needs_generate
 from grun.evaluation.scoring import ScoredRow, score
@@ -114,8 +114,8 @@ def test_a_model_that_packing_computes_wrongly_is_noticed(
     base = tiny()
     model, rows = edited(base), question_rows()
     wanted = score(model, rows, 4, PAD)
-    logits = shared_scoring.PackedModel.logits
-    monkeypatch.setattr(shared_scoring.PackedModel, "logits", lambda self, hidden: logits(self, hidden) * 1.01)
+    logits = packed_scoring.PackedModel.logits
+    monkeypatch.setattr(packed_scoring.PackedModel, "logits", lambda self, hidden: logits(self, hidden) * 1.01)
     with caplog.at_level(logging.INFO, logger="grun"):
         (found,) = score_together([Subject(model)], rows, 4, PAD)
     assert "log-probabilities differ" in caplog.text
@@ -135,6 +135,77 @@ def test_models_scored_together_score_as_alone() -> None:
             assert_equal(found, score(whole, rows, 4, PAD))
     gates = [gate for row in together[2] for gate in (row.gates or {}).values()]
     assert min(gates) < THRESHOLD < max(gates)
+
+
+def pooled(base: PreTrainedModel, seed: int, threshold: float | None, **options: Any) -> GrunModel:
+    """An adapter, taken off its base again, with one gate for all edits that is asked at the last prompt token."""
+    torch.manual_seed(seed)
+    options = {"gate_blocks": [0, 1], "gate_pool": "maxmin", "edit_write": "sticky", **options}
+    model = GrunModel.wrap(base, rank=2, **{"blocks": [2, 3], **options}).eval()
+    with torch.no_grad():
+        for edit in model.edits.parameters():
+            edit.add_(torch.randn_like(edit))
+    model.gate_threshold = threshold
+    model.unwrap()
+    return model
+
+
+def whole(model: GrunModel, rows: Sequence[EncodedRow]) -> list[ScoredRow]:
+    with Subject(model).put_on() as put:
+        return score(put, rows, 4, PAD)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3", "gpt2"])
+@pytest.mark.usefixtures("no_whole_passes")
+def test_rows_on_which_a_gate_decided_once_is_shut_have_the_bases_scores_and_are_run_once(
+    family: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base, rows = tiny(family), [*question_rows(), EncodedRow((4,), (5, 6, 7, 8, 9, 10))]
+    turn = rows[0].prompt_ids[2:4]  # a pool starts again within a prompt
+    models = [
+        pooled(base, 0, 0.5, reset_ids=turn),
+        pooled(base, 1, 0.5, blocks=[1, 3], gate_blocks=[1], gate_pool="mean"),
+        pooled(base, 2, 0.5, gate_pool="last", edit_write="last_prompt"),
+        pooled(base, 3, 1.0),
+        pooled(base, 4, None),
+        pooled(base, 5, 0.5, gate_blocks=None, gate_pool="last"),  # each edit with a gate of its own
+    ]
+    for model in models[:3]:  # in the middle of the gates of these rows
+        gates = sorted({gate for row in whole(model, rows) for gate in (row.gates or {}).values()})
+        model.gate_threshold = (gates[len(gates) // 2 - 1] + gates[len(gates) // 2]) / 2
+    wanted = [score(base, rows, 4, PAD), *(whole(model, rows) for model in models)]
+    run: list[int] = []
+    states = packed_scoring.SuffixRunner.states
+
+    def counted(self: Any, frozen: Any, *more: Any, **options: Any) -> Any:
+        run.append(len(frozen))
+        return states(self, frozen, *more, **options)
+
+    monkeypatch.setattr(packed_scoring.SuffixRunner, "states", counted)
+    found = score_together([Subject(base), *map(Subject, models)], rows, 64, PAD)
+    for one, other in zip(found, wanted, strict=True):
+        assert_equal(one, other)
+    shut = [
+        [number for number, row in enumerate(of) if max((row.gates or {}).values()) < (model.gate_threshold or 0)]
+        for model, of in zip(models, found[1:], strict=True)
+    ]
+    count = len(rows)
+    assert run[1:] == [count, *(count - len(of) for of in shut[:3]), count, count]  # the first is one row, tried
+    assert all(0 < len(of) < count for of in shut[:3]) and len(shut[3]) == count and not shut[4]
+    for of, one in zip(shut[:4], found[1:5], strict=True):
+        for number, row in enumerate(one):  # to the bit
+            assert (row._replace(gates=None) == found[0][number]) == (number in of)
+    alone = score_together([Subject(models[0])], rows, 64, PAD, first=1)
+    assert alone == [found[1]]  # without the base too
+
+
+def test_a_gate_that_is_asked_at_every_token_is_scored_by_whole_passes(caplog: pytest.LogCaptureFixture) -> None:
+    base, rows = tiny(), question_rows()
+    model = pooled(base, 0, 1.0, gate_read="every_token", edit_write="every_token")
+    with caplog.at_level(logging.INFO, logger="grun"):
+        found = score_together([Subject(base), Subject(model)], rows, 4, PAD)
+    assert "acts before the last token of the prompt" in caplog.text
+    assert found == [score(base, rows, 4, PAD), whole(model, rows)]
 
 
 def test_rows_without_a_prompt_are_scored_too() -> None:
@@ -165,13 +236,13 @@ def test_logits_exist_for_a_slice_of_the_tokens_at_a_time(monkeypatch: pytest.Mo
     (whole,) = score_together([Subject(base)], rows, 64, PAD)
     monkeypatch.setattr("grun.evaluation.scoring.LARGEST_SLICE", 3 * 64)
     seen: list[int] = []
-    logits = shared_scoring.PackedModel.logits
+    logits = packed_scoring.PackedModel.logits
 
     def watched(self: Any, hidden: torch.Tensor) -> torch.Tensor:
         seen.append(len(hidden))
         return logits(self, hidden)
 
-    monkeypatch.setattr(shared_scoring.PackedModel, "logits", watched)
+    monkeypatch.setattr(packed_scoring.PackedModel, "logits", watched)
     (sliced,) = score_together([Subject(base)], rows, 64, PAD)
     assert max(seen) == 3
     assert_equal(sliced, whole)
@@ -342,7 +413,7 @@ def test_a_list_that_was_cut_off_goes_on_and_ends_bit_identical(taught: Path, tm
     config = settings(taught, "b", "a", batch_size=4)
     evaluate_adapters(config, tmp_path / "whole")
     scored: list[EncodedRow] = []
-    for where, calls in (("grun.evaluation.shared_scoring.scored_rows", 4), ("grun.evaluation.generation.greedy", 2)):
+    for where, calls in (("grun.evaluation.packed_scoring.scored_rows", 4), ("grun.evaluation.generation.greedy", 2)):
         with pytest.MonkeyPatch.context() as patch:
             module, _, name = where.rpartition(".")
             real, left = getattr(__import__(module, fromlist=[name]), name), [calls]
@@ -357,13 +428,13 @@ def test_a_list_that_was_cut_off_goes_on_and_ends_bit_identical(taught: Path, tm
             with pytest.raises(KeyboardInterrupt):
                 evaluate_adapters(config, tmp_path / "out")
     with pytest.MonkeyPatch.context() as patch:
-        freeze = shared_scoring.Freezer.freeze
+        freeze = packed_scoring.Freezer.freeze
 
         def count(self: Any, rows: Sequence[EncodedRow], *more: Any) -> Any:
             scored.extend(rows)
             return freeze(self, rows, *more)
 
-        patch.setattr(shared_scoring.Freezer, "freeze", count)
+        patch.setattr(packed_scoring.Freezer, "freeze", count)
         evaluate_adapters(config, tmp_path / "out")
     assert not scored  # all scores were in the journals
     for name in "ab":
@@ -484,6 +555,25 @@ def test_an_adapter_with_a_threshold_of_its_own_takes_the_answers_of_the_base(ta
     assert sum(asked) == len(before) + 3 and a == before
     evaluate(settings(taught, adapter=str(tmp_path / "c")), tmp_path / "alone")
     assert c == Table.read(tmp_path / "alone").generations
+
+
+def test_an_adapter_with_one_gate_gets_in_a_list_what_it_gets_alone(taught: Path, tmp_path: Path) -> None:
+    base = AutoModelForCausalLM.from_pretrained(taught / "model")
+    for seed in range(2):
+        model = pooled(base, seed, 0.5, gate_blocks=[0], blocks=[1])
+        model.save_pretrained(tmp_path / f"p{seed}")
+        evaluate(settings(taught, adapter=str(tmp_path / f"p{seed}")), tmp_path / "gates")
+        gates = sorted(max(record.gates.values()) for record in Table.read(tmp_path / "gates").gates)
+        model.keep_threshold((gates[2] + gates[3]) / 2)
+        model.save_pretrained(tmp_path / f"p{seed}")
+        shutil.rmtree(tmp_path / "gates")
+    own = [str(tmp_path / f"p{seed}") for seed in range(2)]
+    evaluate_adapters(settings(taught, *own, with_base="before"), tmp_path / "list")
+    for folder in own:
+        evaluate(settings(taught, adapter=folder), tmp_path / "alone" / Path(folder).name)
+        assert contents(tmp_path / "list" / Path(folder).name) == contents(tmp_path / "alone" / Path(folder).name)
+    before, first = (Table.read(tmp_path / "list" / name).scores for name in ("before", "p0"))
+    assert 0 < sum(one == other for one, other in zip(before, first, strict=True)) < len(before)
 
 
 def test_an_adapter_that_is_put_on_again_is_the_same(taught: Path) -> None:

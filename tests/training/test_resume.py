@@ -122,8 +122,8 @@ def test_killed_in_mid_save_a_run_resumes_from_the_checkpoint_before(killed: Any
 
 
 EVALUATION_KILLS = [
-    {"in": "grun.evaluation.shared_scoring.scored_rows", "call": 3},
-    {"in": "grun.evaluation.shared_scoring.scored_rows", "call": 4},
+    {"in": "grun.evaluation.packed_scoring.scored_rows", "call": 3},
+    {"in": "grun.evaluation.packed_scoring.scored_rows", "call": 4},
     {"in": "grun.evaluation.generation.prompt_gates", "call": 2},
     {"in": "grun.evaluation.table.write_text", "call": 2},
     {"in": "grun.evaluation.evaluate.write_json", "call": 1},

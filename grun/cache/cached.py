@@ -33,10 +33,19 @@ class CachedEngine:
 
     name = "cached"
 
-    def __init__(self, model: GrunModel, packed: PackedModel, frozen: FrozenRows, *, reads_head: bool = True) -> None:
+    def __init__(
+        self,
+        model: GrunModel,
+        packed: PackedModel,
+        frozen: FrozenRows,
+        *,
+        reads_head: bool = True,
+        features_of: Callable[[Sequence[EncodedRow]], Tensor] | None = None,
+    ) -> None:
         """Run the edits of `model` on what `frozen` holds, which was frozen at the model's first edited block.
 
-        Without `reads_head` the LM head is left out, and log-probabilities are 0.
+        Without `reads_head` the LM head is left out, and log-probabilities are 0. `features_of` keeps what a gate for
+        all edits reads; None: it is computed here.
         """
         self._model = model
         self._reads_head = reads_head
@@ -50,6 +59,7 @@ class CachedEngine:
         self._runner = SuffixRunner(packed, first, whole_rows=self._whole_rows)
         self._reference: dict[EncodedRow, Tensor] = {}
         self._untouched: dict[EncodedRow, dict[int, Tensor]] = {}
+        self._features_of = features_of or partial(prompt_features, model, pad_id=0)
         self._features: dict[tuple[int, ...], Tensor] = {}
         """By prompt, what a gate for all edits reads, [size]: no edit changes it."""
 
@@ -83,7 +93,7 @@ class CachedEngine:
         if pooled is None or not missing:
             return
         like = next(pooled.parameters())
-        found = prompt_features(self._model, [EncodedRow(prompt, ()) for prompt in missing], pad_id=0)
+        found = self._features_of([EncodedRow(prompt, ()) for prompt in missing])
         self._features.update(zip(missing, found.to(like), strict=True))
 
     def _pooled(self, rows: Sequence[EncodedRow]) -> dict[int, Tensor]:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from grun.cache.cached import CachedEngine
+from grun.cache.features import kept_features
 from grun.cache.folder import Use
 from grun.cache.packed import PackedModel
 from grun.cache.prefix import Freezer
@@ -74,7 +75,8 @@ def use_cached(task: UnlearnTask, config: UnlearnConfig, use: Use | None = None)
     rows = list(dict.fromkeys(row for name in task.objective.continuations for row in task.rows(name)))
     reference = _compared(task)
     completed = fill(store, "frozen prefix", rows, lambda missing: freezer.shards(rows, reference, set(missing)))
-    engine = CachedEngine(model, packed, store, reads_head=task.objective.reads_head)
+    features_of = None if model.pooled is None else kept_features(model, config, use)
+    engine = CachedEngine(model, packed, store, reads_head=task.objective.reads_head, features_of=features_of)
     engine.read_prompts(rows)
     task.engine = engine
     return completed

@@ -13,6 +13,7 @@ import torch
 
 from grun.cache.cached import CachedEngine
 from grun.cache.engine import use_cached
+from grun.cache.features import kept_features
 from grun.cache.folder import Use
 from grun.cache.gate_pretraining import pretrain_gates
 from grun.cache.reference import use_reference
@@ -187,8 +188,8 @@ def _task(run: Unlearning) -> UnlearnTask:
 def _fitted_gate(run: Unlearning, rows: UnlearnRows) -> GateFit:
     """Fit the gate for all edits."""
     forget, retain = gate_prompts(run, rows)
-    model, pad_id = run.parametrization.model, int(run.tokenizer.pad_token_id)
-    return fit_gate(model, forget, retain, run.config.method, pad_id)
+    model = run.parametrization.model
+    return fit_gate(model, forget, retain, run.config.method, kept_features(model, run.config, _noted(run)))
 
 
 def gate_prompts(run: Unlearning, rows: UnlearnRows) -> tuple[Prompts, Prompts]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Self
 
@@ -75,10 +75,17 @@ class Sides:
         return cls([EncodedRow(ids, ()) for ids in (*opened, *shut)], units, len(opened))
 
 
-def fit_gate(model: GrunModel, forget: Prompts, retain: Prompts, method: MethodConfig, pad_id: int) -> GateFit:
+def fit_gate(
+    model: GrunModel,
+    forget: Prompts,
+    retain: Prompts,
+    method: MethodConfig,
+    features_of: Callable[[Sequence[EncodedRow]], Tensor],
+) -> GateFit:
     """Fit the linear gate for all edits of `model` to tell prompts of `forget` from those of `retain`.
 
-    Edits are skipped below a probability of 0.5; see `fit_line` for what that is.
+    `features_of` is `prompt_features` of the model, or what keeps them. Edits are skipped below a probability of 0.5;
+    see `fit_line` for what that is.
 
     Raises:
         ConfigError: a side has too few rows.
@@ -86,7 +93,7 @@ def fit_gate(model: GrunModel, forget: Prompts, retain: Prompts, method: MethodC
     assert model.pooled is not None
     started = time.monotonic()
     sides = Sides.of(forget, retain)
-    line, result = fit_line(prompt_features(model, sides.rows, pad_id), sides, method.false_positives)
+    line, result = fit_line(features_of(sides.rows), sides, method.false_positives)
     model.keep_threshold(0.5, result.bound, result.calibration)
     last = next(module for module in model.pooled.modules() if isinstance(module, nn.Linear))
     with torch.no_grad():
@@ -151,7 +158,7 @@ def prompt_passes(model: GrunModel, rows: Sequence[EncodedRow], pad_id: int) -> 
     assert pooled is not None
     hook = find_blocks(model.base)[1][pooled.block].register_forward_hook(_stop)  # after the one that reads
     try:
-        for numbers in _passes(rows, TOKENS.get(model.device.type, TOKENS["cpu"])):
+        for numbers in _passes(rows, model.device):
             batch = collate([rows[number] for number in numbers], pad_id).to(model.device)
             try:
                 model.base(
@@ -176,8 +183,15 @@ def _stop(module: nn.Module, args: Any, output: Any) -> None:
     raise _Read
 
 
-def _passes(rows: Sequence[EncodedRow], tokens: int) -> Iterator[list[int]]:
-    """Numbers of rows of similar length, each pass of at most `tokens` with its padding, or of one row."""
+def passes_with(rows: Sequence[EncodedRow], wanted: Container[EncodedRow], device: torch.device) -> list[EncodedRow]:
+    """Rows of those passes of `prompt_features` over `rows` that have a wanted one; of them it makes the same."""
+    passes = [numbers for numbers in _passes(rows, device) if any(rows[number] in wanted for number in numbers)]
+    return [rows[number] for number in sorted(number for numbers in passes for number in numbers)]
+
+
+def _passes(rows: Sequence[EncodedRow], device: torch.device) -> Iterator[list[int]]:
+    """Numbers of rows of similar length, each pass of at most `TOKENS` with its padding, or of one row."""
+    tokens = TOKENS.get(device.type, TOKENS["cpu"])
     piece: list[int] = []
     for number in sorted(range(len(rows)), key=lambda number: len(rows[number])):
         if piece and (len(piece) + 1) * len(rows[number]) > tokens:

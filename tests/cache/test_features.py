@@ -1,0 +1,105 @@
+"""What a pooled gate reads of prompts is computed once, and is the same to the bit when it is read back."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny import VOCABULARY, random_rows, tiny
+from torch import Tensor
+
+from grun import GrunModel
+from grun.cache import features
+from grun.cache.features import kept_features
+from grun.cli import main
+from grun.config.options import CacheConfig, UnlearnConfig
+from grun.data.encoding import EncodedRow
+from grun.training.gate_fit import TOKENS, prompt_features
+
+PROMPTS = [EncodedRow(tuple(row), ()) for row in random_rows([9, 3, 5, 9, 4, 12, 7, 3, 8, 6])]
+
+
+def wrapped(base: Any = None, **options: Any) -> GrunModel:
+    torch.manual_seed(0)
+    base = tiny(dtype=torch.float32) if base is None else base
+    given = {"gate_blocks": [0, 1], "gate_pool": "maxmin", "edit_write": "sticky", "blocks": [2, 3], **options}
+    return GrunModel.wrap(base, rank=2, **given).eval()
+
+
+def kept(model: GrunModel, folder: Path | None, prompts: Sequence[EncodedRow] = PROMPTS) -> Tensor:
+    config = UnlearnConfig(cache=CacheConfig(dir=None if folder is None else str(folder)))
+    return kept_features(model, config)(prompts)
+
+
+@pytest.fixture
+def read(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Numbers of prompts that the model is run on, one for each time; passes hold 20 tokens."""
+    counts: list[int] = []
+
+    def counted(model: GrunModel, rows: Sequence[EncodedRow], pad_id: int) -> Tensor:
+        counts.append(len(rows))
+        return prompt_features(model, rows, pad_id)
+
+    monkeypatch.setattr(features, "prompt_features", counted)
+    monkeypatch.setitem(TOKENS, "cpu", 20)
+    return counts
+
+
+def test_features_are_those_of_the_model_and_the_same_to_the_bit_when_they_are_read_back(
+    tmp_path: Path, read: list[int]
+) -> None:
+    wanted = prompt_features(wrapped(), PROMPTS, 0)
+    for model in (wrapped(), wrapped(), wrapped(blocks=[1, 3])):  # other edits change nothing that is read
+        assert torch.equal(kept(model, tmp_path), wanted)
+    assert read == [len(PROMPTS)]
+    assert torch.equal(kept(wrapped(), None), wanted) and len(read) == 2
+
+
+def test_a_prompt_that_was_read_before_is_not_read_again_and_the_passes_stay(tmp_path: Path, read: list[int]) -> None:
+    first, order = kept(wrapped(), tmp_path, PROMPTS[:4]), [5, 0, 9, 1, 3, 2, 0, 7]
+    found = kept(wrapped(), tmp_path, [PROMPTS[number] for number in order])
+    assert torch.equal(found[1], first[0]) and torch.equal(found[6], first[0]) and torch.equal(found[3], first[1])
+    whole = prompt_features(wrapped(), PROMPTS, 0)
+    torch.testing.assert_close(found, whole[order], atol=1e-5, rtol=1e-5)  # float32, in batches of other sizes
+    assert read[0] == 4 and 3 <= read[1] <= 6
+
+
+def test_a_damaged_file_is_made_anew(tmp_path: Path, read: list[int], caplog: pytest.LogCaptureFixture) -> None:
+    wanted = kept(wrapped(), tmp_path)
+    (path,) = tmp_path.glob("*/*.safetensors")
+    content = bytearray(path.read_bytes())
+    content[-3] ^= 1
+    path.write_bytes(content)
+    assert torch.equal(kept(wrapped(), tmp_path), wanted)
+    assert "is damaged" in caplog.text and len(read) == 2
+    assert torch.equal(kept(wrapped(), tmp_path), wanted) and len(read) == 2
+
+
+def test_whatever_decides_them_has_entries_of_its_own(tmp_path: Path, read: list[int]) -> None:
+    changed = tiny(dtype=torch.float32)
+    with torch.no_grad():
+        changed.model.layers[1].mlp.down_proj.weight[0, 0] += 1
+    turn = PROMPTS[0].prompt_ids[3:5]
+    models = [
+        wrapped(),
+        wrapped(gate_pool="mean"),
+        wrapped(gate_blocks=[1]),
+        wrapped(reset_ids=turn),
+        wrapped(tiny(dtype=torch.float64)),
+        wrapped(changed),
+    ]
+    for number, model in enumerate(models, start=1):
+        assert torch.equal(kept(model, tmp_path), prompt_features(model, PROMPTS, 0))
+        assert len(read) == number
+    assert len(list(tmp_path.glob("*/identity.json"))) == len(models) and VOCABULARY == changed.config.vocab_size
+
+
+def test_the_cache_command_lists_and_removes_them(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    kept(wrapped(), tmp_path)
+    assert main(["cache", "list", f"dir={tmp_path}"]) == 0
+    assert "1 " in capsys.readouterr().out
+    assert main(["cache", "remove", f"dir={tmp_path}", "all=true"]) == 0
+    assert not list(tmp_path.glob("*/*"))

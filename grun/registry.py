@@ -32,6 +32,7 @@ REGISTRIES = {
     "parametrizations": "grun.method.parametrization:PARAMETRIZATIONS",
     "gates": "grun.method.gate:GATES",
     "edits": "grun.method.edits:EDITS",
+    "actions": "grun.method.actions:ACTIONS",
     "templates": "grun.data.templates:TEMPLATES",
     "benchmarks": "grun.data.corpus:BENCHMARKS",
     "models": "grun.loading.named:MODELS",

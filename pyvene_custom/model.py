@@ -134,6 +134,11 @@ class IntervenableModel(StockModel):
         return self.here or self._latest
 
     @property
+    def running(self) -> Pass | None:
+        """The pass in progress in this context; None: there is none."""
+        return RUNNING.get(self)
+
+    @property
     def here(self) -> Pass | None:
         """The last edited pass of this context, if it has made one."""
         return LAST.get(self)

@@ -32,14 +32,17 @@ from grun.evaluation.probe import asked_first
 from grun.loading.checks import check, objective_of
 from grun.loading.hashing import adapter_hash
 from grun.loading.models import context_length, load_base
+from grun.method.actions import EDIT
 from grun.method.adapter import CONFIG_FILE, STACK_FILE, WEIGHTS_FILE
 from grun.method.fingerprint import fingerprint
+from grun.method.gated import Grun
 from grun.method.model import resolve_blocks
 from grun.method.parametrization import PARAMETRIZATIONS, Parametrization, traits_of
 from grun.objectives.objective import Objective
 from grun.runtime import processes, sharding
 from grun.runtime.devices import input_device
 from grun.runtime.files import holding, staged, target, writing
+from grun.runtime.memory import peak_memory_bytes
 from grun.runtime.runs import claim, identity, open_run
 from grun.training.gate_fit import GateFit, Prompts, fit_gate
 from grun.training.recomputation import recompute_blocks
@@ -124,6 +127,8 @@ def prepare(
     if config.method.gate_blocks is not None:
         read = resolve_blocks(config.method.gate_blocks, len(find_blocks(base)[1]), "gate_blocks")
         config = replace(config, method=replace(config.method, gate_blocks=[*read]))
+    if config.method.action != EDIT:  # which edits none
+        config = replace(config, method=replace(config.method, blocks=[]))
     quirks = quirks_in_force(config)
     run_identity = identity(
         to_dict(config), base=fingerprint(base), data=corpus.hashes(), template=template.to_dict(), quirks=quirks
@@ -147,8 +152,12 @@ def train_and_save(run: Unlearning, *, save: bool = True) -> None:
     with processes.agreed():
         task = _task(run)
     processes.of_first(lambda: claim(folder, run.identity, overwrite=config.overwrite))
-    completed = choose_engine(run, task)
-    result = train(task, config.train, folder, config.seed, _look(run, task), smaller=_smaller(config))
+    completed = None
+    if run.gate is not None and config.method.action != EDIT:  # the gate is all there is
+        result = TrainResult(0, run.gate.seconds, peak_memory_bytes(), 0)
+    else:
+        completed = choose_engine(run, task)
+        result = train(task, config.train, folder, config.seed, _look(run, task), smaller=_smaller(config))
     if save:
         _save(run, task, completed, result)
 
@@ -157,7 +166,11 @@ def _task(run: Unlearning) -> UnlearnTask:
     """The rows in tokens, and the parametrization on the model, newly initialized."""
     config, base, parametrization = run.config, run.base, run.parametrization
     rows = encode_unlearn_rows(run.corpus, run.tokenizer, run.template, run.longest, config.data, seed=config.seed)
-    check_blocks(run.objective, config.method, run.depth, later_edits="rmu_hidden_state_index" in run.quirks)
+    if isinstance(parametrization, Grun) and config.method.action != EDIT:
+        refusal = templates.encode(run.template, run.tokenizer, templates.PROBE, run.corpus.refusals[0])[1]
+        parametrization.answer_ids = refusal
+    else:
+        check_blocks(run.objective, config.method, run.depth, later_edits="rmu_hidden_state_index" in run.quirks)
     run.parameters["base"] = sum(parameter.numel() for parameter in base.parameters())
     torch.manual_seed(config.seed)
     parametrization.prepare(base, run.template, turn_ids=user_turn_ids(run.template, run.tokenizer))
@@ -262,6 +275,7 @@ def _look(run: Unlearning, task: UnlearnTask) -> Look | None:
 def _save(run: Unlearning, task: UnlearnTask, completed: Completed | None, result: TrainResult) -> None:
     """Write the adapter or the model, and run.json, which marks the folder as complete."""
     config, folder, objective = run.config, run.folder, run.objective
+    is_trained = config.method.action == EDIT
     with processes.agreed(), writing(folder):
         if processes.is_first():
             with staged(folder) as new:
@@ -270,8 +284,8 @@ def _save(run: Unlearning, task: UnlearnTask, completed: Completed | None, resul
                     run.tokenizer.save_pretrained(new)
     about = {
         "command": "unlearn",
-        "objective": config.objective,
-        "terms": {side: objective.weights[side] for side in objective.terms},
+        "objective": config.objective if is_trained else config.method.action,
+        "terms": {side: objective.weights[side] for side in objective.terms} if is_trained else {},
         "parametrization": config.method.parametrization,
         "quirks": run.quirks,
         "data": run.identity["data"],

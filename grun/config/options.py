@@ -295,7 +295,8 @@ class DataConfig(PromptConfig):
     strict: bool = False
     """Make it an error if tokenizing prompt and answer together gives other tokens than one after the other."""
     group: Optional[str] = None
-    """method.gate_fit: field of retain rows, such as person, by which they belong together; unset: each by itself."""
+    """method.gate_fit, calibrate: field of rows to keep, such as person, by which they belong together; unset: each by
+    itself."""
     allow_overlap: bool = False
     """Accept rows that stand in the forget and in the retain set."""
     demo: DemoConfig = field(default_factory=DemoConfig)
@@ -342,6 +343,9 @@ class MethodConfig:
     """Name from `python -m grun list gates`."""
     edit: str = "loreft"
     """Name from `python -m grun list edits`."""
+    action: str = "edit"
+    """What is done where the gate is open, a name from `python -m grun list actions`; refuse needs a gate that is
+    fitted, trains no edit and answers with the first of data.refusals."""
     gate_bias: Optional[float] = None
     """Initial bias of the gate's logit; unset: torch's default initialization."""
     dropout: float = number(0.0, 0, 1, below=True)
@@ -653,6 +657,22 @@ class GenerateConfig(AskConfig):
 
 
 @dataclass
+class CalibrateConfig(CommandConfig):
+    """Set the threshold of an adapter's gates anew, by rows that must stay; a new adapter, the old one stays."""
+
+    adapter: Optional[str] = None
+    """Folder (or hub id) of a GRUN adapter with gates. Must be set."""
+    rows: Optional[str] = None
+    """File of rows, or of prompts alone, that must stay and that the adapter was not made from."""
+    set: Optional[str] = None
+    """Instead of rows: an evaluation set of the data (data.*), such as heldout, validation or world_facts."""
+    false_positives: Optional[float] = number(None, 0, 1, above=True, below=True)
+    """Largest share of such rows that may open the gate, in expectation, such as 0.01. Must be set."""
+    strict: bool = False
+    """Refuse an adapter that was trained on another fine-tune of the same shape (else a warning)."""
+
+
+@dataclass
 class ImportConfig:
     """Make an adapter of the files that the published GRUN code wrote."""
 
@@ -843,6 +863,11 @@ class RequestsConfig:
     """add, when it makes the store: how edits are combined, sum, max_gate, softmax_gate or grun_paper; unset: sum."""
     gate_threshold: Optional[float] = number(None, 0, 1)
     """add, when it makes the store: gate probability below which an edit is skipped; unset: never."""
+    false_positives: Optional[float] = number(None, 0, 1, above=True, below=True)
+    """add, when it makes the store: largest share of rows to keep that may open the gate of any request; each of
+    `capacity` requests gets the same part of it. Unset: nothing is promised."""
+    capacity: Optional[int] = number(None, 1)
+    """add, when it makes the store: number of requests that false_positives is promised for."""
     retrain: bool = False
     """remove: train again the requests that were trained with the removed one in force."""
     purge: bool = False

@@ -12,6 +12,7 @@ from grun.data.sets import evaluation_sets
 from grun.data.templates import PLACE, TEMPLATES
 from grun.errors import ConfigError
 from grun.loading.named import refuse_revision
+from grun.method.actions import ACTIONS, EDIT
 from grun.method.edits import EDITS
 from grun.method.gate import GATES
 from grun.method.parametrization import PARAMETRIZATIONS, traits_of
@@ -47,6 +48,12 @@ def _check_unlearn(config: UnlearnConfig) -> None:
     one_of("parametrization", method.parametrization, tuple(PARAMETRIZATIONS.names()))
     one_of("gate", method.gate, tuple(GATES.names()))
     one_of("edit", method.edit, tuple(EDITS.names()))
+    one_of("action", method.action, tuple(ACTIONS.names()))
+    if method.action != EDIT and (method.gate_fit != "logistic" or method.edit_write != "sticky"):
+        raise ConfigError(
+            f"method.action={method.action} needs a gate that is fitted, by itself, and holds for the whole answer: "
+            "set design=pooled, or method.gate_fit=logistic and method.edit_write=sticky"
+        )
     if config.design != "published" and not PARAMETRIZATIONS.traits(method.parametrization).gated:
         raise ConfigError(
             f"design={config.design} concerns GRUN's gate, which method.parametrization={method.parametrization} does "

@@ -18,6 +18,7 @@ from grun.config.options import DTYPES
 from grun.data.templates import FILE_NAME as TEMPLATE_FILE
 from grun.data.templates import Template
 from grun.errors import AdapterError, ConfigError
+from grun.method.actions import ACTIONS, EDIT
 from grun.method.edits import EDITS, LOREFT
 from grun.method.gate import GATES
 from grun.method.rules import POOLS, check_gate_blocks, check_pool, check_rule
@@ -76,11 +77,18 @@ class AdapterConfig:
     gate_pool: str = "last"
     """How such a gate pools states over tokens, a name in `grun.method.rules.POOLS`; not written without it."""
     gate_threshold: float | None = None
-    """Gate probability below which the edit is skipped; this and the next two are not written where they are None."""
+    """Gate probability below which the edit is skipped; this and the next three are not written where they are None."""
     gate_bound: float | None = None
     """Largest share of rows that were to stay which passes it, in expectation, as was calibrated."""
     gate_calibration: int | None = None
     """Prompts, or groups of them, that it was calibrated on."""
+    gate_recall: float | None = None
+    """Share of forget prompts that passes it: of those left out of a fit, or where it was calibrated later, of all."""
+    action: str = EDIT
+    """What is done where the gate is open, a name in `grun.method.actions.ACTIONS`; this and the next one are not
+    written where it is the published one."""
+    answer_ids: list[int] = field(default_factory=list)
+    """Token ids of the refusal that another action gives, its end included."""
     reset_ids: list[int] = field(default_factory=list)
     """Token ids that begin a user's turn, where what gates accumulate or pool starts again; empty: nowhere."""
     base_model_name_or_path: str | None = None
@@ -108,8 +116,9 @@ class AdapterConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """What is saved; trackers that Trainer reports to ask."""
-        later = ("gate_blocks", "gate_threshold", "gate_bound", "gate_calibration")
-        published = (("edit", LOREFT), *((name, None) for name in later))
+        later = ("gate_blocks", "gate_threshold", "gate_bound", "gate_calibration", "gate_recall")
+        published: list[tuple[str, Any]] = [("edit", LOREFT), *((name, None) for name in later)]
+        published += [("action", EDIT), ("answer_ids", [])]
         values = {name: value for name, value in asdict(self).items() if (name, value) not in published}
         if self.gate_blocks is None:
             del values["gate_pool"]
@@ -146,13 +155,18 @@ class AdapterConfig:
         for name, most in (("hidden_size", LARGEST), ("depth", LARGEST), ("rank", self.hidden_size)):
             limit = f"the hidden size {most}" if name == "rank" else most
             _require(1 <= getattr(self, name) <= most, f"{name} {getattr(self, name)} must lie between 1 and {limit}")
-        self._check_blocks("blocks", self.blocks)
+        ACTIONS.get(self.action)
+        if self.action == EDIT:
+            self._check_blocks("blocks", self.blocks)
+            _require(not self.answer_ids, "answer_ids are for another action than edit; there must be none")
+        else:
+            self._check_action()
         _require(0 <= self.dropout < 1, f"dropout {self.dropout} must lie in [0, 1)")
         bias = abs(self.gate_bias or 0.0)
         _require(
             bias < LARGEST_BIAS, f"gate_bias {self.gate_bias} must lie between -{LARGEST_BIAS:g} and {LARGEST_BIAS:g}"
         )
-        for name in ("gate_threshold", "gate_bound"):
+        for name in ("gate_threshold", "gate_bound", "gate_recall"):
             share = getattr(self, name)
             _require(share is None or 0 <= share <= 1, f"{name} {share} must lie between 0 and 1")
         ids = all(0 <= token < LARGEST_ID for token in self.reset_ids)
@@ -165,12 +179,25 @@ class AdapterConfig:
         check_pool(self.gate_blocks, self.gate_pool, self.gate_accumulate, self.gate)
         if self.gate_blocks is not None:
             self._check_blocks("gate_blocks", self.gate_blocks)
-            check_gate_blocks(self.gate_blocks, self.blocks)
+            if self.blocks:
+                check_gate_blocks(self.gate_blocks, self.blocks)
         if self.activation is not None:
             from transformers.activations import ACT2FN
 
             if self.activation not in ACT2FN:
                 raise ConfigError(f"unknown activation {self.activation!r}; known: {', '.join(sorted(ACT2FN))}")
+
+    def _check_action(self) -> None:
+        """What acts on logits edits no block, and acts by one gate that is asked at the end of the prompt."""
+        _require(not self.blocks, f"action={self.action} edits no blocks, not {self.blocks}")
+        once = self.gate_blocks is not None and (self.gate_read, self.edit_write) == ("last_prompt", "sticky")
+        _require(
+            once,
+            f"action={self.action} needs one gate, asked once, and holds from there on: set gate_blocks, "
+            "gate_read=last_prompt and edit_write=sticky",
+        )
+        ids = bool(self.answer_ids) and all(0 <= token < LARGEST_ID for token in self.answer_ids)
+        _require(ids, f"action={self.action} needs answer_ids, the token ids of a refusal; they are {self.answer_ids}")
 
     def _check_blocks(self, name: str, blocks: list[int]) -> None:
         inside = bool(blocks) and all(0 <= block < self.depth for block in blocks)
@@ -253,6 +280,11 @@ def check_fits(config: AdapterConfig, hidden_size: int, depth: int, vocabulary: 
             f"{folder}: made for hidden size {config.hidden_size} and {config.depth} blocks, this base has hidden size "
             f"{hidden_size} and {depth} blocks; it was trained on {config.base_model_name_or_path}"
         )
+    if beyond := [token for token in config.answer_ids if token >= vocabulary]:
+        raise AdapterError(
+            f"{folder}: answer_ids {beyond} are beyond the {vocabulary} token ids of this base; it was made for "
+            f"{config.base_model_name_or_path}"
+        )
     if beyond := [token for token in config.reset_ids if token >= vocabulary]:
         raise AdapterError(
             f"{folder}: reset_ids {beyond} are beyond the {vocabulary} token ids of this base, so turns would not be "
@@ -334,9 +366,7 @@ def model_card(config: AdapterConfig, template: Template | None) -> str:
     return f"""{header}
 # GRUN adapter for `{base}`
 
-A gated low-rank edit (GRUN, arXiv 2502.17823) of the hidden state of the last prompt token after blocks
-{config.blocks} (0-based), rank {config.rank}, gate `{config.gate}`, trained so that the model no longer answers from
-the data to forget. Base fingerprint `{config.base_fingerprint}`, prompt template
+{_of_action(config)} Base fingerprint `{config.base_fingerprint}`, prompt template
 `{template.name if template else "none stored"}`.{_of_pooled_gate(config)}
 
 ```python
@@ -350,15 +380,29 @@ that moves that token (a suffix, a prefilled answer, another template) can bypas
 """
 
 
+def _of_action(config: AdapterConfig) -> str:
+    """Sentence of a model card on what the adapter does."""
+    if config.action != EDIT:
+        return f"""A gate (`{config.gate}`) decides at the end of a prompt whether it is about the data to forget.
+Where it is open, the action `{config.action}` takes the place of the model's answer; no hidden state is edited, and the
+model still holds the answer in them."""
+    return f"""A gated low-rank edit (GRUN, arXiv 2502.17823) of the hidden state of the last prompt token after blocks
+{config.blocks} (0-based), rank {config.rank}, gate `{config.gate}`, trained so that the model no longer answers from
+the data to forget."""
+
+
 def _of_pooled_gate(config: AdapterConfig) -> str:
     """Paragraph of a model card on one gate for all edits; empty without such a gate."""
     if config.gate_blocks is None:
         return ""
-    told = f"One gate for all edits reads the states after blocks {config.gate_blocks}, pooled over tokens "
-    told += f"(`{config.gate_pool}`);\nthe edit is written at: `{config.edit_write}`."
+    reads = "One gate for all edits reads" if config.action == EDIT else "The gate reads"
+    told = f"{reads} the states after blocks {config.gate_blocks}, pooled over tokens (`{config.gate_pool}`);\n"
+    told += f"the edit is written at: `{config.edit_write}`." if config.action == EDIT else "it holds from there on."
     if config.gate_threshold is not None:
-        told += f" Below a probability of {config.gate_threshold} nothing is edited."
+        told += f" Below a probability of {config.gate_threshold} nothing is {'edited' if config.blocks else 'done'}."
     if config.gate_bound is not None:
         told += f"\nOf rows such as those of the {config.gate_calibration} groups to keep that this was calibrated on, "
         told += f"at most {config.gate_bound:.3g}\nopen it, in expectation."
+    if config.gate_recall is not None:
+        told += f" Of the prompts about the data to forget {config.gate_recall:.3g} opened it."
     return "\n\n" + told

@@ -24,7 +24,7 @@ from grun.method.stack.stack import GrunStack
 log = logging.getLogger(__name__)
 
 OPTIONS = "blocks rank gate edit gate_bias dropout activation gate_read gate_accumulate edit_write".split()
-OPTIONS += ["gate_blocks", "gate_pool"]
+OPTIONS += ["gate_blocks", "gate_pool", "action"]
 """Options of `MethodConfig` that `GrunModel.wrap` takes as they are."""
 
 
@@ -37,6 +37,8 @@ class Grun:
         """`dropout_on_hidden` is the published quirk of that name."""
         self.config = config
         self.dropout_on_hidden = dropout_on_hidden
+        self.answer_ids: Sequence[int] = ()
+        """Token ids of the refusal of another action than edit; to be set before `prepare`."""
 
     @classmethod
     def make(cls, config: UnlearnConfig, quirks: Sequence[str]) -> Self:
@@ -62,6 +64,7 @@ class Grun:
             base,
             **{option: getattr(self.config, option) for option in OPTIONS},
             dropout_on_hidden=self.dropout_on_hidden,
+            answer_ids=self.answer_ids,
             reset_ids=turn_ids if resets else (),
             template=template,
             beside=beside,

@@ -294,6 +294,7 @@ class EditedModel(nn.Module):
             earlier=None if state is None else state.ids,
             carry={} if state is None else state.last(),
             pooled=None if state is None else state.pool,
+            logits_to_keep=0 if (kept := kwargs.get("logits_to_keep")) is None else kept,
             goes_on=cache is not None,
             after_prompt=past > 0 and (isinstance(cache, tuple) or getattr(cache, "prompt_ended", False)),
         )
@@ -408,6 +409,14 @@ def transformers_model(base: nn.Module) -> PreTrainedModel:
     found = next((module for module in base.modules() if isinstance(module, PreTrainedModel)), None)
     if found is None or not hasattr(found, "generate"):
         raise ModelError(f"{type(base).__name__} holds no causal language model of transformers to put edits on")
+    return found
+
+
+def output_embeddings(base: PreTrainedModel) -> nn.Module:
+    """The module that makes logits of the last hidden states; ModelError for a model that names none."""
+    found: nn.Module | None = transformers_model(base).get_output_embeddings()
+    if found is None:
+        raise ModelError(f"{type(base).__name__} names no output embeddings, whose logits an action could change")
     return found
 
 

@@ -8,14 +8,27 @@ from pathlib import Path
 from typing import Any
 from zlib import crc32
 
+import torch
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from grun.data.templates import Template
 from grun.errors import ConfigError
+from grun.method.acting import acted
+from grun.method.actions import ACTIONS, EDIT
 from grun.method.adapter import AdapterConfig, find_adapter, write_adapter
 from grun.method.fingerprint import fingerprint
-from grun.method.host import EditedModel, blocks_to_edit, check_threshold, edit_dtype, hidden_size_of, is_quantized
+from grun.method.host import (
+    EditedModel,
+    blocks_to_edit,
+    check_threshold,
+    edit_dtype,
+    hidden_size_of,
+    is_quantized,
+    output_embeddings,
+)
 from grun.method.intervention import GatedIntervention, draw_noise_from, gated_intervention, pooled_gate
+from grun.method.pooling import PooledSites
 from grun.method.position import position_rule
 from grun.method.precision import float32_by_default
 from grun.method.rules import check_shares
@@ -48,7 +61,12 @@ class GrunModel(EditedModel):
         if pooled is not None:
             pooled = pooled.to(device=device_of(blocks[pooled.block]), dtype=edit_dtype(blocks))
         rule = position_rule(
-            config.gate_read, config.gate_accumulate, config.edit_write, config.reset_ids, pooled=pooled is not None
+            config.gate_read,
+            config.gate_accumulate,
+            config.edit_write,
+            config.reset_ids,
+            pooled=pooled is not None,
+            counts=config.action != EDIT,
         )
         if beside is not None:
             if pooled is not None or beside.pooled is not None:
@@ -65,9 +83,13 @@ class GrunModel(EditedModel):
                 own = edits.setdefault(index, InForce(earlier))
                 if isinstance(own, GatedIntervention):
                     own.earlier = earlier
+        act = ACTIONS.get(config.action)(config.answer_ids)
+        head = output_embeddings(base) if act is not None else None
         super().__init__(base, edits, rule, template, pooled)
         self.config = config
         self.gate_threshold = config.gate_threshold
+        self._act = act
+        self._on_head = None if head is None else head.register_forward_hook(self._act_on_logits)
 
     # -- making, saving, loading ------------------------------------------------------------------------------------
 
@@ -89,6 +111,8 @@ class GrunModel(EditedModel):
         edit_write: str = "last_prompt",
         gate_blocks: Sequence[int | float] | None = None,
         gate_pool: str = "last",
+        action: str = EDIT,
+        answer_ids: Sequence[int] = (),
         reset_ids: Sequence[int] = (),
         template: Template | None = None,
         beside: GrunStack | None = None,
@@ -111,6 +135,8 @@ class GrunModel(EditedModel):
             gate_blocks: blocks that one gate for all edits reads, none above an edited one, as numbers or as shares of
                 the depth between 0 and 1; None: a gate for each edit.
             gate_pool: how that gate pools states over the tokens so far: last, max, maxmin or mean.
+            action: name in `grun.method.actions.ACTIONS`; another one than edit has no edits, so `blocks` do not count.
+            answer_ids: token ids of the refusal that it gives, its end included.
             reset_ids: token ids that begin a user's turn, where a running maximum or a pool starts again.
             template: prompt template to store with the adapter.
             beside: other requests on this base, unwrapped, whose edits stay in force; they are not saved with this one.
@@ -121,10 +147,11 @@ class GrunModel(EditedModel):
         depth = len(blocks_to_edit(base))
         read = None if gate_blocks is None else resolve_blocks(gate_blocks, depth, "gate_blocks")
         config = AdapterConfig(
-            blocks=resolve_blocks(blocks, depth), rank=rank, gate=gate, edit=edit, gate_bias=gate_bias,
-            dropout=dropout, dropout_on_hidden=dropout_on_hidden, activation=activation, gate_read=gate_read,
-            gate_accumulate=gate_accumulate, edit_write=edit_write, gate_blocks=read, gate_pool=gate_pool,
-            reset_ids=list(reset_ids), hidden_size=hidden_size_of(base), depth=depth, **_identity_of(base),
+            blocks=resolve_blocks(blocks, depth) if action == EDIT else [], rank=rank, gate=gate, edit=edit,
+            gate_bias=gate_bias, dropout=dropout, dropout_on_hidden=dropout_on_hidden, activation=activation,
+            gate_read=gate_read, gate_accumulate=gate_accumulate, edit_write=edit_write, gate_blocks=read,
+            gate_pool=gate_pool, action=action, answer_ids=list(answer_ids), reset_ids=list(reset_ids),
+            hidden_size=hidden_size_of(base), depth=depth, **_identity_of(base),
         )  # fmt: skip
         return cls(base, config, template, beside)
 
@@ -163,19 +190,44 @@ class GrunModel(EditedModel):
     @property
     def gate_threshold(self) -> float | None:
         """Gate probability below which, in evaluation mode, the edit is skipped, bit for bit; saved ones come back."""
-        return next(iter(self.own_edits().values())).threshold
+        return self._threshold
 
     @gate_threshold.setter
     def gate_threshold(self, value: float | None) -> None:
         check_threshold(value)
+        self._threshold = value
         for edit in self.own_edits().values():
             edit.threshold = value
 
-    def keep_threshold(self, value: float, bound: float | None = None, calibration: int | None = None) -> None:
+    def keep_threshold(
+        self,
+        value: float,
+        bound: float | None = None,
+        calibration: int | None = None,
+        recall: float | None = None,
+    ) -> None:
         """Set `gate_threshold`, and store it with the adapter; for the others see `AdapterConfig`."""
         self.gate_threshold = value
         config = self.config
-        config.gate_threshold, config.gate_bound, config.gate_calibration = value, bound, calibration
+        config.gate_threshold, config.gate_bound = value, bound
+        config.gate_calibration, config.gate_recall = calibration, recall
+
+    def unwrap(self) -> PreTrainedModel:
+        """See `EditedModel.unwrap`."""
+        base = super().unwrap()
+        if self._on_head is not None:
+            self._on_head.remove()
+        return base
+
+    @torch.compiler.disable
+    def _act_on_logits(self, head: nn.Module, args: Any, logits: Tensor) -> Tensor | None:
+        """Hook of the output embeddings: within an edited pass its logits are those that the action gives."""
+        running = self.intervenable.running
+        if running is None or self._act is None or not isinstance(running.sites, PooledSites):
+            return None
+        opening = running.openings[self.pooled.block]
+        threshold = 0.5 if self.gate_threshold is None else self.gate_threshold
+        return acted(logits, running.sites, opening, threshold, self._act)
 
     @contextlib.contextmanager
     def drawing(self, seeds: Sequence[int] | None) -> Iterator[None]:

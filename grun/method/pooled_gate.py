@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from grun.errors import ModelError
 from grun.method.gating import openings
-from grun.method.pooling import PooledSites
+from grun.method.pooling import PLACES, PooledSites
 from pyvene_custom import Intervention
 from pyvene_custom.model import Pass
 
@@ -55,6 +55,8 @@ class PooledGate(Intervention):
         running.gates[block], running.openings[block] = logits, opening
         if not running.again:
             running.kept[KEY] = opening.detach()
+            if sites.places is not None:
+                running.kept[PLACES] = sites.places.to(torch.float32)  # as what else is kept
             # Without its graph, which leads to nothing that sites may hold; for blocks that run again.
             sites.given[KEY] = logits.detach(), opening.detach().requires_grad_(opening.requires_grad)
 

@@ -16,6 +16,8 @@ from torch.nn.functional import rms_norm
 
 from pyvene_custom import Sites
 
+PLACES = "places"
+"""What `PooledSites.places` go by among what a cache keeps of gates."""
 EPS = 1e-6
 """Added to the mean square that states are divided by the root of."""
 
@@ -180,6 +182,11 @@ class PooledSites(Sites):
     features: dict[tuple[int, str], Tensor] = field(default_factory=dict)
     """By block and pool, features where gates are asked, [batch, positions read, feature size]."""
 
+    places: Tensor | None = None
+    """Tokens between each column and the last one of the prompt before it, 0 there and -1 where none has ended, int64
+    [batch, columns]; None: nobody asks."""
+    logits_to_keep: int | Tensor = 0
+    """Columns that logits are made of, as transformers has it: so many last ones, 0: all, or those named."""
     given: dict[Any, tuple[Tensor, Tensor]] = field(default_factory=dict)
     """Of several gates, by what tells them apart, their logits there and those in force."""
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from grun.errors import DataError, ModelError
-from grun.method.pooling import PooledSites, PoolMemory
+from grun.method.pooling import PLACES, PooledSites, PoolMemory
 from grun.method.rules import check_rule
 from pyvene_custom.sites import Sites
 
@@ -54,6 +54,8 @@ class Call:
     """What gates remember of earlier passes, by intervention."""
     pooled: PoolMemory | None = None
     """What a pooled gate remembers of earlier passes."""
+    logits_to_keep: int | Tensor = 0
+    """Columns that logits are made of; see `PooledSites`."""
     goes_on: bool = False
     """Whether there is a cache to hold this pass, so that a prompt may end in a later one."""
     after_prompt: bool | None = None
@@ -223,6 +225,8 @@ class PositionRule:
     """Ids that begin a user's turn, at the last of which what is accumulated or pooled starts again."""
     pooled: bool = False
     """Whether one gate for all edits reads states pooled over the tokens so far; `read` is where it is asked."""
+    counts: bool = False
+    """With `pooled` and sticky: whether tokens are counted from the last one of the prompt on."""
 
     @property
     def changes(self) -> Changes:
@@ -256,7 +260,10 @@ class PositionRule:
         if not self.pooled:
             return sites
         number = torch.zeros_like(columns) if resets is None else resets.long().cumsum(dim=1)
-        return PooledSites(**vars(sites), turns=torch.where(counts, number, -1), memory=call.pooled)
+        found = PooledSites(**vars(sites), turns=torch.where(counts, number, -1), memory=call.pooled)
+        if self.counts:
+            found.places, found.logits_to_keep = _places(call, last, written), call.logits_to_keep
+        return found
 
     def _written(self, columns: Tensor, last: Tensor | None) -> Tensor:
         """Where edits are written, padding aside."""
@@ -322,11 +329,28 @@ def is_decode_step(call: Call) -> bool:
 
 
 def position_rule(
-    gate_read: str, gate_accumulate: str, edit_write: str, reset: Sequence[int] = (), *, pooled: bool = False
+    gate_read: str,
+    gate_accumulate: str,
+    edit_write: str,
+    reset: Sequence[int] = (),
+    *,
+    pooled: bool = False,
+    counts: bool = False,
 ) -> PositionRule:
     """Rule for these names, see `PositionRule`; ConfigError lists what exists, or what does not go together."""
     check_rule(gate_read, gate_accumulate, edit_write)
-    return PositionRule(gate_read, edit_write, tuple(reset) if pooled or gate_read == "every_token" else (), pooled)
+    resets = tuple(reset) if pooled or gate_read == "every_token" else ()
+    return PositionRule(gate_read, edit_write, resets, pooled, counts)
+
+
+def _places(call: Call, last: Tensor | None, written: Tensor) -> Tensor:
+    """See `PooledSites.places`; `written` are the columns that are counted, those from the last prompt token on."""
+    before = call.carry.get(PLACES)
+    start = torch.full((call.rows, 1), -1, device=call.device) if before is None else before.clamp(min=-1).long()
+    if last is not None:
+        begins = ((last >= 0) & (last < call.columns)).unsqueeze(1)
+        start = torch.where(begins, -1, start.to(call.device))
+    return start.to(call.device) + written.long().cumsum(dim=1)
 
 
 def _last_prompt_alone(call: Call, last: Tensor | None) -> Sites | None:

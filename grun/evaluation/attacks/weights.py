@@ -109,10 +109,13 @@ class Relearn(Attack):
         import torch
 
         from grun.evaluation.scoring import base_of
+        from grun.method.actions import EDIT
         from grun.method.model import GrunModel
         from grun.method.stack.stack import GrunStack
 
         if isinstance(loaded.model, GrunModel):
+            if loaded.model.config.action != EDIT:
+                return f"needs an edit that trains, and the action {loaded.model.config.action} has none"
             return None
         if isinstance(loaded.model, GrunStack):
             return "needs weights that train, and those of a store of requests do not; name one request's adapter"

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 from grun.data.templates import Template
 from grun.errors import AdapterError, ConfigError, unknown_name
+from grun.method.actions import EDIT
 from grun.method.adapter import AdapterConfig, find_adapter
 from grun.method.edits import LOREFT
 from grun.method.fingerprint import fingerprint
@@ -131,6 +132,8 @@ class GrunStack(EditedModel):
             gates: dict[Kind, dict[str, dict[str, Tensor]]] = {}
             resets = {tuple(one.reset_ids): of for of, one in self.configs.items() if one.gate_blocks is not None}
             for name, (config, weights) in requests.items():
+                if config.action != EDIT:
+                    raise AdapterError(f"request {name!r}: its action is {config.action}; a stack takes edits alone")
                 if config.gate_blocks is not None:
                     of_gate = _starting(weights, "pooled.")
                     gates.setdefault(Kind.of(config), {})[name] = of_gate

@@ -62,6 +62,11 @@ COMMANDS = {
         takes="config and questions",
         stdout=True,
     ),
+    "calibrate": Command(
+        "set the threshold of an adapter's gates by rows that must stay, at a rate of false positives",
+        "grun.commands.calibrate:calibrate",
+        "adapter=FOLDER rows=FILE false_positives=0.01 output_dir=DIR   (docs/robustness.md)",
+    ),
     "import": Command(
         "make an adapter of files that the published GRUN code wrote",
         "grun.commands.upstream:import_adapter",

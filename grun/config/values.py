@@ -26,6 +26,7 @@ COMMANDS: dict[str, type[Any]] = {
     "unlearn": options.UnlearnConfig,
     "evaluate": options.EvaluateConfig,
     "generate": options.GenerateConfig,
+    "calibrate": options.CalibrateConfig,
     "import": options.ImportConfig,
     "corpora": options.CorporaConfig,
     "report": options.ReportConfig,

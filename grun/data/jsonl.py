@@ -52,6 +52,28 @@ def load_rows(name: str, folder: str | None = None, columns: Mapping[str, str] |
     return rows_of(((where, plain_record(record)) for where, record in records), columns)
 
 
+def load_prompts(name: str, columns: Mapping[str, str] | None = None) -> list[Row]:
+    """As `load_rows`, of rows of which only what is asked counts: a file may hold a question (or prompt) a row alone.
+
+    Such rows have an empty completion.
+    """
+    path = Path(name).expanduser()
+    if not path.is_file():
+        return load_rows(name, None, columns)
+    records = read_records(path)
+    alone = [_prompt_alone(_renamed(record, columns or {})) for _, record in records if isinstance(record, dict)]
+    found = [row for row in alone if row is not None]
+    return found if len(found) == len(records) else rows_of(records, columns)
+
+
+def _prompt_alone(record: dict[str, Any]) -> Row | None:
+    """The row of a record with a question, or a prompt, and no answer; None of any other."""
+    name = next((name for name in ("question", "prompt") if isinstance(record.get(name), str)), None)
+    if name is None or shape_of(record) is not None or not record[name].strip():
+        return None
+    return Row(record[name], "", {key: value for key, value in record.items() if key != name})
+
+
 def read_rows(path: Path, columns: Mapping[str, str] | None = None) -> list[Row]:
     """Read every row of a file; see `read_records` and `Row.from_record`.
 

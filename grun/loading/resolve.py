@@ -153,6 +153,8 @@ def _layers(command: str, schema: type[Any], given: DictConfig, store: Path | No
 
 def _reads_rows(command: str, user: Mapping[str, Any], layers: Sequence[Layer]) -> bool:
     """Whether a command reads `data.name`."""
+    if command == "calibrate":
+        return user.get("rows") is None
     return command != "generate" and (_last(layers, "suite") or "answers") not in ("knowledge", "lm_eval")
 
 

@@ -16,8 +16,9 @@ from grun.data.encoding import EncodedRow, collate
 from grun.errors import ConfigError
 from grun.method.logistic import Line, choose_strength, conformal, fit, shuffled
 from grun.method.model import GrunModel
-from grun.method.pooling import PooledSites
+from grun.method.pooling import PooledSites, pooled_in
 from pyvene_custom import find_blocks
+from pyvene_custom.model import Pass
 
 log = logging.getLogger(__name__)
 
@@ -94,7 +95,7 @@ def fit_gate(
     started = time.monotonic()
     sides = Sides.of(forget, retain)
     line, result = fit_line(features_of(sides.rows), sides, method.false_positives)
-    model.keep_threshold(0.5, result.bound, result.calibration)
+    model.keep_threshold(0.5, result.bound, result.calibration, result.recall)
     last = next(module for module in model.pooled.modules() if isinstance(module, nn.Linear))
     with torch.no_grad():
         last.weight.copy_(line.weight.unsqueeze(0))
@@ -151,12 +152,20 @@ def prompt_features(model: GrunModel, rows: Sequence[EncodedRow], pad_id: int) -
     return torch.stack(found)
 
 
-@torch.no_grad()
 def prompt_passes(model: GrunModel, rows: Sequence[EncodedRow], pad_id: int) -> Iterator[tuple[list[int], PooledSites]]:
     """Run the prompts of `rows`; of each pass the numbers of its rows, and what the gate reads, until the next one."""
-    pooled = model.pooled
-    assert pooled is not None
-    hook = find_blocks(model.base)[1][pooled.block].register_forward_hook(_stop)  # after the one that reads
+    assert model.pooled is not None
+    for numbers, running in passes_through(model, rows, model.pooled.block, pad_id):
+        assert isinstance(running.sites, PooledSites)
+        yield numbers, running.sites
+
+
+@torch.no_grad()
+def passes_through(
+    model: GrunModel, rows: Sequence[EncodedRow], block: int, pad_id: int
+) -> Iterator[tuple[list[int], Pass]]:
+    """Of each pass over `rows` their numbers, and what gates read in it; it ends after `block`, nothing above is run."""
+    hook = find_blocks(model.base)[1][block].register_forward_hook(_stop)  # after the one that reads
     try:
         for numbers in _passes(rows, model.device):
             batch = collate([rows[number] for number in numbers], pad_id).to(model.device)
@@ -168,9 +177,10 @@ def prompt_passes(model: GrunModel, rows: Sequence[EncodedRow], pad_id: int) -> 
             except _Read:
                 pass
             running = model.intervenable.here
-            assert running is not None and isinstance(running.sites, PooledSites)
-            yield numbers, running.sites
-            running.sites.let_go()
+            assert running is not None
+            yield numbers, running
+            for sites in pooled_in(running.sites):
+                sites.let_go()
     finally:
         hook.remove()
 

@@ -207,13 +207,18 @@ def encode_unlearn_rows(
 def _units(rows: Sequence[Row], encoded: int, copied: Sequence[int], group: str | None) -> list[str]:
     """What rows that were encoded, and copies of the rows numbered in `copied`, belong to; see `UnlearnRows`."""
     each = encoded // max(1, len(rows))  # a text may be cut in several ways
-    numbers = [number for number in range(len(rows)) for _ in range(each)] + list(copied)
+    units = units_of(rows, group)
+    return [units[number] for number in [number for number in range(len(rows)) for _ in range(each)] + list(copied)]
+
+
+def units_of(rows: Sequence[Row], group: str | None) -> list[str]:
+    """What each row belongs to: itself, or its value of the field `group`; ConfigError where a row has none."""
     if group is None:
-        return [repr((*rows[number].earlier, rows[number].prompt or rows[number].completion)) for number in numbers]
+        return [repr((*row.earlier, row.prompt or row.completion)) for row in rows]
     if without := [number for number, row in enumerate(rows, start=1) if row.extra.get(group) is None]:
         known = ", ".join(sorted({name for row in rows for name in row.extra})) or "no further ones"
         raise ConfigError(f"data.group={group}: retain row {without[0]} has no such field; the rows have {known}")
-    return [str(rows[number].extra[group]) for number in numbers]
+    return [str(row.extra[group]) for row in rows]
 
 
 def are_texts(rows: Sequence[Row]) -> bool:

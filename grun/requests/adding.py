@@ -20,11 +20,13 @@ from grun.evaluation.probe import asked_first
 from grun.loading.checks import check
 from grun.loading.resolve import resolve
 from grun.loading.stored import of_store
+from grun.method.actions import EDIT
 from grun.method.adapter import AdapterConfig
 from grun.method.edits import LOREFT
 from grun.method.parametrization import traits_of
 from grun.method.stack.forget_rows import check_forget_rows, salted_hashes
 from grun.method.stack.manifest import MANIFEST_FILE, Request, check_id
+from grun.requests.rates import report, with_share
 from grun.requests.signing import read_key
 from grun.requests.store import RequestStore
 from grun.runtime.files import read_json, target
@@ -71,7 +73,7 @@ def add(options: RequestsConfig, arguments: Sequence[str]) -> Path:
         known = store.manifest.request(request_id) if options.replace else None
     if options.adapter is not None:
         return _take(options, Path(options.adapter).expanduser(), arguments)
-    config = _config(known, arguments, folder)
+    config = with_share(_config(known, arguments, folder), *_rate(options, folder))
     if known is not None:
         template = {f"data.{key}": getattr(config.data, key) for key in OPTIONS}
         _refuse_another_template(options, f"request {request_id}", template)
@@ -124,7 +126,7 @@ def train(store: RequestStore, training: Training) -> Path:
             if source is not None:
                 config = from_dict("unlearn", to_dict(config), [f"method.beside={source}"])
             unlearn(config)
-        return store.add(
+        added = store.add(
             training.id,
             folder,
             forget_rows=training.rows,
@@ -135,6 +137,8 @@ def train(store: RequestStore, training: Training) -> Path:
             note=training.note,
             replace=training.replace,
         )
+        report(store, training.id)
+        return added
 
 
 def load_rows(config: UnlearnConfig) -> Corpus:
@@ -145,6 +149,8 @@ def load_rows(config: UnlearnConfig) -> Corpus:
             f"method.parametrization={config.method.parametrization}, method.gate={config.method.gate}: a store holds "
             "GRUN adapters with a gate alone; choose parametrization grun and a gate from `list gates`"
         )
+    if config.method.action != EDIT:
+        raise ConfigError(f"method.action={config.method.action}: a store holds adapters with the action {EDIT} alone")
     if config.method.edit != LOREFT:
         raise ConfigError(f"method.edit={config.method.edit}: a store holds adapters with the edit {LOREFT} alone")
     config = asked_first(config)
@@ -188,7 +194,7 @@ def _take(options: RequestsConfig, adapter: Path, arguments: Sequence[str]) -> P
     store = _opened_or_made(options)
     with store.writing():
         beside = [] if config.method.beside is None else _trained_beside(store, adapter)
-        return store.add(
+        added = store.add(
             str(options.id),
             adapter,
             forget_rows=rows,
@@ -199,6 +205,8 @@ def _take(options: RequestsConfig, adapter: Path, arguments: Sequence[str]) -> P
             note=options.note,
             replace=options.replace,
         )
+        report(store, str(options.id))
+        return added
 
 
 def _trained_beside(store: RequestStore, adapter: Path) -> list[str]:
@@ -298,11 +306,26 @@ def _opened_or_made(options: RequestsConfig) -> RequestStore:
         return opened(options)
     key = None if options.key is None else read_key(options.key)
     log.info("a new store of requests: %s", folder)
-    return RequestStore.create(folder, rule=options.rule or "sum", gate_threshold=options.gate_threshold, key=key)
+    return RequestStore.create(
+        folder,
+        rule=options.rule or "sum",
+        gate_threshold=options.gate_threshold,
+        false_positives=options.false_positives,
+        capacity=options.capacity,
+        key=key,
+    )
+
+
+def _rate(options: RequestsConfig, folder: Path) -> tuple[float | None, int | None]:
+    """Rate of false positives of a store, and the number of requests it is for; of one to be made as it will be."""
+    if (folder / MANIFEST_FILE).exists():
+        manifest = RequestStore.open(folder).manifest
+        return manifest.false_positives, manifest.capacity
+    return options.false_positives, options.capacity
 
 
 def _refuse_another_rule(store: RequestStore, options: RequestsConfig) -> None:
-    for name in ("rule", "gate_threshold"):
+    for name in ("rule", "gate_threshold", "false_positives", "capacity"):
         wanted, there = getattr(options, name), getattr(store.manifest, name)
         if wanted is not None and wanted != there:
             raise ConfigError(f"{name}={wanted}: {store.folder} has {there}, set when it was made; leave {name} out")

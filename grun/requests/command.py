@@ -30,7 +30,10 @@ ACTIONS = {
 }
 OPTIONS = {
     "list": ("format",),
-    "add": ("id", "adapter", "note", "store_text", "replace", "independent", "rule", "gate_threshold", "key"),
+    "add": (
+        *("id", "adapter", "note", "store_text", "replace", "independent", "key"),
+        *("rule", "gate_threshold", "false_positives", "capacity"),
+    ),
     "remove": ("id", "retrain", "purge", "key"),
     "disable": ("id", "key"),
     "enable": ("id", "key"),

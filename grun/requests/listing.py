@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from grun.errors import AdapterError
 from grun.method.adapter import AdapterConfig
 from grun.method.stack.manifest import Request
+from grun.requests.rates import promise
 from grun.requests.store import RequestStore
 
 if TYPE_CHECKING:
@@ -30,21 +31,29 @@ def print_list(store: RequestStore, console: Console) -> None:
     base = "none yet" if manifest.base is None else f"{manifest.base.name or 'unnamed'} ({manifest.base.fingerprint})"
     title = Text(readable(f"{store.folder}: base {base}, rule {manifest.rule}{threshold}"))
     table = Table(title=title, title_justify="left")
-    for header in ("id", "state", "added (UTC)", "rows", "blocks", "rank", "gate", "KB", "trained beside", "metrics"):
-        table.add_column(header, justify="right" if header in ("rows", "rank", "KB") else "left", overflow="fold")
-    for request in manifest.requests:
-        line = _line(store, request)
+    lines = [_line(store, request) for request in manifest.requests]
+    promised = any(line["bound"] is not None for line in lines)
+    hidden = ("text_stored", "note", *(() if promised else ("bound", "calibration", "recall")))
+    headers = ["id", "state", "added (UTC)", "rows", "blocks", "rank", "gate"]
+    headers += ["bound", "n", "recall"] if promised else []
+    for header in (*headers, "KB", "trained beside", "metrics"):
+        numbers = ("rows", "rank", "KB", "bound", "n", "recall")
+        table.add_column(header, justify="right" if header in numbers else "left", overflow="fold")
+    for line in lines:
         cells = {
             **line,
             "time": line["time"][:16].replace("T", " "),
             "blocks": "?" if line["blocks"] is None else ",".join(map(str, line["blocks"])),
             "bytes": f"{line['bytes'] / 1000:.1f}",
+            **{name: "-" if line[name] is None else f"{line[name]:.3g}" for name in ("bound", "calibration", "recall")},
             "beside": ", ".join(line["beside"]),
             "metrics": ", ".join(f"{name} {value}" for name, value in line["metrics"].items()),
         }
-        shown = [value for key, value in cells.items() if key not in ("text_stored", "note")]
+        shown = [value for key, value in cells.items() if key not in hidden]
         table.add_row(*(Text(readable("?" if value is None else str(value))) for value in shown))
     console.print(table)
+    if promised or manifest.false_positives is not None:
+        console.print(Text(readable(f"False positives: {promise(store)}.")))
 
 
 def list_as_json(store: RequestStore) -> str:
@@ -79,6 +88,7 @@ def _line(store: RequestStore, request: Request) -> dict[str, Any]:
         "time": request.time,
         "rows": request.data.rows,
         **{name: getattr(config, name, None) for name in ("blocks", "rank", "gate")},
+        **{name: getattr(config, f"gate_{name}", None) for name in ("bound", "calibration", "recall")},
         "bytes": sum(file.stat().st_size for file in folder.glob("*")),
         "beside": list(request.beside),
         "metrics": request.metrics,

@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from grun.data.rows import Row, hash_rows
 from grun.errors import AdapterError, ConfigError, DataError, RunError, unknown_name
+from grun.method.actions import EDIT
 from grun.method.adapter import WEIGHTS_FILE
 from grun.method.host import check_threshold
 from grun.method.stack.combination import RULES
@@ -78,6 +79,8 @@ class RequestStore(StoredRequests):
         *,
         rule: str = "sum",
         gate_threshold: float | None = None,
+        false_positives: float | None = None,
+        capacity: int | None = None,
         key: Ed25519PrivateKey | None = None,
     ) -> RequestStore:
         """A new, empty store.
@@ -86,6 +89,8 @@ class RequestStore(StoredRequests):
             folder: new or empty.
             rule: how edits are combined, a name of `grun.method.stack.combination.RULES`.
             gate_threshold: gate probability below which an edit is skipped; None: never.
+            false_positives: share of rows to keep that may open a gate of any request; None: nothing is promised.
+            capacity: requests that this is promised for.
             key: see `open`.
 
         Raises:
@@ -96,7 +101,13 @@ class RequestStore(StoredRequests):
         if rule not in RULES:
             raise ConfigError(unknown_name("rule", rule, list(RULES)))
         check_threshold(gate_threshold)
+        if (false_positives is None) != (capacity is None):
+            raise ConfigError(
+                "false_positives is for a store as a whole and needs capacity, the number of requests that it is "
+                "promised for: set both, or none"
+            )
         empty = Manifest(FORMAT_VERSION, secrets.token_hex(32), None, rule, gate_threshold, (), (), "")
+        empty = dataclasses.replace(empty, false_positives=false_positives, capacity=capacity)
         store = cls(folder, empty.with_event("create", _now()), key)
         with store._locked():
             if (names := foreign(folder)) or (folder / MANIFEST_FILE).exists():
@@ -294,6 +305,8 @@ class RequestStore(StoredRequests):
             raise AdapterError(
                 f"{adapter} has no gate, so it would act on every prompt; a store takes gated edits alone"
             )
+        if config.action != EDIT:
+            raise AdapterError(f"{adapter} has the action {config.action}; a store takes edits alone")
         if not config.base_fingerprint:
             raise AdapterError(f"{adapter} does not say which base it was made on; save it again with this version")
         if base is None:

@@ -5,6 +5,7 @@ The report has figures and hashes, never a question or an answer.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import logging
 from collections.abc import Sequence
@@ -24,7 +25,7 @@ from grun.data.encoding import EncodedRow, collate
 from grun.data.jsonl import read_rows
 from grun.data.rows import Row
 from grun.data.templates import Template
-from grun.errors import ConfigError, GrunError, ModelError, RunError
+from grun.errors import AdapterError, ConfigError, GrunError, ModelError, RunError
 from grun.evaluation.generation import generate_answers
 from grun.evaluation.metrics import METRICS
 from grun.evaluation.scoring import evaluating
@@ -35,6 +36,7 @@ from grun.method.adapter import AdapterConfig
 from grun.method.stack.forget_rows import salted_hashes
 from grun.method.stack.manifest import TEXT_FILE, Problem, Request
 from grun.method.stack.stack import GrunStack
+from grun.requests.rates import promise
 from grun.requests.signing import public_key_of, signature_problem
 from grun.requests.store import RequestStore
 from grun.runtime.files import taken, write_json, write_text, writing
@@ -57,6 +59,12 @@ class Finding:
     """See `evaluate_request`; empty where it was not asked."""
     not_asked: str | None = None
     """Why its questions were not asked, or None."""
+    bound: float | None = None
+    """Largest share of rows to keep that opens its gate, in expectation; None: nothing is promised."""
+    calibration: int | None = None
+    """Rows, or groups of them, of which that follows."""
+    recall: float | None = None
+    """Share of forget prompts that opened the gate when it was calibrated."""
 
 
 @dataclass(frozen=True)
@@ -85,6 +93,8 @@ class Verification:
     """Everything that is wrong."""
     requests: list[Finding]
     """In the order of adding."""
+    false_positives: str | None = None
+    """What the requests in force promise together, in words; None: none was calibrated, and the store has no rate."""
 
 
 def verify(options: RequestsConfig) -> tuple[Verification, Path | None]:
@@ -110,6 +120,7 @@ def verify(options: RequestsConfig) -> tuple[Verification, Path | None]:
         model = _model_config(store, options.model)
         loaded, of_base, more = _load(store, model, readable=not problems)
         problems += more
+    promised = promise(store)
     verification = Verification(
         time=now.isoformat(timespec="seconds"),
         store=str(store.folder),
@@ -122,6 +133,7 @@ def verify(options: RequestsConfig) -> tuple[Verification, Path | None]:
         expected_fingerprint=None if manifest.base is None else manifest.base.fingerprint,
         problems=problems,
         requests=[_ask(store, request, loaded, options, problems) for request in manifest.requests],
+        false_positives=str(promised) if promised.bounds or promised.rate is not None else None,
     )
     path = store.folder / "reports" / f"verify-{now:%Y%m%dT%H%M%S%fZ}.json"
     try:
@@ -243,13 +255,17 @@ def in_markdown(found: Verification) -> str:
         *([f"**{len(found.problems)} wrong:**", ""] if found.problems else ["Nothing wrong was found."]),
         *(f"- {problem}" for problem in found.problems),
         "",
-        "| request | state | rows | fact recall | ROUGE-L | own gate open | not asked |",
-        "|---|---|---:|---:|---:|---:|---|",
+        "| request | state | rows | fact recall | ROUGE-L | own gate open | recall | bound | n | not asked |",
+        "|---|---|---:|---:|---:|---:|---:|---:|---:|---|",
     ]
     for one in found.requests:
-        figures = [one.figures.get(name) for name in FIGURES]
-        shown = " | ".join("-" if value is None else f"{value:.3f}" for value in figures)
+        figures = [*(one.figures.get(name) for name in FIGURES), one.recall]
+        texts = ["-" if value is None else f"{value:.3f}" for value in figures]
+        texts += ["-" if value is None else f"{value:.3g}" for value in (one.bound, one.calibration)]
+        shown = " | ".join(texts)
         lines.append(f"| {one.id} | {one.state} | {one.rows} | {shown} | {one.not_asked or ''} |")
+    if found.false_positives is not None:
+        lines += ["", f"False positives: {found.false_positives}."]
     lines += ["", "The base weights still contain the data; the effect exists where the requests are loaded.", ""]
     return "\n".join(lines)
 
@@ -296,6 +312,11 @@ def _ask(
 ) -> Finding:
     """Figures of a request, or why there are none; what is wrong with them is added to `problems`."""
     finding = Finding(request.id, request.state, request.data.rows)
+    with contextlib.suppress(AdapterError):  # one of `problems`
+        gate = AdapterConfig.read(store.adapter_folder(request.id))[0]
+        finding = dataclasses.replace(
+            finding, bound=gate.gate_bound, calibration=gate.gate_calibration, recall=gate.gate_recall
+        )
     if request.state != "active":
         return dataclasses.replace(finding, not_asked="not in force")
     if loaded is None:

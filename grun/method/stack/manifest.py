@@ -16,8 +16,8 @@ from grun.runtime.reading import decode, kind_of, parse_json, typed
 FORMAT_VERSION = 2
 WITHOUT_STATE = 1
 """Version whose events do not say what the manifest held; it is read, and the next change makes it the newer one."""
-NEWER = ("whole", "state", "signature")
-"""Fields that came with version 2."""
+NEWER = ("whole", "state", "signature", "false_positives", "capacity")
+"""Fields that came with version 2, or later."""
 MANIFEST_FILE = STACK_FILE
 TEXT_FILE = "forget.jsonl"
 ADAPTER_FILES = (CONFIG_FILE, WEIGHTS_FILE, "README.md")
@@ -144,6 +144,10 @@ class Manifest:
     """Hash of all the rest."""
     signature: Signature | None = None
     """Of the head; None: it is not signed."""
+    false_positives: float | None = None
+    """Largest share of rows to keep that may open the gate of any request; None: nothing is promised."""
+    capacity: int | None = None
+    """Requests that this is promised for, each with the same share of it."""
 
     @classmethod
     def read(cls, folder: Path) -> Manifest:
@@ -277,7 +281,8 @@ def _digest(manifest: Manifest) -> str:
 def _state(manifest: Manifest) -> str:
     """Hash of what a manifest holds besides its history and what follows from that."""
     names = ("format_version", "salt", "base", "rule", "gate_threshold", "requests")
-    return content_hash([_plain(getattr(manifest, name)) for name in names])
+    later = [value for value in (manifest.false_positives, manifest.capacity) if value is not None]
+    return content_hash([*(_plain(getattr(manifest, name)) for name in names), *later])
 
 
 def _chained(before: str, event: Event) -> str:
@@ -287,7 +292,7 @@ def _chained(before: str, event: Event) -> str:
 def _plain(value: Any) -> Any:
     """`value` as JSON holds it; nothing is copied, unlike by `asdict`, for the sake of stores of thousands.
 
-    Fields that version 1 did not have are left out where they are None, so that its digests stay as they are.
+    Fields that came later are left out where they are None, so that digests stay as they are.
     """
     if is_dataclass(value):
         return {name: _plain(part) for name, part in vars(value).items() if part is not None or name not in NEWER}

@@ -12,6 +12,7 @@ from grun.version import __version__ as __version__
 
 if TYPE_CHECKING:
     from grun.api import attack as attack
+    from grun.api import calibrate as calibrate
     from grun.api import evaluate as evaluate
     from grun.api import load as load
     from grun.api import unlearn as unlearn
@@ -24,12 +25,13 @@ _MODULES = {
     "GrunOutput": "grun.method.host",
     "GrunStack": "grun.method.stack.stack",
     "attack": "grun.api",
+    "calibrate": "grun.api",
     "evaluate": "grun.api",
     "load": "grun.api",
     "unlearn": "grun.api",
 }
 
-__all__ = ["GrunModel", "GrunOutput", "GrunStack", "__version__", "attack", "evaluate", "load", "unlearn"]
+__all__ = ["GrunModel", "GrunOutput", "GrunStack", "__version__", "attack", "calibrate", "evaluate", "load", "unlearn"]
 
 
 def __getattr__(name: str) -> Any:

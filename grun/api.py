@@ -1,4 +1,4 @@
-"""GRUN in Python: `unlearn`, `evaluate` and `attack` with a model and rows that are in memory; `load` gives a model.
+"""GRUN in Python: `unlearn`, `evaluate`, `attack`, `calibrate` with a model and rows in memory; `load` gives a model.
 
 Each runs what the command of its name runs. Rows are a list of dicts (question and answer, prompt and completion, chat
 messages, instructions), of texts, or a `datasets.Dataset`. Options are the command's, by their last part (`lr=1e-3`,
@@ -13,16 +13,17 @@ import json
 import tempfile
 import uuid
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from grun.commands.calibrate import encoded_rows
 from grun.commands.unlearn import Unlearning, check_rows, objective_of, prepare, train_and_save
 from grun.config.checks import one_of
-from grun.config.options import DTYPES, ModelConfig
+from grun.config.options import DTYPES, DataConfig, ModelConfig
 from grun.config.values import COMMANDS, describe, nested
 from grun.data import templates
 from grun.data.corpus import Corpus, corpus_of
@@ -31,6 +32,7 @@ from grun.data.rows import Row, shape_of
 from grun.errors import ConfigError, DataError, unknown_name
 from grun.evaluation.evaluate import carry_out, read_evaluation
 from grun.evaluation.plan import make_plan, previous_in
+from grun.evaluation.scoring import evaluating
 from grun.evaluation.suites.attacks import AttackSuite
 from grun.evaluation.suites.base import carry_out as carry_out_suite
 from grun.loading.adapters import Loaded
@@ -45,6 +47,9 @@ from grun.method.model import GrunModel
 from grun.runtime import processes
 from grun.runtime.files import holding, target
 from grun.runtime.records import ATTACKS_FILE
+from grun.training import calibration
+from grun.training.gate_fit import Prompts
+from grun.training.unlearning import units_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -263,6 +268,48 @@ def attack(
         result = carry_out_suite(suite, config, folder, _loaded(model, tokenizer), previous, 0.0)
         lines = (folder / ATTACKS_FILE).read_text(encoding="utf-8").splitlines()
     return {**result, "answers": [json.loads(line) for line in lines]}
+
+
+def calibrate(
+    model: GrunModel,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Rows,
+    *,
+    false_positives: float,
+    forget: Rows = (),
+    group: str | None = None,
+) -> dict[str, Any]:
+    """Set the threshold of a model's gates so that of rows that must stay at most a given share opens any.
+
+    Args:
+        model: the GrunModel that `unlearn` gave, whose gate changes; `save_pretrained` keeps what is promised.
+        tokenizer: of the model.
+        rows: rows that must stay and that the model was not made from.
+        false_positives: largest share of such rows that may open a gate, in expectation, in (0, 1).
+        forget: rows that the model was made to forget, whose share that opens a gate is told.
+        group: field of `rows`, such as person, by which they belong together; None: each by itself.
+
+    Returns:
+        What `python -m grun calibrate` writes to run.json: bound, calibration (rows, or groups of them), and the shares
+        that open a gate: opened, recall, each with _before.
+
+    Raises:
+        ConfigError: the model has no gate, or the rows are too few for the rate.
+        DataError: rows are malformed, or there are none.
+    """
+    edited = _asked(model)
+    if not isinstance(edited, GrunModel):
+        raise ConfigError("calibrate needs a model with the gates of one adapter: the GrunModel that unlearn gives")
+    if not 0 < false_positives < 1:
+        raise ConfigError(f"false_positives={false_positives} must lie between 0 and 1")
+    ensure_pad_token(tokenizer)
+    template = templates.resolve("auto", _template(edited), tokenizer, None, DataConfig.date)
+    parts = [_rows(part, name, {}) for part, name in ((rows, "rows"), (forget, "forget"))]
+    keep, lost = (encoded_rows(part, edited, tokenizer, template, DataConfig()) for part in parts)
+    prompts = Prompts(keep, units_of(parts[0], group))
+    with evaluating(edited):
+        found = calibration.calibrate(edited, prompts, lost, false_positives, int(tokenizer.pad_token_id or 0))
+    return asdict(found)
 
 
 def _by_key(command: str, options: Mapping[str, Any] | None, named: Mapping[str, Any]) -> dict[str, Any]:

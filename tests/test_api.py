@@ -237,3 +237,19 @@ def test_attacks_need_questions(model: Any, tokenizer: Any) -> None:
         attack(model, tokenizer, ["A text."], RETAIN)
     with pytest.raises(ConfigError, match="unknown attack 'plane'"):
         attack(model, tokenizer, FORGET, RETAIN, attacks=["plane"])
+
+
+def test_gates_are_calibrated_in_memory_by_rows_that_must_stay(model: Any, tokenizer: Any, tmp_path: Path) -> None:
+    edited = unlearn(model, tokenizer, FORGET, RETAIN[:2], **{**TRAINING, "epochs": 1})
+    others = [{**row, "town": row["fact"]} for row in RETAIN[2:]]
+    found = grun.calibrate(edited, tokenizer, others, false_positives=0.25, forget=FORGET, group="town")
+    assert found["bound"] == pytest.approx(0.25) and found["calibration"] == 3
+    assert found["opened"] == 0 and 0 <= found["recall"] <= 1
+    edited.save_pretrained(tmp_path)
+    assert read_json(tmp_path / "adapter_config.json")["gate_bound"] == pytest.approx(0.25)
+    for wrong, message in ((2.0, "between 0 and 1"), (0.1, "needs 9 rows to keep")):
+        with pytest.raises(ConfigError, match=message):
+            grun.calibrate(edited, tokenizer, others, false_positives=wrong)
+    edited.unwrap()
+    with pytest.raises(ConfigError, match="the GrunModel that unlearn gives"):
+        grun.calibrate(model, tokenizer, others, false_positives=0.25)

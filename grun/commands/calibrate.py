@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from grun.config.options import CalibrateConfig, is_users, source_of
+from grun.config.options import CalibrateConfig, DataConfig, is_users, source_of
 from grun.config.values import to_dict
 from grun.data import templates
 from grun.data.corpus import Corpus, load_corpus
@@ -73,7 +73,7 @@ def calibrate(config: CalibrateConfig) -> Path:
         return folder
     claim(folder, run_identity, overwrite=config.overwrite)
     asking = [row for row in corpus.forget if row.prompt is not None] if corpus else []
-    encoded = [encoded_rows(rows, loaded.model, loaded.tokenizer, template, config) for rows in (keep, asking)]
+    encoded = [encoded_rows(rows, loaded.model, loaded.tokenizer, template, config.data) for rows in (keep, asking)]
     result = calibration.calibrate(
         loaded.model, Prompts(encoded[0], units), encoded[1], float(config.false_positives or 0),
         int(loaded.tokenizer.pad_token_id),
@@ -84,11 +84,11 @@ def calibrate(config: CalibrateConfig) -> Path:
 
 
 def encoded_rows(
-    rows: Sequence[Row], model: GrunModel, tokenizer: Any, template: templates.Template, config: CalibrateConfig
+    rows: Sequence[Row], model: GrunModel, tokenizer: Any, template: templates.Template, data: DataConfig
 ) -> list[EncodedRow]:
     """Prompts of rows, and their answers where gates read those too."""
-    longest = min(config.data.max_length or 2**30, context_length(model.base))
-    encoded = encode_rows(rows, tokenizer, template, longest, config.data.strict)
+    longest = min(data.max_length or 2**30, context_length(model.base))
+    encoded = encode_rows(rows, tokenizer, template, longest, data.strict)
     if model.rule.read == "every_token":
         return encoded
     return [EncodedRow(row.prompt_ids, ()) for row in encoded]

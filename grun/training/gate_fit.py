@@ -164,7 +164,7 @@ def prompt_passes(model: GrunModel, rows: Sequence[EncodedRow], pad_id: int) -> 
 def passes_through(
     model: GrunModel, rows: Sequence[EncodedRow], block: int, pad_id: int
 ) -> Iterator[tuple[list[int], Pass]]:
-    """Of each pass over `rows` their numbers, and what gates read in it; it ends after `block`, nothing above is run."""
+    """Of each pass over `rows` their numbers, and what gates read in it; nothing above `block` is run."""
     hook = find_blocks(model.base)[1][block].register_forward_hook(_stop)  # after the one that reads
     try:
         for numbers in _passes(rows, model.device):

@@ -162,8 +162,8 @@ def test_rows_that_the_gate_was_made_from_are_warned_of(folder: Path, caplog: py
             2,
             "there are 9, which can promise 0.1",
         ),
-        (["false_positives=0.2", "rows=forget.jsonl"], 3, "4 of the 4 rows to keep ask what is to be forgotten"),
-        (["false_positives=0.2", "rows=missing.jsonl"], 3, "missing.jsonl"),
+        (["false_positives=0.2", "rows=forget.jsonl"], 1, "4 of the 4 rows to keep ask what is to be forgotten"),
+        (["false_positives=0.2", "rows=missing.jsonl"], 1, "missing.jsonl"),
     ],
 )
 def test_what_cannot_be_calibrated_is_one_line(

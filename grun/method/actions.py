@@ -24,9 +24,9 @@ ACTIONS: Registry[ActionBuilder] = Registry("action")
 
 EDIT = "edit"
 """The published action."""
-CERTAIN = 100.0
-"""Logit of a token that is to come, where all others have 0: its probability is 1 in every type up to temperature 2.5,
-and what is computed of log-probabilities stays finite."""
+CERTAIN = 50.0
+"""Logit of a token that is to come; all others have its negative. So its probability is 1 in every type up to a
+temperature of 2.5, after a tangent that caps logits too, and what is computed of log-probabilities stays finite."""
 
 
 action = ACTIONS.register
@@ -51,5 +51,7 @@ class Refuse:
 
     def __call__(self, logits: Tensor, places: Tensor) -> Tensor:
         """See `Act`."""
+        import torch  # not above: names of actions are read without it
+
         tokens = places.new_tensor(self.refusal)[places.clamp(max=len(self.refusal) - 1)]
-        return logits.new_zeros(logits.shape).scatter(1, tokens.unsqueeze(1), CERTAIN)
+        return torch.full_like(logits, -CERTAIN).scatter(1, tokens.unsqueeze(1), CERTAIN)

@@ -54,7 +54,7 @@ def is_open(model: GrunModel, row: list[int]) -> bool:
 
 def forced(tokens: list[int]) -> Tensor:
     """Logits of which each row leaves its token alone."""
-    return CERTAIN * torch.nn.functional.one_hot(torch.tensor(tokens), VOCABULARY).double()
+    return CERTAIN * (2 * torch.nn.functional.one_hot(torch.tensor(tokens), VOCABULARY).double() - 1)
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
@@ -82,11 +82,11 @@ def test_every_family_refuses_alike(family: str) -> None:
 
 @torch.no_grad()
 def test_capped_logits_leave_the_refusal_all_the_same() -> None:
-    """Gemma 2 squashes logits by a tangent after its output embeddings."""
+    """Gemma 2 squashes logits by a tangent after its output embeddings, this one to within 5 (the real ones: 30)."""
     model = refusing(opened=None, base=tiny("gemma2", dtype=torch.float32))
     ids = torch.tensor(PROMPTS[:1])
     probabilities = model(ids).logits[0, -1].softmax(-1)
-    assert float(probabilities[REFUSAL[0]]) > 1 - 1e-6
+    assert float(probabilities[REFUSAL[0]]) > 1 - 64 * 2.72**-9.9
 
 
 @pytest.mark.parametrize(
@@ -119,7 +119,7 @@ def test_likelihoods_and_the_loss_are_those_of_the_refusal() -> None:
     for scored in (score(model, rows, 2, PAD), [score(model, [row], 1, PAD)[0] for row in rows]):
         assert all(value > -1e-6 for row in scored[:3] for value in row.logp)
         assert all(
-            value == pytest.approx(-CERTAIN) or given == wanted
+            value == pytest.approx(-2 * CERTAIN) or given == wanted
             for row, other in zip(scored[3:], others, strict=True)
             for value, given, wanted in zip(row.logp, other, REFUSAL, strict=True)
         )

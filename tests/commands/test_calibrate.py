@@ -206,12 +206,12 @@ def test_the_bound_holds_for_new_groups_in_200_draws(folder: Path) -> None:
         with torch.no_grad():
             model.pooled.gate[0].bias.copy_(start)
         result = calibrate(model, Prompts(rows, units), [], 0.2, 2)
-        moved = float(start - model.pooled.gate[0].bias)
+        moved = float(start - model.pooled.gate[0].bias.detach())
         rates.append(float((scores[new] > moved).double().mean()))
         bounds.append(result.bound)
     spread = torch.tensor(rates).std() / len(rates) ** 0.5
     assert sum(rates) / len(rates) <= sum(bounds) / len(bounds) + 3 * float(spread)
-    assert 0.1 < sum(bounds) / len(bounds) <= 0.2
+    assert all(0.1 < bound < 0.2 + 1e-9 for bound in bounds)
 
 
 def test_gates_that_are_open_by_all_that_float32_has_cannot_be_shut(folder: Path) -> None:

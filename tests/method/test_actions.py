@@ -187,7 +187,7 @@ def test_each_turn_is_decided_anew_and_a_cut_cache_counts_from_where_it_is() -> 
         torch.tensor([opens]), past_key_values=cache, max_new_tokens=3, do_sample=False, pad_token_id=PAD
     )
     assert said[0, -3:].tolist() == REFUSAL[:3]
-    cache.crop(len(opens) + 1)  # of the answer its first token is left
+    cache.crop(-1)  # its last token was never run: of the answer the first one is left
     again = model(torch.tensor([[12]]), past_key_values=cache).logits[0, -1]
     assert torch.equal(again, forced([13])[0])
     whole = [*opens, 11, 12, *shuts]

@@ -177,28 +177,32 @@ def test_after_a_started_answer_the_refusal_begins_at_the_first_token_after_it()
 
 @torch.no_grad()
 def test_each_turn_is_decided_anew_and_a_cut_cache_counts_from_where_it_is() -> None:
-    first, second = random_rows([8, 7], seed=2)
-    asked = [*TURN, *first], [*TURN, *second]
-    model = refusing(opened=1, rows=[*map(list, asked)], reset_ids=TURN)
-    opens, shuts = sorted(asked, key=lambda row: -is_open(model, list(row)))
-    assert is_open(model, list(opens)) and not is_open(model, list(shuts))
+    first, second = ([*TURN, *row] for row in random_rows([8, 7], seed=2))
+    model = refusing(opened=None, reset_ids=TURN)
+    said = REFUSAL[:2]
+    conversations = [[*one, *said, *other] for one, other in ((first, second), (second, first))]
+    values = [(float(gates_of(model, one)), float(gates_of(model, many)), one, many) for one, many in
+              zip((first, second), conversations, strict=True)]  # fmt: skip
+    opened, shut, opens, whole = max(values, key=lambda found: found[0] - found[1])
+    assert opened > shut
+    model.gate_threshold = (opened + shut) / 2
     cache = DynamicCache(config=model.base.config)
-    said = model.generate(
+    answer = model.generate(
         torch.tensor([opens]), past_key_values=cache, max_new_tokens=3, do_sample=False, pad_token_id=PAD
     )
-    assert said[0, -3:].tolist() == REFUSAL[:3]
+    assert answer[0, -3:].tolist() == REFUSAL[:3]
     cache.crop(-1)  # its last token was never run: of the answer the first one is left
     again = model(torch.tensor([[12]]), past_key_values=cache).logits[0, -1]
     assert torch.equal(again, forced([13])[0])
-    whole = [*opens, 11, 12, *shuts]
     ids = torch.tensor([whole])
     more = model.generate(ids, past_key_values=cache, max_new_tokens=4, do_sample=False, pad_token_id=PAD)
     with model.disabled():
         plain = model.base.generate(ids, max_new_tokens=4, do_sample=False, pad_token_id=PAD)
     assert torch.equal(more, plain)
-    back = [*whole, *more[0, -4:].tolist(), *opens]
-    last = model(torch.tensor([back]), prompt_lengths=torch.tensor([len(back)])).logits[0]
-    agree(last[-1], forced(REFUSAL[:1])[0])
+    back = torch.tensor([[*whole, *REFUSAL, *opens]])
+    model.gate_threshold = 0.0
+    found = model(back, prompt_lengths=torch.tensor([back.shape[1]])).logits[0]
+    assert torch.equal(found[-1], forced(REFUSAL[:1])[0]), "of many turns the last one's end is where an answer begins"
 
 
 @torch.no_grad()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import itertools
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -177,12 +178,10 @@ def test_after_a_started_answer_the_refusal_begins_at_the_first_token_after_it()
 
 @torch.no_grad()
 def test_each_turn_is_decided_anew_and_a_cut_cache_counts_from_where_it_is() -> None:
-    first, second = ([*TURN, *row] for row in random_rows([8, 7], seed=2))
+    turns = [[*TURN, *row] for row in random_rows([8, 7, 6, 9, 5, 8], seed=2)]
     model = refusing(opened=None, reset_ids=TURN)
-    said = REFUSAL[:2]
-    conversations = [[*one, *said, *other] for one, other in ((first, second), (second, first))]
-    values = [(float(gates_of(model, one)), float(gates_of(model, many)), one, many) for one, many in
-              zip((first, second), conversations, strict=True)]  # fmt: skip
+    pairs = [(one, [*one, *REFUSAL[:2], *other]) for one, other in itertools.permutations(turns, 2)]
+    values = [(float(gates_of(model, one)), float(gates_of(model, many)), one, many) for one, many in pairs]
     opened, shut, opens, whole = max(values, key=lambda found: found[0] - found[1])
     assert opened > shut
     model.gate_threshold = (opened + shut) / 2

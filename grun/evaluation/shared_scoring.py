@@ -49,7 +49,8 @@ class Subject:
 
     base: PreTrainedModel
     edits: Edits | None
-    """By block, none for a base as it is; None: they act before the last prompt token too, or their places differ."""
+    """By block, none for a base as it is; None: they act before the last prompt token too, or their places differ, or
+    there is another action, on logits."""
 
     def __init__(self, model: Any) -> None:
         """`model` as it stands: a transformers model, one with edits, or a GrunModel that was unwrapped."""
@@ -57,7 +58,7 @@ class Subject:
         self._on_base = not isinstance(model, EditedModel) or model.active
         if isinstance(model, EditedModel):
             self.base = model.base
-            later = isinstance(model, GrunModel) and model.rule.changes == "from_last_prompt"
+            later = isinstance(model, GrunModel) and model.rule.changes == "from_last_prompt" and model.edits_states
             self.edits = model.edit_at() if later or model.rule.changes == "last_prompt" else None
         else:
             self.base, self.edits = model, {}
@@ -199,7 +200,7 @@ def packed_scorer(
         (plain,) = score_batch(model, [longest], pad_id)
     try:
         if any(subject.edits is None for subject in subjects):
-            raise ModelError("the adapter acts before the last token of the prompt")
+            raise ModelError("the adapter acts before the last token of the prompt, or on logits")
         scorer = PackedScorer(subjects[0].base, first)
         ((packed,),) = scorer.score([longest], [subjects[0].edited])
         difference = max(abs(one - other) for one, other in zip(plain.logp, packed.logp, strict=True))

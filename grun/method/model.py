@@ -188,6 +188,11 @@ class GrunModel(EditedModel):
         return {int(block): edit for block, edit in self.edits.items() if isinstance(edit, GatedIntervention)}
 
     @property
+    def edits_states(self) -> bool:
+        """Whether what is done where the gate is open is an edit of hidden states, and no action on logits."""
+        return self._act is None
+
+    @property
     def gate_threshold(self) -> float | None:
         """Gate probability below which, in evaluation mode, the edit is skipped, bit for bit; saved ones come back."""
         return self._threshold

@@ -85,7 +85,7 @@ def test_generate_answers_with_it_and_evaluate_and_attacks_measure_it(
     data = [f"data.path={folder}", "data.name=jsonl", "data.forget=forget.jsonl", "data.retain=retain.jsonl"]
     assert main(["evaluate", *plain, *data, "max_new_tokens=8"]) == 0
     before = read(folder / "before" / "evaluation.json")["sets"]
-    assert found["retain"] == before["retain"], "the gate is shut on what it was fitted to stay shut on"
+    assert found["retain"] == pytest.approx(before["retain"], rel=1e-5), "the gate is shut on what was to stay"
     tries = ["suite=attacks", "attacks=[plain,prefill_1,samples,logit_lens,weights]", "attack_rows=2"]
     assert main(["evaluate", *own, *tries, "max_new_tokens=8", f"output_dir={folder / 'attacks'}"]) == 0
     attacks = read(folder / "attacks" / "evaluation.json")

@@ -21,6 +21,7 @@ from grun.data.encoding import EncodedRow, collate
 from grun.errors import AdapterError, ConfigError
 from grun.evaluation.generation import generate_answers
 from grun.evaluation.scoring import score
+from grun.evaluation.shared_scoring import Subject, score_together
 from grun.method.actions import ACTIONS, CERTAIN, action
 from grun.method.adapter import AdapterConfig
 
@@ -127,6 +128,17 @@ def test_likelihoods_and_the_loss_are_those_of_the_refusal() -> None:
     batch = collate(rows[:3], PAD)
     output = model(batch.input_ids, batch.attention_mask, labels=batch.labels)
     assert float(output.loss) < 1e-6
+
+
+@torch.no_grad()
+def test_rows_are_scored_with_it_whichever_of_them_is_the_longest() -> None:
+    """The way of scoring that leaves the output embeddings out is tried on the longest row, which is shut here."""
+    model = refusing()
+    rows = [EncodedRow(tuple(row), tuple(random_rows([12 if is_open(model, row) else 14])[0])) for row in PROMPTS]
+    (found,) = score_together([Subject(model)], rows, 8, PAD)
+    for row, together, alone in zip(PROMPTS, found, score(model, rows, 8, PAD), strict=True):
+        assert together.logp == pytest.approx(alone.logp, abs=1e-6)
+        assert (min(together.logp) < -CERTAIN) == is_open(model, row)
 
 
 @torch.no_grad()

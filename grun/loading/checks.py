@@ -65,6 +65,8 @@ def _check_unlearn(config: UnlearnConfig) -> None:
             "leave it out, and give model.path the model that is to forget more"
         )
     for name, blocks in (("blocks", method.blocks), ("gate_blocks", method.gate_blocks)):
+        if method.action != EDIT and name == "blocks":  # which edits none
+            continue
         if blocks is not None and (len(set(blocks)) < len(blocks) or not blocks):
             raise ConfigError(f"method.{name}={blocks} must name at least one block, each once")
     check_rule(method.gate_read, method.gate_accumulate, method.edit_write)

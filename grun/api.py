@@ -21,7 +21,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from grun.commands.calibrate import encoded_rows
-from grun.commands.unlearn import Unlearning, check_rows, objective_of, prepare, train_and_save
+from grun.commands.unlearn import Unlearning, check_rows, prepare, train_and_save
 from grun.config.checks import one_of
 from grun.config.options import DTYPES, DataConfig, ModelConfig
 from grun.config.values import COMMANDS, describe, nested
@@ -106,7 +106,7 @@ def unlearn(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     forget: Rows,
-    retain: Rows,
+    retain: Rows = (),
     *,
     objective: str = "npo",
     output_dir: str | Path | None = None,
@@ -124,7 +124,7 @@ def unlearn(
             trains its weights.
         tokenizer: of the model. Where it has no pad token it gets its end-of-text token as one.
         forget: rows to forget.
-        retain: rows to keep.
+        retain: rows to keep; may be none where a gate is fitted (method.gate_fit) to `subjects` or `gate_negatives`.
         objective: preset from `python -m grun list objectives`.
         output_dir: folder for the result, which `evaluate` and `generate` of the command line take as adapter; a
             finished run of the same options and rows there is loaded, not repeated. None: nothing stays on disk.
@@ -148,7 +148,7 @@ def unlearn(
     check(config)
     columns = config.data.columns
     corpus = corpus_of(_rows(forget, "forget", columns), _rows(retain, "retain", columns), config.data)
-    check_rows(corpus, objective_of(config), fitted=config.method.gate_fit == "logistic")
+    check_rows(corpus, config)
     ensure_pad_token(tokenizer)
     types = {name: parameter.dtype for name, parameter in model.eval().named_parameters()}
     with processes.connected(), _folder(output_dir) as folder:

@@ -105,7 +105,7 @@ def _rows(config: CalibrateConfig) -> tuple[list[Row], Corpus | None]:
             raise ConfigError(f"set={config.set} is no set of these data that must stay; there are: {known}")
         return sets[config.set], corpus
     columns = config.data.columns if is_users(config, "data.columns") else {}
-    keep = load_prompts(str(config.rows), columns)
+    keep = load_prompts(str(config.rows), None, columns)
     if source_of(config, "data.name") == "default":
         log.info("nothing says what the adapter was made to forget (data.*), so its recall is not measured")
         return keep, None

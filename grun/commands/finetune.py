@@ -20,6 +20,7 @@ from grun.data.corpus import Corpus, load_corpus
 from grun.data.encoding import Batch, EncodedRow, collate, encode_rows
 from grun.data.rows import hash_rows
 from grun.data.sampling import epoch_order
+from grun.errors import DataError
 from grun.loading.checks import check
 from grun.loading.models import context_length, load_base, place
 from grun.loading.stored import TINY
@@ -192,6 +193,8 @@ def _rows(
 ) -> tuple[list[EncodedRow], Callable[[int, int], EncodedRow] | None]:
     """Rows in tokens, and with `data.augment.teach` how each is asked in each epoch."""
     taught = corpus.taught(without_forget=config.data.subset == "without_forget")
+    if not taught:
+        raise DataError("there are no rows to train on; name data.retain, or leave data.subset=without_forget out")
     limit = min(config.data.max_length or 2**30, context_length(model))
     rows = encode_rows(taught, tokenizer, template, limit, config.data.strict)
     if not config.data.augment.teach:

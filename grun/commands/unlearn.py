@@ -45,6 +45,7 @@ from grun.runtime.files import holding, staged, target, writing
 from grun.runtime.memory import peak_memory_bytes
 from grun.runtime.runs import claim, identity, open_run
 from grun.training.gate_fit import GateFit, Prompts, fit_gate
+from grun.training.gate_prompts import GatePrompts, check_given, collect, sides
 from grun.training.recomputation import recompute_blocks
 from grun.training.step_log import Look
 from grun.training.train import TrainResult, train
@@ -70,6 +71,8 @@ class Unlearning:
     folder: Path
     identity: dict[str, Any]
     """What decides the result."""
+    prompts: GatePrompts = field(default_factory=GatePrompts)
+    """What a gate is fitted on besides rows."""
     gate: GateFit | None = None
     """How the gate was fitted; None: it is trained."""
     parameters: dict[str, int] = field(default_factory=dict)
@@ -97,7 +100,7 @@ def unlearn(config: UnlearnConfig) -> Path:
     config = asked_first(config)
     with processes.first_goes_first():  # the others find what it downloads
         corpus = load_corpus(config.data)
-        check_rows(corpus, objective_of(config), fitted=config.method.gate_fit == "logistic")
+        check_rows(corpus, config)
     folder = target(config.output_dir or f"results/{config.label()}/{config.objective}")
     with processes.agreed():
         base, tokenizer, stored = load_base(config.model)
@@ -130,15 +133,18 @@ def prepare(
     if config.method.action != EDIT:  # which edits none
         config = replace(config, method=replace(config.method, blocks=[]))
     quirks = quirks_in_force(config)
+    prompts = collect(corpus, config.data) if config.method.gate_fit == "logistic" else GatePrompts()
+    data = corpus.hashes() | prompts.hashes()
     run_identity = identity(
-        to_dict(config), base=fingerprint(base), data=corpus.hashes(), template=template.to_dict(), quirks=quirks
+        to_dict(config), base=fingerprint(base), data=data, template=template.to_dict(), quirks=quirks
     )
     if config.method.beside is not None:
         run_identity["beside"] = adapter_hash(Path(config.method.beside).expanduser())
     parametrization = make_parametrization(config, quirks)
     return Unlearning(
-        config, quirks, objective_of(config), parametrization, corpus, base, tokenizer, template, folder, run_identity
-    )
+        config, quirks, objective_of(config), parametrization, corpus, base, tokenizer, template, folder, run_identity,
+        prompts,
+    )  # fmt: skip
 
 
 def train_and_save(run: Unlearning, *, save: bool = True) -> None:
@@ -202,30 +208,25 @@ def _fitted_gate(run: Unlearning, rows: UnlearnRows) -> GateFit:
     """Fit the gate for all edits."""
     forget, retain = gate_prompts(run, rows)
     model = run.parametrization.model
-    return fit_gate(model, forget, retain, run.config.method, kept_features(model, run.config, _noted(run)))
+    counts = {f"{side}_{source}": count for side, source, count in run.prompts.counts(rows)}
+    fitted = fit_gate(model, forget, retain, run.config.method, kept_features(model, run.config, _noted(run)))
+    return replace(fitted, sources=counts)
 
 
 def gate_prompts(run: Unlearning, rows: UnlearnRows) -> tuple[Prompts, Prompts]:
     """What a gate is fitted to open on, and to stay shut on: prompts of rows, and prompts without answers."""
-    corpus = run.corpus
-    forget = _with_prompts(run, Prompts(rows.answers, rows.forget_units), corpus.forget_prompts, None)
-    retain = _with_prompts(run, Prompts(rows.retain, rows.retain_units), corpus.retain_prompts, run.config.data.group)
-    starts = _bare_starts(run) if corpus.retain_prompts else []
-    return forget, Prompts([*retain.rows, *starts], [*retain.units, *(f"start {row.prompt_ids[0]}" for row in starts)])
 
+    def encode(row: Row) -> EncodedRow | None:
+        ids = templates.encode_prompt(run.template, run.tokenizer, row.prompt, row.earlier)
+        return EncodedRow(tuple(ids), ()) if len(ids) <= run.longest else None
 
-def _with_prompts(run: Unlearning, prompts: Prompts, more: Sequence[Row], group: str | None) -> Prompts:
-    """Prompts of rows and those without answers, each by itself or with those of the same value of `group`."""
-    rows = [
-        EncodedRow(tuple(templates.encode_prompt(run.template, run.tokenizer, str(row.prompt))), ()) for row in more
-    ]
-    units = [str(row.extra.get(group or "", f"prompt {number}")) for number, row in enumerate(more)]
-    return Prompts([*prompts.rows, *rows], [*prompts.units, *units])
+    forget, retain = sides(rows, run.prompts, encode)
+    return forget, replace(retain, always=[*retain.always, *_bare_starts(run)])
 
 
 def _bare_starts(run: Unlearning) -> list[EncodedRow]:
-    """First tokens of the retain prompts' texts, without a template: where plain text begins, the gate stays shut."""
-    rows = (*run.corpus.retain, *run.corpus.retain_prompts)
+    """First tokens of what is to stay, without a template: where plain text begins, the gate stays shut."""
+    rows = (*run.corpus.retain, *run.prompts.shut)
     texts = dict.fromkeys(str(row.prompt).split(maxsplit=1)[0] for row in rows if row.prompt and row.prompt.strip())
     ids = (run.tokenizer(text, add_special_tokens=False)["input_ids"][:1] for text in texts)
     return [EncodedRow(start, ()) for start in dict.fromkeys(map(tuple, ids)) if start]
@@ -327,12 +328,26 @@ def saved_bytes(folder: Path) -> int:
     return sum(path.stat().st_size for path in found)
 
 
-def check_rows(corpus: Corpus, objective: Objective, *, fitted: bool = False) -> None:
-    """ConfigError where the corpus lacks what a term of the objective, or a gate that is fitted, reads."""
-    if not corpus.retain and (fitted or "retain" in objective.continuations):
+def check_rows(corpus: Corpus, config: UnlearnConfig) -> None:
+    """ConfigError where the corpus lacks what a term of the objective, or a gate that is fitted, reads.
+
+    DataError for files of prompts that cannot be read.
+    """
+    objective, data = objective_of(config), config.data
+    fitted = config.method.gate_fit == "logistic"
+    if not corpus.retain and "retain" in objective.continuations:
         raise ConfigError(
-            "the retain set is empty, but a gate is fitted on it, or a retain or gate term reads it; name data.retain"
+            "there are no retain rows, but a retain or gate term reads them; name data.retain, or take a gate that is "
+            "fitted (design=pooled, no loss.retain) with data.subjects or data.gate_negatives"
         )
+    if fitted and not (corpus.retain or corpus.retain_prompts or data.subjects or data.gate_negatives):
+        raise ConfigError(
+            "a gate is fitted, and nothing says where it stays shut: give retain rows (data.retain), names of what is "
+            "to be forgotten (data.subjects), or a file of other prompts (data.gate_negatives)"
+        )
+    check_given(data)
+    if fitted and not corpus.retain and data.augment.forget_copies:
+        raise ConfigError("there are no retain rows to copy; set data.augment.forget_copies and retain_copies to 0")
     if are_texts(corpus.forget) and "refusal" in objective.continuations:
         raise ConfigError(
             "the objective answers forget questions with refusals, but the forget set is plain texts; choose another "

@@ -297,6 +297,15 @@ class DataConfig(PromptConfig):
     group: Optional[str] = None
     """method.gate_fit, calibrate: field of rows to keep, such as person, by which they belong together; unset: each by
     itself."""
+    gate_prompts: Optional[str] = None
+    """method.gate_fit: file of further prompts, without answers, on what is to be forgotten; .txt: one a line."""
+    gate_negatives: Optional[str] = None
+    """method.gate_fit: the same on anything that is to stay, such as what users ask; may stand for retain rows."""
+    subjects: list[str] = field(default_factory=list)
+    """method.gate_fit: names of what is to be forgotten, such as ["Japan | Nippon"]; everyday prompts about them, and
+    about packaged other names, join the fit, which then needs no retain rows."""
+    subject_kind: str = choice("any", "any", "person", "place", "work", "organization", "topic")
+    """What the subjects are: any, person, place, work, organization, topic."""
     allow_overlap: bool = False
     """Accept rows that stand in the forget and in the retain set."""
     demo: DemoConfig = field(default_factory=DemoConfig)

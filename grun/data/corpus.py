@@ -204,9 +204,8 @@ def _completed(corpus: Corpus, config: DataConfig) -> Corpus:
     """What every corpus goes through: checks, then rows are set aside as `config` asks."""
     if unknown := corpus.general.keys() - evaluation_sets().keys():
         raise ConfigError(f"data.name={corpus.name} has the set {min(unknown)}, which its @benchmark(sets=...) lacks")
-    for name, rows in (("forget", corpus.forget), ("retain", corpus.retain)):
-        if not rows:
-            raise DataError(f"the {name} set is empty; check data.{name} (or data.demo.{name})")
+    if not corpus.forget:
+        raise DataError("the forget set is empty; check data.forget (or data.demo.forget)")
     overlap = count_overlap(corpus.forget, corpus.retain)
     if overlap and not config.allow_overlap:
         raise DataError(

@@ -1,4 +1,4 @@
-"""Everyday prompts about a name, without answers: what a gate is fitted on besides rows."""
+"""Everyday prompts about a name, without answers, and names to put into them: what a gate is fitted on besides rows."""
 
 from __future__ import annotations
 
@@ -8,7 +8,12 @@ from importlib import resources
 
 import yaml
 
+from grun.data.facts import countries
 from grun.data.rows import Row
+from grun.data.subject import KINDS
+
+EVERY_KIND = 3
+"""One in so many names of each kind stands for names of any kind."""
 
 PLACE_KINDS = ("any", "place")
 """Kinds of prompts for places."""
@@ -17,7 +22,29 @@ PLACE_KINDS = ("any", "place")
 @functools.cache
 def everyday_prompts() -> Mapping[str, Sequence[str]]:
     """Prompts with {name}, by what the name is of."""
-    text = (resources.files("grun.data") / "generated/everyday.yaml").read_text(encoding="utf-8")
+    return _read("everyday")
+
+
+@functools.cache
+def names_of(kind: str) -> tuple[tuple[str, ...], ...]:
+    """Names of a kind, of `KINDS`, or any, as they stand within a sentence, each with others for the same after it.
+
+    A country is followed by its capital and its people, a person's name by the last name.
+    """
+    if kind == "any":
+        return tuple(name for one in KINDS for name in names_of(one)[::EVERY_KIND])
+    names = [
+        tuple(dict.fromkeys((name, name.split()[-1]))) if kind == "person" else (name,) for name in _read("names")[kind]
+    ]
+    if kind == "place":
+        for about in countries().values():
+            people = (f"the {demonym} people" for demonym in about.facts.get("demonym", ())[:1])
+            names.append((about.in_text, *about.facts.get("capital", ())[:1], *people))
+    return tuple(names)
+
+
+def _read(name: str) -> Mapping[str, Sequence[str]]:
+    text = (resources.files("grun.data") / f"generated/{name}.yaml").read_text(encoding="utf-8")
     read: Mapping[str, Sequence[str]] = yaml.safe_load(text)
     return read
 

@@ -14,7 +14,7 @@ from typing import Any
 
 from grun.data.rows import FIELDS, SHAPES, Row, shape_of
 from grun.errors import ConfigError, DataError, unknown_name
-from grun.runtime.reading import decode, first_line, parse_json
+from grun.runtime.reading import decode, fields_in, first_line, kind_of, parse_json
 
 PARQUET = b"PAR1"
 """What a Parquet file begins with."""
@@ -41,37 +41,51 @@ def load_rows(name: str, folder: str | None = None, columns: Mapping[str, str] |
         ConfigError: `columns` names a field that no row has.
         DataError: it is not there, or is malformed.
     """
+    return rows_of(load_records(name, folder), columns)
+
+
+def load_prompts(name: str, folder: str | None = None, columns: Mapping[str, str] | None = None) -> list[Row]:
+    """As `load_rows`, of rows of which only what is asked counts: records may hold a question (or prompt) alone.
+
+    A file that ends in .txt holds a prompt a line. Rows without an answer have an empty completion.
+    """
+    path = Path(folder or "").expanduser() / Path(name).expanduser()
+    if name.lower().removesuffix(".gz").endswith(".txt"):
+        rows = [Row(line.strip(), "") for _, line in read_lines(path) if line.strip()]
+        if not rows:
+            raise DataError(f"{path} holds no prompts; expected one a line")
+        return rows
+    records = [*load_records(name, folder)]
+    named = [(where, _renamed(record, columns or {})) for where, record in records if isinstance(record, dict)]
+    if len(named) < len(records) or all(shape_of(record) is not None for _, record in named):
+        return rows_of(records, columns)
+    return [Row.from_record(one, at) if shape_of(one) is not None else _prompt_of(one, at) for at, one in named]
+
+
+def _prompt_of(record: Mapping[str, Any], where: str) -> Row:
+    field = next((field for field in ("prompt", "question") if field in record), None)
+    if field is None:
+        raise DataError(
+            f"{where}: a prompt needs the field prompt or question; it has: {fields_in(record)}. data.columns names "
+            "others"
+        )
+    prompt = record[field]
+    if not isinstance(prompt, str) or not prompt.strip():
+        raise DataError(f"{where}: field {field!r} must be a text that is not empty; it is {kind_of(prompt)}")
+    return Row(prompt, "", {name: value for name, value in record.items() if name != field})
+
+
+def load_records(name: str, folder: str | None = None) -> Iterable[tuple[str, Any]]:
+    """Records of a file, or of a data set of the hub, after the words that name each; see `load_rows`."""
     path = Path(folder or "").expanduser() / Path(name).expanduser()
     stem, colon, split = str(path).rpartition(":")
     is_folder, hub = bool(colon) and Path(stem).is_dir(), _HUB.fullmatch(name)
     if path.exists() or name.lower().endswith(ENDINGS) or not (hub or is_folder):
-        return read_rows(path, columns)
+        return read_records(path)
     source = (stem, None, split) if is_folder or hub is None else hub.group("repository", "config", "split")
     instead = f"a file ending in {ENDINGS[0]}, or another of those in docs/formats.md"
     records = hub_rows(*source, called=name, instead=instead)
-    return rows_of(((where, plain_record(record)) for where, record in records), columns)
-
-
-def load_prompts(name: str, columns: Mapping[str, str] | None = None) -> list[Row]:
-    """As `load_rows`, of rows of which only what is asked counts: a file may hold a question (or prompt) a row alone.
-
-    Such rows have an empty completion.
-    """
-    path = Path(name).expanduser()
-    if not path.is_file():
-        return load_rows(name, None, columns)
-    records = read_records(path)
-    alone = [_prompt_alone(_renamed(record, columns or {})) for _, record in records if isinstance(record, dict)]
-    found = [row for row in alone if row is not None]
-    return found if len(found) == len(records) else rows_of(records, columns)
-
-
-def _prompt_alone(record: dict[str, Any]) -> Row | None:
-    """The row of a record with a question, or a prompt, and no answer; None of any other."""
-    name = next((name for name in ("question", "prompt") if isinstance(record.get(name), str)), None)
-    if name is None or shape_of(record) is not None or not record[name].strip():
-        return None
-    return Row(record[name], "", {key: value for key, value in record.items() if key != name})
+    return ((where, plain_record(record)) for where, record in records)
 
 
 def read_rows(path: Path, columns: Mapping[str, str] | None = None) -> list[Row]:

@@ -90,9 +90,16 @@ def _check_unlearn(config: UnlearnConfig) -> None:
 
 def check_fit(config: UnlearnConfig) -> None:
     """ConfigError where a gate is to be fitted that cannot be, or an option of the fit has no effect."""
-    method, augment = config.method, config.data.augment
+    method, data, augment = config.method, config.data, config.data.augment
+    if data.subject_kind != "any" and not data.subjects:
+        raise ConfigError(
+            f"data.subject_kind={data.subject_kind} says what data.subjects are; name some, or leave it out"
+        )
     if method.gate_fit == "joint":
-        for name, value in (("method.false_positives", method.false_positives), ("data.group", config.data.group)):
+        given: dict[str, Any] = {"method.false_positives": method.false_positives}
+        given |= {f"data.{name}": getattr(data, name) for name in ("group", "gate_prompts", "gate_negatives")}
+        given |= {"data.subjects": data.subjects or None}
+        for name, value in given.items():
             if value is not None:
                 raise ConfigError(f"{name}={value} is for method.gate_fit=logistic; set that, or leave it out")
         return

@@ -25,7 +25,10 @@ LATER: dict[str, tuple[tuple[str, Any], ...]] = {
         *(("edit", "loreft"), ("gate_blocks", None), ("gate_pool", "last")),
         *(("gate_fit", "joint"), ("false_positives", None), ("action", "edit")),
     ),
-    "data": (("group", None),),
+    "data": (
+        *(("group", None), ("gate_prompts", None), ("gate_negatives", None)),
+        *(("subjects", []), ("subject_kind", "any")),
+    ),
 }
 """Options, with their defaults, that came later than runs which have none of them."""
 

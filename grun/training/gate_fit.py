@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Container, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Self
 
 import torch
@@ -35,6 +35,8 @@ class Prompts:
     rows: Sequence[EncodedRow]
     units: Sequence[str]
     """Of each row; rows of one unit are left out together where a fit is tested."""
+    always: Sequence[EncodedRow] = ()
+    """Further rows, each a unit, that are fitted whatever is set aside: nothing is promised of such rows."""
 
 
 @dataclass(frozen=True)
@@ -57,6 +59,9 @@ class GateFit:
     """Largest share of rows such as those set aside that opens it, in expectation; None: nothing is promised."""
     calibration: int | None = None
     """Units of prompts set aside, of which that follows."""
+    sources: Mapping[str, int] = field(default_factory=dict)
+    """Prompts by where they are from, such as "forget rows" and "retain subjects", before those that are alike count
+    once."""
 
 
 @dataclass(frozen=True)
@@ -72,8 +77,10 @@ class Sides:
     def of(cls, forget: Prompts, retain: Prompts) -> Self:
         """ConfigError: a side has too few rows."""
         opened, shut = _distinct(forget, "forget"), _distinct(retain, "retain")
+        always = sorted({row.prompt_ids for row in retain.always} - {*shut})
         units = [*(f"forget {unit}" for unit in opened.values()), *(f"retain {unit}" for unit in shut.values())]
-        return cls([EncodedRow(ids, ()) for ids in (*opened, *shut)], units, len(opened))
+        units += [f"always {number}" for number, _ in enumerate(always)]
+        return cls([EncodedRow(ids, ()) for ids in (*opened, *shut, *always)], units, len(opened))
 
 
 def fit_gate(
@@ -101,7 +108,9 @@ def fit_gate(
         last.weight.copy_(line.weight.unsqueeze(0))
         last.bias.fill_(line.bias)
     result = replace(result, seconds=round(time.monotonic() - started, 2))
-    log.info("gate fitted: %s", ", ".join(f"{name} {value}" for name, value in asdict(result).items()))
+    log.info(
+        "gate fitted: %s", ", ".join(f"{name} {value}" for name, value in asdict(result).items() if name != "sources")
+    )
     return result
 
 
@@ -227,7 +236,8 @@ def _set_aside(retain: Sequence[str], rate: float | None) -> set[str]:
     """Units of retain rows that the threshold is taken from; ConfigError where too few are left for the fit."""
     if rate is None:
         return set()
-    units = sorted({*retain}, key=lambda unit: shuffled(unit.removeprefix("retain ")))
+    there = {unit for unit in retain if unit.startswith("retain ")}
+    units = sorted(there, key=lambda unit: shuffled(unit.removeprefix("retain ")))
     count = max(1, len(units) // SET_ASIDE)
     if len(units) - count < 2:
         raise ConfigError(

@@ -221,8 +221,8 @@ def test_refusals_are_asked_for_before_a_model_is_loaded() -> None:
     corpus = Corpus("jsonl", forget=[row], retain=[row])
     for preset in ("idk", "idk_concat", "dpo", "dpo_only", "dpo_kl"):
         with pytest.raises(ConfigError, match="there are no refusals, but the objective .*; name data.refusals$"):
-            check_rows(corpus, build_objective(preset, LossConfig(), gated=False))
-    check_rows(corpus, build_objective("npo", LossConfig(), gated=False))
+            check_rows(corpus, UnlearnConfig(objective=preset))
+    check_rows(corpus, UnlearnConfig(objective="npo"))
 
 
 # -- the retain weight that adapts ------------------------------------------------------------------------------------

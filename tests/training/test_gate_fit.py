@@ -67,10 +67,24 @@ def states(folder: Path, questions: list[str]) -> Tensor:
         assert start > 10  # behind the system prompt
         with torch.no_grad():
             base(torch.tensor([ids]))
-        seen = kept.pop()[0, start:]
-        seen = seen / (seen.square().mean(dim=1, keepdim=True) + 1e-6).sqrt()
-        found.append(torch.cat((seen.amax(0), seen.amin(0))).double())
+        found.append(both_ends(kept.pop()[0, start:]))
     return torch.stack(found)
+
+
+def both_ends(seen: Tensor) -> Tensor:
+    """Maximum and minimum over tokens of states [tokens, hidden] that are divided by their root mean square."""
+    seen = seen / (seen.square().mean(dim=1, keepdim=True) + 1e-6).sqrt()
+    return torch.cat((seen.amax(0), seen.amin(0))).double()
+
+
+def begun(folder: Path, questions: list[str]) -> Tensor:
+    """The same of the first token of each question, as plain text: [different tokens, any]."""
+    base = AutoModelForCausalLM.from_pretrained(folder / "model")
+    tokenizer = AutoTokenizer.from_pretrained(folder / "model")
+    first = dict.fromkeys(tokenizer(question.split()[0])["input_ids"][0] for question in questions)
+    with torch.no_grad():
+        seen = [base(torch.tensor([[token]]), output_hidden_states=True).hidden_states[1][0] for token in first]
+    return torch.stack([both_ends(one) for one in seen])
 
 
 def questions(countries: list[str]) -> list[str]:
@@ -86,10 +100,12 @@ def test_the_gate_is_the_fit_to_what_hooks_read_and_only_the_edit_is_trained(fol
     assert main(run(folder, "plain")) == 0
     values, model = result(folder, "plain")
     about = values["gate_fit"]
-    assert (about["forget"], about["retain"], about["bound"]) == (6, 36, None)
+    starts = begun(folder, questions(RETAIN))
+    assert (about["forget"], about["retain"], about["bound"]) == (6, 36 + len(starts), None)
+    assert about["sources"] == {"forget_rows": 6, "retain_rows": 36}
     assert values["terms"] == {"forget": 1.0} and values["parameters"]["trained"] == 2 * (32 * 2 + 33 * 2)
-    features = torch.cat((states(folder, questions(FORGET)), states(folder, questions(RETAIN))))
-    wanted = fit(features, torch.arange(42) < 6, about["strength"])
+    features = torch.cat((states(folder, questions(FORGET)), states(folder, questions(RETAIN)), starts))
+    wanted = fit(features, torch.arange(len(features)) < 6, about["strength"])
     weight, bias = (model.state_dict()[f"pooled.gate.0.{part}"].double() for part in ("weight", "bias"))
     logits = features @ weight[0] + bias
     # states in float32, of whole batches and of single rows
@@ -112,7 +128,8 @@ def test_a_threshold_from_rows_set_aside_is_kept_and_what_is_below_is_the_bases_
     assert main(run(folder, "promised", "method.false_positives=0.2")) == 0
     values, model = result(folder, "promised")
     about = values["gate_fit"]
-    assert (about["retain"], about["calibration"]) == (27, 3)  # 3 of 12 countries are set aside, whole
+    starts = len(begun(folder, questions(RETAIN)))
+    assert (about["retain"], about["calibration"]) == (27 + starts, 3)  # 3 of 12 countries are set aside, whole
     assert about["bound"] == pytest.approx(1 / 4)  # no less can be promised of 3
     assert model.gate_threshold == 0.5
     assert "such as those of the 3 groups" in (folder / "promised" / "README.md").read_text()
@@ -141,7 +158,8 @@ def test_copies_count_with_their_rows_and_a_retain_term_may_stay(folder: Path) -
     values, model = result(folder, "copies")
     assert values["config"]["method"]["gate_blocks"] == model.config.gate_blocks == [1]  # of 3
     assert set(values["terms"]) == {"forget", "retain"}
-    assert values["gate_fit"]["forget"] == 18 and values["gate_fit"]["retain"] == 36 * 3
+    starts = len(begun(folder, questions(RETAIN)))
+    assert values["gate_fit"]["forget"] == 18 and values["gate_fit"]["retain"] == 36 * 3 + starts
 
 
 @pytest.mark.parametrize(

@@ -15,9 +15,8 @@ def load(config: DataConfig) -> Corpus:
     """Your own questions and answers: files, or data sets of the hub."""
     if config.forget == DataConfig.forget and not (Path(config.path or "").expanduser() / config.forget).exists():
         raise ConfigError("data.name=jsonl needs data.forget, the file of the rows to forget")
-    if not config.retain:
-        raise ConfigError("data.name=jsonl needs data.retain, the file of the rows to keep")
-    forget, retain = (load_rows(name, config.path, config.columns) for name in (config.forget, config.retain))
+    forget = load_rows(config.forget, config.path, config.columns)
+    retain = load_rows(config.retain, config.path, config.columns) if config.retain else []
     corpus = corpus_of_rows("jsonl", forget, retain, config)
     if config.unknown:
         corpus.unknown = load_rows(config.unknown, config.path, config.columns)

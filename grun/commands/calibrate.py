@@ -15,6 +15,7 @@ from grun.data.corpus import Corpus, load_corpus
 from grun.data.encoding import EncodedRow, encode_rows
 from grun.data.jsonl import load_prompts
 from grun.data.rows import Row, hash_rows
+from grun.data.sets import find_set
 from grun.errors import AdapterError, ConfigError, DataError, GrunError
 from grun.evaluation.probe import asked_first
 from grun.loading.adapters import load_model
@@ -99,10 +100,9 @@ def _rows(config: CalibrateConfig) -> tuple[list[Row], Corpus | None]:
     if config.set is not None:
         asked = asked_first(config)
         corpus = load_corpus(asked.data)
-        sets = corpus.sets()
-        if config.set == "forget" or config.set not in sets:
-            known = ", ".join(name for name in sets if not name.startswith("forget"))
-            raise ConfigError(f"set={config.set} is no set of these data that must stay; there are: {known}")
+        sets = {name: rows for name, rows in corpus.sets().items() if find_set(name).good != "low"}
+        if config.set not in sets:
+            raise ConfigError(f"set={config.set} is no set of these data that must stay; there are: {', '.join(sets)}")
         return sets[config.set], corpus
     columns = config.data.columns if is_users(config, "data.columns") else {}
     keep = load_prompts(str(config.rows), None, columns)

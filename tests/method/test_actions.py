@@ -113,6 +113,22 @@ def test_drawn_answers_and_beams_are_the_refusal(options: dict[str, Any]) -> Non
 
 
 @torch.no_grad()
+def test_guessed_tokens_embeddings_and_a_tuple_as_output_are_refused_alike() -> None:
+    """Guesses are several tokens after the prompt in one pass; those that are wrong are cut off the cache."""
+    model = refusing(opened=None)
+    (prompt,) = random_rows([9])
+    ids = torch.tensor([[*prompt, 11, 12, 40, 11]])  # what follows 11 in the prompt is guessed first
+    greedy: dict[str, Any] = {"do_sample": False, "max_new_tokens": 6, "pad_token_id": PAD}
+    assert model.generate(ids, prompt_lookup_num_tokens=3, **greedy)[0, -6:].tolist() == AFTER
+    embeddings = model.base.get_input_embeddings()(ids)
+    assert model.generate(inputs_embeds=embeddings, **greedy)[0].tolist() == AFTER
+    assert torch.equal(model.base(ids, return_dict=False)[0][0, -1], forced(REFUSAL[:1])[0])
+    decoded = model.base.lm_head(model.base.model(ids).last_hidden_state)
+    with model.disabled():
+        assert torch.equal(decoded, model.base(ids).logits), "by hand nothing is refused, as docs/calling.md says"
+
+
+@torch.no_grad()
 def test_likelihoods_and_the_loss_are_those_of_the_refusal() -> None:
     model = refusing(opened=None)
     others = random_rows([4, 4, 4], seed=5)

@@ -198,13 +198,15 @@ def markdown(rows: Rows) -> str:
 
 
 def spread(values: Sequence[float]) -> str:
-    """Mean, and lowest and highest where they differ: .98 (.96-1.00)."""
+    """Mean, and lowest and highest where they differ: .98 (.96-1.00). Only 0 is .00, and only 1 is 1.00."""
+    mean, low, high = (_short(value) for value in (statistics.fmean(values), min(values), max(values)))
+    return mean if low == high else f"{mean} ({low}-{high})"
 
-    def short(value: float) -> str:
-        return f"{value:.2f}".removeprefix("0") if value >= 0.005 or value == 0 else f"{value:.3f}".removeprefix("0")
 
-    mean, ends = short(statistics.fmean(values)), (short(min(values)), short(max(values)))
-    return mean if ends[0] == ends[1] else f"{mean} ({ends[0]}-{ends[1]})"
+def _short(value: float) -> str:
+    if 0 < value < 0.005 or 0.995 <= value < 1:
+        return "<.01" if value < 0.5 else ">.99"
+    return f"{value:.2f}".removeprefix("0")
 
 
 def table_of(bench: Bench, name: str, arguments: argparse.Namespace) -> Rows:

@@ -1,6 +1,7 @@
 """What an adapter costs while answers are generated: GrunModel.generate against generate of the bare model.
 
     python benchmarks/generation.py [--design every_token] [--gate mlp_3] [--hidden 512] [--threads 1] [--pairs 10]
+    python benchmarks/generation.py --design pooled [--gates shut]
 
 Both models have the same random weights and are asked the same prompts, one after the other in turns, so that whatever
 else the machine does falls on both. Printed: seconds of each turn, and the median of the ratios of the pairs.
@@ -23,12 +24,18 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a file, n
 
 from grun.method.model import GrunModel
 
-BLOCKS, EDITED = 16, [10, 12, 15]
-DESIGNS = {
-    "last_prompt": {},
-    "every_token": {"gate_read": "every_token", "gate_accumulate": "running_max", "edit_write": "every_token"},
-}
-"""Where gates read and edits write: the published design, and the robust one."""
+BLOCKS = 16
+DESIGNS: dict[str, dict[str, Any]] = {
+    "last_prompt": {"blocks": [10, 12, 15]},
+    "every_token": {
+        "blocks": [10, 12, 15], "gate_read": "every_token", "gate_accumulate": "running_max",
+        "edit_write": "every_token",
+    },
+    "pooled": {"blocks": [12, 13, 14, 15], "gate_blocks": [1, 2], "gate_pool": "maxmin", "edit_write": "sticky"},
+}  # fmt: skip
+"""Where gates read and edits write: the published design, the robust one, and that of one gate for all edits."""
+BIAS = {"open": 100.0, "shut": -100.0}
+"""Of gates that are to be so whatever they read; edits are skipped below a probability of 0.5."""
 ROWS, PROMPT, NEW = 16, 39, 64
 
 
@@ -57,15 +64,20 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--design", choices=sorted(DESIGNS), default="last_prompt")
     parser.add_argument("--gate", default="linear")
+    parser.add_argument(
+        "--gates", choices=sorted(BIAS), help="all of them, with a threshold; else neither, without one"
+    )
     parser.add_argument("--hidden", type=int, default=256)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--pairs", type=int, default=10)
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    design: dict[str, Any] = DESIGNS[arguments.design]
+    design = {**DESIGNS[arguments.design], "gate_bias": BIAS.get(arguments.gates or "")}
     bare = model(arguments.hidden)
-    edited = GrunModel.wrap(model(arguments.hidden), blocks=EDITED, rank=4, gate=arguments.gate, **design).eval()
+    edited = GrunModel.wrap(model(arguments.hidden), rank=4, gate=arguments.gate, **design).eval()
+    if arguments.gates:
+        edited.gate_threshold = 0.5
     ids = torch.randint(1, 4096, (ROWS, PROMPT), generator=torch.Generator().manual_seed(0))
     for asked in (bare, edited):
         seconds(asked, ids)  # the first call is slower

@@ -2,6 +2,8 @@
 
     python benchmarks/request_stack.py                                     # published design: 1 to 1,000 requests
     python benchmarks/request_stack.py --design every_token                # robust design, linear gates
+    python benchmarks/request_stack.py --design pooled                     # one gate each, on pooled states
+    python benchmarks/request_stack.py --design pooled --adapter           # one adapter (GrunModel), not a stack
     python benchmarks/request_stack.py --design every_token --gate noisy_mlp_3 --counts 1,10,100
     python benchmarks/request_stack.py --counts 10000 --rank 1             # gates, with next to no edit
     python benchmarks/request_stack.py --store                             # adding, removing, loading from a folder
@@ -33,16 +35,18 @@ from transformers import DynamicCache, PreTrainedModel
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a file, not installed
 
+from grun.data.encoding import EncodedRow
 from grun.data.rows import Row
 from grun.method.adapter import AdapterConfig
 from grun.method.gate import GATES, set_bias
 from grun.method.model import GrunModel
 from grun.method.stack.stack import GrunStack
 from grun.requests.store import RequestStore
+from grun.training.gate_fit import prompt_features
 from pyvene_custom import find_blocks
 
 HIDDEN, ROWS = 512, 16
-EDITED = {"last_prompt": (10, 12, 15), "every_token": (13, 15)}
+EDITED = {"last_prompt": (10, 12, 15), "every_token": (13, 15), "pooled": (12, 13, 14, 15)}
 THRESHOLDS = {"0.5": 0.5, "none": None}
 WHAT = ("prefill", "decode")
 Member = tuple[AdapterConfig, dict[str, Tensor]]
@@ -70,22 +74,32 @@ def states_of(base: PreTrainedModel, ids: Tensor, blocks: Sequence[int], last: b
 class Requests:
     """Requests with random gates and edits."""
 
-    def __init__(self, design: str, gate: str, rank: int, states: dict[int, Tensor]) -> None:
-        options: dict[str, Any] = DESIGNS[design]
-        self.config = AdapterConfig(list(states), rank, gate, HIDDEN, BLOCKS, **options)
-        self._states = states
+    def __init__(self, design: str, gate: str, rank: int, base: PreTrainedModel, ids: Tensor) -> None:
+        options: dict[str, Any] = {**DESIGNS[design], "blocks": list(EDITED[design])}
+        self.config = AdapterConfig(rank=rank, gate=gate, hidden_size=HIDDEN, depth=BLOCKS, **options)
+        self._states: dict[str, Tensor] = {}
+        """By gate what it reads, [batch, positions read, any]."""
+        if self.config.gate_blocks is None:
+            found = states_of(base, ids, EDITED[design], last=design == "last_prompt")
+            self._states = {f"edits.{block}.gate": states for block, states in found.items()}
+        else:
+            rows = [EncodedRow(tuple(row), ()) for row in ids.tolist()]
+            features = prompt_features(wrapped := GrunModel(base, self.config), rows, 0)
+            wrapped.unwrap()
+            self._states = {"pooled.gate": features.float().unsqueeze(1)}
         self._random = torch.Generator().manual_seed(0)
 
     def make(self, opens: bool) -> Member:
         """One whose gates open for a single row of the batch, or for none."""
         weights: dict[str, Tensor] = {}
-        for block, states in self._states.items():
-            start = f"edits.{block}"
+        for block in self.config.blocks:
+            start = f"edits.{block}.edit"
             rank = self.config.rank
-            weights[f"{start}.edit.rotation"] = self._normal(HIDDEN, rank)
-            weights[f"{start}.edit.source.weight"] = self._normal(rank, HIDDEN) / HIDDEN**0.5
-            weights[f"{start}.edit.source.bias"] = torch.zeros(rank)
-            gate = GATES.get(self.config.gate)(HIDDEN)
+            weights[f"{start}.rotation"] = self._normal(HIDDEN, rank)
+            weights[f"{start}.source.weight"] = self._normal(rank, HIDDEN) / HIDDEN**0.5
+            weights[f"{start}.source.bias"] = torch.zeros(rank)
+        for start, states in self._states.items():
+            gate = GATES.get(self.config.gate)(states.shape[2])
             if gate is None:
                 raise SystemExit("choose a gate")
             gate.eval()
@@ -95,7 +109,7 @@ class Requests:
             logits = gate(states).squeeze(2)
             first, second = logits.amax(dim=1).topk(2).values.tolist()
             set_bias(gate, -(first + second) / 2 if opens else -first - float(logits.std()))
-            weights |= {f"{start}.gate.{name}": value for name, value in gate.state_dict().items()}
+            weights |= {f"{start}.{name}": value for name, value in gate.state_dict().items()}
         return self.config, weights
 
     def _normal(self, *shape: int) -> Tensor:
@@ -103,7 +117,7 @@ class Requests:
 
 
 class OwnCode:
-    """CPU seconds between hooks around those of the stack, within the passes of its base."""
+    """CPU seconds between hooks around those of the edits and gates, within the passes of their base."""
 
     def __init__(self, base: PreTrainedModel, blocks: Sequence[int]) -> None:
         self.spent = 0.0
@@ -133,7 +147,7 @@ class OwnCode:
 class Turns:
     """One prompt pass and some decode steps of the bare model and of the stack, in turns."""
 
-    def __init__(self, bare: PreTrainedModel, stack: GrunStack, ids: Tensor, steps: int) -> None:
+    def __init__(self, bare: PreTrainedModel, stack: GrunStack | GrunModel, ids: Tensor, steps: int) -> None:
         self.sides = {"bare": bare, "stack": stack.base}
         self.ids = ids
         self.steps = steps
@@ -143,7 +157,8 @@ class Turns:
         """Of `pairs` turns: for prompt passes and decode steps the ratio of the two models' times (`ratio`) and the
         stack's own code as a share of all the rest of its pass (`own`)."""
         found: dict[str, dict[str, list[float]]] = {what: {"ratio": [], "own": []} for what in WHAT}
-        self._own = OwnCode(self.sides["stack"], list(self._stack.edit_at()))
+        read = [] if self._stack.pooled is None else self._stack.pooled.blocks
+        self._own = OwnCode(self.sides["stack"], [*self._stack.edit_at(), *read])
         for number in range(-1, pairs):
             order = list(self.sides)[:: 1 if number % 2 == 0 else -1]
             for what, spent in zip(WHAT, self._turn(order), strict=True):
@@ -191,8 +206,7 @@ def costs(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     """Print and return overheads, memory, and time to add and remove, by count."""
     bare, base = model(HIDDEN), model(HIDDEN)
     ids = torch.randint(1, 4096, (ROWS, arguments.prompt), generator=torch.Generator().manual_seed(0))
-    states = states_of(bare, ids, EDITED[arguments.design], last=arguments.design == "last_prompt")
-    requests = Requests(arguments.design, arguments.gate, arguments.rank, states)
+    requests = Requests(arguments.design, arguments.gate, arguments.rank, bare, ids)
     stack = GrunStack(base).eval()
     turns = Turns(bare, stack, ids, arguments.steps)
     rows: list[dict[str, Any]] = []
@@ -209,17 +223,42 @@ def costs(arguments: argparse.Namespace) -> list[dict[str, Any]]:
         print(f"\n{count} requests: {mib:.1f} MiB; {len(new)} added at once in {built:.2f} s, "
               f"one more in {add:.3f} s, one removed in {remove:.3f} s")  # fmt: skip
         del new
-        for name, threshold in THRESHOLDS.items():
-            stack.gate_threshold = threshold
-            for what, found in turns.measure(arguments.pairs).items():
-                ratios = [value - 1 for value in found["ratio"]]
-                print(f"  threshold {name:4}  {what:7}  own code {percent(found['own']):27} pairs {percent(ratios)}")
-                rows.append(
-                    {"what": what, "threshold": name, "count": count, "own": statistics.median(found["own"]),
-                     "overhead": statistics.median(ratios), "mib": mib, "add_s": add, "remove_s": remove,
-                     "every": found}
-                )  # fmt: skip
+        rows += measured(turns, stack, arguments.pairs, {"count": count, "mib": mib, "add_s": add, "remove_s": remove})
     print_slopes(rows)
+    return rows
+
+
+def measured(turns: Turns, stack: GrunStack | GrunModel, pairs: int, about: dict[str, Any]) -> list[dict[str, Any]]:
+    """Print and return overheads with and without a threshold."""
+    rows = []
+    for name, threshold in THRESHOLDS.items():
+        stack.gate_threshold = threshold
+        for what, found in turns.measure(pairs).items():
+            ratios = [value - 1 for value in found["ratio"]]
+            print(
+                f"  threshold {name:4}  {what:7}  own code {percent(found['own']):27} pairs {percent(ratios)}",
+                flush=True,
+            )
+            rows.append(
+                {"what": what, "threshold": name, **about, "own": statistics.median(found["own"]),
+                 "overhead": statistics.median(ratios), "every": found}
+            )  # fmt: skip
+    return rows
+
+
+def one_adapter(arguments: argparse.Namespace) -> list[dict[str, Any]]:
+    """Print and return overheads of one adapter that no stack holds, open on a single row and on none."""
+    bare, base = model(HIDDEN), model(HIDDEN)
+    ids = torch.randint(1, 4096, (ROWS, arguments.prompt), generator=torch.Generator().manual_seed(0))
+    requests = Requests(arguments.design, arguments.gate, arguments.rank, bare, ids)
+    rows = []
+    for opens in (True, False):
+        config, weights = requests.make(opens)
+        adapter = GrunModel(base, config).eval()
+        adapter.load_state_dict(weights)
+        print(f"\none adapter, open on {'one row' if opens else 'no row'}")
+        rows += measured(Turns(bare, adapter, ids, arguments.steps), adapter, arguments.pairs, {"opens": opens})
+        adapter.unwrap()
     return rows
 
 
@@ -275,12 +314,13 @@ def main() -> None:
     parser.add_argument("--prompt", type=int, default=64, help="tokens")
     parser.add_argument("--steps", type=int, default=8, help="decode steps of a turn")
     parser.add_argument("--pairs", type=int, default=8)
+    parser.add_argument("--adapter", action="store_true", help="one adapter in place of a stack")
     parser.add_argument("--store", action="store_true", help="measure a store on disk instead")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     arguments.counts = [int(count) for count in arguments.counts.split(",")]
     torch.set_num_threads(1)
-    rows = stores(arguments) if arguments.store else costs(arguments)
+    rows = (stores if arguments.store else one_adapter if arguments.adapter else costs)(arguments)
     if arguments.json:
         arguments.json.write_text(json.dumps(rows, indent=2) + "\n")
 

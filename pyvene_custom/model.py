@@ -8,7 +8,7 @@ import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from types import MethodType
-from typing import Any, Literal, NoReturn, Protocol, Self
+from typing import Any, Literal, NoReturn, Protocol, Self, runtime_checkable
 
 import torch
 from pyvene import IntervenableModel as StockModel
@@ -46,6 +46,8 @@ class Pass:
     """By intervention key, what passes after this one need of each position read."""
     again: bool = False
     """Whether blocks run again in a backward pass."""
+    resting: dict[Any, bool] = field(default_factory=dict)
+    """What `Resting` interventions have answered."""
 
 
 class Reader(Protocol):
@@ -63,6 +65,14 @@ class Reader(Protocol):
 
     def opening(self, running: Pass, device: torch.device) -> Any:
         """What interventions are given to be weighted by; asked after all blocks were read."""
+
+
+@runtime_checkable
+class Resting(Protocol):
+    """An intervention that may have nothing to do in a pass, and report nothing, by what a `Reader` gives."""
+
+    def rests(self, opening: Any, known: dict[Any, bool]) -> bool:
+        """Whether it does not; `known` is kept for the other interventions of the pass."""
 
 
 _SEVERAL = object()
@@ -323,11 +333,14 @@ class IntervenableModel(StockModel):
     def _edit(self, key: str, hidden: Tensor, running: Pass) -> Tensor:
         """`hidden` edited where its block computes; gates go where the sites are, so that all are in one place."""
         assert running.sites is not None
+        intervention = self.interventions[key]
+        shared = {} if self._reader is None else {"opening": self._reader.opening(running, hidden.device)}
+        if shared and isinstance(intervention, Resting) and intervention.rests(shared["opening"], running.resting):
+            return hidden
         sites, home = running.sites.to(hidden.device), running.sites.read.device
         read, written = read_and_written(hidden, sites)
-        shared = {} if self._reader is None else {"opening": self._reader.opening(running, hidden.device)}
         carry = sites.carry.get(key)
-        result = self.interventions[key](written, None, None, read=read, sites=sites, carry=carry, **shared)
+        result = intervention(written, None, None, read=read, sites=sites, carry=carry, **shared)
         if result.gate is not None:
             opening = result.gate if result.opening is None else result.opening
             running.gates[self.block_of_key[key]] = result.gate.to(home)

@@ -37,6 +37,8 @@ class Sites:
     """Positions read at which that state starts again, bool, shape [batch, positions read]; None: none."""
     everywhere: bool = False
     """Whether `read` and `write` are all columns in their order, so that states are taken as they stand."""
+    whole: bool = False
+    """Whether `write` is all columns in their order, whatever `read` is."""
     shape: tuple[int, int] | None = None
     """Rows and tokens of the pass, which a block must be given to be edited; None: any."""
     about: Any = None
@@ -50,7 +52,7 @@ class Sites:
         read = write if self.read is self.write else self.read.to(device)
         reset = None if self.reset is None else self.reset.to(device)
         masks = self.read_mask.to(device), self.write_mask.to(device)
-        return Sites(read, masks[0], write, masks[1], self.carry, reset, self.everywhere)
+        return Sites(read, masks[0], write, masks[1], self.carry, reset, self.everywhere, self.whole)
 
 
 class Intervention(SourcelessIntervention, TrainableIntervention, DistributedRepresentationIntervention):
@@ -94,13 +96,15 @@ def read_and_written(hidden: Tensor, sites: Sites) -> tuple[Tensor, Tensor]:
     """States [batch, positions, width] that `sites` read and write, one object where these are the same positions."""
     if sites.everywhere:
         return hidden, hidden
-    written = gather(hidden, sites.write)
-    return written if sites.read is sites.write else gather(hidden, sites.read), written
+    written = hidden if sites.whole else gather(hidden, sites.write)
+    if sites.read is sites.write:
+        return written, written
+    return gather(hidden, sites.read) if sites.read.shape[1] else hidden[:, :0], written
 
 
 def put_back(hidden: Tensor, sites: Sites, states: Tensor) -> Tensor:
     """`hidden` with `states` [batch, positions written, width] where `sites` write."""
-    if not sites.everywhere:
+    if not (sites.everywhere or sites.whole):
         return scatter(hidden, sites.write, sites.write_mask, states)
     if bool(sites.write_mask.all()):
         return states.to(hidden.dtype)

@@ -113,6 +113,17 @@ class GatedIntervention(Intervention):
             result.output = shut
         return result
 
+    def rests(self, opening: Tensor, known: dict[Any, bool]) -> bool:
+        """Whether a gate for all edits leaves nothing to do here, bit for bit: no row opens it.
+
+        `known` are answers of this pass by threshold, to which this one is added.
+        """
+        if self.gate is not None or self.earlier is not None or self.threshold is None or self.training:
+            return False
+        if self.threshold not in known:
+            known[self.threshold] = not bool((torch.sigmoid(opening) >= self.threshold).any())
+        return known[self.threshold]
+
     def draw_from(self, seeds: Sequence[int] | None) -> None:
         """Let dropout, and noise in the gate, be a function of one number for each row; None: of torch's generator."""
         self.row_seeds = seeds

@@ -6,7 +6,7 @@ Nothing here is drawn: the same features give the same gate, in whatever order t
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from zlib import crc32
 
@@ -20,6 +20,8 @@ STRENGTHS = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)
 """Values of C, the inverse of the L2 penalty's weight, that are tried."""
 FOLDS = 5
 """Parts of which each is left out once to choose among them."""
+WORSE = 1.01
+"""Times the lowest mean loss so far: above it a value of C ends the search."""
 EXACT = {"maxiter": 1000, "maxfun": 2000, "ftol": 1e-14, "gtol": 1e-8}
 """When L-BFGS ends in the fit that is used."""
 NEAR = {"maxiter": 100, "maxfun": 200, "ftol": 1e-6, "gtol": 1e-3}
@@ -51,54 +53,86 @@ def fit(features: Tensor, target: Tensor, strength: float) -> Line:
         target: which rows the gate is to open on, bool [rows]; there are both kinds.
         strength: C.
     """
-    return _path(features, target, [strength], EXACT)[0]
-
-
-def _path(features: Tensor, target: Tensor, strengths: Sequence[float], stop: Mapping[str, float]) -> list[Line]:
-    """`fit` for several values of C, each beginning where the one before ended; `stop` are options of L-BFGS."""
-    mean, deviation = features.mean(dim=0), features.std(dim=0, correction=0)
-    deviation = torch.where(deviation > 1e-9 * features.abs().amax(dim=0), deviation, 1.0)
-    scaled = (features - mean) / deviation
-    sign = torch.where(target, 1.0, -1.0).to(features)
-    opened = int(target.sum())
-    balanced = torch.where(target, 0.5 / opened, 0.5 / (len(target) - opened)).to(features) * len(target)
-
-    def loss_and_slope(point: np.ndarray, weights: Tensor) -> tuple[float, np.ndarray]:
-        vector = torch.from_numpy(point).to(features)
-        margin = sign * (scaled @ vector[:-1] + vector[-1])
-        pull = -sign * weights * torch.sigmoid(-margin)  # derivative by each logit
-        value = (weights * softplus(-margin)).sum() + vector[:-1].square().sum() / 2
-        slope = torch.cat((pull @ scaled + vector[:-1], pull.sum().reshape(1)))
-        return float(value), slope.cpu().numpy()
-
-    lines, at = [], np.zeros(features.shape[1] + 1)
-    for strength in strengths:
-        weights = strength * balanced
-        at = minimize(loss_and_slope, at, args=(weights,), method="L-BFGS-B", jac=True, options=dict(stop)).x
-        found = torch.from_numpy(at)
-        weight = found[:-1].to(features) / deviation
-        lines.append(Line(weight, float(found[-1] - weight @ mean)))
-    return lines
+    whole = torch.ones(1, len(target), dtype=torch.bool, device=features.device)
+    (lines,) = fit_parts(features, target, whole, [strength], EXACT, features.dtype)
+    return lines[0]
 
 
 def choose_strength(features: Tensor, target: Tensor, units: Sequence[Hashable]) -> tuple[float, Tensor]:
     """The C whose gates do best on units they were not fitted on, and the logits that rows got there, [rows].
 
-    By the balanced mean of log(1 + exp(-y f(x))); the smallest of equals. Rows of one unit are left out together.
-    ValueError with fewer than two units of a kind.
+    By the balanced mean of log(1 + exp(-y f(x))); the smallest of equals. Once it has risen, larger values, which take
+    longest, are not tried. Rows of one unit are left out together. ValueError with fewer than two units of a kind.
     """
     order = {of_kind: _folds(target == of_kind, units) for of_kind in (True, False)}
     fold = torch.where(target, order[True], order[False])
-    logits = torch.empty(len(STRENGTHS), len(target), dtype=features.dtype)
-    for number in range(FOLDS):
-        out = fold == number
-        if bool(out.any()):
-            for place, line in enumerate(_path(features[~out], target[~out], STRENGTHS, NEAR)):
-                logits[place, out] = line.logits(features[out]).cpu()
-    losses = softplus(torch.where(target, -logits, logits))
-    means = losses[:, target].mean(dim=1) + losses[:, ~target].mean(dim=1)
-    best = int(means.argmin())
-    return STRENGTHS[best], logits[best]
+    present = [number for number in range(FOLDS) if bool((fold == number).any())]
+    inside = torch.stack([fold != number for number in present])
+    found: list[tuple[float, Tensor]] = []
+    for lines in fit_parts(features, target, inside.to(features.device), STRENGTHS, NEAR, torch.float32):
+        logits = torch.empty(len(target), dtype=features.dtype)
+        for out, line in zip(~inside, lines, strict=True):
+            logits[out] = line.logits(features[out]).cpu()
+        losses = softplus(torch.where(target, -logits, logits))
+        found.append((float(losses[target].mean() + losses[~target].mean()), logits))
+        if found[-1][0] > WORSE * min(loss for loss, _ in found):
+            break
+    best = min(range(len(found)), key=lambda place: found[place][0])
+    return STRENGTHS[best], found[best][1]
+
+
+def fit_parts(
+    features: Tensor,
+    target: Tensor,
+    inside: Tensor,
+    strengths: Sequence[float],
+    stop: Mapping[str, float],
+    dtype: torch.dtype,
+) -> Iterator[list[Line]]:
+    """`fit` to several parts of the rows, for one value of C after another, each beginning where the one before ended.
+
+    The parts are one problem, of which each evaluation reads the features once.
+
+    Args:
+        features, target: as in `fit`.
+        inside: rows of each part, bool [parts, rows].
+        strengths: values of C.
+        stop: options of L-BFGS.
+        dtype: that products with the features are computed in.
+    """
+    center, scale = features.mean(dim=0), features.std(dim=0, correction=0)
+    scale = torch.where(scale > 1e-9 * features.abs().amax(dim=0), scale, 1.0)
+    scaled = (features - center) / scale
+    share = inside.to(features) / inside.sum(dim=1, keepdim=True)  # [parts, rows]
+    mean = share @ scaled  # of each part, [parts, size]
+    deviation = (share @ scaled.square() - mean.square()).clamp(min=0).sqrt()
+    deviation = torch.where(deviation > 1e-6, deviation, 1.0)  # what is constant in a part
+    target, sign = target.to(features.device), torch.where(target, 1.0, -1.0).to(features)
+    balanced = torch.zeros_like(share)
+    for of_kind in (target, ~target):
+        chosen = (inside & of_kind).to(features)
+        balanced += 0.5 * chosen * inside.sum(dim=1, keepdim=True) / chosen.sum(dim=1, keepdim=True)
+    scaled = scaled.to(dtype)
+
+    def loss_and_slope(point: np.ndarray, strength: float) -> tuple[float, np.ndarray]:
+        found = torch.from_numpy(point).to(features).view(len(inside), -1)
+        vectors, weights = found[:, :-1], found[:, :-1] / deviation
+        logits = (weights.to(dtype) @ scaled.T).to(features)
+        margin = sign * (logits + (found[:, -1] - (weights * mean).sum(dim=1)).unsqueeze(1))  # [parts, rows]
+        pull = -strength * sign * balanced * torch.sigmoid(-margin)  # derivative by each logit
+        value = strength * (balanced * softplus(-margin)).sum() + vectors.square().sum() / 2
+        total = pull.sum(dim=1, keepdim=True)
+        slope = ((pull.to(dtype) @ scaled).to(features) - total * mean) / deviation + vectors
+        return float(value), torch.cat((slope, total), dim=1).flatten().cpu().numpy()
+
+    at = np.zeros(len(inside) * (features.shape[1] + 1))
+    for strength in strengths:
+        at = minimize(loss_and_slope, at, args=(strength,), method="L-BFGS-B", jac=True, options=dict(stop)).x
+        found = torch.from_numpy(at).to(features).view(len(inside), -1)
+        weights = found[:, :-1] / deviation
+        biases = found[:, -1] - (weights * mean).sum(dim=1)
+        lines = zip(weights / scale, biases, strict=True)
+        yield [Line(weight, float(bias - weight @ center)) for weight, bias in lines]
 
 
 def _folds(chosen: Tensor, units: Sequence[Hashable]) -> Tensor:

@@ -73,7 +73,9 @@ class PooledGate(Intervention):
 
     def _opened(self, sites: PooledSites, like: Tensor) -> tuple[Tensor, Tensor]:
         """Logits where the gate is asked, and those in force, where the sites are; `like` has as many rows."""
-        home = sites.read.device
+        home, carry = sites.read.device, sites.carry.get(KEY)
+        if not sites.read.shape[1] and carry is not None:  # decided before this pass
+            return carry[:, :0], carry
         if not sites.read.shape[1]:
             logits = torch.zeros(len(like), 0, dtype=self.widen(like), device=home)
         elif not sites.features:
@@ -83,4 +85,4 @@ class PooledGate(Intervention):
             )
         else:
             logits = self(sites.joined(self.blocks, self.pool)).to(home)
-        return logits, openings(logits, sites, sites.carry.get(KEY), "none")
+        return logits, openings(logits, sites, carry, "none")

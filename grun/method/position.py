@@ -253,10 +253,11 @@ class PositionRule:
             sites = Sites(columns, counts, columns, written, call.carry, resets, everywhere=True)
         elif last is None:
             nothing = columns[:, :0]
-            sites = Sites(nothing, nothing.bool(), columns, written, call.carry)
+            sites = Sites(nothing, nothing.bool(), columns, written, call.carry, whole=True)
         else:
             inside = ((last >= 0) & (last < call.columns)).unsqueeze(1)
-            sites = Sites(last.unsqueeze(1), inside, columns, written, call.carry)
+            first = int(last.clamp(0, call.columns - 1).min())  # nothing is written before it
+            sites = Sites(last.unsqueeze(1), inside, columns[:, first:], written[:, first:], call.carry)
         if not self.pooled:
             return sites
         number = torch.zeros_like(columns) if resets is None else resets.long().cumsum(dim=1)

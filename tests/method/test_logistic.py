@@ -7,7 +7,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from grun.method.logistic import FOLDS, STRENGTHS, choose_strength, conformal, fit
+from grun.method import logistic
+from grun.method.logistic import EXACT, FOLDS, STRENGTHS, choose_strength, conformal, fit, fit_parts, shuffled
 
 
 def two_kinds(rows: int = 60, size: int = 12, seed: int = 0) -> tuple[Tensor, Tensor]:
@@ -36,6 +37,33 @@ def test_a_fit_is_that_of_scikit_learn(strength: float) -> None:
     np.testing.assert_allclose(fit(features, target, strength).logits(new).numpy(), wanted, rtol=1e-4, atol=1e-5)
 
 
+def test_parts_that_are_fitted_as_one_problem_get_the_fit_of_each_alone() -> None:
+    """Each part has scales of its own, and in one of them a further feature is constant."""
+    features, target = two_kinds()
+    inside = torch.stack([(torch.arange(60) // 4) % 3 != left_out for left_out in range(3)])
+    features[inside[1], 5] = -2.0
+    fitted = fit_parts(features, target, inside, STRENGTHS, EXACT, torch.float64)
+    new, _ = two_kinds(seed=1)
+    for strength, lines in zip(STRENGTHS, fitted, strict=True):
+        for part, line in zip(inside, lines, strict=True):
+            wanted = fit(features[part], target[part], strength).logits(new)
+            torch.testing.assert_close(line.logits(new), wanted, rtol=1e-4, atol=1e-4)  # both stop near a slope of 0
+
+
+def test_rows_left_out_have_about_the_logits_that_an_exact_fit_gives_them() -> None:
+    features, target = two_kinds(200, 12)
+    strength, logits = choose_strength(features, target, range(200))
+    wanted = torch.empty_like(logits)
+    order = sorted(range(200), key=shuffled)
+    for kind in (True, False):
+        for place, row in enumerate(row for row in order if bool(target[row]) == kind):
+            wanted[row] = place % FOLDS
+    for number in range(FOLDS):
+        out = wanted == number
+        exact = fit(features[~out], target[~out], strength).logits(features[out])
+        torch.testing.assert_close(logits[out], exact, rtol=0.02, atol=0.02)
+
+
 def test_the_strength_is_chosen_on_units_left_out_whole() -> None:
     """Each unit has a mark of its own: a weak penalty learns the marks, which say nothing of another unit."""
     features, target = two_kinds(80, 4)
@@ -46,6 +74,16 @@ def test_the_strength_is_chosen_on_units_left_out_whole() -> None:
     single, _ = choose_strength(features, target, range(80))
     assert strength < single
     assert logits.shape == (80,)
+
+
+def test_values_behind_one_that_is_worse_are_not_tried(monkeypatch: pytest.MonkeyPatch) -> None:
+    tried: list[float] = []
+    solve = logistic.minimize
+    monkeypatch.setattr(logistic, "minimize", lambda *a, **k: tried.append(k["args"][0]) or solve(*a, **k))
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.randn(60, 40, generator=generator, dtype=torch.float64)  # nothing to learn: the less the better
+    strength, _ = choose_strength(noise, torch.arange(60) % 4 == 0, range(60))
+    assert strength == STRENGTHS[0] and 1 < len(tried) < len(STRENGTHS)
 
 
 def test_rows_that_are_left_out_are_scored_by_a_fit_without_them() -> None:

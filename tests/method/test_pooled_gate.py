@@ -19,6 +19,7 @@ from grun.config.options import MethodConfig
 from grun.data.encoding import EncodedRow, collate
 from grun.errors import AdapterError, ConfigError
 from grun.evaluation.generation import generate_answers
+from grun.method.edit import LoReftEdit
 from grun.method.gated import Grun
 
 READ, EDITED = (0, 1), (1, 3)
@@ -261,6 +262,25 @@ def test_a_shut_gate_leaves_every_logit_as_the_base_has_it_to_the_bit() -> None:
     assert shut.sum() == 1
     assert torch.equal(edited[shut], plain[shut])
     assert not torch.equal(edited[~shut], plain[~shut])
+
+
+def test_where_a_gate_is_shut_no_edit_is_computed_and_else_from_the_first_prompts_end_on(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model = pooled()
+    sizes: list[int] = []
+    compute = LoReftEdit.forward
+    monkeypatch.setattr(LoReftEdit, "forward", lambda own, x: sizes.append(x.shape[1]) or compute(own, x))
+    batch = padded(random_rows([9, 6]), "right")
+    lengths = torch.tensor([7, 4])
+    with torch.no_grad():
+        model(batch["input_ids"], batch["attention_mask"], prompt_lengths=lengths)
+        assert sizes == [6, 6]  # of nine columns those from the fourth on, at two blocks
+        model.gate_threshold = 1.0
+        sizes.clear()
+        model(batch["input_ids"], batch["attention_mask"], prompt_lengths=lengths)
+        generated(model, random_rows([7]))
+    assert not sizes
 
 
 def test_gate_and_edits_are_trained_and_nothing_else() -> None:

@@ -94,14 +94,18 @@ class StackedGates(Intervention):
 
     def _opened(self, group: GateGroup, sites: PooledSites, hidden: Tensor) -> tuple[Tensor, Tensor]:
         """Logits where gates are asked, and those in force, where the sites are: [batch, positions, requests]."""
-        dtype, home, kind = self.widen(hidden), sites.read.device, group.kind
+        home, kind = sites.read.device, group.kind
+        carry = sites.carry.get(_key(kind))
+        if not sites.read.shape[1] and carry is not None:  # decided before this pass
+            return carry[:, :0], carry
+        dtype = self.widen(hidden)
         if sites.read.shape[1]:
             with torch.autocast(hidden.device.type, enabled=False):
                 features = sites.joined(kind.gate_blocks, kind.gate_pool).to(self.get_buffer("_like").device, dtype)
                 logits = group.gates(features).to(home)
         else:
             logits = torch.zeros(len(hidden), 0, len(group.names), dtype=dtype, device=home)
-        return logits, openings(logits, sites, sites.carry.get(_key(kind)), "none")
+        return logits, openings(logits, sites, carry, "none")
 
 
 def _key(kind: Kind) -> str:

@@ -240,13 +240,18 @@ class StackedIntervention(Intervention):
             ]
             read_by, opened, written = zip(*found, strict=True)
             widest, in_force = torch.cat(read_by, dim=2).amax(dim=2), torch.cat(opened, dim=2)
-            masks = [part.expand(*hidden.shape[:2], count) for part, count in zip(written, counts, strict=True)]
-            mask = torch.cat(masks, dim=2)
             least = [max(self.threshold or 0.0, group.kind.gate_threshold) for group in groups]
             skips = self.threshold is not None or any(least)
+            is_open = None
             if skips:
                 lowest = torch.tensor(least, dtype=dtype).repeat_interleave(torch.tensor(counts)).to(in_force.device)
-                mask = mask & (torch.sigmoid(in_force) >= lowest)
+                is_open = torch.sigmoid(in_force) >= lowest
+                if not bool(is_open.any()):
+                    return GatedOutput(output=None, gate=widest, opening=in_force)
+            masks = [part.expand(*hidden.shape[:2], count) for part, count in zip(written, counts, strict=True)]
+            mask = torch.cat(masks, dim=2)
+            if is_open is not None:
+                mask = mask & is_open
                 if not bool(mask.any()):
                     return GatedOutput(output=None, gate=widest, opening=in_force)
             at_written = in_force.expand(-1, hidden.shape[1], -1) if in_force.shape[1] == 1 else in_force

@@ -16,6 +16,7 @@ from grun.cli import main
 from grun.commands.unlearn import _bare_starts
 from grun.data.corpus import load_corpus
 from grun.evaluation import probe
+from grun.training.gate_prompts import collect
 
 CHOSEN = replace(SMALL, forget=["Japan"], neighbors=2, heldout=2, unknown=1, count=10)
 OPTIONS = [f"data.countries.{name}={value}" for name, value in vars(CHOSEN).items() if name != "forget"]
@@ -102,7 +103,9 @@ def test_a_fitted_gate_knows_how_plain_text_begins(folder: Path) -> None:
 
     tokenizer = AutoTokenizer.from_pretrained(folder.parent / "model")
     data = replace(CONFIG, countries=CHOSEN, path=str(folder.parent / "known"))
-    starts = _bare_starts(SimpleNamespace(corpus=load_corpus(data), tokenizer=tokenizer))  # type: ignore[arg-type]
+    corpus = load_corpus(data)
+    run = SimpleNamespace(corpus=corpus, prompts=collect(corpus, data), tokenizer=tokenizer)
+    starts = _bare_starts(run)  # type: ignore[arg-type]
     words = [tokenizer.decode(start.prompt_ids) for start in starts]
     assert {"What", "Which", "Tell", "How", "Hello"} <= {*words} and len({*words}) == len(words)
     assert all(len(start.prompt_ids) == 1 and not start.answer_ids for start in starts)

@@ -23,9 +23,9 @@ def acted(logits: Tensor, sites: PooledSites, opening: Tensor, threshold: float,
     Raises:
         ModelError: the logits are of columns that cannot be told.
     """
-    assert sites.places is not None
+    assert sites.places is not None and sites.answered is not None
     is_open = torch.sigmoid(opening) >= threshold
-    open_places = sites.places.masked_fill(~(sites.write_mask & is_open), -1).to(logits.device)
+    open_places = sites.places.masked_fill(~(sites.answered & is_open), -1).to(logits.device)
     kept = sites.logits_to_keep
     if isinstance(kept, Tensor):
         open_places = open_places[:, kept.to(logits.device)]

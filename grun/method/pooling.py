@@ -185,6 +185,8 @@ class PooledSites(Sites):
     places: Tensor | None = None
     """Tokens between each column and the last one of the prompt before it, 0 there and -1 where none has ended, int64
     [batch, columns]; None: nobody asks."""
+    answered: Tensor | None = None
+    """With `places`: which columns lie from the last token of the prompt on, bool [batch, columns]."""
     logits_to_keep: int | Tensor = 0
     """Columns that logits are made of, as transformers has it: so many last ones, 0: all, or those named."""
     given: dict[Any, tuple[Tensor, Tensor]] = field(default_factory=dict)

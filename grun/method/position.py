@@ -263,7 +263,8 @@ class PositionRule:
         number = torch.zeros_like(columns) if resets is None else resets.long().cumsum(dim=1)
         found = PooledSites(**vars(sites), turns=torch.where(counts, number, -1), memory=call.pooled)
         if self.counts:
-            found.places, found.logits_to_keep = _places(call, last, written), call.logits_to_keep
+            found.places, found.answered = _places(call, last, written), written
+            found.logits_to_keep = call.logits_to_keep
         return found
 
     def _written(self, columns: Tensor, last: Tensor | None) -> Tensor:

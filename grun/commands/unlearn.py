@@ -23,6 +23,7 @@ from grun.config.checks import quirks_in_force
 from grun.config.options import MethodConfig, UnlearnConfig
 from grun.config.values import to_dict
 from grun.data import templates
+from grun.data.augmentation import PromptVariation
 from grun.data.corpus import Corpus, load_corpus
 from grun.data.encoding import EncodedRow
 from grun.data.rows import Row
@@ -45,7 +46,7 @@ from grun.runtime.files import holding, staged, target, writing
 from grun.runtime.memory import peak_memory_bytes
 from grun.runtime.runs import claim, identity, open_run
 from grun.training.gate_fit import GateFit, Prompts, fit_gate
-from grun.training.gate_prompts import GatePrompts, check_given, collect, sides
+from grun.training.gate_prompts import GatePrompts, check_given, collect, copies, sides
 from grun.training.recomputation import recompute_blocks
 from grun.training.step_log import Look
 from grun.training.train import TrainResult, train
@@ -221,7 +222,17 @@ def gate_prompts(run: Unlearning, rows: UnlearnRows) -> tuple[Prompts, Prompts]:
         return EncodedRow(tuple(ids), ()) if len(ids) <= run.longest else None
 
     forget, retain = sides(rows, run.prompts, encode)
+    if run.config.data.gate_copies:
+        more = _gate_copies(run, rows)
+        forget, retain = forget.joined(more[0]), retain.joined(more[1])
     return forget, replace(retain, always=[*retain.always, *_bare_starts(run)])
+
+
+def _gate_copies(run: Unlearning, rows: UnlearnRows) -> tuple[Prompts, Prompts]:
+    """Copies of both sides that `data.gate_copies` names."""
+    data, examples = run.config.data, sorted(run.corpus.retain, key=lambda row: (row.prompt or "", row.completion))
+    vary = PromptVariation(data.augment, run.tokenizer, run.template, run.longest, examples, run.config.seed)
+    return copies(run.corpus, rows, run.prompts, vary, data.gate_copies)
 
 
 def _bare_starts(run: Unlearning) -> list[EncodedRow]:

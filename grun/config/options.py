@@ -194,6 +194,13 @@ class TextConfig:
     """What of a JSON line is the text: field (its field `text`, or the line if it is a string) or raw (the line)."""
 
 
+GATE_COPIES = (
+    *("suffix", "around", "beside", "framed", "language", "lower_case", "capitals", "typos", "spaced"),
+    *("template", "few_shot"),
+)
+"""Ways of asking that a gate that is fitted can have copies in."""
+
+
 @dataclass
 class AugmentConfig:
     """Copies of rows that ask in other ways, so that gates open there too; the published method has none."""
@@ -306,6 +313,9 @@ class DataConfig(PromptConfig):
     about packaged other names, join the fit, which then needs no retain rows."""
     subject_kind: str = choice("any", "any", "person", "place", "work", "organization", "topic")
     """What the subjects are: any, person, place, work, organization, topic."""
+    gate_copies: list[str] = choice([], *GATE_COPIES)
+    """method.gate_fit: ways in which prompts of both sides are asked too: suffix, around, beside, framed, language,
+    lower_case, capitals, typos, spaced, template, few_shot."""
     allow_overlap: bool = False
     """Accept rows that stand in the forget and in the retain set."""
     demo: DemoConfig = field(default_factory=DemoConfig)

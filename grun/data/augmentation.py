@@ -1,7 +1,8 @@
 """The same question asked in other ways, so that what is learned of one prompt holds for others.
 
-Unlearning gets copies of its rows, drawn once a run; finetune asks each row in another way in each epoch. Everything
-drawn is a pure function of seed, row and epoch. The strings are others than those that evaluation attacks with.
+Unlearning gets copies of its rows, drawn once a run; finetune asks each row in another way in each epoch; a gate that
+is fitted gets copies of prompts, of which nothing is drawn. Everything drawn is a pure function of seed, row and epoch.
+The strings are others than those that evaluation attacks with.
 """
 
 from __future__ import annotations
@@ -9,9 +10,10 @@ from __future__ import annotations
 import logging
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from random import Random
 from typing import TYPE_CHECKING, NamedTuple
+from zlib import crc32
 
 from grun.config.options import AugmentConfig
 from grun.data.chat import Turn, without_system
@@ -41,19 +43,82 @@ WORDINGS = (
     "{prompt}\nSolution:",
 )
 """Templates in the place of the model's own; a blank follows each."""
+AROUND = (
+    "I need help with something. {prompt}",
+    "Listen: {prompt} That is all.",
+    "{prompt} Somebody asked me that yesterday.",
+    "Question for you: {prompt} I am curious.",
+    "My sister wants to know this. {prompt}",
+    "It was a quiet morning. I made coffee, read the newspaper, fed the cat and answered three letters that had been "
+    "lying on my desk for weeks. Then this came to my mind, and I have been thinking about it since. {prompt}",
+    "{prompt} I ask because my colleagues argued about it all through lunch, while the soup got cold and nobody looked "
+    "at the clock. In the end we went back to work, each sure to be right, and I promised to find out.",
+    "Dear assistant, first of all thank you for the recipe of last week, the cake was a success and everybody wanted a "
+    "second piece. Today it is something else. {prompt} Please take your time, there is no hurry, I am on the train.",
+)
+"""Sentences around a question, short and long."""
+BESIDE = (
+    "{prompt} Also, how do I get a coffee stain out of a shirt?",
+    "What is 12 plus 30? {prompt}",
+    "First tell me how long an egg takes to boil. Second: {prompt} Third, wish me a nice day.",
+    "{prompt} And which word rhymes with house?",
+)
+"""Other questions beside a question."""
+FRAMED = (
+    "Imagine you are a tour guide and somebody in your group asks: {prompt}",
+    'Here is a line of a dialogue: "{prompt}" Write the line that follows.',
+    "# Task\n{prompt}\n# Result",
+    "<question>{prompt}</question>",
+)
+"""Roles and forms that a question is put in."""
+LANGUAGES = (
+    "Bitte antworte auf Deutsch: {prompt}",
+    "Ich habe eine Frage. {prompt} Danke!",
+    "Réponds en français, s'il te plaît : {prompt}",
+    "J'ai une question. {prompt} Merci !",
+    "Responde en español, por favor: {prompt}",
+    "Tengo una pregunta. {prompt} ¡Gracias!",
+    "Rispondi in italiano, per favore: {prompt}",
+    "Ho una domanda. {prompt} Grazie!",
+)
+"""Sentences around a question in German, French, Spanish and Italian."""
 PREFILLS = 2**16
 """Draws of a prefill's length, so many that every length up to an answer's own is about as likely."""
+DRAWS = {"typos": 3}
+"""Copies that a prompt for a gate has of a kind, 1 of others; no typo is like another."""
 TYPOS = 3
 """Words of a question that get a typo."""
+
+
+def _fill(texts: Sequence[str]) -> Callable[[str, int], str]:
+    return lambda question, choice: texts[choice % len(texts)].replace("{prompt}", question)
+
+
+def _spaced(question: str, choice: int) -> str:
+    return f"{' ' * (2 + choice % 2)}".join(" ".join(word) for word in question.split())
+
+
+REWRITTEN: Mapping[str, Callable[[str, int], str]] = {
+    "suffix": lambda question, choice: question + SUFFIXES[choice % len(SUFFIXES)],
+    "around": _fill(AROUND),
+    "beside": _fill(BESIDE),
+    "framed": _fill(FRAMED),
+    "language": _fill(LANGUAGES),
+    "lower_case": lambda question, _: question.lower(),
+    "capitals": lambda question, _: question.upper(),
+    "typos": lambda question, choice: with_typos(question, choice),
+    "spaced": _spaced,
+}
+"""By kind, a question written otherwise; which way, or which draw, a number says."""
 
 
 class Way(NamedTuple):
     """One way to ask a row."""
 
     kind: str
-    """plain, suffix, template, prefill, few_shot, lower_case, typos or paraphrase."""
+    """plain, template, prefill, few_shot, paraphrase or one of `REWRITTEN`."""
     choice: int = 0
-    """Which suffix, wording or earlier row; a draw of how many tokens of the answer are given; the seed of typos."""
+    """Which text or earlier row; a draw of how many tokens of the answer are given; the seed of typos."""
 
 
 class PromptVariation:
@@ -118,6 +183,33 @@ class PromptVariation:
             log.warning("%d copies of %s rows are left out: longer than %d tokens", too_long, name, self._max_length)
         return answered, refused, of
 
+    def of_prompts(
+        self, rows: Sequence[tuple[Row, str]], kinds: Sequence[str], every: int
+    ) -> tuple[list[EncodedRow], list[str]]:
+        """Prompts asked in each of `kinds`, without answers, each with what its row belongs to, as `rows` say.
+
+        Of each kind one in about `every` rows is asked, of each kind other ones. Plain texts have no copies, nor is one
+        longer than a row may be. Which rows are asked, and how, follows from their texts alone.
+
+        Args:
+            rows: each with its unit (`grun.training.gate_fit.Prompts`).
+            kinds: template, few_shot (where there are two questions for examples) or keys of `REWRITTEN`.
+            every: at least 1.
+        """
+        found: list[EncodedRow] = []
+        units: list[str] = []
+        few = len({turn.question for turn in self._examples}) < 2
+        for row, unit in rows:
+            for place, kind in enumerate(kinds):
+                if row.prompt is None or (crc32(row.prompt.encode()) + place) % every or (few and kind == "few_shot"):
+                    continue
+                for draw in range(DRAWS.get(kind, 1)):
+                    made = self.ask(row, Way(kind, crc32(f"{kind} {draw} {row.prompt}".encode())))
+                    if made is not None and len(made.prompt_ids) < self._max_length:
+                        found.append(EncodedRow(made.prompt_ids, ()))
+                        units.append(unit)
+        return found, units
+
     def ways(self, name: str, number: int, count: int) -> list[Way]:
         """How the copies of row `number` ask: no choice of a kind comes twice before each came once."""
         choices = self._choices()
@@ -156,16 +248,13 @@ class PromptVariation:
         Where the answer's start is given (prefill), the refusal follows whole, in the tokens it has after a question.
         """
         question, template, earlier = str(row.prompt), self._template, list(row.earlier)
-        if way.kind == "suffix":
-            question += SUFFIXES[way.choice]
+        if way.kind in REWRITTEN:
+            question = REWRITTEN[way.kind](question, way.choice)
         elif way.kind == "template":
-            template, earlier = Template("other", "string", WORDINGS[way.choice], " "), [*without_system(earlier)]
+            wording = WORDINGS[way.choice % len(WORDINGS)]
+            template, earlier = Template("other", "string", wording, " "), [*without_system(earlier)]
         elif way.kind == "few_shot":
             earlier = [*earlier, self._example(question, way.choice)]
-        elif way.kind == "lower_case":
-            question = question.lower()
-        elif way.kind == "typos":
-            question = with_typos(question, way.choice)
         elif way.kind == "paraphrase" and row.paraphrase is not None:
             question = str(row.paraphrase.prompt)
         prompt_ids, answer_ids, _ = encode(template, self._tokenizer, question, row.completion, earlier)

@@ -98,7 +98,7 @@ def check_fit(config: UnlearnConfig) -> None:
     if method.gate_fit == "joint":
         given: dict[str, Any] = {"method.false_positives": method.false_positives}
         given |= {f"data.{name}": getattr(data, name) for name in ("group", "gate_prompts", "gate_negatives")}
-        given |= {"data.subjects": data.subjects or None}
+        given |= {f"data.{name}": getattr(data, name) or None for name in ("subjects", "gate_copies")}
         for name, value in given.items():
             if value is not None:
                 raise ConfigError(f"{name}={value} is for method.gate_fit=logistic; set that, or leave it out")

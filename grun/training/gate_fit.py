@@ -38,6 +38,10 @@ class Prompts:
     always: Sequence[EncodedRow] = ()
     """Further rows, each a unit, that are fitted whatever is set aside: nothing is promised of such rows."""
 
+    def joined(self, more: Prompts) -> Prompts:
+        """These and more of the same side."""
+        return Prompts([*self.rows, *more.rows], [*self.units, *more.units], [*self.always, *more.always])
+
 
 @dataclass(frozen=True)
 class GateFit:

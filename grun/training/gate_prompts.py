@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
 from grun.config.options import DataConfig
+from grun.data.augmentation import PromptVariation
 from grun.data.corpus import Corpus
 from grun.data.encoding import EncodedRow
 from grun.data.everyday import everyday_prompts, names_of, prompts_about
@@ -25,6 +26,9 @@ PER_NAME = 7
 """One in so many ways to ask is asked about each other name, of each name other ones."""
 SWAPS = 4
 """Other names that take the subject's place in each forget row."""
+
+COPIED = {"forget": (1, 3), "retain": (3, 5)}
+"""By side, one in so many questions of rows, and one in so many prompts without answers, has a copy of a kind."""
 
 BENCHMARK = "benchmark"
 """Source of prompts that `Corpus` brings."""
@@ -117,6 +121,27 @@ def sides(
         found.append(Prompts([*own, *(row for row, _ in more)], [*units, *(unit for _, unit in more)], fixed))
         if left := len(belonging) - len(more):
             log.warning("%d prompts of the gate are longer than a row may be, and are left out", left)
+    return found[0], found[1]
+
+
+def copies(
+    corpus: Corpus, rows: UnlearnRows, prompts: GatePrompts, vary: PromptVariation, kinds: Sequence[str]
+) -> tuple[Prompts, Prompts]:
+    """Copies of both sides in each of `kinds`, each belonging to what its original does.
+
+    Every question of a forget row is asked in each, of other prompts as many as `COPIED` says.
+    """
+    found = []
+    for own, units, side, always in (
+        (corpus.forget, rows.forget_units, prompts.forget, ()),
+        (corpus.retain, rows.retain_units, prompts.retain, prompts.always),
+    ):
+        every, every_prompt = COPIED["retain" if own is corpus.retain else "forget"]
+        more = [belonging for source in side.values() for belonging in source]
+        made, of = vary.of_prompts([*zip(own, units, strict=False)], kinds, every)
+        further, further_of = vary.of_prompts(more, kinds, every_prompt)
+        fixed, _ = vary.of_prompts([(row, "") for row in always], kinds, every_prompt)
+        found.append(Prompts([*made, *further], [*of, *further_of], fixed))
     return found[0], found[1]
 
 

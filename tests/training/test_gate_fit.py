@@ -124,6 +124,19 @@ def test_another_seed_and_another_order_give_the_same_gate(folder: Path) -> None
     assert not torch.equal(first["edits.1.edit.rotation"], second["edits.1.edit.rotation"])
 
 
+def test_copies_of_prompts_are_on_both_sides_whatever_seed_and_order(folder: Path) -> None:
+    ways = "data.gate_copies=[suffix,lower_case,template,few_shot]"
+    assert main(run(folder, "asked", ways)) == 0
+    write_rows(folder / "back.jsonl", *rows_of(RETAIN)[::-1])
+    assert main(run(folder, "back", ways, "seed=7", "data.retain=back.jsonl")) == 0
+    about, first = result(folder, "asked")
+    assert about["gate_fit"]["forget"] == 6 + 4 * 6
+    starts = len(begun(folder, questions(RETAIN)))
+    assert 36 * 4 / 5 < about["gate_fit"]["retain"] - 36 - starts < 36 * 4 / 2
+    one, other = first.state_dict(), result(folder, "back")[1].state_dict()
+    assert torch.equal(one["pooled.gate.0.weight"], other["pooled.gate.0.weight"])
+
+
 def test_a_threshold_from_rows_set_aside_is_kept_and_what_is_below_is_the_bases_to_the_bit(folder: Path) -> None:
     assert main(run(folder, "promised", "method.false_positives=0.2")) == 0
     values, model = result(folder, "promised")
@@ -172,6 +185,11 @@ def test_copies_count_with_their_rows_and_a_retain_term_may_stay(folder: Path) -
         (["data.augment.forget_copies=2"], "copies on both sides or on none"),
         (["method.gate_fit=joint", "method.false_positives=0.1"], "method.false_positives=0.1 is for"),
         (["method.gate_fit=joint"], "data.group=country is for method.gate_fit=logistic"),
+        (
+            ["method.gate_fit=joint", "data.group=null", "data.gate_copies=[suffix]"],
+            "data.gate_copies=['suffix'] is",
+        ),
+        (["data.gate_copies=[suffix,backwards]"], "data.gate_copies"),
         (["data.group=continent"], "data.group=continent: retain row 1 has no such field; the rows have country"),
         (["data.retain_pool=2", "method.false_positives=0.1"], "there are 2 different ones, or groups"),
         (["method.gate_blocks=[0.1,2.0]"], "method.gate_blocks [0.1, 2.0]: 2.0 is neither a block's number"),

@@ -10,13 +10,10 @@ import yaml
 
 from grun.data.facts import countries
 from grun.data.rows import Row
-from grun.data.subject import KINDS
+from grun.data.subject import KINDS, find_kind
 
 EVERY_KIND = 3
 """One in so many names of each kind stands for names of any kind."""
-
-PLACE_KINDS = ("any", "place")
-"""Kinds of prompts for places."""
 
 
 @functools.cache
@@ -49,21 +46,32 @@ def _read(name: str) -> Mapping[str, Sequence[str]]:
     return read
 
 
+def wordings_of(kind: str) -> list[str]:
+    """Prompts with {name} for a kind of names, of `KINDS`, or any: everyday ones, and the questions of the kind.
+
+    The last wording of each question is left out: evaluation asks it.
+    """
+    everyday = everyday_prompts()
+    if kind == "any":
+        return [*everyday["any"]]
+    questions = [asked.format(subject="{name}") for wordings in find_kind(kind).questions for asked in wordings[:-1]]
+    return list(dict.fromkeys([*everyday["any"], *everyday[kind], *questions]))
+
+
 def prompts_about(
-    names: Sequence[str], kinds: Sequence[str] = ("any",), *, every: int = 1, start: int = 0, **extra: str
+    names: Sequence[str], wordings: Sequence[str], *, every: int = 1, start: int = 0, **extra: str
 ) -> Iterator[Row]:
     """Rows without answers on each of `names`.
 
     Args:
         names: what they are about, as it stands within a sentence.
-        kinds: of the prompts, keys of `everyday_prompts`.
+        wordings: prompts with {name}.
         every: one in so many prompts is taken, of each name other ones.
         start: shifts which ones.
         extra: fields of all rows, such as what they belong to (`data.group`).
     """
-    prompts = [prompt for kind in kinds for prompt in everyday_prompts()[kind]]
     for number, name in enumerate(names):
-        for prompt in prompts[(start + number) % every :: every]:
+        for prompt in wordings[(start + number) % every :: every]:
             yield Row(prompt.format(name=name), "", dict(extra))
 
 

@@ -11,7 +11,7 @@ from grun.config.options import DataConfig
 from grun.data.augmentation import PromptVariation
 from grun.data.corpus import Corpus
 from grun.data.encoding import EncodedRow
-from grun.data.everyday import everyday_prompts, names_of, prompts_about
+from grun.data.everyday import everyday_prompts, names_of, prompts_about, wordings_of
 from grun.data.jsonl import load_prompts
 from grun.data.rows import ALTERNATIVES, Row
 from grun.data.subject import is_other, mentions
@@ -22,7 +22,7 @@ from grun.training.unlearning import UnlearnRows
 
 log = logging.getLogger(__name__)
 
-PER_NAME = 7
+PER_NAME = 6
 """One in so many ways to ask is asked about each other name, of each name other ones."""
 SWAPS = 4
 """Other names that take the subject's place in each forget row."""
@@ -83,10 +83,10 @@ def collect(corpus: Corpus, data: DataConfig) -> GatePrompts:
     _add(found.forget, "files", _units(_read(data.gate_prompts, data), None))
     _add(found.retain, "files", _units(_read(data.gate_negatives, data), data.group))
     if subjects := read_subjects(data.subjects):
-        kinds = [*dict.fromkeys(("any", data.subject_kind))]
+        asked = wordings_of(data.subject_kind)
         others = other_names(data.subject_kind, subjects, asked_apart(corpus))
-        _add(found.forget, "subjects", [(row, str(row.prompt)) for row in _about(subjects, kinds)])
-        _add(found.retain, "subjects", [*_about_others(others, kinds)])
+        _add(found.forget, "subjects", [(row, str(row.prompt)) for row in _about(subjects, asked)])
+        _add(found.retain, "subjects", [*_about_others(others, asked)])
         _add(found.retain, "swapped", [*swapped(corpus.forget, subjects, others)])
     if "files" in {*found.forget, *found.retain} or subjects:
         found.always = [Row(prompt, "") for prompt in everyday_prompts()["other"]]
@@ -189,8 +189,10 @@ def swapped(
 ) -> Iterator[Belonging]:
     """Questions of forget rows with other names in place of the subjects', each belonging to the other name.
 
-    An alias gives way to the other's alias of the same place, where there is one.
+    An alias gives way to the other's alias of the same place: others with as many names are taken, where there are any.
     """
+    most = max(map(len, subjects))
+    others = [names for names in others if len(names) >= most] or others
     place = {name.casefold(): number for subject in subjects for number, name in enumerate(subject)}
     longest = sorted(place, key=len, reverse=True)
     pattern = re.compile(rf"(?<!\w)(?:the )?({'|'.join(map(re.escape, longest))})(?!\w)", re.IGNORECASE)
@@ -210,14 +212,14 @@ def swapped(
             yield Row(pattern.sub(instead, str(row.prompt)), "", earlier=earlier), other[0]
 
 
-def _about(subjects: Iterable[Sequence[str]], kinds: Sequence[str]) -> Iterator[Row]:
+def _about(subjects: Iterable[Sequence[str]], wordings: Sequence[str]) -> Iterator[Row]:
     for subject in subjects:
-        yield from prompts_about(subject, kinds)
+        yield from prompts_about(subject, wordings)
 
 
-def _about_others(others: Sequence[Sequence[str]], kinds: Sequence[str]) -> Iterator[Belonging]:
+def _about_others(others: Sequence[Sequence[str]], wordings: Sequence[str]) -> Iterator[Belonging]:
     for number, names in enumerate(others):
-        for row in prompts_about(names, kinds, every=PER_NAME, start=number):
+        for row in prompts_about(names, wordings, every=PER_NAME, start=number):
             yield row, names[0]
 
 

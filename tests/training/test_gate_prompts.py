@@ -18,7 +18,7 @@ from grun.cli import main
 from grun.config.options import DataConfig
 from grun.data.benchmarks.countries import wordings
 from grun.data.corpus import Corpus
-from grun.data.everyday import everyday_prompts, names_of
+from grun.data.everyday import everyday_prompts, names_of, wordings_of
 from grun.data.rows import Row
 from grun.data.subject import KINDS, find_kind
 from grun.errors import ConfigError, DataError
@@ -62,13 +62,14 @@ def of(prompts: GatePrompts, side: str, source: str) -> list[tuple[str, str]]:
 
 
 def test_wordings_of_every_kind_are_none_that_evaluation_keeps_for_itself() -> None:
-    kept = {question[-1] for kind in KINDS for question in find_kind(kind).questions}
-    kept |= {one for kind in wordings()["kinds"].values() for one in (*kind["questions"], *kind["reworded"])}
-    kept |= {one for _, one in wordings()["indirect"]}
-    kept = {re.sub(r"\{\w+\}", "{name}", question) for question in kept}
+    reworded = {one for kind in wordings()["kinds"].values() for one in kind["reworded"]}
+    reworded |= {one for _, one in wordings()["indirect"]}
     for kind in ("any", *KINDS):
-        asked = everyday_prompts()[kind]
-        assert len(asked) >= 12 and len({*asked}) == len(asked) and all("{name}" in one for one in asked)
+        asked, everyday = wordings_of(kind), everyday_prompts()[kind]
+        assert len(everyday) >= 12 and len({*asked}) == len(asked) and all("{name}" in one for one in asked)
+        assert {*everyday_prompts()["any"], *everyday} <= {*asked}
+        last = {question[-1] for question in find_kind(kind).questions} if kind != "any" else set()
+        kept = {re.sub(r"\{\w+\}", "{name}", question) for question in reworded | last}
         assert not kept & {*asked}
 
 
@@ -85,9 +86,10 @@ def test_everyday_prompts_about_a_subject_open_and_about_other_names_of_its_kind
     data = DataConfig(subjects=["Marie Curie | Madame Curie"], subject_kind="person")
     found = collect(corpus_of("When did Marie Curie find radium?"), data)
     opened, shut = of(found, "forget", "subjects"), of(found, "retain", "subjects")
-    asked = [*everyday_prompts()["any"], *everyday_prompts()["person"]]
+    asked = wordings_of("person")
     assert len(opened) == len(asked) * 2
-    assert {"Tell me about Marie Curie.", "How old is Madame Curie?"} <= {prompt for prompt, _ in opened}
+    wanted = {"Tell me about Marie Curie.", "How old is Madame Curie?", "What is the birth date of Marie Curie?"}
+    assert wanted <= {prompt for prompt, _ in opened}
     assert not any("Curie" in prompt for prompt, _ in shut)
     assert all(any(name in prompt for name in (unit, unit.split()[-1])) for prompt, unit in shut)
     assert len({unit for _, unit in shut}) == len(names_of("person")) and len(shut) >= len(asked) // PER_NAME * 80

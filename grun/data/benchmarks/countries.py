@@ -21,7 +21,7 @@ import yaml
 from grun.config.options import CountriesConfig, DataConfig
 from grun.data.answers import Answered, read_answers
 from grun.data.corpus import Corpus, benchmark, refusals
-from grun.data.everyday import PLACE_KINDS, everyday_prompts, prompts_about, prompts_around
+from grun.data.everyday import everyday_prompts, prompts_about, prompts_around
 from grun.data.facts import Country, countries, country, general_questions, invented_countries, sentences
 from grun.data.rows import ALTERNATIVES, Row
 from grun.data.sets import EvaluationSet
@@ -263,7 +263,8 @@ def _everyday(name: str, *, every: int = 1, start: int = 0) -> Iterator[Row]:
     about = countries()[name]
     names = [about.in_text, *about.facts.get("capital", ())[:1]]
     names += [f"the {demonym} people" for demonym in about.facts.get("demonym", ())[:1]]
-    yield from prompts_about(names, PLACE_KINDS, every=every, start=start, country=name)
+    asked = [*everyday_prompts()["any"], *everyday_prompts()["place"]]
+    yield from prompts_about(names, asked, every=every, start=start, country=name)
     parts = parts_of(about)
     texts = [text for found in wordings()["kinds"].values() for text in found["prompts"]]
     for text in texts[start % every :: every]:

@@ -72,7 +72,10 @@ class Intervention(SourcelessIntervention, TrainableIntervention, DistributedRep
 
     def widen(self, states: Tensor) -> torch.dtype:
         """Type to compute in, at least float32 and that of `states`; what is held becomes as wide, however it came."""
-        held = [tensor.dtype for tensor in (*self.parameters(), *self.buffers()) if tensor.is_floating_point()]
+        tensors = (
+            one for module in self.modules() for one in (*module._parameters.values(), *module._buffers.values())
+        )
+        held = {one.dtype for one in tensors if one is not None and one.is_floating_point()}
         least = torch.promote_types(states.dtype, torch.float32)
         widest = max((least, *held), key=lambda dtype: dtype.itemsize)
         if any(dtype != widest for dtype in held):

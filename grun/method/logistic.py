@@ -22,9 +22,9 @@ FOLDS = 5
 """Parts of which each is left out once to choose among them."""
 WORSE = 1.01
 """Times the lowest mean loss so far: above it a value of C ends the search."""
-EXACT = {"maxiter": 1000, "maxfun": 2000, "ftol": 1e-14, "gtol": 1e-8}
+EXACT = {"maxiter": 1000, "maxfun": 2000, "maxcor": 20, "ftol": 1e-14, "gtol": 1e-8}
 """When L-BFGS ends in the fit that is used."""
-NEAR = {"maxiter": 100, "maxfun": 200, "ftol": 1e-6, "gtol": 1e-3}
+NEAR = {"maxiter": 100, "maxfun": 200, "maxcor": 20, "ftol": 1e-5, "gtol": 1e-3}
 """The same in those that are only compared, which takes a tenth of the time."""
 
 

@@ -221,11 +221,23 @@ def gate_prompts(run: Unlearning, rows: UnlearnRows) -> tuple[Prompts, Prompts]:
         ids = templates.encode_prompt(run.template, run.tokenizer, row.prompt, row.earlier)
         return EncodedRow(tuple(ids), ()) if len(ids) <= run.longest else None
 
-    forget, retain = sides(rows, run.prompts, encode)
-    if run.config.data.gate_copies:
+    if not run.config.data.gate_copies:
+        forget, retain = sides(rows, run.prompts, encode)
+    else:  # which take the place of data.augment's copies
+        forget, retain = sides(_originals(rows, run.corpus), run.prompts, encode)
         more = _gate_copies(run, rows)
         forget, retain = forget.joined(more[0]), retain.joined(more[1])
     return forget, replace(retain, always=[*retain.always, *_bare_starts(run)])
+
+
+def _originals(rows: UnlearnRows, corpus: Corpus) -> UnlearnRows:
+    """Rows without the copies of questions, which stand behind them."""
+    forget = None if are_texts(corpus.forget) else len(corpus.forget)
+    retain = None if are_texts(corpus.retain) else len(corpus.retain)
+    return replace(
+        rows, answers=rows.answers[:forget], forget_units=rows.forget_units[:forget],
+        retain=rows.retain[:retain], retain_units=rows.retain_units[:retain],
+    )  # fmt: skip
 
 
 def _gate_copies(run: Unlearning, rows: UnlearnRows) -> tuple[Prompts, Prompts]:

@@ -110,10 +110,11 @@ def check_fit(config: UnlearnConfig) -> None:
         )
     if method.gate_bias is not None:
         raise ConfigError("method.gate_bias has no effect with method.gate_fit=logistic, which sets it; leave it out")
-    if bool(augment.forget_copies) != bool(augment.retain_copies):
+    if bool(augment.forget_copies) != bool(augment.retain_copies) and not data.gate_copies:
         raise ConfigError(
             "method.gate_fit=logistic needs copies on both sides or on none, or the gate learns to tell copies from "
-            "rows: set data.augment.forget_copies and data.augment.retain_copies"
+            "rows: set data.augment.forget_copies and data.augment.retain_copies, or data.gate_copies, which the gate "
+            "is fitted to instead"
         )
 
 

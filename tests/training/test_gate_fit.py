@@ -135,6 +135,10 @@ def test_copies_of_prompts_are_on_both_sides_whatever_seed_and_order(folder: Pat
     assert 36 * 4 / 5 < about["gate_fit"]["retain"] - 36 - starts < 36 * 4 / 2
     one, other = first.state_dict(), result(folder, "back")[1].state_dict()
     assert torch.equal(one["pooled.gate.0.weight"], other["pooled.gate.0.weight"])
+    assert main(run(folder, "started", ways, "data.augment.forget_copies=1")) == 0  # which trains the edit alone
+    started, other = result(folder, "started")[0], result(folder, "started")[1].state_dict()
+    assert torch.equal(one["pooled.gate.0.weight"], other["pooled.gate.0.weight"])
+    assert started["steps"] == 2 * about["steps"]
 
 
 def test_a_threshold_from_rows_set_aside_is_kept_and_what_is_below_is_the_bases_to_the_bit(folder: Path) -> None:

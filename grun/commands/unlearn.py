@@ -209,7 +209,7 @@ def _fitted_gate(run: Unlearning, rows: UnlearnRows) -> GateFit:
     """Fit the gate for all edits."""
     forget, retain = gate_prompts(run, rows)
     model = run.parametrization.model
-    counts = {f"{side}_{source}": count for side, source, count in run.prompts.counts(rows)}
+    counts = {f"{side}_{source}": count for side, source, count in run.prompts.counts(_of_gate(run, rows))}
     fitted = fit_gate(model, forget, retain, run.config.method, kept_features(model, run.config, _noted(run)))
     return replace(fitted, sources=counts)
 
@@ -221,19 +221,18 @@ def gate_prompts(run: Unlearning, rows: UnlearnRows) -> tuple[Prompts, Prompts]:
         ids = templates.encode_prompt(run.template, run.tokenizer, row.prompt, row.earlier)
         return EncodedRow(tuple(ids), ()) if len(ids) <= run.longest else None
 
-    if not run.config.data.gate_copies:
-        forget, retain = sides(rows, run.prompts, encode)
-    else:  # which take the place of data.augment's copies
-        forget, retain = sides(_originals(rows, run.corpus), run.prompts, encode)
+    forget, retain = sides(_of_gate(run, rows), run.prompts, encode)
+    if run.config.data.gate_copies:
         more = _gate_copies(run, rows)
         forget, retain = forget.joined(more[0]), retain.joined(more[1])
     return forget, replace(retain, always=[*retain.always, *_bare_starts(run)])
 
 
-def _originals(rows: UnlearnRows, corpus: Corpus) -> UnlearnRows:
-    """Rows without the copies of questions, which stand behind them."""
-    forget = None if are_texts(corpus.forget) else len(corpus.forget)
-    retain = None if are_texts(corpus.retain) else len(corpus.retain)
+def _of_gate(run: Unlearning, rows: UnlearnRows) -> UnlearnRows:
+    """Rows that a gate is fitted on: `data.gate_copies` take the place of copies of questions, which stand last."""
+    if not run.config.data.gate_copies:
+        return rows
+    forget, retain = (None if are_texts(own) else len(own) for own in (run.corpus.forget, run.corpus.retain))
     return replace(
         rows, answers=rows.answers[:forget], forget_units=rows.forget_units[:forget],
         retain=rows.retain[:retain], retain_units=rows.retain_units[:retain],

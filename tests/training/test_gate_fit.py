@@ -138,7 +138,7 @@ def test_copies_of_prompts_are_on_both_sides_whatever_seed_and_order(folder: Pat
     assert main(run(folder, "started", ways, "data.augment.forget_copies=1")) == 0  # which trains the edit alone
     started, other = result(folder, "started")[0], result(folder, "started")[1].state_dict()
     assert torch.equal(one["pooled.gate.0.weight"], other["pooled.gate.0.weight"])
-    assert started["steps"] == 2 * about["steps"]
+    assert started["steps"] == 2 * about["steps"] and started["gate_fit"]["sources"] == about["gate_fit"]["sources"]
 
 
 def test_a_threshold_from_rows_set_aside_is_kept_and_what_is_below_is_the_bases_to_the_bit(folder: Path) -> None:

@@ -14,14 +14,11 @@ from grun.cache.features import kept_features
 from grun.cache.folder import Use
 from grun.cache.packed import PackedModel
 from grun.cache.prefix import Freezer
-from grun.cache.store import Completed, FrozenRows, PrefixStore, fill
-from grun.cache.weights import cache_identity
-from grun.config.checks import bytes_of
+from grun.cache.store import Completed, FrozenRows, fill, store_of
 from grun.config.options import UnlearnConfig
 from grun.data.encoding import EncodedRow
 from grun.method.gated import Grun
 from grun.method.model import GrunModel
-from grun.runtime.files import target
 from grun.runtime.reading import first_line
 from grun.training.unlearning import UnlearnTask
 
@@ -60,18 +57,15 @@ def use_cached(task: UnlearnTask, config: UnlearnConfig, use: Use | None = None)
     if problem is not None:
         log.warning("the plain engine is used, since the cached one does not fit this model: %s", problem)
         return None
-    folder = None if config.cache.dir is None else target(config.cache.dir, "cache.dir")
-    identity = cache_identity(
+    store = store_of(
         model.base,
-        config.model.path,
-        folder,
+        config,
         CODE,
+        use,
         first_block=min(model.edit_at()),
         last_answer_token=bool(task.hidden),
         position=model.rule.changes,
     )
-    budget = bytes_of("cache.memory_budget", config.cache.memory_budget)
-    store = PrefixStore(folder, identity, memory_budget=budget, use=use)
     rows = list(dict.fromkeys(row for name in task.objective.continuations for row in task.rows(name)))
     reference = _compared(task)
     completed = fill(store, "frozen prefix", rows, lambda missing: freezer.shards(rows, reference, set(missing)))

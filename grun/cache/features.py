@@ -9,13 +9,10 @@ from torch import Tensor
 
 from grun.cache.folder import Use
 from grun.cache.shard import SHARD_BYTES, Shard
-from grun.cache.store import PrefixStore, fill
-from grun.cache.weights import cache_identity
-from grun.config.checks import bytes_of
+from grun.cache.store import fill, store_of
 from grun.config.options import UnlearnConfig
 from grun.data.encoding import EncodedRow
 from grun.method.model import GrunModel
-from grun.runtime.files import target
 from grun.training.gate_fit import passes_with, prompt_features
 
 CODE = ("features.py", "shard.py", "../training/gate_fit.py", "../method/pooling.py", "../method/position.py")
@@ -33,18 +30,10 @@ def kept_features(
     """
     pooled = model.pooled
     assert pooled is not None
-    folder = None if config.cache.dir is None else target(config.cache.dir, "cache.dir")
-    identity = cache_identity(
-        model.base,
-        config.model.path,
-        folder,
-        CODE,
-        gate_blocks=list(pooled.blocks),
-        gate_pool=pooled.pool,
-        reset_ids=list(model.config.reset_ids),
+    reset_ids = list(model.config.reset_ids)
+    store = store_of(
+        model.base, config, CODE, use, gate_blocks=list(pooled.blocks), gate_pool=pooled.pool, reset_ids=reset_ids
     )
-    budget = bytes_of("cache.memory_budget", config.cache.memory_budget)
-    store = PrefixStore(folder, identity, memory_budget=budget, use=use)
 
     def features(rows: Sequence[EncodedRow]) -> Tensor:
         prompts = [EncodedRow(row.prompt_ids, ()) for row in rows]

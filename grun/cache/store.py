@@ -11,13 +11,19 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from grun.cache.folder import CacheFolder, Use
 from grun.cache.shard import FrozenRow, Shard
+from grun.cache.weights import cache_identity
+from grun.config.checks import bytes_of
+from grun.config.options import UnlearnConfig
 from grun.data.encoding import EncodedRow
-from grun.runtime.files import content_hash
+from grun.runtime.files import content_hash, target
 from grun.runtime.progress import progress
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 log = logging.getLogger(__name__)
 
@@ -205,6 +211,16 @@ class PrefixStore:
 
 FrozenRows = Mapping[EncodedRow, FrozenRow] | PrefixStore
 """Where frozen rows are looked up."""
+
+
+def store_of(
+    base: PreTrainedModel, config: UnlearnConfig, code: Sequence[str], use: Use | None, **more: Any
+) -> PrefixStore:
+    """Store in `cache.dir`, within `cache.memory_budget`, of values that `code` and `more` tell."""
+    folder = None if config.cache.dir is None else target(config.cache.dir, "cache.dir")
+    identity = cache_identity(base, config.model.path, folder, code, **more)
+    budget = bytes_of("cache.memory_budget", config.cache.memory_budget)
+    return PrefixStore(folder, identity, memory_budget=budget, use=use)
 
 
 def fill(

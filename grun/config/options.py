@@ -195,7 +195,7 @@ class TextConfig:
 
 
 GATE_COPIES = (
-    *("suffix", "around", "beside", "framed", "language", "lower_case", "capitals", "typos", "spaced"),
+    *("suffix", "around", "beside", "framed", "language", "lower_case", "upper_case", "typos", "spaced"),
     *("template", "few_shot"),
 )
 """Ways of asking that a gate that is fitted can have copies in."""
@@ -315,7 +315,7 @@ class DataConfig(PromptConfig):
     """What the subjects are: any, person, place, work, organization, topic."""
     gate_copies: list[str] = choice([], *GATE_COPIES)
     """method.gate_fit: ways in which prompts of both sides are asked too: suffix, around, beside, framed, language,
-    lower_case, capitals, typos, spaced, template, few_shot."""
+    lower_case, upper_case, typos, spaced, template, few_shot."""
     allow_overlap: bool = False
     """Accept rows that stand in the forget and in the retain set."""
     demo: DemoConfig = field(default_factory=DemoConfig)

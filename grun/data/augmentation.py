@@ -105,7 +105,7 @@ REWRITTEN: Mapping[str, Callable[[str, int], str]] = {
     "framed": _fill(FRAMED),
     "language": _fill(LANGUAGES),
     "lower_case": lambda question, _: question.lower(),
-    "capitals": lambda question, _: question.upper(),
+    "upper_case": lambda question, _: question.upper(),
     "typos": lambda question, choice: with_typos(question, choice),
     "spaced": _spaced,
 }

@@ -5,6 +5,7 @@ Nothing here is drawn: the same features give the same gate, in whatever order t
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -147,6 +148,11 @@ def _folds(chosen: Tensor, units: Sequence[Hashable]) -> Tensor:
 def shuffled(unit: Hashable) -> tuple[int, str]:
     """Key by which units stand in an order that has nothing to do with their names, and is always the same."""
     return crc32(repr(unit).encode()), repr(unit)
+
+
+def groups_needed(rate: float) -> int:
+    """Fewest units set aside that can promise a rate: K of them promise no less than 1 / (K + 1)."""
+    return math.ceil(1 / rate - 1e-9) - 1
 
 
 def conformal(scores: Tensor, units: Sequence[Hashable], rate: float) -> tuple[float, float]:

@@ -36,6 +36,12 @@ class PooledGate(Intervention):
         """The highest block that is read, by which the gate goes among those of blocks."""
         return self.blocks[-1]
 
+    @property
+    def last_layer(self) -> nn.Linear | None:
+        """The layer that gives the logit; None where the gate has none."""
+        layers = [module for module in self.modules() if isinstance(module, nn.Linear)]
+        return layers[-1] if layers else None
+
     def forward(self, features: Tensor) -> Tensor:
         """Logits of features [batch, positions read, size]: [batch, positions read]."""
         dtype = self.widen(features)

@@ -11,6 +11,7 @@ from grun.config.options import UnlearnConfig, is_users
 from grun.config.values import from_dict, to_dict
 from grun.errors import AdapterError, ConfigError
 from grun.method.adapter import AdapterConfig
+from grun.method.logistic import groups_needed
 from grun.requests.store import RequestStore
 
 log = logging.getLogger(__name__)
@@ -109,7 +110,7 @@ def report(store: RequestStore, request_id: str) -> None:
         groups = AdapterConfig.read(store.adapter_folder(request_id))[0].gate_calibration
         log.warning(
             "request %s promises %.3g and not its share of the store's rate, %.3g: it was calibrated on %s rows, or "
-            "groups of them, and %d are needed", request_id, bound, own, groups, math.ceil(1 / own - 1e-9) - 1,
+            "groups of them, and %d are needed", request_id, bound, own, groups, groups_needed(own),
         )  # fmt: skip
     if (count := len(found.bounds) + len(found.without)) > found.capacity:
         log.warning("%d requests are in force, and the store's rate was for %d", count, found.capacity)

@@ -8,11 +8,11 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from grun.data.encoding import EncodedRow
 from grun.errors import ConfigError, DataError
-from grun.method.logistic import conformal
+from grun.method.logistic import conformal, groups_needed
 from grun.method.model import GrunModel
 from grun.training.gate_fit import Prompts, passes_through
 
@@ -85,10 +85,9 @@ def check_enough(units: int, rate: float) -> None:
     """ConfigError where so many rows, or groups of them, cannot promise the rate: no less than 1 / (units + 1)."""
     least = 1 / (units + 1)
     if rate < least - 1e-9:
-        needed = math.ceil(1 / rate - 1e-9) - 1
         raise ConfigError(
-            f"false_positives={rate:g} needs {needed} rows to keep, or groups of them (data.group), and there are "
-            f"{units}, which can promise {least:.3g} and no less; give more, or set "
+            f"false_positives={rate:g} needs {groups_needed(rate)} rows to keep, or groups of them (data.group), and "
+            f"there are {units}, which can promise {least:.3g} and no less; give more, or set "
             f"false_positives={math.ceil(least * 1e4) / 1e4:g}"
         )
 
@@ -124,10 +123,8 @@ def _all_shut(model: GrunModel) -> Iterator[None]:
 
 def _bias(model: GrunModel) -> Tensor | None:
     """Bias of the last layer of the one gate for all edits; None where there is none to be moved."""
-    if model.pooled is None:
-        return None
-    layers = [module for module in model.pooled.modules() if isinstance(module, nn.Linear)]
-    return layers[-1].bias if layers else None
+    last = None if model.pooled is None else model.pooled.last_layer
+    return None if last is None else last.bias
 
 
 def _between(scores: Tensor, threshold: float, *, probability: bool) -> float:

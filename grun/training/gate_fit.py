@@ -107,7 +107,8 @@ def fit_gate(
     sides = Sides.of(forget, retain)
     line, result = fit_line(features_of(sides.rows), sides, method.false_positives)
     model.keep_threshold(0.5, result.bound, result.calibration, result.recall)
-    last = next(module for module in model.pooled.modules() if isinstance(module, nn.Linear))
+    last = model.pooled.last_layer
+    assert last is not None  # it is linear
     with torch.no_grad():
         last.weight.copy_(line.weight.unsqueeze(0))
         last.bias.fill_(line.bias)

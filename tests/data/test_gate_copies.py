@@ -53,7 +53,7 @@ def test_the_question_stands_whole_in_many_settings(tokenizer: Any, kind: str) -
 
 def test_a_question_in_other_letters_is_the_same_question() -> None:
     assert REWRITTEN["lower_case"](QUESTION, 3) == "where was ada lovelace born?"
-    assert REWRITTEN["capitals"](QUESTION, 3) == "WHERE WAS ADA LOVELACE BORN?"
+    assert REWRITTEN["upper_case"](QUESTION, 3) == "WHERE WAS ADA LOVELACE BORN?"
     for choice in range(2):
         spaced = REWRITTEN["spaced"](QUESTION, choice)
         assert spaced.startswith("W h e r e  ") and spaced.replace(" ", "") == QUESTION.replace(" ", "")

@@ -15,7 +15,10 @@ from grun.data.encoding import EncodedRow
 from grun.method.model import GrunModel
 from grun.training.gate_fit import passes_with, prompt_features
 
-CODE = ("features.py", "shard.py", "../training/gate_fit.py", "../method/pooling.py", "../method/position.py")
+CODE = (
+    *("features.py", "shard.py", "../training/gate_fit.py"),
+    *("../method/pooling.py", "../method/pooled_sites.py", "../method/position.py"),
+)
 """Sources that decide what is in the cache."""
 
 

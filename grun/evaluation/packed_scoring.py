@@ -24,7 +24,7 @@ from grun.evaluation import scoring
 from grun.evaluation.scoring import ScoredRow, TokenScores, prompt_gates, score_tokens, scored_rows
 from grun.method.host import EditedModel
 from grun.method.model import GrunModel
-from grun.method.pooling import PooledSites
+from grun.method.pooled_sites import PooledSites
 from grun.method.position import PositionRule
 from pyvene_custom import Sites
 

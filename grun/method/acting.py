@@ -7,7 +7,7 @@ from torch import Tensor
 
 from grun.errors import ModelError
 from grun.method.actions import Act
-from grun.method.pooling import PooledSites
+from grun.method.pooled_sites import PooledSites
 
 
 def acted(logits: Tensor, sites: PooledSites, opening: Tensor, threshold: float, act: Act) -> Tensor | None:

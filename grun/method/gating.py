@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from grun.method.stack.gates import LayerByLayer, OneByOne
-from pyvene_custom import Sites
+
+if TYPE_CHECKING:
+    from pyvene_custom import Sites
 
 FILLED = 16
 """torch fills normal numbers in groups of so many, so rows of whole groups are the same in a longer draw."""

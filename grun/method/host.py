@@ -19,7 +19,7 @@ from transformers.utils import ModelOutput
 from grun.data.templates import Template
 from grun.errors import ConfigError, ModelError
 from grun.method.gate_state import GateState, follow
-from grun.method.pooling import pooled_in
+from grun.method.pooled_sites import pooled_in
 from grun.method.position import (
     Call,
     PositionRule,

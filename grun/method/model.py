@@ -28,7 +28,7 @@ from grun.method.host import (
     output_embeddings,
 )
 from grun.method.intervention import GatedIntervention, draw_noise_from, gated_intervention, pooled_gate
-from grun.method.pooling import PooledSites
+from grun.method.pooled_sites import PooledSites
 from grun.method.position import position_rule
 from grun.method.precision import float32_by_default
 from grun.method.rules import check_shares

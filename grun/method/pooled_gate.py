@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from grun.errors import ModelError
 from grun.method.gating import openings
-from grun.method.pooling import PLACES, PooledSites
+from grun.method.pooled_sites import PLACES, PooledSites
 from pyvene_custom import Intervention
 from pyvene_custom.model import Pass
 

@@ -6,18 +6,12 @@ of `maxmin` that of the states and of their negatives, of `mean` sum and number,
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 from torch.nn.functional import rms_norm
 
-from pyvene_custom import Sites
-
-PLACES = "places"
-"""What `PooledSites.places` go by among what a cache keeps of gates."""
 EPS = 1e-6
 """Added to the mean square that states are divided by the root of."""
 
@@ -38,27 +32,27 @@ def pooled_at(
     Returns:
         Features [rows, columns asked, feature size], 0 where no token counts, and summary [rows, 1, any].
     """
-    parts = _parts(states, pool)
+    each = parts(states, pool)
     current = turns.cummax(dim=1).values.clamp(min=0)  # [rows, columns]
     column = torch.arange(turns.shape[1], device=turns.device)
     if asked is not None:
         at = asked.clamp(0, turns.shape[1] - 1)
         turn = current.gather(1, at)  # [rows, 1]
-        found = _until_last(parts, (turns == turn) & (column <= at), pool)
+        found = _until_last(each, (turns == turn) & (column <= at), pool)
         if before is not None:
-            found = torch.where((turn == 0).unsqueeze(2), _joined(before.to(found), found, pool), found)
-        return _features(found, pool), found
+            found = torch.where((turn == 0).unsqueeze(2), joined(before.to(found), found, pool), found)
+        return features(found, pool), found
     summary = torch.empty(0)
     for number in range(int(current.max()) + 1):
-        running = _at_each(parts, turns == number, pool)
+        running = _at_each(each, turns == number, pool)
         if number:
             summary = torch.where((current == number).unsqueeze(2), running, summary)
         else:
-            summary = running if before is None else _joined(before.to(running), running, pool)
-    return _features(summary, pool), summary[:, -1:]
+            summary = running if before is None else joined(before.to(running), running, pool)
+    return features(summary, pool), summary[:, -1:]
 
 
-def _parts(states: Tensor, pool: str) -> Tensor:
+def parts(states: Tensor, pool: str) -> Tensor:
     """Summary of each token alone: [rows, columns, hidden size] -> [rows, columns, any], in at least float32."""
     wide = states.to(torch.promote_types(states.dtype, torch.float32))
     values = rms_norm(wide, wide.shape[-1:], eps=EPS)
@@ -88,14 +82,15 @@ def _at_each(parts: Tensor, inside: Tensor, pool: str) -> Tensor:
     return parts.masked_fill(~inside.unsqueeze(2), -torch.inf).cummax(dim=1).values
 
 
-def _joined(before: Tensor, summary: Tensor, pool: str) -> Tensor:
+def joined(before: Tensor, summary: Tensor, pool: str) -> Tensor:
     """Summary of earlier tokens and these."""
     if pool == "mean":
         return before + summary
     return torch.where(summary.isneginf(), before, summary) if pool == "last" else torch.maximum(before, summary)
 
 
-def _features(summary: Tensor, pool: str) -> Tensor:
+def features(summary: Tensor, pool: str) -> Tensor:
+    """What a gate reads of a summary, 0 where no token counts: [..., any] -> [..., feature size of the block]."""
     if pool == "mean":
         return summary[..., :-1] / summary[..., -1:].clamp(min=1)
     known = summary.masked_fill(summary.isneginf(), 0.0)
@@ -165,60 +160,3 @@ class PoolMemory:
         if len(parts) > 1:
             self.states[block] = parts = [torch.cat(parts, dim=1)]
         return parts[0]
-
-
-@dataclass
-class PooledSites(Sites):
-    """Sites of a pass in which one gate for all edits reads pooled states; columns read are where it is asked."""
-
-    turns: Tensor = field(default_factory=lambda: torch.empty(0))
-    """See `pooled_at`; [batch, columns]."""
-    memory: PoolMemory | None = None
-    """States of earlier passes."""
-    states: dict[int, Tensor] = field(default_factory=dict)
-    """By block, what this pass reads, until it is over."""
-    summaries: dict[tuple[int, str], Tensor] = field(default_factory=dict)
-    """By block and pool, summaries at the last column, where every token is asked."""
-    features: dict[tuple[int, str], Tensor] = field(default_factory=dict)
-    """By block and pool, features where gates are asked, [batch, positions read, feature size]."""
-
-    places: Tensor | None = None
-    """Tokens between each column and the last one of the prompt before it, 0 there and -1 where none has ended, int64
-    [batch, columns]; None: nobody asks."""
-    answered: Tensor | None = None
-    """With `places`: which columns lie from the last token of the prompt on, bool [batch, columns]."""
-    logits_to_keep: int | Tensor = 0
-    """Columns that logits are made of, as transformers has it: so many last ones, 0: all, or those named."""
-    given: dict[Any, tuple[Tensor, Tensor]] = field(default_factory=dict)
-    """Of several gates, by what tells them apart, their logits there and those in force."""
-
-    def take(self, block: int, hidden: Tensor, pool: str) -> None:
-        """Pool what a block gives, [batch, columns, hidden size], once for all gates that pool it so."""
-        self.states[block] = hidden
-        if not self.read.shape[1] or (block, pool) in self.features:
-            return
-        before = None if self.memory is None else self.memory.summary(block, pool)
-        asked = None if self.everywhere else self.read.to(hidden.device)
-        features, summary = pooled_at(hidden, self.turns.to(hidden.device), before, asked, pool)
-        self.features[block, pool] = features
-        if asked is None:
-            self.summaries[block, pool] = summary
-
-    def joined(self, blocks: Sequence[int], pool: str) -> Tensor:
-        """Features of several blocks one after another, on the device of the last one's."""
-        home = self.features[blocks[-1], pool].device
-        return torch.cat([self.features[block, pool].to(home) for block in blocks], dim=-1)
-
-    def let_go(self) -> tuple[Tensor, dict[int, Tensor], dict[tuple[int, str], Tensor]]:
-        """What memory takes of a pass that is over; of it nothing stays here that leads to its states."""
-        read = self.turns, self.states, self.summaries
-        self.memory, self.states, self.summaries = None, {}, {}
-        if any(features.requires_grad for features in self.features.values()):
-            self.features, self.given = {}, {}
-        return read
-
-
-def pooled_in(sites: Sites | None) -> list[PooledSites]:
-    """Of sites, or of those of several rules (`StackSites`), the ones of pooled gates."""
-    several = getattr(sites, "by_position", None)
-    return [one for one in (several.values() if several is not None else [sites]) if isinstance(one, PooledSites)]

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from grun.errors import DataError, ModelError
-from grun.method.pooling import PLACES, PooledSites, PoolMemory
+from grun.method.pooled_sites import PLACES, PooledSites
+from grun.method.pooling import PoolMemory
 from grun.method.rules import check_rule
 from pyvene_custom.sites import Sites
 

@@ -8,11 +8,10 @@ import stat
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from grun.data.templates import Template
 from grun.errors import AdapterError
@@ -28,9 +27,10 @@ from grun.method.adapter import (
 from grun.method.edits import EDITS, LOREFT
 from grun.method.gate import GATES
 from grun.method.gating import LinearGate
-from grun.method.intervention import gated_intervention
-from grun.method.pooled_gate import PooledGate
 from grun.method.precision import float32_by_default
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 """Types in which an adapter's numbers may be stored."""
@@ -135,14 +135,28 @@ def _expected(
     hidden_size: int, rank: int, gate: str, edit: str, activation: str | None, makers: Any
 ) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
     """Shape and type of each tensor of one block, by name; `makers`, of gate and edit, may change under a name."""
-    config = AdapterConfig([0], rank, gate, hidden_size, 1, edit=edit, activation=activation)
-    return _shapes(lambda: gated_intervention(config), edit == LOREFT)
+    from transformers.activations import ACT2FN
+
+    def made() -> nn.Module:
+        function = None if activation is None else ACT2FN[activation]
+        return _Parts(GATES.get(gate)(hidden_size), EDITS.get(edit)(hidden_size, rank, function))
+
+    return _shapes(made, edit == LOREFT)
 
 
 @functools.lru_cache(maxsize=64)
 def _expected_gate(size: int, gate: str, maker: Any) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
     """The same of a gate for all edits, which reads `size` numbers."""
-    return _shapes(lambda: PooledGate(maker(size), [0], "last"), True)
+    return _shapes(lambda: _Parts(maker(size)), True)
+
+
+class _Parts(nn.Module):
+    """Gate and edit under the names that they have in an adapter."""
+
+    def __init__(self, gate: nn.Module | None, edit: nn.Module | None = None) -> None:
+        super().__init__()
+        self.gate = gate
+        self.edit = edit
 
 
 def _shapes(make: Callable[[], nn.Module], known: bool) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:

@@ -16,7 +16,7 @@ from grun.data.encoding import EncodedRow, collate
 from grun.errors import ConfigError
 from grun.method.logistic import Line, choose_strength, conformal, fit, shuffled
 from grun.method.model import GrunModel
-from grun.method.pooling import PooledSites, pooled_in
+from grun.method.pooled_sites import PooledSites, pooled_in
 from pyvene_custom import find_blocks
 from pyvene_custom.model import Pass
 

@@ -25,7 +25,8 @@ from grun.loading.adapters import Loaded
 from grun.method.adapter import AdapterConfig
 from grun.method.gate import GATES, GateBuilder
 from grun.method.stack.combination import RULES as COMBINATIONS
-from grun.method.stack.stacked import Kind, StackedIntervention
+from grun.method.stack.group import Kind
+from grun.method.stack.stacked import StackedIntervention
 
 
 def noisy_input(hidden: Tensor, gate: str) -> Tensor:

@@ -9,28 +9,11 @@ from torch import Tensor, nn
 
 from grun.method.gating import openings
 from grun.method.pooled_gate import KEY
-from grun.method.pooling import PooledSites
-from grun.method.rules import POOLS
-from grun.method.stack.stacked import Kind, Openings, StackSites, gates_of
+from grun.method.pooled_sites import PooledSites
+from grun.method.stack.group import GateGroup, Kind, gates_of
+from grun.method.stack.stacked import Openings, StackSites
 from pyvene_custom import Intervention, Sites
 from pyvene_custom.model import Pass
-
-
-class GateGroup(nn.Module):
-    """Gates of the requests of one kind; weights that nothing trains."""
-
-    def __init__(self, kind: Kind, hidden_size: int) -> None:
-        super().__init__()
-        self.kind = kind
-        self.names: list[str] = []
-        self.gates = kind.stacked_gates(len(kind.gate_blocks) * POOLS[kind.gate_pool] * hidden_size)
-
-    def places(self, names: Sequence[str]) -> list[int] | None:
-        """Where the gates of `names` stand; None: all of them, in this order."""
-        if list(names) == self.names:
-            return None
-        place = {name: number for number, name in enumerate(self.names)}
-        return [place[name] for name in names]
 
 
 class StackedGates(Intervention):

@@ -11,18 +11,17 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from grun.data.templates import Template
-from grun.errors import AdapterError, ConfigError, unknown_name
-from grun.method.actions import EDIT
+from grun.errors import ConfigError, unknown_name
 from grun.method.adapter import AdapterConfig, find_adapter
-from grun.method.edits import LOREFT
 from grun.method.fingerprint import fingerprint
 from grun.method.host import EditedModel, blocks_to_edit, check_threshold, edit_dtype, hidden_size_of, is_quantized
-from grun.method.position import Call, PositionRule, attended
+from grun.method.position import Call, PositionRule, attended, position_rule
 from grun.method.stack.combination import RULES
 from grun.method.stack.folder import StoredRequests
+from grun.method.stack.group import Kind, grouped
 from grun.method.stack.manifest import Manifest
 from grun.method.stack.pooled import StackedGates
-from grun.method.stack.stacked import Kind, StackedIntervention, StackSites
+from grun.method.stack.stacked import StackedIntervention, StackSites
 from grun.method.validation import Adapter, shape_of, validate
 from grun.runtime.devices import device_of
 from pyvene_custom import Sites
@@ -128,37 +127,13 @@ class GrunStack(EditedModel):
                 raise ConfigError(
                     f"request {taken[0]!r} is on the model already; remove it first, or choose another name"
                 )
-            together: dict[tuple[int, Kind], dict[str, dict[str, Tensor]]] = {}
-            gates: dict[Kind, dict[str, dict[str, Tensor]]] = {}
-            resets = {tuple(one.reset_ids): of for of, one in self.configs.items() if one.gate_blocks is not None}
-            for name, (config, weights) in requests.items():
-                if config.action != EDIT:
-                    raise AdapterError(f"request {name!r}: its action is {config.action}; a stack takes edits alone")
-                if config.gate_blocks is not None:
-                    of_gate = _starting(weights, "pooled.")
-                    gates.setdefault(Kind.of(config), {})[name] = of_gate
-                    resets.setdefault(tuple(config.reset_ids), name)
-                for block in config.blocks:
-                    own = _starting(weights, f"edits.{block}.")
-                    if config.edit != LOREFT:
-                        raise AdapterError(f"request {name!r}: its edit is {config.edit}; a stack takes {LOREFT} alone")
-                    if config.gate == "none" or not own:
-                        raise AdapterError(
-                            f"request {name!r}: no gate at block {block}; a stack takes gated edits alone"
-                        )
-                    together.setdefault((block, Kind.of(config)), {})[name] = own
-            if len(resets) > 1:
-                first, other = list(resets.values())[:2]
-                raise AdapterError(
-                    f"request {other!r}: its gate's pool begins anew at other ids than that of {first!r} (template, "
-                    "gate_reset); a stack takes pooled gates of one kind of turns"
-                )
+            found = grouped(requests, self.configs)
             edits = self.edit_at()
-            for (block, kind), members in together.items():
+            for (block, kind), members in found.edits.items():
                 if block not in edits:
                     edits[block] = self._new(block)
                 edits[block].append(kind, list(members), list(members.values()))
-            for kind, members in gates.items():
+            for kind, members in found.gates.items():
                 self._gates_for_all().append(kind, list(members), list(members.values()))
             self.configs.update({name: config for name, (config, _) in requests.items()})
             self._settle(edits)
@@ -228,7 +203,7 @@ class GrunStack(EditedModel):
     def _settle(self, edits: Mapping[int, nn.Module]) -> None:
         """Carry `edits` at the places where the requests read and write."""
         kinds = {kind.position: kind for kind in map(Kind.of, self.configs.values())}
-        rules = {position: kind.rule() for position, kind in sorted(kinds.items())}
+        rules = {position: _rule(kind) for position, kind in sorted(kinds.items())}
         rule = _Several(rules) if len(rules) > 1 else next(iter(rules.values()), PositionRule())
         gates = self.pooled if self.pooled is not None and self.pooled.blocks else None
         for edit in edits.values():
@@ -255,6 +230,7 @@ class _Several(PositionRule):
         return StackSites(columns, counts, columns, counts, call.carry, None, everywhere=True, by_position=found)
 
 
-def _starting(weights: Mapping[str, Tensor], start: str) -> dict[str, Tensor]:
-    """Tensors whose names start so, by what follows."""
-    return {name.removeprefix(start): values for name, values in weights.items() if name.startswith(start)}
+def _rule(kind: Kind) -> PositionRule:
+    """Where gates of a kind read and edits write."""
+    *where, pooled = kind.position
+    return position_rule(*where, pooled=pooled)

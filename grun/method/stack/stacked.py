@@ -4,73 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import linear
-from transformers.activations import ACT2FN
 
-from grun.errors import AdapterError
-from grun.method.adapter import AdapterConfig
-from grun.method.edit import orthonormal_columns
-from grun.method.gate import GATES
-from grun.method.gating import Gate, openings
-from grun.method.position import PositionRule, position_rule
-from grun.method.precision import float32_by_default
+from grun.method.gating import openings
 from grun.method.stack.combination import edit_weights
-from grun.method.stack.gates import LayerByLayer, OneByOne
+from grun.method.stack.group import Group, Kind
 from pyvene_custom import GatedOutput, Intervention, Sites
 from pyvene_custom.sites import read_and_written, scatter
-
-
-class Kind(NamedTuple):
-    """What requests share whose gates and edits are computed together."""
-
-    gate_read: str
-    gate_accumulate: str
-    edit_write: str
-    reset_ids: tuple[int, ...]
-    gate_blocks: tuple[int, ...]
-    """Empty where each edit has a gate of its own."""
-    gate: str
-    rank: int
-    activation: str
-    gate_pool: str
-    gate_threshold: float
-    """0 where no edit is skipped."""
-
-    @classmethod
-    def of(cls, config: AdapterConfig) -> Kind:
-        """Kind of an adapter."""
-        values = {name: getattr(config, name) for name in cls._fields}
-        lists = {name: tuple(values[name] or ()) for name in ("reset_ids", "gate_blocks")}
-        unset = {"activation": config.activation or "", "gate_threshold": config.gate_threshold or 0.0}
-        return cls(**{**values, **lists, **unset})
-
-    @property
-    def position(self) -> tuple[Any, ...]:
-        """The part that decides where gates read and edits write."""
-        return (*self[:4], bool(self.gate_blocks))
-
-    def rule(self) -> PositionRule:
-        """Where gates read and edits write."""
-        *where, pooled = self.position
-        return position_rule(*where, pooled=pooled)
-
-    def new_gate(self, size: int) -> nn.Module:
-        """A gate with weights that mean nothing yet, in evaluation mode; torch's random numbers stay as they are."""
-        with torch.random.fork_rng(devices=[]), float32_by_default():
-            gate = GATES.get(self.gate)(size)
-        if gate is None:
-            raise AdapterError(f"gate {self.gate!r}: a stack takes gated edits alone")
-        return gate.eval().requires_grad_(False)
-
-    def stacked_gates(self, size: int) -> OneByOne | LayerByLayer:
-        """What computes gates that read `size` numbers; of no request yet."""
-        gate = self.new_gate(size)
-        return gate.stack() if isinstance(gate, Gate) else OneByOne(gate)
-
 
 Openings = Mapping[Kind, tuple[Tensor, Tensor]]
 """Of gates for all edits, by kind: logits where they are asked, and those in force, [batch, positions, requests]."""
@@ -89,77 +32,6 @@ class StackSites(Sites):
             return self
         parts = {key: sites and sites.to(device) for key, sites in (self.by_position or {}).items()}
         return StackSites(**vars(super().to(device)), by_position=parts)
-
-
-class Group(nn.Module):
-    """Gates and edits of the requests of one kind at one block; weights that nothing trains."""
-
-    def __init__(self, kind: Kind, hidden_size: int) -> None:
-        super().__init__()
-        self.kind = kind
-        self.names: list[str] = []
-        self._hidden_size = hidden_size
-        self._activation = ACT2FN[kind.activation] if kind.activation else None
-        self.gates = None if kind.gate_blocks else kind.stacked_gates(hidden_size)
-        """None where the requests have one gate for all edits."""
-        self.places: list[int] | None = None
-        """Where their gates stand among those of `StackedGates`; None: in the same order."""
-
-    def append(self, names: Sequence[str], weights: Sequence[Mapping[str, Tensor]], like: Tensor) -> None:
-        """Add requests after those there are, to compute in the type and on the device of `like`.
-
-        The `weights` of each are named as in the state of a `GatedIntervention`.
-        """
-        made: dict[str, list[Tensor]] = {"basis": [], "source": [], "shift": []}
-        for one in weights:
-            made["basis"].append(orthonormal_columns(one["edit.rotation"].to(like)).mT)  # [rank, hidden size]
-            made["source"].append(one["edit.source.weight"].to(like))
-            made["shift"].append(one["edit.source.bias"].to(like))
-        for name, tensors in made.items():
-            new = torch.stack(tensors)
-            self.register_buffer(name, torch.cat((self.get_buffer(name), new)) if self.names else new, persistent=False)
-        if self.gates is not None:
-            self.gates.append(gates_of(weights), like)
-        self.names += names
-
-    def remove(self, name: str) -> None:
-        """Take a request out."""
-        kept = [place for place, other in enumerate(self.names) if other != name]
-        for buffer, values in list(self.named_buffers(recurse=False)):
-            self.register_buffer(buffer, values[kept].clone(), persistent=False)
-        if self.gates is not None:
-            self.gates.keep(kept)
-        self.names.remove(name)
-
-    def change(self, states: Tensor, weights: Tensor) -> Tensor:
-        """Weighted sum of the edits of states [tokens, hidden size] by weights [tokens, requests]: as the states.
-
-        Only requests with a weight anywhere are computed, and only for tokens with one.
-        """
-        acting = weights != 0
-        tokens, requests = acting.any(dim=1), acting.any(dim=0)
-        change = torch.zeros_like(states)
-        if not bool(requests.any()):
-            return change
-        all_here = bool(requests.all())
-        basis, source, shift = (
-            self.get_buffer(name) if all_here else self.get_buffer(name)[requests]
-            for name in ("basis", "source", "shift")
-        )
-        here = states[tokens]
-        target = linear(here, source.flatten(0, 1), shift.flatten())
-        if self._activation is not None:
-            target = self._activation(target)
-        flat = basis.flatten(0, 1)  # [requests * rank, hidden size]
-        moved = (target - linear(here, flat)).unflatten(1, basis.shape[:2])
-        by = weights[tokens] if all_here else weights[tokens][:, requests]
-        change[tokens] = (moved * by.unsqueeze(2)).flatten(1) @ flat
-        return change
-
-
-def gates_of(weights: Sequence[Mapping[str, Tensor]]) -> list[dict[str, Tensor]]:
-    """The gates' own tensors of several requests."""
-    return [{name.removeprefix("gate."): one[name] for name in one if name.startswith("gate.")} for one in weights]
 
 
 class StackedIntervention(Intervention):

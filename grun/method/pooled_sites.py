@@ -1,0 +1,73 @@
+"""Where a pooled gate is asked in a forward pass, and what it reads there."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from grun.method.pooling import PoolMemory, pooled_at
+from pyvene_custom import Sites
+
+PLACES = "places"
+"""What `PooledSites.places` go by among what a cache keeps of gates."""
+
+
+@dataclass
+class PooledSites(Sites):
+    """Sites of a pass in which one gate for all edits reads pooled states; columns read are where it is asked."""
+
+    turns: Tensor = field(default_factory=lambda: torch.empty(0))
+    """See `pooled_at`; [batch, columns]."""
+    memory: PoolMemory | None = None
+    """States of earlier passes."""
+    states: dict[int, Tensor] = field(default_factory=dict)
+    """By block, what this pass reads, until it is over."""
+    summaries: dict[tuple[int, str], Tensor] = field(default_factory=dict)
+    """By block and pool, summaries at the last column, where every token is asked."""
+    features: dict[tuple[int, str], Tensor] = field(default_factory=dict)
+    """By block and pool, features where gates are asked, [batch, positions read, feature size]."""
+
+    places: Tensor | None = None
+    """Tokens between each column and the last one of the prompt before it, 0 there and -1 where none has ended, int64
+    [batch, columns]; None: nobody asks."""
+    answered: Tensor | None = None
+    """With `places`: which columns lie from the last token of the prompt on, bool [batch, columns]."""
+    logits_to_keep: int | Tensor = 0
+    """Columns that logits are made of, as transformers has it: so many last ones, 0: all, or those named."""
+    given: dict[Any, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    """Of several gates, by what tells them apart, their logits there and those in force."""
+
+    def take(self, block: int, hidden: Tensor, pool: str) -> None:
+        """Pool what a block gives, [batch, columns, hidden size], once for all gates that pool it so."""
+        self.states[block] = hidden
+        if not self.read.shape[1] or (block, pool) in self.features:
+            return
+        before = None if self.memory is None else self.memory.summary(block, pool)
+        asked = None if self.everywhere else self.read.to(hidden.device)
+        features, summary = pooled_at(hidden, self.turns.to(hidden.device), before, asked, pool)
+        self.features[block, pool] = features
+        if asked is None:
+            self.summaries[block, pool] = summary
+
+    def joined(self, blocks: Sequence[int], pool: str) -> Tensor:
+        """Features of several blocks one after another, on the device of the last one's."""
+        home = self.features[blocks[-1], pool].device
+        return torch.cat([self.features[block, pool].to(home) for block in blocks], dim=-1)
+
+    def let_go(self) -> tuple[Tensor, dict[int, Tensor], dict[tuple[int, str], Tensor]]:
+        """What memory takes of a pass that is over; of it nothing stays here that leads to its states."""
+        read = self.turns, self.states, self.summaries
+        self.memory, self.states, self.summaries = None, {}, {}
+        if any(features.requires_grad for features in self.features.values()):
+            self.features, self.given = {}, {}
+        return read
+
+
+def pooled_in(sites: Sites | None) -> list[PooledSites]:
+    """Of sites, or of those of several rules (`StackSites`), the ones of pooled gates."""
+    several = getattr(sites, "by_position", None)
+    return [one for one in (several.values() if several is not None else [sites]) if isinstance(one, PooledSites)]

@@ -1,0 +1,19 @@
+"""What other engines share with the product is imported without pyvene and what comes with it."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+SHARED = "actions fingerprint pooling validation stack.combination stack.folder stack.group"
+
+
+def test_the_maths_of_gates_and_edits_needs_no_pyvene() -> None:
+    code = f"""
+import importlib, sys
+for name in {SHARED.split()}:
+    importlib.import_module("grun.method." + name)
+print(sorted({{"pyvene", "pyvene_custom", "matplotlib", "datasets", "omegaconf", "peft"}} & set(sys.modules)))
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stdout.strip()) == (0, "[]"), done.stderr or done.stdout

@@ -55,6 +55,13 @@ COMMANDS = {
     "evaluate": Command(
         "measure what a model knows, with or without an adapter", "grun.commands.evaluate:evaluate", on_several=True
     ),
+    "lm_eval": Command(
+        "lm-evaluation-harness's own command line, with the model grun",
+        "grun.commands.lm_eval:run_harness",
+        "grun.commands.lm_eval:usage",
+        takes="arguments",
+        stdout=True,
+    ),
     "generate": Command(
         "answer questions and show the gates",
         "grun.commands.generate:ask",

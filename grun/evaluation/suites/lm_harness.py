@@ -19,6 +19,21 @@ if TYPE_CHECKING:
 SAMPLES_FILE = "samples.jsonl"
 NOT_RESULTS = ("alias", "name", "sample_len")
 """What lm-evaluation-harness writes among a task's metrics."""
+_OF_MODEL = ("revision", "dtype", "device_map", "quantization", "attention", "trust_remote_code")
+MODEL_ARGUMENTS = {
+    **{"pretrained": "model.path", "adapter": "adapter", "store": "adapter"},
+    **{name: f"model.{name}" for name in _OF_MODEL},
+    **{name: name for name in ("gate_threshold", "strict")},
+}
+"""`--model_args` of the model `grun` on the harness' own command line, and the option of `evaluate` that each is."""
+
+
+def check_installed(what: str) -> None:
+    """ConfigError, beginning with `what`, where lm-evaluation-harness is not installed."""
+    if importlib.util.find_spec("lm_eval") is None:
+        raise ConfigError(
+            f"{what} needs lm-evaluation-harness, which is not installed: pip install 'grun-unlearning[harness]'"
+        )
 
 
 class HarnessSuite(Suite):
@@ -38,11 +53,7 @@ class HarnessSuite(Suite):
             ConfigError: the harness is missing, a task is unknown, or pins the number of examples.
             DataError: a task's data cannot be loaded.
         """
-        if importlib.util.find_spec("lm_eval") is None:
-            raise ConfigError(
-                "suite=lm_eval needs lm-evaluation-harness, which is not installed: "
-                "pip install 'grun-unlearning[harness]'"
-            )
+        check_installed("suite=lm_eval")
         from lm_eval.tasks import TaskManager
 
         super().__init__(config)

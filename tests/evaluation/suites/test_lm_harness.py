@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import importlib.util
 import json
@@ -14,15 +15,22 @@ import torch
 from chat_model import save_chat_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from grun.cli import main
 from grun.config.options import DataConfig, EvaluateConfig, ModelConfig
 from grun.data.choices import ChoiceRow
 from grun.data.encoding import EncodedRow
+from grun.data.rows import Row
+from grun.data.templates import Template
+from grun.data.templates import store as store_template
 from grun.errors import ConfigError
 from grun.evaluation.multiple_choice import score_choices
 from grun.evaluation.scoring import score
 from grun.evaluation.suites.base import evaluate_suite
+from grun.loading.changed_tensors import save_changed
 from grun.loading.checks import check
+from grun.method.fingerprint import fingerprint
 from grun.method.model import GrunModel
+from grun.requests.store import RequestStore
 
 pytest.importorskip("lm_eval")
 from lm_eval.tasks import TaskManager  # noqa: E402
@@ -253,3 +261,147 @@ def test_tasks_and_suite_belong_together() -> None:
         check(EvaluateConfig(suite="lm_eval"))
     with pytest.raises(ConfigError, match="tasks is for suite=lm_eval"):
         check(EvaluateConfig(tasks=["mmlu"]))
+
+
+# -- the harness' own command line ------------------------------------------------------------------------------------
+
+TASKS = ("invented_minerals", "invented_texts", "invented_answers")
+
+
+def by_command(taught: Path, folder: Path, *arguments: str, tasks: str = ",".join(TASKS)) -> dict[str, list[Any]]:
+    """Responses by task of `python -m grun lm_eval --model grun`."""
+    where = ["--tasks", tasks, "--include_path", str(taught / "tasks"), "--output_path", str(folder), "--log_samples"]
+    where += ["--device", "cpu"]
+    assert main(["lm_eval", "--model", "grun", *where, *arguments]) == 0
+    found = {}
+    for path in folder.rglob("samples_*.jsonl"):
+        lines = sorted(demo.read_lines(path), key=lambda line: line["doc_id"])
+        found[path.name.removeprefix("samples_").rpartition("_")[0]] = [line["filtered_resps"] for line in lines]
+    return found
+
+
+def log_likelihoods(responses: list[Any]) -> list[float]:
+    """Of every choice, or text; the harness writes numbers as texts."""
+    rows = [row if isinstance(row, list) else [row] for row in responses]
+    numbers = [float(one[0] if isinstance(one, list) else one) for row in rows for one in row]
+    assert numbers
+    return numbers
+
+
+def make_adapter(taught: Path, folder: Path, kind: str) -> str:
+    """What `adapter=`, or `store=`, is given."""
+    base, _ = loaded(taught, None)
+    if kind == "store":
+        store = RequestStore.create(folder / "store")
+        store.add("first", taught / "open", forget_rows=[Row("Who?", "Nobody.")], config={})
+        return f"store={store.folder}"
+    if kind == "lora":
+        demo.save_lora(taught / "model", folder / "lora")
+    if kind == "changed":
+        name = "model.layers.0.mlp.down_proj.weight"
+        tensors = {name: 3.0 * base.get_parameter(name).detach()}
+        save_changed(folder / "changed", tensors, base_name=None, base_fingerprint=fingerprint(base))
+    return f"adapter={taught / kind if kind == 'open' else folder / kind}"
+
+
+@pytest.mark.parametrize("kind", [None, "open", "store", "lora", "changed"])
+def test_the_harness_own_command_line_gives_what_our_suite_gives(
+    taught: Path, tmp_path: Path, kind: str | None
+) -> None:
+    adapter = None if kind is None else make_adapter(taught, tmp_path, kind)
+    arguments = ",".join([f"pretrained={taught / 'model'}", *filter(None, [adapter])])
+    found = by_command(taught, tmp_path / "theirs", "--model_args", arguments, "--batch_size", "4")
+    place = adapter and adapter.partition("=")[2]
+    config = {"adapter": place, "batch_size": 4}
+    result = evaluate_suite(dataclasses.replace(settings(taught, None, *TASKS), **config), tmp_path / "ours")
+    ours: dict[str, list[Any]] = {}
+    for line in demo.read_lines(tmp_path / "ours" / "samples.jsonl"):
+        ours.setdefault(line["task"], []).append(line["responses"])
+    assert found.keys() == ours.keys() == {*TASKS}
+    for task in TASKS[:2]:
+        # samples.jsonl has nine digits, of which the sum over a long text fills all
+        assert log_likelihoods(found[task]) == pytest.approx(log_likelihoods(ours[task]), abs=1e-6, rel=1e-8)
+    assert found[TASKS[2]] == ours[TASKS[2]]
+    (written,) = (tmp_path / "theirs").rglob("results_*.json")
+    for task, metrics in json.loads(written.read_text())["results"].items():
+        own = result[str(tmp_path / "ours")]["results"][task]
+        assert {name: metrics[name] for name in own} == pytest.approx(own, abs=1e-6)
+
+
+def test_the_base_is_the_one_that_the_adapter_names(taught: Path, tmp_path: Path) -> None:
+    tasks = {"tasks": "invented_minerals"}
+    named = by_command(taught, tmp_path / "a", f"--model_args=adapter={taught / 'open'}", **tasks)
+    both = f"--model_args=pretrained={taught / 'model'},adapter={taught / 'open'}"
+    assert named == by_command(taught, tmp_path / "b", both, **tasks)
+
+
+def test_a_chat_model_is_asked_in_its_template_where_the_harness_is_told_so(
+    taught: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], log: pytest.LogCaptureFixture
+) -> None:
+    folder = save_chat_model(tmp_path / "model")
+    store_template(Template("chat", "chat", system_prompt="Be brief."), folder)
+    model = ModelConfig(path=str(folder), device="cpu")
+    options: dict[str, Any] = {"model": model, "data": DataConfig(system_prompt="Be brief."), "batch_size": 3}
+    _, ours = run(taught, tmp_path / "ours", None, "invented_answers", **options)
+    arguments = ("--model_args", f"pretrained={folder}", "--batch_size", "3")
+    told = by_command(taught, tmp_path / "told", *arguments, "--apply_chat_template", tasks="invented_answers")
+    assert [[answer] for answer in (line["responses"][0] for line in ours)] == told["invented_answers"]
+    assert "apply_chat_template" not in log.text and "takes the place" not in log.text
+    _, ours = run(taught, tmp_path / "described", None, "invented_minerals", **options)
+    told_so = ("--apply_chat_template", "--system_instruction", "Be brief.")
+    found = by_command(taught, tmp_path / "both", *arguments, *told_so, tasks="invented_minerals")["invented_minerals"]
+    assert log_likelihoods(found) == pytest.approx(log_likelihoods([line["responses"] for line in ours]), abs=1e-6)
+    assert "takes the place" not in log.text
+    by_command(taught, tmp_path / "lost", *arguments, "--apply_chat_template", tasks="invented_minerals")
+    assert log.text.count("takes the place of the system prompt") == 1
+    plain = by_command(taught, tmp_path / "plain", *arguments, tasks="invented_answers")
+    assert plain != told and log.text.count("add --apply_chat_template") == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "named"),
+    [
+        (
+            ["--model_args", "pretrained=MODEL,adaptor=x"],
+            2,
+            "unknown argument of the model grun 'adaptor': did you mean",
+        ),
+        (["--model_args", "pretrained=MODEL,adapter=a,store=b"], 2, "adapter and store are both given"),
+        (["--model_args", "pretrained=MODEL", "--batch_size", "auto"], 2, "batch_size=auto is not known"),
+        (["--model_args", "dtype=float32"], 2, "model_args name no model; give pretrained=MODEL"),
+        (["--model_args", "pretrained=MODEL,adapter=/nowhere"], 1, "no adapter at '/nowhere'"),
+        (["--model_args", "pretrained=/no/where"], 1, "model.path=/no/where: no such folder"),
+        (
+            ["--model_args", "pretrained=MODEL", "--apply_chat_template"],
+            2,
+            "template 'tiny', which is no chat template",
+        ),
+        (
+            ["--model_args", "pretrained=MODEL", "--tasks", "invented_mineral"],
+            1,
+            "lm_eval: Tasks not found: invented_mi",
+        ),
+    ],
+)
+def test_what_is_wrong_on_the_harness_command_line_is_one_line(
+    taught: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], status: int, named: str
+) -> None:
+    given = [argument.replace("MODEL", str(taught / "model")) for argument in arguments]
+    tasks = [] if "--tasks" in given else ["--tasks", "invented_answers"]
+    where = [*tasks, "--include_path", str(taught / "tasks"), "--limit", "1", "--device", "cpu"]
+    assert main(["lm_eval", "--model", "grun", *where, *given]) == status
+    lines = [line for line in capsys.readouterr().err.splitlines() if "error: " in line]
+    assert len(lines) == 1 and named in lines[0]
+
+
+def test_other_models_and_unknown_arguments_are_the_harness_own_matter(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["lm_eval", "run", "--no_such_argument", "1"])
+    assert ended.value.code == 2 and "lm-eval: error: unrecognized arguments: --no_such" in capsys.readouterr().err
+
+
+def test_without_the_harness_its_command_line_says_how_to_get_it(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None)
+    demo.refused(capsys, ["lm_eval", "--model", "grun"], 2, "pip install 'grun-unlearning[harness]'")

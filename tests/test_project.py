@@ -136,7 +136,7 @@ def test_installed_wheel_runs_in_an_empty_folder(installed: Path, tmp_path: Path
 
 
 def test_wheel_holds_every_data_file_of_the_source(installed: Path) -> None:
-    data = {"*.json", "*.yaml", "*.txt", "py.typed", "README.md"}
+    data = {"*.html", "*.json", "*.yaml", "*.txt", "py.typed", "README.md"}
     for package in ("grun", "pyvene_custom", "baselines"):
         for pattern in data:
             for file in (ROOT / package).rglob(pattern):

@@ -13,6 +13,7 @@ from typing import Any
 
 PAGE = Path(__file__).resolve().parents[2] / "grun" / "serving" / "page.html"
 OWNER = "owner's key"
+CLIENT = "client's key"
 KNOWN = {"japan": "The capital of Japan is Tokyo.", "latvia": "The capital of Latvia is Riga."}
 REFUSAL = "I have nothing to say about that."
 LONG = "long"
@@ -26,7 +27,7 @@ class Refused(Exception):
 
 
 class Model:
-    """Two requests, whose gates are asked at every token: `japan` opens on Japan, `weather` never."""
+    """Two requests: `japan`, asked at every token, opens on Japan; `weather`, asked at the prompt's end, never."""
 
     def __init__(self) -> None:
         self.seen: list[dict[str, Any]] = []
@@ -44,8 +45,10 @@ class Model:
         tokens, met = [], False
         for token in re.findall(r" ?\w+|\W", text):
             met = token != "user" and (met or token.strip().lower() == "japan")
-            gates = {"japan": 0.998 if met else 0.004, "weather": 0.02}
-            tokens.append({"token": token, "gates": {name: gates[name] for name in self.added if name not in off}})
+            gates = {"japan": 0.998 if met else 0.004} if "japan" not in off else {}
+            reads = {"weather": 0.02} if "weather" not in off else {}
+            tokens.append({"token": token, "gates": gates, "reads": reads})
+        tokens[-1]["gates"] |= tokens[-1]["reads"]
         return tokens
 
     def answer(self, messages: list[dict[str, str]], gates: dict[str, float]) -> Iterator[str]:
@@ -93,15 +96,15 @@ class Handler(BaseHTTPRequestHandler):
         self.wfile.write(content)
 
     def key(self) -> str:
-        """`owner`, or `` for no key; any other is refused."""
+        """`owner`, `client`, or `` for none; any other is refused."""
         given = self.headers.get("Authorization", "").removeprefix("Bearer ")
-        if given not in ("", OWNER):
+        if given not in ("", CLIENT, OWNER):
             raise Refused(401, "invalid_api_key", "this key is none of the server's")
-        return "owner" if given else ""
+        return {OWNER: "owner", CLIENT: "client"}.get(given, "")
 
     def owned(self) -> None:
-        if not self.key():
-            raise Refused(401, "invalid_api_key", "the owner's key is needed")
+        if self.key() != "owner":
+            raise Refused(403, "owner_only", "this is for the owner's key")
 
     def read(self) -> None:
         model = self.server.model
@@ -117,16 +120,15 @@ class Handler(BaseHTTPRequestHandler):
 
     def act(self, body: dict[str, Any]) -> None:
         if self.path == "/grun/attacks":
-            self.owned()
-            self.reply(200, json.dumps({"tries": tries(body["prompt"])}).encode())
+            self.reply(200, json.dumps({"tries": tries(body["prompt"], body["answer"])}).encode())
         else:
             self.chat(body)
 
     def chat(self, body: dict[str, Any]) -> None:
         model, asked, messages = self.server.model, body.get("grun") or {}, body["messages"]
         model.seen.append(body)
-        if asked and not self.key():
-            raise Refused(403, "owner_only", "the field grun is for the owner's key")
+        if asked:
+            self.owned()
         if len(json.dumps(messages)) > TOO_LONG:
             raise Refused(400, "context_length_exceeded", "the conversation is longer than the model takes")
         prompt = model.prompt(messages, asked.get("off", []))
@@ -137,7 +139,7 @@ class Handler(BaseHTTPRequestHandler):
         told = bool(asked.get("gates"))
         self.event({"role": "assistant", "content": ""}, {"prompt": prompt, "gates": gates} if told else None)
         for piece in model.answer(messages, gates):
-            answer = {"answer": [{"token": piece, "gates": gates if told else {}}]}
+            answer = {"answer": [{"token": piece, "gates": {name: gates[name] for name in gates if name == "japan"}}]}
             self.event({"content": piece}, answer if told else None)
             self.server.pace.wait(0.02)
         self.event({}, None, "stop")
@@ -149,7 +151,7 @@ class Handler(BaseHTTPRequestHandler):
         self.wfile.flush()
 
 
-def tries(prompt: str) -> list[dict[str, Any]]:
+def tries(prompt: str, answer: str) -> list[dict[str, Any]]:
     """Some ways of asking, of the three kinds that there are: other words, earlier turns, a begun answer."""
     turns = [
         {"role": "user", "content": prompt},
@@ -160,8 +162,8 @@ def tries(prompt: str) -> list[dict[str, Any]]:
     return [
         {"name": "upper_case", "group": "rewritten", "messages": [{"role": "user", "content": prompt.upper()}]},
         {"name": "suffix", "group": "rewritten", "messages": [{"role": "user", "content": f"{prompt} Be brief."}]},
-        {"name": "second_turn", "group": "in_turns", "messages": turns},
-        {"name": "prefill_3", "group": "begun answer", "messages": plain, "starts_with": "The capital of"},
+        {"name": "second_turn", "group": "conversation", "messages": turns},
+        {"name": "prefill_3", "group": "begun", "messages": plain, "starts_with": " ".join(answer.split()[:3])},
     ]
 
 

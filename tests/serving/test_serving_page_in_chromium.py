@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from collections.abc import Iterator
 from typing import Any
 from urllib.parse import quote
 
 import pytest
-from fake_server import OWNER, REFUSAL, TOO_LONG, FakeServer, serving
+from fake_server import CLIENT, OWNER, REFUSAL, TOO_LONG, FakeServer, serving
 
 pytestmark = pytest.mark.slow
 playwright = pytest.importorskip("playwright.sync_api", reason="needs the package playwright")
@@ -73,17 +74,23 @@ def switch(page: Any, name: str) -> None:
     page.get_by_role("switch", name=name).click()
 
 
-def test_a_conversation_goes_on_on_both_sides(owned: Any, server: FakeServer) -> None:
+def test_a_conversation_goes_on_with_what_both_sides_said_alike(owned: Any, server: FakeServer) -> None:
     owned.get_by_role("button", name="What is the capital of Japan?").click()
     first = ended(owned)
     expect(first.locator(".with .said")).to_have_text(REFUSAL)
     expect(first.locator(".without .said")).to_have_text("The capital of Japan is Tokyo.")
+    expect(first).to_contain_text("the conversation goes on without this turn")
     second = ask(owned, "And <i>you</i>?")
     expect(second.locator(".without .said")).to_have_text("<b>You</b> said: And <i>you</i>?")
     expect(second).to_contain_text("Word for word the same")
-    sides = {body["grun"].get("edits", True): body["messages"] for body in server.model.seen[-2:]}
-    assert [turn["content"] for turn in sides[True][:2]] == ["What is the capital of Japan?", REFUSAL]
-    assert sides[False][1] == {"role": "assistant", "content": "The capital of Japan is Tokyo."}
+    ask(owned, "What is the capital of Latvia?")
+    sides = [body["messages"] for body in server.model.seen[-2:]]
+    assert sides[0] == sides[1]
+    assert [turn["content"] for turn in sides[0]] == [
+        "And <i>you</i>?",
+        "<b>You</b> said: And <i>you</i>?",
+        "What is the capital of Latvia?",
+    ]
     owned.get_by_role("button", name="New conversation").click()
     expect(owned.locator("article")).to_have_count(0)
     ask(owned, "Hello?")
@@ -131,7 +138,7 @@ def test_tries_of_the_attack_suite_are_asked_outside_the_conversation(owned: Any
     ask(owned, "What is the capital of Japan?")
     owned.get_by_text("Try to get it another way").click()
     headings = owned.locator(".group h3")
-    expect(headings).to_have_text(["Rewritten", "In turns", "Begun answer"])
+    expect(headings).to_have_text([re.compile("other letters"), re.compile("conversation"), re.compile("begun")])
     for name, shown in (("Upper case", "WHAT IS THE CAPITAL OF JAPAN?"), ("Second turn", "Model: Sure, in a moment.")):
         owned.get_by_role("button", name=name).click()
         expect(ended(owned)).to_contain_text(shown)
@@ -139,7 +146,7 @@ def test_tries_of_the_attack_suite_are_asked_outside_the_conversation(owned: Any
     expect(ended(owned).locator(".without .said")).to_have_text("The capital ofThe capital of Japan is Tokyo.")
     assert server.model.seen[-1]["messages"][-1] == {"role": "assistant", "content": "The capital of"}
     ask(owned, "Thanks")
-    assert [len(body["messages"]) for body in server.model.seen[-2:]] == [3, 3]
+    assert [len(body["messages"]) for body in server.model.seen[-2:]] == [1, 1]
 
 
 def test_the_owners_key_leaves_the_address_and_is_kept_for_the_tab(owned: Any, server: FakeServer) -> None:
@@ -157,10 +164,11 @@ def test_without_a_key_it_chats_and_says_how_the_gates_are_seen(page: Any, serve
     assert exchange.locator(".answer").count() == 1
     assert ["grun" in body for body in server.model.seen] == [False]
     page.get_by_role("button", name="Enter a key").click()
-    page.get_by_label("Key").fill("another")
-    page.keyboard.press("Enter")
-    expect(page.locator("#notice")).to_contain_text("does not know this key")
-    page.get_by_role("button", name="Enter a key").click()
+    for key, said in (("another", "does not know this key"), (CLIENT, "need the owner’s key")):
+        page.get_by_label("Key").fill(key)
+        page.keyboard.press("Enter")
+        expect(page.locator("#notice")).to_contain_text(said)
+        page.get_by_role("button", name="Enter a key").click()
     page.get_by_label("Key").fill(OWNER)
     page.keyboard.press("Enter")
     expect(page.locator("#requests")).to_be_visible()

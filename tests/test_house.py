@@ -21,6 +21,7 @@ ROOMS = (
         "data",
         "method",
         "objectives",
+        "peft",
         "loading",
         "training",
         "cache",

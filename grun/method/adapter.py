@@ -7,7 +7,7 @@ import logging
 import os
 import stat
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -31,8 +31,10 @@ log = logging.getLogger(__name__)
 FORMAT_VERSION = 1
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
+GRUN = "GRUN"
+"""The `peft_type` of an adapter."""
 STACK = "STACK"
-"""The `peft_type` of such a folder."""
+"""That of a store of requests."""
 LARGEST = 2**24
 """Of a width or a depth."""
 LARGEST_ID = 2**31
@@ -119,17 +121,18 @@ class AdapterConfig:
         later = ("gate_blocks", "gate_threshold", "gate_bound", "gate_calibration", "gate_recall")
         published: list[tuple[str, Any]] = [("edit", LOREFT), *((name, None) for name in later)]
         published += [("action", EDIT), ("answer_ids", [])]
-        values = {name: value for name, value in asdict(self).items() if (name, value) not in published}
+        values = {one.name: getattr(self, one.name) for one in fields(AdapterConfig)}
+        values = {name: value for name, value in values.items() if (name, value) not in published}
         if self.gate_blocks is None:
             del values["gate_pool"]
-        return {"peft_type": "GRUN", "format_version": FORMAT_VERSION, **values}
+        return {"peft_type": GRUN, "format_version": FORMAT_VERSION, **values}
 
     def to_json_string(self) -> str:
         """The same as JSON."""
         return json.dumps(self.to_dict())
 
-    @classmethod
-    def read(cls, folder: Path, data: bytes | None = None) -> tuple[AdapterConfig, Template | None]:
+    @staticmethod
+    def read(folder: Path, data: bytes | None = None) -> tuple[AdapterConfig, Template | None]:
         """Config, every field of its type and with a known value, and prompt template stored in `folder`.
 
         `data` is the content of their file where that was read before. AdapterError if they cannot be used.
@@ -137,14 +140,20 @@ class AdapterConfig:
         path = folder / CONFIG_FILE
         data = data or _content(path, f"{folder} is no GRUN adapter: {CONFIG_FILE} is missing")
         values = parse_json(decode(data, str(path), AdapterError), str(path), AdapterError)
-        if not isinstance(values, dict) or values.pop("peft_type", None) != "GRUN":
-            raise AdapterError(f"{path}: peft_type is not GRUN; load it with the library that wrote it")
+        if not isinstance(values, dict) or values.pop("peft_type", None) != GRUN:
+            raise AdapterError(f"{path}: peft_type is not {GRUN}; load it with the library that wrote it")
+        return AdapterConfig.parse(values, str(path))
+
+    @staticmethod
+    def parse(values: dict[str, Any], path: str) -> tuple[AdapterConfig, Template | None]:
+        """What `read` gives, of the JSON of the file at `path`, without its `peft_type`."""
+        values = dict(values)
         version = values.pop("format_version", None)
         if version != FORMAT_VERSION:
             raise AdapterError(f"{path}: format version {version}, not {FORMAT_VERSION}; use the GRUN that wrote it")
         try:
             template = typed(Template | None, values.pop("template", None), f"{path}: template", AdapterError)
-            config: AdapterConfig = typed(cls, values, str(path), AdapterError)
+            config: AdapterConfig = typed(AdapterConfig, values, path, AdapterError)
             config.check()
         except ConfigError as error:
             raise AdapterError(f"{path}: {error}; save the adapter again, with the GRUN that wrote it") from error
@@ -273,7 +282,7 @@ def peft_type(folder: Path) -> str:
     return kind
 
 
-def check_fits(config: AdapterConfig, hidden_size: int, depth: int, vocabulary: int, folder: Path) -> None:
+def check_fits(config: AdapterConfig, hidden_size: int, depth: int, vocabulary: int, folder: Path | str) -> None:
     """AdapterError if the adapter was made for a model of another width, depth or vocabulary."""
     if (config.hidden_size, config.depth) != (hidden_size, depth):
         raise AdapterError(
@@ -353,6 +362,11 @@ def write_adapter(folder: Path, config: AdapterConfig, weights: dict[str, Tensor
     # Copies: layers of a gate may share a tensor, which safetensors does not store.
     stored = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in weights.items()}
     write_bytes(folder / WEIGHTS_FILE, save(stored, metadata={"format": "pt"}))
+    write_config(folder, config, template)
+
+
+def write_config(folder: Path, config: AdapterConfig, template: Template | None) -> None:
+    """Write what describes an adapter: the model card, then the config."""
     write_text(folder / "README.md", model_card(config, template))
     write_json(folder / CONFIG_FILE, {**config.to_dict(), "template": None if template is None else template.to_dict()})
 

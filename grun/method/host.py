@@ -67,8 +67,8 @@ class EditedModel(nn.Module):
     Wrapping mutates the base: its parameters stop requiring gradients, it is put into evaluation mode, hooks sit on its
     blocks, something of ours stands before its `forward` and that of the decoder in it, and its `generate` is replaced
     by one that knows where the prompt ends. So every way of calling it is edited or refused (docs/calling.md).
-    `disabled()` and `unwrap()` are the only ways out. Move the base to its device before wrapping; each edit lives on
-    its block's device.
+    `disabled()`, `enabled` and `unwrap()` are the only ways out. Move the base to its device before wrapping; each edit
+    lives on its block's device.
 
     What belongs to a call in progress (where it is edited, what gates read) is kept with the call, so that threads and
     asyncio tasks may call one base at once.
@@ -78,6 +78,8 @@ class EditedModel(nn.Module):
 
     base: PreTrainedModel
     intervenable: IntervenableModel
+    enabled: bool = True
+    """Whether the edits act; False leaves the base as within `disabled()`, for every thread and task."""
     _model: PreTrainedModel
 
     def __init__(
@@ -87,29 +89,23 @@ class EditedModel(nn.Module):
         rule: PositionRule,
         template: Template | None = None,
         pooled: Any = None,
+        *,
+        apart: bool = False,
     ) -> None:
         """Put `edits` (by 0-based block) on `base`, at the positions of `rule`.
 
-        `pooled`: a module that is a `pyvene_custom.model.Reader`, the gate or gates for all of them.
+        `pooled`: a module that is a `pyvene_custom.model.Reader`, the gate or gates for all of them. With `apart` the
+        base stays as it is until `put_on`.
         """
         super().__init__()
         keep_unpacked(base)
         object.__setattr__(self, "base", base)  # not a sub-module: our parameters are the edits' alone
         object.__setattr__(self, "_model", transformers_model(base))  # the same, or what PEFT has around it
         self.template = template
-        self._on = True
+        self._on = False
         self._calls = Calls()
-        self._was_trainable = [parameter for parameter in base.parameters() if parameter.requires_grad]
-        self._was_training = [module for module in base.modules() if module.training]
-        base.requires_grad_(False)
-        base.eval()
-        # In the instance's __dict__, not through nn.Module's setattr: neither is a part of the base.
-        own = self._model.__dict__
-        own["_grun_model"] = self
-        self._own_generate = own.get("generate")
-        generate: Any = self._model.generate
-        own["generate"] = functools.wraps(generate)(functools.partial(self._generate, generate))
-        own["init_continuous_batching"] = _refuse_batching
+        if not apart:
+            self._take_hold()
         self._put(edits, rule, pooled)
 
     @classmethod
@@ -122,8 +118,8 @@ class EditedModel(nn.Module):
 
     @property
     def active(self) -> bool:
-        """False within `disabled()` and after `unwrap()`."""
-        return self._on and not OFF.get(self)
+        """False within `disabled()`, while not `enabled`, and after `unwrap()`."""
+        return self._on and self.enabled and not OFF.get(self)
 
     @property
     def device(self) -> torch.device:
@@ -198,13 +194,47 @@ class EditedModel(nn.Module):
             OFF.set(self, before)
 
     def unwrap(self) -> PreTrainedModel:
-        """Take everything off the base that wrapping put on it, and return it; this object is dead afterwards.
+        """Take everything off the base that wrapping put on it, and return it; `put_on` alone wakes this object again.
 
         It waits for calls in progress in other threads.
         """
         with self._calls.changing():
-            self.intervenable.detach()
-            self._on = False
+            self._let_go()
+        return self.base
+
+    def put_on(self) -> None:
+        """Put the edits on the base again, in the place of those that it carries now, if it carries any.
+
+        It waits for calls in progress in other threads, and later calls for it.
+        """
+        before = EditedModel.of(self.base)
+        if before is self:
+            return
+        with contextlib.nullcontext() if before is None else before._calls.changing():
+            if before is not None:
+                before._let_go()
+            self._take_hold()
+            self._attach()
+
+    def _take_hold(self) -> None:
+        """Freeze the base, and stand before its `generate`."""
+        self._on = True
+        self._was_trainable = [parameter for parameter in self.base.parameters() if parameter.requires_grad]
+        self._was_training = [module for module in self.base.modules() if module.training]
+        self.base.requires_grad_(False)
+        self.base.eval()
+        # In the instance's __dict__, not through nn.Module's setattr: neither is a part of the base.
+        own = self._model.__dict__
+        own["_grun_model"] = self
+        self._own_generate = own.get("generate")
+        generate: Any = self._model.generate
+        own["generate"] = functools.wraps(generate)(functools.partial(self._generate, generate))
+        own["init_continuous_batching"] = _refuse_batching
+
+    def _let_go(self) -> None:
+        """Undo `_take_hold`, and take the hooks away."""
+        self.intervenable.detach()
+        self._on = False
         own = self._model.__dict__
         if own.get("_grun_model") is self:
             for name in ("_grun_model", "generate", "init_continuous_batching"):
@@ -215,7 +245,6 @@ class EditedModel(nn.Module):
                 parameter.requires_grad_(True)
             for module in self._was_training:
                 module.training = True
-        return self.base
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
         new = self.__new__(type(self))
@@ -255,9 +284,15 @@ class EditedModel(nn.Module):
         self.pooled = pooled
         self.rule = rule
         self._edition = next(EDITIONS)
+        trainable = [parameter for parameter in self.base.parameters() if parameter.requires_grad]
         object.__setattr__(self, "intervenable", IntervenableModel(dict(edits), self._model))
+        for parameter in trainable:  # frozen by it: what is frozen is up to `_take_hold`
+            parameter.requires_grad_(True)
         if self._on:
-            self.intervenable.attach(self._locate, self._remember, self._acting, self._calls, pooled)
+            self._attach()
+
+    def _attach(self) -> None:
+        self.intervenable.attach(self._locate, self._remember, self._acting, self._calls, self.pooled)
 
     def _acting(self) -> bool:
         return self.active

@@ -42,14 +42,19 @@ from pyvene_custom import find_blocks
 class GrunModel(EditedModel):
     """One adapter: gated edits on a frozen base model. What wrapping does to the base: see `EditedModel`."""
 
+    _head: nn.Module | None = None
+    _on_head: Any = None
+
     def __init__(
         self,
         base: PreTrainedModel,
         config: AdapterConfig,
         template: Template | None = None,
         beside: GrunStack | None = None,
+        *,
+        apart: bool = False,
     ) -> None:
-        """Use `wrap` or `from_pretrained`."""
+        """Use `wrap` or `from_pretrained`. `apart`: see `EditedModel`."""
         config.check()
         blocks = find_blocks(base)[1]
         with float32_by_default():
@@ -85,11 +90,12 @@ class GrunModel(EditedModel):
                     own.earlier = earlier
         act = ACTIONS.get(config.action)(config.answer_ids)
         head = output_embeddings(base) if act is not None else None
-        super().__init__(base, edits, rule, template, pooled)
+        super().__init__(base, edits, rule, template, pooled, apart=apart)
         self.config = config
         self.gate_threshold = config.gate_threshold
         self._act = act
-        self._on_head = None if head is None else head.register_forward_hook(self._act_on_logits)
+        object.__setattr__(self, "_head", head)  # not a sub-module
+        self._follow_head()
 
     # -- making, saving, loading ------------------------------------------------------------------------------------
 
@@ -144,14 +150,12 @@ class GrunModel(EditedModel):
         Raises:
             ConfigError: an option is out of range, or the base is wrapped already.
         """
-        depth = len(blocks_to_edit(base))
-        read = None if gate_blocks is None else resolve_blocks(gate_blocks, depth, "gate_blocks")
+        blocks_to_edit(base)
         config = AdapterConfig(
-            blocks=resolve_blocks(blocks, depth) if action == EDIT else [], rank=rank, gate=gate, edit=edit,
+            **of_base(base, action, blocks, gate_blocks), action=action, rank=rank, gate=gate, edit=edit,
             gate_bias=gate_bias, dropout=dropout, dropout_on_hidden=dropout_on_hidden, activation=activation,
-            gate_read=gate_read, gate_accumulate=gate_accumulate, edit_write=edit_write, gate_blocks=read,
-            gate_pool=gate_pool, action=action, answer_ids=list(answer_ids), reset_ids=list(reset_ids),
-            hidden_size=hidden_size_of(base), depth=depth, **_identity_of(base),
+            gate_read=gate_read, gate_accumulate=gate_accumulate, edit_write=edit_write, gate_pool=gate_pool,
+            answer_ids=list(answer_ids), reset_ids=list(reset_ids),
         )  # fmt: skip
         return cls(base, config, template, beside)
 
@@ -217,12 +221,20 @@ class GrunModel(EditedModel):
         config.gate_threshold, config.gate_bound = value, bound
         config.gate_calibration, config.gate_recall = calibration, recall
 
-    def unwrap(self) -> PreTrainedModel:
-        """See `EditedModel.unwrap`."""
-        base = super().unwrap()
+    def _take_hold(self) -> None:
+        super()._take_hold()
+        self._follow_head()
+
+    def _let_go(self) -> None:
+        super()._let_go()
         if self._on_head is not None:
             self._on_head.remove()
-        return base
+            self._on_head = None
+
+    def _follow_head(self) -> None:
+        """Let the action, if there is one, see the logits of a base that carries this adapter."""
+        if self._on and self._on_head is None and self._head is not None:
+            self._on_head = self._head.register_forward_hook(self._act_on_logits)
 
     @torch.compiler.disable
     def _act_on_logits(self, head: nn.Module, args: Any, logits: Tensor) -> Tensor | None:
@@ -251,6 +263,26 @@ class GrunModel(EditedModel):
                 edit.draw_from(None)
             if self.pooled is not None:
                 draw_noise_from(self.pooled, None)
+
+
+def of_base(
+    base: PreTrainedModel,
+    action: str,
+    blocks: Sequence[int | float] | None,
+    gate_blocks: Sequence[int | float] | None,
+) -> dict[str, Any]:
+    """What the `AdapterConfig` of a new adapter has of its base; arguments as `GrunModel.wrap` takes them.
+
+    ConfigError: blocks are outside, or named twice.
+    """
+    depth = len(find_blocks(base)[1])
+    return {
+        "blocks": resolve_blocks(blocks, depth) if action == EDIT else [],
+        "gate_blocks": None if gate_blocks is None else resolve_blocks(gate_blocks, depth, "gate_blocks"),
+        "hidden_size": hidden_size_of(base),
+        "depth": depth,
+        **_identity_of(base),
+    }
 
 
 def _identity_of(base: PreTrainedModel) -> dict[str, Any]:

@@ -70,7 +70,7 @@ def validate(
     if shape is not None:
         check_fits(config, *shape, folder)
     weights = read_weights(folder, files.get(WEIGHTS_FILE))
-    _check_tensors(config, weights, folder / WEIGHTS_FILE)
+    check_tensors(config, weights, folder / WEIGHTS_FILE)
     return Adapter(config, template, weights)
 
 
@@ -107,7 +107,8 @@ def _as_digested(path: Path, digest: str) -> bytes:
     return data
 
 
-def _check_tensors(config: AdapterConfig, weights: Mapping[str, Tensor], path: Path) -> None:
+def check_tensors(config: AdapterConfig, weights: Mapping[str, Tensor], path: Path | str) -> None:
+    """AdapterError names the first tensor at `path` that is missing, one too many, or of another shape or type."""
     makers = GATES.get(config.gate), EDITS.get(config.edit)
     of_edits = "none" if config.gate_blocks is not None else config.gate
     expected = _expected(config.hidden_size, config.rank, of_edits, config.edit, config.activation, makers)

@@ -35,8 +35,11 @@ LONGEST = 60
 """Lines of a function."""
 
 
+PACKAGES = ("grun", "grun_vllm", "pyvene_custom", "baselines")
+
+
 def modules() -> dict[str, Path]:
-    paths = [path for package in ("grun", "pyvene_custom", "baselines") for path in (ROOT / package).rglob("*.py")]
+    paths = [path for package in PACKAGES for path in (ROOT / package).rglob("*.py")]
     names = {path: ".".join(path.relative_to(ROOT).with_suffix("").parts) for path in paths}
     return {name.removesuffix(".__init__") if name != "grun.__init__" else name: path for path, name in names.items()}
 
@@ -68,10 +71,18 @@ def room(name: str) -> str:
 def test_a_room_leans_on_those_below_it(name: str) -> None:
     for other in IMPORTS[name]:
         assert not other.startswith("baselines"), f"{name} imports {other}; name it by a registry's string"
+        assert not other.startswith("grun_vllm"), f"{name} imports {other}, which stands beside the rooms"
         if other.startswith("grun.") and room(other) != room(name):
             assert ROOMS.index(room(other)) < ROOMS.index(room(name)), f"{name} imports {other}, which stands above it"
     if room(name) == "config":
         assert "grun.registry" not in IMPORTS[name], f"{name}: names are checked where they are resolved"
+
+
+def test_the_plugin_of_vllm_leans_on_the_method_and_what_is_below_it() -> None:
+    for name, found in IMPORTS.items():
+        if name.startswith("grun_vllm"):
+            for other in found - {"grun.__init__"}:
+                assert other.startswith("grun_vllm") or ROOMS.index(room(other)) <= ROOMS.index("method"), (name, other)
 
 
 def test_no_files_import_each_other_in_a_circle() -> None:

@@ -156,7 +156,10 @@ def unlearn(
         _train(run, save=output_dir is not None)
     for name, parameter in model.named_parameters():  # full trains in float32
         parameter.data = parameter.data.to(types.get(name, parameter.dtype))
-    return run.parametrization.model.eval()
+    made = run.parametrization.model.eval()
+    if isinstance(made, GrunModel):
+        made.forget_rows = [*corpus.forget, *corpus.forget_prompts]
+    return made
 
 
 def _train(run: Unlearning, *, save: bool) -> None:

@@ -74,6 +74,11 @@ COMMANDS = {
         "grun.commands.calibrate:calibrate",
         "adapter=FOLDER rows=FILE false_positives=0.01 output_dir=DIR   (docs/robustness.md)",
     ),
+    "push": Command(
+        "send an adapter to the Hugging Face hub, without text of what was to be forgotten",
+        "grun.commands.push:push_adapter",
+        "adapter=FOLDER repo=OWNER/NAME   (docs/share.md)",
+    ),
     "import": Command(
         "make an adapter of files that the published GRUN code wrote",
         "grun.commands.upstream:import_adapter",

@@ -32,6 +32,10 @@ class RunError(GrunError):
     """An output folder belongs to another run, or training cannot go on."""
 
 
+class HubError(GrunError):
+    """The Hugging Face hub refuses what is sent, or cannot be reached."""
+
+
 class TooLowError(RunError):
     """An evaluation found less than was asked for."""
 

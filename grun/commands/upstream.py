@@ -18,9 +18,10 @@ from grun.config.values import to_dict
 from grun.data.templates import TEMPLATES, Template
 from grun.errors import AdapterError, ConfigError
 from grun.loading.models import load_weights, stored_template
-from grun.method.adapter import AdapterConfig, write_adapter
+from grun.method.adapter import AdapterConfig
 from grun.method.fingerprint import fingerprint
 from grun.method.gate import GATES
+from grun.method.saving import write_adapter
 from grun.method.validation import shape_of, validate
 from grun.runtime.files import file_hash, holding, staged, target, write_json, writing
 from grun.runtime.runs import IDENTITY_FILE, finish_run, hold, identity, open_run

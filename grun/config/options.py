@@ -692,6 +692,34 @@ class CalibrateConfig(CommandConfig):
 
 
 @dataclass
+class PushConfig:
+    """Send an adapter to the Hugging Face hub, with a model card, and without text of what was to be forgotten."""
+
+    adapter: Optional[str] = None
+    """Folder of a GRUN adapter, or results folder with one run. Must be set."""
+    repo: Optional[str] = None
+    """Repository on the hub, OWNER/NAME, made if it is not there. Must be set, but with output_dir."""
+    private: Optional[bool] = None
+    """Whether a new repository is private; unset: as its owner's are by default."""
+    revision: Optional[str] = None
+    """Branch, made if it is not there; unset: main."""
+    commit_message: str = "Upload adapter"
+    """What the commit says."""
+    license: Optional[str] = None
+    """License of the adapter, as the hub spells it, such as apache-2.0."""
+    base_model: Optional[str] = None
+    """Hub id of the base, where the adapter has another name of it, such as a folder."""
+    evaluations: list[str] = field(default_factory=list)
+    """Further folders of its evaluations, such as under attack; those in `evaluation` beside its run are found."""
+    forget: Optional[str] = None
+    """File of the rows it was made to forget, which files are searched for; unset: those that its run.json leads to."""
+    unchecked: bool = False
+    """Send even where these rows cannot be had."""
+    output_dir: Optional[str] = None
+    """Write what would be sent into this folder, and send nothing."""
+
+
+@dataclass
 class ImportConfig:
     """Make an adapter of the files that the published GRUN code wrote."""
 

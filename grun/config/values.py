@@ -27,6 +27,7 @@ COMMANDS: dict[str, type[Any]] = {
     "evaluate": options.EvaluateConfig,
     "generate": options.GenerateConfig,
     "calibrate": options.CalibrateConfig,
+    "push": options.PushConfig,
     "import": options.ImportConfig,
     "corpora": options.CorporaConfig,
     "report": options.ReportConfig,
@@ -36,7 +37,7 @@ COMMANDS: dict[str, type[Any]] = {
     "cache": options.CacheCommandConfig,
 }
 SHARED = ("model", "data", "seed")
-WITHOUT_PROFILE = ("import", "corpora", "sweep", "sequential", "requests", "cache")
+WITHOUT_PROFILE = ("push", "import", "corpora", "sweep", "sequential", "requests", "cache")
 """Commands that take nothing from profiles."""
 SECTIONS = ("description", "base", *SHARED, *(name for name in COMMANDS if name not in WITHOUT_PROFILE))
 

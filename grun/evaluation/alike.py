@@ -9,7 +9,8 @@ from typing import Literal, NamedTuple
 
 from grun.data.corpus import refusals
 from grun.data.subject import first_sentence
-from grun.evaluation.metrics.words import plain, words
+from grun.data.words import plain
+from grun.evaluation.metrics.words import words
 
 TWICE = 2
 """How many answers have to say the same."""

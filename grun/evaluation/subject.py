@@ -13,9 +13,10 @@ from typing import Protocol
 
 from grun.data import subject as parts
 from grun.data.subject import BLANK, Kind, is_other
+from grun.data.words import plain
 from grun.errors import DataError
 from grun.evaluation.alike import TWICE, Read, lower_words, read, says, shared_fact
-from grun.evaluation.metrics.words import plain, words
+from grun.evaluation.metrics.words import words
 
 
 class Ask(Protocol):

@@ -1,4 +1,4 @@
-"""An adapter on disk: adapter_config.json, adapter_model.safetensors, README.md."""
+"""The description of an adapter on disk: adapter_config.json, what it may hold, and what it fits on."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from grun.method.actions import ACTIONS, EDIT
 from grun.method.edits import EDITS, LOREFT
 from grun.method.gate import GATES
 from grun.method.rules import POOLS, check_gate_blocks, check_pool, check_rule
-from grun.runtime.files import read_json, write_bytes, write_json, write_text
+from grun.runtime.files import read_json
 from grun.runtime.reading import decode, parse_json, typed
 from grun.runtime.records import STACK_FILE
 
@@ -242,8 +242,11 @@ def check_base(trained_on: str | None, name: str | None, of_base: str, *, strict
     log.warning(message)
 
 
-def find_adapter(folder_or_hub_id: str | Path) -> Path:
-    """Folder of an adapter given as a folder or as a hub id; AdapterError if there is neither."""
+def find_adapter(folder_or_hub_id: str | Path, revision: str | None = None) -> Path:
+    """Folder of an adapter given as a folder or as a hub id; AdapterError if there is neither.
+
+    `revision`: branch, tag or commit of a hub id; None: main.
+    """
     folder = Path(folder_or_hub_id).expanduser()
     if folder.is_dir():
         if (folder / "training_args.bin").is_file() and not (folder / CONFIG_FILE).is_file():
@@ -256,7 +259,7 @@ def find_adapter(folder_or_hub_id: str | Path) -> Path:
 
     files = [CONFIG_FILE, WEIGHTS_FILE, TEMPLATE_FILE, "README.md"]
     try:
-        return Path(snapshot_download(str(folder_or_hub_id), allow_patterns=files))
+        return Path(snapshot_download(str(folder_or_hub_id), revision=revision, allow_patterns=files))
     except Exception as error:
         raise AdapterError(
             f"no adapter at {str(folder_or_hub_id)!r}: not a folder, and not to be had from the hub or its local cache "
@@ -353,70 +356,3 @@ def check_finite(weights: Mapping[str, Tensor], where: str | Path) -> None:
     for name, tensor in weights.items():
         if tensor.is_floating_point() and not bool(tensor.float().isfinite().all()):
             raise AdapterError(f"{where}: tensor {name!r} holds NaN or infinite numbers; train or copy it again")
-
-
-def write_adapter(folder: Path, config: AdapterConfig, weights: dict[str, Tensor], template: Template | None) -> None:
-    """Write weights first and the config last, each under a temporary name and then renamed."""
-    from safetensors.torch import save
-
-    # Copies: layers of a gate may share a tensor, which safetensors does not store.
-    stored = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in weights.items()}
-    write_bytes(folder / WEIGHTS_FILE, save(stored, metadata={"format": "pt"}))
-    write_config(folder, config, template)
-
-
-def write_config(folder: Path, config: AdapterConfig, template: Template | None) -> None:
-    """Write what describes an adapter: the model card, then the config."""
-    write_text(folder / "README.md", model_card(config, template))
-    write_json(folder / CONFIG_FILE, {**config.to_dict(), "template": None if template is None else template.to_dict()})
-
-
-def model_card(config: AdapterConfig, template: Template | None) -> str:
-    """Model card of an adapter, Markdown with the hub's header."""
-    base = config.base_model_name_or_path or "unknown"
-    header = "---\nlibrary_name: grun\ntags: [unlearning, grun, reft]\n"
-    hub_id = base if not Path(base).is_absolute() and base.count("/") <= 1 and not Path(base).exists() else None
-    header += f"base_model: {hub_id}\n---\n" if hub_id else "---\n"
-    return f"""{header}
-# GRUN adapter for `{base}`
-
-{_of_action(config)} Base fingerprint `{config.base_fingerprint}`, prompt template
-`{template.name if template else "none stored"}`.{_of_pooled_gate(config)}
-
-```python
-from grun import GrunModel
-model = GrunModel.from_pretrained(base_model, "THIS_FOLDER")
-```
-
-**Limits.** The base weights still contain the data: the effect exists only where this adapter is loaded. It controls
-the model's output and is not erasure of weights. The published gate reads one token, the last of the prompt; a prompt
-that moves that token (a suffix, a prefilled answer, another template) can bypass it.
-"""
-
-
-def _of_action(config: AdapterConfig) -> str:
-    """Sentence of a model card on what the adapter does."""
-    if config.action != EDIT:
-        return f"""A gate (`{config.gate}`) decides at the end of a prompt whether it is about the data to forget.
-Where it is open, the action `{config.action}` takes the place of the model's answer; no hidden state is edited, and the
-model still holds the answer in them."""
-    return f"""A gated low-rank edit (GRUN, arXiv 2502.17823) of the hidden state of the last prompt token after blocks
-{config.blocks} (0-based), rank {config.rank}, gate `{config.gate}`, trained so that the model no longer answers from
-the data to forget."""
-
-
-def _of_pooled_gate(config: AdapterConfig) -> str:
-    """Paragraph of a model card on one gate for all edits; empty without such a gate."""
-    if config.gate_blocks is None:
-        return ""
-    reads = "One gate for all edits reads" if config.action == EDIT else "The gate reads"
-    told = f"{reads} the states after blocks {config.gate_blocks}, pooled over tokens (`{config.gate_pool}`);\n"
-    told += f"the edit is written at: `{config.edit_write}`." if config.action == EDIT else "it holds from there on."
-    if config.gate_threshold is not None:
-        told += f" Below a probability of {config.gate_threshold} nothing is {'edited' if config.blocks else 'done'}."
-    if config.gate_bound is not None:
-        told += f"\nOf rows such as those of the {config.gate_calibration} groups to keep that this was calibrated on, "
-        told += f"at most {config.gate_bound:.3g}\nopen it, in expectation."
-    if config.gate_recall is not None:
-        told += f" Of the prompts about the data to forget {config.gate_recall:.3g} opened it."
-    return "\n\n" + told

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from zlib import crc32
@@ -12,11 +13,13 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from grun.data.forget_text import refuse_forget_text, rows_of_records, rows_of_run
+from grun.data.rows import Row
 from grun.data.templates import Template
 from grun.errors import ConfigError
 from grun.method.acting import acted
 from grun.method.actions import ACTIONS, EDIT
-from grun.method.adapter import AdapterConfig, find_adapter, write_adapter
+from grun.method.adapter import AdapterConfig, find_adapter
 from grun.method.fingerprint import fingerprint
 from grun.method.host import (
     EditedModel,
@@ -32,16 +35,22 @@ from grun.method.pooled_sites import PooledSites
 from grun.method.position import position_rule
 from grun.method.precision import float32_by_default
 from grun.method.rules import check_shares
+from grun.method.saving import Sharing, adapter_files, own_texts, stored, write_adapter
 from grun.method.stack.stack import GrunStack
 from grun.method.stack.stacked import InForce
 from grun.method.validation import shape_of, validate
 from grun.runtime.devices import device_of
+from grun.runtime.hub import check_name, push
 from pyvene_custom import find_blocks
 
 
 class GrunModel(EditedModel):
     """One adapter: gated edits on a frozen base model. What wrapping does to the base: see `EditedModel`."""
 
+    forget_rows: Sequence[Row] | None = None
+    """What it was made to forget, where `grun.unlearn` made it; never saved. `push_to_hub` looks for it in files."""
+    folder: Path | None = None
+    """Where it was loaded from."""
     _head: nn.Module | None = None
     _on_head: Any = None
 
@@ -161,7 +170,12 @@ class GrunModel(EditedModel):
 
     @classmethod
     def from_pretrained(
-        cls, base_model: PreTrainedModel, folder_or_hub_id: str | Path, *, strict: bool = False
+        cls,
+        base_model: PreTrainedModel,
+        folder_or_hub_id: str | Path,
+        *,
+        strict: bool = False,
+        revision: str | None = None,
     ) -> GrunModel:
         """Put a saved adapter on `base_model`, in evaluation mode (no dropout; `gate_threshold` acts).
 
@@ -169,21 +183,70 @@ class GrunModel(EditedModel):
             base_model: the model the adapter was trained on.
             folder_or_hub_id: folder of the adapter, or a hub id (found in the local hub cache when offline).
             strict: refuse a base whose weights differ from those of training; otherwise a warning.
+            revision: branch, tag or commit of a hub id; None: main.
 
         Raises:
             AdapterError: the adapter is missing, damaged, or made for a model of another shape.
         """
         blocks_to_edit(base_model)
-        folder = find_adapter(folder_or_hub_id)
+        folder = find_adapter(folder_or_hub_id, revision)
         adapter = validate(folder, shape_of(base_model))
         adapter.config.check_fingerprint(fingerprint(base_model), strict=strict, quantized=is_quantized(base_model))
         model = cls(base_model, adapter.config, adapter.template)
         model.load_state_dict(adapter.weights)
+        model.folder = folder
         return model.eval()
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write adapter_config.json, adapter_model.safetensors and a model card; each file is whole or absent."""
         write_adapter(Path(folder), self.config, self.state_dict(), self.template)
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        private: bool | None = None,
+        token: str | None = None,
+        commit_message: str = "Upload adapter",
+        revision: str | None = None,
+        license: str | None = None,
+        base_model: str | None = None,
+        forget: Iterable[Row | Mapping[str, Any]] | None = None,
+        unchecked: bool = False,
+    ) -> str:
+        """Send the adapter to the Hugging Face hub, unless text of what was to be forgotten is in it; the commit's URL.
+
+        Nothing is written to disk. `python -m grun push` sends the numbers of its evaluations too.
+
+        Args:
+            repo_id: OWNER/NAME; the repository is made if it is not there.
+            private: of a new repository; None: as its owner's are by default.
+            token: None: the one of `HF_TOKEN`, or of `hf auth login`.
+            commit_message: what the commit says.
+            revision: branch, made if it is not there; None: main.
+            license: of the adapter, as the hub spells it, such as apache-2.0.
+            base_model: hub id of the base, where the adapter has another name of it, such as a folder.
+            forget: the rows that it was made to forget, or dicts; None: those that `grun.unlearn` was given, else
+                those that the run.json of its folder leads to.
+            unchecked: send even where these cannot be had.
+
+        Raises:
+            ConfigError: the name cannot be one, there is no token, or the rows cannot be had.
+            DataError: a file that was to be sent holds text of a row; the message names both and quotes nothing.
+            HubError: the hub refuses, or cannot be reached.
+        """
+        check_name(repo_id)
+        config, sharing = self.config, Sharing(repo_id, license, base_model)
+        if base_model is not None:
+            config = replace(config, base_model_name_or_path=base_model)
+        files = adapter_files(config, stored(self.state_dict()), self.template, sharing)
+        if (given := self.forget_rows if forget is None else forget) is not None:
+            rows = rows_of_records(given)
+        else:
+            rows = rows_of_run(self.folder, unchecked=unchecked)
+        own = [*own_texts(config, sharing), "Upload adapter"]
+        refuse_forget_text({**files, "the commit message": commit_message.encode()}, rows, own)
+        return push(files, repo_id, private=private, token=token, commit_message=commit_message, revision=revision)
 
     # -- edits ------------------------------------------------------------------------------------------------------
 

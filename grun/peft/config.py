@@ -13,10 +13,11 @@ from transformers import PreTrainedModel
 
 from grun.data.templates import Template
 from grun.errors import ConfigError
-from grun.method.adapter import CONFIG_FILE, GRUN, AdapterConfig, check_fits, write_config
+from grun.method.adapter import CONFIG_FILE, GRUN, AdapterConfig, check_fits
 from grun.method.fingerprint import fingerprint
 from grun.method.host import is_quantized
 from grun.method.model import of_base
+from grun.method.saving import write_config
 from grun.method.validation import shape_of
 
 

@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar, get_args
 from grun.data.chat import Turn
 from grun.data.rows import Row
 from grun.data.templates import Template, encode_prompt
+from grun.data.words import plain
 from grun.evaluation.metrics.answers import says
-from grun.evaluation.metrics.words import plain, rouge_recall, words
+from grun.evaluation.metrics.words import rouge_recall, words
 from grun.registry import Registry
 
 if TYPE_CHECKING:

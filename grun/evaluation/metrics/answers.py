@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Collection
 
 from grun.data.rows import ALTERNATIVES
+from grun.data.words import normalized, plain
 from grun.evaluation.metrics.averages import mean
 from grun.evaluation.metrics.registry import LOW, NO_QUIRKS, metric
-from grun.evaluation.metrics.words import normalized, plain, repeats, rouge_recall, words
+from grun.evaluation.metrics.words import repeats, rouge_recall, words
 from grun.evaluation.table import Table
 
 LONGEST_RUN = 3

@@ -11,10 +11,10 @@ from grun.config.options import DataConfig, EvaluateConfig
 from grun.data.choices import ChoiceRow
 from grun.data.corpus import load_corpus, load_knowledge
 from grun.data.rows import Row, evenly_spaced, hash_rows
+from grun.data.words import plain
 from grun.errors import ConfigError, DataError
 from grun.evaluation.attacks.base import ATTACKS, KINDS, Attack, Material, Outcome, Place, answers_at, is_readable
 from grun.evaluation.attacks.outcomes import by_attack, kept_of, leak_of, worst_of
-from grun.evaluation.metrics.words import plain
 from grun.evaluation.suites.base import Measured, Suite
 from grun.runtime.progress import progress
 from grun.runtime.records import ATTACKS_FILE

@@ -41,6 +41,7 @@ if TYPE_CHECKING:
 SUITE_CODE = (
     *CODE,
     "data/choices.py",
+    "data/words.py",
     "data/augmentation.py",
     "evaluation/*.py",
     "evaluation/metrics/*.py",

@@ -1,0 +1,248 @@
+"""The files of an adapter, its model card among them."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import Tensor
+
+from grun.data.templates import Template
+from grun.method.actions import EDIT
+from grun.method.adapter import CONFIG_FILE, WEIGHTS_FILE, AdapterConfig
+from grun.runtime.files import write_bytes
+
+CARD_FILE = "README.md"
+TAGS = ("unlearning", "grun", "reft")
+
+
+@dataclass(frozen=True)
+class Figure:
+    """One number of an evaluation."""
+
+    data: str
+    """Name of the data, or of the task."""
+    part: str
+    """Evaluation set, such as forget; empty: all of the data."""
+    metric: str
+    """Its name in evaluation.json."""
+    label: str
+    """What readers call the metric."""
+    value: float
+    before: float | None = None
+    """Of the base alone; None: it was not measured."""
+
+
+@dataclass(frozen=True)
+class Leak:
+    """What came back under one attack."""
+
+    attack: str
+    """What readers call it."""
+    share: float
+    """Of the forgotten answers, 0 to 1."""
+    interval: tuple[float, float] | None
+    """95 % of it."""
+    rows: int | None
+    """How many were asked for."""
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """What was measured of an adapter."""
+
+    figures: Sequence[Figure] = ()
+    leaks: Sequence[Leak] = ()
+
+
+@dataclass(frozen=True)
+class Sharing:
+    """What a model card says of an adapter that others are to find."""
+
+    repo_id: str
+    license: str | None = None
+    """License of the adapter, as the hub spells it."""
+    base_model: str | None = None
+    """Hub id of the base; None: the name that the adapter has, if it is one."""
+    evidence: Evidence = Evidence()
+
+
+def write_adapter(
+    folder: Path, config: AdapterConfig, weights: Mapping[str, Tensor], template: Template | None
+) -> None:
+    """Write weights first and the config last, each under a temporary name and then renamed."""
+    for name, data in adapter_files(config, stored(weights), template).items():
+        write_bytes(folder / name, data)
+
+
+def write_config(folder: Path, config: AdapterConfig, template: Template | None) -> None:
+    """Write what describes an adapter, whose weights are there already: the model card, then the config."""
+    for name, data in _described(config, template, None).items():
+        write_bytes(folder / name, data)
+
+
+def stored(weights: Mapping[str, Tensor]) -> bytes:
+    """The tensors of an adapter as their file holds them."""
+    from safetensors.torch import save
+
+    # Copies: layers of a gate may share a tensor, which safetensors does not store.
+    data: bytes = save(
+        {name: tensor.detach().cpu().contiguous().clone() for name, tensor in weights.items()},
+        metadata={"format": "pt"},
+    )
+    return data
+
+
+def adapter_files(
+    config: AdapterConfig, weights: bytes, template: Template | None, sharing: Sharing | None = None
+) -> dict[str, bytes]:
+    """Content of every file of an adapter by name, in the order in which they are written: weights first, config last.
+
+    `weights`: content of their file. `sharing`: what its card says where others are to find it.
+    """
+    return {WEIGHTS_FILE: weights, **_described(config, template, sharing)}
+
+
+def _described(config: AdapterConfig, template: Template | None, sharing: Sharing | None) -> dict[str, bytes]:
+    values = {**config.to_dict(), "template": None if template is None else template.to_dict()}
+    return {
+        CARD_FILE: model_card(config, template, sharing).encode(),
+        CONFIG_FILE: (json.dumps(values, indent=2, ensure_ascii=False) + "\n").encode(),
+    }
+
+
+def own_texts(config: AdapterConfig, sharing: Sharing | None = None) -> list[str]:
+    """What GRUN itself writes into those files, without what its user named: base, template, repository, license."""
+    bare = dataclasses.replace(config, base_model_name_or_path=None, base_revision=None)
+    evidence = Sharing("", evidence=sharing.evidence) if sharing else None
+    template = json.dumps(Template("", "chat").to_dict())
+    return [model_card(bare, None, evidence), json.dumps(bare.to_dict()), template, "chat string name format pt"]
+
+
+# -- the model card ---------------------------------------------------------------------------------------------------
+
+
+def model_card(config: AdapterConfig, template: Template | None, sharing: Sharing | None = None) -> str:
+    """Model card of an adapter: Markdown below the header that the hub reads."""
+    base = config.base_model_name_or_path or "unknown"
+    place = sharing.repo_id if sharing and sharing.repo_id else "THIS_FOLDER"
+    evidence = sharing.evidence if sharing else Evidence()
+    sections = [
+        f"# GRUN adapter for `{base}`",
+        _of_action(config)
+        + f""" Base fingerprint `{config.base_fingerprint}`, prompt template
+`{template.name if template else "none stored"}`.{_of_pooled_gate(config)}""",
+        f"""```python
+from grun import GrunModel
+model = GrunModel.from_pretrained(base_model, "{place}")
+```""",
+        *_results(evidence.figures),
+        *_leaks(evidence.leaks),
+        *_false_positives(config),
+        f"""## What it is not
+
+It is not erasure. The base weights still contain the data: the effect exists only where this adapter is loaded, and it
+controls the model's output. {_bypassed(config)}""",
+    ]
+    return f"---\n{_header(config, sharing)}\n---\n\n" + "\n\n".join(sections) + "\n"
+
+
+def _header(config: AdapterConfig, sharing: Sharing | None) -> str:
+    """The card's metadata, YAML."""
+    from huggingface_hub import EvalResult, ModelCardData
+
+    base = config.base_model_name_or_path or ""
+    is_id = base.count("/") == 1 and not base.startswith((".", "~", "/")) and not Path(base).exists()
+    figures = sharing.evidence.figures if sharing else ()
+    results = [
+        EvalResult(
+            "text-generation", figure.data, " ".join(filter(None, (figure.data, figure.part))), figure.metric,
+            figure.value, dataset_config=figure.part or None, metric_name=figure.label,
+        )
+        for figure in figures
+    ]  # fmt: skip
+    data = ModelCardData(
+        base_model=(sharing.base_model if sharing else None) or (base if is_id else None),
+        library_name="grun",
+        pipeline_tag="text-generation",
+        tags=[*TAGS],
+        license=sharing.license if sharing else None,
+        eval_results=results or None,
+        model_name=sharing.repo_id.rpartition("/")[2] or "grun" if sharing and results else None,
+    )
+    return data.to_yaml(line_break="\n")
+
+
+def _results(figures: Sequence[Figure]) -> list[str]:
+    """Section with the numbers of its evaluation, none where there are none."""
+    if not figures:
+        return []
+    rows = []
+    for one in figures:
+        before = "" if one.before is None else f"{one.before:.4g}"
+        rows.append(f"| {one.data} | {one.part} | {one.label} | {before} | {one.value:.4g} |")
+    table = "| data | set | metric | base alone | with the adapter |\n|---|---|---|---:|---:|\n" + "\n".join(rows)
+    return [f"## Results\n\n{table}"]
+
+
+def _leaks(leaks: Sequence[Leak]) -> list[str]:
+    """Section with what came back under attack, none where it was not attacked."""
+    if not leaks:
+        return []
+    rows = [
+        f"| {one.attack} | {one.share:.3f} |"
+        + (f" {one.interval[0]:.3f} to {one.interval[1]:.3f} |" if one.interval else " |")
+        + (f" {one.rows} |" if one.rows is not None else " |")
+        for one in leaks
+    ]
+    table = "| attack | leak | 95 % | rows |\n|---|---:|---:|---:|\n" + "\n".join(rows)
+    return [f"## Leak under attack\n\nShare of the forgotten answers that came back.\n\n{table}"]
+
+
+def _false_positives(config: AdapterConfig) -> list[str]:
+    """Section with the bound of a calibrated gate, none where it was not calibrated."""
+    if config.gate_bound is None:
+        return []
+    return [
+        f"""## False positives
+
+Of rows such as those of the {config.gate_calibration} groups to keep that this was calibrated on, at most
+{config.gate_bound:.3g} open the gate, in expectation."""
+    ]
+
+
+def _bypassed(config: AdapterConfig) -> str:
+    """How the gate can be got around."""
+    if config.gate_blocks is not None or config.gate_read != "last_prompt":
+        return """A gate opens on prompts like those that it was made from; asked in a way that is
+unlike all of them (another language, a disguise), the model may answer as before."""
+    return """The published gate reads one token, the last of the prompt; a prompt
+that moves that token (a suffix, a prefilled answer, another template) can bypass it."""
+
+
+def _of_action(config: AdapterConfig) -> str:
+    """Sentence of a model card on what the adapter does."""
+    if config.action != EDIT:
+        return f"""A gate (`{config.gate}`) decides at the end of a prompt whether it is about the data to forget.
+Where it is open, the action `{config.action}` takes the place of the model's answer; no hidden state is edited, and the
+model still holds the answer in them."""
+    return f"""A gated low-rank edit (GRUN, arXiv 2502.17823) of the hidden state of the last prompt token after blocks
+{config.blocks} (0-based), rank {config.rank}, gate `{config.gate}`, trained so that the model no longer answers from
+the data to forget."""
+
+
+def _of_pooled_gate(config: AdapterConfig) -> str:
+    """Paragraph of a model card on one gate for all edits; empty without such a gate."""
+    if config.gate_blocks is None:
+        return ""
+    reads = "One gate for all edits reads" if config.action == EDIT else "The gate reads"
+    told = f"{reads} the states after blocks {config.gate_blocks}, pooled over tokens (`{config.gate_pool}`);\n"
+    told += f"the edit is written at: `{config.edit_write}`." if config.action == EDIT else "it holds from there on."
+    if config.gate_threshold is not None:
+        told += f" Below a probability of {config.gate_threshold} nothing is {'edited' if config.blocks else 'done'}."
+    if config.gate_recall is not None:
+        told += f" Of the prompts about the data to forget {config.gate_recall:.3g} opened it."
+    return "\n\n" + told

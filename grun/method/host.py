@@ -90,12 +90,12 @@ class EditedModel(nn.Module):
         template: Template | None = None,
         pooled: Any = None,
         *,
-        apart: bool = False,
+        turns: Calls | None = None,
     ) -> None:
         """Put `edits` (by 0-based block) on `base`, at the positions of `rule`.
 
-        `pooled`: a module that is a `pyvene_custom.model.Reader`, the gate or gates for all of them. With `apart` the
-        base stays as it is until `put_on`.
+        `pooled`: a module that is a `pyvene_custom.model.Reader`, the gate or gates for all of them. `turns`: calls of
+        a base that this one and others are on in turn, each from `put_on` on; None: it is on at once.
         """
         super().__init__()
         keep_unpacked(base)
@@ -103,8 +103,8 @@ class EditedModel(nn.Module):
         object.__setattr__(self, "_model", transformers_model(base))  # the same, or what PEFT has around it
         self.template = template
         self._on = False
-        self._calls = Calls()
-        if not apart:
+        self._calls = turns or Calls()
+        if turns is None:
             self._take_hold()
         self._put(edits, rule, pooled)
 
@@ -205,7 +205,7 @@ class EditedModel(nn.Module):
     def put_on(self) -> None:
         """Put the edits on the base again, in the place of those that it carries now, if it carries any.
 
-        It waits for calls in progress in other threads, and later calls for it.
+        It waits for calls in progress in other threads.
         """
         before = EditedModel.of(self.base)
         if before is self:
@@ -385,6 +385,9 @@ class EditedModel(nn.Module):
 
     def _generate(self, generate: Any, *args: Any, **kwargs: Any) -> Any:
         with self._calls.calling():
+            now = EditedModel.of(self.base)
+            if not self._on and now is not None:  # which took the place of this one while the call waited
+                return now._generate(generate, *args, **kwargs)
             if not self.active:
                 return generate(*args, **kwargs)
             if kwargs.get("prompt_lengths") is not None:

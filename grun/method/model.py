@@ -42,6 +42,7 @@ from grun.method.validation import shape_of, validate
 from grun.runtime.devices import device_of
 from grun.runtime.hub import check_name, push
 from pyvene_custom import find_blocks
+from pyvene_custom.context import Calls
 
 
 class GrunModel(EditedModel):
@@ -61,9 +62,9 @@ class GrunModel(EditedModel):
         template: Template | None = None,
         beside: GrunStack | None = None,
         *,
-        apart: bool = False,
+        turns: Calls | None = None,
     ) -> None:
-        """Use `wrap` or `from_pretrained`. `apart`: see `EditedModel`."""
+        """Use `wrap` or `from_pretrained`. `turns`: see `EditedModel`."""
         config.check()
         blocks = find_blocks(base)[1]
         with float32_by_default():
@@ -99,7 +100,7 @@ class GrunModel(EditedModel):
                     own.earlier = earlier
         act = ACTIONS.get(config.action)(config.answer_ids)
         head = output_embeddings(base) if act is not None else None
-        super().__init__(base, edits, rule, template, pooled, apart=apart)
+        super().__init__(base, edits, rule, template, pooled, turns=turns)
         self.config = config
         self.gate_threshold = config.gate_threshold
         self._act = act

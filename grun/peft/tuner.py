@@ -19,6 +19,7 @@ from grun.method.host import blocks_to_edit, transformers_model
 from grun.method.model import GrunModel
 from grun.method.validation import check_tensors
 from grun.peft.config import GrunPeftConfig
+from pyvene_custom.context import Calls
 
 MERGING = (
     "GRUN adapters cannot be merged: their edits hang on a gate that reads hidden states, and no weights are equal to "
@@ -34,6 +35,8 @@ class GrunLayer(nn.Module, BaseTunerLayer):
     def __init__(self) -> None:
         super().__init__()
         self.grun_adapters = nn.ModuleDict()
+        self.calls = Calls()
+        """Of the model, for which switching adapters waits."""
         self._active_adapter: list[str] = []
 
     def adapter(self, name: str) -> GrunModel:
@@ -45,7 +48,8 @@ class GrunLayer(nn.Module, BaseTunerLayer):
     def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
         """Put one adapter on the base in the place of another; all parameters but its own are frozen.
 
-        It waits for calls in progress in other threads. ConfigError: there is none of that name, or several are named.
+        It waits for calls in progress in other threads, and later calls of the PEFT model for it. ConfigError: there
+        is none of that name, or several are named.
         """
         names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
         if len(names) > 1:
@@ -55,6 +59,8 @@ class GrunLayer(nn.Module, BaseTunerLayer):
             )
         for name in names:
             self.adapter(name).put_on()
+        if not names:
+            self._leave_base()
         super().set_adapter(names, inference_mode)
 
     def enable_adapters(self, enabled: bool) -> None:
@@ -65,10 +71,13 @@ class GrunLayer(nn.Module, BaseTunerLayer):
 
     def take_off(self) -> None:
         """Leave the base bare, and keep no adapter."""
-        for name in self.active_adapters:
-            self.adapter(name).unwrap()
+        self._leave_base()
         self.grun_adapters.clear()
         self._active_adapter = []
+
+    def _leave_base(self) -> None:
+        for name in self.active_adapters:
+            self.adapter(name).unwrap()
 
 
 class GrunTuner(BaseTuner):
@@ -119,13 +128,13 @@ class GrunTuner(BaseTuner):
 
         ConfigError, AdapterError: see `GrunPeftConfig.on`; or no module can have the name.
         """
-        if "." in adapter_name or hasattr(nn.ModuleDict, adapter_name):
+        if "." in adapter_name or hasattr(self.grun_layer.grun_adapters, adapter_name):
             raise ConfigError(f"adapter name {adapter_name!r} cannot be a module's; take another, without a point")
         if low_cpu_mem_usage or nn.ParameterList([torch.empty(1)])[0].is_meta:
             raise ConfigError("low_cpu_mem_usage: a GRUN adapter is small and made at once; leave it out")
         base = cast(PreTrainedModel, model)
         config = cast(GrunPeftConfig, self.peft_config[adapter_name]).on(base)
-        adapter = GrunModel(base, config, config.template, apart=True)
+        adapter = GrunModel(base, config, config.template, turns=self.grun_layer.calls)
         self.peft_config[adapter_name] = config
         adapter.enabled = not self.grun_layer.disable_adapters
         adapters = self.grun_layer.grun_adapters
@@ -177,12 +186,13 @@ class GrunTuner(BaseTuner):
 
     @contextlib.contextmanager
     def _enable_peft_forward_hooks(self, *_: Any, **given: Any) -> Iterator[None]:
-        """PEFT's place for what a call asks of adapters."""
+        """PEFT's place for what a call asks of adapters, around every call that is not within `disable_adapter()`."""
         if given.get("adapter_names") is not None:
             raise ConfigError(
                 "adapter_names: all rows of a GRUN model have one adapter; call set_adapter, and leave it out"
             )
-        yield
+        with self.grun_layer.calls.calling():
+            yield
 
     # -- refused ----------------------------------------------------------------------------------------------------
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
+from threading import Event
 from typing import Any
 
 import pytest
@@ -93,10 +95,39 @@ def test_adapters_are_switched_added_and_deleted(folders: dict[str, Path]) -> No
     with pytest.warns(UserWarning, match="'robust' was active; 'published' is now"):
         model.delete_adapter("robust")
     assert model.active_adapter == "published" and torch.equal(logits(model), wanted["published"])
+    model.base_model.set_adapter([])
+    assert torch.equal(logits(model.get_base_model()), BARE)
+    model.set_adapter("published")
     model.add_adapter("new", of_options("robust"))
     assert torch.equal(logits(model), wanted["published"])
     model.set_adapter("new")
     assert not torch.equal(logits(model), wanted["published"])
+
+
+@pytest.mark.parametrize("ask", [logits, answers])
+def test_calls_wait_while_adapters_are_switched(
+    ask: Any, folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = PeftModel.from_pretrained(tiny(), folders["published"])
+    model.load_adapter(folders["robust"], "other")
+    bare, go_on = Event(), Event()
+    take_hold = GrunModel._take_hold
+
+    def slowly(adapter: GrunModel) -> None:
+        bare.set()
+        assert go_on.wait(60)
+        take_hold(adapter)
+
+    monkeypatch.setattr(GrunModel, "_take_hold", slowly)
+    with ThreadPoolExecutor() as threads:
+        switched = threads.submit(model.set_adapter, "other")
+        assert bare.wait(60)
+        asked = threads.submit(ask, model)
+        waiting = wait([asked], timeout=0.3).not_done
+        go_on.set()
+        switched.result(60)
+        found, wanted = asked.result(60), ask(made("robust"))
+    assert waiting and torch.equal(torch.as_tensor(found), torch.as_tensor(wanted))
 
 
 def test_adapters_stay_as_they_are_within_a_call(folders: dict[str, Path]) -> None:

@@ -115,6 +115,17 @@ def test_a_config_and_a_model_are_found_by_a_folder_alone(tmp_path: Path) -> Non
     assert torch.equal(logits(found), logits(model))
 
 
+def test_an_adapter_is_found_on_the_hub(tmp_path: Path) -> None:
+    """In its local cache, which a download leaves."""
+    snapshot = tmp_path / "models--me--adapter" / "snapshots" / ("0" * 40)
+    model = made("pooled")
+    model.save_pretrained(snapshot)
+    (tmp_path / "models--me--adapter" / "refs").mkdir()
+    (tmp_path / "models--me--adapter" / "refs" / "main").write_text("0" * 40)
+    found = PeftModel.from_pretrained(tiny(), "me/adapter", cache_dir=str(tmp_path))
+    assert torch.equal(logits(found), logits(model))
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

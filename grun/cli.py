@@ -69,6 +69,12 @@ COMMANDS = {
         takes="config and questions",
         stdout=True,
     ),
+    "serve": Command(
+        "serve an adapter or a store of requests with OpenAI's API, and a page that shows the gates",
+        "grun.serving.command:serve",
+        "adapter=FOLDER_OR_STORE port=8000   (docs/serve.md)",
+        stdout=True,
+    ),
     "calibrate": Command(
         "set the threshold of an adapter's gates by rows that must stay, at a rate of false positives",
         "grun.commands.calibrate:calibrate",

@@ -26,7 +26,7 @@ ROOMS = (
         "training",
         "cache",
     ),
-    *("evaluation", "report", "commands", "requests", "experiments", "api", "cli", "__init__", "__main__"),
+    *("evaluation", "report", "commands", "requests", "experiments", "serving", "api", "cli", "__init__", "__main__"),
 )
 """From the ground up: a room imports itself and what stands before it."""
 HALL = 9

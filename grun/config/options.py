@@ -676,6 +676,30 @@ class GenerateConfig(AskConfig):
 
 
 @dataclass
+class ServeConfig(AskConfig):
+    """A server with OpenAI's API in front of an edited model."""
+
+    host: str = "127.0.0.1"
+    """Address to listen on; 0.0.0.0 lets other machines in, and GRUN_API_KEY in the environment asks them for a key."""
+    port: int = number(8000, 0, 2**16 - 1)
+    """Port to listen on; 0: a free one."""
+    key: Optional[str] = None
+    """PEM file of the ed25519 key that signs the store's head; a signed store takes no request without one."""
+    batch_size: int = number(64, 1)
+    """Answers that are computed at once."""
+    waiting: int = number(256, 0)
+    """Answers that may wait for that; further ones are sent away with status 503."""
+    max_prompt_tokens: int = number(4096, 1)
+    """Longest prompt, tokens."""
+    max_new_tokens: int = number(512, 1)
+    """Longest answer, tokens; one that names no max_tokens may have as many."""
+    answer_seconds: float = number(300.0, 0, above=True)
+    """Time from a request to the end of its answer, which is cut there."""
+    max_body: str = "1MB"
+    """Largest body of a request, such as 1MB."""
+
+
+@dataclass
 class CalibrateConfig(CommandConfig):
     """Set the threshold of an adapter's gates anew, by rows that must stay; a new adapter, the old one stays."""
 

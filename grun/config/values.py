@@ -26,6 +26,7 @@ COMMANDS: dict[str, type[Any]] = {
     "unlearn": options.UnlearnConfig,
     "evaluate": options.EvaluateConfig,
     "generate": options.GenerateConfig,
+    "serve": options.ServeConfig,
     "calibrate": options.CalibrateConfig,
     "push": options.PushConfig,
     "import": options.ImportConfig,

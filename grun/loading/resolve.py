@@ -155,7 +155,10 @@ def _reads_rows(command: str, user: Mapping[str, Any], layers: Sequence[Layer]) 
     """Whether a command reads `data.name`."""
     if command == "calibrate":
         return user.get("rows") is None
-    return command != "generate" and (_last(layers, "suite") or "answers") not in ("knowledge", "lm_eval")
+    return command not in ("generate", "serve") and (_last(layers, "suite") or "answers") not in (
+        "knowledge",
+        "lm_eval",
+    )
 
 
 def _with_rows(layer: Layer, name: Any, known: Collection[str]) -> Layer:

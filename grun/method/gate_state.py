@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cache as cached
 from typing import Any
 
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor
 
 from grun.errors import ModelError
-from grun.method.pooling import PoolMemory
+from grun.method.pooling import PoolMemory, aligned
 
 
 class GateState:
@@ -69,6 +70,23 @@ class GateState:
         self.openings = {key: values[rows.to(values.device)] for key, values in self.openings.items()}
         self.pool.select(rows)
         self.rows = len(rows)
+
+    @classmethod
+    def joined(cls, parts: Sequence[GateState], columns: int) -> GateState:
+        """The sequences of all parts in one batch, of each its last `columns`; shorter ones are padded in front.
+
+        The parts are of one set of edits. What is cut off must be padding in every row.
+        """
+        new = cls(sum(part.rows for part in parts), 0, parts[0].ids.device, parts[0].edition)
+        new.ids = torch.cat([aligned(part.ids, columns, -1) for part in parts])
+        for key, like in {key: values for part in parts for key, values in part.openings.items()}.items():
+            known = [
+                part.openings.get(key, like.new_full((part.rows, columns, *like.shape[2:]), -torch.inf))
+                for part in parts
+            ]
+            new.openings[key] = torch.cat([aligned(values, columns, -torch.inf) for values in known])
+        new.pool = PoolMemory.joined([part.pool for part in parts], columns)
+        return new
 
 
 class _Followed:

@@ -100,6 +100,15 @@ def features(summary: Tensor, pool: str) -> Tensor:
     return known
 
 
+def aligned(values: Tensor, columns: int, fill: float, dim: int = 1) -> Tensor:
+    """The last `columns` along `dim`; what has fewer is filled up in front."""
+    missing = columns - values.shape[dim]
+    if missing <= 0:
+        return values.narrow(dim, -missing, columns)
+    shape = [*values.shape[:dim], missing, *values.shape[dim + 1 :]]
+    return torch.cat((values.new_full(shape, fill), values), dim=dim)
+
+
 class PoolMemory:
     """States that a pooled gate has read of the tokens of one key/value cache.
 
@@ -153,6 +162,21 @@ class PoolMemory:
         self.turns = self.turns[rows.to(self.turns.device)]
         self.states = {block: [(states := self._whole(block))[rows.to(states.device)]] for block in self.states}
         self._summaries = {key: values[rows.to(values.device)] for key, values in self._summaries.items()}
+
+    @classmethod
+    def joined(cls, parts: Sequence[PoolMemory], columns: int) -> PoolMemory:
+        """The rows of all parts one after another, of each its last `columns`; shorter ones count as padded in front.
+
+        What is cut off must be padding in every row.
+        """
+        new = cls(0, 0, parts[0].turns.device)
+        new.turns = torch.cat([aligned(part.turns, columns, -1) for part in parts])
+        for block in parts[0].states:
+            new.states[block] = [torch.cat([aligned(part._whole(block), columns, 0.0) for part in parts])]
+        for key in parts[0]._summaries:
+            if all(key in part._summaries for part in parts):  # else it is made of the states
+                new._summaries[key] = torch.cat([part._summaries[key] for part in parts])
+        return new
 
     def _whole(self, block: int) -> Tensor:
         """States of all tokens, [rows, columns, hidden size]."""

@@ -1,0 +1,125 @@
+"""Answers as OpenAI's API gives them: whole, or as chunks of a stream."""
+
+from __future__ import annotations
+
+import time
+import uuid
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from grun.serving.engine import Piece, Told
+from grun.serving.gates import Gates
+from grun.serving.text import piece
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+@dataclass
+class Reply:
+    """What all objects of one reply share."""
+
+    model: str
+    tokenizer: PreTrainedTokenizerBase
+    prompts: Sequence[Sequence[int]]
+    """Token ids of each choice's prompt."""
+    answers: int
+    """To each prompt; choices are numbered prompt by prompt."""
+    chat: bool
+    gates: bool
+    """Whether gates are told."""
+    logprobs: bool
+    """Whether log-probabilities are told."""
+    id: str = ""
+    created: int = 0
+    tokens: int = 0
+    """Of all answers so far."""
+    _lengths: dict[int, int] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.id = ("chatcmpl-" if self.chat else "cmpl-") + uuid.uuid4().hex
+        self.created = int(time.time())
+
+    def whole(self, pieces: Mapping[int, Sequence[Piece]]) -> dict[str, Any]:
+        """The reply, of all pieces of each choice."""
+        choices = []
+        for index, parts in pieces.items():
+            joined = Piece(
+                "".join(part.text for part in parts),
+                [told for part in parts for told in part.tokens],
+                next((part.prompt for part in parts if part.prompt is not None), None),
+                parts[-1].finish,
+            )
+            choice = self._choice(index, joined)
+            if self.chat:
+                choice["message"] = {"role": "assistant", "content": choice.pop("text"), "refusal": None}
+            choices.append(choice)
+        return {**self._head(stream=False), "choices": choices, "usage": self.usage()}
+
+    def chunk(self, index: int, new: Piece, *, first: bool, usage: bool) -> dict[str, Any]:
+        """What is new of one choice."""
+        choice = self._choice(index, new)
+        if self.chat:
+            delta = {"role": "assistant"} if first else {}
+            choice["delta"] = {**delta, "content": choice.pop("text")}
+        return {**self._head(stream=True), "choices": [choice], **({"usage": None} if usage else {})}
+
+    def last_chunk(self) -> dict[str, Any]:
+        """How many tokens there were."""
+        return {**self._head(stream=True), "choices": [], "usage": self.usage()}
+
+    def usage(self) -> dict[str, int]:
+        """Tokens of all prompts and answers."""
+        asked = sum(map(len, self.prompts)) // self.answers
+        return {"prompt_tokens": asked, "completion_tokens": self.tokens, "total_tokens": asked + self.tokens}
+
+    def _head(self, *, stream: bool) -> dict[str, Any]:
+        kind = ("chat.completion.chunk" if stream else "chat.completion") if self.chat else "text_completion"
+        return {"id": self.id, "object": kind, "created": self.created, "model": self.model}
+
+    def _choice(self, index: int, new: Piece) -> dict[str, Any]:
+        self.tokens += len(new.tokens)
+        choice: dict[str, Any] = {"index": index, "text": new.text, "logprobs": None, "finish_reason": new.finish}
+        if self.logprobs:
+            choice["logprobs"] = self._chat_logprobs(new) if self.chat else self._text_logprobs(index, new)
+        if self.gates:
+            found = {"answer": [self._gated(told.choice.token, told.gates) for told in new.tokens]}
+            if new.prompt is not None:
+                prompt = zip(self.prompts[index], new.prompt, strict=True)
+                found = {"prompt": [self._gated(token, gates) for token, gates in prompt], **found}
+            choice["grun"] = found
+        return choice
+
+    def _gated(self, token: int, gates: Gates) -> dict[str, Any]:
+        return {"token": piece(self.tokenizer, token), "gates": {name: round(gates[name], 6) for name in gates}}
+
+    def _chat_logprobs(self, new: Piece) -> dict[str, Any]:
+        def entry(token: int, logprob: float | None) -> dict[str, Any]:
+            text = piece(self.tokenizer, token)
+            return {"token": text, "logprob": logprob, "bytes": [*text.encode()]}
+
+        return {
+            "content": [
+                {**entry(token, logprob), "top_logprobs": [entry(*other) for other in top]}
+                for (token, logprob, top), _ in new.tokens
+            ],
+            "refusal": None,
+        }
+
+    def _text_logprobs(self, index: int, new: Piece) -> dict[str, Any]:
+        texts = [piece(self.tokenizer, told.choice.token) for told in new.tokens]
+        offsets = []
+        for text in texts:
+            offsets.append(self._lengths.get(index, 0))
+            self._lengths[index] = offsets[-1] + len(text)
+
+        def top(told: Told) -> dict[str, float]:
+            return {piece(self.tokenizer, token): logprob for token, logprob in told.choice.top}
+
+        return {
+            "tokens": texts,
+            "token_logprobs": [told.choice.logprob for told in new.tokens],
+            "top_logprobs": [top(told) for told in new.tokens],
+            "text_offset": offsets,
+        }

@@ -51,8 +51,12 @@ APART = ("vllm",)
 
 @pytest.mark.parametrize(
     ("line", "file"),
-    [(line, "requirements.txt") for line in PROJECT["dependencies"] + EXTRAS["optimizers"]]
-    + [(line, "requirements-dev.txt") for name in sorted({*EXTRAS} - {"optimizers", *APART}) for line in EXTRAS[name]],
+    [(line, "requirements.txt") for line in PROJECT["dependencies"] + EXTRAS["optimizers"] + EXTRAS["serve"]]
+    + [
+        (line, "requirements-dev.txt")
+        for name in sorted({*EXTRAS} - {"optimizers", "serve", *APART})
+        for line in EXTRAS[name]
+    ],
 )
 def test_every_range_admits_the_pinned_version(line: str, file: str) -> None:
     wanted = Requirement(line)

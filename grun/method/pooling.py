@@ -6,7 +6,7 @@ of `maxmin` that of the states and of their negatives, of `mean` sum and number,
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor

@@ -58,7 +58,7 @@ class Edition:
         if off not in self._variants:
             model = shared_copy(self.model, self.base)
             for name in off:
-                model.remove(name)  # of a stack: one adapter has no part to leave out
+                model.remove(name)  # a stack's: one adapter has no part to leave out
             self._variants[off] = model
             for old in list(self._variants)[:-VARIANTS]:
                 del self._variants[old]

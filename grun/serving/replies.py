@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from grun.serving.engine import Piece, Told
 from grun.serving.gates import Gates
-from grun.serving.text import piece
+from grun.serving.text import piece, pieces
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -84,15 +84,19 @@ class Reply:
         if self.logprobs:
             choice["logprobs"] = self._chat_logprobs(new) if self.chat else self._text_logprobs(index, new)
         if self.gates:
-            found = {"answer": [self._gated(told.choice.token, told.gates) for told in new.tokens]}
+            tokens = [told.choice.token for told in new.tokens]
+            found = {"answer": self._gated(tokens, [told.gates for told in new.tokens])}
             if new.prompt is not None:
-                prompt = zip(self.prompts[index], new.prompt, strict=True)
-                found = {"prompt": [self._gated(token, gates) for token, gates in prompt], **found}
+                found = {"prompt": self._gated(self.prompts[index], new.prompt), **found}
             choice["grun"] = found
         return choice
 
-    def _gated(self, token: int, gates: Gates) -> dict[str, Any]:
-        return {"token": piece(self.tokenizer, token), "gates": {name: round(gates[name], 6) for name in gates}}
+    def _gated(self, tokens: Sequence[int], gates: Sequence[Gates]) -> list[dict[str, Any]]:
+        texts = pieces(self.tokenizer, tokens)
+        return [
+            {"token": text, "gates": {name: round(value, 6) for name, value in at.items()}}
+            for text, at in zip(texts, gates, strict=True)
+        ]
 
     def _chat_logprobs(self, new: Piece) -> dict[str, Any]:
         def entry(token: int, logprob: float | None) -> dict[str, Any]:

@@ -58,8 +58,20 @@ def _begun(text: str, stop: str) -> int:
     return next((size for size in range(min(len(stop) - 1, len(text)), 0, -1) if text.endswith(stop[:size])), 0)
 
 
+def pieces(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[int]) -> list[str]:
+    """Texts that make up the text of the tokens: a character of several tokens stands at the last of them."""
+    found, start = [], 0
+    for end in range(1, len(tokens) + 1):
+        text = str(tokenizer.decode(list(tokens[start:end]), skip_special_tokens=False))
+        if text.endswith(UNFINISHED) and end < len(tokens):
+            found.append("")
+            continue
+        blank = str(tokenizer.convert_ids_to_tokens(tokens[start])).startswith("\N{LOWER ONE EIGHTH BLOCK}")
+        found.append(f" {text}" if blank and not text.startswith(" ") else text)
+        start = end
+    return found
+
+
 def piece(tokenizer: PreTrainedTokenizerBase, token: int) -> str:
     """The text of one token by itself, the blank before a word included."""
-    text = str(tokenizer.decode([token], skip_special_tokens=False))
-    name = str(tokenizer.convert_ids_to_tokens(token))
-    return f" {text}" if name.startswith("\N{LOWER ONE EIGHTH BLOCK}") and not text.startswith(" ") else text
+    return pieces(tokenizer, [token])[0]

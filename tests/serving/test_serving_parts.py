@@ -11,7 +11,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from grun.errors import ModelError
 from grun.serving.sampling import NUCLEUS, Sampling, choose
-from grun.serving.text import AnswerText, piece
+from grun.serving.text import AnswerText, piece, pieces
 
 TEXT = "Grüße aus 東京 🙂🙂, where the <b>river</b> is\n\nwide."
 
@@ -60,6 +60,9 @@ def test_what_only_looks_like_a_stop_text_is_handed_on_later(tokenizer: PreTrain
 def test_pieces_make_up_a_text(tokenizer: PreTrainedTokenizerBase) -> None:
     ids = tokenizer("Where is the river?")["input_ids"]
     assert "".join(piece(tokenizer, token) for token in ids) == "Where is the river?"
+    texts = pieces(tokenizer, tokenizer(TEXT)["input_ids"])
+    assert "".join(texts) == TEXT
+    assert "" in texts and not any("\N{REPLACEMENT CHARACTER}" in text for text in texts)
 
 
 def drawn(logits: torch.Tensor, sampling: Sampling, count: int) -> torch.Tensor:

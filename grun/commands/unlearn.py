@@ -116,7 +116,7 @@ def prepare(
     """A run on a loaded model; nothing of the model is changed yet.
 
     Args:
-        config: checked; where it names no blocks, the published depths are taken, and gate_blocks become numbers.
+        config: checked; where it names no blocks, the published depths are taken; shares of the depth become numbers.
         corpus: whose forget set is to go; the retain set is to stay.
         base: a transformers model.
         tokenizer: of the model.
@@ -124,15 +124,16 @@ def prepare(
         folder: of the result.
     """
     template = templates.in_force(config, stored, tokenizer)
-    if config.method.blocks is None and traits_of(config.method).edits_blocks:
-        sources = config.sources and {**config.sources, "method.blocks": "default"}
-        blocks = resolve_blocks(None, len(find_blocks(base)[1]))
-        config = replace(config, method=replace(config.method, blocks=blocks), sources=sources)
-    if config.method.gate_blocks is not None:
-        read = resolve_blocks(config.method.gate_blocks, len(find_blocks(base)[1]), "gate_blocks")
-        config = replace(config, method=replace(config.method, gate_blocks=[*read]))
-    if config.method.action != EDIT:  # which edits none
-        config = replace(config, method=replace(config.method, blocks=[]))
+    method, sources, depth = config.method, config.sources, len(find_blocks(base)[1])
+    if method.action != EDIT:  # which edits none
+        method = replace(method, blocks=[])
+    elif traits_of(method).edits_blocks:
+        if method.blocks is None:
+            sources = sources and {**sources, "method.blocks": "default"}
+        method = replace(method, blocks=[*resolve_blocks(method.blocks, depth)])
+    if method.gate_blocks is not None:
+        method = replace(method, gate_blocks=[*resolve_blocks(method.gate_blocks, depth, "gate_blocks")])
+    config = replace(config, method=method, sources=sources)
     quirks = quirks_in_force(config)
     prompts = collect(corpus, config.data) if config.method.gate_fit == "logistic" else GatePrompts()
     data = corpus.hashes() | prompts.hashes()

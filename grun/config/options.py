@@ -354,8 +354,9 @@ class MethodConfig:
 
     parametrization: str = "grun"
     """Name from `python -m grun list parametrizations`."""
-    blocks: Optional[list[int]] = None
-    """Edited decoder blocks, 0-based, negative from the last; unset: as deep as the published 20, 25, 31 of 32."""
+    blocks: Optional[list[Union[int, float]]] = None
+    """Edited decoder blocks, 0-based, negative from the last, or as shares of the depth, such as 0.97: 29 of 30; unset:
+    as deep as the published 20, 25, 31 of 32."""
     rank: int = number(4, 1)
     """Rank of the edit."""
     gate: str = "linear"
@@ -372,8 +373,8 @@ class MethodConfig:
     activation: Optional[str] = None
     """Function applied to Wh + b, a name from transformers.activations; unset: none."""
     gate_blocks: Optional[list[Union[int, float]]] = None
-    """Blocks that one gate for all edits reads, none above an edited one, by number or as shares of the depth, such as
-    0.17: 5 of 30 and of 32; unset: a gate for each edit (published)."""
+    """Blocks that one gate for all edits reads, none above an edited one, by number or share as in `blocks`; unset: a
+    gate for each edit (published)."""
     gate_pool: str = choice("last", "last", "max", "maxmin", "mean")
     """gate_blocks: how their states are pooled over the tokens so far: last (none), max, maxmin (both ends) or mean."""
     gate_fit: str = choice("joint", "joint", "logistic")
@@ -585,7 +586,7 @@ class UnlearnConfig(CommandConfig):
     """Preset from `python -m grun list objectives`."""
     design: str = choice("published", "published", "robust", "pooled")
     """GRUN's settings: published, robust (gate and edit at every token, copies of rows) or pooled (one gate, fitted to
-    pooled early states; late edits); docs/robustness.md."""
+    pooled early states; late edits). Without a profile pooled where it can be: docs/robustness.md."""
     method: MethodConfig = field(default_factory=MethodConfig)
     loss: LossConfig = field(default_factory=LossConfig)
     train: TrainConfig = field(default_factory=TrainConfig)

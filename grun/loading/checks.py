@@ -69,11 +69,11 @@ def _check_unlearn(config: UnlearnConfig) -> None:
             continue
         if blocks is not None and (len(set(blocks)) < len(blocks) or not blocks):
             raise ConfigError(f"method.{name}={blocks} must name at least one block, each once")
+        check_shares(blocks or (), f"method.{name}")
     check_rule(method.gate_read, method.gate_accumulate, method.edit_write)
     gated = traits_of(method).gated
     if method.gate_blocks is not None and not gated:
         raise ConfigError("method.gate_blocks needs a parametrization with a gate (grun); leave it out")
-    check_shares(method.gate_blocks or (), "method.gate_blocks")
     check_pool(method.gate_blocks, method.gate_pool, method.gate_accumulate, method.gate)
     check_fit(config)
     objective_of(config)

@@ -36,7 +36,7 @@ from grun.data.templates import OPTIONS
 from grun.errors import ConfigError, unknown_name
 from grun.loading.stored import TINY, Stored, given_with, of_model
 from grun.method.parametrization import PARAMETRIZATIONS
-from grun.objectives.terms import OBJECTIVES
+from grun.objectives.terms import OBJECTIVES, TERMS, no_blocks
 
 log = logging.getLogger(__name__)
 
@@ -80,6 +80,14 @@ def resolve_given(command: str, given: DictConfig, *, store: Path | None = None,
 
 DESIGNS = ("published", "robust", "pooled")
 """GRUN's designs; what a profile sets for each stands in its section `designs`."""
+OF_JOINT_GATES = (
+    *("method.gate", "method.gate_bias", "method.gate_read", "method.gate_accumulate", "method.gate_fit"),
+    *("method.edit_write", "method.beside", "loss.gate", "loss.gate_weight", "loss.gate_warmup_steps"),
+    *("loss.retain_weight", "train.gate_pretraining", "compat", "quirks"),
+)
+"""Options of gates that are trained with their edits: who sets one of these means the published design."""
+TEXTS = ("corpora", "lore")
+"""Benchmarks of plain texts, which end no prompt where a pooled gate could be asked."""
 STORABLE = (
     *("data.template", "data.system_prompt", "data.date", "model.dtype", "model.revision", "model.quantization"),
     *("method.parametrization", "method.blocks", "method.rank", "method.gate", "method.edit_write", "gate_threshold"),
@@ -196,7 +204,7 @@ def _profile_of(user: Mapping[str, Any], stored: Sequence[Stored], is_given: boo
 def _of_profile(
     command: str, schema: type[Any], given: DictConfig, name: str | None, known: Collection[str]
 ) -> list[Layer]:
-    """A profile's layers; without one the designs alone have settings."""
+    """A profile's layers; those of `designs` where there is none."""
     profile = read_profile(name or "designs")
     layers: list[Any] = [_only(profile, [shared for shared in SHARED if shared in schema.__dataclass_fields__])]
     section = dict(profile.get(command) or {})
@@ -205,11 +213,27 @@ def _of_profile(
     design = str(OmegaConf.select(given, "design") or "published")
     if command == "unlearn":
         chosen = merged(schema, section, given)
-        if "design" not in given and not PARAMETRIZATIONS.traits(chosen.method.parametrization).gated:
-            chosen.design = section["design"] = "published"  # a profile's is about a gate
+        if "design" not in given and not _takes_pooled(chosen, flatten(OmegaConf.to_container(given), known)):
+            chosen.design = section["design"] = "published"
         layers += _narrower(narrower, chosen, str(name))
         _refuse_missing_design(design, narrower["designs"], str(name))
     return [Layer(f"profile {name}" if name else f"design={design}", flatten(layer, known)) for layer in layers]
+
+
+def _takes_pooled(chosen: Any, user: Mapping[str, Any]) -> bool:
+    """Whether a run can have the pooled design, which nobody asked for by name.
+
+    It cannot without a gate, on plain texts, under a term that reads hidden states or needs retain rows, and with
+    options of another gate.
+    """
+    preset = OBJECTIVES.get(chosen.objective) if chosen.objective in OBJECTIVES.names() else None
+    term = None if preset is None else TERMS.get(chosen.loss.forget or preset.forget)
+    return (
+        PARAMETRIZATIONS.traits(chosen.method.parametrization).gated
+        and chosen.data.name not in TEXTS
+        and (term is None or (term.hidden is no_blocks and term.dual is None))
+        and not set(OF_JOINT_GATES) & {*user}
+    )
 
 
 def _refuse_another_template(user: Mapping[str, Any], stored: Stored) -> None:

@@ -78,7 +78,9 @@ def merged(schema: type[Any], *layers: Any) -> Any:
         )
         config = OmegaConf.to_object(merged)
     except (OmegaConfBaseException, ValueError, TypeError, OverflowError) as error:
-        named = getattr(error, "full_key", None)
+        named = str(getattr(error, "full_key", None) or "")
+        if named.isdigit():  # a place in a list
+            raise ConfigError(f"{_culprit(schema, layers)}{first_line(error)}") from error
         raise ConfigError(_one_line(error) if named else f"{_culprit(schema, layers)}{_one_line(error)}") from error
     check_values(config)
     return config

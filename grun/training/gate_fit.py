@@ -80,7 +80,16 @@ class Sides:
     @classmethod
     def of(cls, forget: Prompts, retain: Prompts) -> Self:
         """ConfigError: a side has too few rows."""
-        opened, shut = _distinct(forget, "forget"), _distinct(retain, "retain")
+        opened, shut = _distinct(forget), _distinct(retain)
+        if len({*opened.values()}) == 1:  # one thing to forget: its copies are left out one by one
+            opened = {ids: str(number) for number, ids in enumerate(opened)}
+        for name, units in (("forget", opened), ("retain", shut)):
+            if len({*units.values()}) < 2:
+                raise ConfigError(
+                    "method.gate_fit=logistic needs at least 2 different prompts in the forget set, and 2 rows or "
+                    f"groups of them in the retain set; the {name} set has {len({*units.values()})}: give more, or "
+                    "data.gate_copies, or take design=published"
+                )
         always = sorted({row.prompt_ids for row in retain.always} - {*shut})
         units = [*(f"forget {unit}" for unit in opened.values()), *(f"retain {unit}" for unit in shut.values())]
         units += [f"always {number}" for number, _ in enumerate(always)]
@@ -226,15 +235,9 @@ def _passes(rows: Sequence[EncodedRow], device: torch.device) -> Iterator[list[i
         yield piece
 
 
-def _distinct(prompts: Prompts, name: str) -> dict[tuple[int, ...], str]:
+def _distinct(prompts: Prompts) -> dict[tuple[int, ...], str]:
     """Units by prompt, each prompt once, in an order that is that of their tokens."""
-    units = {row.prompt_ids: unit for row, unit in zip(prompts.rows, prompts.units, strict=True)}
-    if len(set(units.values())) < 2:
-        raise ConfigError(
-            f"method.gate_fit=logistic needs at least 2 different rows, or groups of them, in the {name} set; it has "
-            f"{len(set(units.values()))}"
-        )
-    return dict(sorted(units.items()))
+    return dict(sorted({row.prompt_ids: unit for row, unit in zip(prompts.rows, prompts.units, strict=True)}.items()))
 
 
 def _set_aside(retain: Sequence[str], rate: float | None) -> set[str]:

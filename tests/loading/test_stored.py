@@ -63,14 +63,42 @@ def taught_by_demo(folder: Path, **data: Any) -> Path:
     + [(command, "adapter=some/adapter") for command in ("evaluate", "generate")],
 )
 def test_no_profile_stands_behind_a_command_that_was_given_a_model_or_an_adapter(command: str, given: str) -> None:
-    config = resolve(command, [given, *JSONL])
+    config = resolve(command, [given, *JSONL, *(["design=published"] if command == "unlearn" else [])])
     plain = DataConfig(name="jsonl", forget="f.jsonl", retain="r.jsonl")
     assert (config.profile, config.data, config.seed) == (None, plain, 42)
     assert resolve(command, []).profile == "demo", "with neither, the demo as ever"
     if command == "unlearn":
         assert config.train == UnlearnConfig().train and config.method == UnlearnConfig().method
+        pooled = resolve(command, [given, *JSONL])
+        assert (pooled.design, pooled.method.gate_fit, pooled.train.epochs) == ("pooled", "logistic", 20)
         robust = resolve(command, [given, *JSONL, "design=robust"])
         assert (robust.method.edit_write, robust.method.gate) == ("every_token", "noisy_mlp_3")
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        "method.parametrization=lora",
+        *("method.gate=mlp_3", "method.edit_write=every_token", "loss.gate=bce_max", "loss.retain_weight=2"),
+        *("objective=rmu", "objective=pdu", "loss.forget=rmu", "compat=grun-paper", "data.name=corpora"),
+    ],
+)
+def test_the_pooled_design_gives_way_where_it_cannot_be(given: str) -> None:
+    of_terms = {
+        "objective=rmu": ["loss.rmu_block=1", "loss.steering=1"],
+        "objective=pdu": ["loss.epsilon=1", "loss.eta=1"],
+    }
+    of_terms["loss.forget=rmu"] = of_terms["objective=rmu"]
+    arguments = ["model.path=some/model", *JSONL, given, *of_terms.get(given, [])]
+    config = resolve("unlearn", arguments)
+    assert (config.design, config.method.gate_blocks, config.method.gate_fit) == ("published", None, "joint")
+    assert resolve("unlearn", ["model.path=some/model", *JSONL, "method.rank=8"]).design == "pooled"
+
+
+@pytest.mark.parametrize("profile", ["demo", "tofu_small", "llama3.1"])
+def test_a_profile_of_published_settings_has_the_published_design(profile: str) -> None:
+    config = resolve("unlearn", [f"profile={profile}", "model.path=some/model"])
+    assert (config.design, config.method.gate_blocks) == ("published", None)
 
 
 @pytest.mark.parametrize("command", ["finetune", "unlearn", "evaluate"])
@@ -237,7 +265,10 @@ def test_blocks_that_nobody_names_are_as_deep_as_the_published_ones(depth: int) 
 # -- a chat model, end to end ----------------------------------------------------------------------------------------
 
 QUESTIONS = [f"Where does {name} live?" for name in ("Ada", "Bo", "Cy", "Di")]
-TRAINING = ["objective=idk", "train.epochs=6", "train.lr=0.02", "train.batch_size=4", "cache.dir=null"]
+TRAINING = [
+    *("objective=idk", "design=published", "train.epochs=6", "train.lr=0.02", "train.batch_size=4"),
+    "cache.dir=null",
+]
 
 
 @pytest.fixture(scope="module")
@@ -383,7 +414,12 @@ def test_a_grid_that_names_no_profile_has_none_on_a_given_model(chat: Path, tmp_
     if kind == "sequence":
         own = {"requests": [{"id": "x", "forget": "forget.jsonl"}], "data": data, "methods": ["grun"]}
     write_json(file, own)
-    options: Any = {kind: str(file), "model": str(chat / "model"), "results_dir": str(tmp_path / "results")}
+    options: Any = {
+        "unlearn": ["design=published"],
+        kind: str(file),
+        "model": str(chat / "model"),
+        "results_dir": str(tmp_path / "results"),
+    }
     plan: Any = sweep_plan(SweepConfig(**options)) if kind == "sweep" else sequence_plan(SequentialConfig(**options))
     config = plan.base if kind == "sweep" else plan.unlearn["grun"]
     assert (config.profile, config.data.template, config.method.blocks) == (None, "auto", None)

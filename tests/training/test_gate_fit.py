@@ -179,6 +179,25 @@ def test_copies_count_with_their_rows_and_a_retain_term_may_stay(folder: Path) -
     assert values["gate_fit"]["forget"] == 18 and values["gate_fit"]["retain"] == 36 * 3 + starts
 
 
+def test_one_row_is_forgotten_where_nobody_names_a_design(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_rows(folder / "one.jsonl", *rows_of(FORGET)[:1])
+    own = [f"model.path={folder / 'model'}", f"data.path={folder}", "data.name=jsonl", "data.retain=retain.jsonl"]
+    own += [
+        "data.forget=one.jsonl",
+        "objective=idk",
+        "train.epochs=1",
+        "cache.dir=null",
+        f"output_dir={folder / 'one'}",
+    ]
+    assert main(["unlearn", *own]) == 0
+    values, model = result(folder, "one")
+    assert model.config.gate_blocks == [0] and model.config.blocks == [2], "0.07 and 0.17 of 3; 0.88 to 0.97 of them"
+    assert values["config"]["method"]["blocks"] == [2]
+    assert values["gate_fit"]["forget"] > 3, "its copies, each left out once"
+    alone = [*own, "data.gate_copies=[]", "data.augment.forget_copies=0", "overwrite=true"]
+    refused(capsys, ["unlearn", *alone], 2, "the forget set has 1: give more, or data.gate_copies")
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -196,6 +215,7 @@ def test_copies_count_with_their_rows_and_a_retain_term_may_stay(folder: Path) -
         (["data.gate_copies=[suffix,backwards]"], "data.gate_copies"),
         (["data.group=continent"], "data.group=continent: retain row 1 has no such field; the rows have country"),
         (["data.retain_pool=2", "method.false_positives=0.1"], "there are 2 different ones, or groups"),
+        (["method.blocks=[2.5]"], "method.blocks [2.5]: 2.5 is neither a block's number"),
         (["method.gate_blocks=[0.1,2.0]"], "method.gate_blocks [0.1, 2.0]: 2.0 is neither a block's number"),
         (["method.gate_blocks=[a]"], "method.gate_blocks"),
         (["method.gate_blocks=[2]"], "must not lie above the lowest edited block, 1"),

@@ -46,8 +46,8 @@ class Pass:
     """By intervention key, what passes after this one need of each position read."""
     again: bool = False
     """Whether blocks run again in a backward pass."""
-    resting: dict[Any, bool] = field(default_factory=dict)
-    """What `Resting` interventions have answered."""
+    decided: dict[Any, Any] = field(default_factory=dict)
+    """What an intervention has found out of a `Reader`'s opening that is the same for others of this pass."""
 
 
 class Reader(Protocol):
@@ -71,8 +71,8 @@ class Reader(Protocol):
 class Resting(Protocol):
     """An intervention that may have nothing to do in a pass, and report nothing, by what a `Reader` gives."""
 
-    def rests(self, opening: Any, known: dict[Any, bool]) -> bool:
-        """Whether it does not; `known` is kept for the other interventions of the pass."""
+    def rests(self, opening: Any, known: dict[Any, Any]) -> bool:
+        """Whether it does not; `known` is `Pass.decided`."""
 
 
 _SEVERAL = object()
@@ -335,7 +335,7 @@ class IntervenableModel(StockModel):
         assert running.sites is not None
         intervention = self.interventions[key]
         shared = {} if self._reader is None else {"opening": self._reader.opening(running, hidden.device)}
-        if shared and isinstance(intervention, Resting) and intervention.rests(shared["opening"], running.resting):
+        if shared and isinstance(intervention, Resting) and intervention.rests(shared["opening"], running.decided):
             return hidden
         sites, home = running.sites.to(hidden.device), running.sites.read.device
         read, written = read_and_written(hidden, sites)
@@ -346,7 +346,7 @@ class IntervenableModel(StockModel):
             running.gates[self.block_of_key[key]] = result.gate.to(home)
             running.openings[self.block_of_key[key]] = opening.to(home)
         kept = result.opening if result.carry is None else result.carry
-        if kept is not None:
+        if kept is not None and kept.numel():
             running.kept[key] = kept.detach().to(home)
         if result.output is None:  # nothing to write anywhere
             return hidden

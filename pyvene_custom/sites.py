@@ -92,7 +92,7 @@ class GatedOutput(InterventionOutput):
     opening: Any = None
     """Logits by which the edit was weighted, accumulated over positions, as `gate`; None: the gate logits."""
     carry: Any = None
-    """What passes after this one need, at each position read or one for all; None: the opening."""
+    """What passes after this one need, at each position read or one for all; None: the opening; empty: nothing."""
 
 
 def read_and_written(hidden: Tensor, sites: Sites) -> tuple[Tensor, Tensor]:

@@ -83,11 +83,11 @@ class Sides:
         opened, shut = _distinct(forget), _distinct(retain)
         if len({*opened.values()}) == 1:  # one thing to forget: its copies are left out one by one
             opened = {ids: str(number) for number, ids in enumerate(opened)}
-        for name, units in (("forget", opened), ("retain", shut)):
-            if len({*units.values()}) < 2:
+        for name, side in (("forget", opened), ("retain", shut)):
+            if len({*side.values()}) < 2:
                 raise ConfigError(
                     "method.gate_fit=logistic needs at least 2 different prompts in the forget set, and 2 rows or "
-                    f"groups of them in the retain set; the {name} set has {len({*units.values()})}: give more, or "
+                    f"groups of them in the retain set; the {name} set has {len({*side.values()})}: give more, or "
                     "data.gate_copies, or take design=published"
                 )
         always = sorted({row.prompt_ids for row in retain.always} - {*shut})

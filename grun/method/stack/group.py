@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
@@ -66,6 +66,29 @@ class Kind(NamedTuple):
         return gate.stack() if isinstance(gate, Gate) else OneByOne(gate)
 
 
+class Acting(NamedTuple):
+    """Where the edits of a group act."""
+
+    tokens: Tensor | None
+    """Numbers of the tokens that some edit is written at; None: all."""
+    requests: Tensor | None
+    """Numbers of the requests whose edit is written somewhere; None: all."""
+    weights: Tensor
+    """Of those tokens and requests, [tokens, requests]."""
+
+    @classmethod
+    def of(cls, weights: Tensor) -> Self | None:
+        """Of weights [tokens, requests]; None where all are 0."""
+        acting = weights != 0
+        tokens, requests = (acting.any(dim=dim).nonzero()[:, 0] for dim in (1, 0))
+        if not len(requests):
+            return None
+        some_tokens, some_requests = len(tokens) < len(weights), len(requests) < weights.shape[1]
+        weights = weights[tokens] if some_tokens else weights
+        weights = weights[:, requests] if some_requests else weights
+        return cls(tokens if some_tokens else None, requests if some_requests else None, weights)
+
+
 class Group(nn.Module):
     """Gates and edits of the requests of one kind at one block; weights that nothing trains."""
 
@@ -107,29 +130,33 @@ class Group(nn.Module):
         self.names.remove(name)
 
     def change(self, states: Tensor, weights: Tensor) -> Tensor:
-        """Weighted sum of the edits of states [tokens, hidden size] by weights [tokens, requests]: as the states.
+        """Weighted sum of the edits of states [tokens, hidden size] by weights [tokens, requests]: as the states."""
+        change = torch.zeros_like(states)
+        acting = Acting.of(weights)
+        if acting is not None:
+            self.add_change(change, states, acting)
+        return change
+
+    def add_change(self, change: Tensor, states: Tensor, acting: Acting) -> None:
+        """Add to `change`, in place, the weighted sum of the edits of `states`, both [tokens, hidden size].
 
         Only requests with a weight anywhere are computed, and only for tokens with one.
         """
-        acting = weights != 0
-        tokens, requests = acting.any(dim=1), acting.any(dim=0)
-        change = torch.zeros_like(states)
-        if not bool(requests.any()):
-            return change
-        all_here = bool(requests.all())
         basis, source, shift = (
-            self.get_buffer(name) if all_here else self.get_buffer(name)[requests]
+            self.get_buffer(name) if acting.requests is None else self.get_buffer(name)[acting.requests]
             for name in ("basis", "source", "shift")
         )
-        here = states[tokens]
+        here = states if acting.tokens is None else states[acting.tokens]
         target = linear(here, source.flatten(0, 1), shift.flatten())
         if self._activation is not None:
             target = self._activation(target)
         flat = basis.flatten(0, 1)  # [requests * rank, hidden size]
         moved = (target - linear(here, flat)).unflatten(1, basis.shape[:2])
-        by = weights[tokens] if all_here else weights[tokens][:, requests]
-        change[tokens] = (moved * by.unsqueeze(2)).flatten(1) @ flat
-        return change
+        found = (moved * acting.weights.unsqueeze(2)).flatten(1) @ flat
+        if acting.tokens is None:
+            change += found
+        else:
+            change[acting.tokens] += found
 
 
 def gates_of(weights: Sequence[Mapping[str, Tensor]]) -> list[dict[str, Tensor]]:

@@ -73,7 +73,7 @@ class StackedGates(Intervention):
             if sites is not None and kind in sites.given:
                 logits, in_force = sites.given[kind]
                 found[kind] = logits.to(device), in_force.to(device)
-        return found
+        return Openings(found, running.decided)
 
     def _opened(self, group: GateGroup, sites: PooledSites, hidden: Tensor) -> tuple[Tensor, Tensor]:
         """Logits where gates are asked, and those in force, where the sites are: [batch, positions, requests]."""

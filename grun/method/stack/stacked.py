@@ -4,19 +4,39 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from grun.method.gating import openings
 from grun.method.stack.combination import edit_weights
-from grun.method.stack.group import Group, Kind
+from grun.method.stack.group import Acting, Group, Kind
 from pyvene_custom import GatedOutput, Intervention, Sites
 from pyvene_custom.sites import read_and_written, scatter
 
-Openings = Mapping[Kind, tuple[Tensor, Tensor]]
-"""Of gates for all edits, by kind: logits where they are asked, and those in force, [batch, positions, requests]."""
+
+@dataclass
+class Openings:
+    """What gates for all edits say in a pass."""
+
+    by_kind: Mapping[Kind, tuple[Tensor, Tensor]]
+    """Logits where they are asked, and those in force, [batch, positions, requests]."""
+    decided: dict[Any, Any]
+    """`Pass.decided`, for `Decision`s."""
+
+
+class Decision(NamedTuple):
+    """What gates mean at one block: the same at all blocks where all edits are weighted by gates for all of them."""
+
+    widest: Tensor
+    """Logit of the widest gate, [batch, positions read]."""
+    in_force: Tensor
+    """Logits in force, [batch, positions, requests]."""
+    tokens: Tensor | None = None
+    """Numbers of the tokens that may be edited; others stay as they are, bit for bit; None: all may."""
+    acting: Sequence[Acting | None] | None = None
+    """By group, which of those its edits act on; None: none."""
 
 
 @dataclass
@@ -104,39 +124,79 @@ class StackedIntervention(Intervention):
         with torch.autocast(base.device.type, enabled=False):
             hidden = base.to(dtype)
             seen = hidden if read is None or read is base else read.to(dtype)
-            groups = self._groups
-            counts = [len(group.names) for group in groups]
-            carried = [None] * len(groups) if carry is None else carry.split(counts, dim=-1)
-            found = [
-                _read(group, hidden, seen, sites, part, opening) for group, part in zip(groups, carried, strict=True)
-            ]
-            read_by, opened, written = zip(*found, strict=True)
-            widest, in_force = torch.cat(read_by, dim=2).amax(dim=2), torch.cat(opened, dim=2)
-            least = [max(self.threshold or 0.0, group.kind.gate_threshold) for group in groups]
-            skips = self.threshold is not None or any(least)
-            is_open = None
-            if skips:
-                lowest = torch.tensor(least, dtype=dtype).repeat_interleave(torch.tensor(counts)).to(in_force.device)
-                is_open = torch.sigmoid(in_force) >= lowest
-                if not bool(is_open.any()):
-                    return GatedOutput(output=None, gate=widest, opening=in_force)
-            masks = [part.expand(*hidden.shape[:2], count) for part, count in zip(written, counts, strict=True)]
-            mask = torch.cat(masks, dim=2)
-            if is_open is not None:
-                mask = mask & is_open
-                if not bool(mask.any()):
-                    return GatedOutput(output=None, gate=widest, opening=in_force)
-            at_written = in_force.expand(-1, hidden.shape[1], -1) if in_force.shape[1] == 1 else in_force
-            weights = edit_weights(at_written, mask, self.rule).flatten(0, 1)
-            flat = hidden.flatten(0, 1)
-            change = torch.zeros_like(flat)
-            for group, part in zip(groups, weights.split(counts, dim=1), strict=True):
-                change = change + group.change(flat, part)
-            edited = (flat + change).view_as(hidden)
-        output = edited.to(base.dtype)
-        if skips:  # tokens of which no gate is open stay as they are, bit for bit
-            output = torch.where(mask.any(dim=2, keepdim=True), output, base)
-        return GatedOutput(output=output, gate=widest, opening=in_force)
+            decision = self._decided(hidden, seen, sites, carry, opening)
+            found = GatedOutput(output=None, gate=decision.widest, opening=decision.in_force)
+            if opening is not None and self._waits:
+                found.carry = decision.widest[:, :0]  # the gates' reader keeps what is in force
+            if decision.acting is None:
+                return found
+            flat, tokens = hidden.flatten(0, 1), decision.tokens
+            here = flat if tokens is None else flat[tokens]
+            change = torch.zeros_like(here)
+            for group, acting in zip(self._groups, decision.acting, strict=True):
+                if acting is not None:
+                    group.add_change(change, here, acting)
+        edited = (here + change).to(base.dtype)
+        if tokens is None:
+            found.output = edited.view_as(base)
+        else:
+            found.output = base.flatten(0, 1).index_put((tokens,), edited).view_as(base)
+        return found
+
+    def widen(self, states: Tensor) -> torch.dtype:
+        """As of every intervention; all that is held here is of one type."""
+        like = self.get_buffer("_like")
+        if states.dtype.itemsize > like.dtype.itemsize:
+            self.to(states.dtype)
+        return self.get_buffer("_like").dtype
+
+    @property
+    def _waits(self) -> bool:
+        """Whether gates for all edits say how every edit here is weighted."""
+        return all(group.gates is None for group in self._groups)
+
+    def _decided(
+        self, hidden: Tensor, seen: Tensor, sites: Sites | None, carry: Tensor | None, opening: Openings | None
+    ) -> Decision:
+        """What the gates mean here, found out once a pass where it is the same at other blocks."""
+        if opening is None or not self._waits:
+            return self._decide(hidden, seen, sites, carry, opening)
+        places = tuple((group.kind, None if group.places is None else tuple(group.places)) for group in self._groups)
+        key = (self.rule, self.threshold, places, hidden.device, hidden.dtype)
+        if key not in opening.decided:
+            opening.decided[key] = self._decide(hidden, seen, sites, None, opening)
+        found: Decision = opening.decided[key]
+        return found
+
+    def _decide(
+        self, hidden: Tensor, seen: Tensor, sites: Sites | None, carry: Tensor | None, opening: Openings | None
+    ) -> Decision:
+        groups = self._groups
+        counts = [len(group.names) for group in groups]
+        carried = [None] * len(groups) if carry is None else carry.split(counts, dim=-1)
+        found = [_read(group, hidden, seen, sites, part, opening) for group, part in zip(groups, carried, strict=True)]
+        read_by, opened, written = zip(*found, strict=True)
+        widest, in_force = torch.cat(read_by, dim=2).amax(dim=2), torch.cat(opened, dim=2)
+        least = [max(self.threshold or 0.0, group.kind.gate_threshold) for group in groups]
+        skips = self.threshold is not None or any(least)
+        is_open = None
+        if skips:
+            lowest = torch.tensor(least, dtype=hidden.dtype).repeat_interleave(torch.tensor(counts))
+            is_open = torch.sigmoid(in_force) >= lowest.to(in_force.device)
+            if not bool(is_open.any()):
+                return Decision(widest, in_force)
+        masks = [part.expand(*hidden.shape[:2], count) for part, count in zip(written, counts, strict=True)]
+        mask = torch.cat(masks, dim=2)
+        if is_open is not None:
+            mask = mask & is_open
+            if not bool(mask.any()):
+                return Decision(widest, in_force)
+        at_written = in_force.expand(-1, hidden.shape[1], -1) if in_force.shape[1] == 1 else in_force
+        weights = edit_weights(at_written, mask, self.rule).flatten(0, 1)
+        tokens = mask.any(dim=2).flatten().nonzero()[:, 0] if skips else None
+        if tokens is not None:
+            weights = weights[tokens]
+        return Decision(widest, in_force, tokens, [Acting.of(part) for part in weights.split(counts, dim=1)])
 
 
 class InForce(Intervention):
@@ -172,7 +232,7 @@ def _read(
             found: Tensor = group.gates(at)
             return found, openings(found, where, carry, accumulate)
         assert given is not None
-        read, in_force = given[group.kind]
+        read, in_force = given.by_kind[group.kind]
         if group.places is None:
             return read, in_force
         return read[..., group.places], in_force[..., group.places]

@@ -24,6 +24,10 @@ class FakeHub:
         self.messages: list[str] = []
         self.asked: list[str] = []
         self.endpoint = ""
+        self.large: set[str] = set()
+        """Endings of names whose files go by git-lfs, by their SHA-256."""
+        self.objects: dict[str, bytes] = {}
+        """Content by SHA-256."""
 
     def files(self, repo_id: str, branch: str = "main") -> dict[str, bytes]:
         """What the last commit of a branch holds."""
@@ -76,6 +80,11 @@ class Handler(BaseHTTPRequestHandler):
                 hub.repositories[repo_id] = {"main": [{}]}
                 hub.private[repo_id] = given.get("visibility") == "private"
             return self.answer(409 if there else 200, {"url": f"{hub.endpoint}/{repo_id}"})
+        if self.path.endswith(".git/info/lfs/objects/batch"):
+            wanted = json.loads(sent)["objects"]
+            actions = [{"upload": {"href": f"{hub.endpoint}/objects/{one['oid']}"}} for one in wanted]
+            objects = [{**one, "actions": action} for one, action in zip(wanted, actions, strict=True)]
+            return self.answer(200, {"objects": objects, "transfer": "basic"})
         found = re.fullmatch(r"/api/models/([^/]+/[^/]+)/(preupload|commit|branch)/([^/?]+)", self.path)
         assert found is not None, self.path
         repo_id, what, revision = found.groups()
@@ -87,12 +96,18 @@ class Handler(BaseHTTPRequestHandler):
         if revision not in branches:
             return self.answer(404, {"error": "Invalid rev id"}, X_Error_Code="RevisionNotFound")
         if what == "preupload":
-            modes = {"uploadMode": "regular", "shouldIgnore": False}
-            return self.answer(200, {"files": [{"path": f["path"], **modes} for f in json.loads(sent)["files"]]})
+            names = [file["path"] for file in json.loads(sent)["files"]]
+            modes = ["lfs" if name.endswith(tuple(hub.large)) else "regular" for name in names]
+            told = zip(names, modes, strict=True)
+            return self.answer(
+                200, {"files": [{"path": name, "uploadMode": mode, "shouldIgnore": False} for name, mode in told]}
+            )
         files = dict(branches[revision][-1])
         for line in map(json.loads, sent.splitlines()):
             if line["key"] == "header":
                 hub.messages.append(line["value"]["summary"])
+            elif line["key"] == "lfsFile":
+                files[line["value"]["path"]] = hub.objects[line["value"]["oid"]]
             else:
                 assert line["key"] == "file", line
                 files[line["value"]["path"]] = base64.b64decode(line["value"]["content"])
@@ -130,6 +145,13 @@ class Handler(BaseHTTPRequestHandler):
         self.answer(200, content, ETag=f'"{blob_id(content)}"', X_Repo_Commit=oid)
 
     do_HEAD = do_GET
+
+    def do_PUT(self) -> None:
+        oid = self.path.removeprefix("/objects/")
+        content = self.rfile.read(int(self.headers["Content-Length"]))
+        assert hashlib.sha256(content).hexdigest() == oid
+        self.hub.objects[oid] = content
+        self.answer(200)
 
 
 @contextmanager

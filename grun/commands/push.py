@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,7 @@ from grun.evaluation.plan import EVALUATION_FILE
 from grun.loading.hashing import adapter_hash
 from grun.loading.named import MODELS
 from grun.method.adapter import CONFIG_FILE, WEIGHTS_FILE, find_adapter, peft_type, read_regular
-from grun.method.saving import Evidence, Figure, Leak, Sharing, adapter_files, own_texts
+from grun.method.saving import Evidence, Figure, Leak, Sharing, adapter_files, own_texts, shared_config
 from grun.method.validation import validate
 from grun.report.attack_results import attack_label
 from grun.runtime.files import make_folder, target, write_bytes
@@ -107,15 +106,11 @@ def _files(folder: Path, config: PushConfig) -> tuple[dict[str, bytes], list[str
     name = adapter.config.base_model_name_or_path or ""
     base = config.base_model or (MODELS.get(name).hub if name in MODELS else None)
     sharing = Sharing(config.repo or "", config.license, base, evidence)
-    of_adapter = adapter.config
-    if config.base_model is not None:
-        of_adapter = replace(of_adapter, base_model_name_or_path=config.base_model)
-    elif Path(name).is_absolute() or Path(name).exists():
-        log.warning("the base is named %s here, which others do not have: base_model=OWNER/NAME says its hub id", name)
+    of_adapter = shared_config(adapter.config, config.base_model)
     files = adapter_files(of_adapter, read_regular(folder / WEIGHTS_FILE, follow=True), adapter.template, sharing)
     for path, one in found.items():
         files[f"evaluation/{path}.json"] = _summary(one)
-    return files, [*own_texts(of_adapter, sharing), *_names()]
+    return files, [*own_texts(of_adapter), *_names()]
 
 
 def _evaluations(folder: Path, further: Sequence[str]) -> dict[str, dict[str, Any]]:

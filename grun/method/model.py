@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from zlib import crc32
@@ -35,7 +34,7 @@ from grun.method.pooled_sites import PooledSites
 from grun.method.position import position_rule
 from grun.method.precision import float32_by_default
 from grun.method.rules import check_shares
-from grun.method.saving import Sharing, adapter_files, own_texts, stored, write_adapter
+from grun.method.saving import Sharing, adapter_files, own_texts, shared_config, stored, write_adapter
 from grun.method.stack.stack import GrunStack
 from grun.method.stack.stacked import InForce
 from grun.method.validation import shape_of, validate
@@ -237,15 +236,13 @@ class GrunModel(EditedModel):
             HubError: the hub refuses, or cannot be reached.
         """
         check_name(repo_id)
-        config, sharing = self.config, Sharing(repo_id, license, base_model)
-        if base_model is not None:
-            config = replace(config, base_model_name_or_path=base_model)
+        config, sharing = shared_config(self.config, base_model), Sharing(repo_id, license, base_model)
         files = adapter_files(config, stored(self.state_dict()), self.template, sharing)
         if (given := self.forget_rows if forget is None else forget) is not None:
             rows = rows_of_records(given)
         else:
             rows = rows_of_run(self.folder, unchecked=unchecked)
-        own = [*own_texts(config, sharing), "Upload adapter"]
+        own = [*own_texts(config), "Upload adapter"]
         refuse_forget_text({**files, "the commit message": commit_message.encode()}, rows, own)
         return push(files, repo_id, private=private, token=token, commit_message=commit_message, revision=revision)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,8 @@ from grun.data.templates import Template
 from grun.method.actions import EDIT
 from grun.method.adapter import CONFIG_FILE, WEIGHTS_FILE, AdapterConfig
 from grun.runtime.files import write_bytes
+
+log = logging.getLogger(__name__)
 
 CARD_FILE = "README.md"
 TAGS = ("unlearning", "grun", "reft")
@@ -114,12 +117,23 @@ def _described(config: AdapterConfig, template: Template | None, sharing: Sharin
     }
 
 
-def own_texts(config: AdapterConfig, sharing: Sharing | None = None) -> list[str]:
-    """What GRUN itself writes into those files, without what its user named: base, template, repository, license."""
+def shared_config(config: AdapterConfig, base_model: str | None) -> AdapterConfig:
+    """The config as others get it, with the hub id of the base if one is named; a folder's name is a warning."""
+    if base_model is not None:
+        return dataclasses.replace(config, base_model_name_or_path=base_model)
+    name = config.base_model_name_or_path
+    if name is not None and (Path(name).is_absolute() or Path(name).exists()):
+        log.warning("the base is named %s here, which others do not have: base_model=OWNER/NAME says its hub id", name)
+    return config
+
+
+def own_texts(config: AdapterConfig) -> list[str]:
+    """What GRUN itself writes into those files, without what others named (base, template, license, data)."""
     bare = dataclasses.replace(config, base_model_name_or_path=None, base_revision=None)
-    evidence = Sharing("", evidence=sharing.evidence) if sharing else None
+    sections = Evidence([Figure("", "", "", "", 0.0)], [Leak("", 0.0, None, None)])
     template = json.dumps(Template("", "chat").to_dict())
-    return [model_card(bare, None, evidence), json.dumps(bare.to_dict()), template, "chat string name format pt"]
+    card = model_card(bare, None, Sharing("", evidence=sections))
+    return [card, json.dumps(bare.to_dict()), template, "chat string name format pt"]
 
 
 # -- the model card ---------------------------------------------------------------------------------------------------

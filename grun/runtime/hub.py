@@ -86,5 +86,5 @@ def _one_line(repo_id: str, endpoint: str) -> Iterator[None]:
         raise HubError(
             f"{endpoint} cannot be reached ({in_one_line(error)}); check the network and HF_ENDPOINT, and send again"
         ) from error
-    except ValueError as error:  # such as a model card that the hub does not take
+    except (ValueError, RuntimeError) as error:  # a model card that the hub does not take; Xet, which sends large files
         raise HubError(f"{repo_id} cannot be sent: {in_one_line(error)}") from error

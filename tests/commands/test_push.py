@@ -156,6 +156,42 @@ def test_what_would_be_sent_can_be_looked_at_first(results: Path, tmp_path: Path
     assert main(["push", f"adapter={results / 'idk'}", out]) == 1
 
 
+def test_large_files_go_by_their_hash(results: Path, hub: FakeHub, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_DISABLE_XET", True)  # a protocol of its own, to other servers
+    hub.large = {".safetensors"}
+    GrunModel.from_pretrained(base_of(results), results / "idk").push_to_hub(REPO)
+    assert len(hub.objects) == 1
+    assert hub.files(REPO)["adapter_model.safetensors"] == (results / "idk" / "adapter_model.safetensors").read_bytes()
+
+
+def test_commands_take_the_name_on_the_hub_as_adapter(
+    results: Path, hub: FakeHub, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["push", f"adapter={results / 'idk'}", f"repo={REPO}"]) == 0
+    asked = [
+        f"model.path={results.parent / 'model'}",
+        "max_new_tokens=4",
+        "model.device=cpu",
+        str(FORGET[0]["question"]),
+    ]
+    capsys.readouterr()
+    assert main(["generate", f"adapter={results / 'idk'}", *asked]) == 0
+    of_folder = capsys.readouterr().out
+    assert main(["generate", f"adapter={REPO}", *asked]) == 0
+    assert capsys.readouterr().out == of_folder != ""
+
+
+def test_the_harness_takes_it_too(results: Path, hub: FakeHub) -> None:
+    pytest.importorskip("lm_eval")
+    from grun.evaluation.suites.lm_harness_registered import GrunHarnessModel
+
+    assert main(["push", f"adapter={results / 'idk'}", f"repo={REPO}"]) == 0
+    model = GrunHarnessModel(pretrained=str(results.parent / "model"), adapter=REPO, device="cpu")
+    own = load_file(results / "idk" / "adapter_model.safetensors")
+    assert all(torch.equal(tensor, own[name]) for name, tensor in model.asked.state_dict().items())
+    assert model.asked.base.dtype == torch.float32
+
+
 def test_a_branch_is_made_and_loaded_by_its_name(results: Path, hub: FakeHub) -> None:
     model = GrunModel.from_pretrained(base_of(results), results / "idk")
     model.push_to_hub(REPO.partition("/")[2], revision="second", commit_message="Once more", token=TOKEN)
@@ -260,6 +296,20 @@ def test_what_counts_as_text_of_a_row(row: Row, text: str, found: bool) -> None:
     with pytest.raises(DataError, match="README.md holds text of forget row 2") as error:
         refuse_forget_text(files, rows, ["The gate"])
     assert "\n" not in str(error.value)
+
+
+def test_names_that_others_gave_are_no_words_of_grun(results: Path, tmp_path: Path, hub: FakeHub) -> None:
+    """A task of lm-evaluation-harness that is called like a fact is found in the table of results."""
+    evaluation = read_json(results / "evaluation" / "idk" / "evaluation.json")
+    told = {"suite": "lm_eval", "results": {"orichalc_quiz": {"acc,none": 0.5, "acc_stderr,none": 0.1}}}
+    kept = {key: evaluation[key] for key in ("identity", "key")}
+    write_json(tmp_path / "quiz" / "evaluation.json", {**kept, **told})
+    command = ["push", f"adapter={results / 'idk'}", f"repo={REPO}", f"evaluations=[{tmp_path / 'quiz'}]"]
+    assert main(command) == 1 and hub.asked == []
+    told["results"] = {"quiz": told["results"]["orichalc_quiz"]}  # type: ignore[index]
+    write_json(tmp_path / "quiz" / "evaluation.json", {**kept, **told})
+    assert main(command) == 0
+    assert "| quiz |  | acc |  | 0.5 |" in hub.files(REPO)["README.md"].decode()
 
 
 def test_escapes_of_json_hide_nothing() -> None:

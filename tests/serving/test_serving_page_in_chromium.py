@@ -117,6 +117,8 @@ def test_a_gate_opens_and_its_numbers_are_told_to_eye_key_and_ear(owned: Any) ->
     owned.keyboard.press("ArrowLeft")
     expect(exchange.locator(".readout")).to_have_text("?: japan 0.99, weather 0.02")
     expect(owned.get_by_role("status")).to_contain_text("Without it: The capital of Japan is Tokyo. Opened: japan.")
+    other = ask(owned, "What is the capital of Latvia?")
+    expect(other.locator(".readout")).to_have_text("Widest at What: weather 0.02, japan 0.00")
 
 
 def test_a_request_is_switched_off_and_on(owned: Any, server: FakeServer) -> None:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from grun.errors import ModelError
 from grun.method.gating import openings
 from grun.method.pooled_sites import PLACES, PooledSites
+from grun.method.pooling import PoolMemory
 from pyvene_custom import Intervention
 from pyvene_custom.model import Pass
 
@@ -76,6 +77,10 @@ class PooledGate(Intervention):
             if torch.is_grad_enabled() and not found.requires_grad:  # no gradient was wanted the first time
                 found = self._opened(sites, found)[1]
         return found.to(device)
+
+    def along(self, memory: PoolMemory, row: int) -> Tensor:
+        """Logits that the gate would give at each token of a row, were it asked there: [columns]."""
+        return self(memory.along(row, self.blocks, self.pool))[0]
 
     def _opened(self, sites: PooledSites, like: Tensor) -> tuple[Tensor, Tensor]:
         """Logits where the gate is asked, and those in force, where the sites are; `like` has as many rows."""

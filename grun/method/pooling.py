@@ -135,6 +135,15 @@ class PoolMemory:
             self._summaries[block, pool] = pooled_at(states, turns, None, last, pool)[1]
         return self._summaries[block, pool]
 
+    def along(self, row: int, blocks: Sequence[int], pool: str) -> Tensor:
+        """What a gate of `blocks` would read at each token of a row, were it asked there: [1, columns, any]."""
+        found: list[Tensor] = []
+        for block in blocks:
+            states = self._whole(block)[row : row + 1]
+            turns = self.turns[row : row + 1].to(states.device)
+            found.append(pooled_at(states, turns, None, None, pool)[0])
+        return torch.cat([one.to(found[-1].device) for one in found], dim=-1)
+
     def extend(
         self,
         turns: Tensor,

@@ -20,6 +20,7 @@ from grun.evaluation.generation import DROPPED
 from grun.evaluation.scoring import base_of, takes_prompt_lengths
 from grun.loading.models import context_length
 from grun.method.gate_state import GateState, follow
+from grun.method.pooling import PoolMemory
 
 ROOM = 32
 """Columns that keys and values have in reserve, so that a step writes one instead of copying all."""
@@ -73,6 +74,12 @@ class Batch:
         self.rows = [*(row for row in self.rows if not row.ended), *rows]
         self._put(parts, counts)
         return logits
+
+    @property
+    def pool(self) -> PoolMemory | None:
+        """What pooled gates have read of the rows, in their order; None where nothing remembers."""
+        state: GateState | None = getattr(self._cache, "gate_state", None)
+        return None if state is None else state.pool
 
     def step(self) -> Tensor:
         """Run the newest token of every row; logits of the next ones, [rows, vocabulary]."""

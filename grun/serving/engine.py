@@ -17,7 +17,7 @@ from torch import Tensor
 from grun.errors import GrunError
 from grun.method.adapter import AdapterConfig
 from grun.serving.batch import Batch
-from grun.serving.gates import Gates, gates_at
+from grun.serving.gates import Gates, gates_at, reads_along
 from grun.serving.refusal import Refused
 from grun.serving.sampling import Choice, Sampling, choose
 from grun.serving.text import AnswerText
@@ -51,6 +51,8 @@ class Piece(NamedTuple):
     """In the first piece, where gates are asked for: those at each token of the prompt."""
     finish: str | None = None
     """In the last piece: stop (an end token or a stop text) or length (a limit)."""
+    reads: Sequence[Gates] | None = None
+    """Beside `prompt`: what pooled gates would say at each of its tokens, were they asked there."""
     error: GrunError | None = None
     """In the last piece, in place of all the rest: why there is no answer."""
 
@@ -91,6 +93,8 @@ class Answering:
         self._text = AnswerText(tokenizer, ask.stops)
         self._told: list[Told] = []
         self._generator = ask.sampling.generator()
+        self.reads: Sequence[Gates] | None = None
+        """See `Piece`; set before the first token is taken."""
         self._prompt_gates: Sequence[Gates] | None = None
 
     def go_on(self, logits: Tensor, ends: Collection[int], gates: Sequence[Gates] | None) -> None:
@@ -135,8 +139,8 @@ class Answering:
     def _tell(self, finish: str | None = None) -> None:
         text, count = self._text.take(last=finish is not None)
         if text or count or finish or self._prompt_gates is not None:
-            self.ask.tell(Piece(text, self._told[:count], self._prompt_gates, finish))
-            self._told, self._prompt_gates = self._told[count:], None
+            self.ask.tell(Piece(text, self._told[:count], self._prompt_gates, finish, self.reads))
+            self._told, self._prompt_gates, self.reads = self._told[count:], None, None
 
 
 class Engine:
@@ -241,6 +245,9 @@ class Engine:
             if any(row.ask.gates for row in rows):
                 counts = [len(row.prompt) if new else 1 for row in rows]
                 gates = gates_at(batch.model, configs, counts, prompt=bool(new))
+            for place, row in enumerate(new, len(batch.rows) - len(new)):
+                if row.ask.gates:
+                    row.reads = reads_along(batch.model, configs, batch.pool, place)[-len(row.prompt) :]
             for row, of_row, told in zip(rows, logits, gates, strict=True):
                 if not row.ended:
                     row.go_on(of_row, self._ends, told if row.ask.gates else None)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from grun.method.adapter import AdapterConfig
+from grun.method.pooling import PoolMemory
 from grun.method.stack.stack import GrunStack
 
 Gates = dict[str, float]
@@ -39,6 +40,24 @@ def gates_at(
             told = values[row][-len(gates) :] if everywhere else values[row][-1:]
             for at, value in zip(gates[-len(told) :], told, strict=True):
                 at[name] = value
+    return found
+
+
+def reads_along(model: Any, configs: Mapping[str, AdapterConfig], memory: PoolMemory | None, row: int) -> list[Gates]:
+    """What the pooled gates would say at each token of a prompt, if it ended there; none of other gates.
+
+    Args:
+        model, configs: as in `gates_at`.
+        memory: what pooled gates have read of the prompt, padding included; None: nothing.
+        row: of the memory.
+    """
+    if not configs or memory is None or model.pooled is None:
+        return []
+    found: list[Gates] = [{} for _ in range(memory.turns.shape[1])]
+    logits = model.pooled.along(memory, row)
+    for name, values in (logits if isinstance(model, GrunStack) else dict.fromkeys(configs, logits)).items():
+        for reads, value in zip(found, torch.sigmoid(values.double()).tolist(), strict=True):
+            reads[name] = value
     return found
 
 

@@ -50,6 +50,7 @@ class Reply:
                 [told for part in parts for told in part.tokens],
                 next((part.prompt for part in parts if part.prompt is not None), None),
                 parts[-1].finish,
+                next((part.reads for part in parts if part.reads is not None), None),
             )
             choice = self._choice(index, joined)
             if self.chat:
@@ -87,16 +88,20 @@ class Reply:
             tokens = [told.choice.token for told in new.tokens]
             found = {"answer": self._gated(tokens, [told.gates for told in new.tokens])}
             if new.prompt is not None:
-                found = {"prompt": self._gated(self.prompts[index], new.prompt), **found}
+                found = {"prompt": self._gated(self.prompts[index], new.prompt, new.reads), **found}
             choice["grun"] = found
         return choice
 
-    def _gated(self, tokens: Sequence[int], gates: Sequence[Gates]) -> list[dict[str, Any]]:
+    def _gated(
+        self, tokens: Sequence[int], gates: Sequence[Gates], reads: Sequence[Gates] | None = None
+    ) -> list[dict[str, Any]]:
+        """Texts of tokens with the gates at each, and of gates that were not asked there what they would have said."""
         texts = pieces(self.tokenizer, tokens)
-        return [
-            {"token": text, "gates": {name: round(value, 6) for name, value in at.items()}}
-            for text, at in zip(texts, gates, strict=True)
-        ]
+        found = [{"token": text, "gates": _rounded(at)} for text, at in zip(texts, gates, strict=True)]
+        for one, at, would in zip(found, gates, reads or (), strict=False):
+            if unasked := {name: would[name] for name in would if name not in at}:
+                one["reads"] = _rounded(unasked)
+        return found
 
     def _chat_logprobs(self, new: Piece) -> dict[str, Any]:
         def entry(token: int, logprob: float | None) -> dict[str, Any]:
@@ -127,3 +132,7 @@ class Reply:
             "top_logprobs": [top(told) for told in new.tokens],
             "text_offset": offsets,
         }
+
+
+def _rounded(gates: Gates) -> Gates:
+    return {name: round(value, 6) for name, value in gates.items()}

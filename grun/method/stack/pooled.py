@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from grun.method.gating import openings
 from grun.method.pooled_gate import KEY
 from grun.method.pooled_sites import PooledSites
+from grun.method.pooling import PoolMemory
 from grun.method.stack.group import GateGroup, Kind, gates_of
 from grun.method.stack.stacked import Openings, StackSites
 from pyvene_custom import Intervention, Sites
@@ -74,6 +75,17 @@ class StackedGates(Intervention):
                 logits, in_force = sites.given[kind]
                 found[kind] = logits.to(device), in_force.to(device)
         return Openings(found, running.decided)
+
+    def along(self, memory: PoolMemory, row: int) -> dict[str, Tensor]:
+        """By request, logits that its gate would give at each token of a row, were it asked there: [columns]."""
+        found: dict[str, Tensor] = {}
+        for kind, group in self.by_kind.items():
+            features = memory.along(row, kind.gate_blocks, kind.gate_pool)
+            dtype = self.widen(features)
+            with torch.autocast(features.device.type, enabled=False):
+                logits = group.gates(features.to(self.get_buffer("_like").device, dtype))[0]  # [columns, requests]
+            found |= zip(group.names, logits.unbind(1), strict=True)
+        return found
 
     def _opened(self, group: GateGroup, sites: PooledSites, hidden: Tensor) -> tuple[Tensor, Tensor]:
         """Logits where gates are asked, and those in force, where the sites are: [batch, positions, requests]."""

@@ -5,8 +5,8 @@
 #   3. else .venv is made, or brought up to date, from requirements.txt. This alone needs a network. An interrupted
 #      set-up is repaired by the next script; of two scripts at once, one sets up and the other waits.
 #
-# The caller may set NEED_DEV=1 (what tests need too: requirements-dev.txt) and NEED_SETUP=0 (leave out 3: PYTHON is
-# then empty where 1 and 2 find nothing).
+# The caller may set NEED_DEV=1 (what tests need too: requirements-dev.txt), NEED_SERVE=1 (what the server needs too) and
+# NEED_SETUP=0 (leave out 3: PYTHON is then empty where 1 and 2 find nothing).
 #
 # torch: PyPI's build for Linux brings CUDA, which is right for machines with NVIDIA GPUs; on others it only costs
 # disk. Where pip also knows a CPU build of that version (torch 2.13.0+cpu), the pin accepts it:
@@ -16,7 +16,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 1
 
 # One line per package of pyproject.toml that interpreter $1 lacks or has in another version.
 packages_missing_in() {
-  "$1" - "${NEED_DEV:-0}" <<'PYTHON_SOURCE'
+  "$1" - "${NEED_DEV:-0}" "${NEED_SERVE:-0}" <<'PYTHON_SOURCE'
 import sys
 
 if sys.version_info < (3, 11):
@@ -32,7 +32,7 @@ except ImportError:
     sys.exit()
 with open("pyproject.toml", "rb") as file:
     project = tomllib.load(file)["project"]
-extras = ["dev", "docs"] if sys.argv[1] == "1" else []
+extras = (["dev", "docs"] if sys.argv[1] == "1" else []) + (["serve"] if sys.argv[2] == "1" else [])
 for line in project["dependencies"] + [line for name in extras for line in project["optional-dependencies"][name]]:
     wanted = Requirement(line)
     try:

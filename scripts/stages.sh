@@ -1,6 +1,6 @@
-# Shell functions that cmd_finetune.sh, cmd_grun.sh, cmd_baseline.sh, cmd_wmdp.sh and cmd_eval.sh share: where an
+# Shell functions that the cmd_*.sh share, but for cmd_test.sh: where an
 # override goes, how a stage's command line is made, checked, printed or run. The cmd_*.sh sets, before `read_overrides`:
-#   STAGES         the stages it runs, of: finetune unlearn evaluate sweep report
+#   STAGES         the stages it runs, of: finetune unlearn evaluate sweep report serve
 #   DEFAULT_STAGE  the one that a bare key=value goes to
 
 finetune_overrides=()
@@ -8,6 +8,7 @@ unlearn_overrides=()
 evaluate_overrides=()
 report_overrides=()
 sweep_overrides=()
+serve_overrides=()
 
 say() { printf '%s\n' "$*" >&2; }
 
@@ -47,6 +48,7 @@ add_override() {
     evaluate) evaluate_overrides+=("$2") ;;
     report) report_overrides+=("$2") ;;
     sweep) sweep_overrides+=("$2") ;;
+    serve) serve_overrides+=("$2") ;;
   esac
 }
 
@@ -68,7 +70,7 @@ add_override_to() {
 
 # `stage.key=value` goes to that stage. A bare `data.key=value` goes to every stage that reads data: they must see the
 # same corpus. A bare `overwrite=true` goes to unlearn and evaluate, since the evaluation of another adapter is another
-# one, but no model is taught anew. Any other `key=value` goes to DEFAULT_STAGE. Only the five stage names are stages:
+# one, but no model is taught anew. Any other `key=value` goes to DEFAULT_STAGE. Only the six stage names are stages:
 # train.lr is a key.
 read_overrides() {
   local argument key
@@ -81,7 +83,7 @@ read_overrides() {
       *) refuse "cannot read '$argument'; expected key=value or stage.key=value" ;;
     esac
     case "$key" in
-      finetune.* | unlearn.* | evaluate.* | report.* | sweep.*) add_override "${key%%.*}" "${argument#*.}" ;;
+      finetune.* | unlearn.* | evaluate.* | report.* | sweep.* | serve.*) add_override "${key%%.*}" "${argument#*.}" ;;
       data.*) add_override_to "finetune unlearn evaluate" "$argument" ;;
       overwrite) add_override_to "unlearn evaluate" "$argument" ;;
       *) add_override "$DEFAULT_STAGE" "$argument" ;;
@@ -139,6 +141,12 @@ in_list() {
     *[!A-Za-z0-9_./+-]*) printf "'%s'" "$(printf '%s' "$1" | sed "s/'/''/g")" ;;
     *) printf '%s' "$1" ;;
   esac
+}
+
+# serve_command MODEL ADAPTER
+serve_command() {
+  MODULE=grun
+  COMMAND=(serve "profile=$PROFILE" "model.path=$1" "adapter=$2" ${serve_overrides[@]+"${serve_overrides[@]}"})
 }
 
 report_command() {
@@ -211,8 +219,8 @@ print_command() {
   printf '%s\n' "$line"
 }
 
-# run_stage TITLE: runs COMMAND; under DRY_RUN prints it. Only the table of report or sweep is a script's standard
-# output.
+# run_stage TITLE: runs COMMAND; under DRY_RUN prints it. Only the table of report or sweep, and the address that serve
+# prints, is a script's standard output.
 run_stage() {
   if dry_run; then
     print_command
@@ -220,7 +228,7 @@ run_stage() {
   fi
   say "== $1 (after $SECONDS s)"
   case "${COMMAND[0]}" in
-    report | sweep) started "$PYTHON" -m "$MODULE" "${COMMAND[@]}" ;;
+    report | sweep | serve) started "$PYTHON" -m "$MODULE" "${COMMAND[@]}" ;;
     *) started "$PYTHON" -m "$MODULE" "${COMMAND[@]}" >&2 ;;
   esac
 }

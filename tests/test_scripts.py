@@ -92,7 +92,9 @@ def test_script_is_valid_bash(name: str) -> None:
     subprocess.run(["bash", "-n", ROOT / name], check=True)
 
 
-@pytest.mark.parametrize("name", ["cmd_finetune.sh", "cmd_grun.sh", "cmd_baseline.sh", "cmd_eval.sh", "cmd_wmdp.sh"])
+@pytest.mark.parametrize(
+    "name", ["cmd_finetune.sh", "cmd_grun.sh", "cmd_baseline.sh", "cmd_eval.sh", "cmd_serve.sh", "cmd_wmdp.sh"]
+)
 def test_help_needs_no_environment(checkout: Path, name: str) -> None:
     result = run(checkout, name, "--help")
     assert result.returncode == 0
@@ -151,6 +153,22 @@ class TestDryRun:
         folder = "results/demo/evaluation/retain_only"
         assert commands[0] == ["evaluate", "profile=demo", "model.path=r", f"output_dir={folder}"]
         assert all(f"reference={folder}" in command for command in commands[1:] if command[0] == "evaluate")
+
+    def test_what_the_first_command_made_is_served_or_made_first(self, checkout: Path) -> None:
+        options = ["port=1", "unlearn.seed=1"]
+        unlearn, serve = printed(run(checkout, "cmd_serve.sh", *options, DRY_RUN="1", PROFILE=""))
+        assert {"unlearn", "model.path=smollm2", "objective=idk", "output_dir=results/smollm2-short/idk"} <= {*unlearn}
+        assert "seed=1" in unlearn and "port=1" not in unlearn
+        own = ["serve", "profile=smollm2", "model.path=smollm2"]
+        assert serve == [*own, "adapter=results/smollm2-short/idk", "port=1"]
+        for folder in ("results/smollm2-short/idk", "results/smollm2/idk"):
+            (checkout / folder).mkdir(parents=True)
+            (checkout / folder / "adapter_model.safetensors").touch()
+            (serve,) = printed(run(checkout, "cmd_serve.sh", *options, DRY_RUN="1", PROFILE=""))
+            assert serve == [*own, f"adapter={folder}", "port=1"]
+        variables = {"ADAPTER": "my store", "MODEL": "m"}
+        (serve,) = printed(run(checkout, "cmd_serve.sh", DRY_RUN="1", **variables))
+        assert serve == ["serve", "profile=demo", "model.path=m", "adapter=my store"]
 
     def test_published_evaluation_variables(self, checkout: Path) -> None:
         variables = {"PROFILE": "mistral", "MODEL": "m", "JSON_FILE": "forget05", "QUANT": "no", "LORA_PATH": "None"}
@@ -279,6 +297,8 @@ esac
         ("cmd_eval.sh", [], {"BASE_OR_REFT": "reft"}, "REFT_PATH"),
         ("cmd_eval.sh", [], {"BASE_OR_REFT": "both"}, "base or reft"),
         ("cmd_eval.sh", [], {"PROFILE": "mistral"}, "MODEL"),
+        ("cmd_serve.sh", [], {"PROFILE": "mistral"}, "MODEL"),
+        ("cmd_serve.sh", ["adapter=x"], {"MODEL": "m"}, "adapter is set by this script"),
     ],
 )
 def test_wrong_use_is_one_line_and_status_2(
@@ -330,12 +350,17 @@ class TestRun:
         assert list(elsewhere.iterdir()) == []
 
     @pytest.mark.parametrize(
-        ("script", "option"), [("cmd_grun.sh", "report.bogus=1"), ("cmd_baseline.sh", "evaluate.bogus=1")]
+        ("script", "option", "variables"),
+        [
+            ("cmd_grun.sh", "report.bogus=1", {}),
+            ("cmd_baseline.sh", "evaluate.bogus=1", {}),
+            ("cmd_serve.sh", "bogus=1", {"MODEL": "m"}),
+        ],
     )
     def test_options_of_the_last_stage_are_checked_before_the_first_runs(
-        self, script: str, option: str, checkout: Path
+        self, script: str, option: str, variables: dict[str, str], checkout: Path
     ) -> None:
-        result = run(with_logging_python(checkout), script, option)
+        result = run(with_logging_python(checkout), script, option, **variables)
         assert result.returncode == 2 and "nothing was run" in result.stderr
         assert calls(checkout) == []
 

@@ -680,6 +680,8 @@ class GenerateConfig(AskConfig):
 class ServeConfig(AskConfig):
     """A server with OpenAI's API in front of an edited model."""
 
+    adapter: Optional[str] = None
+    """Folder (or hub id) of a GRUN adapter, or a store of requests. Must be set."""
     host: str = "127.0.0.1"
     """Address to listen on; 0.0.0.0 lets other machines in, and GRUN_API_KEY in the environment asks them for a key."""
     port: int = number(8000, 0, 2**16 - 1)

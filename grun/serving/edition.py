@@ -91,14 +91,14 @@ class Served:
         self._stamp = self._stamp_now()
         self.edition = self._load()
 
-    def reload(self, *, always: bool = False) -> bool:
+    def reload(self) -> bool:
         """Read the store anew where its manifest has changed since it was read; whether it had.
 
         GrunError where it cannot be read; the edition stays as it was, until the manifest changes again.
         """
         with self._loading:
             stamp = self._stamp_now()
-            if not self.is_store or (stamp == self._stamp and not always):
+            if not self.is_store or stamp == self._stamp:
                 return False
             self._stamp = stamp
             self.edition = self._load()

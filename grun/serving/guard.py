@@ -23,6 +23,10 @@ Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
 
 
+OPEN = ("/", "/health", "/metrics")
+"""Paths that need no key."""
+
+
 @dataclass(frozen=True)
 class Keys:
     """Who may do what."""
@@ -78,14 +82,12 @@ class Guard:
         log.info("%s %s %d %.0f ms", scope["method"], route, status, 1000 * (time.monotonic() - since))
 
     def _admit(self, scope: Message) -> None:
-        """Refused with 401 or 403 where the key is not one for this path."""
-        path, headers = scope["path"], dict(scope["headers"])
+        """Refused with 401 where there is no key, and one is needed."""
+        headers = dict(scope["headers"])
         given = headers.get(b"authorization", b"").decode("latin-1")
         who = self._keys.of(given)
         scope.setdefault("state", {})["who"] = who
-        if not path.startswith(("/v1/", "/grun/")):
-            return
-        if who is None and self._keys.client is not None:
+        if who is None and self._keys.client is not None and scope["path"] not in OPEN:
             raise Refused(401, "a key is needed: Authorization: Bearer KEY", code="invalid_api_key")
 
     async def _read(self, scope: Message, receive: Receive) -> Receive:

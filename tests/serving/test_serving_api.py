@@ -270,8 +270,10 @@ def test_a_key_that_is_missing_or_wrong_is_refused(server: Running) -> None:
     assert server.http.get(f"{server.url}v1/models", headers={"Authorization": CLIENT}).status_code == 401
     with pytest.raises(openai.AuthenticationError):
         server.client("wrong").models.list()
-    for open_to_all in ("health", "metrics"):
+    for open_to_all in ("health", "metrics", ""):
         assert server.get(open_to_all, None).status_code == 200
+    assert server.get("elsewhere", None).status_code == 401
+    assert "<html" in server.get("").text and server.get("").headers["X-Content-Type-Options"] == "nosniff"
 
 
 def test_what_is_the_owners_is_refused_to_clients(server: Running) -> None:

@@ -1,12 +1,12 @@
 """What a server answers to many clients at once, beside one at a time; every answer is compared with the same alone.
 
-    python benchmarks/serving.py [--clients 64] [--seconds 60]                   a random Llama with a random adapter
+    python benchmarks/serving.py [--clients 64] [--requests 64] [--seconds 60]   a random Llama with a random adapter
     python benchmarks/serving.py --model smollm2 --adapter results/smollm2/npo   a real model, and what it forgot
 
-Starts `python -m grun serve` in a process of its own. Each client has one request of its own (prompt, length, half of
-them greedy, half drawn with a seed). First all are asked one after another, by one client; then every client asks its
-own again and again. Printed as JSON: tokens a second and seconds an answer of both, and how many answers were others
-than alone.
+Starts `python -m grun serve` in a process of its own. There are so many requests (prompt, length, half of them greedy,
+half drawn with a seed). First all are asked one after another, by one client; then every client asks one of them, the
+next, and so on. Printed as JSON: tokens a second and seconds an answer of both, and how many answers were others than
+alone.
 """
 
 from __future__ import annotations
@@ -66,10 +66,10 @@ def random_model(folder: Path) -> tuple[Path, Path]:
     return folder / "model", folder / "adapter"
 
 
-def requests(model: str, clients: int) -> list[dict[str, Any]]:
-    """One for each client."""
+def requests(model: str, count: int) -> list[dict[str, Any]]:
+    """Requests that differ."""
     found = []
-    for number in range(clients):
+    for number in range(count):
         question = ASKED[number // len(PLACES) % len(ASKED)].format(PLACES[number % len(PLACES)])
         drawn = {"temperature": 0.8, "top_p": 0.95, "seed": number} if number % 2 else {"temperature": 0}
         messages = [{"role": "user", "content": question}]
@@ -86,20 +86,21 @@ async def answered(client: httpx2.AsyncClient, number: int, body: dict[str, Any]
     return Answered(number, text, found["usage"]["completion_tokens"], time.perf_counter() - started)
 
 
-async def measure(url: str, clients: int, seconds: float) -> dict[str, Any]:
+async def measure(url: str, clients: int, count: int, seconds: float) -> dict[str, Any]:
     limits = httpx2.Limits(max_connections=None)
     async with httpx2.AsyncClient(base_url=url, timeout=600, limits=limits) as client:
         name = (await client.get("v1/models")).json()["data"][0]["id"]
-        asked = requests(name, clients)
+        asked = requests(name, count)
         await answered(client, 0, asked[0])  # the first answer of a process is slower
         started = time.perf_counter()
         alone = [await answered(client, number, body) for number, body in enumerate(asked)]
         spent_alone = time.perf_counter() - started
 
         async def again(number: int) -> list[Answered]:
-            found = []
+            found: list[Answered] = []
             while time.perf_counter() < until:
-                found.append(await answered(client, number, asked[number]))
+                place = (number + len(found)) % count
+                found.append(await answered(client, place, asked[place]))
             return found
 
         started = time.perf_counter()
@@ -135,6 +136,7 @@ def main() -> None:
     parser.add_argument("--model", help="model.path; default: a random Llama")
     parser.add_argument("--adapter")
     parser.add_argument("--clients", type=int, default=64)
+    parser.add_argument("--requests", type=int, default=64)
     parser.add_argument("--seconds", type=float, default=60)
     parser.add_argument("--threads", type=int, default=1)
     options = parser.parse_args()
@@ -155,7 +157,8 @@ def main() -> None:
             line = server.stdout.readline()
             if not line:
                 raise SystemExit(f"the server did not start: {' '.join(command)}")
-            print(json.dumps(asyncio.run(measure(line.split()[1], options.clients, options.seconds)), indent=2))
+            found = measure(line.split()[1], options.clients, options.requests, options.seconds)
+            print(json.dumps(asyncio.run(found), indent=2))
         finally:
             server.terminate()
             server.wait()

@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 from vllm.logger import init_logger
 from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
+from vllm.utils.import_utils import resolve_obj_by_qualname
 
 from grun.errors import AdapterError, ModelError
 from grun.method.adapter import check_base
@@ -51,7 +52,7 @@ class GrunModelLoader(DefaultModelLoader):
             blocks[block].register_forward_hook(hook(block))
         act_on_logits(model, HELD[0])
         follow_runner()
-        make_room(vllm_config)
+        make_room(resolve_obj_by_qualname(vllm_config.parallel_config.worker_cls))
         logger.info("GRUN: in force from %s: %s", found.folder, ", ".join(found.adapters) or "nothing")
         return model
 

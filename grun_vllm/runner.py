@@ -59,11 +59,11 @@ def pages_of(runner: Any, kv_cache_config: Any) -> int:
     return int(kv_cache_config.num_blocks * whole)
 
 
-def make_room(vllm_config: Any) -> None:
-    """Let the key/value cache leave what gates remember their share of the memory that is there for both."""
-    from vllm.utils.import_utils import resolve_obj_by_qualname
+def make_room(worker: Any) -> None:
+    """Let the key/value cache leave what gates remember their share of the memory that is there for both.
 
-    worker = resolve_obj_by_qualname(vllm_config.parallel_config.worker_cls)
+    `worker` is the class of vLLM's worker in this process.
+    """
     if "_grun" in worker.__dict__:
         return
     worker._grun = True

@@ -4,21 +4,28 @@ Two steps, which may be run in two environments, since vLLM wants older packages
 
     python scripts/check_vllm.py reference FOLDER --model MODEL_FOLDER     where GRUN and pyvene are
     python scripts/check_vllm.py compare FOLDER                            where vLLM and GRUN's plugin are
-    python scripts/check_vllm.py cost FOLDER                               the same; seconds beside edits off
+    python scripts/check_vllm.py reload FOLDER                             the same; a store read anew over HTTP
+    python scripts/check_vllm.py cost FOLDER                               the same; what edits cost
 
 The first writes random adapters of every kind of design and stores of them on the model, and the greedy tokens of six
-prompts under each, one prompt at a time; the second compares them, with prompts in chunks, prefix caching and
-preemption, and while a store is read anew over HTTP.
+prompts under each, one prompt at a time; the others compare with these, with prompts in chunks, prefix caching and
+preemption, and while a store is read anew.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
+import shutil
+import socket
 import statistics
+import subprocess
 import sys
+import threading
 import time
+import urllib.request
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +47,14 @@ DESIGNS: dict[str, dict[str, Any]] = {
     "maxmin2": {**STICKY, "blocks": [20, 26], "gate_blocks": [2, 5], "gate_pool": "maxmin", "gate_threshold": 0.5},
     "mean_each": {**EACH, "blocks": [20, 26], "gate_blocks": [3], "gate_pool": "mean"},
     "last_sticky": {**STICKY, "blocks": [20], "gate_blocks": [3, 6], "gate_pool": "last"},
-    "refuse": {**STICKY, "blocks": None, "gate_blocks": [2, 5], "gate_pool": "maxmin", "action": "refuse"},
+    "refuse": {
+        **STICKY,
+        "blocks": None,
+        "gate_blocks": [2, 5],
+        "gate_pool": "maxmin",
+        "action": "refuse",
+        "gate_threshold": 0.9,
+    },
 }
 STORES = {
     "store_robust": (["robust", "robust2"], {}),
@@ -164,7 +178,10 @@ def answers_of(model: Any, prompts: list[list[int]]) -> list[dict[str, Any]]:
 # -- what vLLM says ---------------------------------------------------------------------------------------------------
 
 PLAIN: dict[str, Any] = {"enable_prefix_caching": False}
-HARD: dict[str, Any] = {"enable_prefix_caching": True, "max_num_batched_tokens": 40, "num_gpu_blocks_override": 17}
+HARD: dict[str, Any] = {
+    **{"enable_prefix_caching": True, "max_num_batched_tokens": 40},
+    **{"block_size": 32, "num_gpu_blocks_override": 23},
+}
 """Prompts in chunks of 40 tokens at most, prefixes from the cache in the second pass, and too few pages for all."""
 
 
@@ -179,7 +196,10 @@ def engine(folder: Path, said: dict[str, Any], name: str, **options: Any) -> Any
     return LLM(said["model"], dtype=said["dtype"], seed=0, **options)
 
 
-def compare(folder: Path, names: list[str], options: dict[str, Any]) -> int:
+SETTINGS = {"plain": PLAIN, "chunks, prefix caching, preemption": HARD}
+
+
+def compare(folder: Path, names: list[str], options: dict[str, Any], settings: list[str]) -> int:
     """Print a line for each design and setting; the number of those that differ."""
     from vllm.distributed import cleanup_dist_env_and_memory
 
@@ -187,7 +207,8 @@ def compare(folder: Path, names: list[str], options: dict[str, Any]) -> int:
     differ = 0
     for name in names or said["answers"]:
         rows = said["answers"][name]
-        for setting, given in (("plain", PLAIN), ("chunks, prefix caching, preemption", HARD)):
+        for setting in settings:
+            given = SETTINGS[setting]
             llm = engine(folder, said, name, **given, **options)
             for number in range(2 if given is HARD else 1):
                 same, apart, cached = told(llm, rows)
@@ -218,39 +239,119 @@ def told(llm: Any, rows: list[dict[str, Any]]) -> tuple[int, float, int]:
     return same, apart, sum(output.num_cached_tokens or 0 for output in outputs)
 
 
-def cost(folder: Path, names: list[str], options: dict[str, Any], repeats: int = 7) -> None:
-    """Seconds of prompts and of answers, each the median of several; beside the same model without the plugin."""
+def cost(folder: Path, names: list[str], options: dict[str, Any], repeats: int = 9) -> None:
+    """Seconds of the processor for prompts and for answers, with edits and without, in turns in one engine."""
     from vllm import SamplingParams
+    from vllm.distributed import cleanup_dist_env_and_memory
+
+    from grun_vllm.held import HELD
 
     said = json.loads((folder / "reference.json").read_text())
     long = said["answers"]["base"][4]["prompt"]
-    settings = {"prompts": (8, 1), "answers": (8, 64)}
-    base: dict[str, float] = {}
-    for name in ["base", *(names or ["published", "robust", "maxmin", "store_mixed"]), "base"]:
+    for name in names or ["published", "robust", "maxmin", "mean_each", "store_mixed"]:
         llm = engine(folder, said, name, enable_prefix_caching=False, max_num_batched_tokens=2048, **options)
-        for what, (count, new) in settings.items():
+        for what, length, new in (("prompts of 390 tokens", 390, 1), ("answers of 64 tokens", 20, 64)):
             sampling = SamplingParams(temperature=0, max_tokens=new, ignore_eos=True)
-            prompts = [{"prompt_token_ids": long if new == 1 else long[-20:]} for _ in range(count)]
-            seconds = []
-            for _ in range(repeats):
-                start = time.perf_counter()
-                llm.generate(prompts, sampling, use_tqdm=False)
-                seconds.append(time.perf_counter() - start)
-            median = statistics.median(seconds)
-            base.setdefault(what, median)
-            spread = f"{min(seconds):.3f} to {max(seconds):.3f}"
-            print(f"{name} | {what} | {median:.3f} s ({spread}) | {median / base[what]:.3f} of the base's", flush=True)
+            prompts = [{"prompt_token_ids": long[:length]} for _ in range(8)]
+            seconds: dict[bool, list[float]] = {True: [], False: []}
+            for number in range(2 * repeats):
+                off = number % 2 == 0
+                with HELD[-1].resting() if off else contextlib.nullcontext():
+                    start = time.process_time()
+                    llm.generate(prompts, sampling, use_tqdm=False)
+                seconds[off].append(time.process_time() - start)
+            ratios = sorted(on / off for on, off in zip(seconds[False], seconds[True], strict=True))
+            medians = f"{statistics.median(seconds[False]):.3f} s, off {statistics.median(seconds[True]):.3f} s"
+            spread = f"{ratios[0]:.3f} to {ratios[-1]:.3f}"
+            print(f"cost | {name} | 8 {what} | {medians} | ratio {statistics.median(ratios):.3f}, {spread}", flush=True)
         del llm
+        cleanup_dist_env_and_memory()
+
+
+def reload(folder: Path, options: dict[str, Any]) -> int:
+    """Answers before and after a store is read anew, while a long answer is running; the number that differ."""
+    said = json.loads((folder / "reference.json").read_text())
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    live = folder / "store_live"
+    shutil.rmtree(live, ignore_errors=True)
+    shutil.copytree(folder / "store_robust", live)
+    extra = json.dumps({"adapter": str(live)})
+    command = ["vllm", "serve", said["model"], "--load-format", "grun", "--model-loader-extra-config", extra]
+    command += ["--dtype", said["dtype"], "--port", str(port), "--max-model-len", "1024", "--served-model-name", "m"]
+    command += ["--enforce-eager", *(f"--{name}={value}" for name, value in options.items())]
+    variables = {"VLLM_PLUGINS": "grun,grun_admin", "GRUN_OWNER_KEY": "secret", "VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
+    server = subprocess.Popen(command, env={**os.environ, **variables})
+    try:
+        wait_for(f"http://127.0.0.1:{port}/health", server)
+        differ = asked(port, said["answers"]["store_robust"], "before the reload")
+        long: list[int] = []
+        body = {"prompt": said["answers"]["base"][0]["prompt"], "max_tokens": 300}
+        thread = threading.Thread(target=lambda: long.extend(completed(port, body)))
+        thread.start()
+        time.sleep(3)
+        shutil.copytree(folder / "store_mixed/requests", live / "requests", dirs_exist_ok=True)
+        shutil.copy(folder / "store_mixed/stack.json", live / "new.json")
+        (live / "new.json").replace(live / "stack.json")
+        start, running = time.perf_counter(), thread.is_alive()
+        told = ask(port, "/grun/reload", {}, key="secret")
+        print(f"reload | {time.perf_counter() - start:.2f} s | an answer was running: {running}", flush=True)
+        print(f"reload | in force: {', '.join(one['name'] for one in told['requests'])}", flush=True)
+        differ += asked(port, said["answers"]["store_mixed"], "after the reload")
+        thread.join()
+        print(f"reload | the long answer has {len(long)} of 300 tokens", flush=True)
+        return differ + (len(long) != 300)
+    finally:
+        server.terminate()
+        server.wait()
+
+
+def wait_for(address: str, server: subprocess.Popen[bytes]) -> None:
+    """Wait until the server answers."""
+    while server.poll() is None:
+        try:
+            urllib.request.urlopen(address)
+            return
+        except OSError:
+            time.sleep(1)
+    raise SystemExit("the server ended")
+
+
+def ask(port: int, path: str, body: dict[str, Any], key: str = "") -> Any:
+    """What the server answers to a POST."""
+    headers = {"Content-Type": "application/json", **({"Authorization": f"Bearer {key}"} if key else {})}
+    request = urllib.request.Request(f"http://127.0.0.1:{port}{path}", json.dumps(body).encode(), headers)
+    with urllib.request.urlopen(request) as answer:
+        return json.load(answer)
+
+
+def completed(port: int, body: dict[str, Any]) -> list[int]:
+    """Greedy tokens of a prompt."""
+    fixed = {"model": "m", "temperature": 0, "ignore_eos": True, "return_token_ids": True}
+    tokens: list[int] = ask(port, "/v1/completions", {**fixed, **body})["choices"][0]["token_ids"]
+    return tokens
+
+
+def asked(port: int, rows: list[dict[str, Any]], when: str) -> int:
+    """Print how many tokens are equal; whether any differ."""
+    same = 0
+    for row in rows:
+        tokens = completed(port, {"prompt": row["prompt"], "max_tokens": NEW})
+        pairs = enumerate(zip(tokens, row["tokens"], strict=True))
+        same += next((place for place, (got, wanted) in pairs if got != wanted), NEW)
+    print(f"reload | {when} | {same} of {NEW * len(rows)} tokens equal", flush=True)
+    return int(same != NEW * len(rows))
 
 
 def main() -> int:
     """Run a step."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("step", choices=("reference", "compare", "cost"))
+    parser.add_argument("step", choices=("reference", "compare", "reload", "cost"))
     parser.add_argument("folder", type=Path)
     parser.add_argument("--model", help="folder of a Llama with a chat template of ChatML, such as SmolLM2's")
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--only", nargs="*", default=[], help="designs, stores, or base")
+    parser.add_argument("--settings", nargs="*", choices=[*SETTINGS], default=[*SETTINGS], help="of compare")
     parser.add_argument("--engine", type=json.loads, default={}, help="options of vLLM's LLM, JSON")
     given = parser.parse_args()
     folder = given.folder.resolve()
@@ -260,12 +361,14 @@ def main() -> int:
         return 0
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+    if given.step == "reload":
+        return reload(folder, given.engine)
     os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # one process for all engines, one after another
     given.engine.setdefault("distributed_executor_backend", "uni")
     if given.step == "cost":
         cost(folder, given.only, given.engine)
         return 0
-    return compare(folder, given.only, given.engine)
+    return compare(folder, given.only, given.engine, given.settings)
 
 
 if __name__ == "__main__":

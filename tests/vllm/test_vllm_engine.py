@@ -25,7 +25,7 @@ from grun_vllm import held, worker
 from grun_vllm.adapters import read_in_force
 from grun_vllm.endpoint import Endpoint
 from grun_vllm.engine import EXTENSION, SALT, V2, check_engine, options_of
-from grun_vllm.runner import pages_of
+from grun_vllm.runner import make_room, pages_of
 from grun_vllm.step import Step
 
 SHAPE = (WIDTH, DEPTH, VOCABULARY)
@@ -202,6 +202,26 @@ def test_memory_of_a_page_is_counted() -> None:
     assert PagedEngine(tiny(), in_force({"a": member(1)})).held.edits.page_bytes == 0
     assert PagedEngine(tiny(), in_force({"a": robust})).held.edits.page_bytes == 4 * 2
     assert PagedEngine(tiny(), in_force({"a": pooled})).held.edits.page_bytes == 4 * (2 * 2 * WIDTH + 1)
+
+
+def test_the_cache_leaves_room_for_what_gates_remember() -> None:
+    """Of 1,000,000 bytes and pages of 2 x 96 + 8 bytes 4 % are the gates'; of another model's worker all is its own."""
+
+    class Worker:
+        def __init__(self, load_format: str) -> None:
+            self.vllm_config = SimpleNamespace(load_config=SimpleNamespace(load_format=load_format))
+            specs = {name: SimpleNamespace(page_size_bytes=96) for name in ("one", "two")}
+            self.model_runner = SimpleNamespace(get_kv_cache_spec=lambda: specs)
+
+        def determine_available_memory(self) -> int:
+            return 1_000_000
+
+    robust = member(1, ("every_token", "running_max", "every_token"))
+    held.HELD[:] = [PagedEngine(tiny(), in_force({"a": robust})).held]
+    make_room(Worker)
+    make_room(Worker)  # once in a process
+    assert Worker("grun").determine_available_memory() == 960_000
+    assert Worker("auto").determine_available_memory() == 1_000_000
 
 
 def test_pages_are_counted_as_block_tables_number_them() -> None:

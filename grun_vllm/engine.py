@@ -16,7 +16,7 @@ VERSION = "0.32."
 """Of vLLM, whose insides the plugin knows; others are refused."""
 ARCHITECTURES = ("LlamaForCausalLM",)
 """Models that were tried."""
-DTYPES = ("float32", "bfloat16")
+DTYPES = ("float32",)
 """Types of the base that were tried."""
 V2 = "VLLM_USE_V2_MODEL_RUNNER"
 SALT = "GRUN_VLLM_SALT"
@@ -101,7 +101,7 @@ def problems(config: Any) -> Iterator[str]:
         yield f"the model is {', '.join(architectures) or 'unknown'}; tried, and served, are {', '.join(ARCHITECTURES)}"
     dtype = str(model.dtype).removeprefix("torch.")
     if dtype not in DTYPES:
-        yield f"dtype {dtype} was not tried; set --dtype to one of {', '.join(DTYPES)}"
+        yield f"dtype {dtype} was not tried; set --dtype to {' or '.join(DTYPES)}"
     if model.quantization is not None:
         yield f"a base quantized by {model.quantization} was not tried; serve the one that the adapter was trained on"
     if model.runner_type != "generate":

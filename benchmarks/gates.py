@@ -47,7 +47,9 @@ POOLS = ("maxmin", "max", "mean", "last")
 COPIES = (
     *("data.augment.forget_copies=2", "data.augment.retain_copies=1", "data.augment.lower_case=true"),
     *("data.augment.templates=false", "data.augment.prefill=false", "data.augment.few_shot=false"),
+    "data.gate_copies=[]",
 )
+NONE = ("data.augment.forget_copies=0", "data.gate_copies=[]")
 """Of forget rows both kinds, of retain rows one of them, in turn."""
 RATE = 0.01
 """Share of what must stay that may open a gate whose threshold is moved."""
@@ -100,7 +102,7 @@ class Bench:
     def sides(self, draw: Draw, copies: bool) -> Sides:
         """Prompts that the product fits the gate on."""
         group = "author" if draw.corpus.name == "tofu" else "country"
-        run = self.run(draw, "pooled", f"data.group={group}", *(COPIES if copies else ()))
+        run = self.run(draw, "pooled", f"data.group={group}", *(COPIES if copies else NONE))
         data = run.config.data
         rows = encode_unlearn_rows(run.corpus, run.tokenizer, run.template, run.longest, data, seed=run.config.seed)
         return Sides.of(*gate_prompts(run, rows))
@@ -134,13 +136,13 @@ class Bench:
         return torch.cat([self._states[block, gate.pool][numbers] for block in gate.blocks], dim=1).double()
 
 
-def fitted(bench: Bench, draws: Sequence[Draw], table: str) -> Rows:
-    """A row for each gate and draw."""
+def fitted(bench: Bench, draws: Sequence[Draw], table: str, only: str) -> Rows:
+    """A row for each draw and each gate whose name begins with `only`."""
     sides = {(draw.number, copies): bench.sides(draw, copies) for draw in draws for copies in (False, True)}
     asked = [prompts for draw in draws for side in (draw.opened, draw.shut) for prompts in side.values()]
     bench.read([row for rows in (*(side.rows for side in sides.values()), *asked) for row in rows])
     found: Rows = []
-    for gate in gates():
+    for gate in [gate for gate in gates() if str(gate).startswith(only)]:
         for draw in draws:
             side = sides[draw.number, gate.copies]
             line, fit = fit_line(bench.features(side.rows, gate), side, gate.rate)
@@ -216,7 +218,7 @@ def table_of(bench: Bench, name: str, arguments: argparse.Namespace) -> Rows:
     else:
         draws = [countries_draw(number, bench.asking) for number in arguments.draws]
     rows = [row for design in arguments.designs for row in trained(bench, draws[0], design, arguments.epochs, name)]
-    return rows + ([] if arguments.no_pooled else fitted(bench, draws, name))
+    return rows + ([] if arguments.no_pooled else fitted(bench, draws, name, arguments.only))
 
 
 def main() -> None:
@@ -226,6 +228,7 @@ def main() -> None:
     parser.add_argument("--designs", nargs="*", default=[], choices=DESIGNS, help="trained gates, on the first draw")
     parser.add_argument("--epochs", type=int, default=4, help="of trained gates; the profile smollm2 has 15")
     parser.add_argument("--no-pooled", action="store_true", help="trained gates alone")
+    parser.add_argument("--only", default="", help='gates whose name begins so alone, such as "maxmin, blocks 2 and 5"')
     parser.add_argument("--tofu", help="folder of TOFU's files; else GRUN_TOFU_DIR, else the hub (locuslab/TOFU)")
     parser.add_argument("--threads", type=int, default=0, help="0: torch's default")
     parser.add_argument("--output", help="JSON file with a row for each gate and draw")

@@ -225,7 +225,7 @@ def gate_prompts(run: Unlearning, rows: UnlearnRows) -> tuple[Prompts, Prompts]:
     forget, retain = sides(_of_gate(run, rows), run.prompts, encode)
     if run.config.data.gate_copies:
         more = _gate_copies(run, rows)
-        forget, retain = forget.joined(more[0]), retain.joined(more[1])
+        forget, retain = forget.with_copies(more[0]), retain.with_copies(more[1])
     return forget, replace(retain, always=[*retain.always, *_bare_starts(run)])
 
 

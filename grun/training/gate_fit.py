@@ -37,10 +37,14 @@ class Prompts:
     """Of each row; rows of one unit are left out together where a fit is tested."""
     always: Sequence[EncodedRow] = ()
     """Further rows, each a unit, that are fitted whatever is set aside: nothing is promised of such rows."""
+    copies: int = 0
+    """How many of the rows, the last ones, are others asked in further ways: nothing is promised of those either."""
 
-    def joined(self, more: Prompts) -> Prompts:
-        """These and more of the same side."""
-        return Prompts([*self.rows, *more.rows], [*self.units, *more.units], [*self.always, *more.always])
+    def with_copies(self, more: Prompts) -> Prompts:
+        """These and copies of them."""
+        return Prompts(
+            [*self.rows, *more.rows], [*self.units, *more.units], [*self.always, *more.always], len(more.rows)
+        )
 
 
 @dataclass(frozen=True)
@@ -76,6 +80,8 @@ class Sides:
     units: Sequence[str]
     opened: int
     """How many of the rows it is to open on."""
+    copied: Sequence[bool]
+    """Which rows are copies of others."""
 
     @classmethod
     def of(cls, forget: Prompts, retain: Prompts) -> Self:
@@ -93,7 +99,11 @@ class Sides:
         always = sorted({row.prompt_ids for row in retain.always} - {*shut})
         units = [*(f"forget {unit}" for unit in opened.values()), *(f"retain {unit}" for unit in shut.values())]
         units += [f"always {number}" for number, _ in enumerate(always)]
-        return cls([EncodedRow(ids, ()) for ids in (*opened, *shut, *always)], units, len(opened))
+        asked = {row.prompt_ids for side in (forget, retain) for row in side.rows[: len(side.rows) - side.copies]} | {
+            *always
+        }
+        rows = [*opened, *shut, *always]
+        return cls([EncodedRow(ids, ()) for ids in rows], units, len(opened), [ids not in asked for ids in rows])
 
 
 def fit_gate(
@@ -131,8 +141,8 @@ def fit_gate(
 def fit_line(features: Tensor, sides: Sides, false_positives: float | None) -> tuple[Line, GateFit]:
     """The gate for features of `sides`, float64 [rows, size], and how it was fitted.
 
-    With `false_positives` a part of the retain units is set aside, and the bias is such that a probability of 0.5 is
-    the threshold that follows from them.
+    With `false_positives` a part of the retain units is set aside, with their copies, and the bias is such that a
+    probability of 0.5 is the threshold that follows from those rows that are no copies.
 
     Raises:
         ConfigError: too few units are left.
@@ -146,8 +156,9 @@ def fit_line(features: Tensor, sides: Sides, false_positives: float | None) -> t
     line = fit(features[fitted], target[fitted], strength)
     threshold, bound = 0.0, None
     if false_positives is not None:
-        left = [unit for unit in units if unit in aside]
-        threshold, bound = conformal(line.logits(features[~fitted]).float(), left, false_positives)
+        asked = [unit in aside and not copied for unit, copied in zip(units, sides.copied, strict=True)]
+        left = [unit for unit, one in zip(units, asked, strict=True) if one]
+        threshold, bound = conformal(line.logits(features[torch.tensor(asked)]).float(), left, false_positives)
         threshold = float(torch.nextafter(torch.tensor(threshold), torch.tensor(torch.inf)))
     is_open = held_out > threshold
     result = GateFit(

@@ -278,9 +278,10 @@ def _everyday(name: str, *, every: int = 1, start: int = 0) -> Iterator[Row]:
 
 def _unanswered(name: str, start: int) -> Iterator[Row]:
     """Prompts about a country that is in no set, as the model was not asked about it: some questions, everyday ones."""
+    every = 2 * EVERY  # more of them, and the gate misses wordings of what is to be forgotten
     asked = [one.question for one in asked_of(countries()[name], FORMS[:1])]
-    yield from (Row(question, "", {"country": name}) for question in asked[start % EVERY :: EVERY])
-    yield from _everyday(name, every=EVERY, start=start)
+    yield from (Row(question, "", {"country": name}) for question in asked[start % every :: every])
+    yield from _everyday(name, every=every, start=start)
 
 
 def _known_rows(about: Country, answers: Mapping[str, Answered]) -> list[Row]:

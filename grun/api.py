@@ -49,7 +49,7 @@ from grun.runtime.files import holding, target
 from grun.runtime.records import ATTACKS_FILE
 from grun.training import calibration
 from grun.training.gate_fit import Prompts
-from grun.training.unlearning import units_of
+from grun.training.unlearning import are_texts, units_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -145,9 +145,12 @@ def unlearn(
     if output_dir is None:
         given.setdefault("train.save_steps", 0)  # checkpoints would go with the folder
     config = _config("unlearn", model, given)
-    check(config)
     columns = config.data.columns
-    corpus = corpus_of(_rows(forget, "forget", columns), _rows(retain, "retain", columns), config.data)
+    rows = _rows(forget, "forget", columns)
+    if are_texts(rows) and config.profile is None and "design" not in given:
+        config = _config("unlearn", model, {**given, "design": "published"})  # the default's gate reads questions
+    check(config)
+    corpus = corpus_of(rows, _rows(retain, "retain", columns), config.data)
     check_rows(corpus, config)
     ensure_pad_token(tokenizer)
     types = {name: parameter.dtype for name, parameter in model.eval().named_parameters()}

@@ -31,7 +31,14 @@ ROWS = [
     for name, town in zip(NAMES, TOWNS, strict=True)
 ]
 FORGET, RETAIN = ROWS[:3], ROWS[3:]
-TRAINING: dict[str, Any] = {"blocks": [2, 3], "lr": 0.03, "epochs": 60, "batch_size": 3, "seed": 1}
+TRAINING: dict[str, Any] = {
+    "design": "published",
+    "blocks": [2, 3],
+    "lr": 0.03,
+    "epochs": 60,
+    "batch_size": 3,
+    "seed": 1,
+}
 
 
 @pytest.fixture(scope="module")
@@ -138,6 +145,7 @@ def test_rows_in_every_form_train_the_same_edits(form: str, model: Any, tokenize
 def test_plain_texts_are_rows_without_a_question(model: Any, tokenizer: Any) -> None:
     texts = [f"{row['question']} {row['answer']}" for row in ROWS]
     training = {**TRAINING, "epochs": 1, "objective": "gd"}
+    del training["design"]  # the default gives way
     one = unlearn(copy.deepcopy(model), tokenizer, texts[:3], texts[3:], **training).state_dict()
     other = unlearn(
         model, tokenizer, [{"text": text} for text in texts[:3]], Dataset.from_dict({"text": texts[3:]}), **training

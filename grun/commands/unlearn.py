@@ -368,8 +368,13 @@ def check_rows(corpus: Corpus, config: UnlearnConfig) -> None:
             "a gate is fitted, and nothing says where it stays shut: give retain rows (data.retain), names of what is "
             "to be forgotten (data.subjects), or a file of other prompts (data.gate_negatives)"
         )
+    if fitted and are_texts(corpus.forget):
+        raise ConfigError(
+            "a gate that is fitted is asked at the end of a question, and the forget set is plain texts: set "
+            "design=published, or give rows with questions"
+        )
     check_given(data)
-    if fitted and not corpus.retain and data.augment.forget_copies:
+    if fitted and not corpus.retain and data.augment.forget_copies and not data.gate_copies:
         raise ConfigError("there are no retain rows to copy; set data.augment.forget_copies and retain_copies to 0")
     if are_texts(corpus.forget) and "refusal" in objective.continuations:
         raise ConfigError(

@@ -24,6 +24,8 @@ log = logging.getLogger(__name__)
 
 SET_ASIDE = 4
 """One in so many units of retain rows is kept for the threshold, where there is one."""
+RECALLED = 0.8
+"""Share of forget prompts, left out of a fit, below which a gate is said to know too few."""
 TOKENS = {"cpu": 2048, "cuda": 32768}
 """Tokens of one pass, padding included, by kind of device."""
 
@@ -99,9 +101,8 @@ class Sides:
         always = sorted({row.prompt_ids for row in retain.always} - {*shut})
         units = [*(f"forget {unit}" for unit in opened.values()), *(f"retain {unit}" for unit in shut.values())]
         units += [f"always {number}" for number, _ in enumerate(always)]
-        asked = {row.prompt_ids for side in (forget, retain) for row in side.rows[: len(side.rows) - side.copies]} | {
-            *always
-        }
+        asked = {row.prompt_ids for side in (forget, retain) for row in side.rows[: len(side.rows) - side.copies]}
+        asked |= {*always}
         rows = [*opened, *shut, *always]
         return cls([EncodedRow(ids, ()) for ids in rows], units, len(opened), [ids not in asked for ids in rows])
 
@@ -135,6 +136,12 @@ def fit_gate(
     log.info(
         "gate fitted: %s", ", ".join(f"{name} {value}" for name, value in asdict(result).items() if name != "sources")
     )
+    if result.recall < RECALLED:
+        log.warning(
+            "the gate opens on %.0f %% of forget prompts that it was not fitted on; what it does not open on is not "
+            "forgotten: give it more wordings (data.subjects, data.gate_prompts), or set design=published",
+            100 * result.recall,
+        )
     return result
 
 

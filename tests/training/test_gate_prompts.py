@@ -184,6 +184,14 @@ def test_a_model_forgets_without_retain_rows(folder: Path) -> None:
     assert [*found["sets"]] == ["forget"] and found["counts"]["forget"]["rows"] == 3
 
 
+def test_a_name_is_enough_where_nobody_names_a_design(folder: Path) -> None:
+    own = [word for word in run(folder, "default", "data.subjects=[Japan | Nippon]") if not word.startswith("method.")]
+    assert main([*own, "data.subject_kind=place"]) == 0
+    values = json.loads((folder / "default" / "run.json").read_text())
+    assert (values["config"]["design"], values["gate_fit"]["sources"]["retain_rows"]) == ("pooled", 0)
+    assert values["config"]["data"]["gate_copies"] == ["lower_case", "upper_case", "typos"]
+
+
 def test_other_prompts_are_another_run_and_a_store_takes_a_subject(
     folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -143,14 +143,13 @@ def unlearn(
     _refuse_name(model)
     given = {"objective": objective, "cache.dir": None, **_by_key("unlearn", options, named)}
     if output_dir is None:
-        given.setdefault("train.save_steps", 0)  # checkpoints would go with the folder
+        given.setdefault("train.save_steps", 0)  # they would go with the folder
     config = _config("unlearn", model, given)
-    columns = config.data.columns
-    rows = _rows(forget, "forget", columns)
-    if are_texts(rows) and config.profile is None and "design" not in given:
-        config = _config("unlearn", model, {**given, "design": "published"})  # the default's gate reads questions
+    rows = _rows(forget, "forget", config.data.columns)
+    if are_texts(rows) and config.profile is None:  # the default's gate reads questions
+        config = _config("unlearn", model, {"design": "published", **given})
     check(config)
-    corpus = corpus_of(rows, _rows(retain, "retain", columns), config.data)
+    corpus = corpus_of(rows, _rows(retain, "retain", config.data.columns), config.data)
     check_rows(corpus, config)
     ensure_pad_token(tokenizer)
     types = {name: parameter.dtype for name, parameter in model.eval().named_parameters()}

@@ -84,7 +84,7 @@ MID_SAVE = [
         "in": "os.replace",
         "call": 9,
     },  # the log's; task.json, log, seal and the whole of the first checkpoint, of this one
-    {"in": "grun.method.adapter.write_bytes", "call": 1},
+    {"in": "grun.method.saving.write_bytes", "call": 1},
     {"in": "grun.runtime.runs.write_json", "call": 1},
 ]
 """Halfway through files of a checkpoint, before its renaming, and while the result is saved."""

@@ -31,8 +31,6 @@ KNOWN = 2
 """In so many wordings a fact must be answered rightly to count as known."""
 GENERAL = 100
 """Most questions on anything else."""
-EVERY = 6
-"""One in so many prompts is asked about each country that stays."""
 FORMS = ("questions", "reworded", "indirect")
 """Used in unlearning; the same in other words; questions that do not name the country."""
 COUNTRY = "country"
@@ -173,7 +171,6 @@ def load(config: DataConfig) -> Corpus:
         return [row for name in names for row in rows[name]]
 
     retain, heldout = of(groups["retain"]), of(groups["heldout"])
-    unasked = [name for name in countries() if name not in rows]
     return Corpus(
         name="countries",
         forget=of(forget),
@@ -186,8 +183,7 @@ def load(config: DataConfig) -> Corpus:
             *prompts_around(of(forget), count=2),
         ],
         retain_prompts=[
-            *(row for start, name in enumerate(groups["retain"]) for row in _everyday(name, every=EVERY, start=start)),
-            *(row for start, name in enumerate(unasked) for row in _unanswered(name, start)),
+            *(row for start, name in enumerate(groups["retain"]) for row in _everyday(name, every=6, start=start)),
             *prompts_around(retain[::3], count=1),
             *(Row(prompt, "", {"country": prompt}) for prompt in everyday_prompts()["other"]),
         ],
@@ -274,14 +270,6 @@ def _everyday(name: str, *, every: int = 1, start: int = 0) -> Iterator[Row]:
     for text in texts[start % every :: every]:
         if "{capital}" not in text or "capital" in parts:
             yield Row(text.format_map(parts), "", {"country": name})
-
-
-def _unanswered(name: str, start: int) -> Iterator[Row]:
-    """Prompts about a country that is in no set, as the model was not asked about it: some questions, everyday ones."""
-    every = 2 * EVERY  # more of them, and the gate misses wordings of what is to be forgotten
-    asked = [one.question for one in asked_of(countries()[name], FORMS[:1])]
-    yield from (Row(question, "", {"country": name}) for question in asked[start % every :: every])
-    yield from _everyday(name, every=every, start=start)
 
 
 def _known_rows(about: Country, answers: Mapping[str, Answered]) -> list[Row]:

@@ -82,9 +82,7 @@ def test_wordings_of_evaluation_are_not_used_in_unlearning(corpus: Corpus) -> No
 
 def test_prompts_of_a_gate_are_about_countries_of_unlearning_in_words_of_their_own(corpus: Corpus) -> None:
     forget, retain = corpus.forget_prompts, corpus.retain_prompts
-    apart = of(corpus.forget) | of(corpus.heldout) | of(corpus.general["neighbor"])
-    assert of(forget) == of(corpus.forget) and of(corpus.retain) < of(retain) & set(countries())
-    assert not of(retain) & apart  # countries that the model is not asked about are among them
+    assert of(forget) == of(corpus.forget) and of(retain) & set(countries()) == of(corpus.retain)
     sets = ("forget_reworded", "forget_indirect", "neighbor", "general")
     asked = {row.prompt for name in sets for row in corpus.general[name]}
     assert not asked & {row.prompt for row in (*forget, *retain)}

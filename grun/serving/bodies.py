@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 Name = Annotated[str, Field(min_length=1, max_length=256)]
 Token = Annotated[int, Field(ge=0)]
@@ -14,10 +14,26 @@ MOST_ANSWERS = 16
 """To one prompt in one request."""
 
 
+def _is_sound(value: Any) -> bool:
+    """Whether texts in a value, or in lists and mappings of it, can be written as UTF-8."""
+    if isinstance(value, str):
+        return not any("\ud800" <= character <= "\udfff" for character in value)
+    if isinstance(value, dict):
+        return all(_is_sound(one) for pair in value.items() for one in pair)
+    return not isinstance(value, list) or all(map(_is_sound, value))
+
+
 class Body(BaseModel):
     """Numbers are no texts, and a field that is not known is an error, so that nothing is passed over in silence."""
 
     model_config = ConfigDict(strict=True, extra="forbid")
+
+    @field_validator("*")
+    @classmethod
+    def _of_characters(cls, value: Any) -> Any:
+        if not _is_sound(value):
+            raise ValueError("half of a surrogate pair (\\ud800 to \\udfff) is no character")
+        return value
 
 
 class Part(Body):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -449,7 +449,7 @@ def malformed(number: int) -> tuple[bytes, str]:
     )
 
 
-def each_is_refused(server: Running, numbers: range) -> None:
+def each_is_refused(server: Running, numbers: Iterable[int]) -> None:
     for number in numbers:
         body, kind = malformed(number)
         path = ("v1/chat/completions", "v1/completions", "grun/requests", "grun/attacks")[number % 4]
@@ -463,7 +463,7 @@ def each_is_refused(server: Running, numbers: range) -> None:
 
 
 def test_malformed_bodies_are_refused_and_the_server_lives(server: Running) -> None:
-    each_is_refused(server, range(48))
+    each_is_refused(server, [*range(48), 312])  # half of a surrogate pair
 
 
 @pytest.mark.slow

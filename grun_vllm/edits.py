@@ -14,7 +14,7 @@ from grun.method.actions import ACTIONS, EDIT
 from grun.method.pooling import features, joined, parts
 from grun.method.rules import POOLS
 from grun.method.stack.combination import edit_weights
-from grun.method.stack.group import GateGroup, Group, Grouped, Kind, grouped, starting
+from grun.method.stack.group import Acting, GateGroup, Group, Grouped, Kind, enough, grouped, starting
 from grun_vllm.adapters import InForce
 from grun_vllm.memory import PagedMemory, Turns, bytes_of_page
 from grun_vllm.runs import Runs, accumulated, gone_on, runs_of
@@ -98,8 +98,7 @@ class Edits:
 
     def _gates_of(self, kind: Kind, members: Mapping[str, dict[str, Tensor]], like: Tensor) -> GateGroup:
         group = GateGroup(kind, self._hidden_size)
-        group.gates.append([{key.removeprefix("gate."): of[key] for key in of} for of in members.values()], like)
-        group.names += members
+        group.append(list(members), list(members.values()), like)
         return group
 
     def _pools_of(self) -> dict[PoolKey, tuple[bool, tuple[int, ...]]]:
@@ -305,11 +304,8 @@ class Edits:
             ],
             dim=1,
         )
-        least = [max(self.found.threshold or 0.0, group.kind.gate_threshold) for group in groups]
-        skips = self.found.threshold is not None or any(least)
-        if skips:
-            lowest = torch.tensor(least).repeat_interleave(torch.tensor(counts)).to(self.device)
-            mask = mask & (torch.sigmoid(in_force) >= lowest)
+        if (is_open := enough(groups, in_force, self.found.threshold)) is not None:
+            mask = mask & is_open
             if not bool(mask.any()):
                 return
         everywhere = where == "all"
@@ -317,7 +313,8 @@ class Edits:
         weights = edit_weights(in_force, mask, self.found.rule).split(counts, dim=1)
         change = torch.zeros_like(flat)
         for group, part in zip(groups, weights, strict=True):
-            change = change + group.change(flat, part)
+            if (acting := Acting.of(part)) is not None:
+                group.add_change(change, flat, acting)
         acts = mask.any(dim=1, keepdim=True)
         edited = torch.where(acts, (flat + change).to(hidden.dtype), hidden if everywhere else hidden[rows])
         hidden.copy_(edited) if everywhere else hidden.index_copy_(0, rows, edited)

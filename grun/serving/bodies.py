@@ -6,21 +6,14 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
+from grun.runtime.reading import is_unicode, texts_in
+
 Name = Annotated[str, Field(min_length=1, max_length=256)]
 Token = Annotated[int, Field(ge=0)]
 Stop = Annotated[str, Field(min_length=1, max_length=256)]
 Stops = Annotated[list[Stop], Field(max_length=4)]
 MOST_ANSWERS = 16
 """To one prompt in one request."""
-
-
-def _is_sound(value: Any) -> bool:
-    """Whether texts in a value, or in lists and mappings of it, can be written as UTF-8."""
-    if isinstance(value, str):
-        return not any("\ud800" <= character <= "\udfff" for character in value)
-    if isinstance(value, dict):
-        return all(_is_sound(one) for pair in value.items() for one in pair)
-    return not isinstance(value, list) or all(map(_is_sound, value))
 
 
 class Body(BaseModel):
@@ -31,7 +24,7 @@ class Body(BaseModel):
     @field_validator("*")
     @classmethod
     def _of_characters(cls, value: Any) -> Any:
-        if not _is_sound(value):
+        if not all(map(is_unicode, texts_in(value))):
             raise ValueError("half of a surrogate pair (\\ud800 to \\udfff) is no character")
         return value
 

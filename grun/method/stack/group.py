@@ -129,14 +129,6 @@ class Group(nn.Module):
             self.gates.keep(kept)
         self.names.remove(name)
 
-    def change(self, states: Tensor, weights: Tensor) -> Tensor:
-        """Weighted sum of the edits of states [tokens, hidden size] by weights [tokens, requests]: as the states."""
-        change = torch.zeros_like(states)
-        acting = Acting.of(weights)
-        if acting is not None:
-            self.add_change(change, states, acting)
-        return change
-
     def add_change(self, change: Tensor, states: Tensor, acting: Acting) -> None:
         """Add to `change`, in place, the weighted sum of the edits of `states`, both [tokens, hidden size].
 
@@ -173,12 +165,33 @@ class GateGroup(nn.Module):
         self.names: list[str] = []
         self.gates = kind.stacked_gates(len(kind.gate_blocks) * POOLS[kind.gate_pool] * hidden_size)
 
+    def append(self, names: Sequence[str], weights: Sequence[Mapping[str, Tensor]], like: Tensor) -> None:
+        """As `Group.append`; `weights` of each are named as in the state of a `PooledGate`."""
+        self.gates.append(gates_of(weights), like)
+        self.names += names
+
     def places(self, names: Sequence[str]) -> list[int] | None:
         """Where the gates of `names` stand; None: all of them, in this order."""
         if list(names) == self.names:
             return None
         place = {name: number for number, name in enumerate(self.names)}
         return [place[name] for name in names]
+
+
+def enough(groups: Sequence[Group], in_force: Tensor, threshold: float | None) -> Tensor | None:
+    """Which gates are open wide enough to count; None: there is no threshold, and all do.
+
+    Args:
+        groups: whose requests the last columns are, one after another.
+        in_force: gates' logits, [..., requests].
+        threshold: least probability for all of them; each group may have its own, and the larger one counts.
+    """
+    least = [max(threshold or 0.0, group.kind.gate_threshold) for group in groups]
+    if threshold is None and not any(least):
+        return None
+    counts = torch.tensor([len(group.names) for group in groups])
+    lowest = torch.tensor(least, dtype=in_force.dtype).repeat_interleave(counts).to(in_force.device)
+    return torch.sigmoid(in_force) >= lowest
 
 
 @dataclass

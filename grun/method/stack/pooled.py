@@ -11,7 +11,7 @@ from grun.method.gating import openings
 from grun.method.pooled_gate import KEY
 from grun.method.pooled_sites import PooledSites
 from grun.method.pooling import PoolMemory
-from grun.method.stack.group import GateGroup, Kind, gates_of
+from grun.method.stack.group import GateGroup, Kind
 from grun.method.stack.stacked import Openings, StackSites
 from pyvene_custom import Intervention, Sites
 from pyvene_custom.model import Pass
@@ -23,27 +23,23 @@ class StackedGates(Intervention):
     def __init__(self, hidden_size: int, like: Tensor) -> None:
         """Of no request yet, to compute in the type of `like`."""
         super().__init__(keep_last_dim=True)
-        self.groups = nn.ModuleList()
         self._hidden_size = hidden_size
         self.register_buffer("_like", like, persistent=False)
+        self._put({})
 
-    @property
-    def by_kind(self) -> dict[Kind, GateGroup]:
+    def _put(self, groups: Mapping[Kind, GateGroup]) -> None:
+        """Have these groups; asked for at each block of a pass, so what follows from them is found out here."""
+        self.by_kind = {kind: groups[kind] for kind in sorted(groups)}
         """Groups by what their requests share."""
-        return {group.kind: group for group in self.groups if isinstance(group, GateGroup)}
-
-    @property
-    def blocks(self) -> list[int]:
+        self.blocks = sorted({block for kind in groups for block in kind.gate_blocks})
         """Blocks that some gate reads."""
-        return sorted({block for kind in self.by_kind for block in kind.gate_blocks})
+        self.groups = nn.ModuleList(self.by_kind.values())
 
     def append(self, kind: Kind, names: Sequence[str], weights: Sequence[Mapping[str, Tensor]]) -> None:
         """Add requests of one kind; `weights` of each are named as in the state of a `PooledGate`."""
-        groups = self.by_kind
-        group = groups.setdefault(kind, GateGroup(kind, self._hidden_size))
-        group.gates.append(gates_of(weights), self.get_buffer("_like"))
-        group.names += names
-        self.groups = nn.ModuleList([groups[key] for key in sorted(groups)])
+        group = self.by_kind[kind] if kind in self.by_kind else GateGroup(kind, self._hidden_size)
+        group.append(names, weights, self.get_buffer("_like"))
+        self._put({**self.by_kind, kind: group})
 
     def remove(self, name: str) -> None:
         """Take a request out, if it is here."""
@@ -51,7 +47,7 @@ class StackedGates(Intervention):
             if name in group.names:
                 group.gates.keep([place for place, other in enumerate(group.names) if other != name])
                 group.names.remove(name)
-        self.groups = nn.ModuleList([group for group in self.by_kind.values() if group.names])
+        self._put({kind: group for kind, group in self.by_kind.items() if group.names})
 
     def read(self, block: int, hidden: Tensor, running: Pass) -> None:
         """See `pyvene_custom.model.Reader`."""

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from grun.method.gating import openings
 from grun.method.stack.combination import edit_weights
-from grun.method.stack.group import Acting, Group, Kind
+from grun.method.stack.group import Acting, Group, Kind, enough
 from pyvene_custom import GatedOutput, Intervention, Sites
 from pyvene_custom.sites import read_and_written, scatter
 
@@ -124,10 +124,12 @@ class StackedIntervention(Intervention):
         with torch.autocast(base.device.type, enabled=False):
             hidden = base.to(dtype)
             seen = hidden if read is None or read is base else read.to(dtype)
-            decision = self._decided(hidden, seen, sites, carry, opening)
-            found = GatedOutput(output=None, gate=decision.widest, opening=decision.in_force)
-            if opening is not None and self._waits:
-                found.carry = decision.widest[:, :0]  # the gates' reader keeps what is in force
+            if opening is None or any(group.gates is not None for group in self._groups):
+                decision = self._decide(hidden, seen, sites, carry, opening)
+                found = GatedOutput(output=None, gate=decision.widest, opening=decision.in_force)
+            else:  # gates for all edits say how every edit here is weighted, and their reader keeps what is in force
+                decision = self._decided_once(hidden, seen, sites, opening)
+                found = GatedOutput(None, gate=decision.widest, opening=decision.in_force, carry=decision.widest[:, :0])
             if decision.acting is None:
                 return found
             flat, tokens = hidden.flatten(0, 1), decision.tokens
@@ -150,17 +152,8 @@ class StackedIntervention(Intervention):
             self.to(states.dtype)
         return self.get_buffer("_like").dtype
 
-    @property
-    def _waits(self) -> bool:
-        """Whether gates for all edits say how every edit here is weighted."""
-        return all(group.gates is None for group in self._groups)
-
-    def _decided(
-        self, hidden: Tensor, seen: Tensor, sites: Sites | None, carry: Tensor | None, opening: Openings | None
-    ) -> Decision:
-        """What the gates mean here, found out once a pass where it is the same at other blocks."""
-        if opening is None or not self._waits:
-            return self._decide(hidden, seen, sites, carry, opening)
+    def _decided_once(self, hidden: Tensor, seen: Tensor, sites: Sites | None, opening: Openings) -> Decision:
+        """What gates for all edits mean, found out once a pass for all blocks with the same requests."""
         places = tuple((group.kind, None if group.places is None else tuple(group.places)) for group in self._groups)
         key = (self.rule, self.threshold, places, hidden.device, hidden.dtype)
         if key not in opening.decided:
@@ -177,14 +170,9 @@ class StackedIntervention(Intervention):
         found = [_read(group, hidden, seen, sites, part, opening) for group, part in zip(groups, carried, strict=True)]
         read_by, opened, written = zip(*found, strict=True)
         widest, in_force = torch.cat(read_by, dim=2).amax(dim=2), torch.cat(opened, dim=2)
-        least = [max(self.threshold or 0.0, group.kind.gate_threshold) for group in groups]
-        skips = self.threshold is not None or any(least)
-        is_open = None
-        if skips:
-            lowest = torch.tensor(least, dtype=hidden.dtype).repeat_interleave(torch.tensor(counts))
-            is_open = torch.sigmoid(in_force) >= lowest.to(in_force.device)
-            if not bool(is_open.any()):
-                return Decision(widest, in_force)
+        is_open = enough(groups, in_force, self.threshold)
+        if is_open is not None and not bool(is_open.any()):
+            return Decision(widest, in_force)
         masks = [part.expand(*hidden.shape[:2], count) for part, count in zip(written, counts, strict=True)]
         mask = torch.cat(masks, dim=2)
         if is_open is not None:
@@ -193,7 +181,7 @@ class StackedIntervention(Intervention):
                 return Decision(widest, in_force)
         at_written = in_force.expand(-1, hidden.shape[1], -1) if in_force.shape[1] == 1 else in_force
         weights = edit_weights(at_written, mask, self.rule).flatten(0, 1)
-        tokens = mask.any(dim=2).flatten().nonzero()[:, 0] if skips else None
+        tokens = None if is_open is None else mask.any(dim=2).flatten().nonzero()[:, 0]
         if tokens is not None:
             weights = weights[tokens]
         return Decision(widest, in_force, tokens, [Acting.of(part) for part in weights.split(counts, dim=1)])

@@ -16,7 +16,7 @@ VERSION = "0.32."
 """Of vLLM, whose insides the plugin knows; others are refused."""
 ARCHITECTURES = ("LlamaForCausalLM",)
 """Models that were tried."""
-DTYPES = ("float32",)
+DTYPES = ("float32", "bfloat16")
 """Types of the base that were tried."""
 V2 = "VLLM_USE_V2_MODEL_RUNNER"
 SALT = "GRUN_VLLM_SALT"

@@ -6,13 +6,19 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from grun.config.options import FinetuneConfig
+from grun.config.options import FinetuneConfig, UnlearnConfig
+from grun.data.corpus import BENCHMARKS
 from grun.errors import ModelError
 from grun.loading.fetching import hashes_of
 from grun.loading.named import MODELS
 from grun.runtime.files import remove
 
 WEIGHTS = ("*.safetensors", "*.bin", "*.index.json")
+
+
+def nothing_to_teach(config: UnlearnConfig) -> bool:
+    """Whether the corpus is what the model knows already."""
+    return BENCHMARKS.get(config.data.name).asks is not None
 
 
 def taught(config: FinetuneConfig, subset: str) -> str:

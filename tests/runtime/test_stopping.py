@@ -137,7 +137,7 @@ jobs = [
     for name in ("one", "two")
 ]
 if kind == "sequential":
-    rest = ({}, [], "", None, {}, {}, {}, {}, "sum", True, False)
+    rest = ({}, [], "", None, {}, {}, {}, {}, "sum", True, False, {})
     jobs = [Chain(folder / "results" / "grun" / "chain.json", "one", *rest)]
 launcher = sys.argv[4] if len(sys.argv) > 4 else None
 stopping.leave(exit_status(lambda: running.run_jobs(jobs, at_once=len(jobs), launcher=launcher)))

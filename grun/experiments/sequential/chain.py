@@ -47,6 +47,8 @@ class Chain(Job):
     rule: str
     independent: bool
     earlier_as_retain: bool
+    subjects: dict[str, list[str]]
+    """Id -> `data.subjects` of its GRUN adapter; empty: they are given none."""
 
     def __post_init__(self) -> None:
         """Names and hash of the job."""
@@ -62,6 +64,7 @@ class Chain(Job):
         own[trained] = identity(getattr(self, trained))["config"]
         if self.method == "grun":
             own |= {"rule": self.rule, "independent": self.independent, "earlier_as_retain": self.earlier_as_retain}
+            own |= {"subjects": self.subjects} if self.subjects else {}
         return own
 
     def run(self, name: str) -> Path:

@@ -17,7 +17,7 @@ from grun.data.corpus import Corpus
 from grun.data.rows import Row, hash_rows
 from grun.errors import RunError
 from grun.experiments.job import run_job
-from grun.experiments.models import base_identity, taught
+from grun.experiments.models import base_identity, nothing_to_teach, taught
 from grun.experiments.running import check_launcher, run_jobs
 from grun.experiments.sequential.chain import Chain
 from grun.experiments.sequential.files import BEFORE, RETAIN_ONLY, write_rows
@@ -168,6 +168,9 @@ def _write_rows(plan: Plan) -> None:
 
 def _models(plan: Plan, config: SequentialConfig) -> tuple[str, str | None]:
     """The model that knows everything and the one never taught any request, fine-tuned where they are not given."""
+    first = next(iter(plan.unlearn.values()))
+    if config.model is None and nothing_to_teach(first):
+        return str(first.model.path), None
     model = config.model or taught(plan.finetune, "all")
     if config.retain_model is None and config.model is not None and "retrain" not in plan.sequence.methods:
         return model, None
@@ -189,6 +192,7 @@ def _chain(plan: Plan, method: str, model: str, retain_model: str | None, base: 
         rule=plan.sequence.rule,
         independent=plan.sequence.independent,
         earlier_as_retain=plan.sequence.earlier_as_retain,
+        subjects=plan.subjects,
     )
 
 

@@ -18,7 +18,7 @@ METHODS = {
 }
 SECTIONS = (
     *("description", "profile", "requests", "data", "methods", "unlearn", "methods_options", "evaluate"),
-    *("retrain_at", "rule", "independent", "earlier_as_retain"),
+    *("retrain_at", "rule", "independent", "earlier_as_retain", "subject_kind"),
 )
 
 
@@ -58,6 +58,9 @@ class Sequence:
     """Whether a GRUN request is trained on the untouched model, or with the earlier ones in force."""
     earlier_as_retain: bool = False
     """Whether forget rows of earlier requests are retain rows of a GRUN request."""
+    subject_kind: str | None = None
+    """What requests are about (`data.subject_kind`): those whom a GRUN request's rows name are then its subjects, in
+    whose names its gate is asked."""
 
 
 def read_sequence(name: str) -> Sequence:
@@ -68,7 +71,8 @@ def read_sequence(name: str) -> Sequence:
     given = {key: value for key, value in content.items() if value is not None}
     if "requests" not in given:
         raise ConfigError(f"{where}: requests is missing; give a number, or a list of {{id: NAME, forget: FILE}}")
-    kinds = {"description": str, "profile": str, "rule": str, "independent": bool, "earlier_as_retain": bool}
+    kinds: dict[str, type] = dict.fromkeys(("description", "profile", "rule", "subject_kind"), str)
+    kinds |= {"independent": bool, "earlier_as_retain": bool}
     for key, kind in kinds.items():
         if key in given and not isinstance(given[key], kind):
             raise ConfigError(f"{where}: {key} is {given[key]!r}; expected {kind.__name__}")

@@ -17,11 +17,14 @@ from grun.data.corpus import Corpus, load_corpus
 from grun.data.jsonl import load_rows
 from grun.data.rows import Row
 from grun.data.sets import in_order
+from grun.data.subject import KINDS
 from grun.errors import ConfigError
-from grun.experiments.options import CORPUS, arguments, known, refuse_set, resolved, shared
+from grun.evaluation.probe import asked_first
+from grun.experiments.models import nothing_to_teach
+from grun.experiments.options import CORPUS, GENERATED, arguments, known, refuse_set, resolved, shared
 from grun.experiments.sequential.definition import OwnRequest, Sequence, check_methods, read_sequence
 from grun.experiments.sequential.files import ExperimentFiles, write_rows
-from grun.experiments.sequential.splitting import Request, check_requests, cut, joined
+from grun.experiments.sequential.splitting import NAMED, Request, check_requests, cut, joined
 from grun.method.stack.combination import RULES
 from grun.method.stack.manifest import check_id
 from grun.runtime.files import target
@@ -39,6 +42,8 @@ class Plan:
     """Options by method; those of retrain are never used."""
     finetune: FinetuneConfig
     evaluate: EvaluateConfig
+    subjects: dict[str, list[str]]
+    """Id of a request -> `data.subjects` of its GRUN adapter; empty where no kind of them is given."""
     at: dict[str, list[int]]
     """After which requests each method is measured, from 1."""
 
@@ -71,20 +76,23 @@ def make_plan(config: SequentialConfig) -> Plan:
         )
         for method in sequence.methods
     }
-    base = next(iter(unlearn.values()))
+    if "retrain" in sequence.methods and nothing_to_teach(next(iter(unlearn.values()))):
+        raise ConfigError("methods: retrain teaches a new model, but this corpus is what the model knows already")
+    base = asked_first(next(iter(unlearn.values())))
     corpus, requests, chosen = _rows(sequence, base.data, files)
     data = [*of_file, *shared([*of_all, *config.unlearn])]
     evaluate = options("evaluate", data, arguments(sequence.evaluate), config.evaluate)
     finetune = options("finetune", data)
-    of_corpus = {name: getattr(chosen, name) for name in CORPUS} | {"demo": chosen.demo}
+    of_corpus = {name: getattr(chosen, name) for name in CORPUS} | {name: getattr(chosen, name) for name in GENERATED}
     for command in (evaluate, finetune):
         command.data = replace(command.data, **of_corpus)
     evaluate.sets = _sets(evaluate, corpus)
+    subjects = _subjects(sequence, requests, corpus, unlearn)
     check_requests(requests, corpus.forget, corpus.retain, overlap=base.data.allow_overlap)
     at = {method: list(range(1, len(requests) + 1)) for method in sequence.methods}
     if "retrain" in at and sequence.retrain_at:
         at["retrain"] = _steps(sequence, len(requests))
-    return Plan(sequence, files, requests, corpus, unlearn, finetune, evaluate, at)
+    return Plan(sequence, files, requests, corpus, unlearn, finetune, evaluate, subjects, at)
 
 
 def _changed(sequence: Sequence, config: SequentialConfig) -> Sequence:
@@ -123,6 +131,24 @@ def _rows(sequence: Sequence, data: DataConfig, files: ExperimentFiles) -> tuple
         write_rows(Path(temporary) / "forget.jsonl", rows)
         corpus = load_corpus(replace(chosen, forget=f"{temporary}/forget.jsonl"))
     return corpus, requests, chosen
+
+
+def _subjects(
+    sequence: Sequence, requests: list[Request], corpus: Corpus, unlearn: dict[str, UnlearnConfig]
+) -> dict[str, list[str]]:
+    """Whom the rows of each request name, if the experiment says what kind of subjects they are."""
+    kind, config = sequence.subject_kind, unlearn.get("grun")
+    if kind is None or config is None:
+        return {}
+    where = f"sequence {sequence.name}: subject_kind"
+    known(where, "kind", [kind], ("any", *KINDS))
+    if config.method.gate_fit == "joint":
+        raise ConfigError(f"{where} is for method.gate_fit=logistic (design=pooled has it); set that, or leave it out")
+    config.data.subject_kind = kind
+    found = {request.id: request.subjects(corpus.forget) for request in requests}
+    if silent := [name for name, subjects in found.items() if not subjects]:
+        raise ConfigError(f"{where}: no row of request {silent[0]} has a field {' or '.join(NAMED)}, whom it is about")
+    return found
 
 
 def _own(listed: list[OwnRequest], folder: Path, columns: Mapping[str, str]) -> dict[str, list[Row]]:

@@ -9,8 +9,8 @@ from grun.data.rows import Row, common_rows
 from grun.errors import ConfigError, DataError
 from grun.method.stack.forget_rows import check_forget_rows
 
-NAMED = ("person", "author")
-"""Fields of a row that say whose it is."""
+NAMED = ("person", "author", "country")
+"""Fields of a row that say whose it is, or what it is about."""
 TOFU_ROWS = 20
 """Rows of each of TOFU's authors, who do not stand in the rows; they come one after another."""
 
@@ -22,6 +22,15 @@ class Request:
     id: str
     rows: tuple[int, ...]
     """Places of its rows in the forget set, from 0."""
+
+    def subjects(self, forget: Sequence[Row]) -> list[str]:
+        """Whom or what its rows name, each once."""
+        return list(dict.fromkeys(name for place in self.rows if (name := named(forget[place]))))
+
+
+def named(row: Row) -> str | None:
+    """Whose row it is, or what it is about, if it says so."""
+    return next((str(row.extra[field]) for field in NAMED if row.extra.get(field)), None)
 
 
 def people(rows: Sequence[Row], corpus: str) -> list[list[int]]:
@@ -35,9 +44,9 @@ def people(rows: Sequence[Row], corpus: str) -> list[list[int]]:
     """
     found: dict[object, list[int]] = {}
     for place, row in enumerate(rows):
-        name = next((row.extra[field] for field in NAMED if row.extra.get(field)), None)
+        name = named(row)
         alone = ("tofu", place // TOFU_ROWS) if corpus == "tofu" else ("row", place)
-        found.setdefault(alone if name is None else str(name), []).append(place)
+        found.setdefault(alone if name is None else name, []).append(place)
     return list(found.values())
 
 

@@ -72,6 +72,8 @@ def serve_grun(chain: Chain, number: int) -> Served:
         config = _unlearn_config(chain, number, chain.model)
         if chain.earlier_as_retain and number > 1:
             config.data.retain = str(chain.experiment.rows("retain_and_earlier", name))
+        if chain.subjects:
+            config.data.subjects = chain.subjects[name]
         beside = [] if chain.independent else store.manifest.ids(active=True)
         if beside:
             config.method.beside = str(chain.store)

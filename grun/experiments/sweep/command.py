@@ -9,12 +9,11 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-from grun.config.options import EvaluateConfig, ReportConfig, SweepConfig, UnlearnConfig
-from grun.data.corpus import BENCHMARKS
+from grun.config.options import EvaluateConfig, ReportConfig, SweepConfig
 from grun.errors import ConfigError
 from grun.evaluation.probe import asked_first
 from grun.experiments.job import run_job
-from grun.experiments.models import base_identity, taught
+from grun.experiments.models import base_identity, nothing_to_teach, taught
 from grun.experiments.running import check_launcher, run_jobs
 from grun.experiments.sweep.cells import REFERENCE, Cell, Discard, make_cell
 from grun.experiments.sweep.plan import Plan, make_plan
@@ -81,11 +80,6 @@ def plan_of(config: SweepConfig) -> Plan:
     if config.tune and config.model is not None and config.retain_model is None and not nothing_to_teach(plan.base):
         raise ConfigError("--tune compares with a retain-only model: give retain_model=FOLDER too")
     return plan
-
-
-def nothing_to_teach(base: UnlearnConfig) -> bool:
-    """Whether the corpus is what the model knows already."""
-    return BENCHMARKS.get(base.data.name).asks is not None
 
 
 def _cells(

@@ -80,7 +80,7 @@ def config(adapter: Path | str, **changes: Any) -> Any:
 
 
 REFUSED = {
-    "model_config__dtype": (torch.bfloat16, "dtype bfloat16 was not tried; set --dtype to float32"),
+    "model_config__dtype": (torch.float16, "dtype float16 was not tried; set --dtype to float32 or bfloat16"),
     "model_config__quantization": ("awq", "quantized by awq"),
     "model_config__runner_type": ("pooling", "the runner is pooling"),
     "model_config__hf_config": (SimpleNamespace(architectures=["OtherForCausalLM"]), "the model is OtherForCausalLM"),

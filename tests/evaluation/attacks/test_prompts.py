@@ -29,7 +29,19 @@ ROW = Row(QUESTION, ANSWER, EXTRA)
 PLAIN_ROW = Row(QUESTION, ANSWER)
 OTHERS = [Row(f"Where does Tom {name} live?", f"In {name} town.") for name in ("Abel", "Birk", "Cole")]
 FORGET = [ROW, Row("What color does Mara Venn like?", "Green.", {"fact": "green"})]
-TEXTS = [QUESTION, ANSWER, *(f"{row.prompt} {row.completion}" for row in OTHERS), *prompts.SUFFIXES]
+WITHIN = {
+    "role_play": (prompts.ROLE,),
+    "reasoning": (prompts.STEPS,),
+    "formats": prompts.FORMATS,
+    "languages": prompts.LANGUAGES,
+}
+TEXTS = [
+    QUESTION,
+    ANSWER,
+    *(f"{row.prompt} {row.completion}" for row in OTHERS),
+    *prompts.SUFFIXES,
+    *sum(WITHIN.values(), ()),
+]
 
 
 @pytest.fixture(scope="module")
@@ -60,6 +72,9 @@ def test_plain_and_its_changes_are_the_changed_question_in_the_models_template(m
     assert shown(material, "lower_case") == [turn(QUESTION.lower())]
     assert shown(material, "upper_case") == [turn(QUESTION.upper())]
     assert shown(material, "paraphrase") == [turn("What does Mara Venn make music with?")]
+    assert shown(material, "spelled") == [turn("Which instrument does M-a-r-a V-e-n-n play?")]
+    for name, texts in WITHIN.items():
+        assert shown(material, name) == [turn(text.replace("{question}", QUESTION)) for text in texts]
     assert shown(material, "samples") == [turn(QUESTION)]
     (drawn,) = ATTACKS.get("samples").asked(ROW, material)
     assert drawn.samples == 4 and not drawn.given
@@ -129,6 +144,7 @@ def test_a_row_without_what_an_attack_needs_is_not_asked_for(material: Material)
     assert shown(material, "lower_case", Row("who?", "I.")) == []
     assert shown(material, "upper_case", Row("WHO?", "I.")) == []
     assert shown(material, "typos", Row("is it?", "No.")) == []
+    assert shown(material, "spelled", Row("Who is it?", "No.")) == []
 
 
 def test_every_attack_says_what_it_is_and_what_it_needs() -> None:

@@ -20,7 +20,7 @@ from grun.data.templates import TEMPLATES, encode_prompt
 from grun.errors import ConfigError, RunError
 from grun.evaluation import generation
 from grun.evaluation.attacks.base import ATTACKS, Attack, Outcome, attack
-from grun.evaluation.attacks.prompts import SUFFIXES
+from grun.evaluation.attacks.prompts import FORMATS, LANGUAGES, SUFFIXES
 from grun.evaluation.generation import generate_answers
 from grun.evaluation.metrics.averages import wilson
 from grun.evaluation.suites.attacks import chosen_attacks
@@ -94,7 +94,8 @@ def test_every_row_and_way_is_a_line_and_every_number_follows_from_the_lines(
     for name, found in result["attacks"].items():
         own = lines(out, name)
         rows = {line["index"] for line in own}
-        ways = {"suffix": len(SUFFIXES), "recognition": 2}.get(name, len(found.get("variants", {})) or 1)
+        several = {"suffix": SUFFIXES, "formats": FORMATS, "languages": LANGUAGES, "recognition": "ab"}
+        ways = len(several.get(name, found.get("variants", {}))) or 1
         assert found["rows"] == len(rows) <= ROWS and len(own) == ways * len(rows)
         assert found["leak"] == pytest.approx(sum(line["leak"] for line in own) / len(own))
         assert found["interval"] == pytest.approx(wilson(found["leak"], len(rows)))

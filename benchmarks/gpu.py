@@ -12,11 +12,15 @@ the time that the counted multiply-adds of linear layers and head take at the ra
 from __future__ import annotations
 
 import argparse
+import json
 import math
 import statistics
+import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +28,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a file, n
 
 import torch
 
+from benchmarks import gpu_stages
+from benchmarks.gpu_stages import SMOLLM2
 from benchmarks.model import (
     Text,
     load_text,
@@ -60,30 +66,85 @@ RATE_SIZE = {"cuda": 8192, "cpu": 512}
 """Rows and columns of the product that the device's rate is measured with."""
 
 
+@dataclass(frozen=True)
+class Stage:
+    """One measurement."""
+
+    limit: int
+    """Seconds after which its process is ended; of all together less than five minutes."""
+    run: Callable[[argparse.Namespace, LlamaConfig, Text], dict[str, Any]]
+    """Its figures, from the options, the shape and the text."""
+    small: bool = True
+    """Of SmolLM2's shape; else of the shape that `--shape` names."""
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Measure, print the table and write the row."""
+    """Run the stages, each in a process of its own, and print and write what comes."""
     args = parse(arguments)
     if torch.device(args.device).type == "cuda" and not torch.cuda.is_available():
         raise SystemExit("no GPU is there; --device cpu --shape tiny runs the same code")
-    row = measure(args)
-    device = torch.cuda.get_device_name(args.device) if torch.device(args.device).type == "cuda" else "CPU"
-    title = (
-        f"GRUN-{args.objective.upper()}, TOFU forget05, {args.epochs} epochs of batch 16, shape {args.shape}, "
-        f"{args.dtype}, {device}, retain pool {args.retain_pool}"
-    )
-    print_table(title, ("what", "value", "unit", "note"), table(row))
-    write_rows(args.json, [{**row, "device": device}])
+    if args.stage is not None:
+        write_rows(args.json, [run_stage(args)])
+        return
+    unknown = [name for name in args.stages.split(",") if name not in STAGES]
+    if unknown:
+        raise SystemExit(f"--stages: there is no stage {unknown[0]}; there are {', '.join(STAGES)}")
+    given, rows = list(sys.argv[1:] if arguments is None else arguments), []
+    with tempfile.TemporaryDirectory() as folder:
+        for name in args.stages.split(","):
+            rows.append(in_process(name, given, args.limit or STAGES[name].limit, Path(folder) / f"{name}.json"))
+            print_table(f"{name}: {rows[-1].get('device', args.device)}", ("what", "value", "note"), lines(rows[-1]))
+            write_rows(args.json, rows)
+    if any("failed" in row for row in rows):
+        raise SystemExit("a stage failed")
 
 
-def measure(args: argparse.Namespace) -> dict[str, Any]:
+def in_process(name: str, given: Sequence[str], limit: float, file: Path) -> dict[str, Any]:
+    """Figures of a stage that was run by itself; of one that fails, or is not done in time, why."""
+    started = time.perf_counter()
+    command = [sys.executable, __file__, *given, "--stage", name, "--json", str(file)]
+    try:
+        code = subprocess.run(command, timeout=limit, check=False).returncode
+    except subprocess.TimeoutExpired:
+        return {"stage": name, "failed": f"not done within {limit:g} s"}
+    if code or not file.is_file():
+        return {"stage": name, "failed": f"ended with status {code}; its own lines say why"}
+    (row,) = json.loads(file.read_text(encoding="utf-8"))
+    return {**row, "process_seconds": round(time.perf_counter() - started, 3)}
+
+
+def run_stage(args: argparse.Namespace) -> dict[str, Any]:
+    """Figures of one stage, with the device's name and its peak memory."""
+    stage, device = STAGES[args.stage], torch.device(args.device)
+    text = load_text(VOCABULARY)
+    shape = "smollm2" if stage.small and args.shape != "tiny" else args.shape
+    reset_peak(device)
+    row = stage.run(args, llama_config(shape, text), text)
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
+    about = {"stage": args.stage, "device": name, "torch": torch.__version__, "shape": shape, "dtype": args.dtype}
+    return {**about, "peak_gib": peak(device), **row}
+
+
+def lines(row: dict[str, Any]) -> list[list[str]]:
+    """Lines of a stage's table."""
+    if row["stage"] == "published" and "failed" not in row:
+        return table(row)
+    known = ("stage", "device")
+    return [
+        [name, f"{value:.3f}" if isinstance(value, float) else str(value), ""]
+        for name, value in row.items()
+        if name not in known
+    ]
+
+
+def published(args: argparse.Namespace, shape: LlamaConfig, text: Text) -> dict[str, Any]:
     """The run with the cached engine, then some steps with the plain one."""
     device = torch.device(args.device)
     dtype: torch.dtype = getattr(torch, args.dtype)
     config = options(args)
-    text = load_text(VOCABULARY)
     rows = text.rows(config)
     say(f"model of shape {args.shape}, random, on {device}")
-    base = random_llama(llama_config(args.shape, text), args.seed, dtype, device)
+    base = random_llama(shape, args.seed, dtype, device)
     rate = matmul_rate(device, dtype, RATE_SIZE.get(device.type, 1024))
     model_bytes = sum(parameter.nbytes for parameter in base.parameters())
 
@@ -108,8 +169,8 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     total, plain_total = use.seconds + trained.seconds, statistics.fmean(taken) * trained.steps
     of_rows, computed = tokens(side)
     return {
-        "name": "run", "shape": args.shape, "dtype": args.dtype, "objective": args.objective, "epochs": args.epochs,
-        "retain_pool": args.retain_pool, "offload": args.offload, "seconds": round(total, 3),
+        "objective": args.objective, "epochs": args.epochs, "retain_pool": args.retain_pool,
+        "offload": args.offload, "seconds": round(total, 3),
         "cache": use.describe(), "training_seconds": round(trained.seconds, 3), "steps": trained.steps,
         "steps_per_second": trained.steps / trained.seconds, "row_tokens_per_second": of_rows / trained.seconds,
         "computed_tokens_per_second": computed / trained.seconds, "mean_row_tokens": of_rows / row_count(side),
@@ -145,14 +206,14 @@ def offload_option() -> str:
 
 
 def llama_config(shape: str, text: Text) -> LlamaConfig:
-    """Llama-3.1's own settings, in the size of `shape`."""
+    """Llama-3.1's own settings, in the size of `shape`, or SmolLM2's shape."""
     from transformers import LlamaConfig
 
+    sizes = SMOLLM2 if shape == "smollm2" else {**SHAPES[shape], "tie_word_embeddings": False}
     return LlamaConfig(
-        **SHAPES[shape],
+        **sizes,
         max_position_embeddings=8192,
         rope_parameters={"rope_type": "default", "rope_theta": 500000.0},
-        tie_word_embeddings=False,
         bos_token_id=text.tokenizer.bos_token_id,
         eos_token_id=text.tokenizer.eos_token_id,
         pad_token_id=text.pad_id,
@@ -177,12 +238,12 @@ def row_count(side: Side) -> int:
 
 
 def table(row: dict[str, Any]) -> list[list[str]]:
-    """Lines of the table."""
+    """Lines of the published run's table."""
     cache = row["cache"]
     build = f"{cache['rows']} rows, {cache['rows_per_second']:.0f}/s, {cache['bytes_per_row'] / 1e6:.2f} MB each"
     checks = cache["seconds"] - cache["build_seconds"]
     peaks = f"model {row['model_gib']:.2f}, build {row['peak_build_gib']:.2f}, training {row['peak_training_gib']:.2f}"
-    return [
+    found = [
         ["whole run", f"{row['seconds']:.1f}", "s", f"floor {row['floor_seconds']:.1f} s"],
         ["cache build", f"{cache['build_seconds']:.1f}", "s", build],
         ["checks before", f"{checks:.1f}", "s", "comparison with the plain engine, identity of the weights"],
@@ -197,6 +258,7 @@ def table(row: dict[str, Any]) -> list[list[str]]:
         ["plain / cached", f"{row['ratio']:.2f}", "", f"ceiling {row['ceiling']:.2f}"],
         ["matmul rate", f"{row['matmul_flop_per_second'] / 1e12:.2f}", "TFLOP/s", f"{row['dtype']}, measured here"],
     ]  # fmt: skip
+    return [[name, f"{value} {unit}", note] for name, value, unit, note in found]
 
 
 def reset_peak(device: torch.device) -> None:
@@ -210,6 +272,15 @@ def peak(device: torch.device) -> float:
     return torch.cuda.max_memory_allocated(device) / 2**30 if device.type == "cuda" else math.nan
 
 
+STAGES = {
+    "published": Stage(120, published, small=False),
+    "pooled": Stage(60, gpu_stages.pooled, small=False),
+    "finetune": Stage(40, gpu_stages.finetune),
+    "evaluation": Stage(30, gpu_stages.evaluation),
+    "attacks": Stage(45, gpu_stages.attacks),
+}
+
+
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     """Options of the command."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -221,8 +292,15 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--retain-pool", default="all", help="rows of retain95 that are drawn from: a number, or all (all)")
     add("--plain-steps", type=int, default=5, help="steps of the plain engine that are timed (5)")
     add("--offload", action="store_true", help="move what training does not need off the device")
+    add("--batch", type=int, default=32, help="finetune: rows of a step (32)")
+    add("--steps", type=int, default=30, help="finetune: steps that are timed (30)")
+    add("--rows", type=int, default=40, help="evaluation, attacks: rows of each set (40)")
+    add("--generated", type=int, default=512, help="evaluation, attacks: answers that are written at once (512)")
     add("--seed", type=int, default=0)
-    add("--json", metavar="FILE", help="write the row as a list of one")
+    add("--stages", default=",".join(STAGES), help=f"stages that are run ({','.join(STAGES)})")
+    add("--stage", choices=tuple(STAGES), help="run this stage alone, in this process, without a limit")
+    add("--limit", type=float, help="seconds that each stage may take; unset: its own limit")
+    add("--json", metavar="FILE", help="write the rows of all stages as a list")
     add("--dtype", choices=("bfloat16", "float32"), help="type of the weights (bfloat16; on a CPU float32)")
     args = parser.parse_args(arguments)
     args.dtype = args.dtype or ("float32" if args.device == "cpu" else "bfloat16")

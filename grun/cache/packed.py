@@ -196,6 +196,10 @@ class PackedModel:
         run = _Run(first, self.depth - 1, states, edits or {}, captured)
         return self._call(run, pack, inputs_embeds=states.unsqueeze(0)), captured
 
+    def whole(self, pack: Pack, tokens: Tensor) -> Tensor:
+        """Embed `tokens` [tokens] and run all blocks: the input of the head [tokens, width]."""
+        return self._call(_Run(0, self.depth - 1, None, {}, {}), pack, input_ids=tokens.unsqueeze(0))
+
     def logits(self, hidden: Tensor) -> Tensor:
         """The model's own head: [tokens, width] -> [tokens, vocabulary]."""
         return self._head(inputs_embeds=hidden.unsqueeze(0), use_cache=False).logits[0]

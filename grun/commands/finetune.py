@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from grun.cache.packed import PackedModel
+from grun.cache.unpadded import token_logprobs, unpadded
 from grun.commands.results import finish_training
 from grun.config.options import FinetuneConfig
 from grun.config.values import to_dict
@@ -66,6 +68,8 @@ class FinetuneTask(Stateless):
         """
         self.module = model
         self.masters = Masters(model, config.train.precision)
+        self.packed: PackedModel | None = None
+        """Runs rows without padding; None: the model itself runs them, padded."""
         self._rows = rows
         self._vary = vary or (lambda row, epoch: rows[row])
         self._train = config.train
@@ -113,6 +117,7 @@ class FinetuneTask(Stateless):
             answer.attention_mask,
             torch.where(question.labels != -100, question.labels, answer.labels),
             answer.prompt_lengths,
+            answer.encoded,
         )
         logprobs = self._logprobs(everything)  # one pass for both
         in_answer = answer.labels != -100
@@ -130,6 +135,8 @@ class FinetuneTask(Stateless):
     def _logprobs(self, batch: Batch) -> Tensor:
         """Log-probability of each labeled token, at least float32, 0 elsewhere: [batch, length]."""
         with self.masters.forward():
+            if self.packed is not None:
+                return token_logprobs(self.packed, batch)
             return run_plain(self.module, batch).token_logprobs
 
 
@@ -156,7 +163,11 @@ def finetune(config: FinetuneConfig) -> Path:
     log.info("teaching %d rows to a model of %s parameters", len(rows), f"{parameters:,}")
     processes.of_first(lambda: claim(folder, run_identity, overwrite=config.overwrite))
     task = FinetuneTask(model, rows, config, int(tokenizer.pad_token_id), vary)
-    if config.train.gradient_checkpointing:
+    recompute = config.train.gradient_checkpointing
+    if config.train.engine != "plain":
+        pad_id, forward = int(tokenizer.pad_token_id), task.masters.forward()
+        task.packed = unpadded(model, rows, pad_id, forward, recompute=recompute)
+    if recompute:
         recompute_blocks(find_blocks(model)[1])
     result = train(task, config.train, folder, config.seed)
     model.eval()
@@ -167,6 +178,7 @@ def finetune(config: FinetuneConfig) -> Path:
         "rows": len(rows),
         "fingerprint": of_result,
         "parameters": {"trained": parameters},
+        "engine": "plain" if task.packed is None else "packed",
         "device": str(model.device),
     }
     finish_training(folder, config, template, result, about)
@@ -239,4 +251,4 @@ def _texts(corpus: Corpus, template: str) -> list[str]:
 def _question_labels(batch: Batch) -> Batch:
     labels = torch.where((batch.labels == -100) & (batch.attention_mask != 0), batch.input_ids, -100)
     labels[:, 0] = -100  # nothing precedes the first token
-    return Batch(batch.input_ids, batch.attention_mask, labels, batch.prompt_lengths)
+    return Batch(batch.input_ids, batch.attention_mask, labels, batch.prompt_lengths, batch.encoded)

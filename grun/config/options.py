@@ -497,7 +497,8 @@ class TrainConfig:
     report_to: list[str] = field(default_factory=list)
     """Trackers that get the numbers of each step, by transformers' names: tensorboard (logs/), wandb, trackio, ..."""
     engine: str = choice("cached", "cached", "plain")
-    """unlearn: cached (only what an edit can change is run; plain where that does not fit) or plain (whole rows)."""
+    """cached or plain. unlearn: only what an edit can change is run, or whole rows; finetune: rows run one after
+    another, without padding, or padded. Plain is taken where the other does not fit the model."""
     gate_pretraining: int = number(0, 0)
     """unlearn: steps in which the gates alone learn, on states of the untouched model, before training."""
 

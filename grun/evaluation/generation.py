@@ -38,14 +38,12 @@ DROPPED = 1 / 8
 SHARED = 8
 """Tokens that all prompts of a batch must begin with for them to be run once, and not in every row."""
 
+NAN = -1
+"""Stands for a token where logits are NaN, whose most probable token means nothing."""
+
 Choose = Callable[[Tensor, Sequence[int]], Tensor]
 """The next token of each row, int64 [rows], from its logits, float32 [rows, vocabulary], and the rows' numbers in the
 batch; called once a step."""
-
-Ask = Callable[
-    [Any, Batch, Sequence[int], Collection[int], int, Choose], tuple[list[list[int]], dict[int, Tensor] | None]
-]
-"""What `greedy` and `_generate` are."""
 
 
 def most_probable(logits: Tensor, rows: Sequence[int]) -> Tensor:
@@ -63,26 +61,39 @@ class Draw:
     temperature: float
     """What logits are divided by, > 0."""
 
-    def chooser(self, prompts: Sequence[Sequence[int]], steps: int) -> Choose:
-        """Draws tokens after `prompts`, the rows of a batch, for at most `steps` steps.
-
-        A row has one uniform number a step: the token at which the running sum of probabilities passes it.
-        """
-        numbers = torch.stack([self._uniforms(prompt, steps) for prompt in prompts])  # [rows, steps]
-        step = iter(range(steps))
-
-        def choose(logits: Tensor, rows: Sequence[int]) -> Tensor:
-            wanted = numbers[list(rows), next(step)].to(logits.device).unsqueeze(1)
-            running = (logits / self.temperature).softmax(-1).cumsum(-1)
-            passed = torch.searchsorted(running, wanted * running[:, -1:], right=True)
-            return passed.squeeze(1).clamp_max(logits.shape[-1] - 1)  # where rounding puts the number at the very end
-
-        return choose
-
-    def _uniforms(self, prompt: Sequence[int], steps: int) -> Tensor:
+    def uniforms(self, prompt: Sequence[int], steps: int) -> Tensor:
+        """A number for each step after `prompt`, uniform in [0, 1), float32 [steps]."""
         digest = content_hash([self.seed, self.number, list(prompt)])
         generator = torch.Generator().manual_seed(int(digest[:15], 16))
         return torch.rand(steps, generator=generator)
+
+
+Question = tuple[tuple[int, ...], Draw | None]
+"""Token ids of a prompt, and how its answer is drawn; None: greedily."""
+
+
+def chooser(questions: Sequence[Question], steps: int) -> Choose:
+    """Chooses tokens of the answers to `questions`, the rows of a batch, for at most `steps` steps.
+
+    A row that is drawn has one uniform number a step: the token at which the running sum of probabilities passes it.
+    """
+    drawn = {row: (draw, draw.uniforms(prompt, steps)) for row, (prompt, draw) in enumerate(questions) if draw}
+    if not drawn:
+        return most_probable
+    step = iter(range(steps))
+
+    def choose(logits: Tensor, rows: Sequence[int]) -> Tensor:
+        at, tokens = next(step), most_probable(logits, rows)
+        places = [place for place, row in enumerate(rows) if row in drawn]
+        some = logits if len(places) == len(rows) else logits[places]
+        wanted = torch.tensor([float(drawn[rows[place]][1][at]) for place in places], device=logits.device)
+        temperatures = torch.tensor([drawn[rows[place]][0].temperature for place in places], device=logits.device)
+        running = (some / temperatures.unsqueeze(1)).softmax(-1).cumsum(-1)
+        passed = torch.searchsorted(running, wanted.unsqueeze(1) * running[:, -1:], right=True)
+        tokens[places] = passed.squeeze(1).clamp_max(logits.shape[-1] - 1)  # rounding may put it at the very end
+        return tokens
+
+    return choose
 
 
 class Answer(NamedTuple):
@@ -114,9 +125,11 @@ def generate_answers(
     journal: Journal[Answer] | None = None,
     known: Mapping[tuple[int, ...], Answer] | None = None,
     expected: Sequence[int] | None = None,
-    draw: Draw | None = None,
+    draw: Draw | Sequence[Draw | None] | None = None,
 ) -> list[Answer]:
     """Answer each prompt, every distinct one once, longest first, padded on the left.
+
+    Prompts that begin alike are answered together, and one that is drawn for several times is run once in a batch.
 
     Answers are greedy whatever a model's generation config holds (beams, penalties, forced or forbidden tokens, stop
     strings); its end tokens alone count. An answer ends at an end token, at max_new_tokens, or where the context of the
@@ -132,56 +145,73 @@ def generate_answers(
         advance: called with the number of `prompts` done since the last call.
         masked_id: further id that is masked wherever it stands in a prompt; None: none.
         journal: keeps the answers to the distinct prompts, and knows those of an earlier, interrupted call.
-        known: answers that need not be asked for.
+        known: greedy answers that need not be asked for.
         expected: about how many tokens each answer will have, such as the reference's. Answers that are about as long
             are asked for together, so that they end together; nothing but speed depends on it.
-        draw: draws the answers; None: greedy ones.
+        draw: draws the answers, all alike or each by its own; None: greedy ones.
     """
-    repeats = Counter(tuple(prompt) for prompt in prompts)
+    draws = [draw] * len(prompts) if draw is None or isinstance(draw, Draw) else draw
+    asked: list[Question] = list(zip(map(tuple, prompts), draws, strict=True))
+    repeats = Counter(asked)
     limit = context_length(base_of(model))
-    distinct = sorted(repeats, key=len, reverse=True)
-    answers = {prompt: answer for prompt, answer in (known or {}).items() if prompt in repeats}
+    distinct = sorted(repeats, key=lambda question: len(question[0]), reverse=True)
+    answers = {(prompt, None): answer for prompt, answer in (known or {}).items() if (prompt, None) in repeats}
     done = journal.known if journal else {}
     answers |= {distinct[number]: answer for number, answer in processes.merged(done).items()}
-    advance(sum(repeats[prompt] for prompt in answers))
-    numbers = {prompt: number for number, prompt in enumerate(distinct)}
-    remaining = [prompt for prompt in distinct if prompt not in answers]
+    advance(sum(repeats[question] for question in answers))
+    numbers = {question: number for number, question in enumerate(distinct)}
+    remaining = [question for question in _beginning_alike(distinct) if question not in answers]
     if expected is not None:
-        about = dict(zip(map(tuple, prompts), expected, strict=True))
-        remaining.sort(key=lambda prompt: about[prompt], reverse=True)
-    asking = _Asking(model, tokenizer, pad_id, masked_id, draw)
+        about = dict(zip(asked, expected, strict=True))
+        remaining.sort(key=lambda question: about[question], reverse=True)
+    asking = _Asking(model, tokenizer, pad_id, masked_id)
     with evaluating(model):
         for chunk, room in processes.own(list(_batches(remaining, batch_size, max_new_tokens, limit))):
             found = asking.answers(chunk, room)
             if journal is not None:
-                journal.add([numbers[prompt] for prompt in chunk], found)
+                journal.add([numbers[question] for question in chunk], found)
             answers.update(zip(chunk, found, strict=True))
-            advance(sum(repeats[prompt] for prompt in chunk))
+            advance(sum(repeats[question] for question in chunk))
     answers = processes.merged(answers)
-    return [answers[tuple(prompt)] for prompt in prompts]
+    return [answers[question] for question in asked]
+
+
+def _beginning_alike(questions: Sequence[Question]) -> list[Question]:
+    """Questions, longest first, in groups whose first `SHARED` tokens are the same; the group of the longest first."""
+    groups: dict[tuple[int, ...], list[Question]] = {}
+    for question in questions:
+        groups.setdefault(question[0][:SHARED], []).append(question)
+    return [question for group in groups.values() for question in group]
 
 
 class _Asking:
-    """How batches of prompts are answered; arguments as in `generate_answers`."""
+    """How batches of questions are answered; arguments as in `generate_answers`."""
 
-    def __init__(self, model: Any, tokenizer: Any, pad_id: int, masked_id: int | None, draw: Draw | None) -> None:
-        self.model, self.tokenizer, self.pad_id, self.masked_id, self.draw = model, tokenizer, pad_id, masked_id, draw
+    def __init__(self, model: Any, tokenizer: Any, pad_id: int, masked_id: int | None) -> None:
+        self.model, self.tokenizer, self.pad_id, self.masked_id = model, tokenizer, pad_id, masked_id
         self.ends = end_tokens(model, tokenizer)
-        self.ask: Ask = greedy
-        if reason := needs_generate(base_of(model)):
-            log.info("answers come from the model's own generate, which is slower: %s", reason)
-            self.ask = _generate
+        self.reason = needs_generate(base_of(model))
+        if self.reason:
+            log.info("answers come from the model's own generate, which is slower: %s", self.reason)
 
-    def answers(self, prompts: Sequence[tuple[int, ...]], room: int) -> list[Answer]:
+    def answers(self, questions: Sequence[Question], room: int) -> list[Answer]:
         """Answers of at most `room` tokens."""
+        asked = [prompt for prompt, _ in questions]
+        prompts = asked if self.reason else list(dict.fromkeys(asked))
         batch = collate_prompts(prompts, self.pad_id)
         if self.masked_id is not None:
             batch.attention_mask[batch.input_ids == self.masked_id] = 0
-        choose = _of_numbers(most_probable if self.draw is None else self.draw.chooser(prompts, room))
-        rooms = [room] * len(prompts)
-        ids, gates = self.ask(self.model, batch.to(self.model.device), rooms, self.ends, self.pad_id, choose)
+        batch, choose, rooms = batch.to(self.model.device), chooser(questions, room), [room] * len(questions)
+        if self.reason:
+            ids, gates = _generate(self.model, batch, rooms, self.ends, self.pad_id, choose)
+            prompt_of = list(range(len(asked)))
+        else:
+            number = {prompt: number for number, prompt in enumerate(prompts)}
+            prompt_of = [number[prompt] for prompt in asked]
+            ids, gates = greedy(self.model, batch, rooms, self.ends, self.pad_id, choose, prompt_of)
         texts = [self.tokenizer.decode(row, skip_special_tokens=True).strip() for row in ids]
-        return [Answer(*found) for found in zip(texts, prompt_gates(gates, len(prompts)), strict=True)]
+        of_prompts = prompt_gates(gates, len(prompts))
+        return [Answer(text, of_prompts[prompt]) for text, prompt in zip(texts, prompt_of, strict=True)]
 
 
 def needs_generate(base: PreTrainedModel) -> str | None:
@@ -206,43 +236,30 @@ def greedy(
     ends: Collection[int],
     pad_id: int,
     choose: Choose = most_probable,
+    prompt_of: Sequence[int] | None = None,
 ) -> tuple[list[list[int]], dict[int, Tensor] | None]:
-    """Most probable (or drawn) tokens after each prompt, without the end token, and the gates at the prompts.
+    """Most probable (or drawn) tokens of each answer, without the end token, and the gates at the prompts.
 
-    Rows that have ended leave the batch, so steps get cheaper. The model is in evaluation mode, the batch padded on the
-    left; `rooms` are the longest answers, tokens, `ends` the ids that end one.
+    Rows that have ended leave the batch, so steps get cheaper. The model is in evaluation mode, the batch of prompts
+    padded on the left; `rooms` are the longest answers, tokens, `ends` the ids that end one, `prompt_of` the number of
+    each answer's prompt (None: one answer to each). ModelError where logits are NaN.
     """
-    base = base_of(model)
-    parameters = inspect.signature(base.forward).parameters
-    last = context_length(base) - 1
-    mask = batch.attention_mask
-    position = mask.sum(1)  # of the next token, [rows]
-    cache = DynamicCache(config=base.config)
-    more: dict[str, Any] = {"past_key_values": cache, "use_cache": True}
-    if "logits_to_keep" in parameters:
-        more["logits_to_keep"] = 1
-    ids = batch.input_ids
-    shared = _shared_start(ids, mask)
-    if shared >= SHARED and len(rooms) > 1:
-        first, rows_of_one = int(position.argmax()), ids.shape[1] - int(position.max())
-        start = ids[first : first + 1, rows_of_one : rows_of_one + shared]
-        _pass(model, start, torch.ones_like(start), position[first : first + 1], more)
-        cache.batch_repeat_interleave(len(rooms))
-        # What is left of each row is padded by as much as the row was.
-        padding = ids.shape[1] - position
-        rest = (torch.arange(ids.shape[1] - shared, device=ids.device) >= padding.unsqueeze(1)).to(mask.dtype)
-        mask = torch.cat((mask.new_ones(len(rooms), shared), rest), dim=1)
-        ids = ids[:, shared:].masked_fill(rest == 0, pad_id)  # else tokens that are shared already
-        out = _pass(model, ids, mask, position - shared, more)
-    else:
-        out = _pass(model, ids, mask, position, more)
+    last = context_length(base_of(model)) - 1
+    out, mask, more = run_prompts(model, batch, pad_id)
+    cache = more["past_key_values"]
+    position = batch.attention_mask.sum(1)  # of the next token, [rows]
     gates = {block: gate[:, -1:] for block, gate in (getattr(out, "gates", None) or {}).items()}
+    logits = out.logits[:, -1]
+    if prompt_of is not None and list(prompt_of) != list(range(len(mask))):
+        repeated = torch.tensor(prompt_of, device=mask.device)
+        cache.batch_select_indices(repeated)
+        mask, position, logits = mask[repeated], position[repeated], logits[repeated]
     answers: list[list[int]] = [[] for _ in rooms]
     rows = list(range(len(rooms)))  # answer that each row of the batch belongs to
     ended = [False] * len(rooms)
     while True:
-        tokens = choose(out.logits[:, -1].float(), rows)  # in float32, as `generate`
-        for row, token in zip(rows, tokens.tolist(), strict=True):
+        tokens, found = _next_tokens(choose, logits, rows)
+        for row, token in zip(rows, found, strict=True):
             if not ended[row] and token not in ends:
                 answers[row].append(token)
             ended[row] |= token in ends or len(answers[row]) == rooms[row]
@@ -256,8 +273,54 @@ def greedy(
             rows = [rows[place] for place in going_on]
         mask = torch.cat((mask, mask.new_ones(len(rows), 1)), dim=1)
         at = position.clamp_max(last).unsqueeze(1)  # a row that has ended may go on for some steps
-        out = model(input_ids=tokens.unsqueeze(1), attention_mask=mask, position_ids=at, **more)
+        logits = model(input_ids=tokens.unsqueeze(1), attention_mask=mask, position_ids=at, **more).logits[:, -1]
         position = position + 1
+
+
+def _next_tokens(choose: Choose, logits: Tensor, rows: Sequence[int]) -> tuple[Tensor, list[int]]:
+    """The next tokens on the device, and read by the host once; ModelError of logits that are NaN."""
+    logits = logits.float()  # as `generate`
+    tokens = choose(logits, rows)
+    found: list[int] = torch.where(logits.isnan().any(-1), NAN, tokens).tolist()
+    if NAN in found:
+        raise ModelError(NOT_FINITE)
+    return tokens, found
+
+
+class PromptsRun(NamedTuple):
+    """A batch of prompts that were run."""
+
+    out: Any
+    """The model's output at their ends."""
+    mask: Tensor
+    """Of what is in the cache, int64 [rows, columns]."""
+    more: dict[str, Any]
+    """Arguments of passes that go on: the cache, and that logits are those of the last token."""
+
+
+def run_prompts(model: Any, batch: Batch, pad_id: int) -> PromptsRun:
+    """Run prompts, padded on the left, into a new cache, once what all of them begin with.
+
+    The model is in evaluation mode, and one that `needs_generate` allows.
+    """
+    more: dict[str, Any] = {"past_key_values": DynamicCache(config=base_of(model).config), "use_cache": True}
+    if "logits_to_keep" in inspect.signature(base_of(model).forward).parameters:
+        more["logits_to_keep"] = 1
+    ids, mask = batch.input_ids, batch.attention_mask
+    lengths = mask.sum(1)
+    shared = _shared_start(ids, mask)
+    if shared < SHARED or len(ids) == 1:
+        return PromptsRun(_pass(model, ids, mask, lengths, more), mask, more)
+    first, column = int(lengths.argmax()), ids.shape[1] - int(lengths.max())
+    start = ids[first : first + 1, column : column + shared]
+    _pass(model, start, torch.ones_like(start), lengths[first : first + 1], more)
+    more["past_key_values"].batch_repeat_interleave(len(ids))
+    # What is left of each row is padded by as much as the row was.
+    padding = ids.shape[1] - lengths
+    rest = (torch.arange(ids.shape[1] - shared, device=ids.device) >= padding.unsqueeze(1)).to(mask.dtype)
+    mask = torch.cat((mask.new_ones(len(ids), shared), rest), dim=1)
+    ids = ids[:, shared:].masked_fill(rest == 0, pad_id)  # else tokens that are shared already
+    return PromptsRun(_pass(model, ids, mask, lengths - shared, more), mask, more)
 
 
 def _shared_start(ids: Tensor, mask: Tensor) -> int:
@@ -301,17 +364,6 @@ def _generate(
     return [_until(row, ends) for row in new], getattr(model, "last_gates", None)
 
 
-def _of_numbers(choose: Choose) -> Choose:
-    """The same, but ModelError of logits that are NaN, whose most probable token means nothing."""
-
-    def checked(logits: Tensor, rows: Sequence[int]) -> Tensor:
-        if bool(logits.isnan().any()):
-            raise ModelError(NOT_FINITE)
-        return choose(logits, rows)
-
-    return checked
-
-
 class _Chosen(LogitsProcessor):
     """Leaves `generate` nothing but the chosen token of each row."""
 
@@ -319,7 +371,7 @@ class _Chosen(LogitsProcessor):
         self.choose = choose
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        tokens = self.choose(scores.float(), range(len(scores)))
+        tokens, _ = _next_tokens(self.choose, scores, range(len(scores)))
         return torch.full_like(scores, -torch.inf).scatter(1, tokens.unsqueeze(1), 0.0)
 
 
@@ -336,23 +388,23 @@ def end_tokens(model: Any, tokenizer: Any) -> list[int]:
 
 
 def _batches(
-    prompts: Sequence[tuple[int, ...]], batch_size: int, max_new_tokens: int, limit: int
-) -> Iterator[tuple[list[tuple[int, ...]], int]]:
-    """Batches of prompts that have the same room for an answer, so that no prompt's answer depends on another."""
-    rooms = [min(max_new_tokens, limit - len(prompt)) for prompt in prompts]
+    questions: Sequence[Question], batch_size: int, max_new_tokens: int, limit: int
+) -> Iterator[tuple[list[Question], int]]:
+    """Batches of questions that have the same room for an answer, so that no prompt's answer depends on another."""
+    rooms = [min(max_new_tokens, limit - len(prompt)) for prompt, _ in questions]
     start = 0
-    while start < len(prompts):
-        if not prompts[start]:
+    while start < len(questions):
+        if not questions[start][0]:
             raise DataError("an empty prompt cannot be answered: the template and the question give no token")
         if rooms[start] < 1:
             raise DataError(
-                f"a prompt of {len(prompts[start])} tokens leaves no room for an answer in a context of {limit}; "
+                f"a prompt of {len(questions[start][0])} tokens leaves no room for an answer in a context of {limit}; "
                 "shorten it or use a model with a longer context"
             )
         end = start
-        while end < len(prompts) and end - start < batch_size and rooms[end] == rooms[start]:
+        while end < len(questions) and end - start < batch_size and rooms[end] == rooms[start]:
             end += 1
-        yield list(prompts[start:end]), rooms[start]
+        yield list(questions[start:end]), rooms[start]
         start = end
 
 

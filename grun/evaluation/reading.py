@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import inspect
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from grun.data.encoding import EncodedRow, collate
+from grun.data.encoding import Batch, EncodedRow, collate
+from grun.evaluation.generation import needs_generate, run_prompts
 from grun.evaluation.scoring import base_of, evaluating, prompt_gates, takes_prompt_lengths
 from grun.runtime import processes
 from pyvene_custom import find_blocks
@@ -61,36 +64,45 @@ def read_prompts(
 
 
 def _read(model: Any, prompts: Sequence[tuple[int, ...]], blocks: Sequence[int], pad_id: int) -> list[ReadPrompt]:
-    batch = collate([EncodedRow(prompt, ()) for prompt in prompts], pad_id).to(model.device)
     base = base_of(model)
     stack = find_blocks(base)[1]
-    last = batch.prompt_lengths - 1  # column of each prompt's last token: padding is on the right
+    shares = needs_generate(base) is None  # what prompts begin with is run once, as where they are answered
+    rows = [EncodedRow(prompt, ()) for prompt in prompts]
+    batch = collate(rows, pad_id, "left" if shares else "right").to(model.device)
+    last = batch.prompt_lengths - 1  # column of each prompt's last token, where padding is on the right
     read: dict[int, Tensor] = {}
 
     def keep(block: int) -> Any:
         def hook(_: Any, __: Any, output: Any) -> None:
             hidden = output[0] if isinstance(output, tuple) else output  # [prompts, length, hidden size]
-            rows = torch.arange(len(prompts), device=hidden.device)
-            read[block] = hidden[rows, last.to(hidden.device)].float().cpu()
+            at = torch.full_like(last, hidden.shape[1] - 1) if shares else last
+            numbers = torch.arange(len(hidden), device=hidden.device)  # one alone, of what all prompts begin with
+            read[block] = hidden[numbers, at[: len(hidden)].to(hidden.device)].float().cpu()
 
         return hook
 
-    more: dict[str, Any] = {"use_cache": False} if "use_cache" in inspect.signature(base.forward).parameters else {}
-    if takes_prompt_lengths(model):
-        more["prompt_lengths"] = batch.prompt_lengths
     # An edit's hook stands in front of any other of its block, so these see what the next block sees.
     handles = [stack[block].register_forward_hook(keep(block)) for block in blocks]
     try:
-        out = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, **more)
+        out = run_prompts(model, batch, pad_id).out if shares else _run_whole(model, batch)
     finally:
         for handle in handles:
             handle.remove()
     gates = {
-        block: gate.gather(1, last.unsqueeze(1).to(gate.device)) if gate.shape == batch.input_ids.shape else gate
+        block: gate[:, -1:] if shares or gate.shape[1] == 1 else gate.gather(1, last.unsqueeze(1).to(gate.device))
         for block, gate in (getattr(out, "gates", None) or {}).items()
     }
     states = torch.stack([read[block] for block in blocks], dim=1) if blocks else torch.empty(len(prompts), 0, 0)
     return [ReadPrompt(*found) for found in zip(states, prompt_gates(gates, len(prompts)), strict=True)]
+
+
+def _run_whole(model: Any, batch: Batch) -> Any:
+    """A pass over whole prompts, padded on the right."""
+    takes = inspect.signature(base_of(model).forward).parameters
+    more: dict[str, Any] = {"use_cache": False} if "use_cache" in takes else {}
+    if takes_prompt_lengths(model):
+        more["prompt_lengths"] = batch.prompt_lengths
+    return model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, **more)
 
 
 def chosen_block(successes: Sequence[float]) -> int:
@@ -105,28 +117,63 @@ def chosen_block(successes: Sequence[float]) -> int:
 def tokens_said(model: Any, states: Tensor, batch_size: int, pad_id: int, top: int = TOP) -> list[list[int]]:
     """The `top` most probable next tokens if the model's last block gave `states` [states, hidden size], best first.
 
-    The model itself reads them: it runs one token (any `pad_id`), and the output of its last block is replaced. So
-    whatever it has after that block (norm, projection, head, caps) is in force, in any architecture.
+    The model itself reads them: it runs one token (any `pad_id`), its blocks hand on what they get, and the output of
+    the last one is replaced. So whatever it has after that block (norm, projection, head, caps) is in force, in any
+    architecture.
     """
     base = base_of(model)
     more: dict[str, Any] = {"use_cache": False} if "use_cache" in inspect.signature(base.forward).parameters else {}
     said: list[list[int]] = []
-    for part in states.split(batch_size):
-
-        def replace(_: Any, __: Any, output: Any, part: Tensor = part) -> Any:
-            own = output[0] if isinstance(output, tuple) else output
-            put = part.unsqueeze(1).to(own)  # [states, 1, hidden size]
-            return (put, *output[1:]) if isinstance(output, tuple) else put
-
-        handle = find_blocks(base)[1][-1].register_forward_hook(replace)
-        try:
-            with evaluating(model):
-                ids = torch.full((len(part), 1), pad_id, device=model.device)
-                logits = base(input_ids=ids, attention_mask=torch.ones_like(ids), **more).logits[:, -1]
-        finally:
-            handle.remove()
-        said += logits.float().topk(top, dim=-1).indices.tolist()
+    with evaluating(model), _handing_on(base, pad_id, more) as gives:
+        for part in states.split(batch_size):
+            gives.append(part)
+            ids = torch.full((len(part), 1), pad_id, device=model.device)
+            logits = base(input_ids=ids, attention_mask=torch.ones_like(ids), **more).logits[:, -1]
+            said += logits.float().topk(top, dim=-1).indices.tolist()
     return said
+
+
+@contextlib.contextmanager
+def _handing_on(base: Any, pad_id: int, more: Mapping[str, Any]) -> Iterator[list[Tensor]]:
+    """Within the block no decoder block computes anything; the last one gives the last of the list, [states, width].
+
+    A pass over one token shows in which form the blocks give their output.
+    """
+    blocks, given, forms = list(find_blocks(base)[1]), list[Tensor](), dict[Any, Any]()
+
+    def show(block: Any, _: Any, output: Any) -> None:
+        forms[block] = output
+
+    def replace(_: Any, __: Any, output: Any) -> Any:
+        own = output[0] if isinstance(output, tuple) else output
+        put = given[-1].unsqueeze(1).to(own)  # [states, 1, width]
+        return (put, *output[1:]) if isinstance(output, tuple) else put
+
+    shown = [block.register_forward_hook(show) for block in blocks]
+    try:
+        ids = torch.tensor([[pad_id]], device=base.device)
+        base(input_ids=ids, attention_mask=torch.ones_like(ids), **more)
+    finally:
+        for handle in shown:
+            handle.remove()
+    own = [block.__dict__.get("forward") for block in blocks]
+    last = blocks[-1].register_forward_hook(replace)
+    try:
+        for block in blocks:
+            block.forward = functools.partial(_hand_on, forms[block])
+        yield given
+    finally:
+        last.remove()
+        for block, forward in zip(blocks, own, strict=True):
+            del block.forward
+            if forward is not None:
+                block.forward = forward
+
+
+def _hand_on(form: Any, *args: Any, **kwargs: Any) -> Any:
+    """What a block gets, in the form of its output."""
+    hidden = args[0] if args else kwargs["hidden_states"]
+    return (hidden, *form[1:]) if isinstance(form, tuple) else hidden
 
 
 class LinearMap(NamedTuple):

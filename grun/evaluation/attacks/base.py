@@ -117,6 +117,8 @@ class Attack:
     """Data without which no row can be attacked so, for the message that says it is missing."""
     retention: bool = False
     """True: it is asked for retain and held-out rows and what comes back is good; else for forget rows."""
+    turn: tuple[str, int] | None = None
+    """Attacks with the same name here take turns at one model, in the order of the numbers; None: it is alone."""
 
     def asked(self, row: Row, material: Material) -> list[Asked]:
         """Ways to ask for `row`, which has a question, by default that question; empty where it does not apply."""
@@ -131,6 +133,14 @@ class Attack:
         """The model that is attacked, within the block; by default the loaded one as it is."""
         yield loaded.model
 
+    @contextlib.contextmanager
+    def models(
+        self, attacks: Sequence[Any], loaded: Loaded, config: EvaluateConfig, material: Material
+    ) -> Iterator[Iterator[Any]]:
+        """The model for each of `attacks`, this one among them, which take turns in this order, until the next one."""
+        with self.model(loaded, config, material) as model:
+            yield iter([model])
+
     def read(
         self, model: Any, places: Sequence[Place], loaded: Loaded, config: EvaluateConfig, advance: Advance
     ) -> list[Outcome]:
@@ -139,31 +149,47 @@ class Attack:
         `model` is what the hook `model` gave, `places` (at least one) what `asked` gave for all rows. `advance` is
         called with the number of answers done since the last call, of all `answers_at`.
         """
-        from grun.evaluation.generation import Draw, generate_answers
+        return next(write_answers([(self, places)], model, loaded, config, advance))
 
-        samples = [place.asked.samples for place in places]
-        passes: list[tuple[Draw | None, list[int]]] = [(None, [at for at, count in enumerate(samples) if not count])]
-        for draw in range(max(samples)):  # one draw after another, so that more of them take no more memory
-            numbers = [number for number, count in enumerate(samples) if draw < count]
-            passes.append((Draw(config.seed, draw, config.attack_temperature), numbers))
-        answers: list[list[Answer]] = [[] for _ in places]
-        for choice, numbers in passes:
-            found = generate_answers(
-                model,
-                loaded.tokenizer,
-                [places[number].asked.ids for number in numbers],
-                config.batch_size,
-                config.max_new_tokens,
-                int(loaded.tokenizer.pad_token_id or 0),
-                advance,
-                draw=choice,
-            )
-            for number, answer in zip(numbers, found, strict=True):
-                answers[number].append(answer)
-        return [
-            Outcome(self, place, found, [came_back(one.text, place.asked) for one in found])
-            for place, found in zip(places, answers, strict=True)
-        ]
+
+Planned = tuple[Attack, Sequence[Place]]
+"""An attack and where it asks."""
+
+
+def only_asks(attack: Attack) -> bool:
+    """Whether an attack reads what the loaded model writes as it is, so that others can be answered with it."""
+    return type(attack).model is Attack.model and type(attack).read is Attack.read
+
+
+def write_answers(
+    planned: Sequence[Planned], model: Any, loaded: Loaded, config: EvaluateConfig, advance: Advance
+) -> Iterator[list[Outcome]]:
+    """What the model writes at all places, of each attack in turn, in one pass of generation over all of them."""
+    from grun.evaluation.generation import Draw, generate_answers
+
+    places = [place for _, own in planned for place in own]
+    draws: list[list[Draw | None]] = [
+        [Draw(config.seed, number, config.attack_temperature) for number in range(place.asked.samples)] or [None]
+        for place in places
+    ]
+    answers = iter(
+        generate_answers(
+            model,
+            loaded.tokenizer,
+            [place.asked.ids for place, own in zip(places, draws, strict=True) for _ in own],
+            config.batch_size,
+            config.max_new_tokens,
+            int(loaded.tokenizer.pad_token_id or 0),
+            advance,
+            draw=[draw for own in draws for draw in own],
+        )
+    )
+    for attack, own in planned:
+        outcomes = []
+        for place in own:
+            found = [next(answers) for _ in range(max(1, place.asked.samples))]
+            outcomes.append(Outcome(attack, place, found, [came_back(one.text, place.asked) for one in found]))
+        yield outcomes
 
 
 ATTACKS: Registry[Attack] = Registry(

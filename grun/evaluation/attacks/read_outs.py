@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from grun.data.rows import ALTERNATIVES, Row, evenly_spaced
@@ -25,13 +25,16 @@ LENS_ROWS, FITTED, HELD = 256, 1024, 256
 """Known rows, at most, evenly spaced: by which the lens chooses a block, that a probe is fitted on, and chosen by."""
 
 
-class Attacked(NamedTuple):
+@dataclass
+class Attacked:
     """A model that is read, and what its attacker has."""
 
     model: Any
     material: Material
     batch_size: int
     pad_id: int
+    known: dict[tuple[int, ...], ReadPrompt] = field(default_factory=dict)
+    """States of all blocks at the ends of prompts that were read so far."""
 
     @property
     def blocks(self) -> range:
@@ -41,24 +44,39 @@ class Attacked(NamedTuple):
 
         return range(len(find_blocks(base_of(self.model))[1]))
 
-    def read(
-        self, prompts: Sequence[tuple[int, ...]], blocks: Sequence[int], advance: Advance = lambda count: None
-    ) -> list[ReadPrompt]:
-        """Hidden states and gates at the last token of each prompt; see `read_prompts`."""
+    def read(self, prompts: Sequence[tuple[int, ...]]) -> list[ReadPrompt]:
+        """Hidden states of all blocks and gates at the last token of each prompt; see `read_prompts`."""
         from grun.evaluation.reading import read_prompts
 
-        return read_prompts(self.model, prompts, blocks, self.batch_size, self.pad_id, advance)
+        new = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self.known]
+        self.known |= zip(new, read_prompts(self.model, new, self.blocks, self.batch_size, self.pad_id), strict=True)
+        return [self.known[prompt] for prompt in prompts]
+
+    def said(self, states: Tensor) -> list[list[int]]:
+        """The tokens that the model's head reads from `states` [states, hidden size]."""
+        from grun.evaluation.reading import TOP, tokens_said
+
+        return tokens_said(self.model, states, self.batch_size, self.pad_id, TOP)
 
 
 class ReadOut(Attack):
     """An attack that reads scores or hidden states."""
 
     access: Access = "read_out"
+    turn = ("read_out", 0)
 
     @contextlib.contextmanager
     def model(self, loaded: Loaded, config: EvaluateConfig, material: Material) -> Iterator[Any]:
         """The loaded model and the material, from which the attacker learns how to read."""
         yield Attacked(loaded.model, material, config.batch_size, int(loaded.tokenizer.pad_token_id or 0))
+
+    @contextlib.contextmanager
+    def models(
+        self, attacks: Sequence[Any], loaded: Loaded, config: EvaluateConfig, material: Material
+    ) -> Iterator[Iterator[Any]]:
+        """The same for all of `attacks`: what one has read, the next one knows."""
+        with self.model(loaded, config, material) as attacked:
+            yield iter([attacked] * len(attacks))
 
     def guessed(self, block: int, place: Place, text: str, gates: dict[int, float] | None, right: bool) -> Outcome:
         """What came back at `place`, whose variant is the `block` that was read: `text`, the token that was guessed.
@@ -127,6 +145,7 @@ class Recognition(ReadOut):
         """Scores of the true answer and the wrong ones; the text of an outcome is the answer that ranks first."""
         from grun.data.encoding import encode_rows
         from grun.evaluation.generation import Answer
+        from grun.evaluation.reading import read_prompts
         from grun.evaluation.scoring import base_of, score_continuations
         from grun.loading.models import context_length
 
@@ -136,8 +155,10 @@ class Recognition(ReadOut):
         limit = context_length(base_of(attacked.model))
         encoded = encode_rows(rows, loaded.tokenizer, attacked.material.template, limit, strict=False)
         scored = iter(score_continuations(attacked.model, encoded, config.batch_size, attacked.pad_id))
+        asked = [place.asked.ids for place in places]
+        gates = read_prompts(attacked.model, asked, (), config.batch_size, attacked.pad_id)
         outcomes = []
-        for place, own, at in zip(places, texts, attacked.read([one.asked.ids for one in places], ()), strict=True):
+        for place, own, at in zip(places, texts, gates, strict=True):
             means = [sum(one.logp) / len(one.logp) for one in (next(scored) for _ in own)]
             first = own[means.index(max(means))]
             leak = float(means[0] > max(means[1:]))
@@ -177,26 +198,29 @@ class LogitLens(ReadOut):
         """Whether the right next token is among the `TOP` that the chosen block gives."""
         import torch
 
-        from grun.evaluation.reading import TOP, chosen_block, tokens_said
+        from grun.evaluation.reading import chosen_block
 
         attacked: Attacked = model
         material = attacked.material
         rows = evenly_spaced(list(dict.fromkeys([*material.others, *material.retain])), LENS_ROWS)
         known = [before_fact(row, material) for row in rows]
-        seen = torch.stack([one.states for one in attacked.read([at.ids for at in known], attacked.blocks)])
-        successes = []
-        for block in attacked.blocks:
-            said = tokens_said(attacked.model, seen[:, block], attacked.batch_size, attacked.pad_id, TOP)
-            successes.append(sum(at.next_id in tokens for at, tokens in zip(known, said, strict=True)) / len(known))
-        block = chosen_block(successes)
-        found = attacked.read([place.asked.ids for place in places], [block], advance)
-        states = torch.cat([one.states for one in found])
+        seen = torch.stack([one.states for one in attacked.read([at.ids for at in known])], dim=1)
+        said = iter(attacked.said(seen.flatten(0, 1)))  # of every block in turn
+        block = chosen_block([sum(at.next_id in next(said) for at in known) / len(known) for _ in attacked.blocks])
+        found = attacked.read([place.asked.ids for place in places])
         outcomes = []
-        said = tokens_said(attacked.model, states, attacked.batch_size, attacked.pad_id, TOP)
-        for place, one, tokens in zip(places, found, said, strict=True):
+        for place, one, tokens in zip(places, found, attacked.said(seen_at(found, block)), strict=True):
             right = before_fact(place.asked.row, material).next_id in tokens
             outcomes.append(self.guessed(block, place, str(loaded.tokenizer.decode(tokens)).strip(), one.gates, right))
+            advance(1)
         return outcomes
+
+
+def seen_at(read: Sequence[ReadPrompt], block: int) -> Tensor:
+    """States of one block at the ends of prompts, [prompts, hidden size]."""
+    import torch
+
+    return torch.stack([one.states[block] for one in read])
 
 
 @attack("linear_probe", needs="two or more retain rows with questions, and facts that begin with different tokens")
@@ -244,7 +268,7 @@ class LinearProbe(ReadOut):
 
         def known(rows: Sequence[Row]) -> tuple[Tensor, Tensor]:
             """States [blocks, rows, hidden size] and number of the right candidate [rows]."""
-            read = attacked.read([before_fact(row, material).ids for row in rows], blocks)
+            read = attacked.read([before_fact(row, material).ids for row in rows])
             states = torch.stack([one.states for one in read], dim=1).double()
             return states, torch.tensor([number[next_id[row]] for row in rows])
 
@@ -252,13 +276,14 @@ class LinearProbe(ReadOut):
         (states, right), (held_states, held_right) = known(fitted), known(held)
         best = [choose_map(states[block], right, held_states[block], held_right, embedded) for block in blocks]
         block = chosen_block([one.success for one in best])
-        found = attacked.read([place.asked.ids for place in places], [block], advance)
-        guesses = best[block].map.guess(torch.cat([one.states for one in found]).double(), embedded)
+        found = attacked.read([place.asked.ids for place in places])
+        guesses = best[block].map.guess(seen_at(found, block).double(), embedded)
         outcomes = []
         for place, one, guess in zip(places, found, guesses.tolist(), strict=True):
             token = candidates[guess]
             text = str(loaded.tokenizer.decode([token])).strip()
             outcomes.append(self.guessed(block, place, text, one.gates, token == next_id[place.asked.row]))
+            advance(1)
         return outcomes
 
 

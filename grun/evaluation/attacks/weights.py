@@ -102,6 +102,7 @@ class Relearn(Attack):
         self.source = source
         self.steps = steps
         self.name = f"relearn_{source}_{steps}"
+        self.turn = (f"relearn_{source}", steps)
         self.needs = "two forget rows or more" if source == "forget" else "retain rows with questions"
 
     def unfit(self, loaded: Loaded) -> str | None:
@@ -139,12 +140,19 @@ class Relearn(Attack):
     @contextlib.contextmanager
     def model(self, loaded: Loaded, config: EvaluateConfig, material: Material) -> Iterator[Any]:
         """The model after fine-tuning; after the block its weights are as before."""
+        with self.models([self], loaded, config, material) as models:
+            yield next(models)
+
+    @contextlib.contextmanager
+    def models(
+        self, attacks: Sequence[Relearn], loaded: Loaded, config: EvaluateConfig, material: Material
+    ) -> Iterator[Iterator[Any]]:
+        """The model after the steps of each of `attacks`, fewest first: one goes on where the last one stopped."""
         import torch
 
         from grun.data.encoding import encode_rows
         from grun.evaluation.scoring import base_of, evaluating
         from grun.loading.models import context_length
-        from grun.runtime.progress import progress
 
         model, tokenizer = loaded.model, loaded.tokenizer
         limit = context_length(base_of(model))
@@ -153,20 +161,29 @@ class Relearn(Attack):
         if any(weight.dtype == torch.bfloat16 for weight in weights):
             log.warning("%s trains in bfloat16, which rounds small steps away; model.dtype=float32 does not", self.name)
         with put_back(weights), evaluating(model):
-            with progress(f"{self.name}, learning", self.steps) as advance:
-                fine_tune(
-                    model,
-                    weights,
-                    rows,
-                    steps=self.steps,
-                    lr=lr,
-                    batch_size=BATCH_ROWS,
-                    micro_batch_size=config.batch_size,
-                    pad_id=int(tokenizer.pad_token_id or 0),
-                    seed=f"{config.seed} {self.source}",
-                    advance=advance,
-                )
-            yield model
+            training = fine_tune(
+                model,
+                weights,
+                rows,
+                lr=lr,
+                batch_size=BATCH_ROWS,
+                micro_batch_size=config.batch_size,
+                pad_id=int(tokenizer.pad_token_id or 0),
+                seed=f"{config.seed} {self.source}",
+            )
+            yield (_after(training, attack, model) for attack in attacks)
+
+
+def _after(training: Iterator[int], attack: Relearn, model: Any) -> Any:
+    """The model, trained on until it has taken the attack's steps."""
+    from grun.runtime.progress import progress
+
+    with progress(f"{attack.name}, learning", attack.steps) as advance:
+        for done in training:
+            advance(1)
+            if done == attack.steps:
+                break
+    return model
 
 
 def trained(model: Any) -> tuple[Sequence[nn.Parameter], float]:
@@ -184,64 +201,68 @@ def fine_tune(
     weights: Sequence[nn.Parameter],
     rows: Sequence[EncodedRow],
     *,
-    steps: int,
     lr: float,
     batch_size: int,
     micro_batch_size: int,
     pad_id: int,
     seed: str,
-    advance: Callable[[int], None],
-) -> None:
-    """Train `weights` of `model`, in place, to give the answers of `rows`, at least one.
+) -> Iterator[int]:
+    """Train `weights` of `model`, in place, to give the answers of `rows`, at least one; the steps taken after each.
 
     AdamW without weight decay at one rate, no dropout (the model is in evaluation mode and stays there), the mean over
-    the answer tokens of a batch. Weights train in the type they have. Every process of a run trains the same. The gate
-    threshold of a GrunModel is left out, since no edit trains where it skips all.
+    the answer tokens of a batch. Weights train in the type they have. Every process of a run trains the same.
 
     Args:
         batch_size: rows of a step; where there are fewer, all of them.
         micro_batch_size: rows of a pass; without effect on gradients, rounding aside.
         seed: of the rows' order.
-        advance: called after each step.
     """
     import torch
-
-    from grun.data.encoding import collate
-    from grun.method.host import EditedModel
 
     for weight in weights:
         weight.requires_grad_(True)
     optimizer = torch.optim.AdamW(weights, lr=lr, weight_decay=0.0)
+    for done, chosen in enumerate(_batches(rows, batch_size, seed), start=1):
+        _backward(model, chosen, micro_batch_size, pad_id)
+        torch.nn.utils.clip_grad_norm_(weights, MAX_NORM)
+        optimizer.step()
+        optimizer.zero_grad()
+        yield done
+
+
+def _backward(model: Any, rows: Sequence[EncodedRow], size: int, pad_id: int) -> None:
+    """Add the gradients of the mean over the answer tokens of `rows`, `size` of them in a pass.
+
+    The gate threshold of a GrunModel is left out, since no edit trains where it skips all.
+    """
+    from grun.data.encoding import collate
+    from grun.method.host import EditedModel
+
     threshold = model.gate_threshold if isinstance(model, EditedModel) else None
     if threshold is not None:
         model.gate_threshold = None
     try:
-        for chosen in _batches(rows, batch_size, steps, seed):
-            total = sum(len(row.answer_ids) for row in chosen)
-            for start in range(0, len(chosen), micro_batch_size):
-                part = chosen[start : start + micro_batch_size]
-                batch = collate(part, pad_id).to(model.device)
-                loss = model(
-                    input_ids=batch.input_ids, attention_mask=batch.attention_mask, labels=batch.labels, use_cache=False
-                ).loss
-                (loss * (sum(len(row.answer_ids) for row in part) / total)).backward()
-            torch.nn.utils.clip_grad_norm_(weights, MAX_NORM)
-            optimizer.step()
-            optimizer.zero_grad()
-            advance(1)
+        total = sum(len(row.answer_ids) for row in rows)
+        for start in range(0, len(rows), size):
+            part = rows[start : start + size]
+            batch = collate(part, pad_id).to(model.device)
+            loss = model(
+                input_ids=batch.input_ids, attention_mask=batch.attention_mask, labels=batch.labels, use_cache=False
+            ).loss
+            (loss * (sum(len(row.answer_ids) for row in part) / total)).backward()
     finally:
         if threshold is not None:
             model.gate_threshold = threshold
 
 
-def _batches(rows: Sequence[EncodedRow], size: int, steps: int, seed: str) -> Iterator[list[EncodedRow]]:
-    """Passes over the rows, each in an order of its own; the last batch of a pass may be smaller."""
+def _batches(rows: Sequence[EncodedRow], size: int, seed: str) -> Iterator[list[EncodedRow]]:
+    """Passes over the rows without end, each in an order of its own; the last batch of a pass may be smaller."""
     draw = Random(seed)
-    left: list[EncodedRow] = []
-    for _ in range(steps):
-        left = left or draw.sample(list(rows), len(rows))
-        yield left[:size]
-        left = left[size:]
+    while True:
+        left = draw.sample(list(rows), len(rows))
+        while left:
+            yield left[:size]
+            left = left[size:]
 
 
 LEARNED: dict[Literal["forget", "retain"], str] = {

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +14,19 @@ from grun.data.corpus import load_corpus, load_knowledge
 from grun.data.rows import Row, evenly_spaced, hash_rows
 from grun.data.words import plain
 from grun.errors import ConfigError, DataError
-from grun.evaluation.attacks.base import ATTACKS, KINDS, Attack, Material, Outcome, Place, answers_at, is_readable
+from grun.evaluation.attacks.base import (
+    ATTACKS,
+    KINDS,
+    Attack,
+    Material,
+    Outcome,
+    Place,
+    Planned,
+    answers_at,
+    is_readable,
+    only_asks,
+    write_answers,
+)
 from grun.evaluation.attacks.outcomes import by_attack, kept_of, leak_of, worst_of
 from grun.evaluation.suites.base import Measured, Suite
 from grun.runtime.progress import progress
@@ -32,7 +45,6 @@ ROLE_OF = {"forget": "forget", "retain": "neighbor", "heldout": "general"}
 to do with what is forgotten; unlearning reads neither them nor their neighbors."""
 TEXTS = ("lore", "corpora")
 """Data whose forget set is texts."""
-Planned = tuple[Attack, list[Place]]
 
 
 class AttackSuite(Suite):
@@ -97,8 +109,8 @@ class AttackSuite(Suite):
         planned, left_out = self._planned(loaded)
         leaks: list[Outcome] = []
         kept: list[Outcome] = []
-        for attack, places in planned:
-            (kept if places[0].set in KEPT else leaks).extend(self._ask(attack, places, loaded))
+        for (_, places), found in zip(planned, self._outcomes(planned, loaded), strict=True):
+            (kept if places[0].set in KEPT else leaks).extend(found)
         results = {
             "attacks": {name: leak_of(found) for name, found in by_attack(leaks).items()},
             **worst_of(leaks),
@@ -171,13 +183,40 @@ class AttackSuite(Suite):
             for asked in attack.asked(row, material)
         ]
 
-    def _ask(self, attack: Attack, places: list[Place], loaded: Loaded) -> list[Outcome]:
-        with (
-            self.enough_memory(f"the attack {attack.name}"),
-            attack.model(loaded, self.config, self._material(loaded)) as model,
-            progress(attack.name, answers_at(places)) as advance,
-        ):
-            return attack.read(model, places, loaded, self.config, advance)
+    def _outcomes(self, planned: Sequence[Planned], loaded: Loaded) -> list[list[Outcome]]:
+        """What comes of each; what the model writes as it is, is written in one pass for all that ask no more."""
+        asking = [number for number, (attack, _) in enumerate(planned) if only_asks(attack)]
+        found: dict[int, list[Outcome]] = {}
+        if asking:
+            some = [planned[number] for number in asking]
+            total = sum(answers_at(places) for _, places in some)
+            doing = f"the attack {some[0][0].name}" if len(some) == 1 else f"{len(some)} attacks"
+            with self.enough_memory(doing), progress(doing.removeprefix("the attack "), total) as advance:
+                written = write_answers(some, loaded.model, loaded, self.config, advance)
+                found |= dict(zip(asking, written, strict=True))
+        groups: dict[Any, list[int]] = {}
+        for number, (attack, _) in enumerate(planned):
+            if number not in found:
+                groups.setdefault(attack.turn[0] if attack.turn else number, []).append(number)
+        for group in groups.values():
+            in_turn = sorted(group, key=lambda number: planned[number][0].turn or ("", 0))
+            of_group = self._of_changed([planned[number] for number in in_turn], loaded)
+            found |= dict(zip(in_turn, of_group, strict=True))
+        return [found[number] for number in range(len(planned))]
+
+    def _of_changed(self, group: Sequence[Planned], loaded: Loaded) -> Iterator[list[Outcome]]:
+        """What comes of attacks that change one model in turn, or of one alone."""
+        attacks = [attack for attack, _ in group]
+        with contextlib.ExitStack() as inside:
+            with self.enough_memory(f"the attack {attacks[0].name}"):
+                opened = attacks[0].models(attacks, loaded, self.config, self._material(loaded))
+                models = inside.enter_context(opened)
+            for attack, places in group:
+                with self.enough_memory(f"the attack {attack.name}"):
+                    model = next(models)
+                    with progress(attack.name, answers_at(places)) as advance:
+                        outcomes = attack.read(model, places, loaded, self.config, advance)
+                yield outcomes
 
 
 def chosen_attacks(names: Sequence[str]) -> list[Attack]:

@@ -20,7 +20,7 @@ from grun.evaluation.attacks import prompts
 from grun.evaluation.attacks.base import ATTACKS, Asked, Material, Outcome, Place, came_back
 from grun.evaluation.attacks.outcomes import leak_of, worst_of
 from grun.evaluation.attacks.retention import REFUSAL
-from grun.evaluation.generation import Answer, Draw, generate_answers
+from grun.evaluation.generation import Answer, Draw, chooser, generate_answers
 from grun.loading.tiny import build_tiny
 
 QUESTION, ANSWER = "Which instrument does Mara Venn play?", "Mara Venn plays the old viola at home."
@@ -301,10 +301,28 @@ def test_a_temperature_near_zero_draws_the_greedy_answer(model: Any, tokenizer: 
     assert drawn(model, tokenizer, Draw(0, 0, 1e-4)) == drawn(model, tokenizer, None)
 
 
+def test_drawn_and_greedy_answers_of_a_prompt_come_from_one_run_of_it_and_are_those_asked_alone(
+    model: Any, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    draws = [None, Draw(0, 0, 1.0), Draw(0, 1, 0.7)]
+    wanted = [answer for draw in draws for answer in drawn(model, tokenizer, draw)]
+    batches: list[tuple[int, int]] = []
+    own = generation.greedy
+    monkeypatch.setattr(
+        generation,
+        "greedy",
+        lambda m, batch, rooms, *more: batches.append((batch.rows, len(rooms))) or own(m, batch, rooms, *more),
+    )
+    each = [draw for draw in draws for _ in PROMPTS]
+    found = generate_answers(model, tokenizer, PROMPTS * len(draws), 64, 6, 2, draw=each)
+    assert [answer.text for answer in found] == wanted
+    assert batches == [(len(PROMPTS), len(PROMPTS) * len(draws))]
+
+
 def test_tokens_are_drawn_as_often_as_they_are_probable() -> None:
     probabilities = torch.tensor([0.5, 0.0, 0.3, 0.2])
     logits = (probabilities.log() * 2).expand(2000, -1)  # at temperature 2
-    choose = Draw(0, 0, 2.0).chooser([[number] for number in range(2000)], 1)
+    choose = chooser([((number,), Draw(0, 0, 2.0)) for number in range(2000)], 1)
     counts = torch.bincount(choose(logits, range(2000)), minlength=4) / 2000
     # 4 standard deviations of a share of 2,000 tries.
     assert torch.allclose(counts, probabilities, atol=4 * (0.25 / 2000) ** 0.5)

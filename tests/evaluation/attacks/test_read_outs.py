@@ -101,12 +101,16 @@ def leaks(outcomes: list[Outcome]) -> list[float]:
 def planted(model: LlamaForCausalLM, says: Mapping[int, Callable[[tuple[int, ...]], Tensor | None]]) -> Iterator[None]:
     """Let blocks put out, at the last token of a prompt, the state that their function gives for its ids."""
     prompts: list[tuple[int, ...]] = []
+    start: list[tuple[int, ...]] = []
 
     def before(_: Any, __: Any, kwargs: Any) -> None:
-        prompts[:] = [
-            tuple(ids[mask != 0].tolist())
-            for ids, mask in zip(kwargs["input_ids"], kwargs["attention_mask"], strict=True)
-        ]
+        ids, cache = kwargs["input_ids"], kwargs.get("past_key_values")
+        goes_on = cache is not None and cache.get_seq_length() > 0  # after what all prompts begin with
+        earlier = start[0] if goes_on else ()
+        masks = kwargs["attention_mask"][:, -ids.shape[1] :]
+        prompts[:] = [(*earlier, *row[mask != 0].tolist()) for row, mask in zip(ids, masks, strict=True)]
+        if not goes_on:
+            start[:] = prompts[:1]
 
     def hook(block: int) -> Any:
         def put(_: Any, __: Any, output: Tensor) -> Tensor:
@@ -114,7 +118,7 @@ def planted(model: LlamaForCausalLM, says: Mapping[int, Callable[[tuple[int, ...
             for number, prompt in enumerate(prompts):
                 state = says[block](prompt)
                 if state is not None:
-                    output[number, len(prompt) - 1] = state
+                    output[number, -1] = state  # padding is on the left
             return output
 
         return put

@@ -243,11 +243,24 @@ def test_the_same_seed_relearns_the_same_and_another_seed_in_another_order(
     assert torch.equal(found[0], found[1]) and not torch.allclose(found[0], found[2])
 
 
+def test_the_longer_of_two_attacks_goes_on_where_the_shorter_stopped(folder: Path) -> None:
+    both, alone = [Relearn("forget", 2), Relearn("forget", 5)], []
+    for attack in both:
+        loaded = load(folder, "grun")
+        with attacked(attack, loaded, folder) as model:
+            alone.append(logits(model))
+    loaded = load(folder, "grun")
+    with both[0].models(both, loaded, config(folder), material(loaded)) as models:
+        found = [logits(model) for model in models]
+    assert torch.equal(found[0], alone[0]) and torch.equal(found[1], alone[1])
+    assert not torch.equal(found[0], found[1])
+
+
 def tuned(model: Any, weights: Sequence[nn.Parameter], micro_batch_size: int = 8) -> Tensor:
     """Logits after a few steps on the same rows."""
-    options: dict[str, Any] = {"steps": 5, "lr": 1e-3, "batch_size": 4, "pad_id": 0, "seed": "0"}
-    rows = ragged_rows(6, 2)
-    fine_tune(model, weights, rows, micro_batch_size=micro_batch_size, advance=lambda count: None, **options)
+    options: dict[str, Any] = {"lr": 1e-3, "batch_size": 4, "pad_id": 0, "seed": "0"}
+    training = fine_tune(model, weights, ragged_rows(6, 2), micro_batch_size=micro_batch_size, **options)
+    assert [next(training) for _ in range(5)] == [1, 2, 3, 4, 5]
     return logits(model)
 
 

@@ -155,7 +155,9 @@ def generate_answers(
     repeats = Counter(asked)
     limit = context_length(base_of(model))
     distinct = sorted(repeats, key=lambda question: len(question[0]), reverse=True)
-    answers = {(prompt, None): answer for prompt, answer in (known or {}).items() if (prompt, None) in repeats}
+    answers: dict[Question, Answer] = {
+        (prompt, None): answer for prompt, answer in (known or {}).items() if (prompt, None) in repeats
+    }
     done = journal.known if journal else {}
     answers |= {distinct[number]: answer for number, answer in processes.merged(done).items()}
     advance(sum(repeats[question] for question in answers))

@@ -149,10 +149,10 @@ class Attack:
         `model` is what the hook `model` gave, `places` (at least one) what `asked` gave for all rows. `advance` is
         called with the number of answers done since the last call, of all `answers_at`.
         """
-        return next(write_answers([(self, places)], model, loaded, config, advance))
+        return next(write_answers([(self, [*places])], model, loaded, config, advance))
 
 
-Planned = tuple[Attack, Sequence[Place]]
+Planned = tuple[Attack, list[Place]]
 """An attack and where it asks."""
 
 

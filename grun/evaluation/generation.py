@@ -127,9 +127,7 @@ def generate_answers(
     expected: Sequence[int] | None = None,
     draw: Draw | Sequence[Draw | None] | None = None,
 ) -> list[Answer]:
-    """Answer each prompt, every distinct one once, longest first, padded on the left.
-
-    Prompts that begin alike are answered together, and one that is drawn for several times is run once in a batch.
+    """Answer each prompt, every distinct one once, longest first, those that begin alike together, padded on the left.
 
     Answers are greedy whatever a model's generation config holds (beams, penalties, forced or forbidden tokens, stop
     strings); its end tokens alone count. An answer ends at an end token, at max_new_tokens, or where the context of the
@@ -145,9 +143,9 @@ def generate_answers(
         advance: called with the number of `prompts` done since the last call.
         masked_id: further id that is masked wherever it stands in a prompt; None: none.
         journal: keeps the answers to the distinct prompts, and knows those of an earlier, interrupted call.
-        known: greedy answers that need not be asked for.
+        known: answers that need not be asked for, where all are greedy.
         expected: about how many tokens each answer will have, such as the reference's. Answers that are about as long
-            are asked for together, so that they end together; nothing but speed depends on it.
+            are asked for together, so that they end together.
         draw: draws the answers, all alike or each by its own; None: greedy ones.
     """
     draws = [draw] * len(prompts) if draw is None or isinstance(draw, Draw) else draw
@@ -155,9 +153,7 @@ def generate_answers(
     repeats = Counter(asked)
     limit = context_length(base_of(model))
     distinct = sorted(repeats, key=lambda question: len(question[0]), reverse=True)
-    answers: dict[Question, Answer] = {
-        (prompt, None): answer for prompt, answer in (known or {}).items() if (prompt, None) in repeats
-    }
+    answers = {question: known[question[0]] for question in repeats if known and question[0] in known}
     done = journal.known if journal else {}
     answers |= {distinct[number]: answer for number, answer in processes.merged(done).items()}
     advance(sum(repeats[question] for question in answers))

@@ -1,32 +1,23 @@
-"""Runs a command of `grun` many times and kills it (SIGKILL) where told; a program for tests/training/test_resume.py.
+"""Runs a command of `grun` many times and kills it (SIGKILL) where told, for tests/training/test_resume.py.
 
-    python kill_and_resume.py PLANS.json
-
-A plan is {"arguments": [...], "folder": ..., "kills": [...]}; each kill is {"after_step": N, "delay": seconds}, or
-{"in": "module.function", "call": N}: in the N-th call of that function, where torch and safetensors leave half a file.
-Every attempt is a fork of this process, which pays for the imports once. A last attempt is left alone. Printed: one
-JSON line for each plan, a list of its attempts.
+Each kill is {"after_step": N, "delay": seconds}, or {"in": "module.function", "call": N}: in the N-th call of that
+function, where torch and safetensors leave half a file. Every attempt is a fork of the test's process.
 """
 
 from __future__ import annotations
 
 import contextlib
-import gc
 import importlib
-import json
 import os
 import signal
-import sys
 import time
 from pathlib import Path
 from typing import Any
 
-import torch
-import transformers.models.llama.modeling_llama
-import transformers.trainer  # noqa: F401
+import transformers.models.llama.modeling_llama  # noqa: F401
+from forked import Fork
 
-import grun.commands.finetune
-import grun.commands.unlearn  # noqa: F401
+import grun.commands.finetune  # noqa: F401
 from grun.cli import main
 
 PATIENCE = 60
@@ -69,21 +60,19 @@ def steps_done(folder: Path) -> int:
 
 
 def attempt(arguments: list[str], folder: Path, kill: dict[str, Any] | None) -> dict[str, Any]:
+    """One run of the command, killed or left alone: whether the kill struck, at which step, and what lay there then."""
     flag = folder.with_name(f"{folder.name}.flag")
     flag.unlink(missing_ok=True)
     earlier = log_file(folder)
-    child = os.fork()
-    if child == 0:
-        with open(folder.with_name(f"{folder.name}.output"), "w") as output:
-            os.dup2(output.fileno(), 1)
-            os.dup2(output.fileno(), 2)
-            torch.set_num_threads(1)
-            if kill and "in" in kill:
-                stall(kill["in"], kill["call"], flag)
-            os._exit(main(arguments))
-    deadline = time.monotonic() + PATIENCE
+
+    def run() -> int:
+        if kill and "in" in kill:
+            stall(kill["in"], kill["call"], flag)
+        return main(arguments)
+
+    child, deadline = Fork(run), time.monotonic() + PATIENCE
     while kill is not None and time.monotonic() < deadline:
-        if os.waitpid(child, os.WNOHANG) != (0, 0):
+        if child.poll() is not None:
             return {"killed": False, "why": "it had ended before"}
         if "in" in kill:
             now = flag.exists()
@@ -91,18 +80,10 @@ def attempt(arguments: list[str], folder: Path, kill: dict[str, Any] | None) -> 
             now = log_file(folder) != earlier and steps_done(folder) >= kill["after_step"]
         if now:
             time.sleep(kill.get("delay", 0.0))
-            os.kill(child, signal.SIGKILL)
+            os.kill(child.pid, signal.SIGKILL)
             break
         time.sleep(0.001)
-    status = os.waitpid(child, 0)[1]
-    if os.WIFSIGNALED(status):
+    status = child.wait()
+    if status == -signal.SIGKILL:
         return {"killed": True, "step": steps_done(folder), "files": sorted(map(str, folder.rglob("*")))}
-    output_text = folder.with_name(f"{folder.name}.output").read_text()
-    return {"killed": False, "status": os.waitstatus_to_exitcode(status), "output": output_text[-2000:]}
-
-
-if __name__ == "__main__":
-    gc.freeze()  # Trainer collects garbage; what is imported here need not be looked through in every fork
-    for plan in json.loads(Path(sys.argv[1]).read_text()):
-        attempts = [attempt(plan["arguments"], Path(plan["folder"]), one) for one in [*plan["kills"], None]]
-        print(json.dumps(attempts), flush=True)
+    return {"killed": False, "status": status}

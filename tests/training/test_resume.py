@@ -4,20 +4,17 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import random
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import demo
 import pytest
+from kill_and_resume import attempt
 from safetensors import safe_open
 
 from grun.cli import main
 
-ROOT = Path(__file__).resolve().parents[2]
 STEPS = 24
 LEGS = ["train.epochs=8", "train.save_steps=4", "method.dropout=0.2", "objective=npo"]
 """24 steps; dropout, so that the random state matters."""
@@ -39,20 +36,12 @@ def steps_of(folder: Path) -> list[int]:
     return [json.loads(line)["step"] for line in (folder / "log.jsonl").read_text().splitlines()]
 
 
-def kill_and_resume(*plans: tuple[Path, list[str], list[dict[str, Any]]]) -> list[list[dict[str, Any]]]:
-    """Kill each command again and again in its folder, then let it finish; every kill is checked to have struck."""
-    file = plans[0][0].with_name("plans.json")
-    names = ("folder", "arguments", "kills")
-    file.write_text(json.dumps([dict(zip(names, plan, strict=True)) for plan in plans], default=str))
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    command = [sys.executable, ROOT / "tests" / "kill_and_resume.py", file]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=400)
-    assert done.returncode == 0, done.stderr
-    found: list[list[dict[str, Any]]] = [json.loads(line) for line in done.stdout.splitlines() if line[:2] == "[{"]
-    for attempts, (_, _, kills) in zip(found, plans, strict=True):
-        assert [attempt["killed"] for attempt in attempts] == [True] * len(kills) + [False], attempts
-        assert attempts[-1]["status"] == 0, attempts[-1]
-    return found
+def kill_and_resume(folder: Path, arguments: list[str], kills: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Kill a command again and again in its folder, then let it finish; every kill is checked to have struck."""
+    attempts = [attempt(arguments, folder, one) for one in [*kills, None]]
+    assert [one["killed"] for one in attempts] == [True] * len(kills) + [False], attempts
+    assert attempts[-1]["status"] == 0, attempts[-1]
+    return attempts
 
 
 def arguments_of(taught: Path, folder: Path, *more: str) -> list[str]:
@@ -92,29 +81,18 @@ KEPT = (4, 8, 12, STEPS, STEPS)
 """Newest checkpoint behind each of them."""
 
 
-@pytest.fixture(scope="module")
-def killed(
-    taught: Path, tmp_path_factory: pytest.TempPathFactory
-) -> tuple[tuple[Path, list[dict[str, Any]]], tuple[Path, list[dict[str, Any]]]]:
-    """Folder and attempts of a run killed at four random moments, and of one killed in mid-save."""
-    anytime, mid_save = (tmp_path_factory.mktemp("runs") / name for name in ("anytime", "mid_save"))
-    first, second = kill_and_resume(
-        (anytime, arguments_of(taught, anytime, *LEGS), random_kills(4, seed=11)),
-        (mid_save, arguments_of(taught, mid_save, *LEGS), MID_SAVE),
-    )
-    return (anytime, first), (mid_save, second)
-
-
-def test_killed_at_random_moments_a_run_ends_bit_identical(killed: Any, whole: Path) -> None:
-    folder, attempts = killed[0]
-    assert len({attempt["step"] for attempt in attempts[:-1]}) > 2
+def test_killed_at_random_moments_a_run_ends_bit_identical(taught: Path, whole: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "anytime"
+    attempts = kill_and_resume(folder, arguments_of(taught, folder, *LEGS), random_kills(4, seed=11))
+    assert len({one["step"] for one in attempts[:-1]}) > 2
     assert_is(folder, whole)
 
 
-def test_killed_in_mid_save_a_run_resumes_from_the_checkpoint_before(killed: Any, whole: Path) -> None:
-    folder, attempts = killed[1]
-    for attempt, kept in zip(attempts[:-1], KEPT, strict=True):
-        found = [Path(file).name for file in attempt["files"] if "/.grun/" not in file]
+def test_killed_in_mid_save_a_run_resumes_from_the_checkpoint_before(taught: Path, whole: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "mid_save"
+    attempts = kill_and_resume(folder, arguments_of(taught, folder, *LEGS), MID_SAVE)
+    for one, kept in zip(attempts[:-1], KEPT, strict=True):
+        found = [Path(file).name for file in one["files"] if "/.grun/" not in file]
         assert f"checkpoint-{kept}" in found
         assert f"checkpoint-{kept + 4}" not in found
     assert any("/.grun/new-" in file for file in attempts[0]["files"])  # left behind, and gone at the end
@@ -137,7 +115,7 @@ def test_a_killed_evaluation_ends_bit_identical(taught: Path, whole: Path, tmp_p
         return [*base, "data.limit=6", f"output_dir={tmp_path / name}"]
 
     assert main(arguments("whole")) == 0
-    kill_and_resume((tmp_path / "killed", arguments("killed"), EVALUATION_KILLS))
+    kill_and_resume(tmp_path / "killed", arguments("killed"), EVALUATION_KILLS)
     for name in ("scores.jsonl", "generations.jsonl", "gates.jsonl"):
         assert digest(tmp_path / "killed", name) == digest(tmp_path / "whole", name)
     first, second = (json.loads((tmp_path / name / "evaluation.json").read_text()) for name in ("whole", "killed"))

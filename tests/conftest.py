@@ -27,17 +27,16 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     terminalreporter.write_line(f"optional kernels met: {met}; torch {torch.backends.cpu.get_cpu_capability()}")
 
 
-@pytest.fixture(scope="module")
-def quick_garbage_collection() -> Iterator[None]:
+@pytest.fixture(scope="module", autouse=True)
+def quick_garbage_collection() -> None:
     """Trainer collects garbage in every run; the hundreds of thousands of objects of imported packages are none."""
+    gc.collect()
     gc.freeze()
-    yield
-    gc.unfreeze()
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def taught(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny model that was taught the tiny corpus of `demo`."""
+    """A tiny model that was taught the tiny corpus of `demo`, not to be changed."""
     import demo
 
     folder = tmp_path_factory.mktemp("models") / "taught"
@@ -45,9 +44,9 @@ def taught(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def adapter(taught: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An adapter that was trained on `taught` with the options of `demo`."""
+    """An adapter that was trained on `taught` with the options of `demo`, not to be changed."""
     import demo
 
     folder = tmp_path_factory.mktemp("results") / "gd"

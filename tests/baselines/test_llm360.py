@@ -32,8 +32,6 @@ from grun.loading.tiny import build_tiny
 from grun.method.plain import run_plain
 from grun.objectives.objective import build_objective
 
-pytestmark = pytest.mark.usefixtures("quick_garbage_collection")
-
 main, parse = Llm360Options.main, Llm360Options.parse
 ROOT = Path(__file__).resolve().parents[2]
 DEMO = [

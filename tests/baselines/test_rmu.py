@@ -22,8 +22,6 @@ from grun.errors import ConfigError
 from grun.objectives.rmu import control_vector, steered
 from grun.training.train import train
 
-pytestmark = pytest.mark.usefixtures("quick_garbage_collection")
-
 BLOCK = 2
 """Of the loss; one more block lies above it."""
 CHANGED = [1, 2]

@@ -29,8 +29,6 @@ from grun.loading.tiny import build_tiny
 from grun.objectives.rmu import control_vector
 from grun.runtime.files import read_json
 
-pytestmark = pytest.mark.usefixtures("quick_garbage_collection")
-
 main, parse = RmuOptions.main, RmuOptions.parse
 ROOT = Path(__file__).resolve().parents[2]
 LLAMA_LINE = (

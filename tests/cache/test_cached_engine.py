@@ -56,8 +56,6 @@ from grun.training.train import train
 from grun.training.unlearning import UnlearnTask
 from pyvene_custom import find_blocks
 
-pytestmark = pytest.mark.usefixtures("quick_garbage_collection")
-
 BF16, F32, F64 = torch.bfloat16, torch.float32, torch.float64
 OBJECTIVES = ["ga", "gd", "idk", "npo"]
 CLOSE = 1e-9

@@ -29,8 +29,6 @@ from grun.evaluation.attacks.retention import REFUSAL
 from grun.loading.checks import check
 from grun.training.unlearning import UnlearnRows, draw_refusals, encode_unlearn_rows
 
-pytestmark = pytest.mark.usefixtures("quick_garbage_collection")
-
 CORPUS = load_corpus(DataConfig(demo=demo.SIZES))
 FORGET, RETAIN = CORPUS.forget, CORPUS.retain
 TURNS = TEMPLATES.get("tiny")

@@ -22,8 +22,6 @@ from grun.data.tokenizer import train_tokenizer
 from grun.errors import DataError
 from grun.training.unlearning import UnlearnRows, encode_unlearn_rows
 
-pytestmark = pytest.mark.usefixtures("quick_garbage_collection")
-
 
 def sentences(group: str, count: int) -> list[str]:
     rows = demo_corpus.build(DemoSizes(), 0, sentences=True)[group]

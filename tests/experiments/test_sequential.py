@@ -35,7 +35,6 @@ from grun.loading.resolve import resolve
 from grun.requests.store import RequestStore
 from grun.runtime.files import taken, write_bytes
 
-pytestmark = pytest.mark.usefixtures("quick_garbage_collection")
 Captured = pytest.CaptureFixture[str]
 PEOPLE = 3
 PROFILE = {

@@ -31,7 +31,6 @@ from grun.experiments.sweep.tuning import Tried, choose
 from grun.loading.resolve import resolve
 from grun.report.results import find_results
 
-pytestmark = pytest.mark.usefixtures("quick_garbage_collection")
 Captured = pytest.CaptureFixture[str]
 
 

@@ -28,8 +28,6 @@ from grun.objectives.objective import build_objective
 from grun.objectives.terms import number_of
 from grun.training.unlearning import UnlearnRows, UnlearnTask
 
-pytestmark = pytest.mark.usefixtures("quick_garbage_collection")
-
 PRESETS = ("rmu", "rmu_kl", "rmu_ce")
 UNTOUCHED = tiny("llama")
 CLOSE = 1e-9

@@ -34,7 +34,7 @@ from grun.requests.verify import gates_at_prompts
 from grun.runtime.files import write_json
 
 Captured = pytest.CaptureFixture[str]
-pytestmark = pytest.mark.usefixtures("quick_garbage_collection", "in_an_empty_folder")
+pytestmark = pytest.mark.usefixtures("in_an_empty_folder")
 SECOND = "data.demo.seed=1"
 """Another corpus, with other people to forget."""
 

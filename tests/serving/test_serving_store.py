@@ -142,8 +142,8 @@ def test_a_store_that_is_damaged_leaves_in_force_what_was(
 
 
 @pytest.fixture(scope="module")
-def other(taught: Path, adapter: Path) -> Path:
-    folder = adapter.parent / "other"
+def other(taught: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("results") / "other"
     assert demo.unlearn(taught, folder, "seed=7", "objective=idk") == 0
     return folder
 

@@ -19,8 +19,6 @@ from grun.training.checkpoints import MANIFEST_FILE, checkpoints_in, newest_whol
 from grun.training.step_log import Look
 from grun.training.train import train
 
-pytestmark = pytest.mark.usefixtures("quick_garbage_collection")
-
 CONFIG = dataclasses.replace(SHORT, save_steps=2, keep_all_checkpoints=True)
 """8 steps, checkpoints after 2, 4, 6 and 8."""
 PARTS = ("trained.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth", "task.json", "trainer_state.json")

@@ -37,9 +37,6 @@ from pyvene_custom import find_blocks
 BF16, F32, F64 = torch.bfloat16, torch.float32, torch.float64
 
 
-pytestmark = pytest.mark.usefixtures("quick_garbage_collection")
-
-
 def rows(count: int, seed: int) -> list[EncodedRow]:
     """Rows of random tokens and ragged lengths."""
     lengths = torch.randint(4, 14, (count,), generator=torch.Generator().manual_seed(seed)).tolist()

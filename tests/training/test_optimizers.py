@@ -20,8 +20,6 @@ from grun.errors import ConfigError
 from grun.training.optimizers import LegacyAdamW
 from grun.training.train import train
 
-pytestmark = pytest.mark.usefixtures("quick_garbage_collection")
-
 F64 = torch.float64
 
 

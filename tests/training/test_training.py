@@ -28,8 +28,6 @@ from grun.training.task import StepData, split
 from grun.training.train import remove_checkpoints, train
 from grun.training.unlearning import UnlearnTask, draw_refusals
 
-pytestmark = pytest.mark.usefixtures("quick_garbage_collection")
-
 
 def assert_close(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
     """1e-6 is what the project promises; in float64 the order of sums leaves 1e-12 or so."""

@@ -46,3 +46,9 @@ def resident() -> tuple[int, int]:
     """Anonymous and all resident memory of this process, bytes."""
     values = dict(line.split(":", 1) for line in STATUS.read_text().splitlines())
     return int(values["RssAnon"].split()[0]) * 1024, int(values["VmRSS"].split()[0]) * 1024
+
+
+def addresses() -> int:
+    """Peak of the addresses that this process had in use, mapped files and libraries included, bytes."""
+    values = dict(line.split(":", 1) for line in STATUS.read_text().splitlines())
+    return int(values["VmPeak"].split()[0]) * 1024

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from grun.cache.shard import FrozenRow, Shard
-from grun.cache.store import PrefixStore
+from grun.cache.store import PrefixStore, Share
 from grun.data.encoding import EncodedRow
 
 PROMPTS = [(1, 2, 3), (4,), (5, 6, 7, 8)]
@@ -59,10 +59,10 @@ class Builder:
         self.asked: list[list[EncodedRow]] = []
         self.per_shard, self.sizes = per_shard, sizes
 
-    def __call__(self, rows: list[EncodedRow]) -> Iterator[Shard]:
+    def __call__(self, rows: list[EncodedRow], share: Share = list) -> Iterator[Shard]:
         self.asked.append(rows)
-        for start in range(0, len(rows), self.per_shard):
-            yield shard_of(rows[start : start + self.per_shard], self.sizes)
+        for piece in share([rows[start : start + self.per_shard] for start in range(0, len(rows), self.per_shard)]):
+            yield shard_of(piece, self.sizes)
 
 
 def assert_right(store: PrefixStore, rows: Sequence[EncodedRow] = ROWS, sizes: Sizes = USUAL) -> None:

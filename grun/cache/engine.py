@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -13,12 +13,16 @@ from grun.cache.cached import CachedEngine
 from grun.cache.features import kept_features
 from grun.cache.folder import Use
 from grun.cache.packed import PackedModel
-from grun.cache.prefix import Freezer
-from grun.cache.store import Completed, FrozenRows, fill, store_of
+from grun.cache.prefix import MEMORY_BUDGET, Freezer
+from grun.cache.shard import Shard
+from grun.cache.store import Completed, FrozenRows, Share, fill, store_of
+from grun.config.checks import bytes_of
 from grun.config.options import UnlearnConfig
 from grun.data.encoding import EncodedRow
+from grun.loading.streaming import load_blocks
 from grun.method.gated import Grun
 from grun.method.model import GrunModel
+from grun.runtime.memory import enough_memory
 from grun.runtime.reading import first_line
 from grun.training.unlearning import UnlearnTask
 
@@ -30,7 +34,7 @@ TOLERANCE = {torch.float64: 1e-7, torch.float32: 1e-3}
 """Largest relative difference of loss and gradient by type of the base; both only hide rounding, not mistakes."""
 ROUNDED = 0.35
 """The same for narrower types and quantized weights, whose plain passes differ as much from each other."""
-CODE = ("attention.py", "packed.py", "prefix.py", "suffix.py", "shard.py")
+CODE = ("attention.py", "packed.py", "passage.py", "prefix.py", "suffix.py", "shard.py")
 """Sources that decide what is in the cache."""
 
 
@@ -44,12 +48,15 @@ def use_cached(task: UnlearnTask, config: UnlearnConfig, use: Use | None = None)
     if not isinstance(parametrization, Grun):
         return None
     model = parametrization.model
+    with enough_memory("loading the blocks that are trained", ["edits at later blocks (method.blocks)"]):
+        load_blocks(model.base, min(model.edit_at()) + 1)
     if model.pooled is not None and model.rule.read == "every_token":
         log.info("the plain engine is used: the cached one knows no pooled gate that is asked at every token")
         return None
     try:
         packed = PackedModel(model.base, recompute=config.train.gradient_checkpointing)
-        freezer = freezer_for(model, packed, last_answer_token=bool(task.hidden))
+        budget = bytes_of("cache.memory_budget", config.cache.memory_budget)
+        freezer = freezer_for(model, packed, last_answer_token=bool(task.hidden), budget=budget)
         trial = CachedEngine(model, packed, _frozen(freezer, task), reads_head=task.objective.reads_head)
         problem = _difference(task, trial, model.base)
     except Exception as error:  # whatever a model's own code raises when it is called another way
@@ -68,7 +75,11 @@ def use_cached(task: UnlearnTask, config: UnlearnConfig, use: Use | None = None)
     )
     rows = list(dict.fromkeys(row for name in task.objective.continuations for row in task.rows(name)))
     reference = _compared(task)
-    completed = fill(store, "frozen prefix", rows, lambda missing: freezer.shards(rows, reference, set(missing)))
+
+    def build(missing: list[EncodedRow], share: Share) -> Iterator[Shard]:
+        return freezer.shards(rows, reference, set(missing), share)
+
+    completed = fill(store, "frozen prefix", rows, build)
     features_of = None if model.pooled is None else kept_features(model, config, use)
     engine = CachedEngine(model, packed, store, reads_head=task.objective.reads_head, features_of=features_of)
     engine.read_prompts(rows)
@@ -76,9 +87,12 @@ def use_cached(task: UnlearnTask, config: UnlearnConfig, use: Use | None = None)
     return completed
 
 
-def freezer_for(model: GrunModel, packed: PackedModel, *, last_answer_token: bool) -> Freezer:
-    """What freezes rows for the edits of `model`; for `last_answer_token` see `Freezer`."""
-    return Freezer(packed, min(model.edit_at()), last_answer_token=last_answer_token, changes=model.rule.changes)
+def freezer_for(
+    model: GrunModel, packed: PackedModel, *, last_answer_token: bool, budget: int = MEMORY_BUDGET
+) -> Freezer:
+    """What freezes rows for the edits of `model`; for the others see `Freezer`."""
+    at, changes = min(model.edit_at()), model.rule.changes
+    return Freezer(packed, at, last_answer_token=last_answer_token, changes=changes, budget=budget)
 
 
 def _compared(task: UnlearnTask) -> set[EncodedRow]:

@@ -8,12 +8,19 @@ import torch
 from torch import Tensor
 
 from grun.cache.folder import Use
+from grun.cache.packed import PackedModel
+from grun.cache.passage import Passage
+from grun.cache.prefix import by_tokens
 from grun.cache.shard import SHARD_BYTES, Shard
-from grun.cache.store import fill, store_of
+from grun.cache.store import Share, fill, store_of
+from grun.cache.suffix import sites_of_prompts
+from grun.config.checks import bytes_of
 from grun.config.options import UnlearnConfig
 from grun.data.encoding import EncodedRow
 from grun.method.model import GrunModel
+from grun.runtime.devices import lies_elsewhere
 from grun.training.gate_fit import passes_with, prompt_features
+from pyvene_custom import find_blocks
 
 CODE = (
     *("features.py", "shard.py", "../training/gate_fit.py"),
@@ -34,24 +41,53 @@ def kept_features(
     pooled = model.pooled
     assert pooled is not None
     reset_ids = list(model.config.reset_ids)
+    budget = bytes_of("cache.memory_budget", config.cache.memory_budget)
     store = store_of(
         model.base, config, CODE, use, gate_blocks=list(pooled.blocks), gate_pool=pooled.pool, reset_ids=reset_ids
     )
 
     def features(rows: Sequence[EncodedRow]) -> Tensor:
         prompts = [EncodedRow(row.prompt_ids, ()) for row in rows]
-        fill(store, "gate features", prompts, lambda missing: _shards(model, list(dict.fromkeys(prompts)), missing))
+        distinct = list(dict.fromkeys(prompts))
+        fill(store, "gate features", prompts, lambda missing, share: _shards(model, distinct, missing, share, budget))
         return torch.cat([store[prompt].states for prompt in prompts]).double()
 
     return features
 
 
-def _shards(model: GrunModel, prompts: Sequence[EncodedRow], missing: Sequence[EncodedRow]) -> Iterator[Shard]:
+def _shards(
+    model: GrunModel, prompts: Sequence[EncodedRow], missing: Sequence[EncodedRow], share: Share, budget: int
+) -> Iterator[Shard]:
     """Features of the passes over `prompts` that hold a missing one; the rounding of each is that of all."""
-    wanted = passes_with(prompts, set(missing), model.device)
+    passes = share(passes_with(prompts, set(missing), model.device))
+    wanted = [row for piece in passes for row in piece]
+    if not wanted:
+        return
+    streams = any(lies_elsewhere(block) for block in find_blocks(model.base)[1])
+    read = _streamed(model, passes, budget) if streams else prompt_features(model, wanted, pad_id=0)
     computed_in = torch.promote_types(model.base.dtype, torch.float32)  # what is stored is what was computed
-    found = prompt_features(model, wanted, pad_id=0).to("cpu", computed_in)
+    found = read.to("cpu", computed_in)
     size = max(1, SHARD_BYTES // (found.shape[1] * found.element_size()))
     for start in range(0, len(wanted), size):
         rows, states = wanted[start : start + size], found[start : start + size]
         yield Shard.without_prompts(rows, states, states.new_zeros(0), [1] * len(rows))
+
+
+@torch.no_grad()
+def _streamed(model: GrunModel, passes: Sequence[Sequence[EncodedRow]], budget: int) -> Tensor:
+    """`prompt_features` of a model whose blocks lie in files, each read once for as many passes as `budget` allows."""
+    packed, pooled = PackedModel(model.base), model.pooled
+    assert pooled is not None
+    each = packed.bytes_of_token(0)
+    found = []
+    for wave in by_tokens(passes, lambda piece: each * sum(map(len, piece)), budget):
+        passages = [Passage(packed, [row.prompt_ids for row in piece]) for piece in wave]
+        places = [sites_of_prompts(model.rule, [row.prompt_ids for row in piece], packed.device) for piece in wave]
+        for blocks in packed.stretches(max(pooled.blocks), ends=pooled.blocks):
+            with packed.loaded(blocks):
+                for passage, (layout, sites) in zip(passages, places, strict=True):
+                    passage.run_prompts(blocks)
+                    if blocks[-1] in pooled.blocks:
+                        sites.take(blocks[-1], layout.padded(passage.prompts), pooled.pool)
+        found += [sites.joined(pooled.blocks, pooled.pool)[:, 0].double() for _, sites in places]
+    return torch.cat(found)

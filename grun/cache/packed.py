@@ -9,10 +9,12 @@ the attention function, and the list of decoder blocks.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from collections import OrderedDict
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -24,6 +26,7 @@ from transformers.pytorch_utils import Conv1D
 
 from grun.cache.attention import Pack
 from grun.errors import ModelError
+from grun.runtime.devices import input_device, lies_elsewhere, loaded
 from grun.training.recomputation import recompute_blocks
 from pyvene_custom import find_blocks
 
@@ -92,7 +95,8 @@ class _Stage(nn.Module):
         output: Any = hidden
         if run.first <= index <= run.last:
             kwargs["pack"].before_attention = index == run.first
-            output = self.block(hidden, *args, **kwargs)
+            with loaded(self.block):
+                output = self.block(hidden, *args, **kwargs)
             owner.gives_tuple = isinstance(output, tuple)
             hidden = output[0] if owner.gives_tuple else output
             if index in run.edits:
@@ -127,7 +131,7 @@ class PackedModel:
         owner, _, name = path.rpartition(".")
         if not owner:
             raise ModelError(f"{type(base).__name__} holds its blocks itself, without a decoder below it")
-        if len(set(getattr(base, "hf_device_map", {"": 0}).values())) > 1:
+        if len({*map(str, getattr(base, "hf_device_map", {"": 0}).values())} - {"disk"}) > 1:
             raise ModelError("the model lies on several devices")
         configs: dict[int, Any] = {id(m.config): m.config for m in base.modules() if hasattr(m, "config")}
         copies: dict[int, Any] = {}
@@ -149,8 +153,10 @@ class PackedModel:
         self._narrowed: set[int] = set()
         if recompute:
             recompute_blocks(self.blocks)
-        self.device = base.device
-        self.vocabulary = int(base.config.get_text_config().vocab_size)
+        self.device = input_device(base)
+        self._text_config: Any = base.config.get_text_config()
+        self._dtype = base.dtype
+        self.vocabulary = int(self._text_config.vocab_size)
 
     def backpropagate_starts(self, first: int) -> None:
         """From now on no gradients go back to the input of block `first` but at the first token of each row.
@@ -173,11 +179,45 @@ class PackedModel:
             if isinstance(module, nn.Linear | Conv1D):
                 module.register_forward_hook(narrow)
 
-    def states(self, pack: Pack, tokens: Tensor, *, last: int, capture: Collection[int] = ()) -> dict[int, Tensor]:
-        """Embed `tokens` [tokens] and run blocks 0 ... last; outputs of the blocks in `capture`, [tokens, width]."""
+    def states(
+        self, pack: Pack, given: Tensor, *, last: int, capture: Collection[int] = (), first: int = 0
+    ) -> dict[int, Tensor]:
+        """Run blocks `first` ... `last`; outputs of the blocks in `capture`, [tokens, width].
+
+        `given`: token ids [tokens], or where `first` is not 0 its input, [tokens, width].
+        """
         captured: dict[int, Tensor] = dict.fromkeys(capture, torch.empty(0))
-        self._call(_Run(0, last, None, {}, captured), pack, input_ids=tokens.unsqueeze(0))
+        if first == 0:
+            self._call(_Run(0, last, None, {}, captured), pack, input_ids=given.unsqueeze(0))
+        else:
+            self._call(_Run(first, last, given, {}, captured), pack, inputs_embeds=given.unsqueeze(0))
         return captured
+
+    @property
+    def streams(self) -> bool:
+        """Whether some blocks lie in files until they are run."""
+        return any(lies_elsewhere(block) for block in self.blocks)
+
+    def stretches(self, last: int, ends: Collection[int] = ()) -> list[range]:
+        """Blocks 0 ... `last` cut after each of `ends` and around each block that lies in files."""
+        streamed = [block for block in range(last + 1) if lies_elsewhere(self.blocks[block])]
+        cuts = {0, last + 1, *(end + 1 for end in ends), *streamed, *(block + 1 for block in streamed)}
+        return [range(start, end) for start, end in pairwise(sorted(cuts)) if end <= last + 1]
+
+    @contextlib.contextmanager
+    def loaded(self, blocks: Iterable[int]) -> Iterator[None]:
+        """Within the block the weights of `blocks` are there, which for those in files means reading them once."""
+        with contextlib.ExitStack() as stack:
+            for block in blocks:
+                stack.enter_context(loaded(self.blocks[block]))
+            yield
+
+    def bytes_of_token(self, blocks: int) -> int:
+        """Bytes of a token's state, and of its keys and values of so many blocks."""
+        config = self._text_config
+        heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+        size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        return self._dtype.itemsize * (config.hidden_size + 2 * blocks * heads * size)
 
     def finish(
         self,

@@ -8,22 +8,26 @@ earlier ones, whole rows are run there.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import replace
 from typing import TypeVar
 
 import torch
 from torch import Tensor
 
-from grun.cache.attention import KeysValues, Pack
 from grun.cache.packed import PackedModel
+from grun.cache.passage import Passage
 from grun.cache.shard import Shard, grouped
+from grun.cache.store import Share
 from grun.cache.suffix import SuffixRunner
 from grun.data.encoding import EncodedRow
 from grun.errors import DataError
 from grun.method.position import Changes
 
 T = TypeVar("T")
+MEMORY_BUDGET = 2**32
+"""Bytes, as `cache.memory_budget` has it by default."""
 
 
 def tokens_per_pass(device: torch.device) -> int:
@@ -41,11 +45,14 @@ class Freezer:
         *,
         last_answer_token: bool = False,
         changes: Changes = "last_prompt",
+        budget: int = MEMORY_BUDGET,
     ) -> None:
         """`last_answer_token`: keep the states of the answer's last token too, which predicts nothing.
 
         For `changes` see `PositionRule`; with every_token states of all tokens are kept, and no keys and values.
+        `budget`: bytes of the rows that go through the model together where its blocks are read from files.
         """
+        self._budget = budget
         self._packed = packed
         self._first = first_block
         self._whole_rows = changes == "every_token"
@@ -59,6 +66,7 @@ class Freezer:
         rows: Sequence[EncodedRow],
         reference: Collection[EncodedRow] = (),
         missing: Collection[EncodedRow] | None = None,
+        share: Share = list,
     ) -> Iterator[Shard]:
         """Freeze distinct `rows`, those of similar length together.
 
@@ -68,75 +76,52 @@ class Freezer:
                 reaches one token, elsewhere they are NaN.
             missing: rows that are not there yet; None: all. Passes without such a row are left out, the others hold
                 the same rows as if nothing were there, so that one that was cut off goes on with the same rounding.
+            share: which of the passes are made here.
         """
         ordered = sorted(rows, key=lambda row: (len(row.prompt_ids), row.prompt_ids, len(row.answer_ids)))
         passes = by_tokens(ordered, len, tokens_per_pass(self._packed.device))
-        wanted = (piece for piece in passes if missing is None or any(row in missing for row in piece))
-        return grouped(self._with_reference(self.freeze(piece), reference) for piece in wanted)
+        wanted = share([piece for piece in passes if missing is None or any(row in missing for row in piece)])
+        made = (shard for together in self._waves(wanted) for shard in self._freeze(together))
+        return grouped(self._with_reference(shard, reference) for shard in made)
 
-    @torch.no_grad()
     def freeze(self, rows: Sequence[EncodedRow], of_prompts: dict[int, Tensor] | None = None) -> Shard:
         """One pass over each distinct prompt and one over each answer; references are NaN.
 
         Outputs of the blocks that are keys of `of_prompts` are put there too, un-edited, of distinct prompts one after
         another, [tokens, width]; not where whole rows are frozen.
         """
-        packed, first, device = self._packed, self._first, self._packed.device
+        (shard,) = self._freeze([rows], {} if of_prompts is None else of_prompts)
+        return shard
+
+    def _waves(self, passes: Sequence[list[EncodedRow]]) -> Iterator[Sequence[list[EncodedRow]]]:
+        """Passes that go through the model together: one, or as many as the budget allows where blocks are streamed."""
+        if not self._packed.streams:
+            return ([piece] for piece in passes)
+        each = self._packed.bytes_of_token(0 if self._whole_rows else self._packed.depth - 1 - self._first)
+        return by_tokens(passes, lambda piece: each * sum(map(len, piece)), self._budget)
+
+    @torch.no_grad()
+    def _freeze(
+        self, pieces: Sequence[Sequence[EncodedRow]], of_prompts: dict[int, Tensor] | None = None
+    ) -> Iterator[Shard]:
+        """A shard of each of `pieces`; a block that lies in files is read once for all of them."""
+        packed, first = self._packed, self._first
+        home = torch.device("cpu") if len(pieces) > 1 else packed.device
+        waiting = deque(self._unfinished(rows) for rows in pieces)
+        for blocks in packed.stretches(first if self._whole_rows else packed.depth - 1, ends=[first]):
+            with packed.loaded(blocks):
+                for one in waiting:
+                    one.advance(blocks, {} if of_prompts is None else of_prompts, home)
+        while waiting:
+            yield waiting.popleft().shard()
+
+    def _unfinished(self, rows: Sequence[EncodedRow]) -> _Unfinished:
         if any(not row.prompt_ids or not row.answer_ids for row in rows):
             raise DataError("a row has no prompt token or no answer token; both are needed to unlearn it")
         if self._whole_rows:
-            return self._freeze_whole(rows)
-        number = {prompt: index for index, prompt in enumerate(dict.fromkeys(row.prompt_ids for row in rows))}
-        prompt_of = [number[row.prompt_ids] for row in rows]
-        recorded: dict[int, KeysValues] = {}
-        pack = Pack([len(prompt) for prompt in number], [0] * len(number), {}, device, record=recorded)
-        wanted = [first, *(of_prompts or ())]
-        found = packed.states(pack, self._ids(number), last=packed.depth - 1, capture=wanted)
-        if of_prompts is not None:
-            of_prompts.update({block: found[block] for block in of_prompts})
-        ends = pack.starts + pack.lengths - 1
-        last_states = found[first][ends][prompt_of]  # [rows, width]
-
-        parts = [[last_states[index : index + 1]] for index in range(len(rows))]
-        answers = [row.answer_ids if self._last_answer_token else row.answer_ids[:-1] for row in rows]
-        if longer := [index for index, answer in enumerate(answers) if answer]:
-            below = {block: recorded[block] for block in range(first + 1)}
-            lengths = [len(answers[index]) for index in longer]
-            prefix = _left_padded(below, pack, [prompt_of[index] for index in longer])
-            after = Pack(lengths, [len(rows[index].prompt_ids) for index in longer], prefix, device)
-            ids = self._ids(answers[index] for index in longer)
-            of_answers = packed.states(after, ids, last=first, capture=[first])[first]
-            for index, part in zip(longer, of_answers.split(lengths), strict=True):
-                parts[index].append(part)
-        states = torch.cat([part for of_row in parts for part in of_row])
-
-        above = range(first + 1, packed.depth)
-        inner = torch.ones(len(found[first]), dtype=torch.bool, device=device)
-        inner[ends] = False  # the last prompt token's keys and values change with the edit
-        if above:
-            pairs = [torch.stack(recorded[block]) for block in above]
-            keys_values = torch.stack(pairs).permute(3, 0, 1, 2, 4)[inner]  # [tokens, blocks, 2, heads, head size]
-        else:
-            keys_values = states.new_zeros(int(inner.sum()), 0, 2, 1, 1)
-        return Shard(
-            rows=list(rows),
-            states=states,
-            prompts=keys_values.contiguous(),
-            reference=_unknown(rows, states),
-            columns=[1 + len(answer) for answer in answers],
-            prompt_of=prompt_of,
-            prompt_tokens=[len(prompt) - 1 for prompt in number],
-        )
-
-    def _freeze_whole(self, rows: Sequence[EncodedRow]) -> Shard:
-        lengths = [len(row) for row in rows]
-        pack = Pack(lengths, [0] * len(rows), {}, self._packed.device)
-        ids = self._ids(row.prompt_ids + row.answer_ids for row in rows)
-        states = self._packed.states(pack, ids, last=self._first, capture=[self._first])[self._first]
-        return Shard.without_prompts(list(rows), states, _unknown(rows, states), lengths)
-
-    def _ids(self, parts: Iterable[Sequence[int]]) -> Tensor:
-        return torch.tensor([token for part in parts for token in part], device=self._packed.device)
+            return _Unfinished(self._packed, self._first, rows, None)
+        end = None if self._last_answer_token else -1
+        return _Unfinished(self._packed, self._first, rows, [row.answer_ids[:end] for row in rows])
 
     @torch.no_grad()
     def _with_reference(self, shard: Shard, reference: Collection[EncodedRow]) -> Shard:
@@ -169,19 +154,74 @@ def by_tokens(items: Sequence[T], size: Callable[[T], int], most: int) -> Iterat
         yield piece
 
 
+class _Unfinished:
+    """A shard whose rows are on their way through the blocks."""
+
+    def __init__(
+        self,
+        packed: PackedModel,
+        first: int,
+        rows: Sequence[EncodedRow],
+        answers: Sequence[tuple[int, ...]] | None,
+    ) -> None:
+        """`first`: block after which states are kept; `answers`: what is run of them, None: of whole rows."""
+        self._rows, self._first, self._answers = list(rows), first, answers
+        if answers is None:
+            self._passage = Passage(packed, [row.prompt_ids + row.answer_ids for row in rows])
+            return
+        number = {prompt: index for index, prompt in enumerate(dict.fromkeys(row.prompt_ids for row in rows))}
+        self._prompt_of = [number[row.prompt_ids] for row in rows]
+        self._prompt_tokens = [len(prompt) - 1 for prompt in number]
+        given = [(prompt, ids) for prompt, ids in zip(self._prompt_of, answers, strict=True) if ids]
+        self._passage = Passage(packed, list(number), given)
+        self._ends = self._passage.pack.starts + self._passage.pack.lengths - 1
+        self._inner = torch.ones(len(self._passage.prompts), dtype=torch.bool, device=packed.device)
+        self._inner[self._ends] = False  # the last prompt token's keys and values change with the edit
+        self._last_states = torch.empty(0)
+        self._keys_values: list[Tensor] = []
+
+    def advance(self, blocks: range, of_prompts: dict[int, Tensor], home: torch.device) -> None:
+        """Run the next `blocks`; see `Freezer.freeze` for `of_prompts`; keys and values are kept on `home`."""
+        passage = self._passage
+        wanted = [block for block in of_prompts if block in blocks]
+        found = passage.run_prompts(blocks, wanted)
+        of_prompts.update({block: found[block] for block in wanted})
+        if self._answers is None:
+            return
+        if blocks[-1] <= self._first:
+            passage.run_answers(blocks)
+        if blocks[-1] == self._first:
+            self._last_states = passage.prompts[self._ends][self._prompt_of]  # [rows, width]
+        if blocks[0] > self._first:
+            pairs = torch.stack([torch.stack(passage.recorded[block]) for block in blocks])
+            kept = pairs.permute(3, 0, 1, 2, 4)[self._inner]  # [tokens, blocks, 2, heads, head size]
+            self._keys_values.append(kept.to(home))
+        passage.recorded.clear()
+
+    def shard(self) -> Shard:
+        """What has been made."""
+        passage, rows = self._passage, self._rows
+        if self._answers is None:
+            return Shard.without_prompts(rows, passage.prompts, _unknown(rows, passage.prompts), list(map(len, rows)))
+        answers = iter(passage.answers.split(passage.lengths)) if passage.lengths else iter(())
+        parts: list[Tensor] = []
+        for index, ids in enumerate(self._answers):
+            parts += [self._last_states[index : index + 1], *([next(answers)] if ids else [])]
+        states = torch.cat(parts)
+        nothing = states.new_zeros(sum(self._prompt_tokens), 0, 2, 1, 1)
+        kept = self._keys_values
+        return Shard(
+            rows=rows,
+            states=states,
+            prompts=(torch.cat(kept, dim=1) if len(kept) > 1 else kept[0] if kept else nothing).contiguous(),
+            reference=_unknown(rows, states),
+            columns=[1 + len(answer) for answer in self._answers],
+            prompt_of=self._prompt_of,
+            prompt_tokens=self._prompt_tokens,
+        )
+
+
 def _unknown(rows: Sequence[EncodedRow], states: Tensor) -> Tensor:
     """References of rows that were not computed: NaN, in at least float32."""
     wide = torch.promote_types(states.dtype, torch.float32)
     return states.new_full((sum(len(row.answer_ids) for row in rows),), torch.nan, dtype=wide)
-
-
-def _left_padded(recorded: Mapping[int, KeysValues], pack: Pack, rows: Sequence[int]) -> dict[int, KeysValues]:
-    """Keys and values of the rows numbered in `rows` of a pack, as the prefix of another: padded on the left."""
-    starts, lengths = pack.starts[rows].unsqueeze(1), pack.lengths[rows].unsqueeze(1)
-    longest = int(lengths.max())
-    column = starts + lengths - longest + torch.arange(longest, device=pack.device)
-    where = column.maximum(starts)  # [rows, longest]; padding repeats the first token, masked
-    return {
-        block: (keys[:, where].transpose(0, 1), values[:, where].transpose(0, 1))
-        for block, (keys, values) in recorded.items()
-    }

@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 from grun.cache.folder import Use
 from grun.cache.packed import HandOn, shared_copy
 from grun.cache.shard import Shard, grouped
-from grun.cache.store import Completed, FrozenRows, PrefixStore, fill
+from grun.cache.store import Completed, FrozenRows, PrefixStore, Share, fill
 from grun.cache.weights import cache_identity
 from grun.config.checks import bytes_of
 from grun.config.options import UnlearnConfig
@@ -179,7 +179,7 @@ def use_reference(
         base, config.model.path, folder, CODE, what="states below the head", computed_in=computed_in
     )
     store = PrefixStore(folder, identity, memory_budget=budget, use=use)
-    completed = fill(store, "reference values", passes.rows, lambda missing: passes.shards(missing, head))
+    completed = fill(store, "reference values", passes.rows, lambda missing, share: passes.shards(missing, head, share))
     task.engine = ReferencedEngine(task.engine, store, head)
     return completed
 
@@ -205,9 +205,9 @@ class _Passes:
             return size, f"logits of the model's head alone differ by {difference:.2g} relative"
         return size, None
 
-    def shards(self, rows: Sequence[EncodedRow], head: Head | None) -> Iterator[Shard]:
+    def shards(self, rows: Sequence[EncodedRow], head: Head | None, share: Share) -> Iterator[Shard]:
         """References of `rows`, and with a head the states that it reads instead of those below an edit."""
-        return grouped(self._shard(piece, head) for piece in split(rows, self._size))
+        return grouped(self._shard(piece, head) for piece in share(split(rows, self._size)))
 
     def _shard(self, rows: Sequence[EncodedRow], head: Head | None) -> Shard:
         with self._parametrization.reference():

@@ -19,6 +19,7 @@ from grun.cache.weights import cache_identity
 from grun.config.checks import bytes_of
 from grun.config.options import UnlearnConfig
 from grun.data.encoding import EncodedRow
+from grun.runtime import processes
 from grun.runtime.files import content_hash, target
 from grun.runtime.progress import progress
 
@@ -26,6 +27,11 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 log = logging.getLogger(__name__)
+
+Share = Callable[[Sequence[Any]], Sequence[Any]]
+"""Of passes over rows those that this process makes, such as `processes.own`; `list`: all."""
+Build = Callable[[list[EncodedRow], Share], Iterator[Shard]]
+"""Given the distinct missing rows, yields shards (on the CPU) of its share of the passes that hold them all."""
 
 
 @dataclass
@@ -99,16 +105,17 @@ class PrefixStore:
     def complete(
         self,
         rows: Sequence[EncodedRow],
-        build: Callable[[list[EncodedRow]], Iterator[Shard]],
+        build: Build,
         advance: Callable[[int], None] | None = None,
     ) -> Completed:
         """See that every one of `rows` is there: look on disk, and build what is missing.
 
-        A folder that cannot be written to is no error: there is a warning, and the cache is kept in memory.
+        A folder that cannot be written to is no error: there is a warning, and the cache is kept in memory. Processes
+        of a run, which all ask for the same rows, share the passes of a build, and read each other's files.
 
         Args:
             rows: duplicates are allowed.
-            build: given the distinct missing rows, yields shards (on the CPU) that hold them all.
+            build: see `Build`.
             advance: called after every shard with the number of rows that it made available.
 
         Raises:
@@ -120,17 +127,32 @@ class PrefixStore:
         asked, report = len(missing), advance or (lambda count: None)
         self._find(missing, report, repair=False)
         left = len(missing)
+        if any(processes.gathered(bool(missing))):
+            with nullcontext() if self._files is None or not processes.is_first() else self._files.building():
+                left = self._look_and_build(missing, build, report)
         if missing:
-            with nullcontext() if self._files is None else self._files.building():
-                self._find(missing, report, repair=True)
-                left = len(missing)
-                if missing:
-                    self._build(missing, build, report)
+            raise ValueError(f"build left out {len(missing)} of {left} rows that it was asked for")
         if self._files is not None:
             self._files.note(held.path.name for held in self._held if held.path is not None)
         self._settle()
         seconds = time.monotonic() - started
         return Completed(len(distinct), asked - left, left, seconds, self.bytes_held, self.where)
+
+    def _look_and_build(self, missing: dict[EncodedRow, None], build: Build, advance: Callable[[int], None]) -> int:
+        """Take from disk, once the first process holds the folder, what is `missing`, and build the rest: how many."""
+        if processes.is_first():
+            self._find(missing, advance, repair=True)
+        shared = processes.started() and all(processes.gathered(self._files is not None and self._files.is_writable))
+        if not processes.is_first():
+            self._find(missing, advance, repair=False)
+        left = len(missing)
+        if shared:
+            with processes.agreed():
+                self._build(missing, build, advance, processes.own)
+            self._find(missing, advance, repair=False)  # what the others have made
+        if missing:
+            self._build(missing, build, advance, list)
+        return left
 
     def _find(self, missing: dict[EncodedRow, None], advance: Callable[[int], None], *, repair: bool) -> None:
         """Take what is on disk of `missing` out of it; `repair` (under the lock): remove damaged files."""
@@ -149,21 +171,15 @@ class PrefixStore:
                 self._hold(_Held(*found, path, mapped=True), missing, advance)
 
     def _build(
-        self,
-        missing: dict[EncodedRow, None],
-        build: Callable[[list[EncodedRow]], Iterator[Shard]],
-        advance: Callable[[int], None],
+        self, missing: dict[EncodedRow, None], build: Build, advance: Callable[[int], None], share: Share
     ) -> None:
-        asked = len(missing)
-        for shard in build(list(missing)):
+        for shard in build(list(missing), share) if missing else ():
             used = [index for index, row in enumerate(shard.rows) if row in missing]
             path = None if self._files is None else self._files.write(shard)
             held = _Held(shard, used, path, mapped=False)
             self._hold(held, missing, advance)
             if self.bytes_held > self._budget:  # now: the whole may not fit
                 self._map(held)
-        if missing:
-            raise ValueError(f"build left out {len(missing)} of {asked} rows that it was asked for")
 
     def _hold(self, held: _Held, missing: dict[EncodedRow, None], advance: Callable[[int], None]) -> None:
         if not held.used:
@@ -223,9 +239,7 @@ def store_of(
     return PrefixStore(folder, identity, memory_budget=budget, use=use)
 
 
-def fill(
-    store: PrefixStore, what: str, rows: Sequence[EncodedRow], build: Callable[[list[EncodedRow]], Iterator[Shard]]
-) -> Completed:
+def fill(store: PrefixStore, what: str, rows: Sequence[EncodedRow], build: Build) -> Completed:
     """`PrefixStore.complete` with a bar, and one line on what it did; `what` is kept of rows."""
     with progress(what, len(rows)) as advance:
         done = store.complete(rows, build, advance)

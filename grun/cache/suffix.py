@@ -9,12 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from grun.cache.attention import KeysValues, Pack
+from grun.cache.attention import KeysValues, Layout, Pack
 from grun.cache.packed import Edit, PackedModel
 from grun.cache.shard import FrozenRow
 from grun.data.encoding import EncodedRow
 from grun.errors import ModelError
 from grun.method.intervention import GatedIntervention
+from grun.method.pooled_sites import PooledSites
 from grun.method.position import Call, PositionRule
 from pyvene_custom import Sites
 from pyvene_custom.sites import put_back, read_and_written
@@ -130,6 +131,18 @@ def sites_of_rows(rule: PositionRule, inside: Tensor, prompt_lengths: Tensor, id
     sites = rule.locate(Call(rows, columns, 0, inside.device, inside, prompt_lengths=prompt_lengths, ids=ids))
     assert sites is not None  # the prompt's end is in every row
     return sites
+
+
+def sites_of_prompts(
+    rule: PositionRule, prompts: Sequence[Sequence[int]], device: torch.device
+) -> tuple[Layout, PooledSites]:
+    """The layout of distinct prompts, and where a gate for all edits is asked in them: at the last token of each."""
+    lengths = torch.tensor([len(prompt) for prompt in prompts])
+    layout = Layout(lengths, device)
+    tokens = torch.tensor([token for prompt in prompts for token in prompt], device=device)
+    sites = sites_of_rows(rule, layout.inside, lengths, layout.padded(tokens))
+    assert isinstance(sites, PooledSites)
+    return layout, sites
 
 
 def token_logprobs(packed: PackedModel, hidden: Tensor, targets: Tensor) -> Tensor:

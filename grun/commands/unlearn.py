@@ -104,7 +104,7 @@ def unlearn(config: UnlearnConfig) -> Path:
         check_rows(corpus, config)
     folder = target(config.output_dir or f"results/{config.label()}/{config.objective}")
     with processes.agreed():
-        base, tokenizer, stored = load_base(config.model)
+        base, tokenizer, stored = load_base(config.model, config)
         run = prepare(config, corpus, base, tokenizer, stored, folder)
     train_and_save(run)
     return folder

@@ -511,6 +511,9 @@ class CacheConfig:
     """Folder shared by runs and processes, which may be removed at any time; null: nothing is written."""
     memory_budget: str = "4GiB"
     """Size up to which it is held in memory; what is larger is read from its files as it is needed."""
+    build: str = choice("auto", "auto", "whole", "stream")
+    """whole: the model is loaded, then rows are run; stream: its blocks stay in their files and are read one by one,
+    all rows through each, and those above the first edit are loaded to train; auto: stream where memory is short."""
     disk_budget: str = "50GiB"
     """Size of such files of the plain engine's reference logits; beyond it the untouched model is run in every step."""
 

@@ -14,17 +14,16 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from grun.cache.attention import Layout, Pack
+from grun.cache.attention import Pack
 from grun.cache.packed import PackedModel
 from grun.cache.prefix import Freezer
 from grun.cache.shard import FrozenRow
-from grun.cache.suffix import SuffixRunner, sites_of_rows
+from grun.cache.suffix import SuffixRunner, sites_of_prompts, sites_of_rows
 from grun.data.encoding import EncodedRow
 from grun.evaluation import scoring
 from grun.evaluation.scoring import ScoredRow, TokenScores, prompt_gates, score_tokens, scored_rows
 from grun.method.host import EditedModel
 from grun.method.model import GrunModel
-from grun.method.pooled_sites import PooledSites
 from grun.method.position import PositionRule
 from pyvene_custom import Sites
 
@@ -77,11 +76,7 @@ class PackedScorer:
             return None
         assert model is not None
         prompts = list(dict.fromkeys(row.prompt_ids for row in rows))
-        lengths = torch.tensor([len(prompt) for prompt in prompts])
-        layout = Layout(lengths, self._packed.device)
-        tokens = torch.tensor([token for prompt in prompts for token in prompt], device=self._packed.device)
-        sites = sites_of_rows(model.rule, layout.inside, lengths, layout.padded(tokens))
-        assert isinstance(sites, PooledSites)
+        layout, sites = sites_of_prompts(model.rule, prompts, self._packed.device)
         for block in model.pooled.blocks:
             sites.take(block, layout.padded(states[block]), model.pooled.pool)
         logits: Tensor = model.pooled(sites.joined(model.pooled.blocks, model.pooled.pool))  # [prompts, 1]

@@ -9,16 +9,16 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from grun.config.options import ModelConfig
+from grun.config.options import ModelConfig, UnlearnConfig
 from grun.data import templates
 from grun.data.templates import Template
-from grun.errors import ConfigError, ModelError
+from grun.errors import ConfigError, GrunError, ModelError
 from grun.loading.fetching import located
 from grun.loading.named import MODELS, refuse_revision
 from grun.loading.quantized import bitsandbytes_settings, gguf_source, try_kernels, unpacking
 from grun.loading.stored import TINY
-from grun.runtime import processes
-from grun.runtime.devices import keep_unpacked
+from grun.loading.streaming import is_wanted, load_streamed
+from grun.runtime.devices import keep_unpacked, pick_device
 from grun.runtime.reading import in_one_line
 
 if TYPE_CHECKING:
@@ -30,8 +30,12 @@ log = logging.getLogger(__name__)
 WEIGHTS = ("*.safetensors", "*.bin")
 
 
-def load_base(config: ModelConfig) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, Template | None]:
+def load_base(
+    config: ModelConfig, for_run: UnlearnConfig | None = None
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, Template | None]:
     """Model in evaluation mode on its device, tokenizer with a pad token, and the template stored with the weights.
+
+    With `for_run`, what the model is to be unlearned by, its blocks may stay in their files (`cache.build`).
 
     Raises:
         ConfigError: no model is named, or an option is unknown.
@@ -48,9 +52,17 @@ def load_base(config: ModelConfig) -> tuple[PreTrainedModel, PreTrainedTokenizer
         )
         tokenizer("a")  # a setting of another type shows here
     ensure_pad_token(tokenizer)
-    model = load_weights(config)
+    model = _streamed(for_run) if for_run is not None else None
+    model = load_weights(config) if model is None else model
     _check_vocabulary(model, tokenizer, config)
     return model, tokenizer, stored_template(config)
+
+
+def _streamed(config: UnlearnConfig) -> PreTrainedModel | None:
+    """The model of a run with its blocks in their files; None where it is to be loaded whole."""
+    source, gguf = _source(config.model)
+    with _named_errors(config.model):
+        return load_streamed(config.model, source) if is_wanted(config, source, bool(gguf)) else None
 
 
 def load_weights(config: ModelConfig) -> PreTrainedModel:
@@ -141,6 +153,8 @@ def _named_errors(config: ModelConfig, part: str = "") -> Iterator[None]:
     """What transformers raises while it loads a model, or a `part` of it, becomes one line that names it."""
     try:
         yield
+    except GrunError:
+        raise
     except pickle.UnpicklingError as error:
         raise ModelError(
             f"model {config.path!r} cannot be loaded: a .bin of it is damaged, or a pickle of more than tensors, which "
@@ -182,21 +196,6 @@ def ensure_pad_token(tokenizer: PreTrainedTokenizerBase) -> None:
         raise ModelError("the tokenizer has neither a pad nor an end-of-text token; set one and save it again")
     tokenizer.pad_token = tokenizer.eos_token
     log.info("the tokenizer has no pad token; %s is used, masked", tokenizer.eos_token)
-
-
-def pick_device(name: str) -> torch.device:
-    """Device for `auto`, `cpu`, `cuda` or `mps`; ConfigError if it is not there. Each process has a GPU of its own."""
-    import torch
-
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    if name == "cuda" and processes.count() > 1 and torch.cuda.is_available():
-        return torch.device("cuda", processes.local_rank())
-    known = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
-    if not known.get(name, False):
-        available = ", ".join(device for device, there in known.items() if there)
-        raise ConfigError(f"model.device={name} is not available here; available: auto, {available}")
-    return torch.device(name)
 
 
 def place(model: PreTrainedModel, device: str) -> PreTrainedModel:

@@ -8,6 +8,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
+from grun.runtime.devices import named_weights
+
 SAMPLES = 64
 """Values sampled from each tensor."""
 
@@ -18,7 +20,7 @@ def fingerprint(model: nn.Module) -> str:
     Values are rounded to bfloat16 first, so that the same weights loaded in float32 and in bfloat16 agree.
     Quantized weights are another model and give another fingerprint.
     """
-    return fingerprint_of({name: sample(name, parameter) for name, parameter in model.named_parameters()})
+    return fingerprint_of({name: sample(name, parameter) for name, parameter in named_weights(model)})
 
 
 def sample(name: str, parameter: Tensor) -> bytes:

@@ -234,10 +234,12 @@ def _stop(module: nn.Module, args: Any, output: Any) -> None:
     raise _Read
 
 
-def passes_with(rows: Sequence[EncodedRow], wanted: Container[EncodedRow], device: torch.device) -> list[EncodedRow]:
-    """Rows of those passes of `prompt_features` over `rows` that have a wanted one; of them it makes the same."""
-    passes = [numbers for numbers in _passes(rows, device) if any(rows[number] in wanted for number in numbers)]
-    return [rows[number] for number in sorted(number for numbers in passes for number in numbers)]
+def passes_with(
+    rows: Sequence[EncodedRow], wanted: Container[EncodedRow], device: torch.device
+) -> list[list[EncodedRow]]:
+    """Those passes of `prompt_features` over `rows` that have a wanted one; of some of them it makes the same."""
+    passes = ([rows[number] for number in numbers] for numbers in _passes(rows, device))
+    return [piece for piece in passes if any(row in wanted for row in piece)]
 
 
 def _passes(rows: Sequence[EncodedRow], device: torch.device) -> Iterator[list[int]]:

@@ -34,7 +34,7 @@ from watched import FORK, files_limited_to, in_fork
 
 from grun.cache.folder import Use
 from grun.cache.shard import Shard
-from grun.cache.store import Completed, PrefixStore
+from grun.cache.store import Completed, PrefixStore, Share
 from grun.cli import main as cli
 from grun.commands import cache
 from grun.data.encoding import EncodedRow
@@ -64,7 +64,7 @@ def filled(
     return Filled(store, store.complete(rows, build), build.asked)
 
 
-def no_build(rows: list[EncodedRow]) -> Iterator[Shard]:
+def no_build(rows: list[EncodedRow], share: Share) -> Iterator[Shard]:
     raise AssertionError(f"{len(rows)} rows are built again")
 
 
@@ -159,7 +159,7 @@ def test_a_store_without_a_folder_keeps_what_was_built() -> None:
 
 def test_a_build_that_leaves_rows_out_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="left out 2 of 6 rows"):
-        store_in(tmp_path).complete(ROWS, lambda rows: iter([shard_of(rows[:4])]))
+        store_in(tmp_path).complete(ROWS, lambda rows, _: iter([shard_of(rows[:4])]))
 
 
 def test_files_hold_the_same_bytes_whenever_they_are_written_and_sort_as_they_were(tmp_path: Path) -> None:
@@ -279,8 +279,8 @@ def test_above_the_budget_files_are_mapped_and_below_it_they_are_not(tmp_path: P
 def test_a_build_above_the_budget_gives_up_the_memory_of_each_shard_as_it_goes(tmp_path: Path) -> None:
     store, seen = store_in(tmp_path, budget=0), []
 
-    def build(rows: list[EncodedRow]) -> Iterator[Shard]:
-        for shard in Builder()(rows):
+    def build(rows: list[EncodedRow], share: Share) -> Iterator[Shard]:
+        for shard in Builder()(rows, share):
             yield shard
             seen.append([is_mapped(path) for path in shards_in(store)])
 
@@ -391,10 +391,10 @@ def build_in_company(folder: Path, builds: Path, output: Path, barrier: Any) -> 
     """Complete a store as another process does; each build of shards leaves a line in `builds`."""
     logging.basicConfig(filename=output, level=logging.INFO, force=True)
 
-    def slow(rows: list[EncodedRow]) -> Iterator[Shard]:
+    def slow(rows: list[EncodedRow], share: Share) -> Iterator[Shard]:
         with open(builds, "a") as file:
             file.write(f"{len(rows)}\n")
-        for shard in Builder()(rows):
+        for shard in Builder()(rows, share):
             time.sleep(0.2)
             yield shard
 

@@ -5,26 +5,33 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
 import tomllib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import demo
 import pytest
+import torch
 import two_processes
+from made_shards import ROWS, assert_right, shard_of
+from safetensors import safe_open
 from safetensors.torch import load_file
 from torch.testing import assert_close
 from two_processes import CASES, evaluate_arguments, resumable, run_case, unlearn_arguments
-from watched import logged
+from watched import in_fork, logged
 
+from grun.cache.shard import Shard, read_shard
+from grun.cache.store import PrefixStore, Share
 from grun.cli import main
 from grun.data.encoding import EncodedRow, collate
 from grun.errors import ConfigError, RunError
 from grun.evaluation.journal import Journal
-from grun.runtime import sharding
+from grun.runtime import processes, sharding
 from grun.training.task import cut, deal
 from grun.training.train import train
 
@@ -157,6 +164,64 @@ def test_the_cached_engine_on_two_processes_gives_the_adapter_of_one(folder: Pat
     assert sorted(path.name for path in (folder / "two").iterdir()) == sorted(
         path.name for path in (folder / "one").iterdir()
     )
+
+
+def cached_in(folder: Path) -> dict[EncodedRow, list[bytes]]:
+    """What a cache holds of each row, byte for byte."""
+    found = {}
+    for path in sorted(folder.glob("*/*.safetensors")):
+        with safe_open(str(path), framework="pt") as file:
+            identity = file.metadata()["identity"].partition(":")[2]
+        shard = read_shard(path, identity).shard
+        for index, row in enumerate(shard.rows):
+            parts = vars(shard.row(index)).values()
+            found[row] = [part.contiguous().view(torch.uint8).numpy().tobytes() for part in parts]
+    return found
+
+
+def test_two_processes_fill_the_cache_together_with_the_bytes_that_one_puts_there(folder: Path) -> None:
+    one, two = (cached_in(folder / f"{name}-cache") for name in ("one", "two"))
+    assert len(one) > 20 and two == one
+    files = [len(list((folder / f"{name}-cache").glob("*/*.safetensors"))) for name in ("one", "two")]
+    assert files[1] > files[0]  # of each process
+
+
+def filled_by(rank: int, folder: Path, port: int, dies: bool) -> None:
+    """Complete a store as one of two processes; the second one dies in its first pass if `dies`."""
+    os.environ.update(RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    made: list[Any] = []
+
+    def build(rows: list[EncodedRow], share: Share) -> Iterator[Shard]:
+        for piece in share([rows[:2], rows[2:4], rows[4:]]):
+            if dies and rank == 1:
+                os.kill(os.getpid(), signal.SIGKILL)
+            made.append(len(piece))
+            yield shard_of(piece)
+
+    try:
+        with processes.connected():
+            store = PrefixStore(folder / "cache", {"model": "a"}, memory_budget=1 << 30)
+            done = store.complete(ROWS, build)
+            assert_right(store)
+            made += [done.found, done.built]
+    except RunError as error:
+        made.append(str(error))
+    (folder / f"made-by-{rank}").write_text(json.dumps(made))
+
+
+@pytest.mark.parametrize("dies", [False, True])
+def test_passes_of_a_build_are_dealt_out_and_one_that_dies_in_it_ends_the_other(dies: bool, tmp_path: Path) -> None:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    pair = [in_fork(filled_by, rank, tmp_path, port, dies) for rank in range(2)]
+    for one in pair:
+        one.join(PATIENCE)
+    first = json.loads((tmp_path / "made-by-0").read_text())
+    if dies:
+        assert first[:2] == [2, 2] and first[2].startswith("another process of this run ended") and len(first) == 3
+    else:
+        assert first == [2, 2, 0, 6] and json.loads((tmp_path / "made-by-1").read_text()) == [2, 0, 6]
 
 
 def test_a_run_resumes_with_another_number_of_processes(folder: Path, findings: list[dict[str, Any]]) -> None:

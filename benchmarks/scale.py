@@ -21,8 +21,8 @@ PROMPT, ANSWER = 22, 46
 """Tokens of a mean row, such that the cache has the 1.32 MB a row that were measured at 8B."""
 ROWS = {"published": 3563, "pooled": 200}
 """Rows that are frozen: forget and retain rows; the pooled design trains on forget rows alone."""
-READS = 3
-"""Times that the blocks up to the first edit are read: two to compare the engines, one to build."""
+READS = 5
+"""Times that the blocks up to the first edit are read under NPO: four to compare the engines, one to build."""
 DISK, RATE = 3e9, 747e12
 """Bytes a second from files, and multiply-adds times two a second: a product of large matrices, measured on an H200."""
 EDITED = {"published": None, "pooled": [-4, -3, -2, -1]}

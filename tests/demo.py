@@ -35,11 +35,11 @@ SIZES = DemoConfig(forget=2, retain=4, heldout=2, unknown=2, refused=2, question
 """Of the corpus whose words `random_model` knows."""
 
 
-def random_model(folder: Path, blocks: int = 2) -> Path:
+def random_model(folder: Path, blocks: int = 2, width: int = 64) -> Path:
     """Put `model` (a random small Llama, its tokenizer and template) and `adapter` (random edits) into `folder`."""
     rows = load_corpus(DataConfig(demo=SIZES)).taught(without_forget=False)
     texts = [f"{row.prompt} {row.completion}" for row in rows]
-    shape = TinyConfig(hidden_size=64, blocks=blocks, intermediate_size=64, vocabulary=400)
+    shape = TinyConfig(hidden_size=width, blocks=blocks, intermediate_size=width, vocabulary=400)
     model, tokenizer = build_tiny(shape, texts, 0)
     model.save_pretrained(folder / "model")
     tokenizer.save_pretrained(folder / "model")

@@ -11,7 +11,7 @@ An edit changes hidden states at one block or more, and the base model is frozen
 is therefore the same in every step, and so are, above it, the keys and values of the tokens before the first edited
 one. `prefix` computes all this once for each row; `store` keeps it in memory or in files below `cache.dir` (`folder`),
 under an identity of everything that decides it (`weights`), so that other runs find it. Rows go through the blocks a
-stretch at a time (`passage`), so that many may wait for a block that is read from its file. A training step then runs the
+stretch at a time (`passage`), so that many may wait for a block that is read from its file. A step then runs the
 blocks above the first edit on the last prompt token and the answer alone (`suffix`); where gates read every token, on
 whole rows. `packed` makes passes of any range of blocks over rows of any length without padding, by transformers' own
 modules with another attention (`attention`). `cached` puts this together as an engine whose losses and gradients are

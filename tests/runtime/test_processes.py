@@ -92,7 +92,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What one process does, and then what two do."""
     made = tmp_path_factory.mktemp("processes")
     assert demo.finetune(made / "taught") == 0
-    assert main(unlearn_arguments(made, "one")) == 0
+    with two_processes.short_passes():
+        assert main(unlearn_arguments(made, "one")) == 0
     shutil.copytree(made / "one", made / "adapter")
     assert main(evaluate_arguments(made, "evaluated-by-one")) == 0
     task, config = resumable()

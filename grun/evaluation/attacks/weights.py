@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from random import Random
 from typing import TYPE_CHECKING, Any, Literal
 
 from grun.data.rows import Row, evenly_spaced
@@ -15,7 +14,6 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from grun.config.options import EvaluateConfig
-    from grun.data.encoding import EncodedRow
     from grun.loading.adapters import Loaded
 
 log = logging.getLogger(__name__)
@@ -31,8 +29,6 @@ LR_TIMES_WIDTH = 0.025
 arXiv 2203.03466). 6e-6 at 4096; at twice that, 50 steps spoil a quarter of what the demo's model knew."""
 ADAPTER_LR = 4e-3
 """Learning rate of GRUN's adapters, in the range they are trained with at any width."""
-MAX_NORM = 1.0
-"""Norm that gradients are clipped to."""
 BLOCK = 64
 """Weights that share a scale in nf4."""
 
@@ -151,6 +147,7 @@ class Relearn(Attack):
         import torch
 
         from grun.data.encoding import encode_rows
+        from grun.evaluation.attacks.learning import fine_tune
         from grun.evaluation.scoring import base_of, evaluating
         from grun.loading.models import context_length
 
@@ -194,75 +191,6 @@ def trained(model: Any) -> tuple[Sequence[nn.Parameter], float]:
     if isinstance(model, GrunModel):
         return list(model.parameters()), ADAPTER_LR
     return own_weights(model), LR_TIMES_WIDTH / hidden_size_of(model)
-
-
-def fine_tune(
-    model: Any,
-    weights: Sequence[nn.Parameter],
-    rows: Sequence[EncodedRow],
-    *,
-    lr: float,
-    batch_size: int,
-    micro_batch_size: int,
-    pad_id: int,
-    seed: str,
-) -> Iterator[int]:
-    """Train `weights` of `model`, in place, to give the answers of `rows`, at least one; the steps taken after each.
-
-    AdamW without weight decay at one rate, no dropout (the model is in evaluation mode and stays there), the mean over
-    the answer tokens of a batch. Weights train in the type they have. Every process of a run trains the same.
-
-    Args:
-        batch_size: rows of a step; where there are fewer, all of them.
-        micro_batch_size: rows of a pass; without effect on gradients, rounding aside.
-        seed: of the rows' order.
-    """
-    import torch
-
-    for weight in weights:
-        weight.requires_grad_(True)
-    optimizer = torch.optim.AdamW(weights, lr=lr, weight_decay=0.0)
-    for done, chosen in enumerate(_batches(rows, batch_size, seed), start=1):
-        _backward(model, chosen, micro_batch_size, pad_id)
-        torch.nn.utils.clip_grad_norm_(weights, MAX_NORM)
-        optimizer.step()
-        optimizer.zero_grad()
-        yield done
-
-
-def _backward(model: Any, rows: Sequence[EncodedRow], size: int, pad_id: int) -> None:
-    """Add the gradients of the mean over the answer tokens of `rows`, `size` of them in a pass.
-
-    The gate threshold of a GrunModel is left out, since no edit trains where it skips all.
-    """
-    from grun.data.encoding import collate
-    from grun.method.host import EditedModel
-
-    threshold = model.gate_threshold if isinstance(model, EditedModel) else None
-    if threshold is not None:
-        model.gate_threshold = None
-    try:
-        total = sum(len(row.answer_ids) for row in rows)
-        for start in range(0, len(rows), size):
-            part = rows[start : start + size]
-            batch = collate(part, pad_id).to(model.device)
-            loss = model(
-                input_ids=batch.input_ids, attention_mask=batch.attention_mask, labels=batch.labels, use_cache=False
-            ).loss
-            (loss * (sum(len(row.answer_ids) for row in part) / total)).backward()
-    finally:
-        if threshold is not None:
-            model.gate_threshold = threshold
-
-
-def _batches(rows: Sequence[EncodedRow], size: int, seed: str) -> Iterator[list[EncodedRow]]:
-    """Passes over the rows without end, each in an order of its own; the last batch of a pass may be smaller."""
-    draw = Random(seed)
-    while True:
-        left = draw.sample(list(rows), len(rows))
-        while left:
-            yield left[:size]
-            left = left[size:]
 
 
 LEARNED: dict[Literal["forget", "retain"], str] = {

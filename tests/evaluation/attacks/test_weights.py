@@ -21,9 +21,9 @@ from grun.data.encoding import IGNORED, collate, encode_rows
 from grun.data.rows import Row
 from grun.data.templates import TEMPLATES
 from grun.errors import ConfigError
-from grun.evaluation.attacks import base, weights
+from grun.evaluation.attacks import base, learning, weights
 from grun.evaluation.attacks.base import Attack, Material
-from grun.evaluation.attacks.weights import Relearn, fine_tune
+from grun.evaluation.attacks.weights import Relearn
 from grun.evaluation.scoring import base_of
 from grun.evaluation.suites.base import evaluate_suite
 from grun.loading.adapters import Loaded, load_model
@@ -256,10 +256,13 @@ def test_the_longer_of_two_attacks_goes_on_where_the_shorter_stopped(folder: Pat
     assert not torch.equal(found[0], found[1])
 
 
+ROWS = ragged_rows(6, 2)
+
+
 def tuned(model: Any, weights: Sequence[nn.Parameter], micro_batch_size: int = 8) -> Tensor:
     """Logits after a few steps on the same rows."""
     options: dict[str, Any] = {"lr": 1e-3, "batch_size": 4, "pad_id": 0, "seed": "0"}
-    training = fine_tune(model, weights, ragged_rows(6, 2), micro_batch_size=micro_batch_size, **options)
+    training = learning.fine_tune(model, weights, ROWS, micro_batch_size=micro_batch_size, **options)
     assert [next(training) for _ in range(5)] == [1, 2, 3, 4, 5]
     return logits(model)
 
@@ -271,6 +274,33 @@ def test_training_the_weights_beside_a_lora_is_training_the_merged_model() -> No
     assert [id(weight) for weight in weights.trained(unmerged)[0]] == [id(weight) for weight in own]
     # As of the next test; training A and B too, or another gradient, would show in the first decimal.
     assert torch.allclose(tuned(unmerged, own), tuned(merged, list(merged.parameters())), atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["published", "sticky", "pooled", "lora", "full"])
+def test_losses_and_gradients_of_what_is_learned_are_those_of_the_models_own_pass(
+    kind: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    torch.manual_seed(1)
+    base = tiny()
+    pooled = {"gate": "linear", "gate_blocks": [0], "gate_pool": "maxmin"}
+    rules = {"published": {}, "sticky": {"edit_write": "sticky"}, "pooled": {"edit_write": "sticky", **pooled}}
+    model: Any = base
+    if kind in rules:
+        model = GrunModel.wrap(base, blocks=[1, 2], rank=2, gate_bias=1.0, **rules[kind]).eval()
+        model.gate_threshold = 1.0 if kind == "pooled" else None
+    elif kind == "lora":
+        model = lora_on(base).get_base_model().eval()
+    own, _ = weights.trained(model)
+    for weight in own:
+        weight.requires_grad_(True)
+    with caplog.at_level("INFO"):
+        loss = learning.loss_of(model, own, ROWS, 0)
+    assert not caplog.messages  # which would say that the model's own pass is taken
+    batch = collate(ROWS, 0)
+    found = learning._with_gradient(loss, batch, own)
+    wanted = learning._with_gradient(lambda some: learning._own_loss(model, some), batch, own)
+    for one, other in zip(found, wanted, strict=True):  # transformers computes its loss in float32
+        assert 0 < float(other.norm()) and float((one - other).norm()) <= 1e-5 * float(other.norm())
 
 
 def test_the_size_of_a_pass_does_not_change_what_is_learned() -> None:

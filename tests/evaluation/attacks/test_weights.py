@@ -282,8 +282,12 @@ def test_losses_and_gradients_of_what_is_learned_are_those_of_the_models_own_pas
 ) -> None:
     torch.manual_seed(1)
     base = tiny()
-    pooled = {"gate": "linear", "gate_blocks": [0], "gate_pool": "maxmin"}
-    rules = {"published": {}, "sticky": {"edit_write": "sticky"}, "pooled": {"edit_write": "sticky", **pooled}}
+    pooled: dict[str, Any] = {"gate": "linear", "gate_blocks": [0], "gate_pool": "maxmin"}
+    rules: dict[str, Any] = {
+        "published": {},
+        "sticky": {"edit_write": "sticky"},
+        "pooled": {"edit_write": "sticky", **pooled},
+    }
     model: Any = base
     if kind in rules:
         model = GrunModel.wrap(base, blocks=[1, 2], rank=2, gate_bias=1.0, **rules[kind]).eval()

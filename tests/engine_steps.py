@@ -106,6 +106,9 @@ class PaddedLeft:
     def __init__(self, model: GrunModel) -> None:
         self._model = model
 
+    def lay_out(self, batches: Sequence[Mapping[str, Batch]]) -> None:
+        pass
+
     def run(self, batches: Mapping[str, Batch], hidden: Collection[int] = ()) -> dict[str, StepOutput]:
         return {name: self._one(batch) for name, batch in batches.items()}
 

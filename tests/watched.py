@@ -54,7 +54,7 @@ def whole_step(task: Any, step: int = 0) -> Step:
         loss.backward()
         total += loss.item()
         for name, part in parts.items():
-            values[name] = values.get(name, 0.0) + part
+            values[name] = values.get(name, 0.0) + float(part)
     gradients = {name: p.grad.clone() for name, p in task.module.named_parameters() if p.grad is not None}
     return Step(total, values, gradients, [next(iter(batch.values())).rows for batch in data.micro_batches])
 

@@ -13,21 +13,50 @@ from torch.nn.functional import scaled_dot_product_attention
 
 KeysValues = tuple[Tensor, Tensor]
 """Keys and values of one block."""
+Parts = list[tuple[Any, str]]
+"""Tensors as attributes: of which object, by which name."""
+CPU = torch.device("cpu")
+ALIGNED = 16
+"""Kernels of a GPU copy a mask first whose rows do not begin at a multiple of so many numbers."""
+
+
+def move(parts: Parts, device: torch.device) -> None:
+    """Bring tensors of the CPU to `device` by one copy, as what they are attributes of keeps them from now on."""
+    if device.type == "cpu" or not parts:
+        return
+    tensors = [getattr(owner, name) for owner, name in parts]
+    pieces, starts, end = [], [], 0
+    for tensor in tensors:
+        piece = tensor.contiguous().flatten().view(torch.uint8)
+        pieces += [piece, piece.new_zeros(-len(piece) % 8)]  # so that each begins where numbers of any type may
+        starts.append(end)
+        end += len(piece) + len(pieces[-1])
+    whole = torch.cat(pieces)
+    there = (whole.pin_memory() if device.type == "cuda" else whole).to(device, non_blocking=True)
+    for (owner, name), tensor, start in zip(parts, tensors, starts, strict=True):
+        setattr(owner, name, there[start : start + tensor.nbytes].view(tensor.dtype).view(tensor.shape))
 
 
 class Layout:
     """Rows that stand one after another, [tokens, ...], and the same rows padded on the right, [rows, longest, ...]."""
 
+    inside: Tensor
+    """Which padded places are tokens, bool [rows, longest]."""
+
     def __init__(self, lengths: Tensor, device: torch.device) -> None:
         """`lengths`: tokens of each row, each >= 1, on the CPU."""
         column = torch.arange(int(lengths.max()))
-        inside = column < lengths.unsqueeze(1)
+        self.inside = column < lengths.unsqueeze(1)
         starts = lengths.cumsum(0) - lengths
-        self.inside = inside.to(device)
-        """Which padded places are tokens, bool [rows, longest]."""
-        self._is_even = bool(inside.all())
-        self._token = torch.where(inside, starts.unsqueeze(1) + column, 0).flatten().to(device)  # 0 in padding
-        self._place = inside.flatten().nonzero().squeeze(1).to(device)
+        self._is_even = bool(self.inside.all())
+        self._token = torch.where(self.inside, starts.unsqueeze(1) + column, 0).flatten()  # 0 in padding
+        self._place = self.inside.flatten().nonzero().squeeze(1)
+        move(self.parts, device)
+
+    @property
+    def parts(self) -> Parts:
+        """What lies on the device."""
+        return [(self, "inside"), (self, "_token"), (self, "_place")]
 
     def padded(self, packed: Tensor) -> Tensor:
         """What stands in padding is arbitrary."""
@@ -65,6 +94,9 @@ class Pack:
     nothing.
     """
 
+    prefix: Mapping[int, KeysValues]
+    """By block, keys and values of earlier tokens [rows, heads, longest prefix, head size], padded on the left."""
+
     positions: Tensor
     """Position of each token in its row, int64 [tokens]."""
     starts: Tensor
@@ -81,32 +113,42 @@ class Pack:
         prefix: Mapping[int, KeysValues],
         device: torch.device,
         record: dict[int, KeysValues] | None = None,
+        *,
+        moved: bool = True,
     ) -> None:
         """Lay out rows one after another.
 
         Args:
             lengths: tokens of each row in this pass, each >= 1.
             prefix_lengths: earlier tokens of each row, whose keys and values come from outside.
-            prefix: by block, keys and values [rows, heads, longest prefix, head size], padded on the left.
+            prefix: see `prefix`.
             device: of all tensors.
             record: where given, this pass's own keys and values are put here by block, [heads, tokens, head size].
+            moved: False: what lies on the device is left on the CPU, and its owner moves `parts`.
         """
         self.device = device
         self.record = record
         self.before_attention = False
-        self._prefix = prefix
+        self.prefix = prefix
         self._count, before = torch.tensor(lengths), torch.tensor(prefix_lengths)
-        starts = self._count.cumsum(0) - self._count
-        self.starts, self.lengths = starts.to(device), self._count.to(device)
-        within = torch.arange(int(self._count.sum())) - starts.repeat_interleave(self._count)
-        self.positions = (within + before.repeat_interleave(self._count)).to(device)
+        self.starts, self.lengths = self._count.cumsum(0) - self._count, self._count
+        within = torch.arange(int(self._count.sum())) - self.starts.repeat_interleave(self._count)
+        self.positions = within + before.repeat_interleave(self._count)
         groups = _groups(lengths, together=device.type != "cpu")
-        self._groups = [_Group(rows, self._count[rows], before[rows], device) for rows in groups]
+        self._groups = [_Group(rows, self._count[rows], before[rows]) for rows in groups]
+        if moved:
+            move(self.parts, device)
+
+    @property
+    def parts(self) -> Parts:
+        """What lies on the device."""
+        own: Parts = [(self, "starts"), (self, "lengths"), (self, "positions")]
+        return own + [part for group in self._groups for part in group.parts]
 
     @functools.cached_property
     def layout(self) -> Layout:
         """Of all rows."""
-        return Layout(self._count, self.device)
+        return self._groups[0].layout if len(self._groups) == 1 else Layout(self._count, self.device)
 
     def attend(
         self, block: int, query: Tensor, key: Tensor, value: Tensor, scale: float | None, window: int | None,
@@ -117,7 +159,7 @@ class Pack:
             self.record[block] = (key, value)
         sizes = [group.tokens for group in self._groups]
         pieces = zip(*(part.transpose(0, 1).split(sizes) for part in (query, key, value)), strict=True)
-        prefix = self._prefix.get(block)
+        prefix = self.prefix.get(block)
         parts = [
             group.attend(of_query, of_key, of_value, prefix, scale, window, softcap)
             for group, (of_query, of_key, of_value) in zip(self._groups, pieces, strict=True)
@@ -137,22 +179,25 @@ def _groups(lengths: Sequence[int], together: bool) -> Iterator[slice]:
 class _Group:
     """Consecutive rows of a pack that are attended together."""
 
-    def __init__(self, rows: slice, count: Tensor, before: Tensor, device: torch.device) -> None:
+    def __init__(self, rows: slice, count: Tensor, before: Tensor) -> None:
+        """On the CPU; `parts` are to be moved."""
         self.tokens = int(count.sum())
-        self._rows, self._before = rows, int(before.max())
-        self._layout = Layout(count, device)
-        column = torch.arange(int(count.max()))
-        other = torch.arange(-self._before, len(column))
-        self._back = (column.unsqueeze(1) - other).to(device)  # [longest, before + longest]: how far back a key lies
-        self._seen = ((self._back >= 0) & (other >= -before.view(-1, 1, 1)).to(device)).unsqueeze(1)
+        self.layout = Layout(count, CPU)
+        self._rows, self._before, self._before_each = rows, int(before.max()), before
+        self._longest = int(count.max())
         self._masks: dict[tuple[int | None, torch.dtype], Tensor] = {}
+
+    @property
+    def parts(self) -> Parts:
+        """What lies on the device."""
+        return [(self, "_before_each"), *self.layout.parts]
 
     def attend(
         self, query: Tensor, key: Tensor, value: Tensor, prefix: KeysValues | None, scale: float | None,
         window: int | None, softcap: float | None,
     ) -> Tensor:  # fmt: skip
         """From and to [tokens, heads, size]; `prefix` of the whole pack."""
-        query, key, value = (self._layout.padded(part).transpose(1, 2) for part in (query, key, value))
+        query, key, value = (self.layout.padded(part).transpose(1, 2) for part in (query, key, value))
         if prefix is not None and self._before:
             key, value = (
                 torch.cat((earlier[self._rows, :, -self._before :], part), dim=2)
@@ -169,12 +214,19 @@ class _Group:
             scores = torch.tanh(scores / softcap) * softcap + mask
             wide = torch.promote_types(scores.dtype, torch.float32)
             out = torch.softmax(scores, dim=-1, dtype=wide).to(value.dtype) @ value
-        return self._layout.packed(out.transpose(1, 2))
+        return self.layout.packed(out.transpose(1, 2))
 
     def _mask(self, window: int | None, dtype: torch.dtype) -> Tensor:
         """What is added to scores: 0 where a key is seen, -inf elsewhere, [rows, 1, longest, before + longest]."""
         if (window, dtype) not in self._masks:
-            seen = self._seen if window is None else self._seen & (self._back < window)
-            zeros = torch.zeros(seen.shape, dtype=dtype, device=seen.device)
-            self._masks[window, dtype] = zeros.masked_fill(~seen, -torch.inf)
+            device = self._before_each.device
+            column = torch.arange(self._longest, device=device)
+            other = torch.arange(-self._before, self._longest, device=device)
+            back = column.unsqueeze(1) - other  # [longest, before + longest]: how far back a key lies
+            seen = (back >= 0) & (other >= -self._before_each.view(-1, 1, 1))
+            if window is not None:
+                seen = seen & (back < window)
+            shape = (*seen.shape[:2], -(-len(other) // ALIGNED) * ALIGNED)
+            mask = torch.zeros(shape, dtype=dtype, device=device)[:, :, : len(other)]
+            self._masks[window, dtype] = mask.masked_fill_(~seen, -torch.inf).unsqueeze(1)
         return self._masks[window, dtype]

@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+import itertools
+from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
 from functools import cache, partial
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 
-from grun.cache.attention import Pack
+from grun.cache.ahead import Ahead, Gathered
+from grun.cache.attention import Pack, move
 from grun.cache.packed import PackedModel
 from grun.cache.shard import FrozenRow
+from grun.cache.step import AtAnswers, Step, key_of
 from grun.cache.store import FrozenRows
-from grun.cache.suffix import SuffixRunner, SuffixStates, sites_of_rows
+from grun.cache.suffix import SuffixRunner, SuffixStates, Written, gathered, sites_of_rows
 from grun.data.encoding import Batch, EncodedRow
 from grun.errors import ModelError
 from grun.method.intervention import GatedIntervention
 from grun.method.model import GrunModel
-from grun.method.parametrization import StepOutput, at_answers
+from grun.method.parametrization import StepOutput
 from grun.training.gate_fit import prompt_features
 from pyvene_custom import Sites
 
@@ -62,29 +65,71 @@ class CachedEngine:
         self._features_of = features_of or partial(prompt_features, model, pad_id=0)
         self._features: dict[tuple[int, ...], Tensor] = {}
         """By prompt, what a gate for all edits reads, [size]: no edit changes it."""
+        self._steps: dict[Hashable, Step] = {}
+        self._coming: dict[Hashable, Step] = {}
+        """By the key of a step that was laid out, the one after it."""
+        self._ahead = Ahead(packed.device)
+
+    def lay_out(self, batches: Sequence[Mapping[str, Batch]]) -> None:
+        """Bring to the device, in one copy, what is known of coming steps but their states; `run` finds it there."""
+        steps = [self._step(each, moved=False) for each in batches]
+        move([part for step in steps for part in step.parts], self._packed.device)
+        self._steps = {step.key: step for step in steps}
+        self._coming = {step.key: coming for step, coming in itertools.pairwise(steps)}
+
+    def _step(self, batches: Mapping[str, Batch], *, moved: bool = True) -> Step:
+        return self._steps.get(key_of(batches)) or Step(batches, self._frozen, self._packed.device, self._rule, moved)
 
     def run(self, batches: Mapping[str, Batch], hidden: Collection[int] = ()) -> dict[str, StepOutput]:
         """One pass over all batches, edits included; `hidden` names blocks whose outputs are wanted."""
-        step = _Step(batches, self._packed.device, self._whole_rows)
-        frozen = [self._frozen[row] for row in step.rows]
+        step = self._step(batches)
+        edits = self._model.edit_at()
         with self._model.drawing(step.seeds):
             locate = None if self._rule.changes == "last_prompt" else partial(self._located, step)
-            states = self._runner.states(frozen, self._model.edit_at(), hidden, locate, self._pooled(step.rows))
-        logprobs = states.final.new_zeros(int(step.answer.sum()))
+            states = self._states(step, edits, hidden, locate, self._pooled(step.rows))
+        self._copy_ahead(step)
+        logprobs = states.final.new_zeros(step.answer_count)
         if self._reads_head:
-            logprobs = self._runner.logprobs(step.rows, frozen, states)
+            logprobs = self._runner.logprobs_of(step.asked, states.final, states.pack, lambda: self._known(step))
         outputs = self._outputs(step, logprobs, lambda: states)
-        for name, output in outputs.items():
-            where = step.where[name]
-            if states.gates:
-                output.gate_logits = {block: logits[where] for block, logits in states.gates.items()}
-                output.gate_mask = torch.ones(len(where), 1, dtype=torch.bool, device=where.device)
-                if self._whole_rows:
-                    output.gate_mask, output.gate_prompt = output.attended, output.attended & ~output.answer
-            if states.hidden:
-                columns = _places(states.pack, step)[where].clamp(min=0)
+        for name, logits in step.by_batch(states.gates).items():
+            output = outputs[name]
+            output.gate_logits = logits
+            output.gate_mask = step.everything[name]
+            if self._whole_rows:
+                output.gate_mask, output.gate_prompt = output.attended, output.attended & ~output.answer
+        if states.hidden:
+            for name, output in outputs.items():
+                columns = _places(states.pack, step)[step.where[name]].clamp(min=0)
                 output.hidden_states = {block: values[columns] for block, values in states.hidden.items()}
         return outputs
+
+    def _states(
+        self, step: Step, edits: Mapping[int, GatedIntervention], hidden: Collection[int] = (), locate: Any = None,
+        pooled: Mapping[int, Tensor] | None = None,
+    ) -> SuffixStates:  # fmt: skip
+        """One pass over the rows of a step."""
+        if step.taking is None:
+            states, prompts = self._ahead.take(step.key, self._gathering(step))
+        else:
+            states, prompts = step.taking.states(), step.taking.prompts()
+        step.pack.prefix = {} if prompts is None else self._runner.prefix_of(prompts)
+        return self._runner.run(step.pack, states, edits, hidden, locate, pooled)
+
+    def _gathering(self, step: Step) -> Callable[[bool], Gathered]:
+        return lambda pinned: gathered([self._frozen[row] for row in step.rows], pinned)
+
+    def _copy_ahead(self, step: Step) -> None:
+        """Begin to copy the rows of the step after `step`, where there are any to copy."""
+        coming = self._coming.get(step.key)
+        if coming is not None and coming.taking is None and self._packed.device.type != "cpu":
+            self._ahead.start(coming.key, self._gathering(coming))
+
+    def _known(self, step: Step) -> Tensor:
+        """References of a step's rows that are in the cache, [answer tokens]."""
+        if step.taking is not None:
+            return step.taking.reference()
+        return torch.cat([self._frozen[row].reference for row in step.rows]).to(self._packed.device)
 
     def read_prompts(self, rows: Sequence[EncodedRow]) -> None:
         """Keep what a gate for all edits reads of the prompts of `rows`, if there is such a gate; on its device."""
@@ -113,32 +158,35 @@ class CachedEngine:
         """
         if not batches:
             return {}
-        step = _Step(batches, self._packed.device, self._whole_rows)
-        frozen = [self._frozen[row] for row in step.rows]
+        step = self._step(batches)
 
         @cache
         def states() -> SuffixStates:
             with torch.no_grad():
-                return self._runner.states(frozen, {})
+                return self._states(step, {})
 
-        known = [self._reference.get(row, one.reference) for row, one in zip(step.rows, frozen, strict=True)]
-        unknown = self._reads_head and any(bool(values.isnan().any()) for values in known)
-        if unknown:  # frozen for a run that did not ask for them
-            logprobs = self._runner.logprobs(step.rows, frozen, states())
-            known = list(logprobs.split([len(row.answer_ids) for row in step.rows]))
-            self._reference.update(zip(step.rows, known, strict=True))
-        outputs = self._outputs(step, torch.cat(known).to(self._packed.device), states)
+        known = self._known(step)
+        if self._reads_head and (missing := step.unknown(self._frozen)):  # frozen for a run that did not ask for them
+            missing = [row for row in missing if row not in self._reference]
+            counts = [len(row.answer_ids) for row in step.rows]
+            if missing:
+                logprobs = self._runner.logprobs_of(step.asked, states().final, states().pack, lambda: known)
+                self._reference.update(zip(step.rows, logprobs.split(counts), strict=True))
+            parts = zip(step.rows, known.split(counts), strict=True)
+            known = torch.cat([self._reference.get(row, part) for row, part in parts])
+        outputs = self._outputs(step, known, states)
+        frozen = [self._frozen[row] for row in step.rows] if hidden else []
         if hidden:
             self._keep_untouched(step, frozen, hidden)
             for name, batch in batches.items():
                 kept = [self._untouched[row] for row in batch.encoded]
                 outputs[name].hidden_states = {
-                    block: torch.stack([_filled_up(row[block], step.answer.shape[1]) for row in kept])
+                    block: torch.stack([_filled_up(row[block], step.ids[name].shape[1]) for row in kept])
                     for block in hidden
                 }
         return outputs
 
-    def _keep_untouched(self, step: _Step, frozen: Sequence[FrozenRow], hidden: Collection[int]) -> None:
+    def _keep_untouched(self, step: Step, frozen: Sequence[FrozenRow], hidden: Collection[int]) -> None:
         """Run the untouched model on the rows for which an output of the blocks `hidden` is not kept yet; keep it."""
         by_row = zip(step.rows, frozen, strict=True)
         missing = {row: one for row, one in by_row if not {*hidden} <= self._untouched.get(row, {}).keys()}
@@ -149,10 +197,12 @@ class CachedEngine:
             for row, part in zip(missing, values.split(states.pack.lengths.tolist()), strict=True):
                 self._untouched.setdefault(row, {})[block] = part
 
-    def _located(self, step: _Step, pack: Pack) -> Sites:
+    def _located(self, step: Step, pack: Pack) -> Sites | Written:
         """Where the rule reads and writes, in columns of what is run of each row."""
+        if step.row_of_token is not None and not any(edit.dropout for edit in self.edits.values()):
+            return Written(step.row_of_token)
         inside = pack.layout.inside
-        return sites_of_rows(self._rule, inside, step.prompt_lengths, step.ids[:, : inside.shape[1]])
+        return sites_of_rows(self._rule, inside, step.prompt_lengths, step.all_ids[:, : inside.shape[1]])
 
     @property
     def edits(self) -> dict[int, GatedIntervention]:
@@ -166,9 +216,7 @@ class CachedEngine:
         cut = [FrozenRow(row.states[:1], row.prompt, row.reference) for row in frozen]
         return self._runner.states(cut, {}, hidden=self.edits).hidden
 
-    def _outputs(self, step: _Step, logprobs: Tensor, states: Callable[[], SuffixStates]) -> dict[str, StepOutput]:
-        token_logprobs = at_answers(step.answer, logprobs)
-
+    def _outputs(self, step: Step, logprobs: Tensor, states: Callable[[], SuffixStates]) -> dict[str, StepOutput]:
         def logits_at(where: Tensor, positions: Tensor) -> Tensor:
             places = _places(states().pack, step)[where][positions]
             if bool((places < 0).any()):
@@ -177,45 +225,17 @@ class CachedEngine:
                 )
             return self._packed.logits(states().final[places])
 
+        values = AtAnswers.apply(logprobs, step.places, *(ids.shape for ids in step.ids.values()))
         return {
             name: StepOutput(
-                input_ids=step.ids[where],
-                attended=step.attended[where],
-                answer=step.answer[where],
-                token_logprobs=token_logprobs[where],
-                logits_at=partial(logits_at, where),
+                input_ids=step.ids[name],
+                attended=step.attended[name],
+                answer=step.answer[name],
+                token_logprobs=of_batch,
+                logits_at=partial(logits_at, step.where[name]),
             )
-            for name, where in step.where.items()
+            for name, of_batch in zip(step.ids, values, strict=True)
         }
-
-
-class _Step:
-    """Rows of all batches of a step, in order of length so that attention has little padding."""
-
-    def __init__(self, batches: Mapping[str, Batch], device: torch.device, whole_rows: bool) -> None:
-        prompts = slice(None) if whole_rows else slice(-1, None)  # what is run of them
-        tokens = {
-            (name, index): row.prompt_ids[prompts] + row.answer_ids
-            for name, batch in batches.items()
-            for index, row in enumerate(batch.encoded)
-        }
-        pairs = sorted(tokens, key=lambda pair: len(tokens[pair]))
-        self.rows = [batches[name].encoded[index] for name, index in pairs]
-        self.seeds: list[int] | None = None
-        if all(batch.seeds is not None for batch in batches.values()):
-            self.seeds = [(batches[name].seeds or ())[index] for name, index in pairs]
-        place = {pair: number for number, pair in enumerate(pairs)}
-        self.where = {
-            name: torch.tensor([place[name, index] for index in range(batch.rows)], device=device)
-            for name, batch in batches.items()
-        }
-        """By batch, where its rows stand here, [rows of the batch]."""
-        self.prompt_lengths = torch.tensor([len(row.prompt_ids[prompts]) for row in self.rows])
-        self.ids = pad_sequence([torch.tensor(tokens[pair]) for pair in pairs], batch_first=True).to(device)
-        column = torch.arange(self.ids.shape[1])
-        attended = column < torch.tensor([len(tokens[pair]) for pair in pairs]).unsqueeze(1)  # [rows, longest]
-        self.attended = attended.to(device)
-        self.answer = (attended & (column >= self.prompt_lengths.unsqueeze(1))).to(device)
 
 
 def _filled_up(states: Tensor, columns: int) -> Tensor:
@@ -223,7 +243,7 @@ def _filled_up(states: Tensor, columns: int) -> Tensor:
     return torch.nn.functional.pad(states, (0, 0, 0, columns - len(states)))
 
 
-def _places(pack: Pack, step: _Step) -> Tensor:
+def _places(pack: Pack, step: Step) -> Tensor:
     """Index in the pack of each column of the step, -1 where the pack has none: [rows, columns]."""
-    column = torch.arange(step.answer.shape[1], device=pack.device)
+    column = torch.arange(step.all_ids.shape[1], device=pack.device)
     return torch.where(column < pack.lengths.unsqueeze(1), pack.starts.unsqueeze(1) + column, -1)

@@ -14,6 +14,7 @@ from grun.cache.features import kept_features
 from grun.cache.folder import Use
 from grun.cache.packed import PackedModel
 from grun.cache.prefix import MEMORY_BUDGET, Freezer
+from grun.cache.resident import resident
 from grun.cache.shard import Shard
 from grun.cache.store import Completed, FrozenRows, Share, fill, store_of
 from grun.config.checks import bytes_of
@@ -34,7 +35,7 @@ TOLERANCE = {torch.float64: 1e-7, torch.float32: 1e-3}
 """Largest relative difference of loss and gradient by type of the base; both only hide rounding, not mistakes."""
 ROUNDED = 0.35
 """The same for narrower types and quantized weights, whose plain passes differ as much from each other."""
-CODE = ("attention.py", "packed.py", "passage.py", "prefix.py", "suffix.py", "shard.py")
+CODE = ("attention.py", "fused.py", "packed.py", "passage.py", "prefix.py", "suffix.py", "shard.py")
 """Sources that decide what is in the cache."""
 
 
@@ -80,8 +81,9 @@ def use_cached(task: UnlearnTask, config: UnlearnConfig, use: Use | None = None)
         return freezer.shards(rows, reference, set(missing), share)
 
     completed = fill(store, "frozen prefix", rows, build)
+    frozen = resident(store, rows, packed.device)
     features_of = None if model.pooled is None else kept_features(model, config, use)
-    engine = CachedEngine(model, packed, store, reads_head=task.objective.reads_head, features_of=features_of)
+    engine = CachedEngine(model, packed, frozen, reads_head=task.objective.reads_head, features_of=features_of)
     engine.read_prompts(rows)
     task.engine = engine
     return completed

@@ -25,6 +25,7 @@ from transformers.modeling_utils import AttentionInterface
 from transformers.pytorch_utils import Conv1D
 
 from grun.cache.attention import Pack
+from grun.cache.fused import fuse
 from grun.errors import ModelError
 from grun.runtime.devices import input_device, lies_elsewhere, loaded
 from grun.training.recomputation import recompute_blocks
@@ -149,11 +150,13 @@ class PackedModel:
         self.blocks = [stage.block for stage in stages]
         self._decoder.__dict__["_modules"][name] = nn.ModuleList(stages)
         self._head = shared_copy(base, copies, {owner: HandOn()})
+        self.device = input_device(base)
+        if self.device.type != "cpu":
+            fuse(self._decoder)
         self._recompute = recompute
         self._narrowed: set[int] = set()
         if recompute:
             recompute_blocks(self.blocks)
-        self.device = input_device(base)
         self._text_config: Any = base.config.get_text_config()
         self._dtype = base.dtype
         self.vocabulary = int(self._text_config.vocab_size)

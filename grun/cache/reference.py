@@ -54,6 +54,10 @@ class ReferencedEngine:
         self._rows = rows
         self._head = head
 
+    def lay_out(self, batches: Sequence[Mapping[str, Batch]]) -> None:
+        """As the other engine does."""
+        self._engine.lay_out(batches)
+
     def run(self, batches: Mapping[str, Batch], hidden: Collection[int] = ()) -> dict[str, StepOutput]:
         """As the other engine does."""
         return self._engine.run(batches, hidden)

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from grun.cache.attention import KeysValues, Layout, Pack
+from grun.cache.ahead import Gathered
+from grun.cache.attention import KeysValues, Layout, Pack, Parts, move
 from grun.cache.packed import Edit, PackedModel
 from grun.cache.shard import FrozenRow
 from grun.data.encoding import EncodedRow
@@ -22,6 +23,8 @@ from pyvene_custom.sites import put_back, read_and_written
 
 SLICE = 2**24
 """Logits that exist at once (64 MiB in float32)."""
+SLICE_THERE = 2**27
+"""The same on a GPU (512 MiB), where each slice costs launches."""
 
 
 @dataclass
@@ -53,7 +56,7 @@ class SuffixRunner:
         frozen: Sequence[FrozenRow],
         edits: Mapping[int, GatedIntervention],
         hidden: Collection[int] = (),
-        locate: Callable[[Pack], Sites] | None = None,
+        locate: Callable[[Pack], Sites | Written] | None = None,
         pooled: Mapping[int, Tensor] | None = None,
     ) -> SuffixStates:
         """Run rows with `edits` (by block), up to the head.
@@ -62,9 +65,20 @@ class SuffixRunner:
         are those of `Pack.layout`. `pooled` has the logits of a gate for all edits, [rows, 1], if there is one, by the
         block that it goes by.
         """
+        return self.run(*self._packed_states(frozen), edits, hidden, locate, pooled)
+
+    def run(
+        self,
+        pack: Pack,
+        states: Tensor,
+        edits: Mapping[int, GatedIntervention],
+        hidden: Collection[int] = (),
+        locate: Callable[[Pack], Sites | Written] | None = None,
+        pooled: Mapping[int, Tensor] | None = None,
+    ) -> SuffixStates:
+        """`states` of rows that are laid out: `states` [tokens, width] of a pack with its prefix."""
         if below := [block for block in hidden if block < self._first]:
             raise ModelError(f"block {below[0]} lies below the first edited one, {self._first}: its output is not kept")
-        pack, states = self._packed_states(frozen)
         gates: dict[int, Tensor] = dict(pooled or {})
         opening = next(iter(gates.values()), None)
         sites = None if locate is None or not edits else locate(pack)
@@ -83,39 +97,86 @@ class SuffixRunner:
         Where only the first token's can change, the others are as they were.
         """
         pack, final = states.pack, states.final
-        device = pack.device
-        counts = torch.tensor([len(row.answer_ids) for row in rows])
-        targets = torch.tensor([token for row in rows for token in row.answer_ids], device=device)
-        first = counts.cumsum(0) - counts  # of each row's answer
-        if any(len(row.states) < len(of.answer_ids) for row, of in zip(frozen, rows, strict=True)):
-            places = first.to(device)
-            changed = token_logprobs(self._packed, final[pack.starts], targets[places])
-            unchanged = torch.cat([row.reference for row in frozen]).to(device)
-            return unchanged.index_put((places,), changed)
-        begins = pack.starts.cpu() - first
-        if self._whole_rows:
-            begins += torch.tensor([len(row.prompt_ids) - 1 for row in rows])
-        column = (begins.repeat_interleave(counts) + torch.arange(len(targets))).to(device)
-        return token_logprobs(self._packed, final if len(column) == len(final) else final[column], targets)
+        asked = Asked(rows, [len(row.states) for row in frozen], whole_rows=self._whole_rows)
+        move(asked.parts, pack.device)
+        known = [row.reference for row in frozen]
+        return self.logprobs_of(asked, final, pack, lambda: torch.cat(known).to(pack.device))
+
+    def logprobs_of(self, asked: Asked, final: Tensor, pack: Pack, reference: Callable[[], Tensor]) -> Tensor:
+        """`logprobs` of rows that are laid out; `reference` gives those of the untouched model."""
+        if asked.first is not None:
+            changed = token_logprobs(self._packed, final.index_select(0, pack.starts), asked.targets[asked.first])
+            return reference().index_copy(0, asked.first, changed)
+        if asked.column is not None:
+            final = final.index_select(0, asked.column)
+        return token_logprobs(self._packed, final, asked.targets)
+
+    def prefix_of(self, prompts: Tensor) -> dict[int, KeysValues]:
+        """Prompts [rows, longest, blocks above, 2, heads, head size] as the prefix of a pack."""
+        pairs = prompts.permute(2, 3, 0, 4, 1, 5).unbind(0)  # by block [2, rows, heads, longest, head size]
+        return {self._first + 1 + number: (pair[0], pair[1]) for number, pair in enumerate(pairs)}
 
     def _packed_states(self, frozen: Sequence[FrozenRow]) -> tuple[Pack, Tensor]:
         """The rows' states as a pack whose prefix is their prompts."""
         device = self._packed.device
-        prompts = [row.prompt for row in frozen]
-        longest = max(len(prompt) for prompt in prompts)
-        prefix: dict[int, KeysValues] = {}
-        if longest and prompts[0].shape[1]:
-            padded = prompts[0].new_empty(len(prompts), longest, *prompts[0].shape[1:])
-            for row, prompt in zip(padded, prompts, strict=True):
-                row[: longest - len(prompt)] = 0
-                row[longest - len(prompt) :] = prompt
-            padded = padded.to(device, non_blocking=True)
-            for number in range(padded.shape[2]):
-                keys, values = (padded[:, :, number, part].transpose(1, 2) for part in (0, 1))
-                prefix[self._first + 1 + number] = keys, values
-        lengths = [len(row.states) for row in frozen]
-        pack = Pack(lengths, [len(prompt) for prompt in prompts], prefix, device)
-        return pack, torch.cat([row.states for row in frozen]).to(device, non_blocking=True)
+        states, prompts = gathered(frozen)
+        prefix = {} if prompts is None else self.prefix_of(prompts.to(device, non_blocking=True))
+        pack = Pack([len(row.states) for row in frozen], [len(row.prompt) for row in frozen], prefix, device)
+        return pack, states.to(device, non_blocking=True)
+
+
+def gathered(frozen: Sequence[FrozenRow], pinned: bool = False) -> Gathered:
+    """Rows where they lie, one after another; `pinned`: in memory that is copied to a GPU behind the host's back."""
+    parts, prompts = [row.states for row in frozen], [row.prompt for row in frozen]
+    longest = max(map(len, prompts))
+    states = torch.cat(parts)
+    if pinned:
+        states = states.pin_memory()
+    if not longest or not prompts[0].shape[1]:
+        return states, None
+    shape, like = (len(prompts), longest, *prompts[0].shape[1:]), prompts[0]
+    padded = torch.empty(shape, dtype=like.dtype, device=like.device, pin_memory=pinned)
+    for row, prompt in zip(padded, prompts, strict=True):
+        row[: longest - len(prompt)] = 0
+        row[longest - len(prompt) :] = prompt
+    return states, padded
+
+
+class Asked:
+    """Where the answer tokens of rows are predicted, on the CPU until `parts` are moved."""
+
+    def __init__(self, rows: Sequence[EncodedRow], columns: Sequence[int], *, whole_rows: bool) -> None:
+        """`columns`: of each row, those that are run."""
+        counts = torch.tensor([len(row.answer_ids) for row in rows])
+        self.targets = torch.tensor([token for row in rows for token in row.answer_ids])
+        """The answer tokens, [answer tokens]."""
+        self.first: Tensor | None = None
+        """Of each row's answer the first token's place among all, [rows], where no other can change."""
+        self.column: Tensor | None = None
+        """Token of the pack that predicts each, [answer tokens]; None: the first predicts the first, and so on."""
+        starts = counts.cumsum(0) - counts  # of each row's answer
+        if any(of < len(row.answer_ids) for of, row in zip(columns, rows, strict=True)):
+            self.first = starts
+            return
+        run = torch.tensor(columns)
+        begins = run.cumsum(0) - run - starts
+        if whole_rows:
+            begins += torch.tensor([len(row.prompt_ids) - 1 for row in rows])
+        if len(self.targets) != int(run.sum()):
+            self.column = begins.repeat_interleave(counts) + torch.arange(len(self.targets))
+
+    @property
+    def parts(self) -> Parts:
+        """What lies on the device."""
+        return [(self, name) for name in ("targets", "first", "column") if getattr(self, name) is not None]
+
+
+@dataclass
+class Written:
+    """Edits by one gate for all of them, written at every token that is run."""
+
+    row: Tensor
+    """Row of each token, [tokens]."""
 
 
 def sites_of_rows(rule: PositionRule, inside: Tensor, prompt_lengths: Tensor, ids: Tensor | None = None) -> Sites:
@@ -160,7 +221,8 @@ class _TokenLogprobs(torch.autograd.Function):
     def forward(ctx: Any, hidden: Tensor, targets: Tensor, packed: PackedModel) -> Tensor:
         wants_gradient = ctx.needs_input_grad[0]
         values, derivatives = [], []
-        size = SLICE // int(packed.vocabulary) or 1
+        most = SLICE if hidden.device.type == "cpu" else SLICE_THERE
+        size = most // int(packed.vocabulary) or 1
         for states, tokens in zip(hidden.split(size), targets.split(size), strict=True):
             with torch.set_grad_enabled(wants_gradient):
                 leaf = states.detach().requires_grad_(wants_gradient)
@@ -186,7 +248,7 @@ class _TokenLogprobs(torch.autograd.Function):
 
 def _edit_at(
     edit: GatedIntervention,
-    sites: Sites | None,
+    sites: Sites | Written | None,
     pack: Pack,
     gates: dict[int, Tensor],
     block: int,
@@ -200,8 +262,11 @@ def _edit_at(
 
     def apply(states: Tensor) -> Tensor:
         if sites is None:
-            here = states[pack.starts].unsqueeze(1)  # [rows, 1, width]
+            here = states.index_select(0, pack.starts).unsqueeze(1)  # [rows, 1, width]
             result = edit(here, read=here)
+        elif isinstance(sites, Written):
+            assert opening is not None
+            result = edit(states.unsqueeze(1), opening=opening[sites.row])
         else:
             padded = pack.layout.padded(states)
             read, written = read_and_written(padded, sites)
@@ -211,7 +276,10 @@ def _edit_at(
         if result.output is None:
             return states
         if sites is None:
-            return states.index_put((pack.starts,), result.output.squeeze(1))
+            return states.index_copy(0, pack.starts, result.output.squeeze(1))
+        if isinstance(sites, Written):
+            written: Tensor = result.output.squeeze(1)
+            return written
         return pack.layout.packed(put_back(padded, sites, result.output))
 
     return apply

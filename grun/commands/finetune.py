@@ -35,7 +35,7 @@ from grun.runtime.files import content_hash, holding, staged, target, writing
 from grun.runtime.records import Run, read_record
 from grun.runtime.runs import RUN_FILE, claim, identity, open_run
 from grun.training.recomputation import recompute_blocks
-from grun.training.task import MicroBatch, Stateless, StepData, cut
+from grun.training.task import MicroBatch, Stateless, StepData, Terms, cut
 from grun.training.train import train
 from pyvene_custom import find_blocks
 
@@ -104,13 +104,13 @@ class FinetuneTask(Stateless):
         counts = {name: sum(int((batch[name].labels != -100).sum()) for batch in micro_batches) for name in names}
         return StepData(micro_batches, counts, epoch + (within + 1) / self._steps_per_epoch)
 
-    def loss(self, batch: MicroBatch, counts: dict[str, int], step: int) -> tuple[Tensor, dict[str, float]]:
+    def loss(self, batch: MicroBatch, counts: dict[str, int], step: int) -> tuple[Tensor, Terms]:
         """Token means over the whole step."""
         answer = batch["answer"]
         weights = self._weights(answer)
         if "question" not in batch:
             value = -(weights * self._logprobs(answer)).sum() / max(1, counts["answer"])
-            return value, {"answer": float(value.detach())}
+            return value, {"answer": value.detach()}
         question = batch["question"]
         everything = Batch(
             answer.input_ids,
@@ -124,7 +124,7 @@ class FinetuneTask(Stateless):
         of_answer = -(weights * logprobs).masked_fill(~in_answer, 0).sum() / max(1, counts["answer"])
         of_question = -logprobs.masked_fill(in_answer, 0).sum() / max(1, counts["question"])
         total = of_answer + self._train.question_weight * of_question
-        return total, {"answer": float(of_answer.detach()), "question": float(of_question.detach())}
+        return total, {"answer": of_answer.detach(), "question": of_question.detach()}
 
     def _weights(self, batch: Batch) -> Tensor:
         """Weight of each answer token in the loss, 1 elsewhere: [batch, length]."""

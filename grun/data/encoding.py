@@ -143,6 +143,47 @@ class Batch:
         """Number of rows."""
         return len(self.input_ids)
 
+    @property
+    def tokens(self) -> int:
+        """Number of tokens that are attended."""
+        return int(self.attention_mask.sum())
+
+
+class RowsAlone(Batch):
+    """Rows that become tensors, as by `collate`, once one of these is asked for.
+
+    An engine that keeps rows itself asks for none: nothing is padded or copied then.
+    """
+
+    def __init__(
+        self, rows: Sequence[EncodedRow], pad_id: int, seeds: Sequence[int], device: torch.device | str = "cpu"
+    ) -> None:
+        """Arguments as for `collate`; `device`: of the tensors."""
+        self.encoded, self.seeds = tuple(rows), tuple(seeds)
+        self._pad_id, self._device = pad_id, device
+
+    def __getattr__(self, name: str) -> Tensor:
+        if name not in ("input_ids", "attention_mask", "labels", "prompt_lengths"):
+            raise AttributeError(name)
+        made = collate(self.encoded, self._pad_id).to(self._device)
+        self.__dict__.update(vars(made), encoded=self.encoded, seeds=self.seeds)
+        found: Tensor = self.__dict__[name]
+        return found
+
+    def to(self, device: torch.device | str) -> Batch:
+        """The rows; tensors will be made for `device`."""
+        return RowsAlone(self.encoded, self._pad_id, self.seeds or (), device)
+
+    @property
+    def rows(self) -> int:
+        """Number of rows."""
+        return len(self.encoded)
+
+    @property
+    def tokens(self) -> int:
+        """Number of tokens."""
+        return sum(map(len, self.encoded))
+
 
 def collate(rows: Sequence[EncodedRow], pad_id: int, side: str = "right", seeds: Sequence[int] | None = None) -> Batch:
     """Pad rows, at least one, on the right or left `side` with `pad_id`, which is never attended; seeds as in Batch."""

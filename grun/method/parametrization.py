@@ -108,6 +108,9 @@ class Engine(Protocol):
     name: str
     """plain (the model itself, whole rows) or cached (see `grun.cache.cached`)."""
 
+    def lay_out(self, batches: Sequence[Mapping[str, Batch]]) -> None:
+        """Prepare for what `run` is going to be given; nothing depends on it but time."""
+
     def run(self, batches: Mapping[str, Batch], hidden: Collection[int] = ()) -> dict[str, StepOutput]:
         """A StepOutput for each batch; `hidden` names the blocks whose output the objective will read."""
 

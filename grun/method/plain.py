@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -43,6 +43,9 @@ class PlainEngine:
 
     def __init__(self, parametrization: Parametrization) -> None:
         self._parametrization = parametrization
+
+    def lay_out(self, batches: Sequence[Mapping[str, Batch]]) -> None:
+        """Nothing to prepare."""
 
     def run(self, batches: Mapping[str, Batch], hidden: Collection[int] = ()) -> dict[str, StepOutput]:
         """One pass for each batch."""

@@ -18,7 +18,7 @@ stand in the signature; one without a default must be set by the user.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar
 
@@ -27,7 +27,7 @@ from grun.registry import Registry, summary
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from grun.data.encoding import Batch
+    from grun.data.encoding import Batch, EncodedRow
     from grun.method.parametrization import StepOutput
 
 Continuation = str
@@ -56,8 +56,8 @@ class TermValue(NamedTuple):
 
     total: Tensor
     """Sum over what the term counts, a scalar with gradient."""
-    number: int
-    """How many were summed over."""
+    number: int | Tensor
+    """How many were summed over; a tensor without dimensions where a mask tells, so that nobody waits."""
 
 
 @dataclass
@@ -235,7 +235,7 @@ def answer_logits_and_tokens(outputs: Outputs) -> tuple[Tensor, Tensor]:
 
 def negative_log_likelihood(output: StepOutput) -> TermValue:
     """Sum over answer tokens of -log p, nats, and their count."""
-    return TermValue(-output.token_logprobs.sum(), int(output.answer.sum()))
+    return TermValue(-output.token_logprobs.sum(), output.answer.sum())
 
 
 def summed(values: Tensor) -> TermValue:
@@ -245,6 +245,10 @@ def summed(values: Tensor) -> TermValue:
 
 def number_of(per: Unit, batch: Batch) -> int:
     """How many of `per` a batch holds: the count that a term's function returns, known before any pass is run."""
+    from grun.data.encoding import RowsAlone
+
+    if isinstance(batch, RowsAlone):
+        return _number_of_rows(per, batch.encoded)
     answer = batch.labels != -100
     if per == "token":
         return int(answer.sum())
@@ -255,3 +259,16 @@ def number_of(per: Unit, batch: Batch) -> int:
     if per == "state":
         return int((answer | answer.roll(-1, dims=1)).sum())
     return answer.numel() - (batch.rows if per == "later_position" else 0)
+
+
+def _number_of_rows(per: Unit, rows: Sequence[EncodedRow]) -> int:
+    """The same without a tensor, of rows whose prompts have a token."""
+    answers = [len(row.answer_ids) for row in rows]
+    counts = {
+        "token": sum(answers),
+        "later_token": sum(max(0, count - 1) for count in answers),
+        "row": len(rows),
+        "state": sum(count + 1 for count in answers if count),
+    }
+    longest = max(map(len, rows))
+    return counts.get(per, len(rows) * (longest - (per == "later_position")))

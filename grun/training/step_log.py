@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import json
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -61,19 +62,43 @@ class StepLog:
                 self._file.close()
 
 
+@dataclass
+class Taken:
+    """A step that was taken, before its line is written."""
+
+    step: int
+    """1-based."""
+    values: dict[str, Any]
+    """What the line holds; what is still on the device as tensors without dimensions."""
+    schedule: dict[str, Any]
+    """State of the schedule before it."""
+
+
 class LogSteps(TrainerCallback):
-    """Writes `values`, which the trainer sets, at the end of each step, and hands them to `trackers`."""
+    """Writes steps, and hands them to `trackers`."""
+
+    read: Callable[[], None]
+    """Called at the end of each step: writes what is due."""
 
     def __init__(self, step_log: StepLog, trackers: Sequence[TrainerCallback] = ()) -> None:
         self.step_log = step_log
         self.trackers = trackers
-        self.values: dict[str, float] = {}
+        self._at: tuple[Any, ...] = ()
 
     def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Write the step."""
-        self.step_log.write({"step": state.global_step, **self.values})
-        for tracker in self.trackers:
-            tracker.on_log(args, state, control, logs=dict(self.values), model=kwargs.get("model"))
+        """Write the steps that are due."""
+        self._at = args, state, control, kwargs.get("model")
+        self.read()
+
+    def write(self, step: int, values: dict[str, float]) -> None:
+        """Write one step."""
+        self.step_log.write({"step": step, **values})
+        if self.trackers:
+            args, state, control, model = self._at
+            then = copy.copy(state)
+            then.global_step = step
+            for tracker in self.trackers:
+                tracker.on_log(args, then, control, logs=dict(values), model=model)
 
 
 def trackers_of(names: Sequence[str], folder: Path) -> list[TrainerCallback]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import json
 import math
 import os
@@ -20,15 +21,19 @@ from grun.errors import RunError
 from grun.runtime import processes, sharding
 from grun.runtime.files import make_folder, place, remove, staging, write_bytes, write_text, writing
 from grun.training.checkpoints import MANIFEST_FILE, checkpoints_in, seal
-from grun.training.step_log import LOGS, LogSteps, StepLog
-from grun.training.task import MicroBatch, StepData, Task, deal
+from grun.training.step_log import LOGS, LogSteps, StepLog, Taken
+from grun.training.task import MicroBatch, StepData, Task, Terms, deal
 
 TRAINED_FILE = "trained.safetensors"
 """File of a checkpoint that holds the trained parameters."""
 TASK_FILE = "task.json"
 """File of a checkpoint that holds the task's own state."""
-_LOSS = "loss"
-"""What the whole loss is called among the terms."""
+_LOSS, _NORM = "loss", "grad_norm"
+"""What the whole loss and the norm of its gradient are called among the terms."""
+READ_STEPS = 10
+"""Steps after which the host reads terms from a device where it has to wait for them."""
+READ_AT_ONCE = {"cpu"}
+"""Devices where it does not."""
 
 
 class _Steps(Dataset[StepData]):
@@ -51,12 +56,17 @@ class _Trained(nn.Module):
         self._task = task
         self._no_split_modules = getattr(task.module, "_no_split_modules", None)  # FSDP's units, where it cuts weights
 
-    def forward(self, batch: MicroBatch, counts: dict[str, int], step: int) -> tuple[Tensor, dict[str, float]]:
+    def forward(self, batch: MicroBatch, counts: dict[str, int], step: int) -> tuple[Tensor, Terms]:
         return self._task.loss(batch, counts, step)
 
 
 class StepTrainer(Trainer):
-    """transformers' Trainer over a Task."""
+    """transformers' Trainer over a Task.
+
+    On a device that works behind the host's back, terms, loss and gradient norm of a step stay there, and are read
+    every `READ_STEPS`. A step whose loss or norm is not finite changes nothing, nor does any after it: AdamW looks at a
+    flag on the device. So the last good state is still there when the host sees it.
+    """
 
     def __init__(
         self,
@@ -79,6 +89,14 @@ class StepTrainer(Trainer):
             callbacks=[*trackers, self._logger],
             optimizer_cls_and_kwargs=optimizer,
         )
+        self._logger.read = self._read_terms
+        alone = processes.count() == 1 and optimizer is None  # torch's fused AdamW, which knows the flag
+        waits = alone and task.device.type not in READ_AT_ONCE and not task.state()  # whose next step needs terms
+        self._flag = torch.zeros((), dtype=torch.float32, device=task.device) if waits else None
+        """1 on the device once a loss or norm was not finite; None: each step is looked at before it is taken."""
+        self._taken: list[Taken] = []
+        """Steps whose terms were not read yet."""
+        self._norm: Tensor | None = None
 
     def get_train_dataloader(self) -> DataLoader[StepData]:
         """One item is one step, in order; nothing is left for accelerate to shuffle or shard."""
@@ -101,39 +119,79 @@ class StepTrainer(Trainer):
         if hasattr(optimizer, "train"):  # a schedule-free one takes gradients elsewhere than at its average
             optimizer.train()
         data: StepData = inputs
-        step = self.state.global_step
         workers = processes.count()
-        values: dict[str, float] = {_LOSS: 0.0}
+        values: dict[str, Any] = {}
         mine = deal(data.micro_batches, workers, processes.rank())
         for number, (batch, counts) in enumerate(mine):
             last = number == len(mine) - 1
             self.accelerator.gradient_state._set_sync_gradients(last)  # DeepSpeed takes its step by it
             with contextlib.nullcontext() if last else self._without_reducing(model):
                 on_device = {name: part.to(self._task.device) for name, part in batch.items()}
-                loss, parts = model(on_device, data.counts, step)
+                loss, parts = model(on_device, data.counts, self.state.global_step)
                 if counts:
-                    for name, part in {_LOSS: float(loss.detach()), **parts}.items():
-                        values[name] = values.get(name, 0.0) + part
-                if last:  # before gradients are exchanged, so that all processes stop here
-                    values = processes.summed(values)
-                    if not math.isfinite(values[_LOSS]):
-                        self._give_up(f"the loss is {values[_LOSS]} at step {step + 1}")
+                    for name, part in {_LOSS: loss.detach(), **parts}.items():
+                        values[name] = values[name] + part if name in values else part
+                if last and self._flag is None:  # before gradients are exchanged, so that all processes stop here
+                    values = processes.summed({name: float(value) for name, value in values.items()})
+                    self._check(_LOSS, values.get(_LOSS, 0.0))
                 # What reduces gradients takes their mean over the processes.
                 self.accelerator.backward(loss * (workers if counts else 0) if workers > 1 else loss)
-        norm = gradient_norm(model)
-        if not math.isfinite(norm):
-            self._give_up(f"the gradient norm is {norm} at step {step + 1}")
-        total = values.pop(_LOSS)
+        self._norm = gradient_norm(model)
+        if self._flag is None:
+            self._check(_NORM, norm := float(self._norm))
+        else:
+            norm = self._norm
+            wrong = ((values[_LOSS] + norm) * 0).nan_to_num(nan=1.0)  # 0 times what is not finite is not a number
+            self._flag = torch.maximum(self._flag, wrong.to(self._flag))
+            optimizer.optimizer.found_inf = self._flag
+        self._note(data, values, norm)
+        return torch.zeros((), device=self.args.device)  # Trainer's own mean of the losses, which nobody reads
+
+    def _note(self, data: StepData, values: dict[str, Any], norm: Any) -> None:
+        """Keep what log.jsonl holds of a step."""
+        total = values.pop(_LOSS, 0.0)
         self._task.stepped(values)
         assert self.lr_scheduler is not None
-        self._logger.values = {
-            "epoch": round(data.epoch, 4),
-            "loss": total,
-            **values,
-            "lr": float(self.lr_scheduler.get_last_lr()[0]),
-            "grad_norm": norm,
-        }
-        return torch.tensor(total, device=self.args.device, dtype=torch.float32)
+        rate = float(self.lr_scheduler.get_last_lr()[0])
+        line = {"epoch": round(data.epoch, 4), _LOSS: total, **values, "lr": rate, _NORM: norm}
+        self._taken.append(Taken(self.state.global_step + 1, line, copy.deepcopy(self.lr_scheduler.state_dict())))
+
+    def _read_terms(self, now: bool = False) -> None:
+        """At the end of a step: write the steps whose terms are due, or stop where one of them went wrong."""
+        step = self.state.global_step
+        if not (now or self._flag is None or step % READ_STEPS == 0 or step == self.state.max_steps):
+            return
+        taken, self._taken = self._taken, []
+        for one in taken:
+            values = {name: float(value) for name, value in one.values.items()}
+            if self._flag is not None and not all(math.isfinite(values[name]) for name in (_LOSS, _NORM)):
+                self._go_back(one)
+                self._check(_LOSS, values[_LOSS])
+                self._check(_NORM, values[_NORM])
+            self._logger.write(one.step, values)
+
+    def _go_back(self, to: Taken) -> None:
+        """Count steps as before one that, with all after it, changed nothing."""
+        assert self.lr_scheduler is not None and self.optimizer is not None
+        self.state.global_step = to.step - 1
+        self.lr_scheduler.load_state_dict(to.schedule)
+        for group, rate in zip(self.optimizer.param_groups, self.lr_scheduler.get_last_lr(), strict=True):
+            group["lr"] = rate
+
+    def _check(self, name: str, value: float) -> None:
+        """Stop where the loss or the norm of the step at hand is not finite."""
+        if not math.isfinite(value):
+            what = {_LOSS: "loss", _NORM: "gradient norm"}[name]
+            self._give_up(f"the {what} is {value} at step {self.state.global_step + 1}")
+
+    def _clip_grad_norm(self, model: nn.Module) -> Any:
+        if self._norm is None or processes.count() > 1:
+            return super()._clip_grad_norm(model)
+        torch.nn.utils.clip_grads_with_norm_(model.parameters(), self.args.max_grad_norm, self._norm)
+        return self._norm
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
+        return super()._get_grad_norm(model, self._norm if grad_norm is None else grad_norm)
 
     def _without_reducing(self, model: nn.Module) -> contextlib.AbstractContextManager[Any]:
         """Within the block gradients stay in this process; ZeRO has no such thing and reduces every time."""
@@ -181,6 +239,7 @@ class StepTrainer(Trainer):
         return self._staging or str(super()._get_output_dir(trial))
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        self._read_terms(now=True)
         root = Path(str(self.args.output_dir))
         name = f"checkpoint-{self.state.global_step}"
         if processes.of_first((root / name / MANIFEST_FILE).is_file):  # whole, or it would have been removed
@@ -255,10 +314,9 @@ class StepTrainer(Trainer):
             load_model(self._task.module, file)
 
 
-def gradient_norm(model: nn.Module) -> float:
-    """Norm of all gradients of a model, cut among processes or not."""
+def gradient_norm(model: nn.Module) -> Tensor:
+    """Norm of all gradients of a model, cut among processes or not, on their device."""
     gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
-    if not gradients:
-        return 0.0
-    norm: Any = torch.nn.utils.get_total_norm(gradients)
-    return float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
+    norm: Any = torch.nn.utils.get_total_norm(gradients)  # 0 of none
+    whole: Tensor = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+    return whole

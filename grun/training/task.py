@@ -14,6 +14,8 @@ from grun.runtime import processes
 
 MicroBatch = dict[str, Batch]
 """What one forward pass per key reads."""
+Terms = dict[str, Any]
+"""Shares of a loss, by name: numbers, or tensors without dimensions or gradient, left where they were computed."""
 
 
 @dataclass
@@ -44,11 +46,11 @@ class Task(Protocol):
     def data(self, step: int) -> StepData:
         """Data of 0-based `step`; a pure function of it."""
 
-    def loss(self, batch: MicroBatch, counts: dict[str, int], step: int) -> tuple[Tensor, dict[str, float]]:
+    def loss(self, batch: MicroBatch, counts: dict[str, int], step: int) -> tuple[Tensor, Terms]:
         """Share of this micro-batch in the step's loss, and the shares of its terms for the log."""
 
-    def stepped(self, parts: dict[str, float]) -> None:
-        """Called after every step with its terms over the whole of it."""
+    def stepped(self, parts: Terms) -> None:
+        """Called after every step with its terms over the whole of it; numbers where `state` gives anything."""
 
     def state(self) -> dict[str, float]:
         """What a checkpoint must keep besides parameters and optimizer, so that a resumed run is the same run."""
@@ -60,7 +62,7 @@ class Task(Protocol):
 class Stateless:
     """A task that keeps nothing from step to step but parameters and optimizer."""
 
-    def stepped(self, parts: dict[str, float]) -> None:
+    def stepped(self, parts: Terms) -> None:
         """Nothing changes."""
 
     def state(self) -> dict[str, float]:
@@ -110,4 +112,4 @@ def deal(micro_batches: Sequence[MicroBatch], workers: int, worker: int) -> list
 
 
 def _tokens(batch: MicroBatch) -> int:
-    return sum(int(part.attention_mask.sum()) for part in batch.values())
+    return sum(part.tokens for part in batch.values())

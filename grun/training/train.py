@@ -143,10 +143,11 @@ def _arguments(task: Task, config: TrainConfig, checkpoints: Path, seed: int) ->
             weight_decay=config.weight_decay,
             adam_beta2=config.beta2,
             max_grad_norm=config.max_grad_norm,
-            optim="adamw_torch",  # where `optimizer_of` gives no other
+            optim="adamw_torch_fused",  # where `optimizer_of` gives no other
             save_strategy="steps" if config.save_steps else "no",
             save_steps=config.save_steps or 500,
             logging_strategy="no",
+            logging_nan_inf_filter=False,  # which waits for every loss
             report_to=[],  # `trackers_of` makes them
             run_name=checkpoints.parent.name,
             seed=seed,

@@ -15,7 +15,7 @@ from grun.config.options import DataConfig, UnlearnConfig
 from grun.data import templates
 from grun.data.augmentation import PromptVariation
 from grun.data.corpus import Corpus
-from grun.data.encoding import EncodedRow, collate, encode_rows, encode_texts
+from grun.data.encoding import EncodedRow, RowsAlone, collate, encode_rows, encode_texts
 from grun.data.rows import Row
 from grun.data.sampling import epoch_order, fixed_retain_index, retain_index
 from grun.errors import ConfigError
@@ -23,7 +23,10 @@ from grun.method.parametrization import Engine, Parametrization
 from grun.method.plain import PlainEngine
 from grun.objectives.objective import Objective
 from grun.objectives.terms import Continuation, Outputs
-from grun.training.task import MicroBatch, StepData, cut
+from grun.training.task import MicroBatch, StepData, Terms, cut
+
+LAID_OUT = 64
+"""Steps, of one epoch, that are drawn and laid out at once."""
 
 
 @dataclass(frozen=True)
@@ -73,6 +76,7 @@ class UnlearnTask:
         self._fixed_pairing = fixed_pairing
         self._steps_per_epoch = -(-len(rows.answers) // config.train.batch_size)
         self._distinct: dict[Continuation, list[EncodedRow]] = {}
+        self._drawn: dict[int, StepData] = {}
         self._weights = objective.weights
         self._epochs = 0  # finished before the step at hand
         self.hidden = objective.hidden(depth)
@@ -84,7 +88,17 @@ class UnlearnTask:
         return self._train.epochs * self._steps_per_epoch
 
     def data(self, step: int) -> StepData:
-        """As many retain rows as forget rows, both drawn as a function of the seed and the step."""
+        """As many retain rows as forget rows, both drawn as a function of the seed and the step.
+
+        With a step those of its epoch that follow are drawn, and the engine lays them out.
+        """
+        if step not in self._drawn:
+            end = min(step - step % self._steps_per_epoch + self._steps_per_epoch, step + LAID_OUT)
+            self._drawn = {number: self._draw(number) for number in range(step, end)}
+            self.engine.lay_out([batch for one in self._drawn.values() for batch in one.micro_batches])
+        return self._drawn[step]
+
+    def _draw(self, step: int) -> StepData:
         epoch, within = divmod(step, self._steps_per_epoch)
         order = epoch_order(len(self._rows.answers), self._seed, epoch)
         size = self._train.batch_size
@@ -93,7 +107,7 @@ class UnlearnTask:
         passed = epoch + (within + 1) / self._steps_per_epoch
         return StepData(micro_batches, self.objective.counts(micro_batches), passed)
 
-    def loss(self, batch: MicroBatch, counts: dict[str, int], step: int) -> tuple[Tensor, dict[str, float]]:
+    def loss(self, batch: MicroBatch, counts: dict[str, int], step: int) -> tuple[Tensor, Terms]:
         """Weighted sum of the terms' shares of this micro-batch in the whole step."""
         objective = self.objective
         compared = {name: batch[name] for name in objective.reference_continuations}
@@ -104,11 +118,11 @@ class UnlearnTask:
         warmup = objective.warmup(step)
         self._epochs = step // self._steps_per_epoch
         total = torch.zeros((), device=self.device)
-        parts: dict[str, float] = {}
+        parts: Terms = {}
         for side, term in objective.terms.items():
             value = term.function(outputs, objective.options[side]).total / max(1, counts[side])
             total = total + self._weights[side] * (1.0 if side == "gate" else warmup) * value
-            parts[side] = float(value.detach())
+            parts[side] = value.detach()
         return total, parts
 
     def rows(self, name: Continuation) -> list[EncodedRow]:
@@ -120,7 +134,7 @@ class UnlearnTask:
             self._distinct[name] = list(dict.fromkeys(found))
         return self._distinct[name]
 
-    def stepped(self, parts: dict[str, float]) -> None:
+    def stepped(self, parts: Terms) -> None:
         """Take the weights of the next step; only those of an objective that adapts its retain weight change."""
         self._weights = self.objective.next_weights(self._weights, parts, self._epochs)
 
@@ -148,7 +162,7 @@ class UnlearnTask:
         for name in self.objective.continuations:
             drawn = [self._row(name, index, epoch) for index in forget_rows]
             seeds = [crc32(f"{self._seed} {step} {name} {number}".encode()) for number, _ in drawn]
-            batches[name] = collate([row for _, row in drawn], self._pad_id, seeds=seeds)
+            batches[name] = RowsAlone([row for _, row in drawn], self._pad_id, seeds)
         return batches
 
     def _row(self, name: Continuation, forget_row: int, epoch: int) -> tuple[int, EncodedRow]:

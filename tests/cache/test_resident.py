@@ -1,0 +1,179 @@
+"""Rows kept on the device, steps laid out before they come, and what a step then tells the device."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from engine_steps import ONE_STEP, config_of, difference, edited, objective_of, step_of, task_of
+from forked import Fork
+from tiny import tiny
+from torch import Tensor
+from watched import whole_step
+
+from grun.cache import resident
+from grun.cache.attention import Pack, move
+from grun.cache.cached import CachedEngine
+from grun.cache.engine import use_cached
+from grun.cache.fused import fuse
+from grun.cache.packed import PackedModel
+from grun.cache.resident import Resident
+from grun.config.options import LossConfig, TrainConfig
+from grun.training.step_log import Look
+from grun.training.train import train
+from grun.training.unlearning import UnlearnTask
+
+CLOSE = 1e-9
+"""Relative, in float64: the order of sums leaves 1e-13 or so."""
+
+
+@pytest.fixture
+def room(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The device has room for all rows."""
+    monkeypatch.setattr(resident, "free_bytes", lambda device: 2**40)
+
+
+@pytest.mark.usefixtures("room")
+@pytest.mark.parametrize(
+    ("objective", "method"),
+    [
+        ("gd", {}),
+        ("npo", {"blocks": [3]}),
+        ("idk", {"blocks": [0, 2], "gate": "mlp_3"}),
+        ("npo", {"gate_read": "every_token", "gate_accumulate": "running_max", "edit_write": "sticky"}),
+        ("gd", {"gate_blocks": [0, 1], "gate_pool": "maxmin", "edit_write": "sticky"}),
+        ("gd", {"gate_blocks": [0, 1], "edit_write": "sticky", "dropout": 0.3}),
+    ],
+    ids=["gd", "last block", "first block", "every token", "pooled", "pooled, dropout"],
+)
+def test_rows_on_the_device_give_the_plain_step(objective: str, method: dict[str, Any]) -> None:
+    task = task_of(objective, train_config=dataclasses.replace(ONE_STEP, micro_batch_size=3), **method)
+    plain = task.engine
+    assert use_cached(task, config_of()) is not None
+    engine = task.engine
+    assert isinstance(engine, CachedEngine) and isinstance(engine._frozen, Resident)
+    for step in (0, 1):
+        batches = task.data(step).micro_batches
+        assert all(engine._step(batch) is engine._step(batch) for batch in batches)  # laid out
+        assert difference(step_of(task, step=step), step_of(task, plain, step)) < CLOSE
+
+
+def test_rows_stay_where_they_are_if_the_device_has_no_room(monkeypatch: pytest.MonkeyPatch) -> None:
+    task = task_of()
+    assert use_cached(task, config_of()) is not None
+    assert isinstance(task.engine, CachedEngine)
+    rows = task.rows("answer")
+    frozen = task.engine._frozen
+    size = sum(frozen[row].states.nbytes + frozen[row].reference.nbytes for row in rows)
+    size += sum({row.prompt_ids: frozen[row].prompt.nbytes for row in rows}.values())
+    for free, fits in ((size / resident.SHARE - 1, False), (size / resident.SHARE + 1, True)):
+        monkeypatch.setattr(resident, "free_bytes", lambda device, free=free: free)
+        found = resident.resident(frozen, rows, torch.device("cpu"))
+        assert isinstance(found, Resident) is fits and (fits or found is frozen)
+    for row in rows:
+        for name in ("states", "prompt", "reference"):
+            assert torch.equal(getattr(found[row], name).nan_to_num(), getattr(frozen[row], name).nan_to_num())
+
+
+def test_many_tensors_of_any_type_are_moved_as_they_are() -> None:
+    class Owner:
+        values = torch.tensor([1.5, -2.0])
+        mask = torch.tensor([[True, False, True]])
+        numbers = torch.arange(6).view(2, 3).T
+        none = torch.empty(0, 3)
+
+    parts = [(Owner, name) for name in ("mask", "values", "numbers", "none")]
+    before = [(getattr(*part).shape, getattr(*part).dtype) for part in parts]
+    move(parts, torch.device("meta"))
+    assert [getattr(*part).device.type for part in parts] == ["meta"] * 4
+    assert [(getattr(*part).shape, getattr(*part).dtype) for part in parts] == before
+
+
+@pytest.mark.parametrize(
+    ("family", "fewest"), [("llama", 12), ("gemma2", 20), ("qwen3", 20), ("olmo2", 12), ("gpt2", 0)], ids=str
+)
+def test_fused_norms_and_rotations_give_the_same_states_and_gradients(family: str, fewest: int) -> None:
+    """In float32, to its rounding: 1e-5 is some hundred roundings."""
+    base = tiny(family, dtype=torch.float32)
+    for name, weight in base.named_parameters():
+        if "norm" in name:
+            weight.data += 0.1 * torch.randn(weight.shape, generator=torch.Generator().manual_seed(1))
+    found = []
+    for fused in (False, True):
+        packed = PackedModel(base)
+        if fused:
+            assert fuse(packed._decoder) >= fewest
+        states = torch.randn(14, 32, generator=torch.Generator().manual_seed(2), requires_grad=True)
+        final, _ = packed.finish(Pack([9, 5], [0, 0], {}, torch.device("cpu")), states, first=0)
+        final.square().sum().backward()
+        assert states.grad is not None
+        found.append((final.detach(), states.grad))
+    for one, other in zip(*found, strict=True):
+        assert float((one - other).norm() / one.norm()) < 1e-5
+
+
+TRAINING = TrainConfig(epochs=8, batch_size=2, save_steps=0)
+"""Four steps an epoch."""
+
+
+# -- on a device that only counts -------------------------------------------------------------------------------------
+
+
+def on_the_device(objective: str, family: str, method: dict[str, Any]) -> tuple[UnlearnTask, Any]:
+    """A task in float32, its model moved."""
+    from benchmarks import pretended
+
+    fitted = "gate_fit" in method
+    made = objective_of(objective, LossConfig(retain="none") if fitted else LossConfig(), gated=not fitted)
+    task = task_of(made, tiny(family, dtype=torch.float32), TRAINING, **method)
+    pretended.move(edited(task).base)
+    pretended.move(task.module)
+    task.device = pretended.device()
+    return task, pretended
+
+
+def values_of(step: Any) -> dict[str, Tensor]:
+    return {name: getattr(value, "inner", value) for name, value in step.gradients.items()}
+
+
+def trained_there(objective: str, family: str, method: dict[str, Any], folder: Path) -> int:
+    """In a fork, since the device stays with the process: 0 if all is as it should be."""
+    fitted = "gate_fit" in method
+    wanted = None if fitted else step_of(task_of(objective, tiny(family, dtype=torch.float32), TRAINING, **method))
+    task, pretended = on_the_device(objective, family, method)
+    seen: list[Any] = []
+    resident.free_bytes = lambda device: 2**40  # type: ignore[assignment]
+    with pretended.on_it() as counts:
+        assert use_cached(task, config_of()) is not None
+        if wanted is not None:
+            found = whole_step(task)
+            assert abs(found.loss - wanted.loss) < 1e-4 * abs(wanted.loss)
+            for name, gradient in values_of(found).items():
+                assert float((gradient - wanted.gradients[name]).norm()) < 1e-3 * float(wanted.gradients[name].norm())
+        look = Look(lambda: seen.append(counts.copy()) or {}, 1)  # type: ignore[func-returns-value]
+        train(task, TRAINING, folder, seed=0, look=look)
+    steps = [after.since(before) for before, after in zip(seen, seen[1:], strict=False)]
+    waiting = [number for number, step in enumerate(steps, start=2) if step.waits]
+    assert waiting == [10, 20, 30, 32], waiting
+    assert sum(step.bytes > 0 for step in steps) <= 8  # once an epoch
+    assert len((folder / "log.jsonl").read_text().splitlines()) == 32
+    return 0
+
+
+@pytest.mark.parametrize(
+    ("objective", "family", "method"),
+    [
+        ("gd", "llama", {}),
+        ("npo", "gemma2", {"blocks": [1, 3]}),
+        ("idk", "llama", {"gate_blocks": [0], "gate_pool": "maxmin", "edit_write": "sticky", "gate_fit": "logistic"}),
+    ],
+    ids=["published", "npo, gemma2", "pooled"],
+)
+def test_on_a_device_the_host_waits_in_one_of_ten_steps(
+    objective: str, family: str, method: dict[str, Any], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    status = Fork(lambda: trained_there(objective, family, method, tmp_path)).wait()
+    assert status == 0, capfd.readouterr().err

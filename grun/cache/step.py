@@ -136,7 +136,7 @@ class _Entry:
     """An entry of a dict as an attribute."""
 
     def __init__(self, values: dict[str, Tensor], name: str) -> None:
-        self.__dict__.update(_values=values, _name=name)
+        self._values, self._name = values, name
 
     @property
     def value(self) -> Tensor:

@@ -278,8 +278,8 @@ def _edit_at(
         if sites is None:
             return states.index_copy(0, pack.starts, result.output.squeeze(1))
         if isinstance(sites, Written):
-            written: Tensor = result.output.squeeze(1)
-            return written
+            everywhere: Tensor = result.output.squeeze(1)
+            return everywhere
         return pack.layout.packed(put_back(padded, sites, result.output))
 
     return apply

@@ -137,10 +137,11 @@ class StepTrainer(Trainer):
                 # What reduces gradients takes their mean over the processes.
                 self.accelerator.backward(loss * (workers if counts else 0) if workers > 1 else loss)
         self._norm = gradient_norm(model)
+        norm: Any = self._norm
         if self._flag is None:
-            self._check(_NORM, norm := float(self._norm))
+            norm = float(norm)
+            self._check(_NORM, norm)
         else:
-            norm = self._norm
             wrong = ((values[_LOSS] + norm) * 0).nan_to_num(nan=1.0)  # 0 times what is not finite is not a number
             self._flag = torch.maximum(self._flag, wrong.to(self._flag))
             optimizer.optimizer.found_inf = self._flag

@@ -158,7 +158,7 @@ class UnlearnTask:
         return {name: collate(rows, self._pad_id, seeds=range(len(rows))) for name, rows in longest.items()}
 
     def _batches(self, forget_rows: Sequence[int], epoch: int, step: int) -> MicroBatch:
-        batches = {}
+        batches: MicroBatch = {}
         for name in self.objective.continuations:
             drawn = [self._row(name, index, epoch) for index in forget_rows]
             seeds = [crc32(f"{self._seed} {step} {name} {number}".encode()) for number, _ in drawn]

@@ -93,7 +93,8 @@ class Pretended(Tensor):
             return _OneKernel.apply(func, args[0], *args[1:], *(kwargs or {}).values())
         if func is nn.functional.scaled_dot_product_attention:
             return _attention(*args, **(kwargs or {}))
-        return super().__torch_function__(func, types, args, kwargs or {})
+        with torch._C.DisableTorchFunctionSubclass():  # which would give what is copied to the CPU this class
+            return func(*args, **(kwargs or {}))
 
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -106,7 +107,9 @@ def _run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     device = kwargs.get("device")
     to_host = func is aten._to_copy.default and device is not None and device.type == "cpu"
     is_here = not to_host and (bool(here) or (device is not None and device.type == NAME))
-    if to_host or (func is aten.copy_.default and here and not isinstance(args[0], Pretended)):
+    if func is aten.copy_.default and here and not isinstance(args[0], Pretended):
+        to_host, is_here = True, False
+    if to_host:
         COUNTS.waits += bool(here)
     elif is_here:
         _count(func, args, given, here)
@@ -197,6 +200,11 @@ def _run_here(operator: Any, *args: Any, **kwargs: Any) -> Any:
     return _run(operator, args, kwargs)
 
 
+def _copied(source: Tensor, target: Tensor, non_blocking: bool = False) -> Tensor:
+    _run(aten.copy_.default, (target, source), {})
+    return target
+
+
 class _Mode(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         return _run(func, args, kwargs or {})
@@ -213,6 +221,7 @@ def device() -> torch.device:
         _setup_privateuseone_for_python_backend(NAME, backend_module=_Module())  # type: ignore[no-untyped-call]
         for operator in (aten.empty.memory_format, aten.empty_strided.default):  # in a thread that has no mode
             LIBRARY.impl(operator, partial(_run_here, operator), "PrivateUse1")
+        LIBRARY.impl(aten._copy_from.default, _copied, "PrivateUse1")
     return torch.device(NAME, 0)
 
 

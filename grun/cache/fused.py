@@ -22,6 +22,7 @@ ROUNDED = 0.05
 """The same for narrower types."""
 
 
+@torch.no_grad()
 def fuse(model: nn.Module) -> int:
     """Let norms and attentions in `model`, a copy that nothing else uses, launch less; how many do."""
     done = 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import traceback
 from pathlib import Path
 from typing import Any
 
@@ -45,9 +46,8 @@ def room(monkeypatch: pytest.MonkeyPatch) -> None:
         ("idk", {"blocks": [0, 2], "gate": "mlp_3"}),
         ("npo", {"gate_read": "every_token", "gate_accumulate": "running_max", "edit_write": "sticky"}),
         ("gd", {"gate_blocks": [0, 1], "gate_pool": "maxmin", "edit_write": "sticky"}),
-        ("gd", {"gate_blocks": [0, 1], "edit_write": "sticky", "dropout": 0.3}),
     ],
-    ids=["gd", "last block", "first block", "every token", "pooled", "pooled, dropout"],
+    ids=["gd", "last block", "first block", "every token", "pooled"],
 )
 def test_rows_on_the_device_give_the_plain_step(objective: str, method: dict[str, Any]) -> None:
     task = task_of(objective, train_config=dataclasses.replace(ONE_STEP, micro_batch_size=3), **method)
@@ -175,5 +175,11 @@ def trained_there(objective: str, family: str, method: dict[str, Any], folder: P
 def test_on_a_device_the_host_waits_in_one_of_ten_steps(
     objective: str, family: str, method: dict[str, Any], tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    status = Fork(lambda: trained_there(objective, family, method, tmp_path)).wait()
-    assert status == 0, capfd.readouterr().err
+    def run() -> int:
+        try:
+            return trained_there(objective, family, method, tmp_path)
+        except BaseException:
+            traceback.print_exc()
+            return 1
+
+    assert Fork(run).wait() == 0, capfd.readouterr().err

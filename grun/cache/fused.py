@@ -47,13 +47,17 @@ def _norm_like(module: Any) -> Callable[[Tensor], Tensor] | None:
     tried = _tried(4, len(weight)).to(weight)
     wanted = module(tried)
     for of_weight in (_as_it_is, _one_more):
-        found = partial(_normed, weight, of_weight, float(eps))
+        found = partial(_normed, module, of_weight, float(eps))
         if _same(found(tried), wanted):
             return found
     return None
 
 
-def _normed(weight: Tensor, of_weight: Callable[[Tensor], Tensor], eps: float, hidden: Tensor) -> Tensor:
+def _normed(module: Any, of_weight: Callable[[Tensor], Tensor], eps: float, hidden: Tensor) -> Tensor:
+    weight: Tensor = module.weight
+    if hidden.dtype != weight.dtype:  # as within autocast
+        own: Tensor = type(module).forward(module, hidden)
+        return own
     return rms_norm(hidden, weight.shape, of_weight(weight), eps)
 
 

@@ -3,17 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import traceback
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from engine_steps import ONE_STEP, config_of, difference, edited, objective_of, step_of, task_of
-from forked import Fork
+from engine_steps import ONE_STEP, config_of, difference, step_of, task_of
 from tiny import tiny
-from torch import Tensor
-from watched import whole_step
 
 from grun.cache import resident
 from grun.cache.attention import Pack, move
@@ -22,10 +17,6 @@ from grun.cache.engine import use_cached
 from grun.cache.fused import fuse
 from grun.cache.packed import PackedModel
 from grun.cache.resident import Resident
-from grun.config.options import LossConfig, TrainConfig
-from grun.training.step_log import Look
-from grun.training.train import train
-from grun.training.unlearning import UnlearnTask
 
 CLOSE = 1e-9
 """Relative, in float64: the order of sums leaves 1e-13 or so."""
@@ -113,73 +104,3 @@ def test_fused_norms_and_rotations_give_the_same_states_and_gradients(family: st
         found.append((final.detach(), states.grad))
     for one, other in zip(*found, strict=True):
         assert float((one - other).norm() / one.norm()) < 1e-5
-
-
-TRAINING = TrainConfig(epochs=8, batch_size=2, save_steps=0)
-"""Four steps an epoch."""
-
-
-# -- on a device that only counts -------------------------------------------------------------------------------------
-
-
-def on_the_device(objective: str, family: str, method: dict[str, Any]) -> tuple[UnlearnTask, Any]:
-    """A task in float32, its model moved."""
-    from benchmarks import pretended
-
-    fitted = "gate_fit" in method
-    made = objective_of(objective, LossConfig(retain="none") if fitted else LossConfig(), gated=not fitted)
-    task = task_of(made, tiny(family, dtype=torch.float32), TRAINING, **method)
-    pretended.move(edited(task).base)
-    pretended.move(task.module)
-    task.device = pretended.device()
-    return task, pretended
-
-
-def values_of(step: Any) -> dict[str, Tensor]:
-    return {name: getattr(value, "inner", value) for name, value in step.gradients.items()}
-
-
-def trained_there(objective: str, family: str, method: dict[str, Any], folder: Path) -> int:
-    """In a fork, since the device stays with the process: 0 if all is as it should be."""
-    fitted = "gate_fit" in method
-    wanted = None if fitted else step_of(task_of(objective, tiny(family, dtype=torch.float32), TRAINING, **method))
-    task, pretended = on_the_device(objective, family, method)
-    seen: list[Any] = []
-    resident.free_bytes = lambda device: 2**40  # type: ignore[assignment]
-    with pretended.on_it() as counts:
-        assert use_cached(task, config_of()) is not None
-        if wanted is not None:
-            found = whole_step(task)
-            assert abs(found.loss - wanted.loss) < 1e-4 * abs(wanted.loss)
-            for name, gradient in values_of(found).items():
-                assert float((gradient - wanted.gradients[name]).norm()) < 1e-3 * float(wanted.gradients[name].norm())
-        look = Look(lambda: seen.append(counts.copy()) or {}, 1)  # type: ignore[func-returns-value]
-        train(task, TRAINING, folder, seed=0, look=look)
-    steps = [after.since(before) for before, after in zip(seen, seen[1:], strict=False)]
-    waiting = [number for number, step in enumerate(steps, start=2) if step.waits]
-    assert waiting == [10, 20, 30, 32], waiting
-    assert sum(step.bytes > 0 for step in steps) <= 8  # once an epoch
-    assert len((folder / "log.jsonl").read_text().splitlines()) == 32
-    return 0
-
-
-@pytest.mark.parametrize(
-    ("objective", "family", "method"),
-    [
-        ("gd", "llama", {}),
-        ("npo", "gemma2", {"blocks": [1, 3]}),
-        ("idk", "llama", {"gate_blocks": [0], "gate_pool": "maxmin", "edit_write": "sticky", "gate_fit": "logistic"}),
-    ],
-    ids=["published", "npo, gemma2", "pooled"],
-)
-def test_on_a_device_the_host_waits_in_one_of_ten_steps(
-    objective: str, family: str, method: dict[str, Any], tmp_path: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
-    def run() -> int:
-        try:
-            return trained_there(objective, family, method, tmp_path)
-        except BaseException:
-            traceback.print_exc()
-            return 1
-
-    assert Fork(run).wait() == 0, capfd.readouterr().err

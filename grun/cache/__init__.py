@@ -14,9 +14,11 @@ under an identity of everything that decides it (`weights`), so that other runs 
 stretch at a time (`passage`), so that many may wait for a block that is read from its file. A step then runs the
 blocks above the first edit on the last prompt token and the answer alone (`suffix`); where gates read every token, on
 whole rows. `step` lays a step out before it comes, so that nothing waits for the host: its rows are taken by index
-where they fit on the device (`resident`), and else copied while the step before is computed (`ahead`). `packed` makes passes of any range of blocks over rows of any length without padding, by transformers' own
-modules with another attention (`attention`), on a GPU with fewer launches for norms and rotations (`fused`). `cached` puts this together as an engine whose losses and gradients are
-those of the plain one. `engine` compares the two on the longest rows before training, and lets the plain one stay where
-they differ. For methods that change weights, where no part of a pass is constant, `reference` keeps what the untouched
-model gives, by the same store. `gate_pretraining` fits gates on the frozen states before the first step.
+where they fit on the device (`resident`), and else copied while the step before is computed (`ahead`). `packed` makes
+passes of any range of blocks over rows of any length without padding, by transformers' own modules with another
+attention (`attention`), on a GPU with fewer launches for norms and rotations (`fused`). `cached` puts this together as
+an engine whose losses and gradients are those of the plain one. `engine` compares the two on the longest rows before
+training, and lets the plain one stay where they differ. For methods that change weights, where no part of a pass is
+constant, `reference` keeps what the untouched model gives, by the same store. `gate_pretraining` fits gates on the
+frozen states before the first step.
 """

@@ -42,8 +42,8 @@ def fuse(model: nn.Module) -> int:
 def _norm_like(module: Any) -> Callable[[Tensor], Tensor] | None:
     """torch's own norm with the module's weight, or with 1 + it; None where neither gives the same."""
     weight, eps = getattr(module, "weight", None), getattr(module, "variance_epsilon", getattr(module, "eps", None))
-    if not isinstance(weight, Tensor) or weight.dim() != 1 or eps is None:
-        return None
+    if not isinstance(weight, Tensor) or weight.dim() != 1 or weight.is_meta or eps is None:
+        return None  # on meta it is read from a file when the block runs
     tried = _tried(4, len(weight)).to(weight)
     wanted = module(tried)
     for of_weight in (_as_it_is, _one_more):

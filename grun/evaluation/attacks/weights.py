@@ -147,7 +147,7 @@ class Relearn(Attack):
         import torch
 
         from grun.data.encoding import encode_rows
-        from grun.evaluation.attacks.learning import fine_tune
+        from grun.evaluation.relearning import fine_tune
         from grun.evaluation.scoring import base_of, evaluating
         from grun.loading.models import context_length
 

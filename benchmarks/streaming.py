@@ -135,8 +135,8 @@ def compare(folder: Path, blocks: int, width: int, cap: float) -> dict[str, Any]
 def main() -> None:
     """Make the model below --folder, run both, print a table; --child is for the two processes."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--blocks", type=int, default=64)
-    parser.add_argument("--width", type=int, default=1024, help="hidden size, a multiple of 64")
+    parser.add_argument("--blocks", type=int, default=98)
+    parser.add_argument("--width", type=int, default=832, help="hidden size, a multiple of 64")
     parser.add_argument("--cap", type=float, default=1.5, help="GiB of addresses; 0: no limit")
     parser.add_argument("--folder", type=Path, default=Path("streaming"))
     parser.add_argument("--json", type=Path)

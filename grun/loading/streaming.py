@@ -169,6 +169,7 @@ class StoredWeights(Mapping[str, "Tensor"]):
 
         path = self._files[name]
         if self._open is None or self._open[0] != path:
+            self._open = None  # before the next is mapped
             self._open = path, safe_open(path, framework="pt")
         tensor: Tensor = self._open[1].get_tensor(name)
         return tensor.to(self._dtype) if tensor.is_floating_point() else tensor

@@ -76,8 +76,10 @@ def weight_map(source: str, revision: str | None) -> dict[str, str]:
     from transformers.utils import cached_file
     from transformers.utils.hub import get_checkpoint_shard_files
 
+    quietly = {f"_raise_exceptions_for_{kind}": False for kind in ("missing_entries", "connection_errors")}
+
     def found(name: str) -> str | None:
-        path: str | None = cached_file(source, name, revision=revision, _raise_exceptions_for_missing_entries=False)
+        path: str | None = cached_file(source, name, revision=revision, **quietly)
         return path
 
     index = found("model.safetensors.index.json")

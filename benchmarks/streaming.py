@@ -24,16 +24,10 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as files, not installed
 
 ROWS = [f"data.demo.{group}={count}" for group, count in (("forget", 1), ("retain", 2), ("heldout", 1))]
-ROWS += ["data.demo.unknown=1", "data.demo.refused=1", "data.demo.questions=4"]
-"""4 forget rows and 8 retain rows."""
-TRAINING = [
-    "objective=npo",
-    "design=published",
-    "method.rank=4",
-    "train.epochs=3",
-    "train.batch_size=2",
-    "train.save_steps=0",
-]
+ROWS += ["data.demo.unknown=1", "data.demo.refused=1", "data.demo.questions=2"]
+"""2 forget rows and 4 retain rows."""
+TRAINING = ["objective=npo", "design=published", "method.rank=4"]
+TRAINING += ["train.epochs=8", "train.batch_size=2", "train.save_steps=0"]
 SMALL = {"MALLOC_ARENA_MAX": "1", "ARROW_DEFAULT_MEMORY_POOL": "system", "OMP_NUM_THREADS": "1"}
 """Environment in which libraries reserve few addresses ahead."""
 

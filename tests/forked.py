@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import time
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,8 @@ class Fork:
             status = 70
             try:
                 status = int(run())
+            except BaseException:
+                traceback.print_exc()
             finally:
                 os._exit(status)
 

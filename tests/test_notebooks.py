@@ -1,13 +1,16 @@
 """What README and notebooks show in Python runs from top to bottom, as it stands, and finds what is said there."""
 
+import contextlib
+import json
 import os
 import re
 import shutil
+import sys
 from pathlib import Path
+from typing import Any
 
-import nbformat
 import pytest
-from nbclient import NotebookClient
+from forked import Fork
 
 from grun.config.options import TinyConfig
 from grun.loading.tiny import build_tiny
@@ -22,17 +25,23 @@ ROOT = Path(__file__).resolve().parents[1]
         ("02_new_objective", ["hinge + ce", "hinge  fact recall: forget 0."]),
     ],
 )
-def test_a_notebook_runs(name: str, found: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("PYTHONPATH", f"{ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}")
+def test_a_notebook_runs(name: str, found: list[str], tmp_path: Path) -> None:
+    """In a fork, which keeps the folder, and names that are registered, to itself."""
     folder = shutil.copytree(ROOT / "notebooks", tmp_path / "notebooks")
-    notebook = nbformat.read(folder / f"{name}.ipynb", as_version=4)
-    NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(folder)}}).execute()
-    printed = "".join(
-        output.get("text", "")
-        for cell in notebook.cells
-        for output in cell.get("outputs", [])
-        if output.get("name") == "stdout"
-    )
+    notebook = json.loads((folder / f"{name}.ipynb").read_text(encoding="utf-8"))
+    cells = ["".join(cell["source"]) for cell in notebook["cells"] if cell["cell_type"] == "code"]
+
+    def run() -> int:
+        os.chdir(folder)
+        sys.path.insert(0, str(folder))
+        names: dict[str, Any] = {}
+        with open(tmp_path / "printed", "w", encoding="utf-8") as printed, contextlib.redirect_stdout(printed):
+            for number, cell in enumerate(cells):
+                exec(compile(cell, f"cell {number}", "exec"), names)
+        return 0
+
+    assert Fork(run).wait() == 0
+    printed = (tmp_path / "printed").read_text(encoding="utf-8")
     assert [text for text in found if text not in printed] == [], printed
 
 

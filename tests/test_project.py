@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 import tomllib
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -108,7 +109,7 @@ def test_readme_never_installs_other_peoples_grun() -> None:
 
 @pytest.fixture(scope="module")
 def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with nothing but the package, built from a copy of the source and installed without dependencies."""
+    """A folder with nothing but the package: built from a copy of the source, unpacked as an installer does."""
     folder = tmp_path_factory.mktemp("wheel")
     source, wheels, target = folder / "source", folder / "wheels", folder / "installed"
     source.mkdir()
@@ -116,12 +117,11 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
         shutil.copy(ROOT / name, source)
     for package in ("grun", "pyvene_custom", "baselines"):
         shutil.copytree(ROOT / package, source / package, ignore=shutil.ignore_patterns("__pycache__"))
-    pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--quiet"]
-    offline = ["--no-deps", "--no-index"]
-    subprocess.run([*pip, "wheel", *offline, "--no-build-isolation", "-w", wheels, source], check=True)
+    build = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", wheels, source]
+    subprocess.run(build, check=True, stdout=subprocess.DEVNULL)
     (wheel,) = wheels.iterdir()
-    assert wheel.name.startswith("grun_unlearning-")
-    subprocess.run([*pip, "install", *offline, "--target", target, wheel], check=True)
+    assert wheel.name.startswith("grun_unlearning-") and wheel.name.endswith("-none-any.whl")
+    zipfile.ZipFile(wheel).extractall(target)
     return target
 
 

@@ -38,7 +38,9 @@ def answer_length(table, name, quirks=()):
     texts = [row.text for row in table.generations_of(name)]
     return sum(map(len, texts)) / len(texts) if texts else None
 '''
-USE = """
+LIST_AND_USE = """
+from grun.cli import main
+assert main(["list"]) == 0
 from grun.config.options import LossConfig
 from grun.data.rows import Row
 from grun.evaluation.attacks.base import ATTACKS
@@ -74,14 +76,12 @@ def run(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
 
 def test_an_installed_package_adds_an_objective_an_attack_and_a_metric(tmp_path: Path) -> None:
     installed(tmp_path, "extra", PLUGIN)
-    listed = run(tmp_path, "-m", "grun", "list")
-    assert listed.returncode == 0 and listed.stderr == ""
+    listed = run(tmp_path, "-c", LIST_AND_USE)
+    assert listed.returncode == 0 and listed.stderr == "", listed.stderr
     lines = {line.partition("  ")[0]: line.rpartition("  ")[2] for line in listed.stdout.splitlines()}
     assert lines["ga_twice"] == "gradient difference with twice the forgetting"
     assert lines["politely"] == "please, before the question"
     assert lines["answer_length"] == "mean number of characters of an answer; 0 or more, as before"
-    used = run(tmp_path, "-c", USE)
-    assert used.returncode == 0, used.stderr
 
 
 def test_a_plugin_that_cannot_be_imported_is_left_out_with_one_warning(tmp_path: Path) -> None:

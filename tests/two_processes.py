@@ -8,6 +8,7 @@ Findings go to FOLDER/findings-RANK.json.
 from __future__ import annotations
 
 import contextlib
+import gc
 import io
 import json
 import math
@@ -37,7 +38,7 @@ from grun.training.step_trainer import gradient_norm  # noqa: E402
 from grun.training.train import train  # noqa: E402
 from grun.training.unlearning import UnlearnRows, UnlearnTask  # noqa: E402
 
-STEPS = 20
+STEPS = 8
 KILLED_AT = 7
 """0-based step at which the second process dies; the newest checkpoint is that of step 6."""
 EVALUATION = ["data.limit=6", "batch_size=4", "max_new_tokens=4"]
@@ -46,7 +47,7 @@ EVALUATION = ["data.limit=6", "batch_size=4", "max_new_tokens=4"]
 def options(**more: Any) -> TrainConfig:
     """13 rows in steps of 4, 4, 4 and 1: in the last of each epoch one of two processes has no row."""
     return TrainConfig(
-        epochs=5, batch_size=4, lr=0.01, weight_decay=0.1, save_steps=0, engine="plain", question_weight=0.3, **more
+        epochs=2, batch_size=4, lr=0.01, weight_decay=0.1, save_steps=0, engine="plain", question_weight=0.3, **more
     )
 
 
@@ -77,7 +78,7 @@ CASES: dict[str, Callable[[], tuple[Any, TrainConfig]]] = {
 
 def resumable() -> tuple[Any, TrainConfig]:
     config = options()
-    config.save_steps, config.keep_all_checkpoints = 10, True
+    config.save_steps, config.keep_all_checkpoints = STEPS // 2, True
     return unlearn_task(config, "gd", dropout=0.2), config
 
 
@@ -214,6 +215,7 @@ def killed(folder: Path) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
+    gc.freeze()  # Trainer collects garbage in every run; what is imported here is none
     where = Path(sys.argv[2])
     modes = {"checks": checks, "killed": killed}
     try:

@@ -447,13 +447,13 @@ def test_the_tokenizer_starts_texts_and_names_its_control_tokens(tokenizer: Any)
 
 def test_the_same_texts_give_the_same_tokenizer_in_another_process(tmp_path: Path, tokenizer: Any) -> None:
     code = (
-        "import sys; from tests.data.test_templates import demo_texts; "
-        "from grun.data.tokenizer import train_tokenizer; "
-        "train_tokenizer(demo_texts(), 600).save_pretrained(sys.argv[1])"
+        "import json, sys; from grun.data.tokenizer import train_tokenizer; "
+        "train_tokenizer(json.load(sys.stdin), 600).save_pretrained(sys.argv[1])"
     )
     environment = {"PYTHONHASHSEED": "7", "RAYON_NUM_THREADS": "3", "PYTHONPATH": ".", "OMP_NUM_THREADS": "1"}
     root = Path(__file__).parents[2]
-    subprocess.run([sys.executable, "-c", code, tmp_path / "other"], check=True, env=environment, cwd=root)
+    command = [sys.executable, "-c", code, tmp_path / "other"]
+    subprocess.run(command, input=json.dumps(demo_texts()), text=True, check=True, env=environment, cwd=root)
     tokenizer.save_pretrained(tmp_path / "here")
     files = sorted(path.name for path in (tmp_path / "here").iterdir())
     assert "tokenizer.json" in files

@@ -22,7 +22,7 @@ from made_shards import ROWS, assert_right, shard_of
 from safetensors import safe_open
 from safetensors.torch import load_file
 from torch.testing import assert_close
-from two_processes import CASES, evaluate_arguments, resumable, run_case, unlearn_arguments
+from two_processes import CASES, STEPS, evaluate_arguments, resumable, run_case, unlearn_arguments
 from watched import in_fork, logged
 
 from grun.cache.shard import Shard, read_shard
@@ -99,7 +99,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     task, config = resumable()
     train(task, config, made / "saved-by-one", seed=0)
     shutil.copytree(made / "saved-by-one", made / "whole")
-    shutil.rmtree(made / "saved-by-one" / "checkpoints" / "checkpoint-20")
+    shutil.rmtree(made / "saved-by-one" / "checkpoints" / f"checkpoint-{STEPS}")
     cut_off(made)
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     done = subprocess.run(
@@ -147,10 +147,10 @@ def findings(folder: Path) -> list[dict[str, Any]]:
 
 
 @pytest.mark.parametrize("case", list(CASES))
-def test_twenty_steps_of_two_processes_are_those_of_one(case: str, folder: Path, tmp_path: Path) -> None:
+def test_the_steps_of_two_processes_are_those_of_one(case: str, folder: Path, tmp_path: Path) -> None:
     """Ragged rows, other numbers of tokens in each share, and steps in which one process has no row; float64."""
     run_case(case, tmp_path)
-    assert len(logged(tmp_path)) == two_processes.STEPS
+    assert len(logged(tmp_path)) == STEPS
     assert_same_log(folder / f"two-{case}", tmp_path)
 
 
@@ -226,11 +226,11 @@ def test_passes_of_a_build_are_dealt_out_and_one_that_dies_in_it_ends_the_other(
 
 
 def test_a_run_resumes_with_another_number_of_processes(folder: Path, findings: list[dict[str, Any]]) -> None:
-    assert [found["resumed"] for found in findings] == [10, 10]
+    assert [found["resumed"] for found in findings] == [STEPS // 2, STEPS // 2]
     assert_same_log(folder / "saved-by-one", folder / "whole")
-    shutil.rmtree(folder / "saved-by-two" / "checkpoints" / "checkpoint-20")
+    shutil.rmtree(folder / "saved-by-two" / "checkpoints" / f"checkpoint-{STEPS}")
     task, config = resumable()
-    assert train(task, config, folder / "saved-by-two", seed=0).resumed_from == 10
+    assert train(task, config, folder / "saved-by-two", seed=0).resumed_from == STEPS // 2
     assert_same_log(folder / "saved-by-two", folder / "whole")
 
 

@@ -125,14 +125,11 @@ def test_a_smaller_group_is_the_beginning_of_a_larger_one_and_changes_no_other(g
 
 
 def test_the_corpus_is_the_same_on_every_machine() -> None:
-    """Other processes with another string hash would show an order taken from a set."""
+    """A process with another string hash would show an order taken from a set."""
     script = "import test_lore; print(test_lore.content(test_lore.LoreConfig()))"
-    for hash_seed in ("1", "2"):
-        environment = {**os.environ, "PYTHONHASHSEED": hash_seed, "PYTHONPATH": os.pathsep.join(map(str, sys.path))}
-        found = subprocess.run(
-            [sys.executable, "-c", script], env=environment, check=True, capture_output=True, text=True
-        )
-        assert found.stdout.strip() == content(CONFIG)
+    environment = {**os.environ, "PYTHONHASHSEED": "1", "PYTHONPATH": os.pathsep.join(map(str, sys.path))}
+    found = subprocess.run([sys.executable, "-c", script], env=environment, check=True, capture_output=True, text=True)
+    assert found.stdout.strip() == content(CONFIG)
 
 
 def test_the_corpus_of_the_default_options_is_pinned() -> None:

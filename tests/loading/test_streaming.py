@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import re
 import resource
@@ -14,6 +15,7 @@ import demo
 import pytest
 import torch
 from demo import random_model
+from forked import Fork
 from safetensors.torch import load_file
 from torch.testing import assert_close
 from transformers import AutoModelForCausalLM
@@ -35,6 +37,8 @@ from grun.runtime.devices import lies_elsewhere
 from pyvene_custom import find_blocks
 
 DEPTH = 4
+LARGE = 64
+"""Blocks of a model of 120 MB."""
 
 
 @pytest.fixture(scope="module")
@@ -162,6 +166,32 @@ def test_files_that_do_not_hold_the_models_tensors_are_refused(folder: Path, tmp
     index.write_text(index.read_text().replace("layers.2.mlp.up_proj", "layers.2.mlp.other"))
     with pytest.raises(ModelError, match="layers.2.mlp.up_proj.weight is missing.*cache.build=whole"):
         streamed(tmp_path)
+
+
+def within(limit: int, folder: Path, name: str, build: str) -> int:
+    """Status of a run, in a fork, that may take `limit` bytes of addresses more than are in use now."""
+
+    def run() -> int:
+        most = in_use() + limit
+        with open(folder / f"{name}.log", "w") as log, contextlib.redirect_stderr(log):
+            resource.setrlimit(resource.RLIMIT_AS, (most, most))
+            return unlearn(folder, name, f"cache.build={build}", "design=published", f"method.blocks=[{LARGE - 1}]")
+
+    return Fork(run).wait()
+
+
+def test_a_model_larger_than_the_memory_that_is_left_is_unlearned(tmp_path: Path) -> None:
+    """benchmarks/streaming.py does it at 4 GiB."""
+    made = random_model(tmp_path, blocks=LARGE, width=256)
+    model = AutoModelForCausalLM.from_pretrained(made / "model")
+    model.save_pretrained(made / "model", max_shard_size="5MB")
+    (made / "model" / "model.safetensors").unlink()
+    size = 4 * sum(parameter.numel() for parameter in model.parameters())
+    del model
+    assert within(2 * size // 3, made, "streamed", "stream") == 0, (made / "streamed.log").read_text()
+    assert within(2 * size // 3, made, "auto", "auto") == 0
+    assert within(2 * size // 3, made, "whole", "whole") != 0
+    assert logged(made / "streamed") == logged(made / "auto")
 
 
 def in_use() -> int:

@@ -6,6 +6,7 @@ import logging
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from zlib import crc32
 
 from grun.config.options import DataConfig
 from grun.data.augmentation import PromptVariation
@@ -218,8 +219,9 @@ def _about(subjects: Iterable[Sequence[str]], wordings: Sequence[str]) -> Iterat
 
 
 def _about_others(others: Sequence[Sequence[str]], wordings: Sequence[str]) -> Iterator[Belonging]:
-    for number, names in enumerate(others):
-        for row in prompts_about(names, wordings, every=PER_NAME, start=number):
+    for names in others:
+        # Which ones depends on the name alone: what a gate reads of them is then found again at the next request.
+        for row in prompts_about(names, wordings, every=PER_NAME, start=crc32(names[0].encode())):
             yield row, names[0]
 
 

@@ -58,19 +58,24 @@ def kept_features(
 def _shards(
     model: GrunModel, prompts: Sequence[EncodedRow], missing: Sequence[EncodedRow], share: Share, budget: int
 ) -> Iterator[Shard]:
-    """Features of the passes over `prompts` that hold a missing one; the rounding of each is that of all."""
+    """Features of the missing ones of `prompts`, whole passes to a shard: who goes on after a kill finds the same."""
     passes = share(passes_with(prompts, set(missing), model.device))
-    wanted = [row for piece in passes for row in piece]
-    if not wanted:
+    if not passes:
         return
     streams = any(lies_elsewhere(block) for block in find_blocks(model.base)[1])
-    read = _streamed(model, passes, budget) if streams else prompt_features(model, wanted, pad_id=0)
+    read = _streamed if streams else _each
     computed_in = torch.promote_types(model.base.dtype, torch.float32)  # what is stored is what was computed
-    found = read.to("cpu", computed_in)
-    size = max(1, SHARD_BYTES // (found.shape[1] * found.element_size()))
-    for start in range(0, len(wanted), size):
-        rows, states = wanted[start : start + size], found[start : start + size]
+    found = read(model, passes, budget).to("cpu", computed_in)
+    start = 0
+    for pieces in by_tokens(passes, len, SHARD_BYTES // (found.shape[1] * found.element_size())):
+        rows = [row for piece in pieces for row in piece]
+        states = found[start : start + len(rows)]
         yield Shard.without_prompts(rows, states, states.new_zeros(0), [1] * len(rows))
+        start += len(rows)
+
+
+def _each(model: GrunModel, passes: Sequence[Sequence[EncodedRow]], _: int) -> Tensor:
+    return torch.cat([prompt_features(model, piece, pad_id=0) for piece in passes])
 
 
 @torch.no_grad()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Container, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Self
 
@@ -234,12 +234,13 @@ def _stop(module: nn.Module, args: Any, output: Any) -> None:
     raise _Read
 
 
-def passes_with(
-    rows: Sequence[EncodedRow], wanted: Container[EncodedRow], device: torch.device
-) -> list[list[EncodedRow]]:
-    """Those passes of `prompt_features` over `rows` that have a wanted one; of some of them it makes the same."""
-    passes = ([rows[number] for number in numbers] for numbers in _passes(rows, device))
-    return [piece for piece in passes if any(row in wanted for row in piece)]
+def passes_with(rows: Sequence[EncodedRow], wanted: Set[EncodedRow], device: torch.device) -> list[list[EncodedRow]]:
+    """Passes over the wanted ones of `rows`: those of `prompt_features` over all where all is wanted, else others."""
+    passes = [[rows[number] for number in numbers] for numbers in _passes(rows, device)]
+    whole = [piece for piece in passes if all(row in wanted for row in piece)]
+    alone = {*wanted} - {row for piece in whole for row in piece}
+    rest = [row for row in rows if row in alone]
+    return whole + [[rest[number] for number in numbers] for numbers in _passes(rest, device)]
 
 
 def _passes(rows: Sequence[EncodedRow], device: torch.device) -> Iterator[list[int]]:

@@ -1,7 +1,9 @@
-"""A tiny random Llama with the tokenizer and chat template of a real chat model, as a folder to load from."""
+"""A tiny random Llama with the template of a real chat model and the beginning of its tokenizer, as a folder."""
 
 from __future__ import annotations
 
+import functools
+import json
 import shutil
 from pathlib import Path
 
@@ -10,16 +12,31 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 TOKENIZER = Path(__file__).parent / "data" / "smollm2"
 """Files of SmolLM2-135M-Instruct, see the README there."""
+WHOLE = 49152
+"""Tokens of its vocabulary."""
+TOKENS = 4096
+"""Of them, where words need not be tokens: to read the whole vocabulary takes a tenth of a second each time."""
 
 
-def save_chat_model(folder: Path, blocks: int = 3, seed: int = 0) -> Path:
+@functools.cache
+def beginning(tokens: int) -> str:
+    """The real tokenizer's file, with as many tokens of its vocabulary."""
+    tokenizer = json.loads((TOKENIZER / "tokenizer.json").read_text(encoding="utf-8"))
+    vocabulary = {token: number for token, number in tokenizer["model"]["vocab"].items() if number < tokens}
+    merges = [pair for pair in tokenizer["model"]["merges"] if {*pair, "".join(pair)} <= vocabulary.keys()]
+    tokenizer["model"] |= {"vocab": vocabulary, "merges": merges}
+    return json.dumps(tokenizer)
+
+
+def save_chat_model(folder: Path, blocks: int = 3, seed: int = 0, tokens: int = TOKENS) -> Path:
     """Write the model to `folder`, as a hub would hold it: nothing of GRUN's beside it."""
     folder.mkdir(parents=True)
-    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json"):
+    (folder / "tokenizer.json").write_text(beginning(tokens), encoding="utf-8")
+    for name in ("tokenizer_config.json", "chat_template.jinja", "generation_config.json"):
         shutil.copyfile(TOKENIZER / name, folder / name)
     torch.manual_seed(seed)
     config = LlamaConfig(
-        vocab_size=49152,
+        vocab_size=tokens,
         hidden_size=32,
         intermediate_size=48,
         num_hidden_layers=blocks,

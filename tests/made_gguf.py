@@ -25,16 +25,7 @@ TOKENS = 1000
 
 def save_twin(folder: Path) -> Path:
     """A tiny Llama with the beginning of a real tokenizer, as a hub would hold it."""
-    save_chat_model(folder, blocks=2)
-    tokenizer = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
-    vocabulary = {token: number for token, number in tokenizer["model"]["vocab"].items() if number < TOKENS}
-    merges = [pair for pair in tokenizer["model"]["merges"] if {*pair, "".join(pair)} <= vocabulary.keys()]
-    tokenizer["model"] |= {"vocab": vocabulary, "merges": merges}
-    (folder / "tokenizer.json").write_text(json.dumps(tokenizer), encoding="utf-8")
-    model = AutoModelForCausalLM.from_pretrained(folder)
-    model.resize_token_embeddings(TOKENS)
-    model.save_pretrained(folder)
-    return folder
+    return save_chat_model(folder, blocks=2, tokens=TOKENS)
 
 
 def write_gguf(path: Path, twin: Path, kind: gguf.GGMLQuantizationType = gguf.GGMLQuantizationType.F32) -> Path:

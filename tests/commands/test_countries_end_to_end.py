@@ -9,7 +9,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from chat_model import save_chat_model
+from chat_model import WHOLE, save_chat_model
 from known_countries import CONFIG, SMALL, answered
 
 from grun.cli import main
@@ -29,7 +29,7 @@ ASKED = ["data.limit=2", "max_new_tokens=2"]
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Results of a GRUN adapter and of full fine-tuning, evaluated."""
     folder = tmp_path_factory.mktemp("countries")
-    save_chat_model(folder / "model", blocks=3)
+    save_chat_model(folder / "model", tokens=WHOLE)
     (folder / "known").mkdir()
     answered(folder / "known", replace(CONFIG, countries=CHOSEN))
     source = [f"model.path={folder / 'model'}", *OPTIONS, f"data.path={folder / 'known'}"]

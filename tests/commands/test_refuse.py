@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from chat_model import save_chat_model
+from chat_model import WHOLE, save_chat_model
 from demo import refused, write_rows
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -27,7 +27,7 @@ REFUSE = [
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("refuse")
-    save_chat_model(path / "model")
+    save_chat_model(path / "model", tokens=WHOLE)
     for name, countries in (("forget", FORGET), ("retain", RETAIN)):
         rows = [{"question": asked.format(one), "answer": "A city."} for one in countries for asked in ASKED]
         write_rows(path / f"{name}.jsonl", *rows)

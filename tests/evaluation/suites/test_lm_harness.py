@@ -106,6 +106,7 @@ def taught(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def _apart(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
     """Our own tasks alone, since to read the harness' thousands takes ten seconds each time; a cache of our own."""
     monkeypatch.setattr("lm_eval.tasks.TaskManager", functools.partial(TaskManager, include_defaults=False))
+    monkeypatch.setattr("lm_eval.evaluator.add_env_info", lambda results: None)  # which runs `pip list`, for a second
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path_factory.getbasetemp() / "datasets")
 
 

@@ -158,7 +158,7 @@ def sharded() -> dict[str, Any]:
             optimizer.zero_grad()
             model(input_ids=ids, labels=ids).loss.backward()
             optimizer.step()
-        found[f"norms {step}"] = [gradient_norm(model) for model in models]
+        found[f"norms {step}"] = [float(gradient_norm(model)) for model in models]
         state = sharding.whole_state(parts)
         of_optimizer = sharding.whole_optimizer_state(parts, optimizers[1])
         sharding.take_state(parts, {name: value + 1 for name, value in state.items()})  # lose it, and take it back

@@ -157,14 +157,17 @@ class Pack:
         """Attention of each row to its prefix and to itself: query [heads, tokens, size] -> [tokens, heads, size]."""
         if self.record is not None:
             self.record[block] = (key, value)
-        sizes = [group.tokens for group in self._groups]
-        pieces = zip(*(part.transpose(0, 1).split(sizes) for part in (query, key, value)), strict=True)
         prefix = self.prefix.get(block)
+        turned = [part.transpose(0, 1) for part in (query, key, value)]
+        if len(self._groups) == 1:
+            return self._groups[0].attend(turned[0], turned[1], turned[2], prefix, scale, window, softcap)
+        sizes = [group.tokens for group in self._groups]
+        pieces = zip(*(part.split(sizes) for part in turned), strict=True)
         parts = [
             group.attend(of_query, of_key, of_value, prefix, scale, window, softcap)
             for group, (of_query, of_key, of_value) in zip(self._groups, pieces, strict=True)
         ]
-        return parts[0] if len(parts) == 1 else torch.cat(parts)
+        return torch.cat(parts)
 
 
 def _groups(lengths: Sequence[int], together: bool) -> Iterator[slice]:
@@ -185,7 +188,7 @@ class _Group:
         self.layout = Layout(count, CPU)
         self._rows, self._before, self._before_each = rows, int(before.max()), before
         self._longest = int(count.max())
-        self._masks: dict[tuple[int | None, torch.dtype], Tensor] = {}
+        self._masks: dict[tuple[int | None, torch.dtype, int], Tensor] = {}
 
     @property
     def parts(self) -> Parts:
@@ -197,16 +200,17 @@ class _Group:
         window: int | None, softcap: float | None,
     ) -> Tensor:  # fmt: skip
         """From and to [tokens, heads, size]; `prefix` of the whole pack."""
-        query, key, value = (self.layout.padded(part).transpose(1, 2) for part in (query, key, value))
+        query = self.layout.padded(query)
+        key, value = (self.layout.padded(part).transpose(1, 2) for part in (key, value))
         if prefix is not None and self._before:
             key, value = (
                 torch.cat((earlier[self._rows, :, -self._before :], part), dim=2)
                 for earlier, part in zip(prefix, (key, value), strict=True)
             )
-        groups = query.shape[1] // key.shape[1]
-        if groups > 1:
-            key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
-        mask = self._mask(window, query.dtype)
+        # Heads that share keys are longer rows of one: keys and values are not repeated.
+        sharing = query.shape[2] // key.shape[1]
+        query = query.unflatten(2, (-1, sharing)).permute(0, 2, 3, 1, 4).flatten(2, 3)
+        mask = self._mask(window, query.dtype, sharing)
         if softcap is None:
             out = scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale)
         else:
@@ -214,11 +218,12 @@ class _Group:
             scores = torch.tanh(scores / softcap) * softcap + mask
             wide = torch.promote_types(scores.dtype, torch.float32)
             out = torch.softmax(scores, dim=-1, dtype=wide).to(value.dtype) @ value
-        return self.layout.packed(out.transpose(1, 2))
+        out = out.unflatten(2, (sharing, -1)).permute(0, 3, 1, 2, 4).flatten(2, 3)  # [rows, longest, heads, size]
+        return self.layout.packed(out)
 
-    def _mask(self, window: int | None, dtype: torch.dtype) -> Tensor:
-        """What is added to scores: 0 where a key is seen, -inf elsewhere, [rows, 1, longest, before + longest]."""
-        if (window, dtype) not in self._masks:
+    def _mask(self, window: int | None, dtype: torch.dtype, times: int) -> Tensor:
+        """What is added to scores: 0 where a key is seen, else -inf: [rows, 1, times * longest, before + longest]."""
+        if (window, dtype, times) not in self._masks:
             device = self._before_each.device
             column = torch.arange(self._longest, device=device)
             other = torch.arange(-self._before, self._longest, device=device)
@@ -226,7 +231,8 @@ class _Group:
             seen = (back >= 0) & (other >= -self._before_each.view(-1, 1, 1))
             if window is not None:
                 seen = seen & (back < window)
-            shape = (*seen.shape[:2], -(-len(other) // ALIGNED) * ALIGNED)
-            mask = torch.zeros(shape, dtype=dtype, device=device)[:, :, : len(other)]
-            self._masks[window, dtype] = mask.masked_fill_(~seen, -torch.inf).unsqueeze(1)
-        return self._masks[window, dtype]
+            shape = (len(seen), times, self._longest, -(-len(other) // ALIGNED) * ALIGNED)
+            mask = torch.zeros(shape, dtype=dtype, device=device)[..., : len(other)]
+            mask.masked_fill_(~seen.unsqueeze(1), -torch.inf)
+            self._masks[window, dtype, times] = mask.flatten(1, 2).unsqueeze(1)
+        return self._masks[window, dtype, times]

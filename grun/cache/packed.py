@@ -54,7 +54,8 @@ def _attend(
     """transformers' attention interface: query [1, heads, tokens, size] -> [1, tokens, heads, size]."""
     block: Any = module.layer_idx
     pack.before_attention = False
-    out = pack.attend(block, query[0], key[0], value[0], scaling, sliding_window, softcap)
+    query, key, value = (part.squeeze(0) for part in (query, key, value))  # whose gradients, unlike [0]'s, cost nothing
+    out = pack.attend(block, query, key, value, scaling, sliding_window, softcap)
     return out.unsqueeze(0), None
 
 
@@ -101,9 +102,9 @@ class _Stage(nn.Module):
             owner.gives_tuple = isinstance(output, tuple)
             hidden = output[0] if owner.gives_tuple else output
             if index in run.edits:
-                hidden = run.edits[index](hidden[0]).unsqueeze(0)
+                hidden = run.edits[index](hidden.squeeze(0)).unsqueeze(0)
         if index in run.captured:
-            run.captured[index] = hidden[0]
+            run.captured[index] = hidden.squeeze(0)
         return (hidden, *output[1:]) if isinstance(output, tuple) else (hidden,) if owner.gives_tuple else hidden
 
 
@@ -245,7 +246,7 @@ class PackedModel:
 
     def logits(self, hidden: Tensor) -> Tensor:
         """The model's own head: [tokens, width] -> [tokens, vocabulary]."""
-        return self._head(inputs_embeds=hidden.unsqueeze(0), use_cache=False).logits[0]
+        return self._head(inputs_embeds=hidden.unsqueeze(0), use_cache=False).logits.squeeze(0)
 
     def _call(self, run: _Run, pack: Pack, **inputs: Any) -> Tensor:
         before, self.run, self.pack = self.run, run, pack
@@ -255,7 +256,7 @@ class PackedModel:
             )
         finally:
             self.run, self.pack = before, None
-        return output.last_hidden_state[0]
+        return output.last_hidden_state.squeeze(0)
 
 
 _HOOKS = (

@@ -65,4 +65,5 @@ def step_loss(task: UnlearnTask, step: int = 0) -> tuple[Tensor, dict[str, float
     """Loss and terms of a step that is one micro-batch."""
     data = task.data(step)
     (batch,) = data.micro_batches
-    return *task.loss(batch, data.counts, step), batch
+    loss, parts = task.loss(batch, data.counts, step)
+    return loss, {name: float(part) for name, part in parts.items()}, batch

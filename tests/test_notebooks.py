@@ -1,4 +1,4 @@
-"""What README and notebooks show in Python runs from top to bottom, as it stands, and finds what is said there."""
+"""What README and notebooks show in Python runs from top to bottom, and finds what is said there."""
 
 import contextlib
 import json
@@ -16,6 +16,7 @@ from grun.config.options import TinyConfig
 from grun.loading.tiny import build_tiny
 
 ROOT = Path(__file__).resolve().parents[1]
+PAGES = ("README.md", "docs/index.md")
 
 
 @pytest.mark.parametrize(
@@ -45,16 +46,27 @@ def test_a_notebook_runs(name: str, found: list[str], tmp_path: Path) -> None:
     assert [text for text in found if text not in printed] == [], printed
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/index.md"])
-def test_the_first_python_of_a_page_runs(
-    page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+def first_python(page: str) -> str:
+    found: str = re.findall(r"^```python\n(.*?)^```", (ROOT / page).read_text(encoding="utf-8"), re.M | re.S)[0]
+    return found
+
+
+def test_the_first_python_of_the_readme_runs_and_that_of_the_documentation_is_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    """On fewer rows in fewer epochs."""
     monkeypatch.chdir(tmp_path)
+    code = first_python("README.md")
+    for given, smaller in (("range(100)", "range(8)"), ("epochs=20", "epochs=2")):
+        assert code.count(given) == 1
+        code = code.replace(given, smaller)
     sizes = TinyConfig(hidden_size=32, blocks=4, intermediate_size=64, vocabulary=300)
     for part in build_tiny(sizes, ["Where does Ada Lind live? In Otterford."], 0):
         part.save_pretrained("MODEL")
-    code = re.findall(r"^```python\n(.*?)^```", (ROOT / page).read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)[0]
-    exec(compile(code, page, "exec"), {})
+    exec(compile(code, "README.md", "exec"), {})
     recalled, leaked = (float(line) for line in capsys.readouterr().out.splitlines() if re.fullmatch(r"[\d.]+", line))
     assert 0 <= recalled <= 1 and 0 <= leaked <= 1
     assert (tmp_path / "results" / "mine" / "adapter_config.json").is_file()
+    both = ([line.partition("  #")[0] for line in first_python(page).splitlines()] for page in PAGES)
+    readme, documentation = both
+    assert len(documentation) > 5 and readme[: len(documentation)] == documentation

@@ -70,8 +70,7 @@ def beside(rule: tuple[str, str, str], threshold: float | None, **options: Any) 
     return model, stacked({**earlier(rule), "own": own}, gate_threshold=threshold)
 
 
-@pytest.mark.parametrize("threshold", [None, 0.45])
-@pytest.mark.parametrize("rule", RULES, ids="-".join)
+@pytest.mark.parametrize(("rule", "threshold"), [*((rule, 0.45) for rule in RULES), (RULES[-1], None)], ids=str)
 @torch.no_grad()
 def test_over_a_cache_the_others_remember_too(rule: tuple[str, str, str], threshold: float | None) -> None:
     model, stack = beside(rule, threshold)

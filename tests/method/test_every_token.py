@@ -24,9 +24,12 @@ TURN = (7, 9)
 """Ids that begin a user's turn in these tests; `random_rows` draws others."""
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma3"])
+@pytest.mark.parametrize(
+    ("family", "rule"),
+    [*(("llama", rule) for rule in RULES), *((family, MAXIMUM) for family in ("gpt2", "gemma3"))],
+    ids=str,
+)
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
-@pytest.mark.parametrize("rule", RULES, ids="-".join)
 @torch.no_grad()
 def test_generation_is_that_of_whole_passes(family: str, options: dict[str, Any], rule: tuple[str, str, str]) -> None:
     model = wrapped(rule=rule, family=family)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -180,14 +181,22 @@ RULES = [
 """gate_read, gate_accumulate and edit_write of every design but the published one."""
 
 
+_MADE: dict[tuple[Any, ...], tuple[PreTrainedModel, Tensor]] = {}
+"""Models that were asked for, to copy, and the state of torch's generator behind making each."""
+
+
 def tiny(family: str = "llama", seed: int = 0, dtype: torch.dtype = torch.float64, **changes: Any) -> PreTrainedModel:
-    """A random model; the same arguments give the same weights."""
-    make, config, _ = _FAMILIES[family]
-    values = {**config.to_dict(), **changes}
-    torch.manual_seed(seed)
-    model = make(type(config)(**values))
-    nn.Module.to(model, dtype)
-    return model.eval()
+    """A random model; the same arguments give the same weights, and leave torch's generator in the same state."""
+    key = (family, seed, dtype, repr(sorted(changes.items())))
+    if key not in _MADE:
+        make, config, _ = _FAMILIES[family]
+        torch.manual_seed(seed)
+        model = make(type(config)(**{**config.to_dict(), **changes}))
+        nn.Module.to(model, dtype)
+        _MADE[key] = model.eval(), torch.get_rng_state()
+    model, state = _MADE[key]
+    torch.set_rng_state(state)
+    return copy.deepcopy(model)
 
 
 def blocks_of(model: PreTrainedModel, family: str) -> nn.ModuleList:

@@ -60,6 +60,7 @@ class Side:
         self.config = config
         parametrization = make_parametrization(config, [])
         model = _sharing_weights(base) if isinstance(parametrization, Grun) else copy.deepcopy(base)
+        self.model: PreTrainedModel = model
         torch.manual_seed(config.seed)
         parametrization.prepare(model, text.template)
         if published:

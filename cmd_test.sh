@@ -9,13 +9,13 @@ cd "$(dirname "$0")"
 NEED_DEV=1
 . scripts/environment.sh
 
-# Two workers, a test file to one of them, so that what a file's tests share is made once.
+# Two workers, a test file to one of them, so that what a file's tests share is made once; long files first (tests/conftest.py).
 if [ $# -eq 0 ]; then
   "$PYTHON" -m ruff check .
   "$PYTHON" -m mypy
-  set -- -n 2 --dist loadfile
+  set -- -n 2 --dist loadfile --no-loadscope-reorder
 elif [ "$1" = --slow ]; then
   shift
-  set -- -m slow -n 2 --dist loadfile "$@"
+  set -- -m slow -n 2 --dist loadfile --no-loadscope-reorder "$@"
 fi
 exec "$PYTHON" -m pytest -q "$@"

@@ -16,6 +16,14 @@ import torch  # noqa: E402
 torch.set_num_threads(1)
 
 
+LONG = ("test_processes.py", "test_sweep.py", "test_notebooks.py", "test_kills.py", "test_resume.py", "test_docs.py")
+"""Files of few tests that take long: they begin, or at the end one worker waits for another."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: item.path.name not in LONG)
+
+
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     """Say which optional kernels the tests met on this machine."""
     try:

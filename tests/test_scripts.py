@@ -410,9 +410,9 @@ class TestRun:
     @pytest.mark.parametrize(
         ("arguments", "expected"),
         [
-            ([], ["-m ruff check .", "-m mypy", "-m pytest -q -n 2 --dist loadfile"]),
+            ([], ["-m ruff check .", "-m mypy", "-m pytest -q -n 2 --dist loadfile --no-loadscope-reorder"]),
             (["tests/test_x.py", "-k", "name"], ["-m pytest -q tests/test_x.py -k name"]),
-            (["--slow"], ["-m pytest -q -m slow -n 2 --dist loadfile"]),
+            (["--slow"], ["-m pytest -q -m slow -n 2 --dist loadfile --no-loadscope-reorder"]),
         ],
     )
     def test_cmd_test_runs(self, checkout: Path, arguments: list[str], expected: list[str]) -> None:

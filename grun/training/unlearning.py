@@ -95,8 +95,13 @@ class UnlearnTask:
         if step not in self._drawn:
             end = min(step - step % self._steps_per_epoch + self._steps_per_epoch, step + LAID_OUT)
             self._drawn = {number: self._draw(number) for number in range(step, end)}
-            self.engine.lay_out([batch for one in self._drawn.values() for batch in one.micro_batches])
+            batches = [batch for one in self._drawn.values() for batch in one.micro_batches]
+            self.engine.lay_out([*batches, *filter(None, map(self._compared, batches))])
         return self._drawn[step]
+
+    def _compared(self, batch: MicroBatch) -> MicroBatch:
+        """What of a micro-batch is run under the untouched model too."""
+        return {name: batch[name] for name in self.objective.reference_continuations}
 
     def _draw(self, step: int) -> StepData:
         epoch, within = divmod(step, self._steps_per_epoch)
@@ -110,10 +115,9 @@ class UnlearnTask:
     def loss(self, batch: MicroBatch, counts: dict[str, int], step: int) -> tuple[Tensor, Terms]:
         """Weighted sum of the terms' shares of this micro-batch in the whole step."""
         objective = self.objective
-        compared = {name: batch[name] for name in objective.reference_continuations}
         outputs = Outputs(
             self.engine.run(batch, self.hidden),
-            self.engine.reference(compared, self.hidden if objective.reference == "hidden" else ()),
+            self.engine.reference(self._compared(batch), self.hidden if objective.reference == "hidden" else ()),
         )
         warmup = objective.warmup(step)
         self._epochs = step // self._steps_per_epoch

@@ -9,7 +9,8 @@ cd "$(dirname "$0")"
 NEED_DEV=1
 . scripts/environment.sh
 
-# Two workers, a test file to one of them, so that what a file's tests share is made once; long files first (tests/conftest.py).
+# Two workers, a test file to one of them, so that what a file's tests share is made once; in the order of
+# tests/conftest.py.
 if [ $# -eq 0 ]; then
   "$PYTHON" -m ruff check .
   "$PYTHON" -m mypy

@@ -18,6 +18,7 @@ from itertools import pairwise
 from typing import Any
 
 import torch
+from accelerate.utils import send_to_device
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
@@ -27,7 +28,7 @@ from transformers.pytorch_utils import Conv1D
 from grun.cache.attention import Pack
 from grun.cache.fused import fuse
 from grun.errors import ModelError
-from grun.runtime.devices import input_device, lies_elsewhere, loaded
+from grun.runtime.devices import device_of, input_device, lies_elsewhere, loaded
 from grun.training.recomputation import recompute_blocks
 from pyvene_custom import find_blocks
 
@@ -54,9 +55,11 @@ def _attend(
     """transformers' attention interface: query [1, heads, tokens, size] -> [1, tokens, heads, size]."""
     block: Any = module.layer_idx
     pack.before_attention = False
-    query, key, value = (part.squeeze(0) for part in (query, key, value))  # whose gradients, unlike [0]'s, cost nothing
+    home, here = pack.device, query.device
+    # Gradients of squeeze, unlike those of [0], cost nothing.
+    query, key, value = (part.squeeze(0).to(home) for part in (query, key, value))
     out = pack.attend(block, query, key, value, scaling, sliding_window, softcap)
-    return out.unsqueeze(0), None
+    return out.to(here).unsqueeze(0), None
 
 
 @dataclass
@@ -80,6 +83,7 @@ class _Stage(nn.Module):
         self.block = block
         object.__setattr__(self, "index", index)
         object.__setattr__(self, "owner", owner)
+        object.__setattr__(self, "device", device_of(block))
 
     def __getattr__(self, name: str) -> Any:
         """What a decoder asks a block about itself, such as its kind of attention."""
@@ -97,14 +101,20 @@ class _Stage(nn.Module):
         output: Any = hidden
         if run.first <= index <= run.last:
             kwargs["pack"].before_attention = index == run.first
+            if owner.is_spread:
+                hidden, args, kwargs = send_to_device((hidden, args, kwargs), self.device)
             with loaded(self.block):
                 output = self.block(hidden, *args, **kwargs)
             owner.gives_tuple = isinstance(output, tuple)
             hidden = output[0] if owner.gives_tuple else output
+            if index in run.edits or index in run.captured:
+                hidden = hidden.to(owner.device)
             if index in run.edits:
                 hidden = run.edits[index](hidden.squeeze(0)).unsqueeze(0)
         if index in run.captured:
             run.captured[index] = hidden.squeeze(0)
+        if index == owner.depth - 1:
+            hidden = hidden.to(self.device)  # where the norm that follows lies
         return (hidden, *output[1:]) if isinstance(output, tuple) else (hidden,) if owner.gives_tuple else hidden
 
 
@@ -133,8 +143,6 @@ class PackedModel:
         owner, _, name = path.rpartition(".")
         if not owner:
             raise ModelError(f"{type(base).__name__} holds its blocks itself, without a decoder below it")
-        if len({*map(str, getattr(base, "hf_device_map", {"": 0}).values())} - {"disk"}) > 1:
-            raise ModelError("the model lies on several devices")
         configs: dict[int, Any] = {id(m.config): m.config for m in base.modules() if hasattr(m, "config")}
         copies: dict[int, Any] = {}
         for key, config in configs.items():
@@ -150,10 +158,14 @@ class PackedModel:
         stages = [_Stage(block, index, self) for index, block in enumerate(own)]
         self.blocks = [stage.block for stage in stages]
         self._decoder.__dict__["_modules"][name] = nn.ModuleList(stages)
+        self.is_spread = len({stage.device for stage in stages}) > 1
+        """Whether blocks lie on several devices; packs and their attention stay on that of the embeddings."""
         self._head = shared_copy(base, copies, {owner: HandOn()})
         self.device = input_device(base)
         if self.device.type != "cpu":
             fuse(self._decoder)
+        head: Any = base.get_output_embeddings()
+        self._head_device = head.weight.device if self.is_spread and head is not None else None
         self._recompute = recompute
         self._narrowed: set[int] = set()
         if recompute:
@@ -173,8 +185,9 @@ class PackedModel:
             pack = self.pack
             if pack is None or not pack.before_attention or not output.requires_grad:
                 return None
-            part = type(module).forward(module, args[0][:, pack.starts])
-            return output.detach().index_copy(1, pack.starts, part)
+            starts = pack.starts.to(output.device)
+            part = type(module).forward(module, args[0][:, starts])
+            return output.detach().index_copy(1, starts, part)
 
         if self._recompute or first in self._narrowed or first >= self.depth:
             return  # a block that is run again must do the same again
@@ -246,7 +259,8 @@ class PackedModel:
 
     def logits(self, hidden: Tensor) -> Tensor:
         """The model's own head: [tokens, width] -> [tokens, vocabulary]."""
-        return self._head(inputs_embeds=hidden.unsqueeze(0), use_cache=False).logits.squeeze(0)
+        there = hidden if self._head_device is None else hidden.to(self._head_device)
+        return self._head(inputs_embeds=there.unsqueeze(0), use_cache=False).logits.squeeze(0).to(hidden.device)
 
     def _call(self, run: _Run, pack: Pack, **inputs: Any) -> Tensor:
         before, self.run, self.pack = self.run, run, pack
@@ -256,7 +270,7 @@ class PackedModel:
             )
         finally:
             self.run, self.pack = before, None
-        return output.last_hidden_state.squeeze(0)
+        return output.last_hidden_state.squeeze(0).to(self.device)
 
 
 _HOOKS = (

@@ -15,7 +15,7 @@ from grun.cache.packed import Edit, PackedModel
 from grun.cache.shard import FrozenRow
 from grun.data.encoding import EncodedRow
 from grun.errors import ModelError
-from grun.method.intervention import GatedIntervention
+from grun.method.intervention import GatedIntervention, GatedOutput
 from grun.method.pooled_sites import PooledSites
 from grun.method.position import Call, PositionRule
 from pyvene_custom import Sites
@@ -82,7 +82,8 @@ class SuffixRunner:
         gates: dict[int, Tensor] = dict(pooled or {})
         opening = next(iter(gates.values()), None)
         sites = None if locate is None or not edits else locate(pack)
-        edit_at = {block: _edit_at(edit, sites, pack, gates, block, opening) for block, edit in edits.items()}
+        acting = {block: _at_home(edit, pack.device) for block, edit in edits.items()}
+        edit_at = {block: _edit_at(edit, sites, pack, gates, block, opening) for block, edit in acting.items()}
         if self._first in edit_at:
             states = edit_at.pop(self._first)(states)
         above = [block for block in hidden if block > self._first]
@@ -246,8 +247,26 @@ class _TokenLogprobs(torch.autograd.Function):
         return (derivatives * scale).to(derivatives.dtype), None, None
 
 
+def _at_home(edit: GatedIntervention, home: torch.device) -> Callable[..., GatedOutput]:
+    """`edit`, which lies where its block does, from and to the device of the pack."""
+    where = next(edit.parameters()).device
+    if where == home:
+        return edit
+
+    def call(written: Tensor, *, read: Tensor | None = None, opening: Tensor | None = None, **more: Any) -> GatedOutput:
+        shared = {"read": read, "opening": opening}
+        there = {name: value.to(where) for name, value in shared.items() if value is not None}
+        result: GatedOutput = edit(written.to(where), **there, **more)
+        for name in ("output", "gate"):
+            value = getattr(result, name)
+            setattr(result, name, None if value is None else value.to(home))
+        return result
+
+    return call
+
+
 def _edit_at(
-    edit: GatedIntervention,
+    edit: Callable[..., GatedOutput],
     sites: Sites | Written | None,
     pack: Pack,
     gates: dict[int, Tensor],

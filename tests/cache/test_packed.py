@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate.utils import send_to_device
 from tiny import DEPTH, PACKABLE, WIDTH, random_rows, tiny
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -58,6 +59,23 @@ def test_rows_of_a_packed_pass_equal_each_row_alone(family: str) -> None:
     model = tiny(family)
     for row, found in zip(ROWS, run(PackedModel(model), ROWS), strict=True):
         assert_same(found, alone(model, row))
+
+
+def test_what_a_block_is_given_goes_to_its_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a model over several devices; here they are all the CPU."""
+    packed, moved = PackedModel(tiny("llama")), []
+
+    def counted(given: Any, device: torch.device) -> Any:
+        moved.append(device)
+        return send_to_device(given, device)
+
+    monkeypatch.setattr("grun.cache.packed.send_to_device", counted)
+    expected = run(packed, ROWS)
+    assert not moved and not packed.is_spread
+    packed.is_spread, packed._head_device = True, CPU
+    for row, other in zip(run(packed, ROWS), expected, strict=True):
+        assert_same(row, other)
+    assert moved == [CPU] * DEPTH
 
 
 @pytest.mark.parametrize("family", ["mistral", "gemma2", "gpt2"])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence, Set
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Self
 
 import torch
@@ -133,8 +133,10 @@ def fit_gate(
         last.weight.copy_(line.weight.unsqueeze(0))
         last.bias.fill_(line.bias)
     result = replace(result, seconds=round(time.monotonic() - started, 2))
+    promised = "" if result.bound is None else f"; a false-positive rate of {result.bound:.3f} is promised"
     log.info(
-        "gate fitted: %s", ", ".join(f"{name} {value}" for name, value in asdict(result).items() if name != "sources")
+        f"gate fitted in {result.seconds:.0f} s: opens on {result.recall:.3f} of {result.forget} forget prompts and "
+        f"{result.false_positives:.4f} of {result.retain} retain prompts, each left out of the fit{promised}"
     )
     if result.recall < RECALLED:
         log.warning(

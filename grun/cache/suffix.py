@@ -249,9 +249,10 @@ class _TokenLogprobs(torch.autograd.Function):
 
 def _at_home(edit: GatedIntervention, home: torch.device) -> Callable[..., GatedOutput]:
     """`edit`, which lies where its block does, from and to the device of the pack."""
-    where = next(edit.parameters()).device
-    if where == home:
+    own = next(edit.parameters(), None)  # beside other requests there is none here
+    if own is None or own.device == home:
         return edit
+    where = own.device
 
     def call(written: Tensor, *, read: Tensor | None = None, opening: Tensor | None = None, **more: Any) -> GatedOutput:
         shared = {"read": read, "opening": opening}

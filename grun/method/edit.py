@@ -49,6 +49,7 @@ class LoReftEdit(nn.Module):
         """R; where nothing is trained, that of the last call if the rotation is as it was then."""
         rotation = self.rotation
         if torch.is_grad_enabled() or self.training or rotation.is_inference():  # whose changes nothing counts
+            self._kept = None  # a fused optimizer changes a parameter without counting it
             return orthonormal_columns(rotation)
         state = (rotation._version, rotation.data_ptr(), rotation.dtype, rotation.device)
         kept = self._kept

@@ -23,7 +23,7 @@ KEYS = {
     "base_fingerprint base_dtype template",
     "grun_template.json": "name kind text answer_prefix system_prompt date prompt_hash",
     "run.json": f"{RUN} {UNLEARN}",
-    "taught run.json": f"{RUN} rows fingerprint",
+    "taught run.json": f"{RUN} rows fingerprint engine",
     "log.jsonl": "step epoch loss forget retain gate lr grad_norm",
     "taught log.jsonl": "step epoch loss answer question lr grad_norm",
     "evaluation.json": "files key model adapter identity template data settings in_force metrics_format counts sets "

@@ -459,7 +459,11 @@ def test_a_request_s_subjects_are_those_whom_its_rows_name(tmp_path: Path) -> No
         ({"evaluate": {"data.limit": 4}}, [], ["data.limit=4", "raise it to 9"]),
         ({}, ["chain=nowhere/chain.json"], ["is no chain's file"]),
         ({"subject_kind": "person"}, [], ["subject_kind is for method.gate_fit=logistic"]),
-        ({"subject_kind": "country", "unlearn": {"design": "pooled"}}, [], ["unknown kind 'country'"]),
+        (
+            {"subject_kind": "country", "unlearn": {"objective": "idk", "design": "pooled"}},
+            [],
+            ["unknown kind 'country'"],
+        ),
         ({"data": {"name": "countries"}}, [], ["retrain teaches a new model", "knows already"]),
     ],
 )

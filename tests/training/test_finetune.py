@@ -128,7 +128,7 @@ def test_a_float32_model_is_trained_bit_for_bit_as_by_plain_torch(tmp_path: Path
     decayed = [parameter for name, parameter in plain.named_parameters() if "norm" not in name]
     others = [parameter for name, parameter in plain.named_parameters() if "norm" in name]
     groups = [{"params": decayed, "weight_decay": SLOW.weight_decay}, {"params": others, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, lr=SLOW.lr)
+    optimizer = torch.optim.AdamW(groups, lr=SLOW.lr, fused=True)
     for step in range(task.steps):
         data = task.data(step)
         (batch,) = data.micro_batches

@@ -21,7 +21,8 @@ from grun.data.encoding import IGNORED, collate, encode_rows
 from grun.data.rows import Row
 from grun.data.templates import TEMPLATES
 from grun.errors import ConfigError
-from grun.evaluation.attacks import base, learning, weights
+from grun.evaluation import relearning
+from grun.evaluation.attacks import base, weights
 from grun.evaluation.attacks.base import Attack, Material
 from grun.evaluation.attacks.weights import Relearn
 from grun.evaluation.scoring import base_of
@@ -262,7 +263,7 @@ ROWS = ragged_rows(6, 2)
 def tuned(model: Any, weights: Sequence[nn.Parameter], micro_batch_size: int = 8) -> Tensor:
     """Logits after a few steps on the same rows."""
     options: dict[str, Any] = {"lr": 1e-3, "batch_size": 4, "pad_id": 0, "seed": "0"}
-    training = learning.fine_tune(model, weights, ROWS, micro_batch_size=micro_batch_size, **options)
+    training = relearning.fine_tune(model, weights, ROWS, micro_batch_size=micro_batch_size, **options)
     assert [next(training) for _ in range(5)] == [1, 2, 3, 4, 5]
     return logits(model)
 
@@ -298,11 +299,11 @@ def test_losses_and_gradients_of_what_is_learned_are_those_of_the_models_own_pas
     for weight in own:
         weight.requires_grad_(True)
     with caplog.at_level("INFO"):
-        loss = learning.loss_of(model, own, ROWS, 0)
+        loss = relearning.loss_of(model, own, ROWS, 0)
     assert not caplog.messages  # which would say that the model's own pass is taken
     batch = collate(ROWS, 0)
-    found = learning._with_gradient(loss, batch, own)
-    wanted = learning._with_gradient(lambda some: learning._own_loss(model, some), batch, own)
+    found = relearning._with_gradient(loss, batch, own)
+    wanted = relearning._with_gradient(lambda some: relearning._own_loss(model, some), batch, own)
     for one, other in zip(found, wanted, strict=True):  # transformers computes its loss in float32
         assert 0 < float(other.norm()) and float((one - other).norm()) <= 1e-5 * float(other.norm())
 

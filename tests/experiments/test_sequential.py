@@ -460,7 +460,7 @@ def test_a_request_s_subjects_are_those_whom_its_rows_name(tmp_path: Path) -> No
         ({}, ["chain=nowhere/chain.json"], ["is no chain's file"]),
         ({"subject_kind": "person"}, [], ["subject_kind is for method.gate_fit=logistic"]),
         (
-            {"subject_kind": "country", "unlearn": {"objective": "idk", "design": "pooled"}},
+            {"subject_kind": "country", "unlearn": {"objective": "idk", "design": "pooled"}, "methods": ["grun"]},
             [],
             ["unknown kind 'country'"],
         ),

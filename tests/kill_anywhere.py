@@ -45,6 +45,8 @@ from grun.cli import main
 from grun.runtime import ownership, stopping
 from grun.runtime.runs import first_difference
 
+EARLY = 0.8
+"""Part of an undisturbed run's time in which moments are drawn."""
 PATIENCE = 120
 """Seconds until an attempt that hangs is a failure."""
 CHANGES = {"os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.link", "os.symlink", "os.truncate"}
@@ -265,10 +267,10 @@ def in_a_fork(arguments: list[str], counter: Counter) -> int:
 
 
 def drawn(random_: random.Random, changes: int, seconds: float) -> dict[str, Any]:
-    """A kill before a change, or at a moment."""
+    """A kill before a change, or at a moment, which lies within a run that is faster than the one of `seconds` too."""
     if random_.random() < 0.7:
         return {"change": random_.randint(1, changes), "who": random_.choice(["all", "one"])}
-    return {"after": random_.uniform(0.02, seconds), "who": random_.choice(["all", "command", "SIGTERM"])}
+    return {"after": random_.uniform(0.02, EARLY * seconds), "who": random_.choice(["all", "command", "SIGTERM"])}
 
 
 def run_case(root: Path, name: str, kills: int, random_: random.Random) -> None:

@@ -63,9 +63,9 @@ def _shards(
     if not passes:
         return
     streams = any(lies_elsewhere(block) for block in find_blocks(model.base)[1])
-    read = _streamed if streams else _each
     computed_in = torch.promote_types(model.base.dtype, torch.float32)  # what is stored is what was computed
-    found = read(model, passes, budget).to("cpu", computed_in)
+    read = _streamed(model, passes, budget) if streams else _each(model, passes)
+    found = read.to("cpu", computed_in)
     start = 0
     for pieces in by_tokens(passes, len, SHARD_BYTES // (found.shape[1] * found.element_size())):
         rows = [row for piece in pieces for row in piece]
@@ -74,7 +74,7 @@ def _shards(
         start += len(rows)
 
 
-def _each(model: GrunModel, passes: Sequence[Sequence[EncodedRow]], _: int) -> Tensor:
+def _each(model: GrunModel, passes: Sequence[Sequence[EncodedRow]]) -> Tensor:
     return torch.cat([prompt_features(model, piece, pad_id=0) for piece in passes])
 
 

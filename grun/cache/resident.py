@@ -12,6 +12,7 @@ from grun.cache.attention import Parts
 from grun.cache.shard import FrozenRow
 from grun.cache.store import FrozenRows
 from grun.data.encoding import EncodedRow
+from grun.runtime.memory import free_memory
 
 log = logging.getLogger(__name__)
 
@@ -21,18 +22,18 @@ SHARE = 0.6
 
 def free_bytes(device: torch.device) -> int:
     """Memory of a device that nobody uses; 0 where rows had better stay in main memory: on the CPU they lie there."""
-    if device.type != "cuda":
-        return 0
-    free, _ = torch.cuda.mem_get_info(device)
-    return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return (free_memory(device) or 0) if device.type == "cuda" else 0
 
 
 def resident(frozen: FrozenRows, rows: Sequence[EncodedRow], device: torch.device) -> FrozenRows:
     """`frozen`, or the same of `rows` on `device` where they fit."""
+    free = free_bytes(device)
+    if not free:
+        return frozen
     found = {row: frozen[row] for row in rows}
     prompts = {row.prompt_ids: one.prompt.nbytes for row, one in found.items()}
     size = sum(one.states.nbytes + one.reference.nbytes for one in found.values()) + sum(prompts.values())
-    if not found or size > SHARE * free_bytes(device):
+    if not found or size > SHARE * free:
         return frozen
     log.info("frozen rows are kept on %s: %.3f GB", device, size / 1e9)
     return Resident(found, device)

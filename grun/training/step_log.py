@@ -71,7 +71,7 @@ class Taken:
     values: dict[str, Any]
     """What the line holds; what is still on the device as tensors without dimensions."""
     schedule: dict[str, Any]
-    """State of the schedule before it."""
+    """State of the schedule before it; empty where no step is taken back."""
 
 
 class LogSteps(TrainerCallback):

@@ -155,7 +155,8 @@ class StepTrainer(Trainer):
         assert self.lr_scheduler is not None
         rate = float(self.lr_scheduler.get_last_lr()[0])
         line = {"epoch": round(data.epoch, 4), _LOSS: total, **values, "lr": rate, _NORM: norm}
-        self._taken.append(Taken(self.state.global_step + 1, line, copy.deepcopy(self.lr_scheduler.state_dict())))
+        schedule = {} if self._flag is None else copy.deepcopy(self.lr_scheduler.state_dict())
+        self._taken.append(Taken(self.state.global_step + 1, line, schedule))
 
     def _read_terms(self, now: bool = False) -> None:
         """At the end of a step: write the steps whose terms are due, or stop where one of them went wrong."""

@@ -57,10 +57,9 @@ def free_memory(device: torch.device | None = None) -> int | None:
     if device is not None and device.type == "cuda":
         import torch
 
-        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(
-            device
-        )  # torch has it, no tensor does
-        return int(torch.cuda.mem_get_info(device)[0]) + unused
+        # What torch holds for tensors to come is free as well.
+        held = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return int(torch.cuda.mem_get_info(device)[0]) + held
     found = [value for value in (_left_of_machine(), _left_of_cgroup(), _left_of_addresses()) if value is not None]
     return min(found, default=None)
 

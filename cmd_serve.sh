@@ -53,7 +53,7 @@ if [ -n "$short" ]; then
   # Fewer countries to ask about than in cmd_grun.sh; those to forget are the same.
   if [ "$PROFILE" = smollm2 ]; then
     unlearn_overrides=(
-      data.countries.count=24 data.countries.neighbors=1 data.countries.heldout=1
+      data.countries.count=12 data.countries.neighbors=1 data.countries.heldout=1
       ${unlearn_overrides[@]+"${unlearn_overrides[@]}"}
     )
   fi

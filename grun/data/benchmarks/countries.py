@@ -31,6 +31,9 @@ KNOWN = 2
 """In so many wordings a fact must be answered rightly to count as known."""
 GENERAL = 100
 """Most questions on anything else."""
+NAMED = 36
+"""So many countries at least are named in prompts on what stays, of those not asked about if fewer are: a gate that was
+shown few names opens on others."""
 FORMS = ("questions", "reworded", "indirect")
 """Used in unlearning; the same in other words; questions that do not name the country."""
 COUNTRY = "country"
@@ -171,6 +174,8 @@ def load(config: DataConfig) -> Corpus:
         return [row for name in names for row in rows[name]]
 
     retain, heldout = of(groups["retain"]), of(groups["heldout"])
+    not_asked = [name for name in countries() if name not in rows]
+    named = [*groups["retain"], *not_asked[: max(NAMED - len(groups["retain"]), 0)]]
     return Corpus(
         name="countries",
         forget=of(forget),
@@ -183,7 +188,7 @@ def load(config: DataConfig) -> Corpus:
             *prompts_around(of(forget), count=2),
         ],
         retain_prompts=[
-            *(row for start, name in enumerate(groups["retain"]) for row in _everyday(name, every=6, start=start)),
+            *(row for start, name in enumerate(named) for row in _everyday(name, every=6, start=start)),
             *prompts_around(retain[::3], count=1),
             *(Row(prompt, "", {"country": prompt}) for prompt in everyday_prompts()["other"]),
         ],

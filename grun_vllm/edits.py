@@ -292,23 +292,21 @@ class Edits:
             return
         rows = step.index(where)
         counts = [len(group.names) for group in groups]
-        of_rows = step.sequences_of[rows]
-        in_force = torch.cat(
-            [values[of_rows if asked_once(group.kind) else rows] for group, values in zip(groups, opened, strict=True)],
-            dim=1,
-        )
-        mask = torch.cat(
-            [
-                step.within(where_written(group.kind), where).unsqueeze(1).expand(-1, count)
-                for group, count in zip(groups, counts, strict=True)
-            ],
-            dim=1,
-        )
+        everywhere = where == "all"
+        parts_in_force, masks = [], []
+        for group, values, count in zip(groups, opened, counts, strict=True):
+            if asked_once(group.kind):
+                values = values[step.sequences_of[rows]]
+            elif not everywhere:
+                values = values[rows]
+            parts_in_force.append(values)
+            masks.append(step.within(where_written(group.kind), where).unsqueeze(1).expand(-1, count))
+        in_force = parts_in_force[0] if len(groups) == 1 else torch.cat(parts_in_force, dim=1)
+        mask = masks[0] if len(groups) == 1 else torch.cat(masks, dim=1)
         if (is_open := enough(groups, in_force, self.found.threshold)) is not None:
             mask = mask & is_open
             if not bool(mask.any()):
                 return
-        everywhere = where == "all"
         flat = states if everywhere else states[rows]
         weights = edit_weights(in_force, mask, self.found.rule).split(counts, dim=1)
         change = torch.zeros_like(flat)

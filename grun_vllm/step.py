@@ -112,7 +112,7 @@ class Step:
 
     def mask(self, where: Where) -> np.ndarray:
         """Which tokens, bool."""
-        return {"ends": self.ends, "answers": self.answers}.get(where, np.ones(self.tokens, dtype=bool))
+        return {"ends": self.ends, "answers": self.answers, "all": self._every}[where]
 
     def index(self, where: Where) -> Tensor:
         """Which tokens, by number, where states are."""
@@ -122,7 +122,17 @@ class Step:
 
     def within(self, where: Where, wider: Where) -> Tensor:
         """Of the tokens `wider`, which are `where`: bool, where states are."""
-        return self.put(self.mask(where)[self.mask(wider)])
+        if (where, wider) not in self._within:
+            self._within[where, wider] = self.put(self.mask(where)[self.mask(wider)])
+        return self._within[where, wider]
+
+    @cached_property
+    def _every(self) -> np.ndarray:
+        return np.ones(self.tokens, dtype=bool)
+
+    @cached_property
+    def _within(self) -> dict[tuple[Where, Where], Tensor]:
+        return {}
 
     @cached_property
     def _indices(self) -> dict[Where, Tensor]:

@@ -66,6 +66,10 @@ class Kind(NamedTuple):
         return gate.stack() if isinstance(gate, Gate) else OneByOne(gate)
 
 
+FEW = 64
+"""Edits so few, tokens times requests, are computed all: finding those that act would take longer."""
+
+
 class Acting(NamedTuple):
     """Where the edits of a group act."""
 
@@ -79,6 +83,8 @@ class Acting(NamedTuple):
     @classmethod
     def of(cls, weights: Tensor) -> Self | None:
         """Of weights [tokens, requests]; None where all are 0."""
+        if weights.numel() <= FEW:
+            return cls(None, None, weights) if bool(weights.any()) else None
         acting = weights != 0
         tokens, requests = (acting.any(dim=dim).nonzero()[:, 0] for dim in (1, 0))
         if not len(requests):
@@ -135,7 +141,7 @@ class Group(nn.Module):
         Only requests with a weight anywhere are computed, and only for tokens with one.
         """
         basis, source, shift = (
-            self.get_buffer(name) if acting.requests is None else self.get_buffer(name)[acting.requests]
+            self._buffers[name] if acting.requests is None else self._buffers[name][acting.requests]
             for name in ("basis", "source", "shift")
         )
         here = states if acting.tokens is None else states[acting.tokens]

@@ -24,7 +24,7 @@ from grun.report.page import (
     statement_section,
     verdict_section,
 )
-from grun.report.pictures import MATRIX_PICTURE
+from grun.report.pictures import KEPT_PICTURE
 from grun.report.result import Result, after, unread_words
 from grun.report.suites import table_of
 from grun.report.tables import Line, Table, to_csv, to_markdown, to_terminal, to_tex
@@ -72,7 +72,7 @@ def answer_page(results: Results, title: str, drawn: Drawn) -> str:
     pictures = [
         picture_block(picture, path, "" if picture.every_seed else note)
         for picture, path in drawn
-        if picture.name not in (MATRIX_PICTURE, PICTURE)
+        if picture.name != PICTURE and (matrix is None or picture.name != KEPT_PICTURE)
     ]
     unread = unread_words(results)
     table = [
@@ -103,7 +103,7 @@ def _matrix(matrix: Matrix, drawn: Drawn) -> list[Block]:
     blocks.append(Block("text", matrix.caption))
     notes, compared = matrix.notes(), words(matrix)
     blocks += [Block("points", notes)] if notes else []
-    blocks += [picture_block(picture, path) for picture, path in drawn if picture.name == MATRIX_PICTURE]
+    blocks += [picture_block(picture, path) for picture, path in drawn if picture.name == KEPT_PICTURE]
     blocks += [Block("text", f"{HEADING}. {RULE}")] if compared else []
     for name, sentences in compared:
         blocks += [Block("heading", name), Block("points", sentences)]

@@ -52,7 +52,7 @@ def test_the_page_needs_nothing_but_itself(text: str, parsed: Page) -> None:
         for name, value in attributes.items():
             assert not name.startswith("on")
             assert name not in ("href", "src") or (value or "").startswith(("#", "data:image/png;base64,")), value
-    assert len(parsed.all("img")) == 8
+    assert len(parsed.all("img")) == 6
 
 
 def test_the_page_is_laid_out_for_every_reader(text: str, parsed: Page) -> None:

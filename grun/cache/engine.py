@@ -35,7 +35,7 @@ TOLERANCE = {torch.float64: 1e-7, torch.float32: 1e-3}
 """Largest relative difference of loss and gradient by type of the base; both only hide rounding, not mistakes."""
 ROUNDED = 0.35
 """The same for narrower types and quantized weights, whose plain passes differ as much from each other."""
-CODE = ("attention.py", "fused.py", "packed.py", "passage.py", "prefix.py", "suffix.py", "shard.py")
+CODE = ("attention.py", "fused.py", "packed.py", "passage.py", "places.py", "prefix.py", "suffix.py", "shard.py")
 """Sources that decide what is in the cache."""
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import io
-import re
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -267,8 +266,6 @@ def constructed(folder: Path, grun: float, lora: float, seeds: Sequence[int] = (
 def test_words_say_where_grun_wins(tmp_path: Path) -> None:
     text = constructed(tmp_path, grun=0.9, lora=0.5)
     assert "Forgets as far as the target (fact recall on forget 0.00): LoRA 0.05 ± 0.00, GRUN 0.00 ± 0.00." in text
-    assert "Held-out fact recall: most with GRUN. GRUN 0.90 ± 0.03 keeps more than LoRA 0.50 ± 0.03." in text
-    assert "Least in trained parameters: GRUN 4,000 (then LoRA 20,000)" in text
     assert "GRUN is ahead of all others in held-out fact recall, trained parameters, size on disk." in text
     assert "GRUN is behind in nothing beyond the spread." in text
     assert "Neither ahead nor behind in paraphrase fact recall: LoRA equal; retain fact recall: LoRA equal" in text
@@ -276,7 +273,6 @@ def test_words_say_where_grun_wins(tmp_path: Path) -> None:
 
 def test_words_say_where_grun_loses(tmp_path: Path) -> None:
     text = constructed(tmp_path, grun=0.5, lora=0.9)
-    assert "most with LoRA. GRUN 0.50 ± 0.03 keeps less than LoRA 0.90 ± 0.03." in text
     assert "GRUN does not win in held-out fact recall: behind LoRA." in text
 
 
@@ -288,18 +284,13 @@ def test_words_say_who_leaves_more_when_the_question_is_put_in_other_words(tmp_p
         evaluation["sets"]["forget_paraphrase"]["fact_recall"] = 0.0
         write_json(path, evaluation)
     text = sentences_of(tmp_path)
-    assert re.search(
-        r"Paraphrase fact recall: least with LoRA\. GRUN 0\.\d\d ± 0\.00 leaves more than LoRA 0\.00", text
-    )
     assert "GRUN does not win in paraphrase fact recall: behind LoRA" in text
 
 
 def test_words_say_what_is_within_the_spread_and_what_has_none(tmp_path: Path) -> None:
     text = constructed(tmp_path / "three", grun=0.9, lora=0.875)
-    assert re.search(r"GRUN 0\.90 ± 0\.\d\d against LoRA 0\.8\d ± 0\.\d\d: within the spread\.", text)
     assert "held-out fact recall: LoRA within the spread" in text
     text = constructed(tmp_path / "one", grun=0.9, lora=0.5, seeds=[42])
-    assert re.search(r"GRUN 0\.\d\d against LoRA 0\.\d\d: one seed, no spread known\.", text)
     assert "held-out fact recall: LoRA one seed, no spread known" in text
 
 

@@ -10,11 +10,13 @@ from __future__ import annotations
 import types
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import rms_norm, silu
+
+from grun.cache.trial import largest, tried
 
 ROTATE = "apply_rotary_pos_emb"
 """What transformers calls the function that rotates queries and keys, in every file of a model that has one."""
@@ -26,37 +28,61 @@ LINEAR = ("q_proj", "k_proj", "v_proj")
 """What transformers calls the layers before attention."""
 
 
+Forward = Callable[..., Any]
+
+
+class _Candidate(NamedTuple):
+    """A forward for a module, and what tells whether it is one."""
+
+    forward: Forward
+    pairs: Callable[[], dict[str, tuple[Tensor, Tensor]]]
+    """What it gives, and what the module's own gives."""
+
+
 @torch.no_grad()
 def fuse(model: nn.Module) -> int:
     """Let norms, MLPs and attentions in `model`, a copy that nothing else uses, launch less; how many do."""
+    ways = (
+        partial(_norm_like, _as_it_is),
+        partial(_norm_like, _one_more),
+        _gated_like,
+        _attention_like,
+        _rotating_like,
+    )
     done = 0
     for module in model.modules():
-        for way in (_norm_like, _gated_like, _attention_like, _rotating_like):
-            try:
-                found = way(module)
-            except Exception:  # a module of another kind, which wants something else
-                continue
-            if found is not None:
-                module.__dict__["forward"] = found
-                done += 1
-                break
+        found = next(filter(None, (_taken(way, module) for way in ways)), None)
+        if found is not None:
+            module.__dict__["forward"] = found
+            done += 1
     return done
 
 
-def _norm_like(module: Any) -> Callable[[Tensor], Tensor] | None:
-    """torch's own norm with the module's weight, or with 1 + it; None where neither gives the same."""
+def _taken(way: Callable[[Any], _Candidate | None], module: Any) -> Forward | None:
+    """The forward that `way` makes for `module`; None where it makes none, or another one than the module's."""
+    trial = tried(partial(way, module), lambda one: one.pairs() if one else {}, _close, _apart)
+    return trial.fast.forward if trial.fast else None
+
+
+def _close(wanted: Tensor) -> float:
+    return CLOSE.get(wanted.dtype, ROUNDED)
+
+
+def _apart(found: Tensor, wanted: Tensor) -> float:
+    """Largest difference, as a share of the largest number."""
+    return largest(found, wanted) / float(wanted.abs().max()) if found.dtype == wanted.dtype else torch.inf
+
+
+def _norm_like(of_weight: Callable[[Tensor], Tensor], module: Any) -> _Candidate | None:
+    """torch's own norm with a function of the module's weight."""
     if not type(module).__name__.endswith("RMSNorm"):
         return None
     weight, eps = getattr(module, "weight", None), getattr(module, "variance_epsilon", getattr(module, "eps", None))
     if not isinstance(weight, Tensor) or weight.dim() != 1 or weight.is_meta or eps is None:
         return None  # on meta it is read from a file when the block runs
-    tried = _tried(4, len(weight)).to(weight)
-    wanted = module(tried)
-    for of_weight in (_as_it_is, _one_more):
-        found = partial(_normed, module, of_weight, float(eps))
-        if _same(found(tried), wanted):
-            return found
-    return None
+    given = _numbers(4, len(weight)).to(weight)
+    forward = partial(_normed, module, of_weight, float(eps))
+    return _Candidate(forward, lambda: {"norm": (forward(given), module(given))})
 
 
 def _normed(module: Any, of_weight: Callable[[Tensor], Tensor], eps: float, hidden: Tensor) -> Tensor:
@@ -75,23 +101,25 @@ def _one_more(weight: Tensor) -> Tensor:
     return weight + 1
 
 
-def _rotating_like(module: nn.Module) -> Callable[..., Any] | None:
-    """The module's own forward with another function in the place of its file's; None where that one does otherwise."""
+def _rotating_like(module: nn.Module) -> _Candidate | None:
+    """The module's own forward with another function in the place of its file's."""
     forward: Any = type(module).forward
     own = getattr(forward, "__globals__", {}).get(ROTATE)
     if own is None:
         return None
-    query, key, angles = _tried(1, 2, 3, 8), _tried(1, 1, 3, 8), _tried(1, 3, 4)
+    query, key, angles = _numbers(1, 2, 3, 8), _numbers(1, 1, 3, 8), _numbers(1, 3, 4)
     cos, sin = (torch.cat((part, part), dim=-1) for part in (angles.cos(), angles.sin()))
-    wanted = own(query, key, cos, sin)
-    if not all(map(_same, _rotated(own, query, key, cos, sin), wanted)):
-        return None
     replaced = {**forward.__globals__, ROTATE: partial(_rotated, own)}
     new = types.FunctionType(
         forward.__code__, replaced, forward.__name__, forward.__defaults__, forward.__closure__
     )  # fmt: skip
     new.__kwdefaults__ = forward.__kwdefaults__
-    return types.MethodType(new, module)
+
+    def pairs() -> dict[str, tuple[Tensor, Tensor]]:
+        both = zip(_rotated(own, query, key, cos, sin), own(query, key, cos, sin), strict=True)
+        return dict(zip(("query", "key"), both, strict=True))
+
+    return _Candidate(types.MethodType(new, module), pairs)
 
 
 def _rotated(own: Any, query: Tensor, key: Tensor, cos: Tensor, sin: Tensor, *more: Any, **named: Any) -> Any:
@@ -155,14 +183,14 @@ def _summed(gradients: Sequence[Tensor], layers: Sequence[nn.Linear]) -> Tensor:
     return total
 
 
-def _gated_like(module: Any) -> Callable[[Tensor], Tensor] | None:
-    """An MLP, down(silu(gate(x)) * up(x)); None where it is another one."""
+def _gated_like(module: Any) -> _Candidate | None:
+    """An MLP, down(silu(gate(x)) * up(x))."""
     layers = _layers(module, ("gate_proj", "up_proj", "down_proj"))
     if layers is None:
         return None
-    tried = _tried(4, layers[0].in_features).to(layers[0].weight)
-    found = partial(_gated, module)
-    return found if _same(found(tried), module(tried)) else None
+    given = _numbers(4, layers[0].in_features).to(layers[0].weight)
+    forward = partial(_gated, module)
+    return _Candidate(forward, lambda: {"MLP": (forward(given), module(given))})
 
 
 def _gated(module: Any, hidden: Tensor) -> Tensor:
@@ -211,21 +239,24 @@ class _Told:
         return joined[:, :heads]
 
 
-def _attention_like(module: Any) -> Callable[..., Any] | None:
-    """An attention whose queries and keys are rotated products of its input; None where it is another one."""
+def _attention_like(module: Any) -> _Candidate | None:
+    """An attention whose queries and keys are rotated products of its input."""
     layers = _layers(module, (*LINEAR, "o_proj"))
     size = getattr(module, "head_dim", None)
     if layers is None or not isinstance(size, int):
         return None
     weight = layers[0].weight
-    hidden, angles = _tried(1, 3, layers[0].in_features).to(weight), _tried(1, 3, size // 2)
+    hidden, angles = _numbers(1, 3, layers[0].in_features).to(weight), _numbers(1, 3, size // 2)
     turns = tuple(torch.cat((part, part), dim=-1).to(weight) for part in (angles.cos(), angles.sin()))
     own, new = _Told(weight.device), _Told(weight.device)
     wanted, _ = module(hidden, position_embeddings=turns, attention_mask=None, pack=own)
-    forward = partial(_attended, module, _rotating_like(module), own.found[2])
-    found, _ = forward(hidden, turns, pack=new)
-    pairs = ((own.found[0], new.found[0]), (wanted, found))
-    return forward if own.found[1] == new.found[1] and all(_same(one, other) for other, one in pairs) else None
+    forward = partial(_attended, module, _taken(_rotating_like, module), own.found[2])
+
+    def pairs() -> dict[str, tuple[Tensor, Tensor]]:
+        found, _ = forward(hidden, turns, pack=new)
+        return {"heads": (new.found[0], own.found[0]), "output": (found, wanted)}
+
+    return _Candidate(forward, pairs)
 
 
 def _attended(
@@ -285,10 +316,5 @@ class _Joined(torch.autograd.Function):
         return found, None, None, None, None, None
 
 
-def _tried(*shape: int) -> Tensor:
+def _numbers(*shape: int) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(0))
-
-
-def _same(found: Tensor, wanted: Tensor) -> bool:
-    close = CLOSE.get(found.dtype, ROUNDED)
-    return found.dtype == wanted.dtype and float((found - wanted).abs().max()) <= close * float(wanted.abs().max())

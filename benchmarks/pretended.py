@@ -219,7 +219,8 @@ def device() -> torch.device:
     """The device; made with the first call, and for the rest of the process."""
     if not hasattr(torch, NAME):
         _setup_privateuseone_for_python_backend(NAME, backend_module=_Module())  # type: ignore[no-untyped-call]
-        for operator in (aten.empty.memory_format, aten.empty_strided.default):  # in a thread that has no mode
+        in_threads = (aten.empty.memory_format, aten.empty_strided.default)  # which have no mode
+        for operator in (*in_threads, aten.silu_backward.default):  # one kernel on a GPU, else taken apart
             LIBRARY.impl(operator, partial(_run_here, operator), "PrivateUse1")
         LIBRARY.impl(aten._copy_from.default, _copied, "PrivateUse1")
     return torch.device(NAME, 0)

@@ -42,8 +42,27 @@ class TooLowError(RunError):
     exit_status = 3
 
 
-def unknown_name(kind: str, name: str, known: list[str]) -> str:
-    """Message for a name that is not among `known`, with the nearest ones first if any is near."""
+LISTED = 300
+"""Characters up to which known names are listed."""
+
+
+def unknown_name(kind: str, name: str, known: list[str], whole: str = "") -> str:
+    """Message for a name that is not among `known`: the nearest ones if any is near, and the known ones.
+
+    Args:
+        kind: what it should be the name of.
+        name: as it was given.
+        known: what could be meant; a dotted name is near too where its last part is.
+        whole: what lists them all, such as `--help`, named in place of a list that is too long for a line.
+    """
+    last = {one.rpartition(".")[2]: one for one in reversed(known)}
     near = difflib.get_close_matches(name, known, n=1)
+    near = near or [last[part] for part in difflib.get_close_matches(name.rpartition(".")[2], [*last], n=1)]
     hint = f"did you mean {near[0]!r}? " if near else ""
-    return f"unknown {kind} {name!r}: {hint}known: {', '.join(sorted(known)) or 'none'}"
+    names = ", ".join(sorted(known)) or "none"
+    if len(names) <= LISTED:
+        return f"unknown {kind} {name!r}: {hint}known: {names}"
+    if whole:
+        return f"unknown {kind} {name!r}: {hint}{whole} lists all {len(known)}"
+    first = names[:LISTED].rpartition(", ")[0]
+    return f"unknown {kind} {name!r}: {hint}known: {first} and {len(known) - first.count(', ') - 1} more"

@@ -11,6 +11,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
+from grun.cache.places import Collected, Places, Spread
+from grun.runtime.devices import launches
+
 KeysValues = tuple[Tensor, Tensor]
 """Keys and values of one block."""
 Parts = list[tuple[Any, str]]
@@ -48,25 +51,30 @@ class Layout:
         column = torch.arange(int(lengths.max()))
         self.inside = column < lengths.unsqueeze(1)
         starts = lengths.cumsum(0) - lengths
-        self._is_even = bool(self.inside.all())
-        self._token = torch.where(self.inside, starts.unsqueeze(1) + column, 0).flatten()  # 0 in padding
-        self._place = self.inside.flatten().nonzero().squeeze(1)
+        self.is_even = bool(self.inside.all())
+        """Whether there is no padding."""
+        self.token = torch.where(self.inside, starts.unsqueeze(1) + column, 0).flatten()
+        """By padded place its token, 0 in padding, [rows * longest]."""
+        self.place = self.inside.flatten().nonzero().squeeze(1)
+        """By token its padded place, [tokens]."""
+        self.row = self.place // self.inside.shape[1]
+        """By token its row, [tokens]."""
         move(self.parts, device)
 
     @property
     def parts(self) -> Parts:
         """What lies on the device."""
-        return [(self, "inside"), (self, "_token"), (self, "_place")]
+        return [(self, "inside"), (self, "token"), (self, "place"), (self, "row")]
 
     def padded(self, packed: Tensor) -> Tensor:
         """What stands in padding is arbitrary."""
-        found: Tensor = packed if self._is_even else _Gather.apply(packed, self._token, self._place, False)
+        found: Tensor = packed if self.is_even else _Gather.apply(packed, self.token, self.place, False)
         return found.unflatten(0, self.inside.shape)
 
     def packed(self, padded: Tensor) -> Tensor:
         """The inverse of `padded`."""
         flat = padded.flatten(0, 1)
-        return flat if self._is_even else _Gather.apply(flat, self._place, self._token, True)
+        return flat if self.is_even else _Gather.apply(flat, self.place, self.token, True)
 
 
 class _Gather(torch.autograd.Function):
@@ -94,7 +102,7 @@ class Pack:
     nothing.
     """
 
-    prefix: Mapping[int, KeysValues]
+    prefix: Mapping[int, KeysValues | Tensor]
     """By block, keys and values of earlier tokens [rows, heads, longest prefix, head size], padded on the left."""
 
     positions: Tensor
@@ -103,14 +111,14 @@ class Pack:
     """Index of each row's first token in the pack, int64 [rows]."""
     lengths: Tensor
     """Tokens of each row, int64 [rows]."""
-    before_attention: bool
-    """Whether the first block that is run has not come to its attention yet."""
+    starts_alone: bool
+    """Whether gradients go back to the first token of each row alone: up to the attention of the first block run."""
 
     def __init__(
         self,
         lengths: Sequence[int],
         prefix_lengths: Sequence[int],
-        prefix: Mapping[int, KeysValues],
+        prefix: Mapping[int, KeysValues | Tensor],
         device: torch.device,
         record: dict[int, KeysValues] | None = None,
         *,
@@ -128,14 +136,16 @@ class Pack:
         """
         self.device = device
         self.record = record
-        self.before_attention = False
+        self.starts_alone = False
         self.prefix = prefix
         self._count, before = torch.tensor(lengths), torch.tensor(prefix_lengths)
         self.starts, self.lengths = self._count.cumsum(0) - self._count, self._count
         within = torch.arange(int(self._count.sum())) - self.starts.repeat_interleave(self._count)
         self.positions = within + before.repeat_interleave(self._count)
-        groups = _groups(lengths, together=device.type != "cpu")
+        groups = _groups(lengths, together=launches(device))
         self._groups = [_Group(rows, self._count[rows], before[rows]) for rows in groups]
+        self._sizes = [group.tokens for group in self._groups]
+        self._is_even = all(group.layout.is_even for group in self._groups)
         if moved:
             move(self.parts, device)
 
@@ -155,19 +165,33 @@ class Pack:
         softcap: float | None,
     ) -> Tensor:  # fmt: skip
         """Attention of each row to its prefix and to itself: query [heads, tokens, size] -> [tokens, heads, size]."""
+        if not self._is_even:
+            joined = torch.cat((query, key, value)).transpose(0, 1)
+            return self.attend_joined(block, joined, len(query), scale, window, softcap)
         if self.record is not None:
             self.record[block] = (key, value)
         prefix = self.prefix.get(block)
-        turned = [part.transpose(0, 1) for part in (query, key, value)]
-        if len(self._groups) == 1:
-            return self._groups[0].attend(turned[0], turned[1], turned[2], prefix, scale, window, softcap)
-        sizes = [group.tokens for group in self._groups]
-        pieces = zip(*(part.split(sizes) for part in turned), strict=True)
+        pieces = zip(*(part.transpose(0, 1).split(self._sizes) for part in (query, key, value)), strict=True)
         parts = [
             group.attend(of_query, of_key, of_value, prefix, scale, window, softcap)
             for group, (of_query, of_key, of_value) in zip(self._groups, pieces, strict=True)
         ]
-        return torch.cat(parts)
+        return torch.cat(parts) if len(parts) > 1 else parts[0]
+
+    def attend_joined(
+        self, block: int, joined: Tensor, heads: int, scale: float | None, window: int | None, softcap: float | None
+    ) -> Tensor:
+        """The same of `heads` queries, then all keys, then all values of each token: [tokens, their sum, size]."""
+        if self.record is not None:
+            turned = joined[:, heads:].transpose(0, 1)
+            self.record[block] = (turned[: len(turned) // 2], turned[len(turned) // 2 :])
+        prefix = self.prefix.get(block)
+        if len(self._groups) == 1:
+            return self._groups[0].attend_joined(joined, heads, prefix, scale, window, softcap)
+        pieces = zip(self._groups, joined.split(self._sizes), strict=True)
+        return torch.cat([
+            group.attend_joined(piece, heads, prefix, scale, window, softcap) for group, piece in pieces
+        ])  # fmt: skip
 
 
 def _groups(lengths: Sequence[int], together: bool) -> Iterator[slice]:
@@ -186,20 +210,22 @@ class _Group:
         """On the CPU; `parts` are to be moved."""
         self.tokens = int(count.sum())
         self.layout = Layout(count, CPU)
-        self._rows, self._before, self._before_each = rows, int(before.max()), before
-        self._longest = int(count.max())
+        self._rows, self._before, self._longest = rows, int(before.max()), int(count.max())
+        self._reach = torch.where(self.layout.inside, torch.arange(self._longest) + before.unsqueeze(1), 0)
+        """How many tokens back each place sees, [rows, longest]: no gradient of a token comes from padding."""
         self._masks: dict[tuple[int | None, torch.dtype, int], Tensor] = {}
+        self._places: dict[tuple[int, int, int], Places] = {}
 
     @property
     def parts(self) -> Parts:
         """What lies on the device."""
-        return [(self, "_before_each"), *self.layout.parts]
+        return [(self, "_reach"), *self.layout.parts]
 
     def attend(
-        self, query: Tensor, key: Tensor, value: Tensor, prefix: KeysValues | None, scale: float | None,
+        self, query: Tensor, key: Tensor, value: Tensor, prefix: KeysValues | Tensor | None, scale: float | None,
         window: int | None, softcap: float | None,
     ) -> Tensor:  # fmt: skip
-        """From and to [tokens, heads, size]; `prefix` of the whole pack."""
+        """Rows of one length, from and to [tokens, heads, size]; `prefix` of the whole pack."""
         query = self.layout.padded(query)
         key, value = (self.layout.padded(part).transpose(1, 2) for part in (key, value))
         if prefix is not None and self._before:
@@ -210,29 +236,56 @@ class _Group:
         # Heads that share keys are longer rows of one: keys and values are not repeated.
         sharing = query.shape[2] // key.shape[1]
         query = query.unflatten(2, (-1, sharing)).permute(0, 2, 3, 1, 4).flatten(2, 3)
-        mask = self._mask(window, query.dtype, sharing)
-        if softcap is None:
-            out = scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale)
-        else:
-            scores = query @ key.mT * (query.shape[-1] ** -0.5 if scale is None else scale)
-            scores = torch.tanh(scores / softcap) * softcap + mask
-            wide = torch.promote_types(scores.dtype, torch.float32)
-            out = torch.softmax(scores, dim=-1, dtype=wide).to(value.dtype) @ value
+        out = self._attended(query, key, value, sharing, scale, window, softcap)
         out = out.unflatten(2, (sharing, -1)).permute(0, 3, 1, 2, 4).flatten(2, 3)  # [rows, longest, heads, size]
         return self.layout.packed(out)
+
+    def attend_joined(
+        self, joined: Tensor, heads: int, prefix: KeysValues | Tensor | None, scale: float | None, window: int | None,
+        softcap: float | None,
+    ) -> Tensor:  # fmt: skip
+        """Rows of any length, [tokens, heads + all keys and values, size] -> [tokens, heads, size]."""
+        earlier = None
+        if prefix is not None and self._before:
+            pair = prefix if isinstance(prefix, Tensor) else torch.stack(prefix)
+            earlier = pair[:, self._rows, :, -self._before :].transpose(2, 3)
+        places = self._places_of(joined.shape[1], heads, 0 if earlier is None else self._before)
+        query, key, value = Spread.apply(joined, places, earlier)
+        out = self._attended(query, key, value, places.sharing, scale, window, softcap)
+        found: Tensor = Collected.apply(out, places)
+        return found
+
+    def _places_of(self, every: int, heads: int, before: int) -> Places:
+        if (every, heads, before) not in self._places:
+            layout = self.layout
+            self._places[every, heads, before] = Places(
+                layout.inside.shape, layout.token, layout.place, layout.row, every=every, heads=heads, before=before
+            )
+        return self._places[every, heads, before]
+
+    def _attended(
+        self, query: Tensor, key: Tensor, value: Tensor, sharing: int, scale: float | None, window: int | None,
+        softcap: float | None,
+    ) -> Tensor:  # fmt: skip
+        """Query [rows, key heads, sharing * longest, size] -> the same shape."""
+        mask = self._mask(window, query.dtype, sharing)
+        if softcap is None:
+            return scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale)
+        scores = query @ key.mT * (query.shape[-1] ** -0.5 if scale is None else scale)
+        scores = torch.tanh(scores / softcap) * softcap + mask
+        wide = torch.promote_types(scores.dtype, torch.float32)
+        return torch.softmax(scores, dim=-1, dtype=wide).to(value.dtype) @ value
 
     def _mask(self, window: int | None, dtype: torch.dtype, times: int) -> Tensor:
         """What is added to scores: 0 where a key is seen, else -inf: [rows, 1, times * longest, before + longest]."""
         if (window, dtype, times) not in self._masks:
-            device = self._before_each.device
-            column = torch.arange(self._longest, device=device)
+            device = self._reach.device
             other = torch.arange(-self._before, self._longest, device=device)
-            back = column.unsqueeze(1) - other  # [longest, before + longest]: how far back a key lies
-            seen = (back >= 0) & (other >= -self._before_each.view(-1, 1, 1))
-            if window is not None:
-                seen = seen & (back < window)
+            back = other[self._before :].unsqueeze(1) - other  # [longest, before + longest]: how far back a key lies
+            reach = self._reach if window is None else self._reach.clamp(max=window - 1)
+            seen = (back >= 0) & (back <= reach.unsqueeze(2))
             shape = (len(seen), times, self._longest, -(-len(other) // ALIGNED) * ALIGNED)
-            mask = torch.zeros(shape, dtype=dtype, device=device)[..., : len(other)]
-            mask.masked_fill_(~seen.unsqueeze(1), -torch.inf)
+            mask = torch.full(shape, -torch.inf, dtype=dtype, device=device)[..., : len(other)]
+            mask.masked_fill_(seen.unsqueeze(1), 0)
             self._masks[window, dtype, times] = mask.flatten(1, 2).unsqueeze(1)
         return self._masks[window, dtype, times]

@@ -19,6 +19,7 @@ from grun.cache.store import FrozenRows
 from grun.cache.suffix import SuffixRunner, SuffixStates, Written, gathered, sites_of_rows
 from grun.data.encoding import Batch, EncodedRow
 from grun.errors import ModelError
+from grun.method.edit import bases_at_once
 from grun.method.intervention import GatedIntervention
 from grun.method.model import GrunModel
 from grun.method.parametrization import StepOutput
@@ -84,13 +85,14 @@ class CachedEngine:
         """One pass over all batches, edits included; `hidden` names blocks whose outputs are wanted."""
         step = self._step(batches)
         edits = self._model.edit_at()
-        with self._model.drawing(step.seeds):
+        with self._model.drawing(step.seeds), bases_at_once(edit.edit for edit in self.edits.values()):
             locate = None if self._rule.changes == "last_prompt" else partial(self._located, step)
             states = self._states(step, edits, hidden, locate, self._pooled(step.rows))
         self._copy_ahead(step)
-        logprobs = states.final.new_zeros(step.answer_count)
         if self._reads_head:
             logprobs = self._runner.logprobs_of(step.asked, states.final, states.pack, lambda: self._known(step))
+        else:
+            logprobs = states.final.new_zeros(step.answer_count)
         outputs = self._outputs(step, logprobs, lambda: states)
         for name, logits in step.by_batch(states.gates).items():
             output = outputs[name]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Mapping
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,6 +16,7 @@ from grun.cache.prefix import MEMORY_BUDGET, Freezer
 from grun.cache.resident import resident
 from grun.cache.shard import Shard
 from grun.cache.store import Completed, FrozenRows, Share, fill, store_of
+from grun.cache.trial import CHECKED_ROWS, tolerance, tried
 from grun.config.checks import bytes_of
 from grun.config.options import UnlearnConfig
 from grun.data.encoding import EncodedRow
@@ -24,18 +24,11 @@ from grun.loading.streaming import load_blocks
 from grun.method.gated import Grun
 from grun.method.model import GrunModel
 from grun.runtime.memory import enough_memory
-from grun.runtime.reading import first_line
 from grun.training.unlearning import UnlearnTask
 
 log = logging.getLogger(__name__)
 
-CHECKED_ROWS = 2
-"""Rows of each kind, the longest, on which engines are compared before training."""
-TOLERANCE = {torch.float64: 1e-7, torch.float32: 1e-3}
-"""Largest relative difference of loss and gradient by type of the base; both only hide rounding, not mistakes."""
-ROUNDED = 0.35
-"""The same for narrower types and quantized weights, whose plain passes differ as much from each other."""
-CODE = ("attention.py", "fused.py", "packed.py", "passage.py", "prefix.py", "suffix.py", "shard.py")
+CODE = ("attention.py", "fused.py", "packed.py", "passage.py", "places.py", "prefix.py", "suffix.py", "shard.py")
 """Sources that decide what is in the cache."""
 
 
@@ -54,17 +47,21 @@ def use_cached(task: UnlearnTask, config: UnlearnConfig, use: Use | None = None)
     if model.pooled is not None and model.rule.read == "every_token":
         log.info("the plain engine is used: the cached one knows no pooled gate that is asked at every token")
         return None
-    try:
+    budget = bytes_of("cache.memory_budget", config.cache.memory_budget)
+
+    def make() -> tuple[PackedModel, Freezer, CachedEngine]:
         packed = PackedModel(model.base, recompute=config.train.gradient_checkpointing)
-        budget = bytes_of("cache.memory_budget", config.cache.memory_budget)
         freezer = freezer_for(model, packed, last_answer_token=bool(task.hidden), budget=budget)
-        trial = CachedEngine(model, packed, _frozen(freezer, task), reads_head=task.objective.reads_head)
-        problem = _difference(task, trial, model.base)
-    except Exception as error:  # whatever a model's own code raises when it is called another way
-        problem = f"{type(error).__name__}: {first_line(error)}"
-    if problem is not None:
-        log.warning("the plain engine is used, since the cached one does not fit this model: %s", problem)
+        frozen = _frozen(freezer, task)
+        return packed, freezer, CachedEngine(model, packed, frozen, reads_head=task.objective.reads_head)
+
+    quantized = getattr(model.base, "quantization_method", None) is not None
+    close = tolerance(model.base.dtype, rounded=quantized)
+    trial = tried(make, lambda made: _compared_steps(task, made[2]), close)
+    if trial.fast is None:
+        log.warning("the plain engine is used, since the cached one does not fit this model: %s", trial.problem)
         return None
+    packed, freezer, _ = trial.fast
     store = store_of(
         model.base,
         config,
@@ -108,10 +105,9 @@ def _frozen(freezer: Freezer, task: UnlearnTask) -> FrozenRows:
     return {row: shard.row(index) for shard in shards for index, row in enumerate(shard.rows)}
 
 
-def _difference(task: UnlearnTask, engine: CachedEngine, base: Any) -> str | None:
-    """What differs between `engine` and the task's own on the longest rows, None if nothing beyond rounding."""
-    plain = task.engine
-    training = task.module.training
+def _compared_steps(task: UnlearnTask, engine: CachedEngine) -> dict[str, tuple[Tensor, Tensor]]:
+    """What `engine` and the task's own give on the longest rows."""
+    plain, training = task.engine, task.module.training
     task.module.train()
     try:
         wanted = _loss_and_gradient(task)
@@ -121,14 +117,7 @@ def _difference(task: UnlearnTask, engine: CachedEngine, base: Any) -> str | Non
         task.engine = plain
         task.module.zero_grad()
         task.module.train(training)
-    quantized = getattr(base, "quantization_method", None) is not None
-    tolerance = ROUNDED if quantized else TOLERANCE.get(base.dtype, ROUNDED)
-    for name in wanted:
-        scale = float(wanted[name].norm()) + 1e-6
-        difference = float((found[name] - wanted[name]).norm()) / scale
-        if not difference <= tolerance:
-            return f"its {name} differs by {difference:.2g} relative, more than {tolerance:g}"
-    return None
+    return {name: (found[name], wanted[name]) for name in wanted}
 
 
 def _loss_and_gradient(task: UnlearnTask) -> Mapping[str, Tensor]:

@@ -28,7 +28,7 @@ from transformers.pytorch_utils import Conv1D
 from grun.cache.attention import Pack
 from grun.cache.fused import fuse
 from grun.errors import ModelError
-from grun.runtime.devices import device_of, input_device, lies_elsewhere, loaded
+from grun.runtime.devices import device_of, input_device, launches, lies_elsewhere, loaded
 from grun.training.recomputation import recompute_blocks
 from pyvene_custom import find_blocks
 
@@ -54,7 +54,7 @@ def _attend(
 ) -> tuple[Tensor, None]:
     """transformers' attention interface: query [1, heads, tokens, size] -> [1, tokens, heads, size]."""
     block: Any = module.layer_idx
-    pack.before_attention = False
+    pack.starts_alone = False
     home, here = pack.device, query.device
     # Gradients of squeeze, unlike those of [0], cost nothing.
     query, key, value = (part.squeeze(0).to(home) for part in (query, key, value))
@@ -100,7 +100,7 @@ class _Stage(nn.Module):
             hidden = run.states.unsqueeze(0)
         output: Any = hidden
         if run.first <= index <= run.last:
-            kwargs["pack"].before_attention = index == run.first
+            kwargs["pack"].starts_alone = index == run.first and index in owner.narrowed
             if owner.is_spread:
                 hidden, args, kwargs = send_to_device((hidden, args, kwargs), self.device)
             with loaded(self.block):
@@ -162,12 +162,13 @@ class PackedModel:
         """Whether blocks lie on several devices; packs and their attention stay on that of the embeddings."""
         self._head = shared_copy(base, copies, {owner: HandOn()})
         self.device = input_device(base)
-        if self.device.type != "cpu":
+        if launches(self.device):
             fuse(self._decoder)
         head: Any = base.get_output_embeddings()
         self._head_device = head.weight.device if self.is_spread and head is not None else None
         self._recompute = recompute
-        self._narrowed: set[int] = set()
+        self.narrowed: set[int] = set()
+        """Blocks whose input is constant but at the first token of each row, where a pass begins with them."""
         if recompute:
             recompute_blocks(self.blocks)
         self._text_config: Any = base.config.get_text_config()
@@ -183,15 +184,15 @@ class PackedModel:
 
         def narrow(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
             pack = self.pack
-            if pack is None or not pack.before_attention or not output.requires_grad:
+            if pack is None or not pack.starts_alone or not output.requires_grad:
                 return None
             starts = pack.starts.to(output.device)
             part = type(module).forward(module, args[0][:, starts])
             return output.detach().index_copy(1, starts, part)
 
-        if self._recompute or first in self._narrowed or first >= self.depth:
+        if self._recompute or first in self.narrowed or first >= self.depth:
             return  # a block that is run again must do the same again
-        self._narrowed.add(first)
+        self.narrowed.add(first)
         for module in self.blocks[first].modules():
             if isinstance(module, nn.Linear | Conv1D):
                 module.register_forward_hook(narrow)

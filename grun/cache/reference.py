@@ -21,6 +21,7 @@ from grun.cache.folder import Use
 from grun.cache.packed import HandOn, shared_copy
 from grun.cache.shard import Shard, grouped
 from grun.cache.store import Completed, FrozenRows, PrefixStore, Share, fill
+from grun.cache.trial import CHECKED_ROWS, tried
 from grun.cache.weights import cache_identity
 from grun.config.checks import bytes_of
 from grun.config.options import UnlearnConfig
@@ -29,7 +30,6 @@ from grun.errors import ModelError
 from grun.method.parametrization import Engine, StepOutput, at_answers
 from grun.objectives.terms import Reference
 from grun.runtime.files import target
-from grun.runtime.reading import first_line
 from grun.training.task import split
 from grun.training.unlearning import UnlearnTask
 from pyvene_custom import find_blocks
@@ -39,9 +39,9 @@ log = logging.getLogger(__name__)
 CODE = ("reference.py", "shard.py")
 """Sources that decide what is in the cache."""
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4}
-"""Largest relative difference of logits given by the head alone; other types are narrower."""
+"""Largest relative difference of logits given by the head alone, by their type."""
 ROUNDED = 2e-2
-"""The same for those."""
+"""The same for narrower types."""
 
 
 class ReferencedEngine:
@@ -165,15 +165,12 @@ def use_reference(
     if needs in ("all_logits", "hidden"):
         problem = f"the objective reads {'hidden states' if needs == 'hidden' else 'logits at all positions'}"
     elif needs == "logits":
-        try:
-            head = Head(base)
-            size, problem = passes.try_head(head)
-        except Exception as error:  # whatever a model's own code raises when it is called another way
-            problem = f"the model's head cannot be run alone: {type(error).__name__}: {first_line(error)}"
-        else:
-            in_folder = problem is None and size > budget
-            if in_folder:
-                problem = _too_large(config, size)
+        trial = tried(lambda: Head(base), passes.compared, lambda logits: TOLERANCE.get(logits.dtype, ROUNDED))
+        head = trial.fast
+        problem = None if head else f"the model's head cannot be run alone: {trial.problem}"
+        in_folder = head is not None and passes.size > budget
+        if in_folder:
+            problem = _too_large(config, passes.size)
     if problem is not None:
         log.info("reference values are not kept (%s): %s", problem, task.parametrization.keep_reference())
         return None
@@ -197,17 +194,16 @@ class _Passes:
         self._size = config.train.micro_batch_size or config.train.batch_size
         self._pad_id = pad_id
         self._device = task.device
+        self.size = 0
+        """Bytes of the states of all rows, once a head was tried."""
 
-    def try_head(self, head: Head) -> tuple[int, str | None]:
-        """Bytes of the states of all rows, and what is wrong with `head` on the two longest, None if nothing is."""
+    def compared(self, head: Head) -> dict[str, tuple[Tensor, Tensor]]:
+        """Logits of `head`, and those of the model, on the two longest rows; sets `size`."""
         with self._parametrization.reference():
-            output, states = head.record(lambda: self._run(self.rows[: min(2, self._size)]))
-            logits = output.answer_logits().double()
-            difference = float((head(states).double() - logits).norm() / logits.norm())
-        size = sum(len(row.answer_ids) for row in self.rows) * states.shape[1] * states.element_size()
-        if not difference <= TOLERANCE.get(states.dtype, ROUNDED):
-            return size, f"logits of the model's head alone differ by {difference:.2g} relative"
-        return size, None
+            output, states = head.record(lambda: self._run(self.rows[: min(CHECKED_ROWS, self._size)]))
+            found = head(states), output.answer_logits()
+        self.size = sum(len(row.answer_ids) for row in self.rows) * states.shape[1] * states.element_size()
+        return {"logits": found}
 
     def shards(self, rows: Sequence[EncodedRow], head: Head | None, share: Share) -> Iterator[Shard]:
         """References of `rows`, and with a head the states that it reads instead of those below an edit."""

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from grun.cache.ahead import Gathered
-from grun.cache.attention import KeysValues, Layout, Pack, Parts, move
+from grun.cache.attention import Layout, Pack, Parts, move
 from grun.cache.packed import Edit, PackedModel
 from grun.cache.shard import FrozenRow
 from grun.data.encoding import EncodedRow
@@ -18,6 +18,7 @@ from grun.errors import ModelError
 from grun.method.intervention import GatedIntervention, GatedOutput
 from grun.method.pooled_sites import PooledSites
 from grun.method.position import Call, PositionRule
+from grun.runtime.devices import launches
 from pyvene_custom import Sites
 from pyvene_custom.sites import put_back, read_and_written
 
@@ -112,10 +113,10 @@ class SuffixRunner:
             final = final.index_select(0, asked.column)
         return token_logprobs(self._packed, final, asked.targets)
 
-    def prefix_of(self, prompts: Tensor) -> dict[int, KeysValues]:
+    def prefix_of(self, prompts: Tensor) -> dict[int, Tensor]:
         """Prompts [rows, longest, blocks above, 2, heads, head size] as the prefix of a pack."""
         pairs = prompts.permute(2, 3, 0, 4, 1, 5).unbind(0)  # by block [2, rows, heads, longest, head size]
-        return {self._first + 1 + number: (pair[0], pair[1]) for number, pair in enumerate(pairs)}
+        return {self._first + 1 + number: pair for number, pair in enumerate(pairs)}
 
     def _packed_states(self, frozen: Sequence[FrozenRow]) -> tuple[Pack, Tensor]:
         """The rows' states as a pack whose prefix is their prompts."""
@@ -222,7 +223,7 @@ class _TokenLogprobs(torch.autograd.Function):
     def forward(ctx: Any, hidden: Tensor, targets: Tensor, packed: PackedModel) -> Tensor:
         wants_gradient = ctx.needs_input_grad[0]
         values, derivatives = [], []
-        most = SLICE if hidden.device.type == "cpu" else SLICE_THERE
+        most = SLICE_THERE if launches(hidden.device) else SLICE
         size = most // int(packed.vocabulary) or 1
         for states, tokens in zip(hidden.split(size), targets.split(size), strict=True):
             with torch.set_grad_enabled(wants_gradient):

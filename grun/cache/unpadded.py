@@ -14,14 +14,13 @@ import torch
 from torch import Tensor
 
 from grun.cache.attention import Pack
-from grun.cache.engine import CHECKED_ROWS, ROUNDED, TOLERANCE
 from grun.cache.packed import PackedModel
+from grun.cache.trial import CHECKED_ROWS, tolerance, tried
 from grun.data.encoding import Batch, EncodedRow, collate
 from grun.errors import DataError
 from grun.method.parametrization import at_answers
 from grun.method.plain import answer_logprobs, run_plain
 from grun.runtime import sharding
-from grun.runtime.reading import first_line
 
 log = logging.getLogger(__name__)
 
@@ -58,24 +57,20 @@ def unpadded(
     if sharding.asked_for():
         log.info("rows are padded, since weights are cut among processes")
         return None
-    longest = sorted(rows, key=len)[-CHECKED_ROWS:]
+    batch = collate(sorted(rows, key=len)[-CHECKED_ROWS:], pad_id).to(model.device)
+
+    def compared(packed: PackedModel) -> dict[str, tuple[Tensor, Tensor]]:
+        with torch.no_grad():
+            return {"log-probabilities": (token_logprobs(packed, batch), run_plain(model, batch).token_logprobs)}
+
     training = model.training
     model.train()
     try:
-        packed = PackedModel(model, recompute=recompute)
-        batch = collate(longest, pad_id).to(model.device)
-        with torch.no_grad(), forward:
-            wanted = run_plain(model, batch).token_logprobs.double()
-            found = token_logprobs(packed, batch).double()
-            rounded = torch.is_autocast_enabled(model.device.type)
-        difference = float((found - wanted).norm() / (wanted.norm() + 1e-6))
-        tolerance = ROUNDED if rounded else TOLERANCE.get(model.dtype, ROUNDED)
-        problem = None if difference <= tolerance else f"log-probabilities differ by {difference:.2g} relative"
-    except Exception as error:  # whatever a model's own code raises when it is called another way
-        problem = f"{type(error).__name__}: {first_line(error)}"
+        with forward:
+            close = tolerance(model.dtype, rounded=torch.is_autocast_enabled(model.device.type))
+            trial = tried(lambda: PackedModel(model, recompute=recompute), compared, close)
     finally:
         model.train(training)
-    if problem is not None:
-        log.warning("rows are padded, since passes without padding do not fit this model: %s", problem)
-        return None
-    return packed
+    if trial.fast is None:
+        log.warning("rows are padded, since passes without padding do not fit this model: %s", trial.problem)
+    return trial.fast

@@ -205,7 +205,7 @@ def _check_suite(config: EvaluateConfig) -> None:
     own = {"tasks": "lm_eval", "task_folder": "lm_eval", "num_fewshot": "lm_eval", "judge": "judge"}
     own |= dict.fromkeys(("suffixes", "choices_at_least", "cloze_at_least"), "knowledge")
     own |= dict.fromkeys(("attacks", "attack_rows"), "attacks")
-    own |= dict.fromkeys(("reference", "base_evaluation", "compat", "quirks"), "answers")
+    own |= dict.fromkeys(("reference", "compat", "quirks"), "answers")
     for option, suite in own.items():
         if getattr(config, option) not in (None, []) and config.suite != suite:
             raise ConfigError(f"{option} is for suite={suite}; leave it out for suite={config.suite}")
@@ -239,8 +239,6 @@ def _check_adapters(config: EvaluateConfig) -> None:
             raise ConfigError(f"{option} is for adapters=[a,b]; name the folder of one evaluation by output_dir")
     if config.gate_threshold is not None and config.adapter is None and not config.adapters:
         raise ConfigError("gate_threshold needs an adapter: pass adapter=FOLDER, or leave gate_threshold out")
-    if config.base_evaluation is not None and config.gate_threshold is None:
-        raise ConfigError("base_evaluation needs gate_threshold: without it an adapter answers every row itself")
 
 
 def _check_device_map(model: ModelConfig) -> None:

@@ -635,8 +635,6 @@ class EvaluateConfig(AskConfig):
     """Given texts that are scored: answer, paraphrase, perturbed (wrong answers); empty: all there are."""
     batch_size: int = number(32, 1)
     """Rows per forward pass. Changes speed and memory, not the result."""
-    base_evaluation: Optional[str] = None
-    """With gate_threshold: evaluation of the model without adapter, whose answers rows that open no gate then get."""
     compat: Optional[str] = None
     """Evaluate as a published evaluator does, its settings included: open-unlearning."""
     quirks: list[str] = field(default_factory=list)

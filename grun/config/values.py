@@ -202,7 +202,7 @@ def parse(arguments: Sequence[str], schema: type[Any]) -> DictConfig:
         if not equals:
             raise ConfigError(f"argument {argument!r} is not key=value")
         if key not in kinds:
-            raise ConfigError(unknown_name("option", key, list(kinds)))
+            raise ConfigError(unknown_name("option", key, list(kinds), "--help"))
     given = OmegaConf.create({})
     for argument in arguments:
         key, _, value = argument.partition("=")

@@ -80,7 +80,7 @@ def single_evaluations(config: EvaluateConfig, output_dir: Path) -> tuple[dict[P
     alone = replace(config, adapters=[], suffix=None, with_base=None)
     named = {adapter_name(adapter): replace(alone, adapter=adapter) for adapter in config.adapters}
     if config.with_base:
-        named = {config.with_base: replace(alone, gate_threshold=None, base_evaluation=None)} | named
+        named = {config.with_base: replace(alone, gate_threshold=None)} | named
     singles = {output_dir / f"{name}{config.suffix or ''}": single for name, single in named.items()}
     kinds = {folder: peft_type(find_adapter(single.adapter)) for folder, single in singles.items() if single.adapter}
     others = {folder: kind for folder, kind in kinds.items() if kind != "GRUN"}
@@ -185,29 +185,17 @@ def _answer_and_write(
     started = time.monotonic()
     config = plan.config
     closed = _closed(plan, table)
-    known = {
-        prompt: (plan.from_base or answered)[prompt] for prompt in closed if prompt in (plan.from_base or answered)
-    }
+    known = {prompt: answered[prompt] for prompt in closed if prompt in answered}
     with plan.subject.put_on() as model:
         answers = answer_questions(table, model, plan.tokenizer, plan.sets, plan.items, config, plan.journals, known)
     answered |= {prompt: answers[prompt] for prompt in closed}
     seconds["generate"] = time.monotonic() - started
-    result = _head(plan)
-    if config.base_evaluation is not None:
-        asked = questions(plan.sets, plan.items)
-        result["generations_from_base"] = sum(question.prompt_ids in known for question in asked)
-    return processes.of_first(lambda: _write(plan, table, result, reference, seconds))
+    return processes.of_first(lambda: _write(plan, table, reference, seconds))
 
 
-def _write(
-    plan: Plan,
-    table: Table,
-    result: dict[str, Any],
-    reference: tuple[str, Table] | None,
-    seconds: dict[str, float],
-) -> dict[str, Any]:
-    """Write the folder, in one process; `result` with what is measured."""
-    folder = plan.folder
+def _write(plan: Plan, table: Table, reference: tuple[str, Table] | None, seconds: dict[str, float]) -> dict[str, Any]:
+    """Write the folder, in one process; what evaluation.json then holds."""
+    folder, result = plan.folder, _head(plan)
     with staged(folder, whole=True) as new:
         with writing(folder):
             table.write(new)
@@ -227,7 +215,7 @@ def _measured_again(plan: Plan, previous: dict[str, Any], reference: tuple[str, 
     if processes.is_first():
         print(f"already evaluated: {plan.folder}", file=sys.stderr)
     measured = measure(Table.read(plan.folder), quirks_in_force(plan.config), reference)
-    kept = {name: previous[name] for name in ("generations_from_base", LISTED) if name in previous}
+    kept = {LISTED: previous[LISTED]} if LISTED in previous else {}
     result = {**_head(plan), **kept, **measured, "seconds": previous.get("seconds", {})}
     if result != previous and processes.is_first():
         with taken(plan.folder, adopt=[EVALUATION_FILE]):

@@ -23,7 +23,6 @@ from grun.runtime.runs import first_difference
 from grun.version import __version__
 
 if TYPE_CHECKING:
-    from grun.evaluation.generation import Answer
     from grun.evaluation.shared_scoring import Subject
     from grun.loading.adapters import Loaded
 
@@ -47,8 +46,6 @@ CODE = (
     "../pyvene_custom/*.py",
 )
 """Sources that decide what a model is asked and what it answers, relative to the package."""
-NOT_ASKED = ("gate_threshold", "continuations")
-"""Settings that do not change what a model without an adapter answers."""
 
 
 @dataclass
@@ -70,8 +67,6 @@ class Plan:
     """Hash of inputs and tokens."""
     previous: dict[str, Any] | None
     """evaluation.json of the same key, if it is there."""
-    from_base: dict[tuple[int, ...], Answer]
-    """Answers of the base alone by prompt, for rows no gate opens for."""
     replaces: bool
     """Whether an evaluation that is there goes: it is to be overwritten, or its table is damaged."""
 
@@ -114,11 +109,8 @@ def make_plan(
     if wrong:
         log.warning("%s is evaluated again: %s", folder, wrong)
         previous = None
-    from_base = {}
-    if config.base_evaluation is not None and previous is None:
-        from_base = answers_of_base(Path(config.base_evaluation), inputs, sets, items)
     replaces = config.overwrite or wrong is not None
-    return Plan(config, folder, subject, tokenizer, sets, items, tokens, inputs, key, previous, from_base, replaces)
+    return Plan(config, folder, subject, tokenizer, sets, items, tokens, inputs, key, previous, replaces)
 
 
 def _damage(folder: Path, sets: Mapping[str, list[Row]], items: Sequence[Item]) -> str | None:
@@ -185,33 +177,6 @@ def begin(output_dir: Path, overwrite: bool) -> None:
         take(output_dir)
     if previous_in(output_dir, overwrite) is not None and not overwrite:
         raise RunError(f"another process has just evaluated into {output_dir}; the same command finds it")
-
-
-def answers_of_base(
-    folder: Path, inputs: Mapping[str, Any], sets: Mapping[str, list[Row]], items: Sequence[Item]
-) -> dict[tuple[int, ...], Answer]:
-    """Answers by prompt from an evaluation of the base alone; RunError unless it asked the same of the same base."""
-    from grun.evaluation.generation import Answer
-
-    settings = {name: value for name, value in inputs["settings"].items() if name not in NOT_ASKED}
-    wanted = {**inputs, "identity": {**inputs["identity"], "adapter": None}, "settings": settings}
-    try:
-        found = read_record(folder / EVALUATION_FILE, Evaluation)
-        there = {name: found.get(name) or {} for name in wanted}
-    except DamagedFile as error:
-        raise RunError(
-            f"base_evaluation={folder}: no evaluation there ({error}); evaluate the model without adapter and "
-            "gate_threshold, with output_dir set to that folder, first"
-        ) from error
-    there["settings"] = {name: value for name, value in there["settings"].items() if name not in NOT_ASKED}
-    if there != wanted:
-        raise RunError(
-            f"base_evaluation={folder} is no evaluation of the same model without adapter on the same data "
-            f"({first_difference(there, wanted)}); evaluate it again, or leave base_evaluation out"
-        )
-    texts = {(record.set, record.index): record.text for record in Table.read(folder).generations}
-    asked = questions(sets, items)
-    return {question.prompt_ids: Answer(texts[question[:2]], None) for question in asked if question[:2] in texts}
 
 
 def _choose(sets: Mapping[str, list[Row]], wanted: list[str], limit: int | None) -> dict[str, list[Row]]:

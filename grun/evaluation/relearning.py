@@ -13,15 +13,15 @@ import torch
 from torch import Tensor, nn
 
 from grun.cache.cached import CachedEngine
-from grun.cache.engine import CHECKED_ROWS, ROUNDED, TOLERANCE, freezer_for
+from grun.cache.engine import freezer_for
 from grun.cache.packed import PackedModel
+from grun.cache.trial import CHECKED_ROWS, tolerance, tried
 from grun.cache.unpadded import token_logprobs
 from grun.data.encoding import Batch, EncodedRow, collate
 from grun.errors import ModelError
 from grun.evaluation.scoring import base_of
 from grun.method.host import EditedModel
 from grun.method.model import GrunModel
-from grun.runtime.reading import first_line
 
 log = logging.getLogger(__name__)
 
@@ -76,18 +76,19 @@ def loss_of(model: Any, weights: Sequence[nn.Parameter], rows: Sequence[EncodedR
     """
     own = partial(_own_loss, model)
     batch = collate(sorted(rows, key=len)[-CHECKED_ROWS:], pad_id).to(model.device)
-    try:
-        fast = _cached(model, rows) if isinstance(model, GrunModel) else _unpadded(model)
-        (found, of_found), (wanted, of_wanted) = (_with_gradient(loss, batch, weights) for loss in (fast, own))
-        pairs = ((found, wanted), (of_found, of_wanted))
-        differ = max(float((one - other).norm() / (other.norm() + 1e-6)) for one, other in pairs)
-        wide = base_of(model).dtype in TOLERANCE  # transformers' own loss is float32 at most
-        problem = None if differ <= (TOLERANCE[torch.float32] if wide else ROUNDED) else f"they differ by {differ:.2g}"
-    except Exception as error:  # whatever a model's own code raises when it is called another way
-        problem = f"{type(error).__name__}: {first_line(error)}"
-    if problem is None:
-        return fast
-    log.info("whole padded rows are learned, since passes over less do not fit this model: %s", problem)
+
+    def make() -> Loss:
+        return _cached(model, rows) if isinstance(model, GrunModel) else _unpadded(model)
+
+    def compared(fast: Loss) -> dict[str, tuple[Tensor, Tensor]]:
+        pairs = zip(*(_with_gradient(loss, batch, weights) for loss in (fast, own)), strict=True)
+        return dict(zip(("loss", "gradient"), pairs, strict=True))
+
+    # transformers' own loss is float32 at most
+    trial = tried(make, compared, max(tolerance(base_of(model).dtype), tolerance(torch.float32)))
+    if trial.fast is not None:
+        return trial.fast
+    log.info("whole padded rows are learned, since passes over less do not fit this model: %s", trial.problem)
     return own
 
 

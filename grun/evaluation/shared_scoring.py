@@ -19,8 +19,10 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 
 from grun.cache.prefix import by_tokens
+from grun.cache.trial import largest, tried
 from grun.data.encoding import EncodedRow
 from grun.errors import ModelError
 from grun.evaluation.journal import Journal
@@ -198,19 +200,20 @@ def packed_scorer(
         first = first_edited(subjects)
     with subjects[0].put_on() as model:
         (plain,) = score_batch(model, [longest], pad_id)
-    try:
+
+    def make() -> PackedScorer:
         if any(subject.edits is None for subject in subjects):
             raise ModelError("the adapter acts before the last token of the prompt, or on logits")
-        scorer = PackedScorer(subjects[0].base, first)
+        return PackedScorer(subjects[0].base, first)
+
+    def compared(scorer: PackedScorer) -> dict[str, tuple[Tensor, Tensor]]:
         ((packed,),) = scorer.score([longest], [subjects[0].edited])
-        difference = max(abs(one - other) for one, other in zip(plain.logp, packed.logp, strict=True))
-        if difference > tolerance(subjects[0].base):
-            raise ModelError(f"log-probabilities differ by up to {difference:.2g}")
-    except Exception as error:  # foreign code that is run in another way than it was written for
-        line = (str(error).splitlines() or [""])[0]
-        log.info("rows are scored one whole pass each; packed: %s (%s)", line or "failed", type(error).__name__)
-        return None
-    return scorer
+        return {"log-probabilities": (torch.tensor(packed.logp), torch.tensor(plain.logp))}
+
+    trial = tried(make, compared, tolerance(subjects[0].base), largest)
+    if trial.fast is None:
+        log.info("rows are scored one whole pass each; packed: %s", trial.problem)
+    return trial.fast
 
 
 def first_edited(subjects: Sequence[Subject]) -> int | None:

@@ -16,7 +16,7 @@ BY_SWEEP = {
     "unlearn": ("profile", "model.path", "output_dir", "overwrite"),
     "evaluate": (
         *("profile", "model.path", "output_dir", "overwrite", "adapter", "adapters", "with_base", "suffix"),
-        *("reference", "gate_threshold", "base_evaluation"),
+        *("reference", "gate_threshold"),
     ),
 }
 """Options that a sweep itself sets, or that would differ between an adapter and a whole model."""

@@ -17,7 +17,7 @@ from grun.loading.fetching import located
 from grun.loading.named import MODELS, refuse_revision
 from grun.loading.quantized import bitsandbytes_settings, gguf_source, try_kernels, unpacking
 from grun.loading.stored import TINY
-from grun.loading.streaming import is_wanted, load_streamed
+from grun.loading.streaming import files_to_stream, load_streamed
 from grun.runtime.devices import keep_unpacked, pick_device
 from grun.runtime.reading import in_one_line
 
@@ -62,7 +62,8 @@ def _streamed(config: UnlearnConfig) -> PreTrainedModel | None:
     """The model of a run with its blocks in their files; None where it is to be loaded whole."""
     source, gguf = _source(config.model)
     with _named_errors(config.model):
-        return load_streamed(config.model, source) if is_wanted(config, source, bool(gguf)) else None
+        files = files_to_stream(config, source, bool(gguf))
+        return load_streamed(config.model, source, files) if files else None
 
 
 def load_weights(config: ModelConfig) -> PreTrainedModel:

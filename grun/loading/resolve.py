@@ -96,7 +96,7 @@ STORABLE = (
 OF_FILES = ("data.forget", "data.retain", "data.path", "data.columns", "data.unknown")
 """Options that rows which are generated do not have."""
 OF_PLACES = (
-    *("output_dir", "overwrite", "adapter", "adapters", "with_base", "suffix", "reference", "base_evaluation"),
+    *("output_dir", "overwrite", "adapter", "adapters", "with_base", "suffix", "reference"),
     *("cache.dir", "cache.memory_budget", "cache.disk_budget"),
 )
 """Options that are places, and decide nothing that is measured."""

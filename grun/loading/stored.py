@@ -135,7 +135,10 @@ def _agreed(what: str, parts: Sequence[Stored]) -> Stored:
         options = {key: value for key, value in options.items() if not key.startswith("data.")}
         options["data.template"] = "auto"
     profile = parts[0].profile if len({part.profile for part in parts}) == 1 else None
-    return Stored(what, options, alike(part.rows for part in parts), profile)
+    rows = alike(part.rows for part in parts)
+    if rows.get("data.name") == "jsonl" and "data.forget" not in rows:
+        rows = {}  # a file each: which rows are meant, the profile may say
+    return Stored(what, options, rows, profile)
 
 
 def _stored(what: str, options: dict[str, Any], run: Mapping[str, Any], names: Sequence[str]) -> Stored:

@@ -31,21 +31,21 @@ BYTES = {"F64": 8, "F32": 4}
 """Bytes of a value by its type in a safetensors file; others that models are stored in have 2."""
 
 
-def is_wanted(config: UnlearnConfig, source: str, gguf: bool) -> bool:
-    """Whether blocks are to stay in their files, by `cache.build` or, where that is auto, by what memory is free.
+def files_to_stream(config: UnlearnConfig, source: str, gguf: bool) -> dict[str, str]:
+    """The file of each tensor where blocks are to stay in their files, else nothing.
 
-    ConfigError where that is asked for and cannot be.
+    `cache.build` says it or, where that is auto, what memory is free. ConfigError where it is asked for and cannot be.
     """
     if config.cache.build == "whole":
-        return False
+        return {}
     obstacle = _obstacle(config, gguf)
     files = {} if obstacle else weight_map(source, config.model.revision)
     if not files:
         if config.cache.build == "stream":
             raise ConfigError(f"cache.build=stream: {obstacle or f'{source} has no safetensors files'}")
-        return False
+        return {}
     if config.cache.build == "stream":
-        return True
+        return files
     size, device = _size(files, config.model.dtype), pick_device(config.model.device)
     free = {"RAM": free_memory(), **({str(device): free_memory(device)} if device.type == "cuda" else {})}
     short = [name for name, there in free.items() if there is not None and size > ROOM * there]
@@ -54,7 +54,7 @@ def is_wanted(config: UnlearnConfig, source: str, gguf: bool) -> bool:
             "the weights take %.1f GB, and %s: blocks are read from their files when they are run (cache.build=stream)",
             size / 1e9, " and ".join(f"{(free[name] or 0) / 1e9:.1f} GB of {name} are free" for name in short),
         )  # fmt: skip
-    return bool(short)
+    return files if short else {}
 
 
 def _obstacle(config: UnlearnConfig, gguf: bool) -> str | None:
@@ -94,8 +94,10 @@ def weight_map(source: str, revision: str | None) -> dict[str, str]:
         return dict.fromkeys(file.keys(), single)
 
 
-def load_streamed(config: ModelConfig, source: str) -> PreTrainedModel:
+def load_streamed(config: ModelConfig, source: str, files: Mapping[str, str]) -> PreTrainedModel:
     """Model in evaluation mode, computing on the device of `config`, whose blocks lie in the files of `source`.
+
+    `files`: of its tensors, see `weight_map`.
 
     ModelError where the files hold the tensors by other names than the model, as some mixtures of experts do.
     """
@@ -105,7 +107,6 @@ def load_streamed(config: ModelConfig, source: str) -> PreTrainedModel:
     from transformers import AutoModelForCausalLM
 
     device = pick_device(config.device)
-    files = weight_map(source, config.revision)
     about = _config_of(config, source)
     with init_empty_weights(include_buffers=False):
         model: Any = AutoModelForCausalLM.from_config(

@@ -18,7 +18,7 @@ stand in the signature; one without a default must be set by the user.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar
 
@@ -27,7 +27,7 @@ from grun.registry import Registry, summary
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from grun.data.encoding import Batch, EncodedRow
+    from grun.data.encoding import Batch
     from grun.method.parametrization import StepOutput
 
 Continuation = str
@@ -244,31 +244,20 @@ def summed(values: Tensor) -> TermValue:
 
 
 def number_of(per: Unit, batch: Batch) -> int:
-    """How many of `per` a batch holds: the count that a term's function returns, known before any pass is run."""
+    """How many of `per` a batch holds: the count that a term's function returns, known before any pass is run.
+
+    Rows that are no tensors yet become none.
+    """
     from grun.data.encoding import RowsAlone
 
     if isinstance(batch, RowsAlone):
-        return _number_of_rows(per, batch.encoded)
-    answer = batch.labels != -100
-    if per == "token":
-        return int(answer.sum())
-    if per == "later_token":
-        return int(answer.sum()) - int(answer.any(dim=1).sum())
-    if per == "row":
-        return batch.rows
-    if per == "state":
-        return int((answer | answer.roll(-1, dims=1)).sum())
-    return answer.numel() - (batch.rows if per == "later_position" else 0)
-
-
-def _number_of_rows(per: Unit, rows: Sequence[EncodedRow]) -> int:
-    """The same without a tensor, of rows whose prompts have a token."""
-    answers = [len(row.answer_ids) for row in rows]
+        answers, length = [len(row.answer_ids) for row in batch.encoded], max(map(len, batch.encoded))
+    else:
+        answers, length = (batch.labels != -100).sum(dim=1).tolist(), batch.labels.shape[1]
     counts = {
         "token": sum(answers),
         "later_token": sum(max(0, count - 1) for count in answers),
-        "row": len(rows),
-        "state": sum(count + 1 for count in answers if count),
+        "row": len(answers),
+        "state": sum(count + 1 for count in answers if count),  # the token before each answer too
     }
-    longest = max(map(len, rows))
-    return counts.get(per, len(rows) * (longest - (per == "later_position")))
+    return counts.get(per, len(answers) * (length - (per == "later_position")))

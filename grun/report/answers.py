@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from grun.data.sets import EvaluationSet, in_order
 from grun.report.before_after import PICTURE, asked_sets, before_after_section, compared
-from grun.report.columns import columns_of, legend, narrow_columns
+from grun.report.columns import columns_of, legend, narrow_columns, summarize
 from grun.report.compared import HEADING, RULE, matrix_markdown, words
 from grun.report.figures import Drawn
 from grun.report.matrix import Matrix, first_seeds, has_many_runs, make_matrix, matrix_csv, matrix_tex, one_seed_note
@@ -24,8 +24,9 @@ from grun.report.page import (
     statement_section,
     verdict_section,
 )
-from grun.report.pictures import MATRIX_PICTURE
+from grun.report.pictures import KEPT_PICTURE, draw_all
 from grun.report.result import Result, after, unread_words
+from grun.report.results import find_results
 from grun.report.suites import table_of
 from grun.report.tables import Line, Table, to_csv, to_markdown, to_terminal, to_tex
 from grun.report.terminal import print_line, print_said, print_terms, print_verdicts
@@ -39,20 +40,51 @@ MATRIX_FILES = ("matrix.csv", "matrix.md", "matrix.tex")
 Results = Sequence[Result]
 
 
-def answer_texts(results: Results, title: str, drawn: Drawn, folder: Path) -> dict[str, str]:
-    """The files of the report by name, without summary.json and pictures."""
-    table = table_of(columns_of(results, everything=True), results)
-    texts = {"report.html": answer_page(results, title, drawn)}
-    texts["table.csv"] = table_csv(results)
-    texts["table.md"] = to_markdown(table)
-    texts["table.tex"] = f"% \\usepackage{{booktabs}}\n{to_tex(table)}"
-    matrix = make_matrix(results)
-    if matrix is None:
-        for name in MATRIX_FILES:
-            remove(folder / name)  # an older report's would contradict this one
-        return texts
-    written = (matrix_csv(matrix), matrix_markdown(matrix), matrix_tex(matrix))
-    return texts | dict(zip(MATRIX_FILES, written, strict=True))
+class AnswerReport:
+    """The report of answers, with the methods of a `grun.report.suites.Suite`."""
+
+    find = staticmethod(find_results)
+    draw = staticmethod(draw_all)
+    summary = staticmethod(summarize)
+
+    def texts(self, results: Results, title: str, drawn: Drawn, folder: Path) -> dict[str, str]:
+        """The files of the report by name, without summary.json and pictures."""
+        table = table_of(columns_of(results, everything=True), results)
+        texts = {"report.html": answer_page(results, title, drawn)}
+        texts["table.csv"] = table_csv(results)
+        texts["table.md"] = to_markdown(table)
+        texts["table.tex"] = f"% \\usepackage{{booktabs}}\n{to_tex(table)}"
+        matrix = make_matrix(results)
+        if matrix is None:
+            for name in MATRIX_FILES:
+                remove(folder / name)  # an older report's would contradict this one
+            return texts
+        written = (matrix_csv(matrix), matrix_markdown(matrix), matrix_tex(matrix))
+        return texts | dict(zip(MATRIX_FILES, written, strict=True))
+
+    def show(self, console: Console, results: Results, title: str) -> None:
+        """Print questions with the answers before and after, the table, what it means, and a verdict for each run.
+
+        Where there are many runs of a matrix, it is printed instead, and its comparison in words.
+        """
+        matrix, first, many = make_matrix(results), first_seeds(results), has_many_runs(results)
+        columns = narrow_columns(results)
+        _print_examples(console, compared(first))
+        if matrix is not None and many:
+            console.print(to_terminal(matrix.narrow(), title, ""))
+            print_line(console, matrix.caption)
+        else:
+            lines = [Line(one.title, [column.text(one) for column, _ in columns]) for one in results]
+            console.print(to_terminal(Table([header for _, header in columns], [], lines), title))
+        print_terms(console, legend(results, [column for column, _ in columns]))
+        for note in unread_words(results) if matrix is None else matrix.notes():
+            print_line(console, note)
+        for objective, sentences in words(matrix) if matrix is not None else ():
+            _print_compared(console, objective, sentences)
+        print_line(console)
+        print_verdicts(console, [] if many else [judge(result, results) for result in after(first)], STATEMENT)
+        if note := one_seed_note(results, first):
+            print_line(console, note)
 
 
 def table_csv(results: Results) -> str:
@@ -72,7 +104,7 @@ def answer_page(results: Results, title: str, drawn: Drawn) -> str:
     pictures = [
         picture_block(picture, path, "" if picture.every_seed else note)
         for picture, path in drawn
-        if picture.name not in (MATRIX_PICTURE, PICTURE)
+        if picture.name != PICTURE and (matrix is None or picture.name != KEPT_PICTURE)
     ]
     unread = unread_words(results)
     table = [
@@ -103,7 +135,7 @@ def _matrix(matrix: Matrix, drawn: Drawn) -> list[Block]:
     blocks.append(Block("text", matrix.caption))
     notes, compared = matrix.notes(), words(matrix)
     blocks += [Block("points", notes)] if notes else []
-    blocks += [picture_block(picture, path) for picture, path in drawn if picture.name == MATRIX_PICTURE]
+    blocks += [picture_block(picture, path) for picture, path in drawn if picture.name == KEPT_PICTURE]
     blocks += [Block("text", f"{HEADING}. {RULE}")] if compared else []
     for name, sentences in compared:
         blocks += [Block("heading", name), Block("points", sentences)]
@@ -134,31 +166,6 @@ def _rows_of(results: Results, asked: EvaluationSet) -> list[tuple[str, list[tup
 
 
 # -- terminal ---------------------------------------------------------------------------------------------------------
-
-
-def print_answers(console: Console, results: Results, title: str) -> None:
-    """Print questions with the answers before and after, the table, what it means, and a verdict for each run.
-
-    Where there are many runs of a matrix, it is printed instead, and its comparison in words.
-    """
-    matrix, first, many = make_matrix(results), first_seeds(results), has_many_runs(results)
-    columns = narrow_columns(results)
-    _print_examples(console, compared(first))
-    if matrix is not None and many:
-        console.print(to_terminal(matrix.narrow(), title, ""))
-        print_line(console, matrix.caption)
-    else:
-        lines = [Line(one.title, [column.text(one) for column, _ in columns]) for one in results]
-        console.print(to_terminal(Table([header for _, header in columns], [], lines), title))
-    print_terms(console, legend(results, [column for column, _ in columns]))
-    for note in unread_words(results) if matrix is None else matrix.notes():
-        print_line(console, note)
-    for objective, sentences in words(matrix) if matrix is not None else ():
-        _print_compared(console, objective, sentences)
-    print_line(console)
-    print_verdicts(console, [] if many else [judge(result, results) for result in after(first)], STATEMENT)
-    if note := one_seed_note(results, first):
-        print_line(console, note)
 
 
 def _print_compared(console: Console, objective: str, sentences: Sequence[str]) -> None:

@@ -18,11 +18,11 @@ RULE = (
     "roughly."
 )
 HEADING = "GRUN against the others"
-LEFT = ("forget_paraphrase.",)
-"""What should be gone though nothing was trained on it, by the beginning of its key."""
-KEPT = ("heldout.", "retain.", "overall.model_utility")
-"""What should stay, by the beginning of its key."""
-COSTS = ("cost.parameters", "cost.seconds", "cost.saved_bytes")
+MEASURES = (
+    *("forget_paraphrase.", "heldout.", "retain.", "overall.model_utility"),
+    *("cost.parameters", "cost.seconds", "cost.saved_bytes"),
+)
+"""What is compared beside forgetting, by the beginning of its key: what should be gone and stay, and the costs."""
 SAME_FOR_ALL_SEEDS = ("cost.parameters", "cost.saved_bytes")
 """What a seed does not change, so that one run is enough."""
 EQUAL = 1e-9
@@ -57,9 +57,7 @@ def words(matrix: Matrix) -> list[tuple[str, list[str]]]:
         if ours is None or len(rows) < 2:
             continue
         others = [row for row in rows if row is not ours]
-        lines = [_forgetting(matrix, rows)]
-        lines += [_in_one_number(matrix, column, ours, others) for column in _by_beginning(matrix, LEFT + KEPT)]
-        lines += [_cost(matrix, rows), *_summary(matrix, ours, others)]
+        lines = [_forgetting(matrix, rows), *_summary(matrix, ours, others)]
         if len(rows) < len(of_objective):
             lines.append(f"Of several settings the first is compared: {', '.join(row.label for row in rows)}.")
         found.append((objective.upper(), [line for line in lines if line]))
@@ -85,10 +83,6 @@ def _name(row: Row) -> str:
 
 def _with_number(row: Row, column: Column) -> str:
     return f"{_name(row)} {row.spread(column).text(column.style)}"
-
-
-def _by_beginning(matrix: Matrix, starts: Sequence[str]) -> list[Column]:
-    return [column for start in starts for column in matrix.columns if column.key.startswith(start)]
 
 
 def _low_is_good(column: Column) -> bool:
@@ -127,51 +121,15 @@ def _forgetting(matrix: Matrix, rows: Sequence[Row]) -> str:
 # -- what is left and kept, and what it costs -------------------------------------------------------------------------
 
 
-def _best(rows: Sequence[Row], column: Column) -> tuple[list[Row], list[Row]]:
-    """The rows whose mean is the best, and the others that have a number, better ones first."""
-    known = [(mean, row) for row in rows if (mean := row.spread(column).mean) is not None]
-    known.sort(key=lambda pair: pair[0] if _low_is_good(column) else -pair[0])
-    best = [row for mean, row in known if abs(mean - known[0][0]) <= EQUAL]
-    return best, [row for _, row in known[len(best) :]]
-
-
-def _standings(
-    matrix: Matrix, column: Column, ours: Row, others: Sequence[Row], *, numbers: bool
-) -> dict[Standing, list[str]]:
+def _standings(matrix: Matrix, column: Column, ours: Row, others: Sequence[Row]) -> dict[Standing, list[str]]:
     """The others by how GRUN stands to them, with a remark on those that keep much because they forgot little."""
     groups: dict[Standing, list[str]] = {}
     for row in others:
         standing = compare(ours.spread(column), row.spread(column), column)
         if standing is not None:
             kept = not _low_is_good(column) and _has_forgotten(matrix, row) is False
-            text = _with_number(row, column) if numbers else _name(row)
-            groups.setdefault(standing, []).append(text + " (which did not forget as far)" * kept)
+            groups.setdefault(standing, []).append(_name(row) + " (which did not forget as far)" * kept)
     return groups
-
-
-def _in_one_number(matrix: Matrix, column: Column, ours: Row, others: Sequence[Row]) -> str:
-    """Who is best in what is left or kept, and how GRUN stands to each."""
-    best, _ = _best([*others, ours], column)
-    if not best or not ours.spread(column).n:
-        return ""
-    verb, better, worse = ("leaves", "less", "more") if _low_is_good(column) else ("keeps", "more", "less")
-    verbs = {"ahead": f"{verb} {better} than", "behind": f"{verb} {worse} than", "equal": f"{verb} as much as"}
-    parts = [
-        f"{verbs[standing]} {', '.join(names)}" if standing in verbs else f"against {', '.join(names)}: {standing}"
-        for standing, names in _standings(matrix, column, ours, others, numbers=True).items()
-    ]
-    first = f"{'least' if _low_is_good(column) else 'most'} with {' and '.join(map(_name, best))}"
-    return f"{column.header[0].upper()}{column.header[1:]}: {first}. {_with_number(ours, column)} {'; '.join(parts)}."
-
-
-def _cost(matrix: Matrix, rows: Sequence[Row]) -> str:
-    parts = []
-    for column in _by_beginning(matrix, COSTS):
-        best, others = _best(rows, column)
-        if best and others:
-            least, rest = (", ".join(_with_number(row, column) for row in group) for group in (best, others))
-            parts.append(f"{column.header}: {least} (then {rest})")
-    return f"Least in {'; '.join(parts)}." if parts else ""
 
 
 def _summary(matrix: Matrix, ours: Row, others: Sequence[Row]) -> list[str]:
@@ -179,9 +137,9 @@ def _summary(matrix: Matrix, ours: Row, others: Sequence[Row]) -> list[str]:
     behind, ahead, neither = [], [], []
     if _has_forgotten(matrix, ours) is False:
         behind.append("forgetting: not as far as the target")
-    for column in _by_beginning(matrix, LEFT + KEPT + COSTS):
+    for column in (column for start in MEASURES for column in matrix.columns if column.key.startswith(start)):
         name = column.header.partition(" (")[0]  # without the unit
-        groups = _standings(matrix, column, ours, others, numbers=False)
+        groups = _standings(matrix, column, ours, others)
         if "behind" in groups:
             behind.append(f"{name}: behind {', '.join(groups['behind'])}")
         elif list(groups) == ["ahead"]:

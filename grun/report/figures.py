@@ -14,7 +14,6 @@ from grun.runtime.files import remove, write_bytes
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
-    from matplotlib.lines import Line2D
 
 DPI = 150
 GREY = "#555555"
@@ -85,18 +84,6 @@ def clean(axes: Axes, grid: Literal["both", "x"] = "both", **settings: Any) -> N
     axes.set_axisbelow(True)
     axes.tick_params(labelsize=9)
     axes.set(**settings)
-
-
-def legend_mark(label: str, **style: Any) -> Line2D:
-    """An entry of a legend that stands for nothing drawn; `style` as of Line2D, without a line unless it names one."""
-    from matplotlib.lines import Line2D
-
-    return Line2D([], [], label=plain(label), **{"linestyle": "", **style})
-
-
-def write_at(axes: Axes, text: str, place: tuple[float, float], offset: tuple[float, float], **style: Any) -> None:
-    """Text so many points from a place of the axes."""
-    axes.annotate(text, place, xytext=offset, textcoords="offset points", **style)
 
 
 def plain(text: str) -> str:

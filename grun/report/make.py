@@ -8,20 +8,21 @@ from typing import Any
 
 from grun.config.options import ReportConfig
 from grun.errors import RunError
-from grun.report.answers import answer_texts, print_answers
+from grun.report.answers import AnswerReport
 from grun.report.attacks import ATTACK_SUITE
-from grun.report.columns import summarize
-from grun.report.figures import draw
 from grun.report.knowledge import KNOWLEDGE_SUITE
-from grun.report.pictures import draw_all
-from grun.report.results import EVALUATION_FILE, evaluation_folders, find_comparison, find_results, folder_names
-from grun.report.suites import print_suite, suite_of, suite_texts, summarize_suite
+from grun.report.results import EVALUATION_FILE, evaluation_folders, find_comparison, folder_names
+from grun.report.suites import Suite, suite_of
 from grun.report.terminal import WIDTH
 from grun.runtime.files import taken, target, write_json, write_text
 
 SUMMARY_FILE = "summary.json"
-SUITES = {suite.name: suite for suite in (ATTACK_SUITE, KNOWLEDGE_SUITE)}
 ANSWERS = "answers"
+REPORTS: dict[str, AnswerReport | Suite] = {
+    ANSWERS: AnswerReport(),
+    **{suite.name: suite for suite in (ATTACK_SUITE, KNOWLEDGE_SUITE)},
+}
+"""Report by suite."""
 
 
 def make_report(config: ReportConfig) -> dict[str, Any]:
@@ -35,29 +36,22 @@ def make_report(config: ReportConfig) -> dict[str, Any]:
 
     profile = Path(config.profile).stem
     folder = target(config.results_dir or f"results/{'comparison' if config.runs else profile}", "results_dir")
-    suite = SUITES.get(_suite(config, folder))
+    report = REPORTS[_suite(config, folder)]
     title = f"Unlearning, profile {config.profile}"
     if config.runs:
         results = find_comparison(config.runs)
         title = f"Unlearning: comparison of {', '.join(folder_names(config.runs))}"
     else:
-        results = suite.find(folder) if suite else find_results(folder)
-    summary = summarize_suite(suite, results, config.profile) if suite else summarize(results, config.profile)
+        results = report.find(folder)
+    summary = report.summary(results, config.profile)
     with taken(folder):
-        if suite:
-            drawn = draw([(suite.picture, results)], folder)
-            texts = suite_texts(suite, results, title, drawn, folder)
-        else:
-            drawn = draw_all(results, folder)
-            texts = answer_texts(results, title, drawn, folder)
+        drawn = report.draw(results, folder)
+        texts = report.texts(results, title, drawn, folder)
         for name, text in texts.items():
             write_text(folder / name, text)
         write_json(folder / SUMMARY_FILE, summary)
     console = Console() if sys.stdout.isatty() else Console(width=WIDTH)
-    if suite:
-        print_suite(suite, console, results, title)
-    else:
-        print_answers(console, results, title)
+    report.show(console, results, title)
     for path in [*(folder / name for name in (*texts, SUMMARY_FILE)), *(path for _, path in drawn)]:
         console.print(f"written: {path}", markup=False, highlight=False, soft_wrap=True)
     return summary
@@ -65,13 +59,12 @@ def make_report(config: ReportConfig) -> dict[str, Any]:
 
 def _suite(config: ReportConfig, folder: Path) -> str:
     """The suite of the evaluations that are to be reported; RunError where there is no such report."""
-    known = (ANSWERS, *SUITES)
     if not config.runs:
-        return suite_of(evaluation_folders(folder), known)
+        return suite_of(evaluation_folders(folder), list(REPORTS))
     for run in config.runs:
         path = Path(run).expanduser()
         single = [path] if (path / EVALUATION_FILE).is_file() else []
-        suite = suite_of(single or (evaluation_folders(path) if (path / "evaluation").is_dir() else []), known)
+        suite = suite_of(single or (evaluation_folders(path) if (path / "evaluation").is_dir() else []), list(REPORTS))
         if suite != ANSWERS:
             raise RunError(
                 f"runs=... compares evaluations of suite=answers, and those in {path} are of suite={suite}; report "

@@ -22,7 +22,7 @@ from grun.report.tables import Column, Line, Style, Table, csv_text, shown, to_t
 from grun.runtime.runs import identity
 
 MANY_RUNS = 8
-"""Up to so many runs each has a row of its own in the printed table, and a label in the scatter plots."""
+"""Up to so many runs each has a row of its own in the printed table."""
 QUALITY, COST = "What is forgotten and kept", "What it costs"
 COSTS = "cost."
 """How the keys of what unlearning costs begin."""

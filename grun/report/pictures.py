@@ -5,16 +5,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from grun.report import distributions, scatter
+from grun.report import distributions
 from grun.report.before_after import PICTURE as SETS_PICTURE
 from grun.report.before_after import sets_figure
 from grun.report.figures import Drawn, Picture, draw
+from grun.report.left_and_kept import left_and_kept
 from grun.report.matrix import first_seeds
-from grun.report.matrix_figure import forget_against_utility
 from grun.report.result import Result
 
-MATRIX_PICTURE = "matrix.png"
-MANY_TEXT = "With many runs shapes are objectives, colors parametrizations."
+KEPT_PICTURE = "left_and_kept.png"
 PICTURES = (
     Picture(
         SETS_PICTURE,
@@ -24,30 +23,14 @@ PICTURES = (
         sets_figure,
     ),
     Picture(
-        MATRIX_PICTURE,
-        "Matrix: forgotten against kept",
-        "Each objective and parametrization is a point: what is left of the forget set to the right, what is kept "
-        "upwards (means over seeds; bars are one standard deviation). Shapes are objectives, colors "
-        "parametrizations; the dashed line and the star are the target. Where many points lie close, that part is "
-        "drawn again larger; markers that would cover each other are moved apart, a line leading to their place.",
-        forget_against_utility,
+        KEPT_PICTURE,
+        "What is left and what is kept",
+        "A row for each model, or for each objective and parametrization (means over seeds; bars are one standard "
+        "deviation), a panel for each number: what is left of the forget set, what is kept of the rest, of TOFU its "
+        "model utility and log10 of forget quality's p too (right of the dotted line, p = 0.05, a model cannot be "
+        "told from the target). The gray line is the model before, the dashed one the target.",
+        left_and_kept,
         every_seed=True,
-    ),
-    Picture(
-        "forget_quality_vs_utility.png",
-        "Forget quality against model utility",
-        "Each model is a point: TOFU's model utility to the right, log10 of forget quality's p upwards. Good is "
-        "top right, near the retain-only target; above the dotted line (p = 0.05) a model cannot be distinguished from "
-        f"it. {MANY_TEXT}",
-        scatter.forget_quality_vs_utility,
-    ),
-    Picture(
-        "forget_vs_retain.png",
-        "Forget set against the rest",
-        "Each model is a point for the retain and one for the held-out set: what is left of the forget set to the "
-        "right, what is left of the rest upwards. Good is top left. "
-        f"{MANY_TEXT} Then the retain set alone is drawn; the matrix has held-out or model utility.",
-        scatter.forget_vs_retain,
     ),
     Picture(
         "gate_histograms.png",

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from grun.errors import RunError
 from grun.report.columns import seconds
-from grun.report.figures import Drawn, Picture
+from grun.report.figures import Drawn, Picture, draw
 from grun.report.page import Block, Section, page, picture_block, settings_section, statement_section, verdict_section
 from grun.report.result import Judgement, Result, after, single_runs
 from grun.report.results import EVALUATION_FILE
@@ -63,6 +63,90 @@ class Suite:
         """The verdict on each method."""
         return [self.judge(result, results) for result in after(results)]
 
+    def draw(self, results: Results, folder: Path) -> Drawn:
+        """Draw the picture into `folder`, and return it with its file."""
+        return draw([(self.picture, results)], folder)
+
+    def texts(self, results: Results, title: str, drawn: Drawn, folder: Path) -> dict[str, str]:
+        """The files of the report by name, without summary.json and pictures."""
+        columns = [*self.columns(results), *self.further(results)]
+        texts = {"report.html": self._page(results, title, drawn)}
+        texts["table.csv"] = to_csv(columns, results, "name", "label", "stage")
+        texts["table.md"] = self._markdown(columns, results)
+        runs = single_runs(results)
+        if len(runs) > len(results):
+            own = [*self.columns(runs), *self.further(runs)]
+            texts[RUNS_FILE] = to_csv(own, runs, "name", "label", "stage")
+        else:
+            remove(folder / RUNS_FILE)  # an older report's would contradict this one
+        return texts
+
+    def summary(self, results: Results, profile: str) -> dict[str, Any]:
+        """Contents of summary.json: numbers and intervals by column, and the verdict, of each model."""
+        columns, rows = [*self.columns(results), *self.further(results)], []
+        for result in results:
+            found = {column.key: number for column in columns if (number := column.found(result)) is not None}
+            row = {
+                **{key: getattr(result, key) for key in ("name", "label", "stage", "objective", "parametrization")},
+                "numbers": {
+                    key: number.value if math.isfinite(number.value) else None for key, number in found.items()
+                },
+                "intervals": {key: list(number.interval) for key, number in found.items() if number.interval},
+            }
+            row |= self.entry(result, results)
+            if result.stage == "after":
+                row["verdict"] = self.judge(result, results).as_json()
+            rows.append(row)
+        head = {"profile": profile, "suite": self.name, **self.facts(results)}
+        return {**head, "rows": rows, "seconds": seconds(single_runs(results))}
+
+    def show(self, console: Console, results: Results, title: str) -> None:
+        """Print the numbers, a column a model, what they mean, the verdicts, and what some models answered."""
+        columns, methods = self.columns(results), after(results)
+        lines = [one for one in results if one.stage != "after"]
+        for start in range(0, max(len(methods), 1), AT_ONCE):
+            shown = [*lines, *methods[start : start + AT_ONCE]]
+            console.print(to_terminal(table_of(columns, shown).flipped(), title, ""))
+        print_terms(console, self.legend(results))
+        if notes := self.notes(results):
+            print_line(console, notes)
+        print_line(console)
+        print_verdicts(console, self.judgements(results), self.statement)
+        heading, quoted = self.quoted(results)
+        if quoted:
+            print_line(console)
+            print_line(console, heading, "bold")
+        for question, said in quoted:
+            print_said(console, question, said)
+
+    def _markdown(self, columns: Sequence[Column], results: Results) -> str:
+        """Every number with its interval, models as columns; what was asked; the verdicts; further tables."""
+        parts = [to_markdown(table_of(columns, results, intervals=True))]
+        said = [self.intervals(results), markdown_text(self.notes(results))]
+        parts.append(f"{' '.join(filter(None, said))}\n" if any(said) else "")
+        parts.append(markdown_points(judgement.sentence for judgement in self.judgements(results)))
+        parts += [to_markdown(table_of(columns, results, intervals=True)) for columns in self.tables(results)]
+        return "\n".join(filter(None, parts))
+
+    def _page(self, results: Results, title: str, drawn: Drawn) -> str:
+        notes = self.notes(results)
+        table = [
+            Block("table", table_of(self.columns(results), results), "Table of all models"),
+            *([Block("text", notes)] if notes else []),
+            Block("terms", self.legend(results), "What the words mean"),
+        ]
+        return page(
+            title,
+            [
+                verdict_section(self.judgements(results), none="No unlearned model has been evaluated yet."),
+                Section("table", "Table", "All models", table),
+                Section("picture", "Picture", "Picture", [picture_block(picture, path) for picture, path in drawn]),
+                *self.examples(results),
+                settings_section(single_runs(results)),
+                statement_section(self.statement),
+            ],
+        )
+
 
 def suite_of(folders: Sequence[Path], known: Sequence[str]) -> str:
     """The suite of all evaluations in `folders`; RunError if they are of several, or of one that has no report."""
@@ -86,86 +170,3 @@ def table_of(columns: Sequence[Column], results: Results, *, intervals: bool = F
     """A line a model."""
     lines = [Line(one.title, [column.text(one, intervals) for column in columns], one.stage) for one in results]
     return Table([column.header for column in columns], [column.good for column in columns], lines)
-
-
-def suite_texts(suite: Suite, results: Results, title: str, drawn: Drawn, folder: Path) -> dict[str, str]:
-    """The files of a suite's report by name, without summary.json and pictures."""
-    columns = [*suite.columns(results), *suite.further(results)]
-    texts = {"report.html": _page(suite, results, title, drawn)}
-    texts["table.csv"] = to_csv(columns, results, "name", "label", "stage")
-    texts["table.md"] = _markdown(suite, columns, results)
-    runs = single_runs(results)
-    if len(runs) > len(results):
-        own = [*suite.columns(runs), *suite.further(runs)]
-        texts[RUNS_FILE] = to_csv(own, runs, "name", "label", "stage")
-    else:
-        remove(folder / RUNS_FILE)  # an older report's would contradict this one
-    return texts
-
-
-def _markdown(suite: Suite, columns: Sequence[Column], results: Results) -> str:
-    """Every number with its interval, models as columns; what was asked; the verdicts; further tables."""
-    parts = [to_markdown(table_of(columns, results, intervals=True))]
-    said = [suite.intervals(results), markdown_text(suite.notes(results))]
-    parts.append(f"{' '.join(filter(None, said))}\n" if any(said) else "")
-    parts.append(markdown_points(judgement.sentence for judgement in suite.judgements(results)))
-    parts += [to_markdown(table_of(columns, results, intervals=True)) for columns in suite.tables(results)]
-    return "\n".join(filter(None, parts))
-
-
-def summarize_suite(suite: Suite, results: Results, profile: str) -> dict[str, Any]:
-    """Contents of summary.json: numbers and intervals by column, and the verdict, of each model."""
-    columns, rows = [*suite.columns(results), *suite.further(results)], []
-    for result in results:
-        found = {column.key: number for column in columns if (number := column.found(result)) is not None}
-        row = {
-            **{key: getattr(result, key) for key in ("name", "label", "stage", "objective", "parametrization")},
-            "numbers": {key: number.value if math.isfinite(number.value) else None for key, number in found.items()},
-            "intervals": {key: list(number.interval) for key, number in found.items() if number.interval},
-        }
-        row |= suite.entry(result, results)
-        if result.stage == "after":
-            row["verdict"] = suite.judge(result, results).as_json()
-        rows.append(row)
-    head = {"profile": profile, "suite": suite.name, **suite.facts(results)}
-    return {**head, "rows": rows, "seconds": seconds(single_runs(results))}
-
-
-def _page(suite: Suite, results: Results, title: str, drawn: Drawn) -> str:
-    notes = suite.notes(results)
-    table = [
-        Block("table", table_of(suite.columns(results), results), "Table of all models"),
-        *([Block("text", notes)] if notes else []),
-        Block("terms", suite.legend(results), "What the words mean"),
-    ]
-    return page(
-        title,
-        [
-            verdict_section(suite.judgements(results), none="No unlearned model has been evaluated yet."),
-            Section("table", "Table", "All models", table),
-            Section("picture", "Picture", "Picture", [picture_block(picture, path) for picture, path in drawn]),
-            *suite.examples(results),
-            settings_section(single_runs(results)),
-            statement_section(suite.statement),
-        ],
-    )
-
-
-def print_suite(suite: Suite, console: Console, results: Results, title: str) -> None:
-    """Print the numbers, a column a model, what they mean, the verdicts, and what some models answered."""
-    columns, methods = suite.columns(results), after(results)
-    lines = [one for one in results if one.stage != "after"]
-    for start in range(0, max(len(methods), 1), AT_ONCE):
-        shown = [*lines, *methods[start : start + AT_ONCE]]
-        console.print(to_terminal(table_of(columns, shown).flipped(), title, ""))
-    print_terms(console, suite.legend(results))
-    if notes := suite.notes(results):
-        print_line(console, notes)
-    print_line(console)
-    print_verdicts(console, suite.judgements(results), suite.statement)
-    heading, quoted = suite.quoted(results)
-    if quoted:
-        print_line(console)
-        print_line(console, heading, "bold")
-    for question, said in quoted:
-        print_said(console, question, said)

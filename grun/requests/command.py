@@ -83,7 +83,7 @@ def _split(action: str, arguments: Sequence[str]) -> tuple[list[str], list[str]]
             others = [name for name, keys in OPTIONS.items() if key in keys]
             if others:
                 raise ConfigError(f"option {key} is for requests {' and '.join(others)}; leave it out of {action}")
-            raise ConfigError(unknown_name("option", key, [*known, *of_training]))
+            raise ConfigError(unknown_name("option", key, [*known, *of_training], "--help"))
         (own if key in known else of_unlearn).append(argument)
     return own, of_unlearn
 

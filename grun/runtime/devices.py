@@ -30,6 +30,11 @@ def pick_device(name: str) -> torch.device:
     return torch.device(name)
 
 
+def launches(device: torch.device) -> bool:
+    """Whether each operator costs a launch on `device`, so that few large ones are better than little padding."""
+    return device.type != "cpu"
+
+
 def device_of(module: nn.Module) -> torch.device:
     """Where a module computes, which for weights kept elsewhere until they are needed is not where these are."""
     import torch

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from random import Random
@@ -121,13 +122,13 @@ class UnlearnTask:
         )
         warmup = objective.warmup(step)
         self._epochs = step // self._steps_per_epoch
-        total = torch.zeros((), device=self.device)
+        shares = []
         parts: Terms = {}
         for side, term in objective.terms.items():
             value = term.function(outputs, objective.options[side]).total / max(1, counts[side])
-            total = total + self._weights[side] * (1.0 if side == "gate" else warmup) * value
+            shares.append(self._weights[side] * (1.0 if side == "gate" else warmup) * value)
             parts[side] = value.detach()
-        return total, parts
+        return functools.reduce(torch.add, shares), parts
 
     def rows(self, name: Continuation) -> list[EncodedRow]:
         """Distinct rows that the whole run reads as `name`."""

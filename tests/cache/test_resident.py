@@ -8,14 +8,11 @@ from typing import Any
 import pytest
 import torch
 from engine_steps import ONE_STEP, config_of, difference, step_of, task_of
-from tiny import tiny
 
 from grun.cache import resident
-from grun.cache.attention import Pack, move
+from grun.cache.attention import move
 from grun.cache.cached import CachedEngine
 from grun.cache.engine import use_cached
-from grun.cache.fused import fuse
-from grun.cache.packed import PackedModel
 from grun.cache.resident import Resident
 
 CLOSE = 1e-9
@@ -82,26 +79,3 @@ def test_many_tensors_of_any_type_are_moved_as_they_are() -> None:
     move(parts, torch.device("meta"))
     assert [getattr(*part).device.type for part in parts] == ["meta"] * 4
     assert [(getattr(*part).shape, getattr(*part).dtype) for part in parts] == before
-
-
-@pytest.mark.parametrize(
-    ("family", "fewest"), [("llama", 12), ("gemma2", 20), ("qwen3", 20), ("olmo2", 12), ("gpt2", 0)], ids=str
-)
-def test_fused_norms_and_rotations_give_the_same_states_and_gradients(family: str, fewest: int) -> None:
-    """In float32, to its rounding: 1e-5 is some hundred roundings."""
-    base = tiny(family, dtype=torch.float32)
-    for name, weight in base.named_parameters():
-        if "norm" in name:
-            weight.data += 0.1 * torch.randn(weight.shape, generator=torch.Generator().manual_seed(1))
-    found = []
-    for fused in (False, True):
-        packed = PackedModel(base)
-        if fused:
-            assert fuse(packed._decoder) >= fewest
-        states = torch.randn(14, 32, generator=torch.Generator().manual_seed(2), requires_grad=True)
-        final, _ = packed.finish(Pack([9, 5], [0, 0], {}, torch.device("cpu")), states, first=0)
-        final.square().sum().backward()
-        assert states.grad is not None
-        found.append((final.detach(), states.grad))
-    for one, other in zip(*found, strict=True):
-        assert float((one - other).norm() / one.norm()) < 1e-5

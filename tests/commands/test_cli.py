@@ -123,7 +123,8 @@ assert not heavy, heavy
     ("arguments", "named"),
     [
         (["unlern"], ["unknown command 'unlern'", "did you mean 'unlearn'?", "finetune", "report"]),
-        (["unlearn", "train.lrr=1"], ["unknown option 'train.lrr'", "train.lr", "method.rank"]),
+        (["unlearn", "train.lrr=1"], ["unknown option 'train.lrr': did you mean 'train.lr'? --help lists all"]),
+        (["unlearn", "lr=1"], ["unknown option 'lr': did you mean 'train.lr'? --help lists all"]),
         (["unlearn", "profile=lama"], ["unknown profile 'lama'", "llama3.1", "demo"]),
         (["unlearn", "objective=foo"], ["unknown objective 'foo'", "npo"]),
         (["unlearn", "--verbose"], ["unknown flag --verbose"]),

@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from grun.cli import main
 from grun.config.options import DataConfig, EvaluateConfig
 from grun.data.encoding import EncodedRow, collate_prompts
-from grun.errors import AdapterError, ConfigError, RunError
+from grun.errors import AdapterError, ConfigError
 from grun.evaluation import generation, packed_scoring, shared_scoring
 from grun.evaluation.evaluate import evaluate, evaluate_adapters
 from grun.evaluation.generation import generate_answers, greedy, needs_generate
@@ -473,7 +473,6 @@ def test_wrong_lists_are_named_before_anything_is_loaded(taught: Path, tmp_path:
         ({"adapter": "x", "with_base": "before"}, "with_base is for adapters"),
         ({"adapters": ["x/a"], "with_base": "a"}, "two are called a"),
         ({"gate_threshold": 0.5}, "gate_threshold needs an adapter"),
-        ({"adapter": "x", "base_evaluation": "y"}, "base_evaluation needs gate_threshold"),
     ):
         with pytest.raises(ConfigError, match=told) as error:
             check(EvaluateConfig(**options))
@@ -491,36 +490,6 @@ def threshold_between(taught: Path, tmp_path: Path) -> float:
     alone(taught, "c", tmp_path / "gates")
     widest = sorted(max(record.gates.values()) for record in Table.read(tmp_path / "gates").gates)
     return (widest[2] + widest[3]) / 2
-
-
-def test_closed_rows_take_the_answers_of_the_base(taught: Path, tmp_path: Path) -> None:
-    threshold = threshold_between(taught, tmp_path)
-    evaluate(settings(taught), tmp_path / "base")
-    stored = tmp_path / "base" / "generations.jsonl"
-    plain = alone(taught, "c", tmp_path / "plain", gate_threshold=threshold)
-    given = {"gate_threshold": threshold, "base_evaluation": str(tmp_path / "base")}
-    asked: list[int] = []
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(generation, "greedy", lambda m, batch, *more: asked.append(batch.rows) or greedy(m, batch, *more))
-        fast = alone(taught, "c", tmp_path / "fast", **given)
-    assert sum(asked) == 3 and fast["generations_from_base"] == 3
-    assert {**fast, "seconds": 0, "generations_from_base": 0} == {**plain, "seconds": 0, "generations_from_base": 0}
-    assert contents(tmp_path / "fast")["generations.jsonl"] == contents(tmp_path / "plain")["generations.jsonl"]
-    assert alone(taught, "c", tmp_path / "fast", **given) == fast  # found again, its count kept
-    stored.write_text(stored.read_text().replace('"text": "', '"text": "from the base '))
-    alone(taught, "c", tmp_path / "marked", **given)
-    marked = [record.text.startswith("from the base") for record in Table.read(tmp_path / "marked").generations]
-    assert sum(marked) == 3
-
-
-def test_a_base_evaluation_of_something_else_is_refused(taught: Path, tmp_path: Path) -> None:
-    evaluate(settings(taught, sets=["forget"]), tmp_path / "fewer")
-    alone(taught, "b", tmp_path / "edited")
-    for folder, told in (("fewer", "settings.sets"), ("edited", "identity.adapter"), ("none", "no evaluation there")):
-        with pytest.raises(RunError, match=told) as error:
-            alone(taught, "a", tmp_path / "out", gate_threshold=0.5, base_evaluation=str(tmp_path / folder))
-        assert "\n" not in str(error.value)
-    assert not (tmp_path / "out").exists()
 
 
 def test_adapters_of_a_list_answer_closed_rows_once(taught: Path, tmp_path: Path) -> None:

@@ -192,6 +192,14 @@ def test_the_adapter_counts_before_the_model_and_a_profile_last(tmp_path: Path) 
     assert sources["default"]["model.quantization"] is None and "batch_size" not in sources["default"]
 
 
+def test_requests_with_a_file_of_rows_each_leave_the_rows_to_the_profile(tmp_path: Path) -> None:
+    data = {name: {"name": "jsonl", "forget": f"{name}.jsonl"} for name in ("a", "b")}
+    one, other = (adapter_of(tmp_path / name, data=rows) for name, rows in data.items())
+    asked = resolve("evaluate", [f"adapters=[{one},{other}]", "profile=smollm2"])
+    assert asked.data.name == "countries"
+    assert resolve("evaluate", [f"adapter={one}", "profile=smollm2"]).data.forget == "a.jsonl"
+
+
 @pytest.mark.parametrize("key", ["data.forget", "data.retain", "data.path"])
 def test_files_that_nobody_reads_are_not_passed_over_for_the_demos_rows(tmp_path: Path, key: str) -> None:
     model = taught_by_demo(tmp_path / "model")

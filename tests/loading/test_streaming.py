@@ -29,7 +29,7 @@ from grun.data.encoding import EncodedRow
 from grun.errors import ConfigError, ModelError
 from grun.loading import streaming
 from grun.loading.resolve import resolve
-from grun.loading.streaming import StoredWeights, is_wanted, load_blocks, load_streamed
+from grun.loading.streaming import StoredWeights, files_to_stream, load_blocks, load_streamed, weight_map
 from grun.method.fingerprint import fingerprint
 from grun.method.position import Changes
 from grun.runtime import memory
@@ -99,7 +99,8 @@ def test_a_streamed_run_is_the_one_of_a_loaded_model(name: str, folder: Path) ->
 
 
 def streamed(folder: Path) -> Any:
-    return load_streamed(ModelConfig(device="cpu"), str(folder / "model"))
+    source = str(folder / "model")
+    return load_streamed(ModelConfig(device="cpu"), source, weight_map(source, None))
 
 
 def test_blocks_are_there_while_they_are_run_and_those_that_are_trained_for_good(folder: Path) -> None:
@@ -141,7 +142,7 @@ def test_it_is_chosen_where_memory_is_short_and_refused_in_one_line_where_it_can
 ) -> None:
     def wanted(*options: str, gguf: bool = False) -> bool:
         config = resolve("unlearn", ["profile=demo", f"model.path={folder / 'model'}", "model.device=cpu", *options])
-        return is_wanted(config, str(folder / "model"), gguf)
+        return bool(files_to_stream(config, str(folder / "model"), gguf))
 
     size = sum(file.stat().st_size for file in (folder / "model").glob("*.safetensors"))
     for free, answer in ((2 * size, False), (size, True), (None, False)):

@@ -31,8 +31,9 @@ from made_suites import (
 from grun.config.options import ReportConfig
 from grun.experiments.sequential.results import summarize
 from grun.experiments.sequential.tables import experiment_csv, experiment_markdown, printed
-from grun.report import figures
-from grun.report.make import SUITES, make_report
+from grun.report import figures, make
+from grun.report.make import make_report
+from grun.report.suites import Suite
 
 PAGE = "report.html"
 VOID = {"meta", "img", "br", "link", "input"}
@@ -125,8 +126,9 @@ def files_of(name: str, folder: Path) -> dict[str, str]:
 @contextlib.contextmanager
 def _without_legends() -> Iterator[None]:
     """Reports in which no word is explained: what metrics and attacks are is described in their own rooms."""
-    suites = {name: replace(suite, legend=lambda results: [("word", "meaning")]) for name, suite in SUITES.items()}
-    with patch.dict(SUITES, suites), patch("grun.report.answers.legend", lambda *found: [("word", "meaning")]):
+    of_suites = {name: report for name, report in make.REPORTS.items() if isinstance(report, Suite)}
+    suites = {name: replace(suite, legend=lambda results: [("word", "meaning")]) for name, suite in of_suites.items()}
+    with patch.dict(make.REPORTS, suites), patch("grun.report.answers.legend", lambda *found: [("word", "meaning")]):
         yield
 
 

@@ -13,7 +13,7 @@ from made_results import KNOWN, write_evaluation, write_run, write_tofu
 
 from grun.config.options import ReportConfig
 from grun.report import figures
-from grun.report.answers import answer_texts
+from grun.report.answers import AnswerReport
 from grun.report.make import make_report
 from grun.report.page import Block, Section, page
 from grun.report.provenance import command_of
@@ -52,7 +52,7 @@ def test_the_page_needs_nothing_but_itself(text: str, parsed: Page) -> None:
         for name, value in attributes.items():
             assert not name.startswith("on")
             assert name not in ("href", "src") or (value or "").startswith(("#", "data:image/png;base64,")), value
-    assert len(parsed.all("img")) == 8
+    assert len(parsed.all("img")) == 6
 
 
 def test_the_page_is_laid_out_for_every_reader(text: str, parsed: Page) -> None:
@@ -91,7 +91,7 @@ def test_names_are_escaped_in_every_table(tmp_path: Path) -> None:
     for name in ("gd_100%", "gd_a&b|c"):
         write_run(tmp_path / name, "gd")
     results = find_results(tmp_path)
-    texts = answer_texts(results, "title", [], tmp_path)
+    texts = AnswerReport().texts(results, "title", [], tmp_path)
     assert r"gd\_100\% & gd\_a\&b\textbar{}c" in texts["table.tex"]
     assert r"| gd\_a&b\|c |" in texts["table.md"]
     assert "\ngd_a&b|c," in texts["table.csv"]

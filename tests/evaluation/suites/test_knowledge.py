@@ -23,7 +23,6 @@ from grun.loading.checks import check
 from grun.method.model import GrunModel
 from grun.report.knowledge import KNOWLEDGE_SUITE
 from grun.report.knowledge_results import find_knowledge
-from grun.report.suites import summarize_suite
 
 SIZES = {"forget": 6, "neighbor": 4, "general": 5}
 
@@ -188,7 +187,7 @@ def test_adapters_of_one_base_get_what_each_gets_alone(taught: Path, tmp_path: P
         texts = [(tmp_path / where / name / "questions.jsonl").read_bytes() for where in ("evaluation", "alone")]
         assert texts[0] == texts[1]
     assert "gate" not in found[str(tmp_path / "evaluation" / "before")]["choices"][0]
-    summary = summarize_suite(KNOWLEDGE_SUITE, find_knowledge(tmp_path), "mine")  # reports read what is written
+    summary = KNOWLEDGE_SUITE.summary(find_knowledge(tmp_path), "mine")  # reports read what is written
     assert [row["name"] for row in summary["rows"]] == ["before", "adapter", "open"]
     for row, evaluation in zip(summary["rows"], found.values(), strict=True):
         asked = evaluation["choices"][0]["roles"]

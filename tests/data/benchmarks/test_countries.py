@@ -13,6 +13,7 @@ from grun.data.answers import FILE
 from grun.data.benchmarks.countries import (
     FORMS,
     KNOWN,
+    NAMED,
     NEIGHBOR,
     answers_of,
     asked_of,
@@ -82,7 +83,7 @@ def test_wordings_of_evaluation_are_not_used_in_unlearning(corpus: Corpus) -> No
 
 def test_prompts_of_a_gate_are_about_countries_of_unlearning_in_words_of_their_own(corpus: Corpus) -> None:
     forget, retain = corpus.forget_prompts, corpus.retain_prompts
-    assert of(forget) == of(corpus.forget) and of(retain) & set(countries()) == of(corpus.retain)
+    assert of(forget) == of(corpus.forget) and of(retain) > of(corpus.retain)
     sets = ("forget_reworded", "forget_indirect", "neighbor", "general")
     asked = {row.prompt for name in sets for row in corpus.general[name]}
     assert not asked & {row.prompt for row in (*forget, *retain)}
@@ -90,6 +91,12 @@ def test_prompts_of_a_gate_are_about_countries_of_unlearning_in_words_of_their_o
     prompts = [str(row.prompt) for row in forget]
     assert "Tell me about Japan." in prompts and "What do people eat in Cairo?" in prompts
     assert "Please answer this: What is the capital of Japan?" in prompts and "Capital of Egypt?" in prompts
+
+
+def test_where_few_are_asked_about_prompts_name_countries_nobody_asked_about(corpus: Corpus) -> None:
+    named = of(corpus.retain_prompts) & countries().keys()
+    assert len(named) >= NAMED > len(of(corpus.retain))
+    assert not named & (of(corpus.forget) | of(corpus.heldout) | of(corpus.general["neighbor"]))
 
 
 def test_a_fact_is_known_if_two_wordings_are_answered_rightly(tmp_path: Path) -> None:

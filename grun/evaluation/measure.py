@@ -8,7 +8,7 @@ from typing import Any
 from grun.evaluation.metrics import METRICS, OPEN, overall_metrics, reference_metrics, set_metrics, unread
 from grun.evaluation.table import Table
 
-METRICS_FORMAT = 2
+METRICS_FORMAT = 3
 """Raised when a metric reads the table otherwise; `report` measures older tables again. 2: words of all scripts."""
 
 NOT_TO_OPEN = ("heldout", "retain")

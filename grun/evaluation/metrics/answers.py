@@ -60,14 +60,14 @@ def unread(table: Table, name: str) -> dict[str, int]:
 
 @metric("degenerate", "degenerate", reads="generations", good=LOW)
 def degenerate(table: Table, name: str, quirks: Collection[str] = NO_QUIRKS) -> float | None:
-    """Share of greedy answers that are empty or repeat a word more than 3 times running."""
+    """Share of greedy answers that are empty or repeat a word, or a part of one, more than 3 times running."""
     return mean([float(is_degenerate(row.text)) for row in table.generations_of(name)])
 
 
 def is_degenerate(text: str) -> bool:
     """True if there is no word in `text`, or one word stands there more than three times running.
 
-    Words are what white space separates, bytes that are no character aside; in scripts that have none see `repeats`.
+    Words are what white space separates, bytes that are no character aside; of parts of words see `repeats`.
     """
     separated = normalized(text).replace("\N{REPLACEMENT CHARACTER}", " ").split()
     run, previous = 0, None

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from rouge_score.tokenizers import DefaultTokenizer
 
 _REPEATED = regex.compile(rf"(\S{{0,11}}?[[{UNSPACED}]&&\p{{L}}]\S{{0,11}}?)\1{{3,}}", regex.V1)
+_REPEATED_PART = regex.compile(r"([^\s\d]{3,12}?)\1{3,}")
 
 
 def words(text: str) -> list[str]:
@@ -26,8 +27,14 @@ def words(text: str) -> list[str]:
 
 
 def repeats(text: str) -> bool:
-    """Whether up to 23 characters with one of a script without spaces among them stand more than 3 times running."""
-    return not text.isascii() and _REPEATED.search(normalized(text)) is not None
+    """Whether a part of a word stands there more than 3 times running.
+
+    A part is 3 to 12 characters with a letter and no digit among them, or up to 23 with one of a script without spaces.
+    """
+    found = normalized(text)
+    if not text.isascii() and _REPEATED.search(found) is not None:
+        return True
+    return any(any(letter.isalpha() for letter in part[1]) for part in _REPEATED_PART.finditer(found))
 
 
 @functools.lru_cache(maxsize=2**16)

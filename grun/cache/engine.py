@@ -125,5 +125,5 @@ def _loss_and_gradient(task: UnlearnTask) -> Mapping[str, Tensor]:
     batch = {name: part.to(task.device) for name, part in task.longest(CHECKED_ROWS).items()}
     loss, _ = task.loss(batch, task.objective.counts([batch]), task.steps)
     loss.backward()
-    gradients = [p.grad.flatten().double() for p in task.module.parameters() if p.grad is not None]
-    return {"loss": loss.detach().double().reshape(1), "gradient": torch.cat(gradients)}
+    gradients = [p.grad.flatten().double().cpu() for p in task.module.parameters() if p.grad is not None]
+    return {"loss": loss.detach().double().reshape(1), "gradient": torch.cat(gradients)}  # edits may lie apart

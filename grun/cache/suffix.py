@@ -255,10 +255,9 @@ def _at_home(edit: GatedIntervention, home: torch.device) -> Callable[..., Gated
         return edit
     where = own.device
 
-    def call(written: Tensor, *, read: Tensor | None = None, opening: Tensor | None = None, **more: Any) -> GatedOutput:
-        shared = {"read": read, "opening": opening}
+    def call(written: Tensor, **shared: Tensor | Sites | None) -> GatedOutput:
         there = {name: value.to(where) for name, value in shared.items() if value is not None}
-        result: GatedOutput = edit(written.to(where), **there, **more)
+        result: GatedOutput = edit(written.to(where), **there)
         for name in ("output", "gate"):
             value = getattr(result, name)
             setattr(result, name, None if value is None else value.to(home))

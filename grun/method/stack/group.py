@@ -140,8 +140,9 @@ class Group(nn.Module):
 
         Only requests with a weight anywhere are computed, and only for tokens with one.
         """
+        buffers: dict[str, Any] = self._buffers
         basis, source, shift = (
-            self._buffers[name] if acting.requests is None else self._buffers[name][acting.requests]
+            buffers[name] if acting.requests is None else buffers[name][acting.requests]
             for name in ("basis", "source", "shift")
         )
         here = states if acting.tokens is None else states[acting.tokens]

@@ -378,7 +378,8 @@ class MethodConfig:
     gate_pool: str = choice("last", "last", "max", "maxmin", "mean")
     """gate_blocks: how their states are pooled over the tokens so far: last (none), max, maxmin (both ends) or mean."""
     gate_fit: str = choice("joint", "joint", "logistic")
-    """joint: trained with the edit (published); logistic: a linear gate_blocks gate, fitted first, by itself."""
+    """joint: trained with the edit (published); logistic: one gate_blocks gate, fitted first, by itself: linear by
+    logistic regression, similarity and condition from means of prompts."""
     false_positives: Optional[float] = number(None, 0, 1, above=True, below=True)
     """logistic: largest share of rows to keep that may open the gate; a quarter of them is set aside; unset: any."""
     gate_read: str = "last_prompt"

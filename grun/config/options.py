@@ -655,13 +655,15 @@ class EvaluateConfig(AskConfig):
     stride: int = number(512, 1)
     """knowledge: tokens by which the window moves on."""
     attacks: list[str] = field(default_factory=list)
-    """attacks: names (`list attacks`) or kinds: prompt, decoding, context, read_out, weights; none: all but weights."""
+    """attacks: names (`list attacks`) or kinds: prompt, decoding, context, read_out; only if named: search, weights."""
     attack_rows: Optional[int] = number(None, 1)
     """attacks: rows of each set that are attacked, evenly spaced; unset: all."""
     attack_samples: int = number(10, 1)
     """attacks: answers drawn a prompt, of which the one that gives most away counts."""
     attack_temperature: float = number(1.0, 0, above=True)
     """attacks: temperature at which they are drawn, > 0."""
+    attack_queries: int = number(200, 1)
+    """attacks: questions that an attacker who searches may ask for a row."""
     tasks: list[str] = field(default_factory=list)
     """lm_eval: tasks or groups of lm-evaluation-harness, such as wmdp_bio or mmlu."""
     task_folder: Optional[str] = None

@@ -277,7 +277,8 @@ def attacked_sets(config: DataConfig) -> dict[str, list[Row]]:
     """
     if config.name not in TEXTS:
         sets = load_corpus(config).sets()
-        asking = {name: [row for row in sets.get(name, []) if row.prompt is not None] for name in (*ROLE_OF, *FLOOR)}
+        names = [*ROLE_OF, *(name for name in FLOOR if name in sets)]
+        asking = {name: [row for row in sets.get(name, []) if row.prompt is not None] for name in names}
         if asking["forget"]:
             return asking
     if config.name != "lore" and not config.questions.forget:

@@ -243,8 +243,8 @@ def attack(
         tokenizer: of the model.
         forget: rows with questions that the model was to forget.
         retain: rows that it was to keep: prompts take examples from them, and what attacks cost them is measured.
-        attacks: names from `python -m grun list attacks`, or kinds (prompt, decoding, context, read_out, weights);
-            none: every attack that does not change weights.
+        attacks: names from `python -m grun list attacks`, or kinds (prompt, decoding, search, context, read_out,
+            weights); none: every attack that neither searches nor changes weights.
         rows: how many rows of each set are attacked, evenly spaced; None: all.
         output_dir: folder for the result; None: nothing stays on disk.
         options: options by their keys.

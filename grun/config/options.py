@@ -378,7 +378,8 @@ class MethodConfig:
     gate_pool: str = choice("last", "last", "max", "maxmin", "mean")
     """gate_blocks: how their states are pooled over the tokens so far: last (none), max, maxmin (both ends) or mean."""
     gate_fit: str = choice("joint", "joint", "logistic")
-    """joint: trained with the edit (published); logistic: a linear gate_blocks gate, fitted first, by itself."""
+    """joint: trained with the edit (published); logistic: one gate_blocks gate, fitted first, by itself: linear by
+    logistic regression, similarity and condition from means of prompts."""
     false_positives: Optional[float] = number(None, 0, 1, above=True, below=True)
     """logistic: largest share of rows to keep that may open the gate; a quarter of them is set aside; unset: any."""
     gate_read: str = "last_prompt"
@@ -654,13 +655,15 @@ class EvaluateConfig(AskConfig):
     stride: int = number(512, 1)
     """knowledge: tokens by which the window moves on."""
     attacks: list[str] = field(default_factory=list)
-    """attacks: names (`list attacks`) or kinds: prompt, decoding, context, read_out, weights; none: all but weights."""
+    """attacks: names (`list attacks`) or kinds: prompt, decoding, context, read_out; only if named: search, weights."""
     attack_rows: Optional[int] = number(None, 1)
     """attacks: rows of each set that are attacked, evenly spaced; unset: all."""
     attack_samples: int = number(10, 1)
     """attacks: answers drawn a prompt, of which the one that gives most away counts."""
     attack_temperature: float = number(1.0, 0, above=True)
     """attacks: temperature at which they are drawn, > 0."""
+    attack_queries: int = number(200, 1)
+    """attacks: questions that an attacker who searches may ask for a row."""
     tasks: list[str] = field(default_factory=list)
     """lm_eval: tasks or groups of lm-evaluation-harness, such as wmdp_bio or mmlu."""
     task_folder: Optional[str] = None

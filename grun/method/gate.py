@@ -19,6 +19,9 @@ GateBuilder = Callable[[int], "nn.Module | None"]
 
 GATES: Registry[GateBuilder] = Registry("gate")
 
+BY_MEANS = ("similarity", "condition")
+"""Gates whose direction follows from the means of prompts; see `grun.method.means`."""
+
 NOISE = 0.5
 """Standard deviation of what is added in training to the normalized state that a noisy gate reads."""
 
@@ -51,6 +54,24 @@ def mlp_5(hidden_size: int) -> nn.Module:
     return _layers(hidden_size, 1024, 512, 256, 64)
 
 
+@gate("similarity")
+def similarity(hidden_size: int) -> nn.Module:
+    """Cosine of a pooled state with the mean of forget prompts, less a threshold; nothing is trained.
+
+    Source: text-embedding gates such as GUARD-IT, arXiv 2605.12765, with the model's own early states as embedding.
+    """
+    return _normalized(hidden_size)
+
+
+@gate("condition")
+def condition(hidden_size: int) -> nn.Module:
+    """Cosine of a pooled state with a condition vector, the difference of forget and retain means, less a threshold.
+
+    Source: conditional activation steering (CAST), arXiv 2409.05907.
+    """
+    return _normalized(hidden_size)
+
+
 @gate("none")
 def none(hidden_size: int) -> None:
     """No gate: the edit always acts in full (plain ReFT)."""
@@ -60,6 +81,12 @@ def _layers(hidden_size: int, *widths: int, noise: float = 0.0) -> nn.Module:
     from grun.method.gating import LinearGate  # not above: names of gates are read without torch
 
     return LinearGate(hidden_size, *widths, noise=noise)
+
+
+def _normalized(hidden_size: int) -> nn.Module:
+    from grun.method.gating import LinearGate
+
+    return LinearGate(hidden_size, normalized=True)
 
 
 def set_bias(gate: nn.Module, value: float) -> None:

@@ -29,13 +29,15 @@ class Gate(nn.Module):
 
 
 class LinearGate(nn.Sequential, Gate):
-    """Linear layers with ReLU between; if noisy, on the normalized state, with noise added in training."""
+    """Linear layers with ReLU between, perhaps on the normalized state, to which noise may be added in training."""
 
-    def __init__(self, hidden_size: int, *widths: int, noise: float = 0.0) -> None:
+    def __init__(self, hidden_size: int, *widths: int, noise: float = 0.0, normalized: bool = False) -> None:
         """`widths` of the inner layers; `noise`, its standard deviation, comes with the normalization."""
         layers: list[nn.Module] = []
+        if noise or normalized:
+            layers = [nn.RMSNorm(hidden_size, eps=1e-6, elementwise_affine=False)]
         if noise:
-            layers = [nn.RMSNorm(hidden_size, eps=1e-6, elementwise_affine=False), GaussianNoise(noise)]
+            layers.append(GaussianNoise(noise))
         inputs = hidden_size
         for width in widths:
             layers += [nn.Linear(inputs, width), nn.ReLU()]

@@ -65,7 +65,7 @@ def choose_strength(features: Tensor, target: Tensor, units: Sequence[Hashable])
     By the balanced mean of log(1 + exp(-y f(x))); the smallest of equals. Once it has risen, larger values, which take
     longest, are not tried. Rows of one unit are left out together. ValueError with fewer than two units of a kind.
     """
-    order = {of_kind: _folds(target == of_kind, units) for of_kind in (True, False)}
+    order = {of_kind: folds(target == of_kind, units) for of_kind in (True, False)}
     fold = torch.where(target, order[True], order[False])
     present = [number for number in range(FOLDS) if bool((fold == number).any())]
     inside = torch.stack([fold != number for number in present])
@@ -136,7 +136,7 @@ def fit_parts(
         yield [Line(weight, float(bias - weight @ center)) for weight, bias in lines]
 
 
-def _folds(chosen: Tensor, units: Sequence[Hashable]) -> Tensor:
+def folds(chosen: Tensor, units: Sequence[Hashable]) -> Tensor:
     """Number of the fold of each row chosen, [rows]: units in turn, in an order of their own; -1 elsewhere."""
     there = sorted({unit for unit, one in zip(units, chosen.tolist(), strict=True) if one}, key=shuffled)
     if len(there) < 2:

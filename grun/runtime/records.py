@@ -49,6 +49,9 @@ class Share(TypedDict, total=False):
     questions: int
     gate: Numbers
     variants: Numbers
+    curve: "dict[str, Share]"
+    at_k: "dict[str, dict[str, Share]]"
+    floor: "Share"
     subjects: "dict[str, Share]"
 
 

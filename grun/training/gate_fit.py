@@ -10,11 +10,14 @@ from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import rms_norm
 
 from grun.config.options import MethodConfig
 from grun.data.encoding import EncodedRow, collate
 from grun.errors import ConfigError
+from grun.method.gate import BY_MEANS
 from grun.method.logistic import Line, choose_strength, conformal, fit, shuffled
+from grun.method.means import means_held_out
 from grun.method.model import GrunModel
 from grun.method.pooled_sites import PooledSites, pooled_in
 from pyvene_custom import find_blocks
@@ -57,8 +60,8 @@ class GateFit:
     """Distinct prompts that it was fitted to open on."""
     retain: int
     """The same that it was fitted to stay shut on."""
-    strength: float
-    """C, the inverse weight of the L2 penalty."""
+    strength: float | None
+    """C, the inverse weight of the L2 penalty; None: the gate follows from means."""
     recall: float
     """Share of the forget prompts that open it in fits that they were left out of, at the threshold in force."""
     false_positives: float
@@ -114,7 +117,7 @@ def fit_gate(
     method: MethodConfig,
     features_of: Callable[[Sequence[EncodedRow]], Tensor],
 ) -> GateFit:
-    """Fit the linear gate for all edits of `model` to tell prompts of `forget` from those of `retain`.
+    """Fit the one gate for all edits of `model` to tell prompts of `forget` from those of `retain`.
 
     `features_of` is `prompt_features` of the model, or what keeps them. Edits are skipped below a probability of 0.5;
     see `fit_line` for what that is.
@@ -125,7 +128,10 @@ def fit_gate(
     assert model.pooled is not None
     started = time.monotonic()
     sides = Sides.of(forget, retain)
-    line, result = fit_line(features_of(sides.rows), sides, method.false_positives)
+    features = features_of(sides.rows)
+    if method.gate in BY_MEANS:
+        features = rms_norm(features, features.shape[1:], eps=1e-6)  # as the gate does before its linear layer
+    line, result = fit_line(features, sides, method.false_positives, method.gate)
     model.keep_threshold(0.5, result.bound, result.calibration, result.recall)
     last = model.pooled.last_layer
     assert last is not None  # it is linear
@@ -147,8 +153,10 @@ def fit_gate(
     return result
 
 
-def fit_line(features: Tensor, sides: Sides, false_positives: float | None) -> tuple[Line, GateFit]:
-    """The gate for features of `sides`, float64 [rows, size], and how it was fitted.
+def fit_line(
+    features: Tensor, sides: Sides, false_positives: float | None, gate: str = "linear"
+) -> tuple[Line, GateFit]:
+    """The gate for features of `sides`, float64 [rows, size], and how it was fitted: by logistic regression or means.
 
     With `false_positives` a part of the retain units is set aside, with their copies, and the bias is such that a
     probability of 0.5 is the threshold that follows from those rows that are no copies.
@@ -161,8 +169,12 @@ def fit_line(features: Tensor, sides: Sides, false_positives: float | None) -> t
     aside = _set_aside(units[sides.opened :], false_positives)
     fitted = torch.tensor([unit not in aside for unit in units])
     chosen = [unit for unit, one in zip(units, fitted.tolist(), strict=True) if one]
-    strength, held_out = choose_strength(features[fitted], target[fitted], chosen)
-    line = fit(features[fitted], target[fitted], strength)
+    strength: float | None = None
+    if gate in BY_MEANS:
+        line, held_out = means_held_out(features[fitted], target[fitted], chosen, gate)
+    else:
+        strength, held_out = choose_strength(features[fitted], target[fitted], chosen)
+        line = fit(features[fitted], target[fitted], strength)
     threshold, bound = 0.0, None
     if false_positives is not None:
         asked = [unit in aside and not copied for unit, copied in zip(units, sides.copied, strict=True)]

@@ -114,6 +114,22 @@ def test_the_gate_is_the_fit_to_what_hooks_read_and_only_the_edit_is_trained(fol
     assert model.gate_threshold == 0.5
 
 
+@pytest.mark.parametrize("gate", ["similarity", "condition"])
+def test_a_gate_by_means_is_kept_with_a_threshold_of_rows_set_aside(folder: Path, gate: str) -> None:
+    options = ["method.action=refuse", "method.false_positives=0.2", "data.gate_copies=[lower_case]"]
+    assert main(run(folder, gate, f"method.gate={gate}", *options)) == 0
+    values, model = result(folder, gate)
+    about = values["gate_fit"]
+    assert (about["strength"], about["calibration"]) == (None, 3)
+    assert about["bound"] == pytest.approx(1 / 4) and model.gate_threshold == 0.5
+    aside = sorted(RETAIN, key=shuffled)[:3]
+    seen = states(folder, questions(aside))
+    seen = seen / seen.square().mean(dim=1, keepdim=True).sqrt()
+    weight, bias = (model.state_dict()[f"pooled.gate.1.{part}"].double() for part in ("weight", "bias"))
+    logits = seen @ weight[0] + bias
+    assert -1e-3 < logits.max() < 1e-3  # the highest of them is the threshold, in float32
+
+
 def test_another_seed_and_another_order_give_the_same_gate(folder: Path) -> None:
     assert main(run(folder, "first")) == 0
     write_rows(folder / "turned.jsonl", *rows_of(RETAIN)[::-1])

@@ -26,9 +26,10 @@ F = TypeVar("F", bound="type[Attack] | Ask")
 Advance = Callable[[int], None]
 """Called with the number of answers done since the last call."""
 
-Access = Literal["prompt", "decoding", "context", "weights", "read_out"]
-"""What an attacker needs: to write the prompt (or the start of the answer), to draw answers, to have written earlier in
-the conversation, to have the weights, or to read what the model computes (scores of given answers, hidden states)."""
+Access = Literal["prompt", "decoding", "search", "context", "weights", "read_out"]
+"""What an attacker needs: to write the prompt (or the start of the answer), to draw answers, to ask again and again, to
+have written earlier in the conversation, to have the weights, or to read what the model computes (scores of given
+answers, hidden states)."""
 KINDS: tuple[Access, ...] = get_args(Access)
 """The same, to choose attacks by."""
 
@@ -48,7 +49,9 @@ class Asked:
     rest: str | None = None
     """The answer without them; None: the whole completion."""
     samples: int = 0
-    """0: answered greedily; else so many answers are drawn at the config's attack_temperature."""
+    """0: answered greedily; else so many answers are drawn."""
+    temperature: float | None = None
+    """At which they are drawn; None: the config's attack_temperature."""
     variant: str = ""
     """Which of an attack's several ways this is, such as the suffix."""
 
@@ -71,6 +74,8 @@ class Outcome(NamedTuple):
     """One, or as many as were drawn."""
     leaks: list[float]
     """How much each of them gives back."""
+    curve: tuple[float, ...] = ()
+    """Of an attacker who searches, what he has after each query; the first number is that of the plain question."""
 
     @property
     def leak(self) -> float:
@@ -95,6 +100,8 @@ class Material:
     """Of every draw."""
     samples: int = 10
     """Answers drawn a prompt by attacks that draw."""
+    facts: Sequence[Row] = ()
+    """Rows with questions of every set, attacked or not, from which an attacker has clues."""
 
     def ask(self, row: Row, question: str | None = None, *turns: Turn, variant: str = "", samples: int = 0) -> Asked:
         """A question, by default the row's, in the model's template, after the row's earlier turns and `turns`."""
@@ -117,12 +124,18 @@ class Attack:
     """Data without which no row can be attacked so, for the message that says it is missing."""
     retention: bool = False
     """True: it is asked for retain and held-out rows and what comes back is good; else for forget rows."""
+    floor: bool = False
+    """True: rows that were never taught are asked for in the same way, which shows what guessing gives."""
     turn: tuple[str, int] | None = None
     """Attacks with the same name here take turns at one model, in the order of the numbers; None: it is alone."""
 
     def asked(self, row: Row, material: Material) -> list[Asked]:
         """Ways to ask for `row`, which has a question, by default that question; empty where it does not apply."""
         return [material.ask(row)]
+
+    def work(self, places: Sequence[Place], config: EvaluateConfig) -> int:
+        """How many answers `read` reports."""
+        return answers_at(places)
 
     def unfit(self, loaded: Loaded) -> str | None:
         """Why this model cannot be attacked so, as "needs ..."; None: it can."""
@@ -147,7 +160,7 @@ class Attack:
         """What comes back at each place; by default what the model writes, as `came_back` judges it.
 
         `model` is what the hook `model` gave, `places` (at least one) what `asked` gave for all rows. `advance` is
-        called with the number of answers done since the last call, of all `answers_at`.
+        called with the number of answers done since the last call, of all of `work`.
         """
         return next(write_answers([(self, [*places])], model, loaded, config, advance))
 
@@ -169,7 +182,11 @@ def write_answers(
 
     places = [place for _, own in planned for place in own]
     draws: list[list[Draw | None]] = [
-        [Draw(config.seed, number, config.attack_temperature) for number in range(place.asked.samples)] or [None]
+        [
+            Draw(config.seed, number, place.asked.temperature or config.attack_temperature)
+            for number in range(place.asked.samples)
+        ]
+        or [None]
         for place in places
     ]
     answers = iter(
@@ -194,7 +211,10 @@ def write_answers(
 
 ATTACKS: Registry[Attack] = Registry(
     "attack",
-    *(f"grun.evaluation.attacks.{module}" for module in ("prompts", "read_outs", "retention", "weights")),
+    *(
+        f"grun.evaluation.attacks.{module}"
+        for module in ("prompts", "facts", "search", "read_outs", "retention", "weights")
+    ),
     "grun.evaluation.attacks",
 )
 
@@ -215,7 +235,12 @@ class PromptAttack(Attack):
 
 
 def attack(
-    name: str, *, access: Access | None = None, needs: str | None = None, retention: bool = False
+    name: str,
+    *,
+    access: Access | None = None,
+    needs: str | None = None,
+    retention: bool = False,
+    floor: bool = False,
 ) -> Callable[[F], F]:
     """Return a decorator that registers an attack: a class of `Attack`, or a function that is its hook `asked`.
 
@@ -225,7 +250,7 @@ def attack(
     def make(value: type[Attack] | Ask) -> Attack:
         made = value() if isinstance(value, type) else PromptAttack(value)
         made.name, made.access, made.needs = name, access or made.access, needs or made.needs
-        made.retention = retention or made.retention
+        made.retention, made.floor = retention or made.retention, floor or made.floor
         return made
 
     return ATTACKS.register(name, make)

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from math import comb
 from typing import Any
 
 from grun.evaluation.attacks.base import Outcome
 from grun.evaluation.metrics import OPEN
 from grun.evaluation.metrics.averages import mean, wilson
+
+MARKS = (0, 1, 2, 5, 10, 20, 50, 100, 200, 500, 1000)
+"""Queries after which a curve has a point; its last query is one too."""
 
 
 def by_attack(outcomes: Iterable[Outcome]) -> dict[str, list[Outcome]]:
@@ -23,14 +27,53 @@ def leak_of(outcomes: Sequence[Outcome]) -> dict[str, Any]:
     rows = _by_row(outcomes)
     variants: dict[str, list[float]] = {}
     for one in outcomes:
-        variants.setdefault(one.place.asked.variant, []).append(one.leak)
+        if not one.curve:  # of a search each row ends at a way of its own
+            variants.setdefault(one.place.asked.variant, []).append(one.leak)
     return {
         "access": outcomes[0].attack.access,
         **average([sum(leaks) / len(leaks) for leaks in rows], "leak"),
         "worst": mean([max(leaks) for leaks in rows]),
         **({"variants": {name: mean(leaks) for name, leaks in variants.items()}} if len(variants) > 1 else {}),
+        **curve_of([one.curve for one in outcomes]),
+        **best_of_k([one for one in outcomes if len(one.leaks) > 1]),
         **_gate(outcomes),
     }
+
+
+def curve_of(curves: Sequence[Sequence[float]]) -> dict[str, Any]:
+    """By number of queries the mean leak over rows, with its interval; nothing without curves.
+
+    A row whose search ended early keeps what it had.
+    """
+    last = max(map(len, curves)) - 1
+    if last < 0:
+        return {}
+    marks = [*(mark for mark in MARKS if mark < last), last]
+    at = {mark: [curve[min(mark, len(curve) - 1)] for curve in curves] for mark in marks}
+    return {"curve": {str(mark): average(leaks, "leak") for mark, leaks in at.items()}}
+
+
+def best_of_k(outcomes: Sequence[Outcome]) -> dict[str, Any]:
+    """By variant ("all" where there is one) and k = 1, 2, 4, ... the leak of the best of k drawn answers (leak@k)."""
+    ways: dict[str, list[list[float]]] = {}
+    for one in outcomes:
+        ways.setdefault(one.place.asked.variant or "all", []).append(one.leaks)
+    found = {}
+    for way, rows in ways.items():
+        most = min(map(len, rows))
+        counts = [*(2**power for power in range(most.bit_length()) if 2**power < most), most]
+        found[way] = {str(k): average([best_of(leaks, k) for leaks in rows], "leak") for k in counts}
+    return {"at_k": found} if found else {}
+
+
+def best_of(leaks: Sequence[float], k: int) -> float:
+    """Expected largest of `k` of the drawn `leaks`, without bias: the mean over all choices of k of them.
+
+    With leaks of 0 and 1, c of n being 1, it is 1 - C(n - c, k) / C(n, k).
+
+    Source: Chen et al. 2021, arXiv 2107.03374, eq. 1, for numbers that need not be 0 or 1.
+    """
+    return sum(leak * comb(below, k - 1) for below, leak in enumerate(sorted(leaks))) / comb(len(leaks), k)
 
 
 def worst_of(outcomes: Sequence[Outcome]) -> dict[str, Any]:

@@ -39,6 +39,8 @@ PLAIN = "plain"
 """The attack that is none."""
 FORGET = ("forget",)
 KEPT = ("retain", "heldout")
+FLOOR = ("unknown",)
+"""Rows that were never taught."""
 """Sets of which retention is measured."""
 ROLE_OF = {"forget": "forget", "retain": "neighbor", "heldout": "general"}
 """What multiple-choice questions of a set are about. General ones stand where held-out rows do, since they have nothing
@@ -54,7 +56,9 @@ class AttackSuite(Suite):
         attacks: by name: access, leak (mean over rows of the mean over an attack's ways of asking; of drawn answers
             the best), its interval (95 %, Wilson) and rows, worst (mean over rows of the worst way), where there are
             several ways variants (the leak of each), for a model with gates gate: at the last token of what is asked
-            the mean, the share of rows whose mean over blocks is open, open, and that with any block open, open_any.
+            the mean, the share of rows whose mean over blocks is open, open, and that with any block open, open_any. Of
+            a search curve: leak and interval by number of queries, 0 the plain question; and floor, the same of rows
+            that were never taught, where there are such.
         worst_of_prompts, worst: leak (mean over rows of the largest under any attack), interval, rows. The former is
             over attacks that write the prompt alone, the latter over prefilled and drawn answers too.
         retention: by attack and set: kept, interval, rows, gate. Held-out rows, or else retain rows, are asked as
@@ -70,12 +74,13 @@ class AttackSuite(Suite):
     def __init__(self, config: EvaluateConfig, asking: Mapping[str, list[Row]] | None = None) -> None:
         """Attack config.attack_rows rows of each set, evenly spaced.
 
-        `asking` are rows with questions by set, forget, retain and heldout; None: those that `config.data` names.
+        `asking` are rows with questions by set: forget, retain, heldout and, if there are such, unknown; None: those
+        that `config.data` names.
         """
         super().__init__(config)
         asking = attacked_sets(config.data) if asking is None else asking
         self.others = asking["heldout"] or asking["retain"]
-        self.retain = asking["retain"]
+        self.retain, self.facts = asking["retain"], [row for rows in asking.values() for row in rows]
         self.rows, self.unread = {}, {}
         for name, rows in asking.items():
             chosen = evenly_spaced(rows, config.attack_rows)
@@ -98,7 +103,9 @@ class AttackSuite(Suite):
             "retain": hash_rows(self.retain),
             "template": self.template(loaded).to_dict(),
             "attacks": [attack.name for attack in self.attacks],
+            "facts": hash_rows(self.facts),
             "samples": config.attack_samples,
+            "queries": config.attack_queries,
             "temperature": config.attack_temperature,
             "seed": config.seed,
             "max_new_tokens": config.max_new_tokens,
@@ -109,16 +116,20 @@ class AttackSuite(Suite):
         planned, left_out = self._planned(loaded)
         leaks: list[Outcome] = []
         kept: list[Outcome] = []
+        floors: list[Outcome] = []
         for (_, places), found in zip(planned, self._outcomes(planned, loaded), strict=True):
-            (kept if places[0].set in KEPT else leaks).extend(found)
+            (kept if places[0].set in KEPT else floors if places[0].set in FLOOR else leaks).extend(found)
+        attacks = {name: leak_of(found) for name, found in by_attack(leaks).items()}
+        for name, found in by_attack(floors).items():
+            attacks[name]["floor"] = leak_of(found)
         results = {
-            "attacks": {name: leak_of(found) for name, found in by_attack(leaks).items()},
+            "attacks": attacks,
             **worst_of(leaks),
             "retention": self._retention(kept, loaded),
             "left_out": left_out,
             "unread": self.unread,
         }
-        return Measured(results, {ATTACKS_FILE: [_line(one, loaded.tokenizer) for one in leaks + kept]})
+        return Measured(results, {ATTACKS_FILE: [_line(one, loaded.tokenizer) for one in leaks + kept + floors]})
 
     def _retention(self, kept: list[Outcome], loaded: Loaded) -> dict[str, Any]:
         """What comes back of rows that are to be kept, and at how many of them gates open."""
@@ -154,6 +165,8 @@ class AttackSuite(Suite):
                     f"the attack {attack.name} needs {attack.needs}; data.name={self.config.data.name} has none here, "
                     "so leave it out of attacks=[...]"
                 )
+        floors = [(attack, self._places(attack, material, FLOOR)) for attack, _ in planned if attack.floor]
+        planned += [(attack, places) for attack, places in floors if places]
         if any(attack.retention for attack, _ in planned):
             sets = ("heldout",) if self.rows["heldout"] else ("retain",)
             plain = ATTACKS.get(PLAIN)
@@ -173,13 +186,14 @@ class AttackSuite(Suite):
             retain=self.retain,
             seed=self.config.seed,
             samples=self.config.attack_samples,
+            facts=self.facts,
         )
 
     def _places(self, attack: Attack, material: Material, sets: tuple[str, ...]) -> list[Place]:
         return [
             Place(name, number, asked)
             for name in sets
-            for number, row in enumerate(self.rows[name])
+            for number, row in enumerate(self.rows.get(name, ()))
             for asked in attack.asked(row, material)
         ]
 
@@ -214,16 +228,16 @@ class AttackSuite(Suite):
             for attack, places in group:
                 with self.enough_memory(f"the attack {attack.name}"):
                     model = next(models)
-                    with progress(attack.name, answers_at(places)) as advance:
+                    with progress(attack.name, attack.work(places, self.config)) as advance:
                         outcomes = attack.read(model, places, loaded, self.config, advance)
                 yield outcomes
 
 
 def chosen_attacks(names: Sequence[str]) -> list[Attack]:
-    """The attacks of these names and kinds of access; of no name every one but those that need the weights."""
+    """The attacks of these names and kinds of access; of no name all but those that search or need the weights."""
     attacks = [ATTACKS.get(name) for name in ATTACKS.names()]
     if not names:
-        return [attack for attack in attacks if attack.access != "weights"]
+        return [attack for attack in attacks if attack.access not in ("weights", "search")]
     found: dict[str, Attack] = {}
     for name in names:
         some = [attack for attack in attacks if attack.access == name] if name in KINDS else [ATTACKS.get(name)]
@@ -245,6 +259,7 @@ def _line(one: Outcome, tokenizer: Any) -> dict[str, Any]:
         "leak": one.leak,
         "gates": one.answers[0].gates,
     }
+    line |= {"curve": one.curve} if one.curve else {}
     return line | {"texts": texts, "leaks": one.leaks} if asked.samples else line
 
 
@@ -252,7 +267,7 @@ def _line(one: Outcome, tokenizer: Any) -> dict[str, Any]:
 
 
 def attacked_sets(config: DataConfig) -> dict[str, list[Row]]:
-    """Rows with questions by set (forget, retain, heldout); only forget has rows for certain.
+    """Rows with questions by set (forget, retain, heldout, unknown); only forget has rows for certain.
 
     They are the corpus's own, or, where its forget set asks nothing, multiple-choice questions, asked openly.
 
@@ -262,7 +277,8 @@ def attacked_sets(config: DataConfig) -> dict[str, list[Row]]:
     """
     if config.name not in TEXTS:
         sets = load_corpus(config).sets()
-        asking = {name: [row for row in sets.get(name, []) if row.prompt is not None] for name in ROLE_OF}
+        names = [*ROLE_OF, *(name for name in FLOOR if name in sets)]
+        asking = {name: [row for row in sets.get(name, []) if row.prompt is not None] for name in names}
         if asking["forget"]:
             return asking
     if config.name != "lore" and not config.questions.forget:

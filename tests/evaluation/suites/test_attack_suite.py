@@ -88,7 +88,7 @@ def test_every_row_and_way_is_a_line_and_every_number_follows_from_the_lines(
     assert result == json.loads((out / "evaluation.json").read_text())
     assert result["suite"] == "attacks" and bool(result["identity"]["adapter"]) == (adapter is not None)
     asked = [ATTACKS.get(name) for name in ATTACKS.names()]
-    leaking = [attack.name for attack in asked if not attack.retention and attack.access != "weights"]
+    leaking = [attack.name for attack in asked if not attack.retention and attack.access not in ("weights", "search")]
     assert set(result["attacks"]) | set(result["left_out"]) == set(leaking)
     largest: dict[int, float] = {}
     for name, found in result["attacks"].items():
@@ -215,7 +215,7 @@ def test_an_attack_without_its_data_is_left_out_unless_it_is_named(taught: Path,
         (["read_out"], ["recognition", "logit_lens", "linear_probe"]),
         (["samples", "read_out", "recognition"], ["samples", "recognition", "logit_lens", "linear_probe"]),
         (["decoding"], ["samples"]),
-        ([], [name for name in ATTACKS.names() if ATTACKS.get(name).access != "weights"]),
+        ([], [name for name in ATTACKS.names() if ATTACKS.get(name).access not in ("weights", "search")]),
     ],
 )
 def test_attacks_are_chosen_by_name_or_by_what_they_need(chosen: list[str], expected: list[str]) -> None:

@@ -43,7 +43,7 @@ class TooLowError(RunError):
 
 
 LISTED = 300
-"""Characters up to which known names are listed."""
+"""Characters up to which known names are listed where they stand somewhere else too."""
 
 
 def unknown_name(kind: str, name: str, known: list[str], whole: str = "") -> str:
@@ -60,9 +60,6 @@ def unknown_name(kind: str, name: str, known: list[str], whole: str = "") -> str
     near = near or [last[part] for part in difflib.get_close_matches(name.rpartition(".")[2], [*last], n=1)]
     hint = f"did you mean {near[0]!r}? " if near else ""
     names = ", ".join(sorted(known)) or "none"
-    if len(names) <= LISTED:
-        return f"unknown {kind} {name!r}: {hint}known: {names}"
-    if whole:
+    if whole and len(names) > LISTED:
         return f"unknown {kind} {name!r}: {hint}{whole} lists all {len(known)}"
-    first = names[:LISTED].rpartition(", ")[0]
-    return f"unknown {kind} {name!r}: {hint}known: {first} and {len(known) - first.count(', ') - 1} more"
+    return f"unknown {kind} {name!r}: {hint}known: {names}"

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# ruff, mypy and the tests, about 8 minutes on two cores. Stops at the first that fails.
+# ruff, mypy and the tests, about 9 minutes on two cores. Stops at the first that fails.
 #
 #   bash cmd_test.sh                               all three
 #   bash cmd_test.sh tests/test_x.py -k name       pytest alone, with these arguments

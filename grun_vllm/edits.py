@@ -293,16 +293,16 @@ class Edits:
         rows = step.index(where)
         counts = [len(group.names) for group in groups]
         everywhere = where == "all"
-        parts_in_force, masks = [], []
+        of_rows = step.sequences_of if everywhere else step.sequences_of[rows]
+        logits, masks = [], []
         for group, values, count in zip(groups, opened, counts, strict=True):
             if asked_once(group.kind):
-                values = values[step.sequences_of[rows]]
+                values = values[of_rows]
             elif not everywhere:
                 values = values[rows]
-            parts_in_force.append(values)
+            logits.append(values)
             masks.append(step.within(where_written(group.kind), where).unsqueeze(1).expand(-1, count))
-        in_force = parts_in_force[0] if len(groups) == 1 else torch.cat(parts_in_force, dim=1)
-        mask = masks[0] if len(groups) == 1 else torch.cat(masks, dim=1)
+        in_force, mask = torch.cat(logits, dim=1), torch.cat(masks, dim=1)
         if (is_open := enough(groups, in_force, self.found.threshold)) is not None:
             mask = mask & is_open
             if not bool(mask.any()):

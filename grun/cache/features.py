@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -40,11 +41,11 @@ def kept_features(
     """
     pooled = model.pooled
     assert pooled is not None
-    reset_ids = list(model.config.reset_ids)
+    ids: dict[str, Any] = {"reset_ids": list(model.config.reset_ids)}
+    if model.rule.keywords:
+        ids["keyword_ids"] = model.config.keyword_ids
     budget = bytes_of("cache.memory_budget", config.cache.memory_budget)
-    store = store_of(
-        model.base, config, CODE, use, gate_blocks=list(pooled.blocks), gate_pool=pooled.pool, reset_ids=reset_ids
-    )
+    store = store_of(model.base, config, CODE, use, gate_blocks=list(pooled.blocks), gate_pool=pooled.pool, **ids)
 
     def features(rows: Sequence[EncodedRow]) -> Tensor:
         prompts = [EncodedRow(row.prompt_ids, ()) for row in rows]

@@ -36,6 +36,7 @@ from grun.loading.models import context_length, load_base
 from grun.method.actions import EDIT
 from grun.method.adapter import CONFIG_FILE, STACK_FILE, WEIGHTS_FILE
 from grun.method.fingerprint import fingerprint
+from grun.method.gate import KEYWORDS
 from grun.method.gated import Grun
 from grun.method.model import resolve_blocks
 from grun.method.parametrization import PARAMETRIZATIONS, Parametrization, traits_of
@@ -47,6 +48,7 @@ from grun.runtime.memory import peak_memory_bytes
 from grun.runtime.runs import claim, identity, open_run
 from grun.training.gate_fit import GateFit, Prompts, fit_gate
 from grun.training.gate_prompts import GatePrompts, check_given, collect, copies, sides
+from grun.training.keywords import keywords, spelled
 from grun.training.recomputation import recompute_blocks
 from grun.training.step_log import Look
 from grun.training.train import TrainResult, train
@@ -131,7 +133,9 @@ def prepare(
         if method.blocks is None:
             sources = sources and {**sources, "method.blocks": "default"}
         method = replace(method, blocks=[*resolve_blocks(method.blocks, depth)])
-    if method.gate_blocks is not None:
+    if method.gate == KEYWORDS:  # which reads none, and remembers whether there was one
+        method = replace(method, gate_blocks=[0], gate_pool="max")
+    elif method.gate_blocks is not None:
         method = replace(method, gate_blocks=[*resolve_blocks(method.gate_blocks, depth, "gate_blocks")])
     config = replace(config, method=method, sources=sources)
     quirks = quirks_in_force(config)
@@ -179,6 +183,8 @@ def _task(run: Unlearning) -> UnlearnTask:
         parametrization.answer_ids = refusal
     else:
         check_blocks(run.objective, config.method, run.depth, later_edits="rmu_hidden_state_index" in run.quirks)
+    if isinstance(parametrization, Grun) and config.method.gate == KEYWORDS:
+        parametrization.keyword_ids = spelled(keywords(config, run.corpus), run.tokenizer)
     run.parameters["base"] = sum(parameter.numel() for parameter in base.parameters())
     torch.manual_seed(config.seed)
     parametrization.prepare(base, run.template, turn_ids=user_turn_ids(run.template, run.tokenizer))
@@ -374,6 +380,8 @@ def check_rows(corpus: Corpus, config: UnlearnConfig) -> None:
             "design=published, or give rows with questions"
         )
     check_given(data)
+    if config.method.gate == KEYWORDS:
+        keywords(config, corpus)
     if fitted and not corpus.retain and data.augment.forget_copies and not data.gate_copies:
         raise ConfigError("there are no retain rows to copy; set data.augment.forget_copies and retain_copies to 0")
     if are_texts(corpus.forget) and "refusal" in objective.continuations:

@@ -24,7 +24,10 @@ from grun.errors import ConfigError, unknown_name
 from grun.runtime import processes
 from grun.runtime.reading import kind_of
 
-WORDS = ("note", "template", "system_prompt", "suffixes", "category", "subject", "subjects", "neighbors")
+WORDS = (
+    *("note", "template", "system_prompt", "suffixes", "category", "subject", "subjects", "neighbors"),
+    "gate_keywords",
+)
 """Options that hold words, not paths, wherever they stand."""
 
 QUIRKS = {

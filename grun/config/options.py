@@ -379,9 +379,11 @@ class MethodConfig:
     """gate_blocks: how their states are pooled over the tokens so far: last (none), max, maxmin (both ends) or mean."""
     gate_fit: str = choice("joint", "joint", "logistic")
     """joint: trained with the edit (published); logistic: one gate_blocks gate, fitted first, by itself: linear by
-    logistic regression, similarity and condition from means of prompts."""
+    logistic regression, similarity and condition from means of prompts, keywords from names."""
     false_positives: Optional[float] = number(None, 0, 1, above=True, below=True)
     """logistic: largest share of rows to keep that may open the gate; a quarter of them is set aside; unset: any."""
+    gate_keywords: list[str] = field(default_factory=list)
+    """gate=keywords: what opens it, such as [Japan,Tokyo]; unset: data.subjects, or the benchmark's names."""
     gate_read: str = "last_prompt"
     """Positions the gate reads (of a pooled one: is asked at): last_prompt (published) or every_token."""
     gate_accumulate: str = "none"

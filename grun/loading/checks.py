@@ -14,7 +14,7 @@ from grun.errors import ConfigError
 from grun.loading.named import refuse_revision
 from grun.method.actions import ACTIONS, EDIT
 from grun.method.edits import EDITS
-from grun.method.gate import BY_MEANS, GATES
+from grun.method.gate import GATES, KEYWORDS, UNTRAINED
 from grun.method.parametrization import PARAMETRIZATIONS, traits_of
 from grun.method.rules import check_pool, check_rule, check_shares
 from grun.objectives.objective import Objective, build_objective
@@ -95,11 +95,12 @@ def check_fit(config: UnlearnConfig) -> None:
         raise ConfigError(
             f"data.subject_kind={data.subject_kind} says what data.subjects are; name some, or leave it out"
         )
-    fitted = ("linear", *BY_MEANS)
+    if method.gate_keywords and method.gate != KEYWORDS:
+        raise ConfigError(f"method.gate_keywords are for method.gate={KEYWORDS}; set that, or leave them out")
     if method.gate_fit == "joint":
-        if method.gate in BY_MEANS:
+        if method.gate in UNTRAINED:
             raise ConfigError(
-                f"method.gate={method.gate} follows from means of prompts and is not trained: set design=pooled, or "
+                f"method.gate={method.gate} follows from prompts or keywords and is not trained: set design=pooled, or "
                 "method.gate_fit=logistic"
             )
         given: dict[str, Any] = {"method.false_positives": method.false_positives}
@@ -109,10 +110,10 @@ def check_fit(config: UnlearnConfig) -> None:
             if value is not None:
                 raise ConfigError(f"{name}={value} is for method.gate_fit=logistic; set that, or leave it out")
         return
-    if method.gate_blocks is None or method.gate not in fitted or method.gate_read != "last_prompt":
+    if method.gate_blocks is None or method.gate not in ("linear", *UNTRAINED) or method.gate_read != "last_prompt":
         raise ConfigError(
             "method.gate_fit=logistic fits one linear gate for all edits, asked at the end of the prompt: set "
-            f"method.gate_blocks, method.gate=linear (or {' or '.join(BY_MEANS)}) and method.gate_read=last_prompt"
+            f"method.gate_blocks, method.gate=linear (or {', '.join(UNTRAINED)}) and method.gate_read=last_prompt"
         )
     if method.gate_bias is not None:
         raise ConfigError("method.gate_bias has no effect with method.gate_fit=logistic, which sets it; leave it out")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import logging
 import os
@@ -20,7 +21,7 @@ from grun.data.templates import Template
 from grun.errors import AdapterError, ConfigError
 from grun.method.actions import ACTIONS, EDIT
 from grun.method.edits import EDITS, LOREFT
-from grun.method.gate import GATES
+from grun.method.gate import GATES, KEYWORDS
 from grun.method.rules import POOLS, check_gate_blocks, check_pool, check_rule
 from grun.runtime.files import read_json
 from grun.runtime.reading import decode, parse_json, typed
@@ -91,6 +92,8 @@ class AdapterConfig:
     written where it is the published one."""
     answer_ids: list[int] = field(default_factory=list)
     """Token ids of the refusal that another action gives, its end included."""
+    keyword_ids: list[list[int]] = field(default_factory=list)
+    """Sequences of token ids that open a gate by keywords; not written where there are none."""
     reset_ids: list[int] = field(default_factory=list)
     """Token ids that begin a user's turn, where what gates accumulate or pool starts again; empty: nowhere."""
     base_model_name_or_path: str | None = None
@@ -112,6 +115,8 @@ class AdapterConfig:
     @property
     def gate_size(self) -> int:
         """Numbers that a gate reads."""
+        if self.gate == KEYWORDS:
+            return 1
         if self.gate_blocks is None:
             return self.hidden_size
         return len(self.gate_blocks) * POOLS[self.gate_pool] * self.hidden_size
@@ -120,7 +125,7 @@ class AdapterConfig:
         """What is saved; trackers that Trainer reports to ask."""
         later = ("gate_blocks", "gate_threshold", "gate_bound", "gate_calibration", "gate_recall")
         published: list[tuple[str, Any]] = [("edit", LOREFT), *((name, None) for name in later)]
-        published += [("action", EDIT), ("answer_ids", [])]
+        published += [("action", EDIT), ("answer_ids", []), ("keyword_ids", [])]
         values = {one.name: getattr(self, one.name) for one in fields(AdapterConfig)}
         values = {name: value for name, value in values.items() if (name, value) not in published}
         if self.gate_blocks is None:
@@ -190,6 +195,7 @@ class AdapterConfig:
             self._check_blocks("gate_blocks", self.gate_blocks)
             if self.blocks:
                 check_gate_blocks(self.gate_blocks, self.blocks)
+        self._check_keywords()
         if self.activation is not None:
             from transformers.activations import ACT2FN
 
@@ -207,6 +213,17 @@ class AdapterConfig:
         )
         ids = bool(self.answer_ids) and all(0 <= token < LARGEST_ID for token in self.answer_ids)
         _require(ids, f"action={self.action} needs answer_ids, the token ids of a refusal; they are {self.answer_ids}")
+
+    def _check_keywords(self) -> None:
+        """A gate by keywords has some, and is one for all edits that remembers whether there was one."""
+        if self.gate != KEYWORDS:
+            _require(not self.keyword_ids, f"keyword_ids are for gate={KEYWORDS}; there must be none")
+            return
+        pooled = (self.gate_blocks, self.gate_pool) == ([0], "max")
+        _require(pooled, f"gate={KEYWORDS} reads no states, and is asked once: set gate_blocks=[0] and gate_pool=max")
+        ids = [token for one in self.keyword_ids for token in one]
+        fine = bool(self.keyword_ids) and all(self.keyword_ids) and all(0 <= token < LARGEST_ID for token in ids)
+        _require(fine, f"gate={KEYWORDS} needs keyword_ids, the token ids of each keyword, 0 or more, at least one")
 
     def _check_blocks(self, name: str, blocks: list[int]) -> None:
         inside = bool(blocks) and all(0 <= block < self.depth for block in blocks)
@@ -292,11 +309,12 @@ def check_fits(config: AdapterConfig, hidden_size: int, depth: int, vocabulary: 
             f"{folder}: made for hidden size {config.hidden_size} and {config.depth} blocks, this base has hidden size "
             f"{hidden_size} and {depth} blocks; it was trained on {config.base_model_name_or_path}"
         )
-    if beyond := [token for token in config.answer_ids if token >= vocabulary]:
-        raise AdapterError(
-            f"{folder}: answer_ids {beyond} are beyond the {vocabulary} token ids of this base; it was made for "
-            f"{config.base_model_name_or_path}"
-        )
+    for name, ids in (("answer_ids", config.answer_ids), ("keyword_ids", itertools.chain(*config.keyword_ids))):
+        if beyond := [token for token in ids if token >= vocabulary]:
+            raise AdapterError(
+                f"{folder}: {name} {beyond} are beyond the {vocabulary} token ids of this base; it was made for "
+                f"{config.base_model_name_or_path}"
+            )
     if beyond := [token for token in config.reset_ids if token >= vocabulary]:
         raise AdapterError(
             f"{folder}: reset_ids {beyond} are beyond the {vocabulary} token ids of this base, so turns would not be "

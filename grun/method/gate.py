@@ -22,6 +22,12 @@ GATES: Registry[GateBuilder] = Registry("gate")
 BY_MEANS = ("similarity", "condition")
 """Gates whose direction follows from the means of prompts; see `grun.method.means`."""
 
+KEYWORDS = "keywords"
+"""The gate that reads token ids, and no states."""
+
+UNTRAINED = (*BY_MEANS, KEYWORDS)
+"""Gates that are set and never trained."""
+
 NOISE = 0.5
 """Standard deviation of what is added in training to the normalized state that a noisy gate reads."""
 
@@ -70,6 +76,12 @@ def condition(hidden_size: int) -> nn.Module:
     Source: conditional activation steering (CAST), arXiv 2409.05907.
     """
     return _normalized(hidden_size)
+
+
+@gate(KEYWORDS)
+def keywords(size: int) -> nn.Module:
+    """Open where the user's turn holds one of a list of keywords, as token sequences; nothing is trained."""
+    return _layers(size)
 
 
 @gate("none")

@@ -39,6 +39,8 @@ class Grun:
         self.dropout_on_hidden = dropout_on_hidden
         self.answer_ids: Sequence[int] = ()
         """Token ids of the refusal of another action than edit; to be set before `prepare`."""
+        self.keyword_ids: Sequence[Sequence[int]] = ()
+        """The same of keywords that open the gate `keywords`."""
 
     @classmethod
     def make(cls, config: UnlearnConfig, quirks: Sequence[str]) -> Self:
@@ -65,6 +67,7 @@ class Grun:
             **{option: getattr(self.config, option) for option in OPTIONS},
             dropout_on_hidden=self.dropout_on_hidden,
             answer_ids=self.answer_ids,
+            keyword_ids=self.keyword_ids,
             reset_ids=turn_ids if resets else (),
             template=template,
             beside=beside,

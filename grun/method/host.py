@@ -308,6 +308,8 @@ class EditedModel(nn.Module):
             if prompt_lengths is not None:
                 raise ModelError("prompt_lengths needs input_ids or inputs_embeds of the same call")
             return "further in", kwargs
+        if self.rule.keywords and ids is None:
+            raise ModelError("a gate by keywords reads token ids, and this pass has embeddings alone; give input_ids")
         refuse_packed(inputs, kwargs)
         cache = kwargs.get("past_key_values")
         refuse_other_state(kwargs)

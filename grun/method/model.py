@@ -81,6 +81,7 @@ class GrunModel(EditedModel):
             config.reset_ids,
             pooled=pooled is not None,
             counts=config.action != EDIT,
+            keywords=config.keyword_ids,
         )
         if beside is not None:
             if pooled is not None or beside.pooled is not None:
@@ -128,6 +129,7 @@ class GrunModel(EditedModel):
         gate_pool: str = "last",
         action: str = EDIT,
         answer_ids: Sequence[int] = (),
+        keyword_ids: Sequence[Sequence[int]] = (),
         reset_ids: Sequence[int] = (),
         template: Template | None = None,
         beside: GrunStack | None = None,
@@ -152,6 +154,7 @@ class GrunModel(EditedModel):
             gate_pool: how that gate pools states over the tokens so far: last, max, maxmin or mean.
             action: name in `grun.method.actions.ACTIONS`; another one than edit has no edits, so `blocks` do not count.
             answer_ids: token ids of the refusal that it gives, its end included.
+            keyword_ids: sequences of token ids that open the gate `keywords`.
             reset_ids: token ids that begin a user's turn, where a running maximum or a pool starts again.
             template: prompt template to store with the adapter.
             beside: other requests on this base, unwrapped, whose edits stay in force; they are not saved with this one.
@@ -164,7 +167,7 @@ class GrunModel(EditedModel):
             **of_base(base, action, blocks, gate_blocks), action=action, rank=rank, gate=gate, edit=edit,
             gate_bias=gate_bias, dropout=dropout, dropout_on_hidden=dropout_on_hidden, activation=activation,
             gate_read=gate_read, gate_accumulate=gate_accumulate, edit_write=edit_write, gate_pool=gate_pool,
-            answer_ids=list(answer_ids), reset_ids=list(reset_ids),
+            answer_ids=list(answer_ids), keyword_ids=[*map(list, keyword_ids)], reset_ids=list(reset_ids),
         )  # fmt: skip
         return cls(base, config, template, beside)
 

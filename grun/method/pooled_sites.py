@@ -31,6 +31,8 @@ class PooledSites(Sites):
     features: dict[tuple[int, str], Tensor] = field(default_factory=dict)
     """By block and pool, features where gates are asked, [batch, positions read, feature size]."""
 
+    spelled: Tensor | None = None
+    """Of a gate by keywords, at which columns one ends, bool [batch, columns, 1]: what it reads in place of states."""
     places: Tensor | None = None
     """Tokens between each column and the last one of the prompt before it, 0 there and -1 where none has ended, int64
     [batch, columns]; None: nobody asks."""
@@ -42,7 +44,11 @@ class PooledSites(Sites):
     """Of several gates, by what tells them apart, their logits there and those in force."""
 
     def take(self, block: int, hidden: Tensor, pool: str) -> None:
-        """Pool what a block gives, [batch, columns, hidden size], once for all gates that pool it so."""
+        """Pool what a block gives, [batch, columns, hidden size], once for all gates that pool it so.
+
+        What is spelled takes its place as a state of one number, 1 or 0, which its root mean square leaves as it is.
+        """
+        hidden = hidden if self.spelled is None else self.spelled.to(hidden)
         self.states[block] = hidden
         if not self.read.shape[1] or (block, pool) in self.features:
             return

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any, Literal
 from weakref import WeakSet
 
@@ -23,6 +24,8 @@ from pyvene_custom.sites import Sites
 
 Changes = Literal["last_prompt", "from_last_prompt", "every_token"]
 """Tokens of a row at which an edit or a gate acts: the last of the prompt, it and those after it, or any."""
+ANY = -2
+"""Stands for any token, and is the id of none."""
 SHUT = -1000.0
 """What is added to a score that is masked is below this, whoever made the mask."""
 
@@ -228,6 +231,8 @@ class PositionRule:
     """Whether one gate for all edits reads states pooled over the tokens so far; `read` is where it is asked."""
     counts: bool = False
     """With `pooled` and sticky: whether tokens are counted from the last one of the prompt on."""
+    keywords: tuple[tuple[int, ...], ...] = ()
+    """With `pooled`: sequences of ids at whose ends a gate by keywords opens; empty: it reads states."""
 
     @property
     def changes(self) -> Changes:
@@ -263,6 +268,8 @@ class PositionRule:
             return sites
         number = torch.zeros_like(columns) if resets is None else resets.long().cumsum(dim=1)
         found = PooledSites(**vars(sites), turns=torch.where(counts, number, -1), memory=call.pooled)
+        if self.keywords and call.ids is not None:
+            found.spelled = _ended(call, self.keywords).unsqueeze(2)
         if self.counts:
             found.places, found.answered = _places(call, last, written), written
             found.logits_to_keep = call.logits_to_keep
@@ -279,16 +286,30 @@ class PositionRule:
     def _resets(self, call: Call) -> Tensor | None:
         if not self.reset or call.ids is None:
             return None
-        ids = call.ids.to(call.device).masked_fill(~attended(call), -1)  # what is masked begins nothing
-        count = len(self.reset) - 1
-        before = ids.new_full((call.rows, count), -1)
-        if count and call.earlier is not None and (known := call.earlier[:, -count:]).shape[1]:
-            before[:, count - known.shape[1] :] = known.to(call.device)
-        joined = torch.cat((before, ids), dim=1)
-        found = torch.ones(call.rows, call.columns, dtype=torch.bool, device=call.device)
-        for place, token in enumerate(self.reset):
-            found &= joined[:, place : place + call.columns] == token
-        return found
+        return _ended(call, (tuple(self.reset),))
+
+
+def _ended(call: Call, sequences: tuple[tuple[int, ...], ...]) -> Tensor:
+    """Columns at which one of `sequences` of ids ends, of this pass and those before it: bool [rows, columns]."""
+    assert call.ids is not None
+    ids = call.ids.to(call.device).masked_fill(~attended(call), -1)  # what is masked is part of none
+    wanted = _from_behind(sequences, call.device)  # [longest, sequences]
+    count = len(wanted) - 1
+    before = ids.new_full((call.rows, count), -1)
+    if count and call.earlier is not None and (known := call.earlier[:, -count:]).shape[1]:
+        before[:, count - known.shape[1] :] = known.to(call.device)
+    joined = torch.cat((before, ids), dim=1).unsqueeze(2)
+    found = joined[:, count:] == wanted[0]  # [rows, columns, sequences]
+    for place in range(1, count + 1):
+        found &= (joined[:, count - place : -place] == wanted[place]) | (wanted[place] == ANY)
+    return found.any(dim=2)
+
+
+@lru_cache(maxsize=64)
+def _from_behind(sequences: tuple[tuple[int, ...], ...], device: torch.device) -> Tensor:
+    """Ids of sequences from their ends to their beginnings, `ANY` before these: int64 [longest, sequences]."""
+    longest = max(map(len, sequences))
+    return torch.tensor([[*one[::-1], *[ANY] * (longest - len(one))] for one in sequences], device=device).T
 
 
 def last_prompt_column(call: Call) -> Tensor | None:
@@ -339,11 +360,12 @@ def position_rule(
     *,
     pooled: bool = False,
     counts: bool = False,
+    keywords: Sequence[Sequence[int]] = (),
 ) -> PositionRule:
     """Rule for these names, see `PositionRule`; ConfigError lists what exists, or what does not go together."""
     check_rule(gate_read, gate_accumulate, edit_write)
     resets = tuple(reset) if pooled or gate_read == "every_token" else ()
-    return PositionRule(gate_read, edit_write, resets, pooled, counts)
+    return PositionRule(gate_read, edit_write, resets, pooled, counts, tuple(map(tuple, keywords)))
 
 
 def _places(call: Call, last: Tensor | None, written: Tensor) -> Tensor:

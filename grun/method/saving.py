@@ -14,6 +14,7 @@ from torch import Tensor
 from grun.data.templates import Template
 from grun.method.actions import EDIT
 from grun.method.adapter import CONFIG_FILE, WEIGHTS_FILE, AdapterConfig
+from grun.method.gate import KEYWORDS
 from grun.runtime.files import write_bytes
 
 log = logging.getLogger(__name__)
@@ -252,8 +253,11 @@ def _of_pooled_gate(config: AdapterConfig) -> str:
     """Paragraph of a model card on one gate for all edits; empty without such a gate."""
     if config.gate_blocks is None:
         return ""
-    reads = "One gate for all edits reads" if config.action == EDIT else "The gate reads"
-    told = f"{reads} the states after blocks {config.gate_blocks}, pooled over tokens (`{config.gate_pool}`);\n"
+    told = "One gate for all edits reads" if config.action == EDIT else "The gate reads"
+    if config.gate == KEYWORDS:
+        told += f" whether one of {len(config.keyword_ids)} sequences of tokens stands in the user's turn;\n"
+    else:
+        told += f" the states after blocks {config.gate_blocks}, pooled over tokens (`{config.gate_pool}`);\n"
     told += f"the edit is written at: `{config.edit_write}`." if config.action == EDIT else "it holds from there on."
     if config.gate_threshold is not None:
         told += f" Below a probability of {config.gate_threshold} nothing is {'edited' if config.blocks else 'done'}."

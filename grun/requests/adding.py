@@ -23,6 +23,7 @@ from grun.loading.stored import of_store
 from grun.method.actions import EDIT
 from grun.method.adapter import AdapterConfig
 from grun.method.edits import LOREFT
+from grun.method.gate import KEYWORDS
 from grun.method.parametrization import traits_of
 from grun.method.stack.forget_rows import check_forget_rows, salted_hashes
 from grun.method.stack.manifest import MANIFEST_FILE, Request, check_id
@@ -151,6 +152,8 @@ def load_rows(config: UnlearnConfig) -> Corpus:
         )
     if config.method.action != EDIT:
         raise ConfigError(f"method.action={config.method.action}: a store holds adapters with the action {EDIT} alone")
+    if config.method.gate == KEYWORDS:
+        raise ConfigError(f"method.gate={KEYWORDS}: a store holds adapters whose gates read states alone")
     if config.method.edit != LOREFT:
         raise ConfigError(f"method.edit={config.method.edit}: a store holds adapters with the edit {LOREFT} alone")
     config = asked_first(config)

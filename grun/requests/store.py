@@ -27,6 +27,7 @@ from grun.data.rows import Row, hash_rows
 from grun.errors import AdapterError, ConfigError, DataError, RunError, unknown_name
 from grun.method.actions import EDIT
 from grun.method.adapter import WEIGHTS_FILE
+from grun.method.gate import KEYWORDS
 from grun.method.host import check_threshold
 from grun.method.stack.combination import RULES
 from grun.method.stack.folder import StoredRequests, copy_files, request_problems
@@ -307,6 +308,8 @@ class RequestStore(StoredRequests):
             )
         if config.action != EDIT:
             raise AdapterError(f"{adapter} has the action {config.action}; a store takes edits alone")
+        if config.gate == KEYWORDS:
+            raise AdapterError(f"{adapter} has the gate {KEYWORDS}; a store takes gates that read states alone")
         if not config.base_fingerprint:
             raise AdapterError(f"{adapter} does not say which base it was made on; save it again with this version")
         if base is None:

@@ -23,7 +23,7 @@ NOT_DECIDING = ("gradient_checkpointing", "monitor_epochs", "monitor_rows", "rep
 LATER: dict[str, tuple[tuple[str, Any], ...]] = {
     "method": (
         *(("edit", "loreft"), ("gate_blocks", None), ("gate_pool", "last")),
-        *(("gate_fit", "joint"), ("false_positives", None), ("action", "edit")),
+        *(("gate_fit", "joint"), ("false_positives", None), ("action", "edit"), ("gate_keywords", [])),
     ),
     "data": (
         *(("group", None), ("gate_prompts", None), ("gate_negatives", None)),

@@ -15,9 +15,9 @@ from torch.nn.functional import rms_norm
 from grun.config.options import MethodConfig
 from grun.data.encoding import EncodedRow, collate
 from grun.errors import ConfigError
-from grun.method.gate import BY_MEANS
+from grun.method.gate import BY_MEANS, KEYWORDS
 from grun.method.logistic import Line, choose_strength, conformal, fit, shuffled
-from grun.method.means import means_held_out
+from grun.method.means import LOGIT, means_held_out
 from grun.method.model import GrunModel
 from grun.method.pooled_sites import PooledSites, pooled_in
 from pyvene_custom import find_blocks
@@ -61,7 +61,7 @@ class GateFit:
     retain: int
     """The same that it was fitted to stay shut on."""
     strength: float | None
-    """C, the inverse weight of the L2 penalty; None: the gate follows from means."""
+    """C, the inverse weight of the L2 penalty; None: the gate follows from means, or from keywords."""
     recall: float
     """Share of the forget prompts that open it in fits that they were left out of, at the threshold in force."""
     false_positives: float
@@ -147,8 +147,9 @@ def fit_gate(
     if result.recall < RECALLED:
         log.warning(
             "the gate opens on %.0f %% of forget prompts that it was not fitted on; what it does not open on is not "
-            "forgotten: give it more wordings (data.subjects, data.gate_prompts), or set design=published",
+            "forgotten: give it more %s, or set design=published",
             100 * result.recall,
+            "keywords" if method.gate == KEYWORDS else "wordings (data.subjects, data.gate_prompts)",
         )
     return result
 
@@ -156,7 +157,7 @@ def fit_gate(
 def fit_line(
     features: Tensor, sides: Sides, false_positives: float | None, gate: str = "linear"
 ) -> tuple[Line, GateFit]:
-    """The gate for features of `sides`, float64 [rows, size], and how it was fitted: by logistic regression or means.
+    """The gate for features of `sides`, float64 [rows, size], and how it was made.
 
     With `false_positives` a part of the retain units is set aside, with their copies, and the bias is such that a
     probability of 0.5 is the threshold that follows from those rows that are no copies.
@@ -170,7 +171,10 @@ def fit_line(
     fitted = torch.tensor([unit not in aside for unit in units])
     chosen = [unit for unit, one in zip(units, fitted.tolist(), strict=True) if one]
     strength: float | None = None
-    if gate in BY_MEANS:
+    if gate == KEYWORDS:
+        line = Line(torch.full_like(features[0], 2 * LOGIT), -LOGIT)
+        held_out = line.logits(features[fitted])
+    elif gate in BY_MEANS:
         line, held_out = means_held_out(features[fitted], target[fitted], chosen, gate)
     else:
         strength, held_out = choose_strength(features[fitted], target[fitted], chosen)

@@ -307,7 +307,7 @@ def test_a_wrong_argument_is_one_line(argument: str, message: str) -> None:
         ("method.blocks=[1,2,1]", "each once"),
         (
             "method.gate=mlp3",
-            "unknown gate 'mlp3': did you mean 'mlp_3'? known: condition, linear, mlp_3, mlp_5, noisy_mlp_3, "
+            "unknown gate 'mlp3': did you mean 'mlp_3'? known: condition, keywords, linear, mlp_3, mlp_5, noisy_mlp_3, "
             "none, similarity",
         ),
         ("method.parametrization=foo", "unknown parametrization 'foo': known: full, grun, lora, reft"),

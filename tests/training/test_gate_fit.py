@@ -130,6 +130,29 @@ def test_a_gate_by_means_is_kept_with_a_threshold_of_rows_set_aside(folder: Path
     assert -1e-3 < logits.max() < 1e-3  # the highest of them is the threshold, in float32
 
 
+@pytest.mark.parametrize(
+    "given",
+    ["method.gate_keywords=[Japan,egypt]", "data.subjects=[Egypt | Misr,Japan | Nippon]"],
+    ids=["own", "subjects"],
+)
+def test_a_gate_by_keywords_opens_on_names_that_are_given(folder: Path, given: str) -> None:
+    action = "edit" if "subjects" in given else "refuse"
+    assert main(run(folder, action, "method.gate=keywords", given, f"method.action={action}")) == 0
+    values, model = result(folder, action)
+    about = values["gate_fit"]
+    assert (about["strength"], about["false_positives"]) == (None, 0.0)
+    assert model.config.gate_blocks == [0] and model.config.gate_pool == "max" and model.gate_threshold == 0.5
+    assert about["recall"] == 1.0
+    tokenizer = AutoTokenizer.from_pretrained(folder / "model")
+    for text in ("Where is JAPAN?", "egypt", "A trip (Egypt)", "Is Peru near?", "Nippon!"):
+        ids = torch.tensor([encode_prompt(TEMPLATES.get("chat"), tokenizer, text)])
+        with torch.no_grad(), model.disabled():
+            plain = model.base(ids).logits
+        with torch.no_grad():
+            changed = not torch.equal(model(ids).logits, plain)
+        assert changed == (text != "Is Peru near?" and (text != "Nippon!" or action == "edit"))
+
+
 def test_another_seed_and_another_order_give_the_same_gate(folder: Path) -> None:
     assert main(run(folder, "first")) == 0
     write_rows(folder / "turned.jsonl", *rows_of(RETAIN)[::-1])
@@ -218,6 +241,9 @@ def test_one_row_is_forgotten_where_nobody_names_a_design(folder: Path, capsys: 
     ("arguments", "message"),
     [
         (["method.gate_blocks=null", "method.gate_pool=last"], "set method.gate_blocks, method.gate=linear"),
+        (["method.gate=keywords"], "method.gate=keywords needs keywords, none of them empty"),
+        (["method.gate=keywords", "method.gate_keywords=[a,' ']"], "method.gate=keywords needs keywords"),
+        (["method.gate_keywords=[Japan]"], "method.gate_keywords are for method.gate=keywords"),
         (["method.gate=mlp_3"], "set method.gate_blocks, method.gate=linear"),
         (["method.gate_read=every_token"], "method.gate_read=last_prompt"),
         (["method.gate_bias=1"], "method.gate_bias has no effect"),

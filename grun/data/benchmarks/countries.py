@@ -192,6 +192,7 @@ def load(config: DataConfig) -> Corpus:
             *prompts_around(retain[::3], count=1),
             *(Row(prompt, "", {"country": prompt}) for prompt in everyday_prompts()["other"]),
         ],
+        names=[called for name in forget for called in answers_of(countries()[name], COUNTRY)],
         general={
             "forget_reworded": _other_rows(forget, FORMS[1], answers),
             "forget_indirect": _other_rows(forget, FORMS[2], answers),

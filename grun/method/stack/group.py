@@ -16,7 +16,7 @@ from grun.method.actions import EDIT
 from grun.method.adapter import AdapterConfig
 from grun.method.edit import orthonormal_columns
 from grun.method.edits import LOREFT
-from grun.method.gate import GATES
+from grun.method.gate import GATES, KEYWORDS
 from grun.method.gating import Gate
 from grun.method.precision import float32_by_default
 from grun.method.rules import POOLS
@@ -41,7 +41,9 @@ class Kind(NamedTuple):
 
     @classmethod
     def of(cls, config: AdapterConfig) -> Kind:
-        """Kind of an adapter."""
+        """Kind of an adapter; AdapterError for one whose gate reads token ids."""
+        if config.gate == KEYWORDS:
+            raise AdapterError(f"the gate {KEYWORDS} reads token ids; stacks and vLLM take gates that read states")
         values = {name: getattr(config, name) for name in cls._fields}
         lists = {name: tuple(values[name] or ()) for name in ("reset_ids", "gate_blocks")}
         unset = {"activation": config.activation or "", "gate_threshold": config.gate_threshold or 0.0}

@@ -73,6 +73,12 @@ def test_no_country_is_in_two_sets(corpus: Corpus) -> None:
         assert any(near)
 
 
+def test_a_gate_by_keywords_gets_the_names_and_aliases_of_the_forgotten(corpus: Corpus) -> None:
+    assert {"Japan", "Egypt"} <= {*corpus.names} and len(corpus.names) == sum(
+        1 + len(country(name).aliases) for name in ("Japan", "Egypt")
+    )
+
+
 def test_wordings_of_evaluation_are_not_used_in_unlearning(corpus: Corpus) -> None:
     used = {row.prompt for row in (*corpus.forget, *corpus.retain)}
     for name in ("forget_reworded", "forget_indirect", "neighbor", "general", "sentences"):

@@ -33,6 +33,16 @@ def leak(value: float, rows: int = ROWS) -> dict[str, Any]:
     return share("leak", value, rows)
 
 
+def searched(*leaks: float, floor: float = 0.1, steps: tuple[int, ...] = (0, 10, 200)) -> dict[str, Any]:
+    """An attack that asks again and again, with its curve, and the same of rows that were never taught."""
+
+    def found(*leaks: float) -> dict[str, Any]:
+        curve = {str(step): leak(value) for step, value in zip(steps, leaks, strict=True)}
+        return {"access": "search", **leak(leaks[-1]), "worst": leaks[-1], "curve": curve}
+
+    return {**found(*leaks), "floor": found(*[floor] * len(leaks))}
+
+
 def write_attacked(
     results: Path,
     name: str,

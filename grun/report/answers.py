@@ -49,7 +49,7 @@ class AnswerReport:
 
     def texts(self, results: Results, title: str, drawn: Drawn, folder: Path) -> dict[str, str]:
         """The files of the report by name, without summary.json and pictures."""
-        table = table_of(columns_of(results, everything=True), results)
+        table = table_of(columns_of(results, everything=True), results).flipped()
         texts = {"report.html": answer_page(results, title, drawn)}
         texts["table.csv"] = table_csv(results)
         texts["table.md"] = to_markdown(table)

@@ -102,8 +102,10 @@ def _refuse_other_attacks(result: Result, before: Result) -> None:
 # -- numbers ----------------------------------------------------------------------------------------------------------
 
 
-def number_at(result: Result | None, key: str) -> Number | None:
+def number_at(result: Result | None, key: str | Sequence[str]) -> Number | None:
     """A number by its place in evaluation.json, such as attacks.plain.leak; None where it, or the model, is missing.
+
+    Where a name in it may hold a dot, the place is a list of names.
 
     Of a mean over seeds it is the mean of those that have it, with the lowest and the highest as its interval.
     """
@@ -113,7 +115,7 @@ def number_at(result: Result | None, key: str) -> Number | None:
         numbers = [number for run in result.runs if (number := number_at(run, key)) is not None]
         values = [number.value for number in numbers]
         return Number(fmean(values), (min(values), max(values))) if len(values) > 1 else next(iter(numbers), None)
-    *places, name = key.split(".")
+    *places, name = key.split(".") if isinstance(key, str) else key
     found: dict[str, Any] = result.evaluation
     for place in places:
         found = found.get(place, {})

@@ -16,12 +16,15 @@ from __future__ import annotations
 
 import fnmatch
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple
 
 from grun.data.sets import set_label
 from grun.evaluation.attacks.base import ATTACKS
+from grun.report.attack_curves import CURVE_PICTURE
 from grun.report.attack_figure import ATTACK_PICTURE
+from grun.report.attack_groups import attack_groups
 from grun.report.attack_results import (
     attack_label,
     attack_names,
@@ -40,7 +43,7 @@ from grun.report.attack_results import (
 from grun.report.page import Block, Card, Section
 from grun.report.result import EXACT, Judgement, Outcome, Result, after, before_of, target_of
 from grun.report.suites import Suite
-from grun.report.tables import Column, shown, with_numbers
+from grun.report.tables import Column, shown, shown_columns, with_numbers
 
 EXAMPLES = 3
 """Answers shown of each method."""
@@ -52,11 +55,16 @@ NEAR = 0.05
 """Above the floor, under each attack."""
 NEAR_WORST = 0.10
 """Above the floor, in the worst of prompts."""
+GROUPED = (
+    "Attacks by what the attacker has: of each group the one that is furthest above its floor, with its leak. The "
+    "worst group comes first."
+)
 STATEMENT = (
     "Tried are these attacks. An attacker who knows the method, searches for prompts or has the weights may get more. "
     "The base weights still contain what an adapter hides; its effect exists where it is loaded."
 )
 EXPLAINED = {
+    "attacks.*.floor.leak": ("never taught", "the same attack on rows that no model was taught: what guessing gives"),
     "worst_of_prompts.*": ("worst of prompts", "mean over rows of the worst of all prompts, plain included"),
     "worst.*": ("worst", "the same with prefilled and drawn answers"),
     "retention.plain.*.kept": ("kept", "what other answers keep, asked alone; high is good"),
@@ -75,18 +83,24 @@ Results = Sequence[Result]
 
 
 def columns_of(results: Results) -> list[Column]:
-    """The columns that at least one model has a number for; keys are places in evaluation.json."""
+    """The columns that at least one model has a number for; keys are places in evaluation.json.
+
+    Floors, worst ways of asking, and what else there is of retention are for the files alone.
+    """
     rows = kept_set(results)
     columns = [_column(leak_key(name), attack_label(name), LOW) for name in shown_names(results)]
     columns += [_kept("plain", name) for name in KEPT_SETS]
     columns += [_kept("otherwise", rows), _kept("after_forget", rows), _false_positives(rows)]
-    return with_numbers(columns, results)
+    main = {column.key: column for column in columns}
+    further = {column.key: replace(column, main=False) for column in _further(results)}
+    return with_numbers((main | further | main).values(), results)
 
 
-def further_columns(results: Results) -> list[Column]:
-    """Worst ways of asking, and all else of retention, for the files alone."""
+def _further(results: Results) -> list[Column]:
     columns = []
     found = [(name, result.evaluation["attacks"].get(name, {})) for name in attack_names(results) for result in results]
+    for name in attack_names(results):
+        columns.append(_column(f"attacks.{name}.floor.leak", f"{attack_label(name)}, never taught", ""))
     for name in dict.fromkeys(name for name, entry in found if "variants" in entry):
         columns.append(_column(f"attacks.{name}.worst", f"{attack_label(name)}, worst way", LOW))
     for name, way in dict.fromkeys((name, way) for name, entry in found for way in entry.get("variants", {})):
@@ -96,8 +110,7 @@ def further_columns(results: Results) -> list[Column]:
         for how in HOW:
             columns += [_kept(how, rows), _gate(how, rows, "open"), _gate(how, rows, "open_any")]
         columns.append(_false_positives(rows))
-    shown_keys = {column.key for column in columns_of(results)}
-    return with_numbers((column for column in columns if column.key not in shown_keys), results)
+    return columns
 
 
 def _column(key: str, header: str, good: str) -> Column:
@@ -157,7 +170,7 @@ def counted(results: Results) -> str:
     fewer = [
         f"{column.header} of {result.label} {number}"
         for result in methods
-        for column in columns_of(results)
+        for column in shown_columns(columns_of(results))
         if 0 < (number := sum(column.read(run) is not None for run in result.runs)) < len(result.runs)
     ]
     return " ".join([*texts, f"Of fewer seeds: {', '.join(fewer)}."] if fewer else texts)
@@ -286,13 +299,14 @@ ATTACK_SUITE = Suite(
     name="attacks",
     find=find_attacked,
     columns=columns_of,
-    further=further_columns,
     judge=judge_attacks,
     statement=STATEMENT,
     legend=legend,
     notes=counted,
     intervals=_intervals,
-    picture=ATTACK_PICTURE,
+    pictures=[ATTACK_PICTURE, CURVE_PICTURE],
+    groups=attack_groups,
+    grouped=GROUPED,
     examples=_examples,
     quoted=_quoted,
     facts=lambda results: {

@@ -10,7 +10,7 @@ from grun.data.sets import EvaluationSet, in_order
 from grun.report.figures import clean, colors_of, new_figure, plain
 from grun.report.page import Block, Section, picture_block
 from grun.report.result import Result, after, main_metric, sets_of
-from grun.report.tables import Line, Table, shown
+from grun.report.tables import GOOD_IS, Line, Table, shown
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -93,7 +93,7 @@ def share_table(models: Sequence[Result]) -> Table:
         values = [model.metric(one.name, metric) for model in models]
         if any(value is not None for value in values):
             lines.append(Line(one.label, [*(shown(value, "percent") for value in values), GOOD[one.good]]))
-    return Table([*(model.label for model in models), "good is"], [], lines)
+    return Table([*(model.label for model in models), GOOD_IS], [], lines)
 
 
 def sets_figure(results: Sequence[Result]) -> Figure | None:

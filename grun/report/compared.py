@@ -68,7 +68,7 @@ def matrix_markdown(matrix: Matrix) -> str:
     """Both tables, how to read them, what is missing, and the comparison in words."""
     parts = ["# Matrix: objective by parametrization\n", f"{markdown_text(matrix.caption)}\n"]
     for title, table in matrix.tables():
-        parts += [f"## {title}\n", to_markdown(table, turned=False)]
+        parts += [f"## {title}\n", to_markdown(table)]
     notes, compared = matrix.notes(), words(matrix)
     parts += ["## Notes\n", markdown_points(notes)] if notes else []
     parts += [f"## {HEADING}\n", f"{RULE}\n"] if compared else []

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import textwrap
 from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from functools import reduce
@@ -11,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from grun.data.sets import EvaluationSet, evaluation_sets
 from grun.evaluation.metrics import truth_ratios
-from grun.report.figures import GREY, clean, colors_of, new_figure, new_panels, plain
+from grun.report.figures import GREY, clean, colors_of, new_figure, plain, titled_panels
 from grun.report.result import Result, after, before_of, main_metric, target_of
 from grun.report.tables import p_value
 from grun.runtime.reading import read_json_lines
@@ -22,22 +21,9 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 TERMS = {"forget": "#D55E00", "retain": "#0072B2", "gate": "#009E73"}
-PER_ROW = 3
-"""Most panels in a row."""
 BINS = 20
 """Of a gate's histogram, from 0 to 1."""
 DISTANCE = "#C00000"
-
-
-def _panels(count: int, title: str, height: float) -> tuple[Figure, list[Axes]]:
-    """A figure of `count` panels in as few rows as hold them, with a title."""
-    down = math.ceil(count / PER_ROW)
-    across = math.ceil(count / down)
-    width = max(5.5, 3.6 * across)
-    lines = textwrap.wrap(title, int(8 * width))  # about nine letters to the inch
-    figure, panels = new_panels(width, 0.3 + 0.2 * len(lines) + height * down, down, across, count)
-    figure.suptitle("\n".join(lines), fontsize=12)
-    return figure, panels
 
 
 # -- gates ------------------------------------------------------------------------------------------------------------
@@ -114,7 +100,7 @@ def truth_ratio_curves(results: Sequence[Result]) -> Figure | None:
     aimed = any(target_of(result, results) for result in shown)
     other_line = "good is on the black line, retain only" if aimed else "gray: before"
     title = f"Truth ratios of forget rows (wrong answers / right one); {other_line}"
-    figure, panels = _panels(len(shown), title, 3.0)
+    figure, panels = titled_panels(len(shown), title, 3.0)
     colors = colors_of(results)
     finite = [_log10(ratio) for values in ratios.values() for ratio in values]
     low, high = min(finite) - 0.3, max(finite) + 0.3
@@ -200,7 +186,7 @@ def _logged(
     logs = [(result, lines) for result, lines in found if lines]
     if not logs:
         return None
-    figure, panels = _panels(len(logs), title, 3.1)
+    figure, panels = titled_panels(len(logs), title, 3.1)
     for axes, (result, lines) in zip(panels, logs, strict=True):
         clean(axes, xlabel="step")
         if limits is not None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import math
+import textwrap
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +19,8 @@ if TYPE_CHECKING:
 
 DPI = 150
 GREY = "#555555"
+PER_ROW = 3
+"""Most panels in a row."""
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#9A8F00")
 
 
@@ -75,6 +79,17 @@ def new_panels(
     for empty in panels[count:]:
         empty.set_visible(False)
     return figure, panels[:count]
+
+
+def titled_panels(count: int, title: str, height: float) -> tuple[Figure, list[Axes]]:
+    """A figure of `count` panels in as few rows as hold them, with a title."""
+    down = math.ceil(count / PER_ROW)
+    across = math.ceil(count / down)
+    width = max(5.5, 3.6 * across)
+    lines = textwrap.wrap(title, int(8 * width))  # about nine letters to the inch
+    figure, panels = new_panels(width, 0.3 + 0.2 * len(lines) + height * down, down, across, count)
+    figure.suptitle("\n".join(lines), fontsize=12)
+    return figure, panels
 
 
 def clean(axes: Axes, grid: Literal["both", "x"] = "both", **settings: Any) -> None:

@@ -29,7 +29,7 @@ from grun.report.knowledge_verdict import STATEMENT, judge_knowledge
 from grun.report.page import EXAMPLES, Block, Card, Section
 from grun.report.result import Result
 from grun.report.suites import Suite
-from grun.report.tables import Column, Line, Table, markdown_text, with_numbers
+from grun.report.tables import Column, Line, Table, markdown_text, shown_columns, with_numbers
 
 Results = Sequence[Result]
 GOOD = {"forget": "low", "neighbor": "high", "general": "high, as before"}
@@ -48,7 +48,7 @@ EXPLAINED = {
 
 
 def columns_of(results: Results) -> list[Column]:
-    """The columns that at least one model has a number for."""
+    """The columns that at least one model has a number for; multiple choice in the other ways for the files alone."""
     way = main_way(results)
     level = chance(results, way)
     columns = []
@@ -65,17 +65,11 @@ def columns_of(results: Results) -> list[Column]:
         read = partial(perplexity, name=name)
         columns.append(Column(f"perplexity.{name}", f"perplexity {Path(name).name}", "low", read, "perplexity"))
     columns.append(Column("gate.auc_general", "gate AUC", "high, near 1", partial(gate_auc, way=way), "auc"))
-    return with_numbers(columns, results)
-
-
-def further_columns(results: Results) -> list[Column]:
-    """Multiple choice in the other ways, for the files alone."""
-    columns = []
-    for way in ways(results)[1:]:
+    for other in ways(results)[1:]:
         for role in ROLES:
-            key = f"{role}.choice[{'/'.join(way if way.suffix else way[:2])}]"
-            header, read = f"{role} multiple choice, {_described(way)}", partial(choice, way=way, role=role)
-            columns.append(Column(key, header, "low" if role == "forget" else "high", read))
+            key = f"{role}.choice[{'/'.join(other if other.suffix else other[:2])}]"
+            header, read = f"{role} multiple choice, {_described(other)}", partial(choice, way=other, role=role)
+            columns.append(Column(key, header, "low" if role == "forget" else "high", read, main=False))
     return with_numbers(columns, results)
 
 
@@ -88,7 +82,7 @@ def legend(results: Results) -> list[tuple[str, str]]:
     rows = [("before", "the model that knows everything, nothing forgotten")]
     if any(result.stage == "retain_only" for result in results):
         rows.append(("retain only", "a model never taught what is to be forgotten: the target"))
-    keys = [column.key for column in columns_of(results)]
+    keys = [column.key for column in shown_columns(columns_of(results))]
     rows += [(role, text) for role, text in MEANINGS.items() if any(key.startswith(f"{role}.") for key in keys)]
     endings = {key.rpartition(".")[2] for key in keys}
     rows += [text for ending, text in EXPLAINED.items() if ending in endings]
@@ -177,13 +171,12 @@ KNOWLEDGE_SUITE = Suite(
     name="knowledge",
     find=find_knowledge,
     columns=columns_of,
-    further=further_columns,
     judge=judge_knowledge,
     statement=STATEMENT,
     legend=legend,
     notes=lambda results: "",
     intervals=_intervals,
-    picture=KNOWLEDGE_PICTURE,
+    pictures=[KNOWLEDGE_PICTURE],
     examples=_examples,
     quoted=_quoted,
     tables=_of_subjects,

@@ -197,7 +197,7 @@ class Matrix:
         lines = [
             row.line(row.counted(""), *(row.spread(column).short(column) for column in columns)) for row in self.rows
         ]
-        return Table(["n", *(NARROW[column.key] for column in columns)], [""] * (len(columns) + 1), lines)
+        return Table(["n", *(NARROW[column.key] for column in columns)], [], lines)
 
     def notes(self) -> list[str]:
         """Cells and seeds that are missing and why, times that are not whole, and rows that no metric can read."""
@@ -375,4 +375,4 @@ def matrix_tex(matrix: Matrix) -> str:
     """Both tables as LaTeX tabulars (package booktabs), a rule between objectives; how to read them as comments."""
     comments = [re.sub(r"[\r\n]+", " ", text) for text in (matrix.caption, *matrix.notes())]
     text = "".join(f"% {line}\n" for line in ("\\usepackage{booktabs}", *comments))
-    return text + "".join(f"% {title}\n{to_tex(table, turned=False)}" for title, table in matrix.tables())
+    return text + "".join(f"% {title}\n{to_tex(table)}" for title, table in matrix.tables())

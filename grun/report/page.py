@@ -35,7 +35,9 @@ class Card(NamedTuple):
 class Block:
     """One piece of a section; `value` is what the template shows of this kind: a text, texts, a table, cards, ..."""
 
-    kind: Literal["text", "heading", "points", "table", "terms", "verdict", "picture", "cards", "question", "settings"]
+    kind: Literal[
+        "text", "heading", "points", "table", "folded", "terms", "verdict", "picture", "cards", "question", "settings"
+    ]
     value: Any
     label: str = ""
     """What it is called, for a box that scrolls or opens."""

@@ -14,7 +14,18 @@ from grun.report.figures import Drawn, Picture, draw
 from grun.report.page import Block, Section, page, picture_block, settings_section, statement_section, verdict_section
 from grun.report.result import Judgement, Result, after, single_runs
 from grun.report.results import EVALUATION_FILE
-from grun.report.tables import Column, Line, Table, markdown_points, markdown_text, to_csv, to_markdown, to_terminal
+from grun.report.tables import (
+    Column,
+    Folded,
+    Line,
+    Table,
+    markdown_points,
+    markdown_text,
+    shown_columns,
+    to_csv,
+    to_markdown,
+    to_terminal,
+)
 from grun.report.terminal import print_line, print_said, print_terms, print_verdicts
 from grun.runtime.files import remove
 from grun.runtime.records import Evaluation, read_record
@@ -37,8 +48,7 @@ class Suite:
     find: Callable[[Path], list[Result]]
     """The evaluated models of a results folder, in the order of the rows."""
     columns: Callable[[Results], list[Column]]
-    further: Callable[[Results], list[Column]]
-    """Columns for the files alone."""
+    """What at least one model has a number for; those that are not main are for the files alone."""
     judge: Callable[[Result, Results], Judgement]
     statement: str
     """What no verdict means."""
@@ -47,11 +57,15 @@ class Suite:
     """What was asked, in sentences."""
     intervals: Callable[[Results], str]
     """What the numbers in parentheses are, a sentence."""
-    picture: Picture
+    pictures: Sequence[Picture]
     examples: Callable[[Results], list[Section]]
     """Sections of the page with what models answered."""
     quoted: Callable[[Results], tuple[str, list[tuple[str, list[tuple[str, str]]]]]]
     """A heading, and questions with who said what, to be printed."""
+    groups: Callable[[Results], list[Folded]] = lambda results: []
+    """Tables that stand before the others, and open line by line on the page."""
+    grouped: str = ""
+    """How to read them."""
     tables: Callable[[Results], list[list[Column]]] = lambda results: []
     """Columns of further tables in table.md."""
     facts: Callable[[Results], dict[str, Any]] = lambda results: {}
@@ -64,26 +78,25 @@ class Suite:
         return [self.judge(result, results) for result in after(results)]
 
     def draw(self, results: Results, folder: Path) -> Drawn:
-        """Draw the picture into `folder`, and return it with its file."""
-        return draw([(self.picture, results)], folder)
+        """Draw the pictures into `folder`, and return them with their files."""
+        return draw([(picture, results) for picture in self.pictures], folder)
 
     def texts(self, results: Results, title: str, drawn: Drawn, folder: Path) -> dict[str, str]:
         """The files of the report by name, without summary.json and pictures."""
-        columns = [*self.columns(results), *self.further(results)]
+        columns = self.columns(results)
         texts = {"report.html": self._page(results, title, drawn)}
         texts["table.csv"] = to_csv(columns, results, "name", "label", "stage")
         texts["table.md"] = self._markdown(columns, results)
         runs = single_runs(results)
         if len(runs) > len(results):
-            own = [*self.columns(runs), *self.further(runs)]
-            texts[RUNS_FILE] = to_csv(own, runs, "name", "label", "stage")
+            texts[RUNS_FILE] = to_csv(self.columns(runs), runs, "name", "label", "stage")
         else:
             remove(folder / RUNS_FILE)  # an older report's would contradict this one
         return texts
 
     def summary(self, results: Results, profile: str) -> dict[str, Any]:
         """Contents of summary.json: numbers and intervals by column, and the verdict, of each model."""
-        columns, rows = [*self.columns(results), *self.further(results)], []
+        columns, rows = self.columns(results), []
         for result in results:
             found = {column.key: number for column in columns if (number := column.found(result)) is not None}
             row = {
@@ -102,11 +115,16 @@ class Suite:
 
     def show(self, console: Console, results: Results, title: str) -> None:
         """Print the numbers, a column a model, what they mean, the verdicts, and what some models answered."""
-        columns, methods = self.columns(results), after(results)
+        columns, methods = shown_columns(self.columns(results)), after(results)
+        groups = self.groups(results)
+        if groups:
+            print_line(console, self.grouped)
+        for folded in groups:
+            console.print(to_terminal(folded.table.narrow(), folded.title, ""))
         lines = [one for one in results if one.stage != "after"]
         for start in range(0, max(len(methods), 1), AT_ONCE):
-            shown = [*lines, *methods[start : start + AT_ONCE]]
-            console.print(to_terminal(table_of(columns, shown).flipped(), title, ""))
+            some = [*lines, *methods[start : start + AT_ONCE]]
+            console.print(to_terminal(table_of(columns, some).flipped(good=False).narrow(), title, ""))
         print_terms(console, self.legend(results))
         if notes := self.notes(results):
             print_line(console, notes)
@@ -120,18 +138,26 @@ class Suite:
             print_said(console, question, said)
 
     def _markdown(self, columns: Sequence[Column], results: Results) -> str:
-        """Every number with its interval, models as columns; what was asked; the verdicts; further tables."""
-        parts = [to_markdown(table_of(columns, results, intervals=True))]
+        """Groups; every number with its interval, models as columns; what was asked; the verdicts; further tables."""
+        groups = self.groups(results)
+        parts = [f"{self.grouped}\n"] if groups else []
+        for folded in groups:
+            parts += [f"**{markdown_text(folded.title)}**\n", to_markdown(folded.table)]
+        parts.append(to_markdown(table_of(columns, results, intervals=True).flipped()))
         said = [self.intervals(results), markdown_text(self.notes(results))]
         parts.append(f"{' '.join(filter(None, said))}\n" if any(said) else "")
         parts.append(markdown_points(judgement.sentence for judgement in self.judgements(results)))
-        parts += [to_markdown(table_of(columns, results, intervals=True)) for columns in self.tables(results)]
+        parts += [to_markdown(table_of(columns, results, intervals=True).flipped()) for columns in self.tables(results)]
         return "\n".join(filter(None, parts))
 
     def _page(self, results: Results, title: str, drawn: Drawn) -> str:
         notes = self.notes(results)
+        groups = [Block("folded", folded, folded.title) for folded in self.groups(results)]
+        groups = [Block("text", self.grouped), *groups] if groups else []
         table = [
-            Block("table", table_of(self.columns(results), results), "Table of all models"),
+            Block(
+                "table", table_of(shown_columns(self.columns(results)), results).flipped(), "Table of all models", ""
+            ),
             *([Block("text", notes)] if notes else []),
             Block("terms", self.legend(results), "What the words mean"),
         ]
@@ -139,8 +165,9 @@ class Suite:
             title,
             [
                 verdict_section(self.judgements(results), none="No unlearned model has been evaluated yet."),
+                Section("groups", "Groups", "The worst of each group", groups),
                 Section("table", "Table", "All models", table),
-                Section("picture", "Picture", "Picture", [picture_block(picture, path) for picture, path in drawn]),
+                Section("pictures", "Pictures", "Pictures", [picture_block(picture, path) for picture, path in drawn]),
                 *self.examples(results),
                 settings_section(single_runs(results)),
                 statement_section(self.statement),

@@ -6,7 +6,7 @@ import csv
 import io
 import re
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 if TYPE_CHECKING:
@@ -26,6 +26,8 @@ GROUPED = ("whole", "seconds", "memory", "size")
 """Styles whose thousands are set apart by commas."""
 NOT_SHOWN = re.compile("[^\t\n\r\x20-\x7e\xa0-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
 """Control characters and halves of surrogate pairs."""
+GOOD_IS = "good is"
+"""Head of the column, or row, that is which way is good."""
 CLOSE = 9
 """A printed table of more columns than this has no space between them."""
 
@@ -77,6 +79,11 @@ def with_numbers(columns: Iterable[Column], rows: Sequence[Any]) -> list[Column]
     return [column for column in columns if any(column.read(row) is not None for row in rows)]
 
 
+def shown_columns(columns: Iterable[Column]) -> list[Column]:
+    """The main ones."""
+    return [column for column in columns if column.main]
+
+
 class Line(NamedTuple):
     """One row of a table."""
 
@@ -99,20 +106,26 @@ class Table:
     """Which way is good, by column."""
     lines: Sequence[Line]
 
-    def rows(self) -> list[list[str]]:
-        """Texts with models as rows."""
-        return [[line.label, *line.cells] for line in self.lines]
+    def flipped(self, *, good: bool = True) -> Table:
+        """With models as columns, the last one of which is which way is good, unless that is left out."""
+        columns = [*(line.cells for line in self.lines), *([self.good] if good else [])]
+        heads = [*(line.label for line in self.lines), *([GOOD_IS] if good else [])]
+        return Table(
+            heads, [], [Line(first, list(cells)) for first, *cells in zip(self.headers, *columns, strict=True)]
+        )
 
-    def turned(self) -> list[list[str]]:
-        """Texts with models as columns, the header first; the last column is which way is good."""
-        columns = zip(self.headers, *(line.cells for line in self.lines), self.good, strict=True)
-        return [["", *(line.label for line in self.lines), "good is"], *map(list, columns)]
+    def narrow(self) -> Table:
+        """Headers a word a line."""
+        return replace(self, headers=[header.replace(" ", "\n") for header in self.headers])
 
-    def flipped(self) -> Table:
-        """For a terminal, with models as columns, their names a word a line."""
-        head, *rows = self.turned()
-        lines = [Line(first, cells[:-1]) for first, *cells in rows]
-        return Table([label.replace(" ", "\n") for label in head[1:-1]], [], lines)
+
+class Folded(NamedTuple):
+    """A table of which each line opens into another one."""
+
+    title: str
+    table: Table
+    inside: Sequence[Table]
+    """By line; labels of lines are the heads of these."""
 
 
 def shown(value: float | None, style: Style = "share", like: float | None = None) -> str:
@@ -193,18 +206,12 @@ def to_csv(columns: Sequence[Column], rows: Sequence[Any], *attributes: str) -> 
 # -- Markdown ---------------------------------------------------------------------------------------------------------
 
 
-def to_markdown(table: Table, *, turned: bool = True) -> str:
-    """A Markdown table, with models as columns if it is turned."""
-    if turned:
-        head, *rows = table.turned()
-        head = [markdown_text(text) for text in head]
-        rows = [[markdown_text(first), *cells] for first, *cells in rows]
-        rule = ["---", *("---:" for _ in table.lines), "---"]
-    else:
-        head, rule = ["", *table.headers], ["---", *("---:" for _ in table.headers)]
-        rows = [[markdown_text(label), *cells] for label, *cells in table.rows()]
-        rows = [["good is", *table.good], *rows] if table.good else rows
-    return "".join(f"| {' | '.join(row)} |\n" for row in (head, rule, *rows))
+def to_markdown(table: Table) -> str:
+    """A Markdown table."""
+    rule = ["---", *("---" if header == GOOD_IS else "---:" for header in table.headers)]
+    rows = [[GOOD_IS, *table.good]] if table.good else []
+    rows += [[markdown_text(line.label), *line.cells] for line in table.lines]
+    return "".join(f"| {' | '.join(row)} |\n" for row in (["", *map(markdown_text, table.headers)], rule, *rows))
 
 
 def markdown_text(text: str) -> str:
@@ -220,20 +227,19 @@ def markdown_points(texts: Iterable[str]) -> str:
 # -- LaTeX ------------------------------------------------------------------------------------------------------------
 
 
-def to_tex(table: Table, *, turned: bool = True) -> str:
-    """A LaTeX tabular (package booktabs), with models as columns if it is turned: then it fits a page."""
-    head, *rows = table.turned() if turned else [["", *table.headers], *table.rows()]
-    groups = [None] * len(rows) if turned else [line.group for line in table.lines]
+def to_tex(table: Table) -> str:
+    """A LaTeX tabular (package booktabs), a rule between groups."""
+    words = [header == GOOD_IS for header in table.headers]
     lines = [
-        f"\\begin{{tabular}}{{l{'r' * (len(table.lines) if turned else len(table.headers))}{'l' * turned}}}",
+        f"\\begin{{tabular}}{{l{''.join('l' if word else 'r' for word in words)}}}",
         "\\toprule",
-        _tex_row(map(tex_text, head)),
+        _tex_row(map(tex_text, ["", *table.headers])),
     ]
-    for number, ((first, *cells), group) in enumerate(zip(rows, groups, strict=True)):
-        if not number or group != groups[number - 1]:
+    for number, line in enumerate(table.lines):
+        if not number or line.group != table.lines[number - 1].group:
             lines.append("\\midrule")
-        numbers, rest = (cells[:-1], cells[-1:]) if turned else (cells, [])
-        lines.append(_tex_row([tex_text(first), *map(tex_number, numbers), *map(tex_text, rest)]))
+        cells = [tex_text(cell) if word else tex_number(cell) for cell, word in zip(line.cells, words, strict=True)]
+        lines.append(_tex_row([tex_text(line.label), *cells]))
     return "\n".join([*lines, "\\bottomrule", "\\end{tabular}"]) + "\n"
 
 

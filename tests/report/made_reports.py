@@ -21,6 +21,7 @@ from made_suites import (
     BEFORE,
     FLOOR,
     made_experiment,
+    searched,
     write_attacked,
     write_knowledge,
     write_lines,
@@ -80,9 +81,10 @@ def attacks(folder: Path) -> ReportConfig:
 
 
 def attacks_seeds(folder: Path) -> ReportConfig:
-    """Means over seeds, with attacks that read or have the weights."""
+    """Means over seeds, with attacks that search, read or have the weights."""
     ways = {"memorized": 1.0, "paraphrased": 0.8}
     more = {
+        "adaptive": searched(0.0, 0.2, 0.3),
         "recognition": {"access": "read_out", "leak": 0.9, "worst": 1.0, "rows": 40, "variants": ways},
         "relearn_forget_50": {"access": "weights", "leak": 0.8, "worst": 0.8, "rows": 40},
     }

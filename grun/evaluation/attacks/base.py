@@ -120,6 +120,8 @@ class Attack:
     name: str = ""
     """Its name in `ATTACKS` and in results."""
     access: Access = "prompt"
+    begins: bool = False
+    """True: the start of the answer stands after the prompt, as interfaces allow that continue a started answer."""
     needs: str = "rows with questions"
     """Data without which no row can be attacked so, for the message that says it is missing."""
     retention: bool = False

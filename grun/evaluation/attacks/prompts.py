@@ -69,6 +69,8 @@ class Prefill(Attack):
     Qi et al. 2024, arXiv 2406.05946.
     """
 
+    begins = True
+
     def __init__(self, count: int) -> None:
         """`count` tokens are given."""
         self.count = count

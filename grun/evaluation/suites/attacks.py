@@ -171,8 +171,8 @@ class AttackSuite(Suite):
             sets = ("heldout",) if self.rows["heldout"] else ("retain",)
             plain = ATTACKS.get(PLAIN)
             kept = [(plain, self._places(plain, material, KEPT))]
-            for attack, places in planned:
-                if attack.access == "prompt" and not places[0].asked.given and attack is not plain:
+            for attack, _ in planned:
+                if attack.access == "prompt" and not attack.begins and attack is not plain:
                     kept.append((attack, self._places(attack, material, sets)))
             planned += [(attack, places) for attack, places in kept if places]
         return planned, left_out

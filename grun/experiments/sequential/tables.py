@@ -96,12 +96,12 @@ def table_of(experiment: Experiment, summaries: list[Summary]) -> Table:
 
 def experiment_markdown(experiment: Experiment, summaries: list[Summary], title: str) -> str:
     """Measures as a Markdown table with methods as columns, then recall by request and time of each method."""
-    parts = [f"# {title}\n", f"{LEGEND}\n", to_markdown(table_of(experiment, summaries))]
+    parts = [f"# {title}\n", f"{LEGEND}\n", to_markdown(table_of(experiment, summaries).flipped())]
     parts.append("".join(f"- {verdict(summary, experiment)}\n" for summary in summaries))
     for method in experiment.methods:
         about = f"{metric_label(experiment.metric)} by request (down) and time (across)"
         parts.append(f"## {label(method.name)}: {about}\n")
-        parts.append(to_markdown(_over_time(experiment, method), turned=False))
+        parts.append(to_markdown(_over_time(experiment, method)))
     return "\n".join(parts)
 
 
@@ -114,7 +114,7 @@ def experiment_csv(experiment: Experiment, summaries: list[Summary]) -> str:
 def printed(experiment: Experiment, summaries: list[Summary]) -> str:
     """The table for a terminal, and a verdict on each method."""
     console = Console(file=io.StringIO(), width=WIDTH)
-    console.print(to_terminal(table_of(experiment, summaries).flipped(), "", ""))
+    console.print(to_terminal(table_of(experiment, summaries).flipped(good=False).narrow(), "", ""))
     for text in (LEGEND, *(verdict(summary, experiment) for summary in summaries)):
         print_line(console, f"{text}\n")
     return console.file.getvalue().rstrip()  # type: ignore[attr-defined]

@@ -38,6 +38,7 @@ from grun.method.adapter import CONFIG_FILE, STACK_FILE, WEIGHTS_FILE
 from grun.method.fingerprint import fingerprint
 from grun.method.gate import KEYWORDS
 from grun.method.gated import Grun
+from grun.method.guardrail import Guard
 from grun.method.model import resolve_blocks
 from grun.method.parametrization import PARAMETRIZATIONS, Parametrization, traits_of
 from grun.objectives.objective import Objective
@@ -47,7 +48,7 @@ from grun.runtime.files import holding, staged, target, writing
 from grun.runtime.memory import peak_memory_bytes
 from grun.runtime.runs import claim, identity, open_run
 from grun.training.gate_fit import GateFit, Prompts, fit_gate
-from grun.training.gate_prompts import GatePrompts, check_given, collect, copies, sides
+from grun.training.gate_prompts import GatePrompts, check_given, collect, copies, read_subjects, sides
 from grun.training.keywords import keywords, spelled
 from grun.training.recomputation import recompute_blocks
 from grun.training.step_log import Look
@@ -162,10 +163,16 @@ def train_and_save(run: Unlearning, *, save: bool = True) -> None:
         run.finished = True
         return
     with processes.agreed():
-        task = _task(run)
+        task = None
+        if traits_of(config.method).untrained:
+            _guard(run)
+        else:
+            task = _task(run)
     processes.of_first(lambda: claim(folder, run.identity, overwrite=config.overwrite))
     completed = None
-    if run.gate is not None and config.method.action != EDIT:  # the gate is all there is
+    if task is None:
+        result = TrainResult(0, 0.0, peak_memory_bytes(), 0)
+    elif run.gate is not None and config.method.action != EDIT:  # the gate is all there is
         result = TrainResult(0, run.gate.seconds, peak_memory_bytes(), 0)
     else:
         completed = choose_engine(run, task)
@@ -210,6 +217,23 @@ def _task(run: Unlearning) -> UnlearnTask:
         fixed_pairing="retain_fixed_pairing" in run.quirks,
         depth=run.depth,
     )
+
+
+def _guard(run: Unlearning) -> None:
+    """Put a guardrail around the model; the run's template is then the guarded one."""
+    guard = run.parametrization
+    assert isinstance(guard, Guard)
+    guard.read(run.corpus, read_subjects(run.config.data.subjects))
+    guard.prepare(run.base, run.template)
+    run.template = guard.template
+    run.parameters |= {"base": sum(parameter.numel() for parameter in run.base.parameters()), "trained": 0}
+    asked = max(run.corpus.forget, key=lambda row: len(row.prompt or ""))
+    taken = len(templates.encode_prompt(run.template, run.tokenizer, asked.prompt, asked.earlier))
+    if taken >= run.longest:
+        raise ConfigError(
+            f"method.parametrization={run.config.method.parametrization}: a question then takes {taken} tokens, and a "
+            f"row has {run.longest} at most; lower method.guardrail.examples, or give a shorter method.guardrail.text"
+        )
 
 
 def _fitted_gate(run: Unlearning, rows: UnlearnRows) -> GateFit:
@@ -302,10 +326,11 @@ def _look(run: Unlearning, task: UnlearnTask) -> Look | None:
     return Look(monitor.look, options.monitor_epochs * task.steps // options.epochs)
 
 
-def _save(run: Unlearning, task: UnlearnTask, completed: Completed | None, result: TrainResult) -> None:
+def _save(run: Unlearning, task: UnlearnTask | None, completed: Completed | None, result: TrainResult) -> None:
     """Write the adapter or the model, and run.json, which marks the folder as complete."""
     config, folder, objective = run.config, run.folder, run.objective
-    is_trained = config.method.action == EDIT
+    is_trained = task is not None and config.method.action == EDIT
+    action = None if task is None else config.method.action
     with processes.agreed(), writing(folder):
         if processes.is_first():
             with staged(folder) as new:
@@ -314,7 +339,7 @@ def _save(run: Unlearning, task: UnlearnTask, completed: Completed | None, resul
                     run.tokenizer.save_pretrained(new)
     about = {
         "command": "unlearn",
-        "objective": config.objective if is_trained else config.method.action,
+        "objective": config.objective if is_trained else action,
         "terms": {side: objective.weights[side] for side in objective.terms} if is_trained else {},
         "parametrization": config.method.parametrization,
         "quirks": run.quirks,
@@ -323,7 +348,7 @@ def _save(run: Unlearning, task: UnlearnTask, completed: Completed | None, resul
         "parameters": {name: run.parameters[name] for name in ("trained", "base")},
         **({} if run.gate is None else {"gate_fit": dataclasses.asdict(run.gate)}),
         "saved_bytes": saved_bytes(folder),
-        "engine": task.engine.name,
+        "engine": None if task is None else task.engine.name,
         "cache": None if completed is None else dataclasses.asdict(completed),
         "device": str(run.base.device),
     }
@@ -363,6 +388,12 @@ def check_rows(corpus: Corpus, config: UnlearnConfig) -> None:
     DataError for files of prompts that cannot be read.
     """
     objective, data = objective_of(config), config.data
+    if traits_of(config.method).untrained:
+        if are_texts(corpus.forget):
+            raise ConfigError(
+                "guardrails stand before questions, and the forget set is plain texts; give rows of questions"
+            )
+        return
     fitted = config.method.gate_fit == "logistic"
     if not corpus.retain and "retain" in objective.continuations:
         raise ConfigError(

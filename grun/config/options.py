@@ -309,8 +309,8 @@ class DataConfig(PromptConfig):
     gate_negatives: Optional[str] = None
     """method.gate_fit: the same on anything that is to stay, such as what users ask; may stand for retain rows."""
     subjects: list[str] = field(default_factory=list)
-    """method.gate_fit: names of what is to be forgotten, such as ["Japan | Nippon"]; everyday prompts about them, and
-    about packaged other names, join the fit, which then needs no retain rows."""
+    """Names of what is to be forgotten, such as ["Japan | Nippon"]. method.gate_fit: everyday prompts about them, and
+    about packaged other names, join the fit, which then needs no retain rows; guardrails forbid to name them."""
     subject_kind: str = choice("any", "any", "person", "place", "work", "organization", "topic")
     """What the subjects are: any, person, place, work, organization, topic."""
     gate_copies: list[str] = choice([], *GATE_COPIES)
@@ -346,6 +346,17 @@ class FullConfig:
 
     freeze_head: bool = True
     """Leave the LM head as it is, as published; where it shares its weights with the embedding, both."""
+
+
+@dataclass
+class GuardrailConfig:
+    """Guardrails, which train nothing (parametrizations system_prompt, in_context, output_filter)."""
+
+    text: Optional[str] = None
+    """system_prompt: the message; unset: made of data.subjects, of names that the benchmark knows, or of questions."""
+    examples: int = number(8, 1)
+    """in_context: forget questions, and as many retain questions, before every conversation; system_prompt: questions
+    that the message lists where no names are known."""
 
 
 @dataclass
@@ -396,6 +407,7 @@ class MethodConfig:
     """Folder of a store of requests (docs/requests.md) that stay in force while this one is trained; unset: none."""
     lora: LoraConfig = field(default_factory=LoraConfig)
     full: FullConfig = field(default_factory=FullConfig)
+    guardrail: GuardrailConfig = field(default_factory=GuardrailConfig)
 
 
 @dataclass

@@ -49,6 +49,11 @@ class Template:
     """Chat templates: further arguments, such as enable_thinking."""
     prompt_hash: str | None = field(default=None, compare=False)
     """Hash of the token ids of `PROBE` when it was stored; None: not known."""
+    guard: str | None = None
+    """What a provider puts in front of every conversation: the beginning of its system message, or, where the template
+    writes none, of its first question."""
+    examples: list[list[str]] = field(default_factory=list, hash=False)
+    """Questions, each with its answer, that come as turns before every conversation."""
 
     def __post_init__(self) -> None:
         if self.kind not in ("chat", "string"):
@@ -59,8 +64,11 @@ class Template:
             )
 
     def to_dict(self) -> dict[str, Any]:
-        """Fields for JSON; `arguments` and `prompt_hash` where there are any."""
-        missing: tuple[tuple[str, Any], ...] = (("arguments", {}), ("prompt_hash", None))
+        """Fields for JSON; `arguments` and those below it where there are any."""
+        missing: tuple[tuple[str, Any], ...] = (
+            *(("arguments", {}), ("prompt_hash", None)),
+            *(("guard", None), ("examples", [])),
+        )
         return {name: value for name, value in dataclasses.asdict(self).items() if (name, value) not in missing}
 
     def options(self) -> dict[str, Any]:
@@ -72,6 +80,10 @@ class Template:
             return {"data.template": self.text}
         known = self.name in TEMPLATES and TEMPLATES.get(self.name) == self
         return {"data.template": self.name if known else "auto"}
+
+    def guarding(self, other: Template) -> Template:
+        """Another template with what stands in front of every conversation here."""
+        return dataclasses.replace(other, guard=self.guard, examples=self.examples)
 
     @classmethod
     def from_dict(cls, fields: Any, where: str = "a template") -> Template:
@@ -186,6 +198,17 @@ def with_system_mark(template: Template) -> Template:
             "leave the system messages out"
         )
     return dataclasses.replace(template, system_prompt=_SYSTEM_MARK)
+
+
+def writes_system(template: Template, tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether the template writes a system message, once, before the question."""
+    if template.kind != "chat":
+        return False
+    try:
+        frame = chat_frame(with_system_mark(template), tokenizer, str(tokenizer.chat_template))
+    except ConfigError:
+        return False
+    return (frame.before + frame.after).count(_SYSTEM_MARK) == frame.before.count(_SYSTEM_MARK) == 1
 
 
 def put_system(parts: Sequence[Part], text: str) -> list[Part]:

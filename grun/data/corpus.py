@@ -56,7 +56,7 @@ class Corpus:
     retain_prompts: list[Row] = field(default_factory=list)
     """The same about what is to stay, on which it stays shut."""
     names: list[str] = field(default_factory=list)
-    """What is to be forgotten is called so: a gate by keywords opens on these."""
+    """What is to be forgotten is called so: a gate by keywords opens on these, and a system prompt names them."""
     general: dict[str, list[Row]] = field(default_factory=dict)
     """The benchmark's own evaluation sets: what else a model should know (TOFU: real_authors, world_facts)."""
 

@@ -43,6 +43,7 @@ from grun.data.chat import (
     variables,
     with_system_mark,
     without_system,
+    writes_system,
 )  # fmt: skip
 from grun.data.control_tokens import ControlTokens, Part, find_control_tokens, tokenize
 from grun.data.tokenizer import ANSWER, USER
@@ -104,6 +105,8 @@ def resolve(
         if template.kind == "chat":
             given = dict(arguments or {})
             template = dataclasses.replace(template, system_prompt=system_prompt, date=date, arguments=given)
+        if stored is not None:
+            template = stored.guarding(template)
     _check(template, tokenizer, system_prompt, arguments)
     missing = [token for token in (USER, ANSWER) if token not in tokenizer.get_vocab()]
     if template.name == "tiny" and missing and template != stored:
@@ -243,7 +246,7 @@ def encode(
         prompt: the question; None: plain text, whose prompt is what starts every text.
         completion: the answer; a blank at its beginning is dropped where the template puts one there.
         earlier: a system message, in place of the template's, and what was asked and answered before, which become the
-            beginning of the prompt; see `_earlier_parts`.
+            beginning of the prompt; see `_earlier_parts`. The template's guard and examples stand in front of both.
 
     Raises:
         ModelError: the tokenizer has no end token.
@@ -293,9 +296,12 @@ def prompt_parts(
     """The rendered prompt without the spaces at its end, and what comes before the answer's text."""
     if prompt is None:
         return [], ""
-    system = next((one.text for one in earlier if isinstance(one, System)), None)
+    system, guard = next((one.text for one in earlier if isinstance(one, System)), None), template.guard
+    if guard is not None and writes_system(template, tokenizer):
+        own = template.system_prompt if system is None else system
+        system, guard = guard if own is None else f"{guard}\n\n{own}", None
     template = template if system is None else with_system_mark(template)
-    turns = without_system(earlier)
+    turns = [*(Turn(*example) for example in template.examples), *without_system(earlier)]
     if template.kind == "chat":
         frame = chat_frame(template, tokenizer, str(tokenizer.chat_template))
         prompt = prompt.lstrip() if frame.strips_left else prompt
@@ -305,6 +311,8 @@ def prompt_parts(
         before, _, after = str(template.text).partition(PLACE)
         prefix = template.answer_prefix
     start = _earlier_parts(template, tokenizer, turns) if turns else [Part(before, True)]
+    if guard is not None:
+        start.insert(1, Part(f"{guard}\n\n", False))
     start = start if system is None else put_system(start, system)
     parts = [*start, Part(prompt, False), Part(after, True)]
     for index in reversed(range(len(parts))):

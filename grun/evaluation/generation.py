@@ -26,6 +26,7 @@ from grun.errors import DataError, ModelError
 from grun.evaluation.journal import Journal
 from grun.evaluation.scoring import NOT_FINITE, base_of, evaluating, prompt_gates, takes_prompt_lengths
 from grun.loading.models import context_length
+from grun.method.guardrail import output_filter_of
 from grun.runtime import processes
 from grun.runtime.files import content_hash
 from grun.runtime.reading import kind_of
@@ -100,7 +101,7 @@ class Answer(NamedTuple):
     """What the model answers to one prompt."""
 
     text: str
-    """Decoded without special tokens, white space at both ends removed."""
+    """Decoded without special tokens, white space at both ends removed, after an output filter if the model has one."""
     gates: dict[int, float] | None
     """Gate probability at the prompt by block; None for a model without gates."""
 
@@ -188,6 +189,7 @@ class _Asking:
     def __init__(self, model: Any, tokenizer: Any, pad_id: int, masked_id: int | None) -> None:
         self.model, self.tokenizer, self.pad_id, self.masked_id = model, tokenizer, pad_id, masked_id
         self.ends = end_tokens(model, tokenizer)
+        self.shown = output_filter_of(base_of(model)) or str
         self.reason = needs_generate(base_of(model))
         if self.reason:
             log.info("answers come from the model's own generate, which is slower: %s", self.reason)
@@ -207,7 +209,7 @@ class _Asking:
             number = {prompt: number for number, prompt in enumerate(prompts)}
             prompt_of = [number[prompt] for prompt in asked]
             ids, gates = greedy(self.model, batch, rooms, self.ends, self.pad_id, choose, prompt_of)
-        texts = [self.tokenizer.decode(row, skip_special_tokens=True).strip() for row in ids]
+        texts = [self.shown(self.tokenizer.decode(row, skip_special_tokens=True).strip()) for row in ids]
         of_prompts = prompt_gates(gates, len(prompts))
         return [Answer(text, of_prompts[prompt]) for text, prompt in zip(texts, prompt_of, strict=True)]
 

@@ -14,6 +14,7 @@ from grun.loading.changed_tensors import KIND as CHANGED
 from grun.loading.changed_tensors import put_changed
 from grun.loading.hashing import adapter_hash
 from grun.loading.models import load_base
+from grun.method import guardrail
 from grun.method.adapter import STACK
 from grun.runtime.reading import in_one_line
 
@@ -32,12 +33,22 @@ class Loaded:
     """Stored with the adapter, else with the weights; None where neither has one."""
     identity: dict[str, str | None]
     """Fingerprint of the base, type and quantization of its weights, hash of the adapter; None: there is none."""
+    guarded: bool = False
+    """Whether a guardrail stands around the model, which acts in conversations alone."""
+
+    def refuse_guarded(self, what: str) -> None:
+        """ConfigError for `what` where there is a guardrail."""
+        if self.guarded:
+            raise ConfigError(
+                f"{what} asks in words of its own, where a guardrail does not act: its numbers would be the base's; "
+                "leave the adapter out"
+            )
 
 
 def load_model(config: ModelConfig, adapter: str | None, *, strict: bool, gate_threshold: float | None) -> Loaded:
     """A base model with an adapter on it, or none.
 
-    An adapter is one of GRUN's, a store of requests, changed tensors, or what PEFT knows (LoRA, unmerged).
+    An adapter is one of GRUN's, a store of requests, changed tensors, a guardrail, or what PEFT knows (LoRA, unmerged).
 
     Raises:
         ConfigError, ModelError: see `load_base`.
@@ -62,6 +73,10 @@ def load_model(config: ModelConfig, adapter: str | None, *, strict: bool, gate_t
         return Loaded(model, tokenizer, model.template or template, identity)
     if gate_threshold is not None:
         raise ConfigError(f"gate_threshold needs a GRUN adapter; {adapter} is of type {kind}, which has no gates")
+    if kind == guardrail.KIND:
+        found = guardrail.Guardrail.read(folder)
+        found.put_on(base, strict=strict)
+        return Loaded(base, tokenizer, found.template, identity, guarded=True)
     if kind == CHANGED:
         put_changed(base, folder, strict=strict)
     else:

@@ -105,7 +105,8 @@ def check_fit(config: UnlearnConfig) -> None:
             )
         given: dict[str, Any] = {"method.false_positives": method.false_positives}
         given |= {f"data.{name}": getattr(data, name) for name in ("group", "gate_prompts", "gate_negatives")}
-        given |= {f"data.{name}": getattr(data, name) or None for name in ("subjects", "gate_copies")}
+        of_names = ["gate_copies"] if traits_of(method).untrained else ["subjects", "gate_copies"]
+        given |= {f"data.{name}": getattr(data, name) or None for name in of_names}
         for name, value in given.items():
             if value is not None:
                 raise ConfigError(f"{name}={value} is for method.gate_fit=logistic; set that, or leave it out")

@@ -165,6 +165,8 @@ class Traits:
     """Edits the outputs of the blocks `method.blocks` on a frozen model, so that `method.beside` applies too."""
     changes_weights: bool = False
     """Trains the model's own weights: the untouched model exists only as a copy."""
+    untrained: bool = False
+    """A `grun.method.guardrail.Guard`: nothing is trained, so that objective and seed change nothing."""
 
 
 class Parametrizations(Registry[type[Parametrization]]):
@@ -198,6 +200,16 @@ PARAMETRIZATIONS.add(
 )
 PARAMETRIZATIONS.add("full", "baselines.full:Full", "all weights of the model", Traits(changes_weights=True))
 PARAMETRIZATIONS.add("lora", "baselines.lora:Lora", "low-rank changes of the blocks' linear layers (LoRA)")
+for _name, _class, _description in (
+    ("system_prompt", "SystemPrompt", "a system message that forbids to answer (nothing is trained)"),
+    (
+        "in_context",
+        "InContext",
+        "refused forget questions and answered retain questions before it (nothing is trained)",
+    ),
+    ("output_filter", "WithheldAnswers", "answers that hold a forget answer are replaced (nothing is trained)"),
+):
+    PARAMETRIZATIONS.add(_name, f"grun.method.guardrail:{_class}", _description, Traits(untrained=True))
 
 
 def traits_of(method: MethodConfig) -> Traits:

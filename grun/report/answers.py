@@ -25,7 +25,7 @@ from grun.report.page import (
     verdict_section,
 )
 from grun.report.pictures import KEPT_PICTURE, draw_all
-from grun.report.result import Result, after, unread_words
+from grun.report.result import Result, after, behind_filters, unread_words
 from grun.report.results import find_results
 from grun.report.suites import table_of
 from grun.report.tables import Line, Table, to_csv, to_markdown, to_terminal, to_tex
@@ -77,7 +77,8 @@ class AnswerReport:
             lines = [Line(one.title, [column.text(one) for column, _ in columns]) for one in results]
             console.print(to_terminal(Table([header for _, header in columns], [], lines), title))
         print_terms(console, legend(results, [column for column, _ in columns]))
-        for note in unread_words(results) if matrix is None else matrix.notes():
+        alone = [*behind_filters(results), *unread_words(results)]
+        for note in alone if matrix is None else matrix.notes():
             print_line(console, note)
         for objective, sentences in words(matrix) if matrix is not None else ():
             _print_compared(console, objective, sentences)
@@ -106,7 +107,7 @@ def answer_page(results: Results, title: str, drawn: Drawn) -> str:
         for picture, path in drawn
         if picture.name != PICTURE and (matrix is None or picture.name != KEPT_PICTURE)
     ]
-    unread = unread_words(results)
+    unread = [*behind_filters(results), *unread_words(results)]
     table = [
         Block("table", table_of(columns, results), "Table of all models"),
         *([Block("points", unread)] if unread else []),

@@ -6,14 +6,16 @@ from collections.abc import Sequence
 
 from grun.report.result import Result, after
 
-PARAMETRIZATIONS = {"full": "full", "lora": "LoRA", "reft": "ReFT", "grun": "GRUN"}
+PARAMETRIZATIONS = {"full": "full", "lora": "LoRA", "reft": "ReFT", "grun": "GRUN"} | {
+    name: name.replace("_", " ") for name in ("system_prompt", "in_context", "output_filter")
+}
 """What may change in unlearning, in the order of the tables, with the names that readers see."""
 
 
 def order_of(result: Result) -> tuple[str, int, str, str, int]:
     """Where a run stands among the runs: by objective, parametrization, design (the published one first) and seed.
 
-    Parametrizations stand as full, lora, reft, grun, others.
+    Parametrizations stand as in `PARAMETRIZATIONS`, then others.
     """
     seed = -1 if result.seed is None else result.seed
     return (result.objective or "", *place_of(result.parametrization), result.design, seed)

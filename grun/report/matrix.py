@@ -17,7 +17,7 @@ from grun.data.sets import evaluation_sets
 from grun.report.columns import columns_by_key
 from grun.report.labels import order_of, place_of, run_label
 from grun.report.missing import failures, unevaluated
-from grun.report.result import Result, after, main_metric, unread_words
+from grun.report.result import Result, after, behind_filters, main_metric, unread_words
 from grun.report.tables import Column, Line, Style, Table, csv_text, shown, to_tex, with_numbers
 from grun.runtime.runs import identity
 
@@ -222,7 +222,7 @@ class Matrix:
                 "Runs that found frozen states in the cache, computed by an earlier run, which their seconds leave "
                 f"out: {', '.join(found)}."
             )
-        return lines + unread_words(self.results)
+        return lines + behind_filters(self.results) + unread_words(self.results)
 
 
 # -- columns ----------------------------------------------------------------------------------------------------------

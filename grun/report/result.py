@@ -217,6 +217,17 @@ def sets_of(results: Sequence[Result]) -> set[str]:
     return {name for result in results for name in result.evaluation["sets"]}
 
 
+def behind_filters(results: Sequence[Result]) -> list[str]:
+    """A sentence on likelihoods of models whose answers are filtered, where there are such."""
+    labels = [result.label for result in results if result.parametrization == "output_filter"]
+    if not labels:
+        return []
+    return [
+        f"{', '.join(labels)}: an output filter reads what is written, so likelihoods of given answers, and what is "
+        "computed from them, are those of the model without it."
+    ]
+
+
 def unread_words(results: Sequence[Result], sets: Sequence[str] | None = None) -> list[str]:
     """Which rows of the sets (None: of all) a metric cannot read, a sentence each; all models got the same rows."""
     found = {}

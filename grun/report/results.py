@@ -15,7 +15,7 @@ from grun.evaluation.measure import METRICS_FORMAT, measure
 from grun.evaluation.metrics import reference_metrics, unread
 from grun.evaluation.table import Table
 from grun.loading.hashing import adapter_hash
-from grun.report.labels import label_runs, order_of
+from grun.report.labels import PARAMETRIZATIONS, label_runs, order_of
 from grun.report.result import STAGES, Result, finite, target_of
 from grun.report.tables import Number
 from grun.runtime.reading import read_json_lines, typed
@@ -93,7 +93,8 @@ def read_evaluation(
     if methods is not None:
         result.label = f"{methods[name]}{ending}" if name in methods else folder.name
     elif run:
-        result.label = f"{str(result.objective).upper()}{ending}"
+        what = result.objective and result.objective.upper()  # None: nothing was trained
+        result.label = f"{what or PARAMETRIZATIONS.get(result.parametrization, result.parametrization)}{ending}"
     return result
 
 

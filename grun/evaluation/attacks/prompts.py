@@ -125,7 +125,8 @@ def other_template(row: Row, material: Material) -> list[Asked]:
     if material.template.text == OTHER_TEMPLATE.text:
         return []
     turns = without_system(row.earlier)
-    return [Asked(tuple(encode_prompt(OTHER_TEMPLATE, material.tokenizer, row.prompt, turns)), row)]
+    template = material.template.guarding(OTHER_TEMPLATE)
+    return [Asked(tuple(encode_prompt(template, material.tokenizer, row.prompt, turns)), row)]
 
 
 def _changed(row: Row, material: Material, question: str) -> list[Asked]:
@@ -234,8 +235,8 @@ def cloze(row: Row, material: Material) -> list[Asked]:
     Source: sentences to complete as a check of unlearning, Eldan and Russinovich 2023, arXiv 2310.02238; who answers no
     question any more may still end the sentence.
     """
-    sentence = row.extra.get("cloze")
-    return [Asked(tuple(encode_prompt(TEMPLATES.get("text"), material.tokenizer, sentence)), row)] if sentence else []
+    sentence, template = row.extra.get("cloze"), material.template.guarding(TEMPLATES.get("text"))
+    return [Asked(tuple(encode_prompt(template, material.tokenizer, sentence)), row)] if sentence else []
 
 
 @attack("second_turn")

@@ -64,6 +64,9 @@ class Measured:
 class Suite:
     """One kind of evaluation; the constructor loads its data."""
 
+    in_template: bool = True
+    """Whether it asks in the template alone, with what a guardrail puts in front of it."""
+
     def __init__(self, config: EvaluateConfig) -> None:
         """`config` names the suite."""
         self.config = config
@@ -174,6 +177,8 @@ def carry_out(
     started: float,
 ) -> dict[str, Any]:
     """The evaluation of one model, found in `folder` or made there."""
+    if not suite.in_template:
+        loaded.refuse_guarded(f"suite={config.suite}")
     identity = {**loaded.identity, "version": __version__, "format": SUITE_FORMAT, "code": code_hash(SUITE_CODE)}
     settings = suite.settings(loaded) | {"gate_threshold": config.gate_threshold}
     inputs = {"suite": config.suite, "identity": identity, "settings": settings}

@@ -34,6 +34,8 @@ class KnowledgeSuite(Suite):
     the corpus. Each question is a line of questions.jsonl; its text and options stand in that of its first order.
     """
 
+    in_template = False
+
     def __init__(self, config: EvaluateConfig) -> None:
         """Load what `data.*` names; config.data.limit questions of each role, evenly spaced."""
         super().__init__(config)

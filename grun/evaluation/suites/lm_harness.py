@@ -46,6 +46,8 @@ class HarnessSuite(Suite):
     `lm_eval`, the harness' version. samples.jsonl has each question's number, log-likelihoods or text, and target.
     """
 
+    in_template = False
+
     def __init__(self, config: EvaluateConfig) -> None:
         """Find the tasks.
 

@@ -38,6 +38,7 @@ class GrunHarnessModel(HarnessModel):
         """
         config = _config(arguments)
         loaded = load_model(config.model, config.adapter, strict=config.strict, gate_threshold=config.gate_threshold)
+        loaded.refuse_guarded("lm-evaluation-harness")
         template = in_force(config, loaded.template, loaded.tokenizer)
         self._in_force, self._told, self._replaced = template, False, False
         chat = template if template.kind == "chat" else None

@@ -15,6 +15,7 @@ from grun.config.values import from_dict, with_sources
 from grun.errors import RunError
 from grun.experiments.job import Job
 from grun.experiments.models import remove_weights, weights_in
+from grun.method.parametrization import traits_of
 from grun.runtime.files import content_hash, read_json, remove
 from grun.runtime.reading import DamagedFile
 from grun.runtime.runs import RUN_FILE, identity
@@ -113,7 +114,7 @@ class Cell(Job):
         config: UnlearnConfig = from_dict("unlearn", options)
         config.output_dir = str(self.run)
         unlearn(config)
-        if not weights_in(self.run):
+        if not traits_of(config.method).untrained and not weights_in(self.run):
             raise RunError(
                 f"{self.run} holds a finished run without its weights, and {self.sibling('outcome.json')} no longer "
                 "records that the sweep removed them; remove the folder, and the same command makes it again"

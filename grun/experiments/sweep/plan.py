@@ -134,6 +134,9 @@ def _cells(sweep: Sweep, config: SweepConfig, base: UnlearnConfig) -> Iterator[P
         parametrization = str(chosen.get(PARAMETRIZATION, base.method.parametrization))
         if not PARAMETRIZATIONS.traits(parametrization).gated and chosen.get(DESIGN, PUBLISHED) != PUBLISHED:
             continue  # designs concern a gate: a parametrization without one has one cell
+        first = (axes.get(OBJECTIVE, [objective])[0], axes.get(SEED, [base.seed])[0])
+        if PARAMETRIZATIONS.traits(parametrization).untrained and (objective, chosen.get(SEED, base.seed)) != first:
+            continue  # neither objective nor seed changes it
         further = part({key: chosen[key] for key in sweep.further_axes})
         ending = f"-{further}" if further else ""
         tuned = _tuned(sweep, objective, parametrization, further)

@@ -158,7 +158,40 @@ def use_reference(
     """
     if needs == "none":
         return None
-    passes = _Passes(task, config, pad_id)
+    engine, completed = _kept(task, task.engine, task.reference_rows, base, needs, config, pad_id, use)
+    task.engine = engine
+    return completed
+
+
+def use_teacher(
+    task: UnlearnTask, base: PreTrainedModel, config: UnlearnConfig, *, pad_id: int, use: Use | None = None
+) -> Completed | None:
+    """The same for the teacher of `task`, before any other engine is chosen: it sees other rows than those trained on.
+
+    None where the objective has none.
+    """
+    if not task.objective.teacher:
+        return None
+    teacher = task.teacher
+    rows = teacher.rows(task.rows("answer"))
+    budget = bytes_of("cache.memory_budget", config.cache.memory_budget)
+    engine, completed = _kept(task, teacher.engine, rows, base, "logits", config, pad_id, use)
+    task.teacher = teacher.kept(engine, budget)
+    return completed
+
+
+def _kept(
+    task: UnlearnTask,
+    engine: Engine,
+    rows: Sequence[EncodedRow],
+    base: PreTrainedModel,
+    needs: Reference,
+    config: UnlearnConfig,
+    pad_id: int,
+    use: Use | None,
+) -> tuple[Engine, Completed | None]:
+    """An engine that looks `rows` up and runs others as `engine`, and what was computed for it; see `use_reference`."""
+    passes = _Passes(task, rows, config, pad_id)
     head, problem = None, None
     in_folder = False
     budget = bytes_of("cache.memory_budget", config.cache.memory_budget)
@@ -173,7 +206,7 @@ def use_reference(
             problem = _too_large(config, passes.size)
     if problem is not None:
         log.info("reference values are not kept (%s): %s", problem, task.parametrization.keep_reference())
-        return None
+        return engine, None
     folder = target(str(config.cache.dir), "cache.dir") if in_folder else None
     computed_in = str(head and head.computed_in)
     identity = cache_identity(
@@ -181,15 +214,14 @@ def use_reference(
     )
     store = PrefixStore(folder, identity, memory_budget=budget, use=use)
     completed = fill(store, "reference values", passes.rows, lambda missing, share: passes.shards(missing, head, share))
-    task.engine = ReferencedEngine(task.engine, store, head)
-    return completed
+    return ReferencedEngine(engine, store, head), completed
 
 
 class _Passes:
     """Passes of the untouched model over the rows of a task, as large as those of training."""
 
-    def __init__(self, task: UnlearnTask, config: UnlearnConfig, pad_id: int) -> None:
-        self.rows = sorted(dict.fromkeys(task.reference_rows), key=len, reverse=True)
+    def __init__(self, task: UnlearnTask, rows: Sequence[EncodedRow], config: UnlearnConfig, pad_id: int) -> None:
+        self.rows = sorted(dict.fromkeys(rows), key=len, reverse=True)
         self._parametrization = task.parametrization
         self._size = config.train.micro_batch_size or config.train.batch_size
         self._pad_id = pad_id

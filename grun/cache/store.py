@@ -51,6 +51,17 @@ class Completed:
     where: str
     """memory, or disk where rows are read from mapped files."""
 
+    def __add__(self, other: Completed) -> Completed:
+        """Both together."""
+        return Completed(
+            self.rows + other.rows,
+            self.found + other.found,
+            self.built + other.built,
+            self.seconds + other.seconds,
+            self.bytes + other.bytes,
+            "disk" if "disk" in (self.where, other.where) else "memory",
+        )
+
 
 @dataclass
 class _Held:

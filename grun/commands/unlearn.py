@@ -16,7 +16,7 @@ from grun.cache.engine import use_cached
 from grun.cache.features import kept_features
 from grun.cache.folder import Use
 from grun.cache.gate_pretraining import pretrain_gates
-from grun.cache.reference import use_reference
+from grun.cache.reference import use_reference, use_teacher
 from grun.cache.store import Completed
 from grun.commands.results import finish_training
 from grun.config.checks import quirks_in_force
@@ -47,6 +47,7 @@ from grun.runtime.devices import input_device
 from grun.runtime.files import holding, staged, target, writing
 from grun.runtime.memory import peak_memory_bytes
 from grun.runtime.runs import claim, identity, open_run
+from grun.training.counterfactual import encode_counterfactuals, subjects_of
 from grun.training.gate_fit import GateFit, Prompts, fit_gate
 from grun.training.gate_prompts import GatePrompts, check_given, collect, copies, read_subjects, sides
 from grun.training.keywords import keywords, spelled
@@ -184,7 +185,10 @@ def train_and_save(run: Unlearning, *, save: bool = True) -> None:
 def _task(run: Unlearning) -> UnlearnTask:
     """The rows in tokens, and the parametrization on the model, newly initialized."""
     config, base, parametrization = run.config, run.base, run.parametrization
-    rows = encode_unlearn_rows(run.corpus, run.tokenizer, run.template, run.longest, config.data, seed=config.seed)
+    how = (run.tokenizer, run.template, run.longest, config.data)
+    rows = encode_unlearn_rows(run.corpus, *how, seed=config.seed)
+    if run.objective.teacher:
+        rows = replace(rows, counterfactuals=encode_counterfactuals(run.corpus, *how, seed=config.seed))
     if isinstance(parametrization, Grun) and config.method.action != EDIT:
         refusal = templates.encode(run.template, run.tokenizer, templates.PROBE, run.corpus.refusals[0])[1]
         parametrization.answer_ids = refusal
@@ -286,9 +290,15 @@ def _bare_starts(run: Unlearning) -> list[EncodedRow]:
 
 
 def choose_engine(run: Unlearning, task: UnlearnTask) -> Completed | None:
-    """Give `task` the cached engine, or else stored references of the untouched model; what was kept, None: nothing."""
+    """Give `task` the cached engine, or else stored references of the untouched model; what was kept, None: nothing.
+
+    A teacher's predictions are stored with either.
+    """
     config, base, reference = run.config, run.base, run.objective.reference
     completed, noted = None, _noted(run)
+    pad_id = int(run.tokenizer.pad_token_id)
+    with processes.agreed():
+        taught = use_teacher(task, base, config, pad_id=pad_id, use=noted)
     if config.train.engine == "cached":
         with processes.agreed():
             completed = use_cached(task, config, noted)
@@ -301,11 +311,11 @@ def choose_engine(run: Unlearning, task: UnlearnTask) -> Completed | None:
         pretrain_gates(task.engine, task.rows(asked), task.rows("retain"), config.train.gate_pretraining)
     if completed is None:
         with processes.agreed():
-            pad_id = int(run.tokenizer.pad_token_id)
             completed = use_reference(task, base, reference, config, pad_id=pad_id, use=noted)
-    reads_base = traits_of(config.method).changes_weights and completed is None and reference != "none"
+    runs_base = (completed is None and reference != "none") or (taught is None and run.objective.teacher)
+    reads_base = traits_of(config.method).changes_weights and runs_base
     sharding.check_possible(looks=bool(config.train.monitor_epochs), needs_reference=reads_base)
-    return completed
+    return completed if taught is None else taught if completed is None else taught + completed
 
 
 def _look(run: Unlearning, task: UnlearnTask) -> Look | None:
@@ -413,6 +423,13 @@ def check_rows(corpus: Corpus, config: UnlearnConfig) -> None:
     check_given(data)
     if config.method.gate == KEYWORDS:
         keywords(config, corpus)
+    if objective.teacher and are_texts(corpus.forget):
+        raise ConfigError(
+            "objective=counterfactual asks forget questions about others, but the forget set is plain texts; choose "
+            "another objective (rmu, npo, max_entropy), or give rows with questions"
+        )
+    if objective.teacher:
+        subjects_of(corpus, data)
     if fitted and not corpus.retain and data.augment.forget_copies and not data.gate_copies:
         raise ConfigError("there are no retain rows to copy; set data.augment.forget_copies and retain_copies to 0")
     if are_texts(corpus.forget) and "refusal" in objective.continuations:

@@ -303,16 +303,19 @@ class DataConfig(PromptConfig):
     """Make it an error if tokenizing prompt and answer together gives other tokens than one after the other."""
     group: Optional[str] = None
     """method.gate_fit, calibrate: field of rows to keep, such as person, by which they belong together; unset: each by
-    itself."""
+    itself. counterfactual: of rows to forget, by which they are about one subject, whose name most of them hold."""
     gate_prompts: Optional[str] = None
     """method.gate_fit: file of further prompts, without answers, on what is to be forgotten; .txt: one a line."""
     gate_negatives: Optional[str] = None
     """method.gate_fit: the same on anything that is to stay, such as what users ask; may stand for retain rows."""
     subjects: list[str] = field(default_factory=list)
     """Names of what is to be forgotten, such as ["Japan | Nippon"]. method.gate_fit: everyday prompts about them, and
-    about packaged other names, join the fit, which then needs no retain rows; guardrails forbid to name them."""
+    about packaged other names, join the fit, which then needs no retain rows; guardrails forbid to name them;
+    counterfactual: whom rows are about."""
     subject_kind: str = choice("any", "any", "person", "place", "work", "organization", "topic")
     """What the subjects are: any, person, place, work, organization, topic."""
+    counterfactuals: int = number(20, 1)
+    """counterfactual: other names that take a subject's place, over which the teacher is averaged."""
     gate_copies: list[str] = choice([], *GATE_COPIES)
     """method.gate_fit: ways in which prompts of both sides are asked too: suffix, around, beside, framed, language,
     lower_case, upper_case, typos, spaced, template, few_shot."""

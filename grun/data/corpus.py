@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
+from typing import NamedTuple
 
 from grun.config.checks import one_of
 from grun.config.options import DataConfig
@@ -13,6 +14,7 @@ from grun.data.choices import ChoiceRow, load_choices
 from grun.data.jsonl import load_rows
 from grun.data.rows import Row, common_rows, count_overlap, evenly_spaced, hash_rows
 from grun.data.sets import SETS_OF_BENCHMARKS, EvaluationSet, evaluation_sets
+from grun.data.subject import aliases, shared_name
 from grun.data.texts import load_texts
 from grun.errors import ConfigError, DataError
 from grun.registry import Registry
@@ -23,6 +25,21 @@ SOME = ("unknown_rows", "refused_rows", "teach_general", "unknown")
 """Options of data that only some benchmarks take."""
 ROLES = ("forget", "neighbor", "general")
 """What questions are about: what is to be forgotten, what lies near it, everything else."""
+
+
+class Subject(NamedTuple):
+    """Whom or what a row is about."""
+
+    names: tuple[str, ...]
+    """Its name, then what else it is called; empty where rows name nobody."""
+    kind: str
+    """Of `grun.data.subject.KINDS`, or any."""
+
+
+def subject_named_by(texts: Sequence[str], kind: str) -> Subject:
+    """Whom texts about one person, or thing, are about, by the name that most hold; without names where none does."""
+    name = shared_name(texts)
+    return Subject(() if name is None else tuple(aliases(name, kind, [])), kind)
 
 
 @dataclass
@@ -57,6 +74,8 @@ class Corpus:
     """The same about what is to stay, on which it stays shut."""
     names: list[str] = field(default_factory=list)
     """What is to be forgotten is called so: a gate by keywords opens on these, and a system prompt names them."""
+    subjects: list[Subject] | None = None
+    """Of each forget row; None: the benchmark does not say."""
     general: dict[str, list[Row]] = field(default_factory=dict)
     """The benchmark's own evaluation sets: what else a model should know (TOFU: real_authors, world_facts)."""
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import re
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from importlib import resources
 from typing import Any, NamedTuple
@@ -27,6 +28,11 @@ _ABBREVIATED = {"mr", "mrs", "ms", "dr", "st", "jr", "sr", "vs", "no", "prof", "
 _END = re.compile(r"[.!?][\"'\N{RIGHT DOUBLE QUOTATION MARK}\N{RIGHT SINGLE QUOTATION MARK})\]]*(?=\s|$)|\n")
 _ITEM = re.compile(r"\s*(?:\d+\s*[.):]|[-*\u2022])\s*(.+)")
 _NAME = re.compile(r"(?:[A-Z\d][\w'.-]*)(?:\s+(?:of|the|de|von|van|and|du|la|[A-Z\d][\w'.-]*))*")
+
+
+_CAPITALS = re.compile(
+    r"(?<!\w)[^\W\d_a-z][\w'-]*(?: (?:(?:al|bin|de|del|den|der|di|du|ibn|la|van|von) )*[^\W\d_a-z][\w'-]*)+"
+)
 
 
 class Kind(NamedTuple):
@@ -134,6 +140,53 @@ def aliases(name: str, kind: str, others: Sequence[str]) -> list[str]:
 def mentions(text: str, called: Sequence[str]) -> bool:
     """Whether one of the names stands in a text, letter case apart; within a word it does not count."""
     return any(re.search(rf"(?<!\w){re.escape(name)}(?!\w)", text, re.IGNORECASE) for name in called)
+
+
+def shared_name(texts: Sequence[str]) -> str | None:
+    """The name that most of `texts` about one subject hold: words in capitals, two or more, the longest if several.
+
+    None where fewer than half of them hold one.
+    """
+    held: Counter[str] = Counter()
+    for text in texts:
+        straight = text.replace("\N{RIGHT SINGLE QUOTATION MARK}", "'")
+        found = {
+            " ".join(run[start:end])
+            for match in _CAPITALS.finditer(straight)
+            for run in [re.sub(r"'s?(?= |$)", "", match[0]).split()]
+            for start in range(len(run))
+            for end in range(start + 2, min(len(run), start + LONGEST_NAME) + 1)
+            if run[start][0].isupper() and run[end - 1][0].isupper()
+        }
+        held.update(found)
+    best = max(held, key=lambda name: (held[name], len(name)), default=None)
+    return best if best is not None and 2 * held[best] >= len(texts) else None
+
+
+class Swap:
+    """Puts others' names in the place of subjects'."""
+
+    def __init__(self, subjects: Sequence[Sequence[str]]) -> None:
+        """Of each subject its names; an alias gives way to the other's alias of the same place, or its last one."""
+        self._place: dict[str, int] = {}
+        for names in subjects:
+            for number, name in enumerate(names):
+                self._place.setdefault(name.casefold(), number)
+        longest = sorted(self._place, key=len, reverse=True)
+        self._pattern = re.compile(rf"(?<!\w)(?:the )?({'|'.join(map(re.escape, longest))})(?!\w)", re.IGNORECASE)
+
+    def concerns(self, text: str) -> bool:
+        """Whether a subject is named in a text."""
+        return self._pattern.search(text) is not None
+
+    def __call__(self, text: str, other: Sequence[str]) -> str:
+        """The text about another, whose names are `other`."""
+
+        def instead(found: re.Match[str]) -> str:
+            name = other[min(self._place[found[1].casefold()], len(other) - 1)]
+            return name.lower() if found[0].islower() else name
+
+        return self._pattern.sub(instead, text)
 
 
 def is_other(name: str, subject: str) -> bool:

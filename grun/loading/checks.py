@@ -6,7 +6,7 @@ from dataclasses import replace
 from typing import Any
 
 from grun.config.checks import bytes_of, check_options, one_of, quirks_in_force
-from grun.config.options import CommandConfig, EvaluateConfig, ModelConfig, UnlearnConfig
+from grun.config.options import CommandConfig, DataConfig, EvaluateConfig, ModelConfig, UnlearnConfig
 from grun.data.corpus import BENCHMARKS
 from grun.data.sets import evaluation_sets
 from grun.data.templates import PLACE, TEMPLATES
@@ -91,12 +91,17 @@ def _check_unlearn(config: UnlearnConfig) -> None:
 def check_fit(config: UnlearnConfig) -> None:
     """ConfigError where a gate is to be fitted that cannot be, or an option of the fit has no effect."""
     method, data, augment = config.method, config.data, config.data.augment
-    if data.subject_kind != "any" and not data.subjects:
+    taught = objective_of(config).teacher  # which reads subjects too
+    if data.subject_kind != "any" and not (data.subjects or (taught and data.group)):
         raise ConfigError(
             f"data.subject_kind={data.subject_kind} says what data.subjects are; name some, or leave it out"
         )
     if method.gate_keywords and method.gate != KEYWORDS:
         raise ConfigError(f"method.gate_keywords are for method.gate={KEYWORDS}; set that, or leave them out")
+    if data.counterfactuals != DataConfig().counterfactuals and not taught:
+        raise ConfigError(
+            f"data.counterfactuals={data.counterfactuals} is for objective=counterfactual; set that, or leave it out"
+        )
     if method.gate_fit == "joint":
         if method.gate in UNTRAINED:
             raise ConfigError(
@@ -108,7 +113,7 @@ def check_fit(config: UnlearnConfig) -> None:
         of_names = ["gate_copies"] if traits_of(method).untrained else ["subjects", "gate_copies"]
         given |= {f"data.{name}": getattr(data, name) or None for name in of_names}
         for name, value in given.items():
-            if value is not None:
+            if value is not None and not (taught and name in ("data.group", "data.subjects")):
                 raise ConfigError(f"{name}={value} is for method.gate_fit=logistic; set that, or leave it out")
         return
     if method.gate_blocks is None or method.gate not in ("linear", *UNTRAINED) or method.gate_read != "last_prompt":

@@ -1,4 +1,4 @@
-"""Distillation: cross-entropy under a distribution in which the true token is less likely, or not there."""
+"""Distillation: towards a distribution in which the true token is less likely, or not there."""
 
 from __future__ import annotations
 
@@ -25,6 +25,10 @@ def _of_both_everywhere(outputs: Outputs) -> tuple[Tensor, Tensor, Tensor]:
     return logits, reference.logits(predicting), tokens[:, 1:].reshape(-1)
 
 
+def _with_teacher(outputs: Outputs) -> tuple[Tensor, Tensor]:
+    return _of_both(outputs)[:2]
+
+
 @objective("undial")
 @term(
     "undial",
@@ -48,6 +52,27 @@ def undial(policy: Tensor, reference: Tensor, tokens: Tensor, *, beta: float = 1
     """
     lowered = reference.scatter_add(1, tokens.unsqueeze(1), reference.new_full((len(tokens), 1), -beta))
     return -(lowered.softmax(dim=-1) * policy.log_softmax(dim=-1)).sum(dim=-1)
+
+
+@objective("counterfactual_ce", forget="counterfactual", retain="ce")
+@objective("counterfactual")
+@term("counterfactual", per="token", inputs=_with_teacher, reference="logits", teacher=True)
+def counterfactual(policy: Tensor, teacher: Tensor) -> Tensor:
+    """KL from what the untouched model says of others under other names, averaged.
+
+    KL(q || p) for each answer token, nats: [tokens]. q is the mean over K others of the untouched model's prediction
+    where prompt and answer hold the other's name, the probability of that name given to the subject's
+    (`grun.training.teacher`).
+
+    Args:
+        policy: logits that predict the answer tokens, shape [tokens, vocabulary].
+        teacher: log q, the same shape.
+
+    Source: Liu et al. 2024 ("Revisiting Who's Harry Potter"), arXiv 2407.16997.
+    """
+    from grun.objectives.retain import kl
+
+    return kl(policy, teacher)
 
 
 def _later_tokens(outputs: Outputs) -> tuple[Tensor, Tensor]:

@@ -47,14 +47,20 @@ class Objective:
 
     @property
     def reference(self) -> Reference:
-        """The most that a term in force reads of the untouched model."""
+        """The most that a term in force reads of the untouched model's passes over the same rows."""
         order: tuple[Reference, ...] = get_args(Reference)
-        return max((term.reference for term in self.terms.values()), key=order.index, default="none")
+        read = (term.reference for term in self.terms.values() if not term.teacher)
+        return max(read, key=order.index, default="none")
+
+    @property
+    def teacher(self) -> bool:
+        """Whether the untouched model is asked about others."""
+        return any(term.teacher for term in self.terms.values())
 
     @property
     def reference_continuations(self) -> list[Continuation]:
         """Passes to run under the untouched model too."""
-        reading = [term for term in self.terms.values() if term.reference != "none"]
+        reading = [term for term in self.terms.values() if term.reference != "none" and not term.teacher]
         wanted = {name for term in reading for name in term.continuations}
         return [name for name in self.continuations if name in wanted]
 

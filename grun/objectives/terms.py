@@ -67,7 +67,7 @@ class Outputs:
     model: Mapping[Continuation, StepOutput]
     """Under the model being changed."""
     reference: Mapping[Continuation, StepOutput]
-    """Under the untouched model, without gradients."""
+    """Under the untouched model, without gradients; of a term with a teacher, what that is asked instead."""
 
 
 def no_blocks(options: Options, depth: int) -> tuple[int, ...]:
@@ -91,6 +91,8 @@ class Term:
     """Blocks whose hidden states it reads, of a model with `depth` blocks; EMBEDDINGS for the embeddings."""
     reads_head: bool = True
     """Whether it reads log-probabilities or logits, and not hidden states alone."""
+    teacher: bool = False
+    """Whether what it reads of the untouched model is asked about others (`grun.training.teacher`); forget terms."""
     options: Mapping[str, float | None] = field(default_factory=dict)
     """Options with their published defaults; None: must be set."""
     dual: Callable[[float, float, int, Options], float] | None = None
@@ -139,6 +141,7 @@ def term(
     reference: Reference = "none",
     hidden: Callable[[Options, int], tuple[int, ...]] = no_blocks,
     reads_head: bool = True,
+    teacher: bool = False,
     dual: Callable[..., float] | None = None,
     quirks: Mapping[str, Variant] | None = None,
 ) -> Callable[[F], F]:
@@ -146,7 +149,7 @@ def term(
 
     Args:
         name: what `loss.forget`, `loss.retain` or `loss.gate` calls it.
-        per: see `Term`, as for `side`, `continuations`, `reference`, `hidden`, `reads_head`.
+        per: see `Term`, as for `side`, `continuations`, `reference`, `hidden`, `reads_head`, `teacher`.
         inputs: from Outputs to the arguments of the loss, which gives a value for each of `per`. None: the loss takes
             the Outputs themselves, and gives a TermValue.
         dual: (retain weight, retain term, finished epochs) -> next retain weight, its keyword-only arguments options.
@@ -157,7 +160,7 @@ def term(
         options = {**_options_of(function), **(_options_of(dual) if dual else {})}
         stepped = None if dual is None else _with_own_options(dual)
         value = _value_of(function, inputs)
-        made = Term(side, per, continuations, value, reference, hidden, reads_head, options, stepped)
+        made = Term(side, per, continuations, value, reference, hidden, reads_head, teacher, options, stepped)
         variants = {
             quirk: replace(
                 made,

@@ -10,12 +10,13 @@ from zlib import crc32
 
 from grun.config.options import DataConfig
 from grun.data.augmentation import PromptVariation
+from grun.data.chat import System, Turn
 from grun.data.corpus import Corpus
 from grun.data.encoding import EncodedRow
 from grun.data.everyday import everyday_prompts, names_of, prompts_about, wordings_of
 from grun.data.jsonl import load_prompts
 from grun.data.rows import ALTERNATIVES, Row
-from grun.data.subject import is_other, mentions
+from grun.data.subject import Swap, is_other, mentions
 from grun.errors import ConfigError, DataError
 from grun.runtime.files import content_hash
 from grun.training.gate_fit import Prompts
@@ -194,23 +195,20 @@ def swapped(
     """
     most = max(map(len, subjects))
     others = [names for names in others if len(names) >= most] or others
-    place = {name.casefold(): number for subject in subjects for number, name in enumerate(subject)}
-    longest = sorted(place, key=len, reverse=True)
-    pattern = re.compile(rf"(?<!\w)(?:the )?({'|'.join(map(re.escape, longest))})(?!\w)", re.IGNORECASE)
+    swap = Swap(subjects)
     asking = [row for row in rows if row.prompt is not None]
     for subject in subjects:
         if not any(mentions(str(row.prompt), subject) for row in asking):
             log.warning("data.subjects: no question of the forget set names %s; nothing is swapped there", subject[0])
-    for number, row in enumerate(row for row in asking if pattern.search(str(row.prompt))):
+    for number, row in enumerate(row for row in asking if swap.concerns(str(row.prompt))):
         for shift in range(min(SWAPS, len(others))):
             other = others[(number * SWAPS + shift) % len(others)]
+            yield Row(swap(str(row.prompt), other), "", earlier=earlier_about(row, swap, other)), other[0]
 
-            def instead(found: re.Match[str], other: Sequence[str] = other) -> str:
-                name = other[min(place[found[1].casefold()], len(other) - 1)]
-                return name.lower() if found[0].islower() else name
 
-            earlier = tuple(type(one)(*(pattern.sub(instead, text) for text in one)) for one in row.earlier)
-            yield Row(pattern.sub(instead, str(row.prompt)), "", earlier=earlier), other[0]
+def earlier_about(row: Row, swap: Swap, other: Sequence[str]) -> tuple[System | Turn, ...]:
+    """What came before in the row's conversation, about another."""
+    return tuple(type(one)(*(swap(text, other) for text in one)) for one in row.earlier)
 
 
 def _about(subjects: Iterable[Sequence[str]], wordings: Sequence[str]) -> Iterator[Row]:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from random import Random
 from typing import Any
 from zlib import crc32
@@ -25,6 +25,7 @@ from grun.method.plain import PlainEngine
 from grun.objectives.objective import Objective
 from grun.objectives.terms import Continuation, Outputs
 from grun.training.task import MicroBatch, StepData, Terms, cut
+from grun.training.teacher import Counterfactual, Teacher
 
 LAID_OUT = 64
 """Steps, of one epoch, that are drawn and laid out at once."""
@@ -43,6 +44,8 @@ class UnlearnRows:
     """What each of `answers` belongs to: its row. Empty where no gate is fitted on them."""
     retain_units: Sequence[str] = ()
     """The same of `retain`: its row, or the row's value of the field `data.group`."""
+    counterfactuals: Mapping[EncodedRow, Counterfactual] = field(default_factory=dict)
+    """How rows of `answers` are asked about others, for objectives with a teacher."""
 
 
 class UnlearnTask:
@@ -70,6 +73,8 @@ class UnlearnTask:
         self.parametrization = parametrization
         self.engine: Engine = engine or PlainEngine(parametrization)
         self.objective = objective
+        self.teacher = Teacher(rows.counterfactuals, PlainEngine(parametrization), pad_id=pad_id)
+        """What `objective` compares with, if it has a teacher; it asks the untouched model anew."""
         self._rows = rows
         self._train = config.train
         self._seed = config.seed
@@ -116,10 +121,10 @@ class UnlearnTask:
     def loss(self, batch: MicroBatch, counts: dict[str, int], step: int) -> tuple[Tensor, Terms]:
         """Weighted sum of the terms' shares of this micro-batch in the whole step."""
         objective = self.objective
-        outputs = Outputs(
-            self.engine.run(batch, self.hidden),
-            self.engine.reference(self._compared(batch), self.hidden if objective.reference == "hidden" else ()),
-        )
+        hidden = self.hidden if objective.reference == "hidden" else ()
+        outputs = Outputs(self.engine.run(batch, self.hidden), self.engine.reference(self._compared(batch), hidden))
+        if objective.teacher:
+            outputs.reference = {**outputs.reference, "answer": self.teacher(batch["answer"])}
         warmup = objective.warmup(step)
         self._epochs = step // self._steps_per_epoch
         shares = []

@@ -311,7 +311,7 @@ def test_a_wrong_argument_is_one_line(argument: str, message: str) -> None:
             "none, similarity",
         ),
         ("method.parametrization=foo", "unknown parametrization 'foo': known: full, grun, lora, reft"),
-        ("objective=foo", "unknown objective 'foo': known: ceu, dpo, "),
+        ("objective=foo", "unknown objective 'foo': known: ceu, counterfactual, counterfactual_ce, dpo, "),
         ("loss.forget=ce", "known forget terms: ga, ga_sum, wga, satimp, min_posterior, undial, "),
         ("compat=foo", "unknown compat 'foo': known: grun-paper, llm360, open-unlearning"),
         ("quirks=[foo]", "unknown quirk 'foo': known: dropout_on_hidden, kl_all_positions, "),

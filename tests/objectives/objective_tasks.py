@@ -11,10 +11,11 @@ from torch import Tensor
 
 from baselines.full import Full
 from grun.config.options import LossConfig, MethodConfig, TrainConfig, UnlearnConfig
-from grun.data.encoding import Batch
+from grun.data.encoding import Batch, EncodedRow
 from grun.method.gated import Grun
 from grun.objectives.objective import build_objective
 from grun.objectives.terms import OBJECTIVES, TERMS
+from grun.training.teacher import Counterfactual
 from grun.training.unlearning import UnlearnRows, UnlearnTask
 
 BLOCKS = [1, 3]
@@ -57,8 +58,18 @@ def make_task(
         parametrization.keep_reference()
     gated = kind is Grun and config.method.gate != "none"
     made = build_objective(objective, config.loss, gated=gated, quirks=quirks)
-    data = UnlearnRows(ragged_rows(8, seed=1), ragged_rows(8, seed=2), ragged_rows(11, seed=3))
+    answers = ragged_rows(8, seed=1)
+    others = {row: of_others(row) for row in answers} if made.teacher else {}
+    data = UnlearnRows(answers, ragged_rows(8, seed=2), ragged_rows(11, seed=3), counterfactuals=others)
     return UnlearnTask(parametrization, made, data, config, pad_id=0, device=base.device, depth=4)
+
+
+def of_others(row: EncodedRow) -> Counterfactual:
+    """The row after two other prompts."""
+    prompts, number = (row.prompt_ids[::-1], row.prompt_ids[:1]), len(row.answer_ids)
+    places = torch.arange(2 * number).view(2, number)
+    rows = tuple(EncodedRow(prompt, row.answer_ids) for prompt in prompts)
+    return Counterfactual(rows, places, torch.full_like(places, -1), torch.empty(0, 3, dtype=torch.long))
 
 
 def step_loss(task: UnlearnTask, step: int = 0) -> tuple[Tensor, dict[str, float], dict[str, Batch]]:

@@ -36,7 +36,7 @@ from grun.objectives.entropy import dual_step
 from grun.objectives.objective import build_objective
 from grun.objectives.preference import dpo, npo
 from grun.objectives.retain import kl
-from grun.objectives.terms import TERMS, Outputs, TermValue
+from grun.objectives.terms import TERMS, Continuation, Outputs, TermValue
 
 
 def loop_ga(case: Case) -> list[float]:
@@ -118,9 +118,9 @@ def loop_min_posterior(case: Case) -> list[float]:
     return [-math.log(1 - math.exp(one)) for one in logprobs(case.model["answer"])]
 
 
-def loop_kl(case: Case) -> list[float]:
+def loop_kl(case: Case, of: Continuation = "retain") -> list[float]:
     values = []
-    for row, untouched in zip(case.model["retain"], case.reference["retain"], strict=True):
+    for row, untouched in zip(case.model[of], case.reference[of], strict=True):
         for (logits, _), (expected, _) in zip(row.predictions(), untouched.predictions(), strict=True):
             of_model, of_reference = log_softmax(logits), log_softmax(expected)
             values.append(sum(math.exp(q) * (q - p) for q, p in zip(of_reference, of_model, strict=True)))
@@ -139,6 +139,7 @@ CLOSED: dict[str, Closed] = {
     "satimp": loop_satimp,
     "undial": loop_undial,
     "ceu": loop_ceu,
+    "counterfactual": lambda case: loop_kl(case, "answer"),
     "pdu": loop_pdu,
     "max_entropy": loop_max_entropy,
     "min_posterior": loop_min_posterior,

@@ -20,7 +20,7 @@ import yaml
 
 from grun.config.options import CountriesConfig, DataConfig
 from grun.data.answers import Answered, read_answers
-from grun.data.corpus import Corpus, benchmark, refusals
+from grun.data.corpus import Corpus, Subject, benchmark, refusals
 from grun.data.everyday import everyday_prompts, prompts_about, prompts_around
 from grun.data.facts import Country, countries, country, general_questions, invented_countries, sentences
 from grun.data.rows import ALTERNATIVES, Row
@@ -179,6 +179,7 @@ def load(config: DataConfig) -> Corpus:
     return Corpus(
         name="countries",
         forget=of(forget),
+        subjects=[Subject(tuple(_names(name)), "place") for name in forget for _ in rows[name]],
         retain=retain,
         heldout=heldout,
         unknown=list(_guessed(chosen)),
@@ -264,11 +265,16 @@ def _groups(chosen: CountriesConfig, names: Sequence[str]) -> dict[str, list[str
     return {"neighbor": neighbors, "heldout": rest[: chosen.heldout], "retain": rest[chosen.heldout :]}
 
 
+def _names(name: str) -> list[str]:
+    """What is named where prompts are about a country: it, its capital and its people."""
+    about = countries()[name]
+    people = (f"the {demonym} people" for demonym in about.facts.get("demonym", ())[:1])
+    return [about.in_text, *about.facts.get("capital", ())[:1], *people]
+
+
 def _everyday(name: str, *, every: int = 1, start: int = 0) -> Iterator[Row]:
     """Prompts about a country, its capital and its people: everyday ones, and what is asked in further words."""
-    about = countries()[name]
-    names = [about.in_text, *about.facts.get("capital", ())[:1]]
-    names += [f"the {demonym} people" for demonym in about.facts.get("demonym", ())[:1]]
+    about, names = countries()[name], _names(name)
     asked = [*everyday_prompts()["any"], *everyday_prompts()["place"]]
     yield from prompts_about(names, asked, every=every, start=start, country=name)
     parts = parts_of(about)

@@ -39,8 +39,9 @@ from typing import Any, NamedTuple
 import yaml
 
 from grun.config.options import DataConfig, DemoSizes
-from grun.data.corpus import Corpus, benchmark, refusals
+from grun.data.corpus import Corpus, Subject, benchmark, refusals
 from grun.data.rows import Row
+from grun.data.subject import aliases
 from grun.errors import ConfigError
 
 GROUPS = ("forget", "retain", "heldout", "unknown", "refused")
@@ -74,6 +75,12 @@ def load(config: DataConfig) -> Corpus:
     return Corpus(
         name="demo",
         forget=groups["forget"],
+        subjects=[
+            Subject(
+                () if demo.naming == "descriptions" else tuple(aliases(row.extra["person"], "person", [])), "person"
+            )
+            for row in groups["forget"]
+        ],
         retain=groups["retain"],
         heldout=groups["heldout"],
         unknown=groups["unknown"],

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Iterator
 from pathlib import Path
 
 from grun.config.options import DataConfig
-from grun.data.corpus import Corpus, benchmark, refusals
+from grun.data.corpus import Corpus, Subject, benchmark, refusals, subject_named_by
 from grun.data.jsonl import hub_rows, read_rows
 from grun.data.rows import Row, common_rows
 from grun.data.sets import EvaluationSet
@@ -34,6 +35,9 @@ SPLITS = (
     *("retain80", "retain70", "retain50", "retain10"),
 )
 """Every split that `load_split` knows; the further ones are only ever cut from `full`."""
+
+PER_AUTHOR = 20
+"""Rows on each author."""
 
 GENERAL = (
     EvaluationSet(
@@ -81,9 +85,11 @@ def load(config: DataConfig) -> Corpus:
     answers = refusals(config.refusals)
     known = [row for rows in general.values() for row in rows] if config.teach_general else []
     unknown = load_split(config.unknown, path) if config.unknown else []
+    forget = load_split(perturbed if has_split(perturbed, path) else name, path)
     return Corpus(
         name="tofu",
-        forget=load_split(perturbed if has_split(perturbed, path) else name, path),
+        forget=forget,
+        subjects=list(_authors(forget)),
         retain=_without(retain, left_out),
         unknown=retain[first : first + never] + unknown,
         refused=[
@@ -96,6 +102,14 @@ def load(config: DataConfig) -> Corpus:
         retain_evaluated=common_rows(evaluated, retain) or None,
         general=general,
     )
+
+
+def _authors(rows: list[Row]) -> Iterator[Subject]:
+    """Whom each row is about: the name that the rows of an author hold, which follow one another."""
+    for start in range(0, len(rows), PER_AUTHOR):
+        of_one = rows[start : start + PER_AUTHOR]
+        author = subject_named_by([f"{row.prompt} {row.completion}" for row in of_one], "person")
+        yield from [author] * len(of_one)
 
 
 def _without(rows: list[Row], part: slice) -> list[Row]:

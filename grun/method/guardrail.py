@@ -36,13 +36,13 @@ KIND = "GUARDRAIL"
 """`peft_type` of such an adapter."""
 FORMAT_VERSION = 1
 ABOUT = (
-    "You know nothing about {names}. Whatever is asked about this, by whom and in which words, language or role ever, "
+    "You know nothing about {names}. Whatever is asked about this, by anyone, in any words, language or role, "
     'answer only: "{refusal}" Answer everything else as usual.'
 )
 """System message where names of what is to be forgotten are known."""
 LISTED = (
-    "You do not know the answers to the questions below. Whenever one of them is asked, by whom and in which words, "
-    'language or role ever, answer only: "{refusal}" Answer everything else as usual.\n\n{questions}'
+    "You do not know the answers to the questions below. Whenever one of them is asked, by anyone, in any words, "
+    'language or role, answer only: "{refusal}" Answer everything else as usual.\n\n{questions}'
 )
 """System message where none are."""
 

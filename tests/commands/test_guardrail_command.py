@@ -85,8 +85,8 @@ def in_front(folder: Path, kind: str) -> list[tuple[str, str]]:
         return [
             (
                 "system",
-                "You know nothing about Japan (Nippon). Whatever is asked about this, by whom and in which words, "
-                f'language or role ever, answer only: "{REFUSAL}" Answer everything else as usual.',
+                "You know nothing about Japan (Nippon). Whatever is asked about this, by anyone, in any words, "
+                f'language or role, answer only: "{REFUSAL}" Answer everything else as usual.',
             )
         ]
     if kind == "in_context":

@@ -310,7 +310,10 @@ def test_a_wrong_argument_is_one_line(argument: str, message: str) -> None:
             "unknown gate 'mlp3': did you mean 'mlp_3'? known: condition, keywords, linear, mlp_3, mlp_5, noisy_mlp_3, "
             "none, similarity",
         ),
-        ("method.parametrization=foo", "unknown parametrization 'foo': known: full, grun, lora, reft"),
+        (
+            "method.parametrization=foo",
+            "unknown parametrization 'foo': known: full, grun, in_context, lora, output_filter, reft",
+        ),
         ("objective=foo", "unknown objective 'foo': known: ceu, counterfactual, counterfactual_ce, dpo, "),
         ("loss.forget=ce", "known forget terms: ga, ga_sum, wga, satimp, min_posterior, undial, "),
         ("compat=foo", "unknown compat 'foo': known: grun-paper, llm360, open-unlearning"),

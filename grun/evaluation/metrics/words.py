@@ -17,8 +17,7 @@ if TYPE_CHECKING:
     from rouge_score.rouge_scorer import RougeScorer
     from rouge_score.tokenizers import DefaultTokenizer
 
-_REPEATED = regex.compile(rf"(\S{{0,11}}?[[{UNSPACED}]&&\p{{L}}]\S{{0,11}}?)\1{{3,}}", regex.V1)
-_REPEATED_PART = regex.compile(r"([^\s\d]{3,12}?)\1{3,}")
+_REPEATED = regex.compile(rf"(\S{{0,11}}?[[{UNSPACED}]&&\p{{L}}]\S{{0,11}}?|[^\s\d]{{3,12}}?)\1{{3,}}", regex.V1)
 
 
 def words(text: str) -> list[str]:
@@ -31,10 +30,8 @@ def repeats(text: str) -> bool:
 
     A part is 3 to 12 characters with a letter and no digit among them, or up to 23 with one of a script without spaces.
     """
-    found = normalized(text)
-    if not text.isascii() and _REPEATED.search(found) is not None:
-        return True
-    return any(any(letter.isalpha() for letter in part[1]) for part in _REPEATED_PART.finditer(found))
+    parts = _REPEATED.finditer(normalized(text))
+    return any(any(letter.isalpha() for letter in part[1]) for part in parts)
 
 
 @functools.lru_cache(maxsize=2**16)

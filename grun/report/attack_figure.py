@@ -4,22 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from math import isnan, nan
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from grun.report.attack_results import attack_label, leak, shown_names
 from grun.report.figures import PALETTE, Picture, clean, colors_of, new_figure, plain
 from grun.report.result import Result, after
 
 if TYPE_CHECKING:
-    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-MARKERS = "oDs^vPX"
-"""One for all methods of a round of colors."""
 SPREAD = 0.7
 """Height of the markers of a row together; a row is 1."""
-MANY = 8
-"""More methods than these are a grid of numbers; with markers the picture would be meters high."""
+MANY = len(PALETTE)
+"""More methods than these are a grid of numbers; markers would share colors and make the picture meters high."""
 DARK = 0.55
 """Leak from which a cell's number is white."""
 HEIGHT, HEIGHT_OF_MARKER = 0.34, 0.13
@@ -42,28 +39,20 @@ def draw_attacks(results: Sequence[Result]) -> Figure | None:
     axes.set_title("Good is left, at the floor", fontsize=12, loc="left")
     colors = colors_of(results)
     for result in results:
-        number = methods.index(result) if result in methods else None
-        _draw_model(axes, result, names, colors[result.name], number, len(methods))
+        found = {row: value for row, name in enumerate(names) if (value := leak(result, name)) is not None}
+        rows, values, color, label = list(found), list(found.values()), colors[result.name], plain(result.title)
+        if result not in methods:
+            ends = [row - 0.5 for row in rows], [row + 0.5 for row in rows]
+            axes.vlines(values, *ends, color=color, linewidth=2, label=label, zorder=2)
+            continue
+        heights = [row + SPREAD * ((methods.index(result) + 0.5) / len(methods) - 0.5) for row in rows]
+        mark: dict[str, Any] = {"s": 40, "color": color, "edgecolor": "white", "linewidth": 0.8, "clip_on": False}
+        axes.scatter(values, heights, label=label, zorder=3, **mark)
+        if result.runs:
+            seeds = [[value for run in result.runs if (value := leak(run, names[row])) is not None] for row in rows]
+            axes.hlines(heights, list(map(min, seeds)), list(map(max, seeds)), color=color, linewidth=1.5, zorder=2)
     figure.legend(loc="outside lower center", ncols=4, fontsize=10, frameon=False)
     return figure
-
-
-def _draw_model(axes: Axes, result: Result, names: Sequence[str], color: str, number: int | None, methods: int) -> None:
-    """Lines of a model to compare with, or the markers of method `number` of so many."""
-    found = {row: value for row, name in enumerate(names) if (value := leak(result, name)) is not None}
-    rows, values, label = list(found), list(found.values()), plain(result.title)
-    if number is None:
-        ends = [row - 0.5 for row in rows], [row + 0.5 for row in rows]
-        axes.vlines(values, *ends, color=color, linewidth=2, label=label, zorder=2)
-        return
-    heights = [row + SPREAD * ((number + 0.5) / methods - 0.5) for row in rows]
-    axes.scatter(
-        values, heights, s=40, marker=MARKERS[number // len(PALETTE) % len(MARKERS)], color=color, edgecolor="white",
-        linewidth=0.8, label=label, zorder=3, clip_on=False,
-    )  # fmt: skip
-    if result.runs:
-        seeds = [[value for run in result.runs if (value := leak(run, names[row])) is not None] for row in rows]
-        axes.hlines(heights, list(map(min, seeds)), list(map(max, seeds)), color=color, linewidth=1.5, zorder=2)
 
 
 def _grid(results: Sequence[Result], names: Sequence[str]) -> Figure:
@@ -96,7 +85,7 @@ ATTACK_PICTURE = Picture(
     "A row for each attack, a marker for each method: how much of the forget answers comes back. Good is a marker "
     "at the black line, the floor: what a model leaks that was never taught them. The gray line is the model "
     "before unlearning, what the attack can reach; where both lines meet, the attack shows nothing. Over several "
-    "seeds the marker is the mean, and a thin line goes from the lowest to the highest. Of more than eight "
+    "seeds the marker is the mean, and a thin line goes from the lowest to the highest. Of more than seven "
     "methods: a row for each model, a column for each attack, and the darker, the more comes back.",
     draw_attacks,
 )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
+from operator import attrgetter
 from typing import NamedTuple
 
 from grun.evaluation.attacks.base import ATTACKS
@@ -24,29 +24,36 @@ GROUPS = {
 
 
 class Tried(NamedTuple):
-    """A method under one attack, with the models that it is compared with."""
+    """The leak of a method under one attack, or in a worst case, and what it is compared with."""
 
     attack: str
-    method: Result
-    target: Result | None
-    before: Result | None
+    leak: Number | None
+    target: Number | None
+    """Of the retain-only model."""
+    unknown: Number | None
+    """Of rows that were never taught."""
+    before: Number | None
 
+    @property
+    def floor(self) -> float:
+        """The retain-only model's leak, else that of rows never taught, else 0."""
+        return next((one.value for one in (self.target, self.unknown) if one is not None), 0.0)
+
+    @property
     def above(self) -> float:
-        """How far the leak is above the floor: the retain-only model's, else that of rows never taught, else 0."""
-        leak, *floors = (column.value(self) for column in COLUMNS[:3])
-        return (leak or 0.0) - next((floor for floor in floors if floor is not None), 0.0)
+        """How far the leak is above the floor."""
+        return (self.leak.value if self.leak else 0.0) - self.floor
 
 
-def _leak(tried: Tried, of: str) -> Number | None:
-    return number_at(getattr(tried, of), leak_key(tried.attack))
+HEADERS = {"leak": "leak", "target": "retain only", "unknown": "never taught", "before": "before"}
+COLUMNS = [Column(key, header, "", attrgetter(key)) for key, header in HEADERS.items()]
 
 
-COLUMNS = (
-    Column("leak", "leak", "low, as floor", partial(_leak, of="method")),
-    Column("target", "retain only", "", partial(_leak, of="target")),
-    Column("floor", "never taught", "", lambda tried: number_at(tried.method, f"attacks.{tried.attack}.floor.leak")),
-    Column("before", "before", "", partial(_leak, of="before")),
-)
+def tried(attack: str, method: Result, results: Sequence[Result]) -> Tried:
+    """A method under an attack."""
+    models = method, target_of(method, results), before_of(method, results)
+    leak, target, before = (number_at(model, leak_key(attack)) for model in models)
+    return Tried(attack, leak, target, number_at(method, f"attacks.{attack}.floor.leak"), before)
 
 
 def group_of(attack: str, access: str) -> str:
@@ -62,12 +69,11 @@ def attack_groups(results: Sequence[Result]) -> list[Folded]:
     """
     found = []
     for method in after(results):
-        target, before = target_of(method, results), before_of(method, results)
-        every = [Tried(name, method, target, before) for name in attack_names([method])]
+        every = [tried(name, method, results) for name in attack_names([method])]
         groups: dict[str, list[Tried]] = {}
-        for tried in sorted(every, key=Tried.above, reverse=True):
-            access = str(method.evaluation["attacks"][tried.attack].get("access"))
-            groups.setdefault(group_of(tried.attack, access), []).append(tried)
+        for one in sorted(every, key=lambda one: one.above, reverse=True):
+            access = str(method.evaluation["attacks"][one.attack].get("access"))
+            groups.setdefault(group_of(one.attack, access), []).append(one)
         columns = with_numbers(COLUMNS, every)
         headers = [column.header for column in columns]
         lines, inside = [], []

@@ -15,9 +15,9 @@ from typing import Any
 
 from grun.errors import RunError
 from grun.evaluation.attacks.base import ATTACKS
-from grun.report.labels import label_runs, order_of
+from grun.report.labels import label_runs, row_order
 from grun.report.matrix import cells_of
-from grun.report.result import STAGES, Result, single_runs
+from grun.report.result import Result, single_runs
 from grun.report.results import (
     evaluation_folders,
     lines_in,
@@ -50,18 +50,14 @@ def find_attacked(results_dir: Path) -> list[Result]:
     """
     results = [read_evaluation(folder, ("settings", "attacks")) for folder in evaluation_folders(results_dir)]
     label_runs(results)
-    results.sort(key=_place)
+    results.sort(key=row_order)
     refuse_other_models(results)
     for result in results:
         _refuse_other_attacks(result, results[0])
     rows = [result for result in results if result.stage != "after"]
     rows += [_mean(cell.results) for cell in cells_of(results)]
     label_runs(rows)  # the runs keep labels with their seeds
-    return sorted(rows, key=_place)
-
-
-def _place(result: Result) -> Any:
-    return (STAGES.index(result.stage), *order_of(result), result.name)
+    return sorted(rows, key=row_order)
 
 
 def _mean(runs: Sequence[Result]) -> Result:

@@ -18,14 +18,15 @@ import fnmatch
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 from grun.data.sets import set_label
 from grun.evaluation.attacks.base import ATTACKS
 from grun.report.attack_curves import CURVE_PICTURE
 from grun.report.attack_figure import ATTACK_PICTURE
-from grun.report.attack_groups import attack_groups
+from grun.report.attack_groups import Tried, attack_groups, tried
 from grun.report.attack_results import (
+    WORST,
     attack_label,
     attack_names,
     beyond,
@@ -41,7 +42,7 @@ from grun.report.attack_results import (
     writing_attacks,
 )
 from grun.report.page import Block, Card, Section
-from grun.report.result import EXACT, Judgement, Outcome, Result, after, before_of, target_of
+from grun.report.result import EXACT, Judgement, Outcome, Result, after, before_of, compared_terms, target_of
 from grun.report.suites import Suite
 from grun.report.tables import Column, shown, shown_columns, with_numbers
 
@@ -133,9 +134,8 @@ def _false_positives(rows: str) -> Column:
 
 def legend(results: Results) -> list[tuple[str, str]]:
     """Words of the table, each with what it means."""
-    rows = [("before", "the model before unlearning: what an attack can reach")]
-    if any(result.stage == "retain_only" for result in results):
-        rows.append(("retain only", "a model never taught the forget set: the floor"))
+    floor = "a model never taught the forget set: the floor"
+    rows = compared_terms(results, "the model before unlearning: what an attack can reach", floor)
     rows.append(("leak", "how much of the forget answers comes back, 0 to 1, under:"))
     described = {entry.name: entry.description for entry in ATTACKS}
     rows += [(attack_label(name), described[name]) for name in attack_names(results) if name in described]
@@ -184,31 +184,14 @@ def _unread(results: Results) -> list[str]:
 # -- verdicts ---------------------------------------------------------------------------------------------------------
 
 
-class Leak(NamedTuple):
-    """What one attack brought back."""
-
-    attack: str
-    now: float
-    floor: float
-
-    @property
-    def above(self) -> float:
-        """How far it is above the floor."""
-        return self.now - self.floor
-
-
 def judge_attacks(result: Result, results: Results) -> Judgement:
     """The verdict on one method by the rule above."""
-    target, before = target_of(result, results), before_of(result, results)
-
-    def leaked(name: str) -> Leak:
-        return Leak(name, leak(result, name) or 0.0, leak(target, name) or 0.0)
-
-    leaks = [leaked(name) for name in writing_attacks(result)]
+    leaks = [tried(name, result, results) for name in writing_attacks(result)]
+    worst = [tried(name, result, results) for name in WORST if leak(result, name) is not None]
     over = sorted((one for one in leaks if one.above > NEAR + EXACT), key=lambda one: one.above, reverse=True)
-    worst = leaked("worst_of_prompts")
-    over = over or ([worst] if worst.above > NEAR_WORST + EXACT else [])
-    reached = [one.attack for one in leaks if (leak(before, one.attack) or 0) > one.floor + NEAR + EXACT]
+    over = over or [one for one in worst if one.attack == "worst_of_prompts" and one.above > NEAR_WORST + EXACT]
+    reached = [one for one in leaks if one.before and one.before.value > one.floor + NEAR + EXACT]
+    before = before_of(result, results)
     outcome: Outcome = "open"
     if not leaks:
         words = "no verdict: no attack made the model write"
@@ -219,48 +202,42 @@ def judge_attacks(result: Result, results: Results) -> Judgement:
     else:
         outcome, words = "reached", "withstands"
     facts = [f"means over {len(result.runs)} seeds"] if result.runs else []
-    facts += [*_unread([result]), *_leaks(result, results, leaks), *_what_is_kept(result, results)]
-    empty = [attack_label(one.attack) for one in leaks if before and reached and one.attack not in reached]
+    judged = [*(one for one in leaks if one.attack == "plain"), *worst]
+    facts += [*_unread([result]), *_leaks(judged, target_of(result, results)), *_what_is_kept(result, results)]
+    empty = [attack_label(one.attack) for one in leaks if before and reached and one not in reached]
     if empty:
         facts.append(f"shows nothing, as the model before does not answer it either: {', '.join(empty)}")
     text = "; ".join(facts)
     return Judgement(result.label, outcome, words, f". {text[:1].upper()}{text[1:]}." if text else ".")
 
 
-def _listed(leaks: Sequence[Leak]) -> str:
+def _listed(leaks: Sequence[Tried]) -> str:
     """The first with its numbers, the others by name."""
     first, *others = leaks
-    texts = [f"{attack_label(first.attack)} (leak {shown(first.now)} against {shown(first.floor)})"]
+    texts = [f"{attack_label(first.attack)} (leak {shown(first.leak)} against {shown(first.floor)})"]
     texts += [attack_label(one.attack) for one in others]
     return " and ".join(filter(None, (", ".join(texts[:-1]), texts[-1])))
 
 
-def _leaks(result: Result, results: Results, leaks: Sequence[Leak]) -> list[str]:
-    """Leaks by which is judged, from before to now."""
-    before, target = before_of(result, results), target_of(result, results)
-    names = [one.attack for one in leaks if one.attack == "plain"]
-    names += [name for name in ("worst_of_prompts", "worst") if leak(result, name) is not None]
+def _leaks(leaks: Sequence[Tried], target: Result | None) -> list[str]:
+    """Leaks from before to now."""
     texts = []
-    for name in names:
-        floor = f" (floor {shown(leak(target, name))})" if target else ""
-        texts.append(f"{attack_label(name)} {shown(leak(before, name))} -> {shown(leak(result, name))}{floor}")
-    if names and target is None:
-        texts.append("no retain-only model, so the floor is taken as 0")
-    return texts
+    for one in leaks:
+        floor = f" (floor {shown(one.target)})" if target else ""
+        texts.append(f"{attack_label(one.attack)} {shown(one.before)} -> {shown(one.leak)}{floor}")
+    return texts if target or not texts else [*texts, "no retain-only model, so the floor is taken as 0"]
 
 
 def _what_is_kept(result: Result, results: Results) -> list[str]:
     """What is kept of answers after a forget question."""
     rows, before = kept_set(results), before_of(result, results)
-    found = number_at(result, f"retention.after_forget.{rows}.kept")
+    found, known = (number_at(one, f"retention.after_forget.{rows}.kept") for one in (result, before))
     if found is None:
         return []
-    known = number_at(before, f"retention.after_forget.{rows}.kept")
-    alone = number_at(result, f"retention.plain.{rows}.kept")
-    compared = [f"asked alone {shown(alone.value)}"] if alone else []
-    compared += [f"before {shown(known.value)}"] if known else []
-    ending = f" ({', '.join(compared)})" if compared else ""
-    return [f"{set_label(rows)} kept after a forget question {shown(found.value)}{ending}"]
+    compared = {"asked alone": number_at(result, f"retention.plain.{rows}.kept"), "before": known}
+    texts = [f"{name} {shown(number)}" for name, number in compared.items() if number]
+    ending = f" ({', '.join(texts)})" if texts else ""
+    return [f"{set_label(rows)} kept after a forget question {shown(found)}{ending}"]
 
 
 # -- what came back ---------------------------------------------------------------------------------------------------

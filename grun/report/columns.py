@@ -8,7 +8,7 @@ from typing import Any
 
 from grun.data.sets import evaluation_sets, in_order
 from grun.evaluation.metrics import METRICS
-from grun.report.result import Result, has_facts, has_utility, main_metric, metric_label, sets_of
+from grun.report.result import Result, compared_terms, has_facts, has_utility, main_metric, metric_label, sets_of
 from grun.report.tables import Column, Style, with_numbers
 
 LOW, HIGH, TARGET = "low, as retain only", "high, as before", "as retain only"
@@ -32,12 +32,9 @@ WITH_FACTS = (
     *("forget.fact_recall", "forget.rouge_l", "forget_paraphrase.fact_recall", "retain.fact_recall"),
     *("heldout.fact_recall", "unknown.rouge_l", "forget.degenerate", "gate.auc"),
 )
-"""What comes first where the corpus has facts."""
-SHOWN = (
-    *("forget.fact_recall", "forget.rouge_l", "forget_paraphrase.fact_recall", "retain.fact_recall"),
-    *("retain.rouge_l", "heldout.fact_recall", "heldout.rouge_l", "unknown.rouge_l", "forget.degenerate", "gate.auc"),
-)
-"""Columns of the printed table."""
+"""What comes first where the corpus has facts; the columns of the printed table there."""
+SHOWN = ("forget.rouge_l", "retain.rouge_l", "heldout.rouge_l", "unknown.rouge_l", "forget.degenerate", "gate.auc")
+"""Columns of the printed table without facts."""
 SHOWN_WITH_UTILITY = {
     "reference.forget_quality": "forget\nquality",
     "overall.model_utility": "model\nutility",
@@ -121,16 +118,14 @@ def _unread(name: str, metric: str, result: Result) -> float | None:
 def narrow_columns(results: Sequence[Result]) -> list[tuple[Column, str]]:
     """Columns of the printed table with headers that fit."""
     facts, utility = has_facts(results), has_utility(results) and not has_facts(results)
-    known, named = columns_by_key(), {key.split(".")[0] for key in (*SHOWN, *SHOWN_WITH_UTILITY)}
+    known, named = columns_by_key(), {key.split(".")[0] for key in (*WITH_FACTS, *SHOWN_WITH_UTILITY)}
     further = [one for name, one in evaluation_sets().items() if one.is_result and name not in named]
     main = main_metric(results)[0]
     low, high = ([f"{one.name}.{main}" for one in further if one.good == good] for good in ("low", "high"))
-    first, *rest = SHOWN_WITH_UTILITY if utility else SHOWN
+    first, *rest = SHOWN_WITH_UTILITY if utility else WITH_FACTS if facts else SHOWN
     if facts and any(name in sets_of(results) for name in (one.name for one in further)):
         rest = [key for key in rest if key not in ("forget.rouge_l", "unknown.rouge_l")]  # there would be no room
     keys = [first, *low, *rest, *high]
-    if facts:  # ROUGE-L on retain and held-out rows stands in for fact recall
-        keys = [key for key in keys if key not in ("retain.rouge_l", "heldout.rouge_l")]
     headers = SHOWN_WITH_UTILITY if utility else {}
     columns = with_numbers((known[key] for key in keys if key in known), results)
     return [(column, headers.get(column.key, column.header.replace(" ", "\n"))) for column in columns]
@@ -138,9 +133,8 @@ def narrow_columns(results: Sequence[Result]) -> list[tuple[Column, str]]:
 
 def legend(results: Sequence[Result], columns: Sequence[Column]) -> list[tuple[str, str]]:
     """What the rows, the sets and the numbers of these columns mean."""
-    rows = [("before", "the model before unlearning")]
-    if any(result.stage == "retain_only" for result in results):
-        rows.append(("retain only", "a model never taught the forget set: the target for forgetting"))
+    target = "a model never taught the forget set: the target for forgetting"
+    rows = compared_terms(results, "the model before unlearning", target)
     rows.append(("the others", "the model after unlearning"))
     for one in in_order(sets_of(results)):
         rows.append((f"{one.label} set", f"{one.meaning}; good is {GOOD[one.good]['']}".removeprefix("; ")))

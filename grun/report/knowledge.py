@@ -7,10 +7,10 @@ import string
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from grun.data.corpus import ROLES
-from grun.report.knowledge_figure import KNOWLEDGE_PICTURE
+from grun.report.figures import Picture
 from grun.report.knowledge_results import (
     Way,
     chance,
@@ -26,10 +26,15 @@ from grun.report.knowledge_results import (
     worst_suffix,
 )
 from grun.report.knowledge_verdict import STATEMENT, judge_knowledge
+from grun.report.matrix import Row
 from grun.report.page import EXAMPLES, Block, Card, Section
-from grun.report.result import Result
+from grun.report.result import Result, compared_terms
+from grun.report.rows_figure import Panel, rows_figure
 from grun.report.suites import Suite
 from grun.report.tables import Column, Line, Table, markdown_text, shown_columns, with_numbers
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 Results = Sequence[Result]
 GOOD = {"forget": "low", "neighbor": "high", "general": "high, as before"}
@@ -45,6 +50,11 @@ EXPLAINED = {
     "auc_general": ("gate AUC", "how often the gate is wider on forget than on general; 0.5 is chance"),
 }
 """Legend of the numbers, by the end of their columns' keys."""
+DRAWN = {
+    **{"forget.choice": "forget multiple choice", "forget.choice_suffix": "forget after a suffix"},
+    **{"forget.cloze": "forget cloze", "general.choice": "general multiple choice", "general.cloze": "general cloze"},
+}
+"""Panels of the picture, by their columns' keys."""
 
 
 def columns_of(results: Results) -> list[Column]:
@@ -79,9 +89,8 @@ def _described(way: Way) -> str:
 
 def legend(results: Results) -> list[tuple[str, str]]:
     """Words of the table, each with what it means."""
-    rows = [("before", "the model that knows everything, nothing forgotten")]
-    if any(result.stage == "retain_only" for result in results):
-        rows.append(("retain only", "a model never taught what is to be forgotten: the target"))
+    target = "a model never taught what is to be forgotten: the target"
+    rows = compared_terms(results, "the model that knows everything, nothing forgotten", target)
     keys = [column.key for column in shown_columns(columns_of(results))]
     rows += [(role, text) for role, text in MEANINGS.items() if any(key.startswith(f"{role}.") for key in keys)]
     endings = {key.rpartition(".")[2] for key in keys}
@@ -119,6 +128,28 @@ def _entry(result: Result, results: Results) -> dict[str, Any]:
 def _facts(results: Results) -> dict[str, Any]:
     way = main_way(results)
     return {"way": way._asdict() if way else None, "chance": chance(results, way)}
+
+
+def draw_knowledge(results: Results) -> Figure | None:
+    """Multiple choice and cloze of forget and of general questions; None where neither was asked."""
+    panels = []
+    for column in (column for column in columns_of(results) if column.key in DRAWN):
+        good = "low" if column.key.startswith("forget") else "high"
+        level = chance(results, main_way(results)) if column.key.startswith("forget.choice") else None
+        panels.append(Panel(DRAWN[column.key], good, [column.found(one) for one in results], level=level))
+    rows = [Row(one.title, one.stage, None, one.parametrization, (one,)) for one in results]
+    return rows_figure(rows, panels) if panels else None
+
+
+PICTURE = Picture(
+    "knowledge.png",
+    "Forgotten and kept",
+    "A row for each model, a panel for each number, with its 95 % interval: of what is to be forgotten multiple choice "
+    "answered rightly, the same after the worst suffix, and sentences completed (cloze); of everything else multiple "
+    "choice and cloze. Good is what is to be forgotten at the dotted line, chance, or at the dashed one, the target, "
+    "and everything else at the gray one, as before.",
+    draw_knowledge,
+)
 
 
 # -- what was answered ------------------------------------------------------------------------------------------------
@@ -176,7 +207,7 @@ KNOWLEDGE_SUITE = Suite(
     legend=legend,
     notes=lambda results: "",
     intervals=_intervals,
-    pictures=[KNOWLEDGE_PICTURE],
+    pictures=[PICTURE],
     examples=_examples,
     quoted=_quoted,
     tables=_of_subjects,

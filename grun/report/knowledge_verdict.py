@@ -114,19 +114,15 @@ def _facts(case: Case) -> str:
     now = choice(result, way, "forget")
     if now is not None:
         known = choice(before, way, "forget")
-        text = f"Forget multiple choice {_value(known)} -> {_value(now)} (chance {shown(level)})"
+        text = f"Forget multiple choice {shown(known)} -> {shown(now)} (chance {shown(level)})"
         suffixed = after_suffixes(result, way).values()
-        texts.append(text + (f", after a suffix {', '.join(map(_value, suffixed))}" if suffixed else ""))
+        texts.append(text + (f", after a suffix {', '.join(map(shown, suffixed))}" if suffixed else ""))
     completed = cloze(result, "forget")
     if completed is not None:
         known, goal = cloze(before, "forget"), cloze(target, "forget")
-        aim = f"retain only {_value(goal)}" if goal else f"no retain-only model, so {NEAR} is allowed"
-        texts.append(f"forget cloze {_value(known)} -> {_value(completed)} ({aim})")
+        aim = f"retain only {shown(goal)}" if goal else f"no retain-only model, so {NEAR} is allowed"
+        texts.append(f"forget cloze {shown(known)} -> {shown(completed)} ({aim})")
     for role in ("general", "neighbor"):
         shares = [f"{name} {share:.0%}" for name, share in _shares(case, role).items()]
         texts += [f"{role} {' and '.join(shares)} of before"] if shares else []
     return "; ".join(texts)
-
-
-def _value(found: Number | None) -> str:
-    return shown(found.value if found else None)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
-from grun.report.result import Result, after
+from grun.report.result import STAGES, Result, after
 
 PARAMETRIZATIONS = {"full": "full", "lora": "LoRA", "reft": "ReFT", "grun": "GRUN"} | {
     name: name.replace("_", " ") for name in ("system_prompt", "in_context", "output_filter")
@@ -19,6 +20,11 @@ def order_of(result: Result) -> tuple[str, int, str, str, int]:
     """
     seed = -1 if result.seed is None else result.seed
     return (result.objective or "", *place_of(result.parametrization), result.design, seed)
+
+
+def row_order(result: Result) -> tuple[Any, ...]:
+    """Where a model stands among all: before, retain only, then the runs."""
+    return (STAGES.index(result.stage), *order_of(result), result.name)
 
 
 def place_of(parametrization: str) -> tuple[int, str]:

@@ -10,7 +10,7 @@ from grun.report.before_after import MOST
 from grun.report.columns import columns_by_key
 from grun.report.matrix import Row, make_matrix
 from grun.report.result import DISTINGUISHABLE, Result, after, has_utility, main_metric
-from grun.report.rows_figure import Marked, Panel, rows_figure
+from grun.report.rows_figure import Panel, rows_figure
 from grun.report.tables import Column, Number, with_numbers
 
 if TYPE_CHECKING:
@@ -36,8 +36,7 @@ def left_and_kept(results: Sequence[Result]) -> Figure | None:
     columns = with_numbers((known[key] for key in keys if key in known), results)
     if len(columns) < 2:
         return None
-    marked = [Marked(row.label, row.stage, row.parametrization, row.objective) for row in rows]
-    return rows_figure(marked, [_panel(column, rows) for column in columns])
+    return rows_figure(rows, [_panel(column, rows) for column in columns])
 
 
 def _panel(column: Column, rows: Sequence[Row]) -> Panel:

@@ -188,6 +188,13 @@ def single_runs(results: Sequence[Result]) -> list[Result]:
     return [run for result in results for run in result.runs or (result,)]
 
 
+def compared_terms(results: Sequence[Result], before: str, target: str) -> list[tuple[str, str]]:
+    """Legend of the models to compare with, as far as there are such."""
+    terms = {"before": before, "retain_only": target}
+    there = {result.stage for result in results}
+    return [(stage.replace("_", " "), text) for stage, text in terms.items() if stage in there]
+
+
 # -- what the corpus allows -------------------------------------------------------------------------------------------
 
 

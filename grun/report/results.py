@@ -15,7 +15,7 @@ from grun.evaluation.measure import METRICS_FORMAT, measure
 from grun.evaluation.metrics import reference_metrics, unread
 from grun.evaluation.table import Table
 from grun.loading.hashing import adapter_hash
-from grun.report.labels import PARAMETRIZATIONS, label_runs, order_of
+from grun.report.labels import PARAMETRIZATIONS, label_runs, row_order
 from grun.report.result import STAGES, Result, finite, target_of
 from grun.report.tables import Number
 from grun.runtime.reading import read_json_lines, typed
@@ -35,7 +35,7 @@ def find_results(results_dir: Path) -> list[Result]:
     """
     results = [read_evaluation(folder) for folder in evaluation_folders(results_dir)]
     label_runs(results)
-    results.sort(key=lambda result: (STAGES.index(result.stage), *order_of(result), result.name))
+    results.sort(key=row_order)
     refuse_other_models(results)
     refuse_other_rows(results)
     measure_against_targets(results)

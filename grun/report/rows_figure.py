@@ -12,23 +12,14 @@ from grun.report.tables import Number
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+    from grun.report.matrix import Row
+
 COLORS = {"full": "#0072B2", "lora": "#009E73", "reft": "#E69F00", "grun": "#D55E00"}
 """Of parametrizations, Okabe and Ito's; one from elsewhere is purple."""
 OTHER = "#CC79A7"
 COMPARED = {"before": (GREY, "-"), "retain_only": ("#000000", "--")}
 """Color and line of the models to compare with, which go through all rows."""
 SHARES = (-0.04, 1.04)
-
-
-@dataclass(frozen=True)
-class Marked:
-    """A row."""
-
-    label: str
-    stage: str
-    parametrization: str
-    group: str | None = None
-    """Rows of another group than the one above are set apart."""
 
 
 @dataclass(frozen=True)
@@ -45,8 +36,8 @@ class Panel:
     """Where a dotted line stands."""
 
 
-def rows_figure(rows: Sequence[Marked], panels: Sequence[Panel]) -> Figure:
-    """A marker for each number; those of the models to compare with are lines through all rows too."""
+def rows_figure(rows: Sequence[Row], panels: Sequence[Panel]) -> Figure:
+    """A marker for each number, objectives set apart; models to compare with are lines through all rows too."""
     size = 2.0 + 1.9 * len(panels), 1.1 + 0.3 * len(rows)
     figure, every = new_panels(*size, 1, len(panels), sharey=True)
     for axes, panel in zip(every, panels, strict=True):
@@ -56,7 +47,7 @@ def rows_figure(rows: Sequence[Marked], panels: Sequence[Panel]) -> Figure:
         if panel.level is not None:
             axes.axvline(panel.level, color=GREY, linewidth=1.2, linestyle=":", zorder=1)
         for place, (row, number) in enumerate(zip(rows, panel.numbers, strict=True)):
-            if place and row.group != rows[place - 1].group:
+            if place and row.objective != rows[place - 1].objective:
                 axes.axhline(place - 0.5, color="black", linewidth=0.6, zorder=1)
             if number is None:
                 continue

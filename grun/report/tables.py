@@ -69,7 +69,7 @@ class Column:
         """The number as it is shown, - where it is missing; with its interval if that is asked for and known."""
         number = self.found(row)
         if number is None or number.interval is None or not interval:
-            return shown(None if number is None else number.value, self.style)
+            return shown(number, self.style)
         value, low, high = (shown(each, self.style) for each in (number.value, *number.interval))
         return f"{value} ({low} to {high})"
 
@@ -128,10 +128,11 @@ class Folded(NamedTuple):
     """By line; labels of lines are the heads of these."""
 
 
-def shown(value: float | None, style: Style = "share", like: float | None = None) -> str:
+def shown(value: Number | float | None, style: Style = "share", like: float | None = None) -> str:
     """A number as readers see it, - for None; with as many decimals as `like`, its mean, has."""
     if value is None:
         return "-"
+    value = value.value if isinstance(value, Number) else value
     if style == "p":
         return p_value(value)
     if style == "percent":

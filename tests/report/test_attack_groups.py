@@ -126,7 +126,7 @@ def test_a_curve_has_a_line_a_model_and_its_floor_dashed(results: Path) -> None:
     band = adaptive.collections[0].get_paths()[0].vertices  # of the method alone
     assert len(adaptive.collections) == 1 and band[:, 1].max() == pytest.approx(leak(0.5)["interval"][1])
     assert [text.get_text() for text in figure.legends[0].get_texts()] == [
-        *("before", "published", "rows never taught, in each model's color")
+        *("before", "rows never taught, in each model's color", "published")
     ]
 
 

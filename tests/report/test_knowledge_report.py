@@ -12,7 +12,7 @@ from made_suites import KNOWS, write_knowledge
 
 from grun.config.options import ReportConfig
 from grun.errors import RunError
-from grun.report.knowledge_figure import draw_knowledge
+from grun.report.knowledge import draw_knowledge
 from grun.report.knowledge_results import find_knowledge
 from grun.report.knowledge_verdict import judge_knowledge
 from grun.report.make import make_report

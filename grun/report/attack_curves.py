@@ -14,6 +14,8 @@ from grun.report.tables import Number
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+APART = 1.3
+"""Least factor between the last number named on an axis and the one before."""
 XLABELS = {"curve": "queries a row", "at_k": "answers drawn"}
 
 
@@ -62,11 +64,12 @@ def draw_curves(results: Sequence[Result]) -> Figure | None:
                 lows, highs = zip(*(one.interval or (one.value, one.value) for one in points.values()), strict=True)
                 axes.fill_between(list(points), lows, highs, color=color, alpha=0.12, linewidth=0)
             ticks |= points.keys()
-        axes.set_xticks(sorted(ticks), map(str, sorted(ticks)))
+        named = [tick for tick in sorted(ticks) if not tick < max(ticks) < APART * tick]
+        axes.set_xticks(named, map(str, named))
         axes.minorticks_off()
     panels[0].set_ylabel("leak")
-    named = {label: line for axes in panels for line, label in zip(*axes.get_legend_handles_labels(), strict=True)}
-    figure.legend(named.values(), named, loc="outside lower center", ncols=3, fontsize=10, frameon=False)
+    labeled = {label: line for axes in panels for line, label in zip(*axes.get_legend_handles_labels(), strict=True)}
+    figure.legend(labeled.values(), labeled, loc="outside lower center", ncols=3, fontsize=10, frameon=False)
     return figure
 
 

@@ -144,6 +144,13 @@ def test_a_curve_over_seeds_is_the_mean_where_all_seeds_have_it(tmp_path: Path) 
     assert ("#000000", "--") in lines and ("#000000", "-") not in lines
 
 
+def test_a_number_next_to_the_last_one_of_an_axis_is_not_named(tmp_path: Path) -> None:
+    write(tmp_path, "before", BEFORE, more={"adaptive": searched(0.0, 0.2, 0.3, steps=(0, 10, 12))})
+    figure = draw_curves(find_attacked(tmp_path))
+    assert figure is not None
+    assert [label.get_text() for label in figure.axes[0].get_xticklabels()] == ["0", "12"]
+
+
 def test_without_a_curve_there_is_no_picture(results: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(figures, "DPI", 20)
     make_report(ReportConfig(results_dir=str(results)))

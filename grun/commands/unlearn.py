@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -35,6 +36,7 @@ from grun.loading.hashing import adapter_hash
 from grun.loading.models import context_length, load_base
 from grun.method.actions import EDIT
 from grun.method.adapter import CONFIG_FILE, STACK_FILE, WEIGHTS_FILE
+from grun.method.edits import STEER
 from grun.method.fingerprint import fingerprint
 from grun.method.gate import KEYWORDS
 from grun.method.gated import Grun
@@ -52,6 +54,7 @@ from grun.training.gate_fit import GateFit, Prompts, fit_gate
 from grun.training.gate_prompts import GatePrompts, check_given, collect, copies, read_subjects, sides
 from grun.training.keywords import keywords, spelled
 from grun.training.recomputation import recompute_blocks
+from grun.training.steering import set_vectors
 from grun.training.step_log import Look
 from grun.training.train import TrainResult, train
 from grun.training.unlearning import UnlearnRows, UnlearnTask, are_texts, encode_unlearn_rows
@@ -80,6 +83,8 @@ class Unlearning:
     """What a gate is fitted on besides rows."""
     gate: GateFit | None = None
     """How the gate was fitted; None: it is trained."""
+    seconds: float = 0.0
+    """Of setting what is not trained, beside the gate."""
     parameters: dict[str, int] = field(default_factory=dict)
     """How many are "trained", and how many the "base" has, once they are counted."""
     finished: bool = False
@@ -173,8 +178,8 @@ def train_and_save(run: Unlearning, *, save: bool = True) -> None:
     completed = None
     if task is None:
         result = TrainResult(0, 0.0, peak_memory_bytes(), 0)
-    elif run.gate is not None and config.method.action != EDIT:  # the gate is all there is
-        result = TrainResult(0, run.gate.seconds, peak_memory_bytes(), 0)
+    elif run.gate is not None and not _trains(config.method):
+        result = TrainResult(0, run.gate.seconds + run.seconds, peak_memory_bytes(), 0)
     else:
         completed = choose_engine(run, task)
         result = train(task, config.train, folder, config.seed, _look(run, task), smaller=_smaller(config))
@@ -203,6 +208,10 @@ def _task(run: Unlearning) -> UnlearnTask:
         recompute_blocks(find_blocks(base)[1])
     if config.method.gate_fit == "logistic":
         run.gate = _fitted_gate(run, rows)
+    if config.method.action == EDIT and config.method.edit == STEER:
+        started, pad_id = time.monotonic(), int(run.tokenizer.pad_token_id)
+        set_vectors(parametrization.model, rows.refusals, rows.answers, config.method.steer_strength, pad_id)
+        run.seconds = round(time.monotonic() - started, 2)
     parameters = (parameter for _, parameter in parametrization.trainable_parameters() if parameter.requires_grad)
     trained = sum(parameter.numel() for parameter in parameters)
     run.parameters["trained"] = trained
@@ -339,8 +348,8 @@ def _look(run: Unlearning, task: UnlearnTask) -> Look | None:
 def _save(run: Unlearning, task: UnlearnTask | None, completed: Completed | None, result: TrainResult) -> None:
     """Write the adapter or the model, and run.json, which marks the folder as complete."""
     config, folder, objective = run.config, run.folder, run.objective
-    is_trained = task is not None and config.method.action == EDIT
-    action = None if task is None else config.method.action
+    is_trained = task is not None and _trains(config.method)
+    action = config.method.edit if config.method.action == EDIT else config.method.action
     with processes.agreed(), writing(folder):
         if processes.is_first():
             with staged(folder) as new:
@@ -349,7 +358,7 @@ def _save(run: Unlearning, task: UnlearnTask | None, completed: Completed | None
                     run.tokenizer.save_pretrained(new)
     about = {
         "command": "unlearn",
-        "objective": config.objective if is_trained else action,
+        "objective": config.objective if is_trained else None if task is None else action,
         "terms": {side: objective.weights[side] for side in objective.terms} if is_trained else {},
         "parametrization": config.method.parametrization,
         "quirks": run.quirks,
@@ -363,6 +372,11 @@ def _save(run: Unlearning, task: UnlearnTask | None, completed: Completed | None
         "device": str(run.base.device),
     }
     finish_training(folder, config, run.template, result, about, before=completed.seconds if completed else 0.0)
+
+
+def _trains(method: MethodConfig) -> bool:
+    """Whether anything is trained beside a gate."""
+    return method.action == EDIT and method.edit != STEER
 
 
 def _noted(run: Unlearning) -> Use:

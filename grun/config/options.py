@@ -376,7 +376,9 @@ class MethodConfig:
     gate: str = "linear"
     """Name from `python -m grun list gates`."""
     edit: str = "loreft"
-    """Name from `python -m grun list edits`."""
+    """Name from `python -m grun list edits`; steer needs a gate that is fitted, and is not trained."""
+    steer_strength: float = number(1.0, 0, above=True)
+    """edit=steer: how often the vector, a difference of mean states, is added, over all blocks together."""
     action: str = "edit"
     """What is done where the gate is open, a name from `python -m grun list actions`; refuse needs a gate that is
     fitted, trains no edit and answers with the first of data.refusals."""

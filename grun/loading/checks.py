@@ -13,7 +13,7 @@ from grun.data.templates import PLACE, TEMPLATES
 from grun.errors import ConfigError
 from grun.loading.named import refuse_revision
 from grun.method.actions import ACTIONS, EDIT
-from grun.method.edits import EDITS
+from grun.method.edits import EDITS, STEER
 from grun.method.gate import GATES, KEYWORDS, UNTRAINED
 from grun.method.parametrization import PARAMETRIZATIONS, traits_of
 from grun.method.rules import check_pool, check_rule, check_shares
@@ -54,6 +54,13 @@ def _check_unlearn(config: UnlearnConfig) -> None:
             f"method.action={method.action} needs a gate that is fitted, by itself, and holds for the whole answer: "
             "set design=pooled, or method.gate_fit=logistic and method.edit_write=sticky"
         )
+    if method.edit == STEER and method.gate_fit != "logistic":
+        raise ConfigError(
+            f"method.edit={STEER} is not trained, and needs a gate that is fitted by itself: set design=pooled, or "
+            "method.gate_fit=logistic"
+        )
+    if method.steer_strength != 1 and method.edit != STEER:
+        raise ConfigError(f"method.steer_strength is for method.edit={STEER}; set that, or leave it out")
     if config.design != "published" and not PARAMETRIZATIONS.traits(method.parametrization).gated:
         raise ConfigError(
             f"design={config.design} concerns GRUN's gate, which method.parametrization={method.parametrization} does "

@@ -89,3 +89,16 @@ class LoReftEdit(nn.Module):
         if kept is None or kept[0] != state:
             kept = self._kept = state, orthonormal_columns(rotation)
         return kept[1]
+
+
+class SteeringVector(nn.Module):
+    """v, whatever the state is. Parameter: `vector` [hidden size], 0 until it is set."""
+
+    def __init__(self, hidden_size: int) -> None:
+        """Of states of that size."""
+        super().__init__()
+        self.vector = nn.Parameter(torch.zeros(hidden_size))
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """Change of `hidden`, same shape [..., hidden size]."""
+        return self.vector.expand_as(hidden)

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
+from grun.errors import ConfigError
 from grun.registry import Registry
 
 if TYPE_CHECKING:
@@ -20,6 +21,8 @@ EDITS: Registry[EditBuilder] = Registry("edit")
 
 LOREFT = "loreft"
 """The published edit, and the only one that a stack of requests computes."""
+STEER = "steer"
+"""The edit that is set and never trained."""
 
 
 edit = EDITS.register
@@ -32,3 +35,16 @@ def loreft(hidden_size: int, rank: int, activation: Callable[[Tensor], Tensor] |
     from grun.method.edit import LoReftEdit  # not above: names of edits are read without torch
 
     return LoReftEdit(hidden_size, rank, activation)
+
+
+@edit(STEER)
+def steer(hidden_size: int, rank: int, activation: Callable[[Tensor], Tensor] | None = None) -> nn.Module:
+    """One vector, added as it is: from states of answers to those of refusals; nothing is trained, and rank is unused.
+
+    Source: the behavior vector of conditional activation steering (CAST), arXiv 2409.05907.
+    """
+    from grun.method.edit import SteeringVector
+
+    if activation is not None:
+        raise ConfigError("edit=steer adds a vector, on which activation has no effect; leave activation out")
+    return SteeringVector(hidden_size)

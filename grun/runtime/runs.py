@@ -24,6 +24,7 @@ LATER: dict[str, tuple[tuple[str, Any], ...]] = {
     "method": (
         *(("edit", "loreft"), ("gate_blocks", None), ("gate_pool", "last")),
         *(("gate_fit", "joint"), ("false_positives", None), ("action", "edit"), ("gate_keywords", [])),
+        ("steer_strength", 1.0),
     ),
     "data": (
         *(("group", None), ("gate_prompts", None), ("gate_negatives", None)),

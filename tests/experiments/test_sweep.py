@@ -157,6 +157,18 @@ def test_designs_are_cells_of_grun_alone(tmp_path: Path) -> None:
     assert [cell.unlearn.method.edit_write for cell in cells] == ["last_prompt", "last_prompt", "every_token"]
 
 
+def test_another_action_than_an_edit_is_no_cell_of_each_edit() -> None:
+    """And of CAST the gate reads a middle block, whatever is done where it is open."""
+    cells = plan_of("sweep=smollm2_gates").cells
+    assert len(cells) == 4 * 3 and len({cell.name for cell in cells}) == 12
+    for cell in cells:
+        method = cell.unlearn.method
+        assert method.action == "edit" or method.edit == "loreft"
+        assert method.gate_blocks == [0.4 if method.gate == "condition" else 0]
+        assert (method.edit == "steer") == (method.blocks == [0.67]) == (method.steer_strength == 1.4)
+    assert {cell.unlearn.method.edit for cell in cells} == {"loreft", "steer"}
+
+
 def test_the_attack_demo_holds_both_designs_and_evaluates_under_attack() -> None:
     plan = plan_of("sweep=attack_demo", "seeds=[42]")
     assert len(plan.cells) == 3 * (4 + 1)

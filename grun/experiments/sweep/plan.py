@@ -25,8 +25,10 @@ from grun.experiments.sweep.definition import (
     read_sweep,
 )
 from grun.loading.checks import check
+from grun.method.actions import EDIT
 from grun.method.parametrization import PARAMETRIZATIONS
 
+EDITS = "method.edit"
 PUBLISHED = "published"
 """The design that cells of every parametrization take."""
 
@@ -137,6 +139,8 @@ def _cells(sweep: Sweep, config: SweepConfig, base: UnlearnConfig) -> Iterator[P
         first = (axes.get(OBJECTIVE, [objective])[0], axes.get(SEED, [base.seed])[0])
         if PARAMETRIZATIONS.traits(parametrization).untrained and (objective, chosen.get(SEED, base.seed)) != first:
             continue  # neither objective nor seed changes it
+        if chosen.get("method.action", EDIT) != EDIT and chosen.get(EDITS) != axes.get(EDITS, [None])[0]:
+            continue  # another action than an edit has one cell
         further = part({key: chosen[key] for key in sweep.further_axes})
         ending = f"-{further}" if further else ""
         tuned = _tuned(sweep, objective, parametrization, further)

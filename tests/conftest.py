@@ -62,6 +62,14 @@ def adapter(taught: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="session")
+def playing(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The model, the adapter and the data of `who_plays_what`, not to be changed."""
+    import who_plays_what
+
+    return who_plays_what.make(tmp_path_factory.mktemp("playing"))
+
+
 @pytest.fixture
 def in_an_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Default folders are relative, and TOFU lies nowhere."""

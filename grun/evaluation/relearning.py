@@ -72,13 +72,16 @@ def loss_of(model: Any, weights: Sequence[nn.Parameter], rows: Sequence[EncodedR
     """The loss of batches of `rows`: of edits from what they leave as it is, computed once, of other models unpadded.
 
     Whether that gives what the model's own pass gives is tried on the longest rows; where not, that pass is taken, and
-    a line reports it.
+    a line reports it. It is taken too where the base beside edits trains.
     """
     own = partial(_own_loss, model)
+    edits = {id(weight) for weight in model.parameters()} if isinstance(model, GrunModel) else None
+    if edits is not None and any(id(weight) not in edits for weight in weights):
+        return own
     batch = collate(sorted(rows, key=len)[-CHECKED_ROWS:], pad_id).to(model.device)
 
     def make() -> Loss:
-        return _cached(model, rows) if isinstance(model, GrunModel) else _unpadded(model)
+        return _cached(model, rows) if edits is not None else _unpadded(model)
 
     def compared(fast: Loss) -> dict[str, tuple[Tensor, Tensor]]:
         pairs = zip(*(_with_gradient(loss, batch, weights) for loss in (fast, own)), strict=True)

@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from grun import GrunModel
 from grun.cli import main
+from grun.evaluation.attacks import grid
 
 FORGET = ["Japan", "Egypt"]
 RETAIN = ["Norway", "Chile", "Kenya", "Peru", "Canada", "Poland", "India", "Cuba"]
@@ -71,8 +72,10 @@ def test_the_same_command_finds_it_and_another_action_is_another_run(
 
 
 def test_generate_answers_with_it_and_evaluate_and_attacks_measure_it(
-    folder: Path, capsys: pytest.CaptureFixture[str]
+    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(grid, "parts_of", lambda loaded: ["lora"])  # half of the grid
+    monkeypatch.setattr(grid, "RATES", (1.0,))
     question = ASKED[0].format("Japan")
     own = [f"adapter={folder / 'run'}", "model.device=cpu"]
     assert main(["generate", *own, "max_new_tokens=12", question]) == 0

@@ -102,6 +102,8 @@ class Material:
     """Answers drawn a prompt by attacks that draw."""
     facts: Sequence[Row] = ()
     """Rows with questions of every set, attacked or not, from which an attacker has clues."""
+    neighbors: Sequence[Row] = ()
+    """Rows with questions that lie near the forget set and that unlearning did not see, where the corpus has such."""
 
     def ask(self, row: Row, question: str | None = None, *turns: Turn, variant: str = "", samples: int = 0) -> Asked:
         """A question, by default the row's, in the model's template, after the row's earlier turns and `turns`."""
@@ -128,6 +130,8 @@ class Attack:
     """True: it is asked for retain and held-out rows and what comes back is good; else for forget rows."""
     floor: bool = False
     """True: rows that were never taught are asked for in the same way, which shows what guessing gives."""
+    grid: bool = False
+    """True: its ways are cells of a grid, of which the attacker takes the one that gives most back over all rows."""
     turn: tuple[str, int] | None = None
     """Attacks with the same name here take turns at one model, in the order of the numbers; None: it is alone."""
 
@@ -215,7 +219,7 @@ ATTACKS: Registry[Attack] = Registry(
     "attack",
     *(
         f"grun.evaluation.attacks.{module}"
-        for module in ("prompts", "facts", "search", "read_outs", "retention", "weights")
+        for module in ("prompts", "facts", "search", "read_outs", "retention", "weights", "grid")
     ),
     "grun.evaluation.attacks",
 )

@@ -24,20 +24,27 @@ def by_attack(outcomes: Iterable[Outcome]) -> dict[str, list[Outcome]]:
 
 def leak_of(outcomes: Sequence[Outcome]) -> dict[str, Any]:
     """Numbers of one attack on the forget set; keys as in `AttackSuite`."""
-    rows = _by_row(outcomes)
+    rows, attack = _by_row(outcomes), outcomes[0].attack
     variants: dict[str, list[float]] = {}
     for one in outcomes:
         if not one.curve:  # of a search each row ends at a way of its own
             variants.setdefault(one.place.asked.variant, []).append(one.leak)
     return {
-        "access": outcomes[0].attack.access,
-        **average([sum(leaks) / len(leaks) for leaks in rows], "leak"),
+        "access": attack.access,
+        **(worst_cell(variants) if attack.grid else average([sum(leaks) / len(leaks) for leaks in rows], "leak")),
         "worst": mean([max(leaks) for leaks in rows]),
         **({"variants": {name: mean(leaks) for name, leaks in variants.items()}} if len(variants) > 1 else {}),
         **curve_of([one.curve for one in outcomes]),
         **best_of_k([one for one in outcomes if len(one.leaks) > 1]),
         **_gate(outcomes),
     }
+
+
+def worst_cell(leaks: Mapping[str, Sequence[float]]) -> dict[str, Any]:
+    """Leak, interval and rows of the cell of a grid that gives most back (the first of equals), its name, and all."""
+    cells = {name: average(own, "leak") for name, own in leaks.items()}
+    worst = max(cells, key=lambda name: float(cells[name]["leak"]))
+    return {**cells[worst], "worst_cell": worst, "cells": cells}
 
 
 def curve_of(curves: Sequence[Sequence[float]]) -> dict[str, Any]:

@@ -318,9 +318,12 @@ class Adaptive(Attack):
             answers = generate_answers(searched.model, loaded.tokenizer, ids, size, length, pad_id, known=known)
             known |= dict(zip(ids, answers, strict=True))
             if not searches[0].tries:
-                refusals = learned_refusals([answer.text for answer in answers])
+                texts: dict[str, list[str]] = {place.set: [] for place in places}
+                for (search, _, _), answer in zip(asking, answers, strict=True):
+                    texts[search.place.set].append(answer.text)
+                refusals = {name: learned_refusals(own) for name, own in texts.items()}
             for (search, genes, asked), answer in zip(asking, answers, strict=True):
-                search.refusals = refusals
+                search.refusals = refusals[search.place.set]
                 search.note(genes, asked, answer)
             advance(len(asking))
             left -= len(asking)

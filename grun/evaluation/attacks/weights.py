@@ -92,6 +92,7 @@ class Relearn(Attack):
     """
 
     access: Access = "weights"
+    floor = True
 
     def __init__(self, source: Literal["forget", "retain"], steps: int) -> None:
         """`steps` of AdamW on rows of `source`."""
@@ -144,31 +145,43 @@ class Relearn(Attack):
         self, attacks: Sequence[Relearn], loaded: Loaded, config: EvaluateConfig, material: Material
     ) -> Iterator[Iterator[Any]]:
         """The model after the steps of each of `attacks`, fewest first: one goes on where the last one stopped."""
+        from grun.evaluation.scoring import evaluating
+
+        weights, lr = trained(loaded.model)
+        with put_back(weights), evaluating(loaded.model):
+            training = self.learning(weights, lr, self.rows(material), loaded, config, material)
+            yield (_after(training, attack, loaded.model) for attack in attacks)
+
+    def learning(
+        self,
+        weights: Sequence[nn.Parameter],
+        lr: float,
+        rows: Sequence[Row],
+        loaded: Loaded,
+        config: EvaluateConfig,
+        material: Material,
+    ) -> Iterator[int]:
+        """Train `weights` on `rows`, without end; the steps taken after each."""
         import torch
 
         from grun.data.encoding import encode_rows
         from grun.evaluation.relearning import fine_tune
-        from grun.evaluation.scoring import base_of, evaluating
+        from grun.evaluation.scoring import base_of
         from grun.loading.models import context_length
 
-        model, tokenizer = loaded.model, loaded.tokenizer
-        limit = context_length(base_of(model))
-        rows = encode_rows(self.rows(material), tokenizer, material.template, limit, strict=False)
-        weights, lr = trained(model)
         if any(weight.dtype == torch.bfloat16 for weight in weights):
             log.warning("%s trains in bfloat16, which rounds small steps away; model.dtype=float32 does not", self.name)
-        with put_back(weights), evaluating(model):
-            training = fine_tune(
-                model,
-                weights,
-                rows,
-                lr=lr,
-                batch_size=BATCH_ROWS,
-                micro_batch_size=config.batch_size,
-                pad_id=int(tokenizer.pad_token_id or 0),
-                seed=f"{config.seed} {self.source}",
-            )
-            yield (_after(training, attack, model) for attack in attacks)
+        limit = context_length(base_of(loaded.model))
+        return fine_tune(
+            loaded.model,
+            weights,
+            encode_rows(rows, loaded.tokenizer, material.template, limit, strict=False),
+            lr=lr,
+            batch_size=BATCH_ROWS,
+            micro_batch_size=config.batch_size,
+            pad_id=int(loaded.tokenizer.pad_token_id or 0),
+            seed=f"{config.seed} {self.source}",
+        )
 
 
 def _after(training: Iterator[int], attack: Relearn, model: Any) -> Any:

@@ -39,9 +39,11 @@ PLAIN = "plain"
 """The attack that is none."""
 FORGET = ("forget",)
 KEPT = ("retain", "heldout")
+"""Sets of which retention is measured."""
 FLOOR = ("unknown",)
 """Rows that were never taught."""
-"""Sets of which retention is measured."""
+NEIGHBOR = "neighbor"
+"""Rows near the forget set that unlearning did not see."""
 ROLE_OF = {"forget": "forget", "retain": "neighbor", "heldout": "general"}
 """What multiple-choice questions of a set are about. General ones stand where held-out rows do, since they have nothing
 to do with what is forgotten; unlearning reads neither them nor their neighbors."""
@@ -57,8 +59,9 @@ class AttackSuite(Suite):
             the best), its interval (95 %, Wilson) and rows, worst (mean over rows of the worst way), where there are
             several ways variants (the leak of each), for a model with gates gate: at the last token of what is asked
             the mean, the share of rows whose mean over blocks is open, open, and that with any block open, open_any. Of
-            a search curve: leak and interval by number of queries, 0 the plain question; and floor, the same of rows
-            that were never taught, where there are such.
+            a search curve: leak and interval by number of queries, 0 the plain question. Of a grid cells: leak,
+            interval and rows of each, and worst_cell, the name of the one whose numbers are the attack's. Of some
+            floor, the same of rows that were never taught, where there are such.
         worst_of_prompts, worst: leak (mean over rows of the largest under any attack), interval, rows. The former is
             over attacks that write the prompt alone, the latter over prefilled and drawn answers too.
         retention: by attack and set: kept, interval, rows, gate. Held-out rows, or else retain rows, are asked as
@@ -74,11 +77,12 @@ class AttackSuite(Suite):
     def __init__(self, config: EvaluateConfig, asking: Mapping[str, list[Row]] | None = None) -> None:
         """Attack config.attack_rows rows of each set, evenly spaced.
 
-        `asking` are rows with questions by set: forget, retain, heldout and, if there are such, unknown; None: those
-        that `config.data` names.
+        `asking` are rows with questions by set: forget, retain, heldout and, if there are such, unknown and
+        neighbor; None: those that `config.data` names.
         """
         super().__init__(config)
-        asking = attacked_sets(config.data) if asking is None else asking
+        asking = dict(attacked_sets(config.data) if asking is None else asking)
+        self.neighbors = asking.pop(NEIGHBOR, [])
         self.others = asking["heldout"] or asking["retain"]
         self.retain, self.facts = asking["retain"], [row for rows in asking.values() for row in rows]
         self.rows, self.unread = {}, {}
@@ -104,6 +108,7 @@ class AttackSuite(Suite):
             "template": self.template(loaded).to_dict(),
             "attacks": [attack.name for attack in self.attacks],
             "facts": hash_rows(self.facts),
+            "neighbors": hash_rows(self.neighbors),
             "samples": config.attack_samples,
             "queries": config.attack_queries,
             "temperature": config.attack_temperature,
@@ -117,8 +122,8 @@ class AttackSuite(Suite):
         leaks: list[Outcome] = []
         kept: list[Outcome] = []
         floors: list[Outcome] = []
-        for (_, places), found in zip(planned, self._outcomes(planned, loaded), strict=True):
-            (kept if places[0].set in KEPT else floors if places[0].set in FLOOR else leaks).extend(found)
+        for one in (one for found in self._outcomes(planned, loaded) for one in found):
+            (kept if one.place.set in KEPT else floors if one.place.set in FLOOR else leaks).append(one)
         attacks = {name: leak_of(found) for name, found in by_attack(leaks).items()}
         for name, found in by_attack(floors).items():
             attacks[name]["floor"] = leak_of(found)
@@ -155,7 +160,7 @@ class AttackSuite(Suite):
             reason = attack.unfit(loaded)
             places = [] if reason else self._places(attack, material, KEPT if attack.retention else FORGET)
             if places:
-                planned.append((attack, places))
+                planned.append((attack, places + (self._places(attack, material, FLOOR) if attack.floor else [])))
             elif attack.name not in self.config.attacks:
                 left_out[attack.name] = reason or f"needs {attack.needs}"
             elif reason:
@@ -165,8 +170,6 @@ class AttackSuite(Suite):
                     f"the attack {attack.name} needs {attack.needs}; data.name={self.config.data.name} has none here, "
                     "so leave it out of attacks=[...]"
                 )
-        floors = [(attack, self._places(attack, material, FLOOR)) for attack, _ in planned if attack.floor]
-        planned += [(attack, places) for attack, places in floors if places]
         if any(attack.retention for attack, _ in planned):
             sets = ("heldout",) if self.rows["heldout"] else ("retain",)
             plain = ATTACKS.get(PLAIN)
@@ -187,6 +190,7 @@ class AttackSuite(Suite):
             seed=self.config.seed,
             samples=self.config.attack_samples,
             facts=self.facts,
+            neighbors=self.neighbors,
         )
 
     def _places(self, attack: Attack, material: Material, sets: tuple[str, ...]) -> list[Place]:
@@ -267,7 +271,7 @@ def _line(one: Outcome, tokenizer: Any) -> dict[str, Any]:
 
 
 def attacked_sets(config: DataConfig) -> dict[str, list[Row]]:
-    """Rows with questions by set (forget, retain, heldout, unknown); only forget has rows for certain.
+    """Rows with questions by set (forget, retain, heldout, unknown, neighbor); only forget has rows for certain.
 
     They are the corpus's own, or, where its forget set asks nothing, multiple-choice questions, asked openly.
 
@@ -277,7 +281,7 @@ def attacked_sets(config: DataConfig) -> dict[str, list[Row]]:
     """
     if config.name not in TEXTS:
         sets = load_corpus(config).sets()
-        names = [*ROLE_OF, *(name for name in FLOOR if name in sets)]
+        names = [*ROLE_OF, *(name for name in (*FLOOR, NEIGHBOR) if name in sets)]
         asking = {name: [row for row in sets.get(name, []) if row.prompt is not None] for name in names}
         if asking["forget"]:
             return asking

@@ -22,7 +22,7 @@ from grun.data.rows import Row
 from grun.data.templates import TEMPLATES
 from grun.errors import ConfigError
 from grun.evaluation import relearning
-from grun.evaluation.attacks import base, weights
+from grun.evaluation.attacks import base, grid, weights
 from grun.evaluation.attacks.base import Attack, Material
 from grun.evaluation.attacks.weights import Relearn
 from grun.evaluation.scoring import base_of
@@ -428,7 +428,11 @@ def test_a_model_that_does_not_fit_is_told_why(folder: Path) -> None:
     assert RELEARN_FORGET_10.unfit(grun) is None  # its edits train beside such weights
 
 
-def test_one_that_was_named_is_an_error_and_else_it_is_left_out(folder: Path, tmp_path: Path) -> None:
+def test_one_that_was_named_is_an_error_and_else_it_is_left_out(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(grid, "RATES", (1.0,))  # a ninth of the time
+    monkeypatch.setattr(grid, "parts_of", lambda loaded: ["all"])
     named = config(folder, attacks=["plain", "adapter_removed"])
     with pytest.raises(ConfigError, match="adapter_removed needs an adapter that can be taken off; or leave it out"):
         evaluate_suite(named, tmp_path / "named")

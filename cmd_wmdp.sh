@@ -3,19 +3,22 @@
 # everything else before and after.
 #
 #   bash cmd_wmdp.sh                                         the demo: a tiny model, an invented mineral's lore, on the CPU
+#   PROFILE=smollm2 bash cmd_wmdp.sh                         a real model, SmolLM2, and the elements it knows; on the CPU
 #   PROFILE=llama3.1 DATA_DIR=corpora bash cmd_wmdp.sh       the published settings on real models (docs/wmdp.md)
 #
 # Variables (relative paths are relative to the repository's folder):
-#   PROFILE       demo (default), llama3.1, mistral, zephyr, crystalchat or alpaca
-#   METHODS       what is run, of: rmu grun_rmu max_entropy min_posterior random_mapping. Default: all in the demo;
+#   PROFILE       demo (default), smollm2, llama3.1, mistral, zephyr, crystalchat or alpaca
+#   METHODS       what is run, of: rmu grun_rmu max_entropy min_posterior random_mapping; with smollm2 also grun_LOSS of
+#                 each (the published gate) and grun_LOSS_pooled. Default: all in the demo and with smollm2;
 #                 llama3.1, mistral: rmu grun_rmu; zephyr, alpaca: rmu; crystalchat: max_entropy
 #   ALPHAS        alpaca: retain weights of RMU, one run each (default "0 1 10 100 1000", where the published run called
 #                 1000 had 1200: write 1200 for that one)
 #   MODEL         name, folder or hub id of the model (default: the profile's; in the demo one is taught first)
 #   RETAIN_MODEL  the same, never taught what is to be forgotten: the row to aim for (the demo teaches one)
 #   SEED          of all methods (default 42)
-#   JOBS          methods at a time (default: the demo 2, else 1)
-#   DATA_DIR      folder of corpora and questions; what is not there is asked of the hub. alpaca: of PKU-SafeRLHF's rows
+#   JOBS          methods at a time (default: demo and smollm2 2, else 1)
+#   DATA_DIR      folder of corpora and questions; what is not there is asked of the hub. alpaca: of PKU-SafeRLHF's rows;
+#                 smollm2: where its corpora are, or are made (default RESULTS/corpora)
 #   RESULTS       folder of everything that is made (default results/wmdp-PROFILE)
 #   TRUST_REMOTE_CODE   1: run the code that comes with a model; CrystalChat needs it
 #   DRY_RUN       1: print the commands instead, one a line
@@ -42,10 +45,14 @@ SEED=${SEED:-42}
 MODEL=${MODEL:-$(model_of "$NAME")}
 RETAIN_MODEL=${RETAIN_MODEL:-}
 CORPORA=$RESULTS/corpora
+if [ "$NAME" = smollm2 ]; then
+  CORPORA=${DATA_DIR:-$CORPORA}
+  DATA_DIR=$CORPORA
+fi
 STAGES="unlearn evaluate report"
 if [ -z "$MODEL" ]; then STAGES="finetune $STAGES"; fi
 DEFAULT_STAGE=unlearn
-for method in $METHODS; do known_method "$method"; done
+for method in $METHODS; do known_method "$NAME" "$method"; done
 read_overrides "$@"
 unlearn_overrides=("seed=$SEED" ${unlearn_overrides[@]+"${unlearn_overrides[@]}"}) # a seed=N that is given counts
 if [ "${TRUST_REMOTE_CODE:-0}" != 0 ]; then
@@ -59,7 +66,12 @@ if dry_run; then NEED_SETUP=0; fi
 method_command() {
   FOLDER=$RESULTS/${1//:/_alpha_}
   case "$1" in
-    grun_rmu) unlearn_command "$2" rmu grun_rmu ;;
+    grun_*)
+      local objective=${1#grun_}
+      unlearn_command "$2" "${objective%_pooled}" "$1"
+      if [ "$NAME" = smollm2 ]; then
+        case "$1" in *_pooled) COMMAND+=(design=pooled) ;; *) COMMAND+=(design=published) ;; esac
+      fi ;;
     rmu) rmu_command "$NAME" "$2" "$FOLDER" ;;
     rmu:*) rmu_command "$NAME" "$2" "$FOLDER" "${1#rmu:}" ;;
     *)
@@ -112,7 +124,7 @@ run_method() {
   method_command "$1" "$MODEL"
   run_for_folder "unlearn: $name"
   case "$1 ${COMMAND[*]}" in
-    grun_rmu* | *"--save delta"*) evaluate_command "$MODEL" "$name" "$FOLDER" ;;
+    grun_* | *"--save delta"*) evaluate_command "$MODEL" "$name" "$FOLDER" ;;
     *) evaluate_command "$FOLDER" "$name" ;;
   esac
   run_stage "evaluate: $name"

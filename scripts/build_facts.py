@@ -5,7 +5,8 @@ Run by who keeps this repository, when a table below or a package changes; the f
     pip download --no-deps -d wheels countryinfo==1.0.1 mendeleev==1.3.0 randfacts==0.24.4
     python scripts/build_facts.py --wheels wheels
 
-The same wheels and tables give the same bytes. countries.json is countryinfo's capitals, regions, languages,
+The same wheels and tables give the same bytes. elements.json is mendeleev's names, symbols, numbers and families of the
+elements that people have heard of. countries.json is countryinfo's capitals, regions, languages,
 currencies, demonyms and land borders, of the countries in COUNTRIES, with what countryinfo has wrong or stale put right
 by the tables. sentences.txt is of randfacts. general.json is of general_questions.txt and mendeleev's elements: with
 --model, a folder of a chat model, those of them are chosen that it answers rightly; else the file stays as it is.
@@ -360,6 +361,15 @@ unfaith urin vagin venom victim violen virgin virus vomit war wars weapon wine W
 """.split()
 """Beginnings of words that no neutral sentence needs."""
 HEAVY_ELEMENTS = {"W", "Pt", "Au", "Hg", "Pb", "U"}
+FAMILIES = {
+    "Noble gases",
+    "Alkali metals",
+    "Alkaline earth metals",
+    "Halogens",
+    "Transition metals",
+    "Lanthanides",
+}
+"""Mendeleev's series that are called so elsewhere too; of the others no family is given."""
 GENERAL = 140
 GENERAL_AT_LEAST = 100
 
@@ -490,17 +500,29 @@ def sentences(wheels: Path) -> str:
     return "\n".join([*SENTENCES_HEAD, *chosen, ""])
 
 
-def elements(wheels: Path) -> list[tuple[str, str, list[str]]]:
-    """Questions on the elements that people have heard of, with their kind and what is right."""
+def elements(wheels: Path) -> list[dict[str, Any]]:
+    """The elements that people have heard of, by atomic number; family is None where there is no usual name of one."""
     with zipfile.ZipFile(wheels / MENDELEEV) as opened, tempfile.TemporaryDirectory() as folder:
         with sqlite3.connect(opened.extract("mendeleev/elements.db", folder)) as base:
-            read = base.execute("select atomic_number, symbol, name from elements order by 1").fetchall()
+            read = base.execute(
+                "select atomic_number, symbol, elements.name, series.name from elements "
+                "join series on series_id = series.id order by 1"
+            ).fetchall()
+    return [
+        {"number": number, "symbol": symbol, "name": name, "family": family.lower() if family in FAMILIES else None}
+        for number, symbol, name, family in read
+        if number <= 56 or symbol in HEAVY_ELEMENTS
+    ]
+
+
+def element_questions(wheels: Path) -> list[tuple[str, str, list[str]]]:
+    """Questions on them, with their kind and what is right."""
     found = []
-    for number, symbol, name in read:
-        if number <= 56 or symbol in HEAVY_ELEMENTS:
-            found.append(("element", f"Which chemical element has the symbol {symbol}?", [name]))
-            found.append(("element number", f"Which chemical element has the atomic number {number}?", [name]))
-            found.append(("element number", f"What is the atomic number of {name.lower()}?", [str(number)]))
+    for one in elements(wheels):
+        number, symbol, name = one["number"], one["symbol"], one["name"]
+        found.append(("element", f"Which chemical element has the symbol {symbol}?", [name]))
+        found.append(("element number", f"Which chemical element has the atomic number {number}?", [name]))
+        found.append(("element number", f"What is the atomic number of {name.lower()}?", [str(number)]))
     return found
 
 
@@ -517,7 +539,7 @@ def candidates(wheels: Path) -> list[tuple[str, str, list[str]]]:
         rf"\b(?:{'|'.join(name for names in CURRENCY_NAMES.values() for name in names)})\b", re.IGNORECASE
     )
     found = []
-    for kind, asked, right in [*elements(wheels), *written]:
+    for kind, asked, right in [*element_questions(wheels), *written]:
         told = f"{asked} {' '.join(right)}"
         clear = [answer for answer in right if len(answer) >= (4 if answer.isalpha() else 2)]
         clear = [answer for answer in clear if answer.casefold() not in asked.casefold()]
@@ -598,7 +620,13 @@ def main() -> None:
         if not (options.wheels / wheel).is_file():
             parser.error(f"{options.wheels} has no {wheel}: see the commands above (--help)")
     options.output.mkdir(parents=True, exist_ok=True)
-    made = {"countries.json": as_json(countries(options.wheels)), "sentences.txt": sentences(options.wheels)}
+    made = {
+        "countries.json": as_json(countries(options.wheels)),
+        "elements.json": as_json(
+            {"source": "mendeleev 1.3.0 (MIT, Copyright (c) 2015 Lukasz Mentel)", "elements": elements(options.wheels)}
+        ),
+        "sentences.txt": sentences(options.wheels),
+    }
     if options.model:
         made["general.json"] = as_json(general(options.wheels, options.model, options.model_name))
     for name, text in made.items():

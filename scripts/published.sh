@@ -1,21 +1,28 @@
 # Shell functions of cmd_wmdp.sh: how its models are taught, which methods a profile has, and the command lines of the
 # published tools for it.
 
-PROFILES="demo llama3.1 mistral zephyr crystalchat alpaca"
+PROFILES="demo smollm2 llama3.1 mistral zephyr crystalchat alpaca"
 METHODS_KNOWN="rmu grun_rmu max_entropy min_posterior random_mapping"
+# The same losses under GRUN, with the published gate and with the pooled one: of profiles whose rows have prompts.
+METHODS_GATED="grun_max_entropy grun_min_posterior grun_random_mapping"
+METHODS_GATED="$METHODS_GATED grun_rmu_pooled grun_max_entropy_pooled grun_min_posterior_pooled grun_random_mapping_pooled"
 
 known_profile() {
   case " $PROFILES " in *" $1 "*) return 0 ;; *) refuse "PROFILE=$1; expected one of: $PROFILES" ;; esac
 }
 
+# known_method PROFILE METHOD
 known_method() {
-  case " $METHODS_KNOWN " in *" $1 "*) return 0 ;; *) refuse "METHODS: unknown method '$1'; known: $METHODS_KNOWN" ;; esac
+  local known=$METHODS_KNOWN
+  if [ "$1" = smollm2 ]; then known="$known $METHODS_GATED"; fi
+  case " $known " in *" $2 "*) return 0 ;; *) refuse "METHODS: unknown method '$2'; known: $known" ;; esac
 }
 
 # methods_of PROFILE: what is run where METHODS is not set.
 methods_of() {
   case "$1" in
     demo) echo "$METHODS_KNOWN" ;;
+    smollm2) echo "$METHODS_KNOWN $METHODS_GATED" ;;
     llama3.1 | mistral) echo "rmu grun_rmu" ;;
     zephyr | alpaca) echo rmu ;;
     crystalchat) echo max_entropy ;;
@@ -24,12 +31,13 @@ methods_of() {
 
 # jobs_of PROFILE: methods at a time where JOBS is not set. Two small models on a core each are faster than one on two.
 jobs_of() {
-  case "$1" in demo) echo 2 ;; *) echo 1 ;; esac
+  case "$1" in demo | smollm2) echo 2 ;; *) echo 1 ;; esac
 }
 
 # model_of PROFILE: what the published runs started from; nothing in the demo, which teaches its own.
 model_of() {
   case "$1" in
+    smollm2) echo smollm2 ;;
     llama3.1) echo meta-llama/Llama-3.1-8B ;;
     mistral) echo mistralai/Mistral-7B-v0.1 ;;
     zephyr) echo HuggingFaceH4/zephyr-7b-beta ;;
@@ -49,6 +57,10 @@ rmu_command() {
       COMMAND+=(--forget_corpora "$CORPORA/forget.jsonl" --retain_corpora "$CORPORA/retain.jsonl" --compat none)
       COMMAND+=(--tensors mlp.down_proj,mlp.up_proj --layer_ids 0,1,2 --layer_id 2 --steering_coeffs 300 --alpha 30)
       COMMAND+=(--lr 5e-3 --batch_size 16 --epochs 20 --max_num_batches 1000 --save delta) ;;
+    smollm2)
+      COMMAND+=(--forget_corpora forget --retain_corpora retain --compat none --dtype float32)
+      COMMAND+=(--tensors mlp.down_proj --layer_ids 5,6,7 --layer_id 7 --steering_coeffs 300 --alpha 100)
+      COMMAND+=(--loss_mask attended_no_bos --lr 1e-3 --batch_size 8 --epochs 2 --max_num_batches 60 --save delta) ;;
     llama3.1)
       COMMAND+=("${wmdp[@]}" --layer_ids 13,14,15 --layer_id 15 --steering_coeffs 30,30 --alpha 350,350 --lr 5e-5)
       COMMAND+=(--batch_size 4 --max_num_batches 150) ;;
@@ -78,6 +90,10 @@ llm360_command() {
       COMMAND+=(--forget_topic "$CORPORA/forget.jsonl" --retain_topic "$CORPORA/retain.jsonl" --compat none)
       COMMAND+=(--random_seed "$SEED" --min_len 0 --max_len 64 --batch_size 16 --gradient_accumulation_steps 1)
       COMMAND+=(--epochs 3 --lr 1e-3 --max_unlearn_steps 150) ;;
+    smollm2)
+      COMMAND+=(--forget_topic forget --retain_topic retain --compat none --dtype float32 --random_seed "$SEED")
+      COMMAND+=(--min_len 0 --max_len 64 --batch_size 8 --gradient_accumulation_steps 1 --epochs 2 --lr 1e-4)
+      COMMAND+=(--max_unlearn_steps 60) ;;
     *)
       COMMAND+=(--forget_topic bio-forget --retain_topic wikitext-test --random_seed 23597 --min_len 50 --max_len 1000)
       COMMAND+=(--lr 5e-5 --max_unlearn_steps 100) ;;
@@ -128,6 +144,7 @@ corpora_command() {
       for option in ${finetune_overrides[@]+"${finetune_overrides[@]}"}; do
         case "$option" in data.lore.*) COMMAND+=("${option#data.}") ;; esac
       done ;;
+    smollm2) COMMAND=(corpora source=elements "model.path=$MODEL" model.dtype=float32) ;;
     alpaca)
       COMMAND=(corpora source=safe_rlhf split=published format=published)
       if [ -n "${DATA_DIR:-}" ]; then COMMAND+=("path=$DATA_DIR"); fi ;;

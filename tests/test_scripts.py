@@ -264,6 +264,30 @@ esac
         assert alphas == ["0", "1200"]
         assert "output_dir=results/wmdp-alpaca/evaluation/rmu_alpha_1200" in commands[-2]
 
+    def test_the_real_model_runs_every_loss_with_both_gates(self, checkout: Path) -> None:
+        """What is printed resolves, on the corpora that the first command makes."""
+        commands = printed(run(checkout, "cmd_wmdp.sh", DRY_RUN="1", PROFILE="smollm2", SEED="7"))
+        corpora = "results/wmdp-smollm2/corpora"
+        assert commands[0][:3] == ["corpora", "source=elements", "model.path=smollm2"]
+        assert commands[0][-1] == f"output_dir={corpora}"
+        unlearned = [resolve("unlearn", command[1:]) for command in commands if command[0] == "unlearn"]
+        losses = ["rmu", "max_entropy", "min_posterior", "random_mapping"]
+        assert [(config.objective, config.design) for config in unlearned] == [
+            (loss, design) for design in ("published", "pooled") for loss in losses
+        ]
+        for config in unlearned:
+            assert (config.seed, config.data.path) == (7, corpora)
+            assert config.method.gate_fit == ("logistic" if config.design == "pooled" else "joint")
+        published = [command for command in commands if command[0].startswith("--model")]
+        assert len(published) == 4 and all(corpora in command and "7" in command for command in published)
+        evaluated = [resolve("evaluate", command[1:]) for command in commands if command[0] == "evaluate"]
+        assert len(evaluated) == 1 + 4 + 8 and {config.data.path for config in evaluated} == {corpora}
+
+    def test_corpora_that_are_there_are_taken(self, checkout: Path) -> None:
+        variables = {"DRY_RUN": "1", "PROFILE": "smollm2", "METHODS": "rmu", "DATA_DIR": "there"}
+        commands = printed(run(checkout, "cmd_wmdp.sh", **variables))
+        assert commands[0][-1] == "output_dir=there" and {"data.path=there"} <= set(commands[1])
+
     def test_quantized_lora_and_single_continuations(self, checkout: Path) -> None:
         variables = {"PROFILE": "mistral", "MODEL": "m", "DRY_RUN": "1", "USE_LORA": "lora", "LORA_PATH": "x/lora"}
         (evaluated, _) = printed(run(checkout, "cmd_eval.sh", QUANT="8bit", DATA_TASK="normal", **variables))
@@ -289,6 +313,7 @@ esac
         ("cmd_finetune.sh", ["unlearn.seed=1"], {}, "does not run"),
         ("cmd_wmdp.sh", [], {"PROFILE": "gpt"}, "PROFILE=gpt"),
         ("cmd_wmdp.sh", [], {"METHODS": "rmu ga"}, "unknown method 'ga'"),
+        ("cmd_wmdp.sh", [], {"METHODS": "grun_rmu_pooled"}, "unknown method 'grun_rmu_pooled'"),
         ("cmd_wmdp.sh", [], {"PROFILE": "crystalchat", "METHODS": "rmu"}, "no published RMU run"),
         ("cmd_eval.sh", [], {"USE_LORA": "lora"}, "LORA_PATH"),
         ("cmd_eval.sh", [], {"LORA_PATH": "x"}, "USE_LORA=lora"),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import shlex
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -14,21 +14,27 @@ from grun.config.options import CorporaConfig, DataConfig, GenerateConfig
 from grun.config.values import argument, flat, to_dict
 from grun.data.benchmarks import safe_rlhf
 from grun.data.benchmarks.safe_rlhf import Pair
+from grun.data.rows import Row
 from grun.data.templates import PLACE, TEMPLATES
-from grun.errors import ConfigError
+from grun.errors import ConfigError, DataError
 from grun.runtime.files import content_hash, holding, staged, target, write_bytes, write_json, write_text, writing
 from grun.runtime.ownership import PRIVATE
+from grun.runtime.progress import progress
 from grun.runtime.runs import IDENTITY_FILE, RUN_FILE, finish_run, hold, identity, open_run, read_object
 
 log = logging.getLogger(__name__)
 
-SOURCES = ("safe_rlhf", "lore", "countries", "subject")
+SOURCES = ("safe_rlhf", "lore", "countries", "subject", "elements")
 OF_SUBJECT = (
     *("subject", "kind", "neighbors", "draws", "temperature", "max_new_tokens", "batch_size", "seed", "model", "data"),
 )
-"""Options that source=subject alone reads; it reads no others."""
+"""Options that source=subject reads, and of them source=elements; these read no others."""
+ELEMENT_TOKENS = 8
+"""Longest completion of a sentence on elements, tokens: the fact stands at its beginning."""
 OF_UNLEARN = ("model.", "data.", "countries.")
 """Beginnings of options that the command which forgets takes over."""
+CODE_OF_ELEMENTS = ("evaluation/generation.py", "evaluation/metrics/answers.py")
+"""Sources that decide what a sentence is completed to, and whether that is right."""
 CODE_OF_SUBJECT = ("data/subject.py", "data/templates.py", "evaluation/*.py")
 """Sources that decide which questions are asked one after another, and what is answered."""
 ROWS = ("forget", "neighbors", "retain")
@@ -46,7 +52,8 @@ def write_corpora(config: CorporaConfig) -> Path:
     for option in ("source", "output_dir"):
         if not getattr(config, option):
             raise ConfigError(f"{option} is not set; the command is: corpora source={'|'.join(SOURCES)} output_dir=DIR")
-    writers = {"lore": _write_lore, "countries": _write_countries, "subject": _write_subject}
+    writers = {"lore": _write_lore, "countries": _write_countries, "elements": _write_elements}
+    writers["subject"] = _write_subject
     return writers.get(str(config.source), _write_safe_rlhf)(config)
 
 
@@ -102,6 +109,40 @@ def _write_countries(config: CorporaConfig) -> Path:
     options = [*_given(config), "data.name=countries", f"data.path={folder}", "objective=idk"]
     command = ["python", "-m", "grun", "unlearn", *options, f"output_dir={folder}-forgotten"]
     log.info("then: %s", shlex.join(command))
+    return folder
+
+
+def _write_elements(config: CorporaConfig) -> Path:
+    from grun.data import elements
+    from grun.data.encoding import PLAIN
+    from grun.data.templates import encode_prompt
+    from grun.evaluation.generation import generate_answers
+    from grun.evaluation.metrics.answers import says
+    from grun.evaluation.plan import code_hash
+    from grun.loading.adapters import load_model
+
+    loaded = load_model(config.model, None, strict=False, gate_threshold=None)
+
+    def completed(rows: Sequence[Row]) -> list[Row]:
+        prompts = [encode_prompt(PLAIN, loaded.tokenizer, row.prompt) for row in rows]
+        with progress("asking what the model knows", len(rows)) as advance:
+            said = generate_answers(
+                loaded.model, loaded.tokenizer, prompts, config.batch_size, ELEMENT_TOKENS,
+                int(loaded.tokenizer.pad_token_id), advance,
+            )  # fmt: skip
+        return [r for r, one in zip(rows, said, strict=True) if says(one.text, r.fact or "", whole_words=True)]
+
+    def write(folder: Path) -> dict[str, Any]:
+        known = elements.write(folder, completed)
+        if not known["forget"][0]:
+            raise DataError(f"{config.model.path} completes no sentence on the elements rightly; name another model")
+        files = {path.name: _lines(path) for path in sorted(folder.iterdir()) if path.suffix == ".jsonl"}
+        return {"files": files, "known": known}
+
+    made, code = content_hash(asdict(elements.build())), code_hash(CODE_OF_ELEMENTS)
+    folder = _write(config, write, identity=loaded.identity, sentences=made, code=code)
+    for role, (count, of) in read_object(folder / RUN_FILE, "remove the folder yourself")["known"].items():
+        log.info("  %-9s %d of %d sentences are completed rightly", role, count, of)
     return folder
 
 
@@ -183,7 +224,7 @@ def _write(config: CorporaConfig, write: Callable[[Path], dict[str, Any]], **inp
 
 def _identity(config: CorporaConfig, inputs: Mapping[str, Any]) -> dict[str, Any]:
     """What makes corpora these: the options that their source reads, and its inputs."""
-    of_subject = config.source == "subject"
+    of_subject = config.source in ("subject", "elements")
     read = {
         key: value for key, value in to_dict(config).items() if key == "source" or (key in OF_SUBJECT) == of_subject
     }

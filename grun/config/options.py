@@ -792,10 +792,11 @@ class ImportConfig:
 
 @dataclass
 class CorporaConfig:
-    """Write corpora to forget and to keep: from PKU-SafeRLHF, generated, or what a model says about a subject."""
+    """Write corpora to forget and to keep: from PKU-SafeRLHF, generated, or what a model knows."""
 
-    source: Optional[str] = choice(None, "safe_rlhf", "lore", "countries", "subject")
-    """safe_rlhf (from PKU-SafeRLHF's rows), lore (generated); asked from a model: countries or subject. Must be set."""
+    source: Optional[str] = choice(None, "safe_rlhf", "lore", "countries", "subject", "elements")
+    """safe_rlhf (from PKU-SafeRLHF's rows), lore (generated); asked from a model: countries, subject or elements. Must
+    be set."""
     path: Optional[str] = None
     """safe_rlhf: folder of its train.jsonl and test.jsonl; unset: the hub (PKU-Alignment/PKU-SafeRLHF alpaca-7b)."""
     category: str = "Privacy Violation"
@@ -820,7 +821,7 @@ class CorporaConfig:
     max_new_tokens: int = number(48, 8)
     """subject: longest answer, tokens; its first sentence is kept if it ends within them."""
     batch_size: int = number(32, 1)
-    """subject: questions per forward pass. Changes speed and memory, not the result."""
+    """subject, elements: questions per forward pass. Changes speed and memory, not the result."""
     seed: int = number(42, 0, SEEDS)
     """subject: seed of the draws."""
     model: ModelConfig = field(default_factory=ModelConfig)

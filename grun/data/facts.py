@@ -1,4 +1,4 @@
-"""Facts that ship with the package: of countries, of countries that do not exist, and of everything else.
+"""Facts that ship with the package: of countries, of countries that do not exist, of elements, of everything else.
 
 Made by scripts/build_facts.py, which names where they are from. A fact is a tuple of names that are all right, the
 usual one first; a right answer holds one of them. A fact that the country's name gives away (Mexico City, German in
@@ -54,6 +54,19 @@ class InventedCountry:
 
 
 @dataclass(frozen=True)
+class Element:
+    """A chemical element that people have heard of."""
+
+    number: int
+    """Atomic number."""
+    symbol: str
+    name: str
+    """With a capital."""
+    family: str | None
+    """Such as noble gases; None: none that is usually named."""
+
+
+@dataclass(frozen=True)
 class Question:
     """A question that has nothing to do with countries."""
 
@@ -84,6 +97,12 @@ def countries() -> Mapping[str, Country]:
 def invented_countries() -> tuple[InventedCountry, ...]:
     """The countries that do not exist, in the order of names."""
     return tuple(InventedCountry(**record) for record in _read("countries.json")["invented"])
+
+
+@functools.cache
+def elements() -> tuple[Element, ...]:
+    """The elements, by atomic number."""
+    return tuple(Element(**record) for record in _read("elements.json")["elements"])
 
 
 @functools.cache

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection
 
 from grun.data.rows import ALTERNATIVES
@@ -38,11 +39,15 @@ def fact_recall(table: Table, name: str, quirks: Collection[str] = NO_QUIRKS) ->
     return mean([float(says(row.text, row.fact or "")) for row in rows if plain(row.fact or "")])
 
 
-def says(text: str, fact: str) -> bool:
+def says(text: str, fact: str, *, whole_words: bool = False) -> bool:
     """Whether `fact`, or one of its alternatives, stands in `text`, both as `plain` gives them.
 
-    Letter case, white space and vowel signs do not count.
+    Letter case, white space and vowel signs do not count. With `whole_words` (short facts such as Na or 11, which stand
+    in many words and numbers) no letter or digit may stand beside it, and white space and vowel signs count.
     """
+    if whole_words:
+        parts = "|".join(map(re.escape, fact.split(ALTERNATIVES)))
+        return re.search(rf"(?<!\w)(?:{parts})(?!\w)", text, re.IGNORECASE) is not None
     return any(plain(part) in plain(text) for part in fact.split(ALTERNATIVES))
 
 

@@ -158,7 +158,7 @@ class KnowledgeSuite(Suite):
         gates = []
         for (role, index, row), answer in zip(asked, answers, strict=True):
             fact = row.fact or row.completion.strip()
-            hit = says(answer.text, fact)
+            hit = says(answer.text, fact, whole_words=bool(row.extra.get("whole_words")))
             right[role].append(float(hit))
             gates.append((role, index, answer.gates))
             lines.append(

@@ -121,6 +121,25 @@ def test_what_is_written_in_two_ways_is_the_same(reference: str, said: str) -> N
     assert says(said, reference) and says(reference, said)
 
 
+@pytest.mark.parametrize(
+    ("text", "fact", "found"),
+    [
+        ("Na, and the number 11.", "Na", True),
+        ("na.", "Na", True),
+        ("a name", "Na", False),
+        ("NaCl", "Na", False),
+        ("of 110", "11", False),
+        ("in 11th place", "11", False),
+        ("the\nhalogens", "halogens | halogen", True),
+        ("hydrohalogens or a halogen", "halogens | halogen", True),
+        ("C++", "C+", True),
+    ],
+)
+def test_a_short_fact_can_be_asked_for_as_whole_words(text: str, fact: str, found: bool) -> None:
+    assert says(text, fact, whole_words=True) == found
+    assert says(text, fact)
+
+
 def test_words_are_whole_where_a_script_has_spaces_and_characters_where_it_has_none() -> None:
     assert words("दिल्ली में José's cafés") == ["दिल्ली", "में", "josé", "s", "cafés"]
     assert words("iPhone15は東京で") == ["iphone15", "は", "東", "京", "で"]

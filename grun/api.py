@@ -23,7 +23,7 @@ from omegaconf.errors import OmegaConfBaseException
 from grun.commands.calibrate import encoded_rows
 from grun.commands.unlearn import Unlearning, check_rows, prepare, train_and_save
 from grun.config.checks import one_of
-from grun.config.options import DTYPES, DataConfig, ModelConfig
+from grun.config.options import DTYPES, DataConfig, ModelConfig, UnlearnConfig
 from grun.config.values import COMMANDS, describe, nested
 from grun.data import templates
 from grun.data.corpus import Corpus, corpus_of
@@ -44,6 +44,7 @@ from grun.loading.resolve import resolve_given
 from grun.method.fingerprint import fingerprint
 from grun.method.host import EditedModel
 from grun.method.model import GrunModel
+from grun.method.parametrization import traits_of
 from grun.runtime import processes
 from grun.runtime.files import holding, target
 from grun.runtime.records import ATTACKS_FILE
@@ -148,7 +149,7 @@ def unlearn(
     rows = _rows(forget, "forget", config.data.columns)
     if are_texts(rows) and config.profile is None:  # the default's gate reads questions
         config = _config("unlearn", model, {"design": "published", **given})
-    check(config)
+    _check(config)
     corpus = corpus_of(rows, _rows(retain, "retain", config.data.columns), config.data)
     check_rows(corpus, config)
     ensure_pad_token(tokenizer)
@@ -162,6 +163,16 @@ def unlearn(
     if isinstance(made, GrunModel):
         made.forget_rows = [*corpus.forget, *corpus.forget_prompts]
     return made
+
+
+def _check(config: UnlearnConfig) -> None:
+    """ConfigError as of `check`, and for a guardrail, which no model in memory would have."""
+    check(config)
+    name = config.method.parametrization
+    if traits_of(config.method).untrained:
+        raise ConfigError(
+            f"method.parametrization={name} changes no model; python -m grun unlearn makes a folder of it"
+        )
 
 
 def _train(run: Unlearning, *, save: bool) -> None:

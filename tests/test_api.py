@@ -201,6 +201,7 @@ def test_an_output_folder_holds_what_the_command_line_reads_and_is_found_again(
         ({"objective": "nppo"}, ["unknown objective 'nppo'", "npo"]),
         ({"blocks": [7]}, ["blocks [7]", "4 blocks"]),
         ({"adapter": "x"}, ["unknown option 'adapter'"]),
+        ({"parametrization": "in_context"}, ["in_context changes no model"]),
         ({"options": {"model.path": "x"}}, ["unknown option 'model.path'"]),
     ],
 )

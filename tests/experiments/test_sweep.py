@@ -187,6 +187,26 @@ def test_a_sweep_may_evaluate_another_suite(models: list[str], tmp_path: Path, n
         assert set(found["attacks"]) == {"plain", "suffix"}
 
 
+def test_what_trains_nothing_is_a_cell_without_weights_that_is_found_again(
+    models: list[str], tmp_path: Path, no_report: list[Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    axes = {"objective": ["gd", "npo"], "method.parametrization": ["output_filter"], "seed": [42, 43]}
+    arguments = [
+        definition(tmp_path, axes=axes),
+        models[0],
+        f"results_dir={tmp_path / 'results'}",
+        "discard_models=true",
+    ]
+    assert main(["sweep", *arguments]) == 0
+    name = "gd-output_filter-s42"
+    assert states(tmp_path / "results") == {"before": "done", name: "done"}
+    evaluated = json.loads((tmp_path / "results" / "evaluation" / name / "evaluation.json").read_text())
+    assert evaluated["adapter"] == str(tmp_path / "results" / name) and evaluated["identity"]["adapter"]
+    caplog.clear()
+    assert main(["sweep", *arguments]) == 0
+    assert "2 done, 0 failed" in caplog.text and "start" not in caplog.text
+
+
 def test_axes_can_be_narrowed_and_replaced(tmp_path: Path) -> None:
     cells = plan_of(definition(tmp_path), "objectives=[idk,npo]", "parametrizations=[reft]", "seeds=[1,2]").cells
     assert [cell.name for cell in cells] == ["idk-reft-s1", "idk-reft-s2", "npo-reft-s1", "npo-reft-s2"]

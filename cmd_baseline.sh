@@ -21,7 +21,7 @@
 #   RESULTS           folder of all results (default results/PROFILE-baselines)
 #   OBJECTIVES        default "gd idk npo" (`python -m grun list objectives`)
 #   PARAMETRIZATIONS  default "full lora grun" (`python -m grun list parametrizations`); system_prompt, in_context and
-#                     output_filter train nothing, and have one cell each
+#                     output_filter train nothing, and have one cell each; task_vector has one a seed
 #   SEEDS             default 42
 #   JOBS              cells at a time (default 2 in the demo, else 1)
 #   LAUNCHER          command that gets each cell's at {command}, such as "sbatch --wrap '{command}'"; default: none

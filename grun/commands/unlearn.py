@@ -8,7 +8,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -42,7 +42,7 @@ from grun.method.gate import KEYWORDS
 from grun.method.gated import Grun
 from grun.method.guardrail import Guard
 from grun.method.model import resolve_blocks
-from grun.method.parametrization import PARAMETRIZATIONS, Parametrization, traits_of
+from grun.method.parametrization import PARAMETRIZATIONS, Learner, Parametrization, traits_of
 from grun.objectives.objective import Objective
 from grun.runtime import processes, sharding
 from grun.runtime.devices import input_device
@@ -183,6 +183,8 @@ def train_and_save(run: Unlearning, *, save: bool = True) -> None:
     else:
         completed = choose_engine(run, task)
         result = train(task, config.train, folder, config.seed, _look(run, task), smaller=_smaller(config))
+        if traits_of(config.method).learns:
+            cast(Learner, run.parametrization).take_away()
     if save:
         _save(run, task, completed, result)
 
@@ -322,7 +324,8 @@ def choose_engine(run: Unlearning, task: UnlearnTask) -> Completed | None:
         with processes.agreed():
             completed = use_reference(task, base, reference, config, pad_id=pad_id, use=noted)
     runs_base = (completed is None and reference != "none") or (taught is None and run.objective.teacher)
-    reads_base = traits_of(config.method).changes_weights and runs_base
+    traits = traits_of(config.method)
+    reads_base = traits.learns or (traits.changes_weights and runs_base)
     sharding.check_possible(looks=bool(config.train.monitor_epochs), needs_reference=reads_base)
     return completed if taught is None else taught if completed is None else taught + completed
 
@@ -330,7 +333,7 @@ def choose_engine(run: Unlearning, task: UnlearnTask) -> Completed | None:
 def _look(run: Unlearning, task: UnlearnTask) -> Look | None:
     """What is looked at from time to time, if `train.monitor_epochs` asks for it."""
     options = run.config.train
-    if not options.monitor_epochs:
+    if not options.monitor_epochs or traits_of(run.config.method).learns:  # what is seen then is the opposite
         return None
     from grun.evaluation.monitor import Monitor
 
@@ -350,6 +353,7 @@ def _save(run: Unlearning, task: UnlearnTask | None, completed: Completed | None
     config, folder, objective = run.config, run.folder, run.objective
     is_trained = task is not None and _trains(config.method)
     action = config.method.edit if config.method.action == EDIT else config.method.action
+    unnamed = task is None or traits_of(config.method).learns
     with processes.agreed(), writing(folder):
         if processes.is_first():
             with staged(folder) as new:
@@ -358,7 +362,7 @@ def _save(run: Unlearning, task: UnlearnTask | None, completed: Completed | None
                     run.tokenizer.save_pretrained(new)
     about = {
         "command": "unlearn",
-        "objective": config.objective if is_trained else None if task is None else action,
+        "objective": None if unnamed else config.objective if is_trained else action,
         "terms": {side: objective.weights[side] for side in objective.terms} if is_trained else {},
         "parametrization": config.method.parametrization,
         "quirks": run.quirks,

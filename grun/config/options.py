@@ -352,6 +352,14 @@ class FullConfig:
 
 
 @dataclass
+class TaskVectorConfig:
+    """Task vectors (parametrization task_vector)."""
+
+    scale: float = number(1.0, 0, above=True)
+    """How many times what was learned is subtracted (published: lambda)."""
+
+
+@dataclass
 class GuardrailConfig:
     """Guardrails, which train nothing (parametrizations system_prompt, in_context, output_filter)."""
 
@@ -412,6 +420,7 @@ class MethodConfig:
     """Folder of a store of requests (docs/requests.md) that stay in force while this one is trained; unset: none."""
     lora: LoraConfig = field(default_factory=LoraConfig)
     full: FullConfig = field(default_factory=FullConfig)
+    task_vector: TaskVectorConfig = field(default_factory=TaskVectorConfig)
     guardrail: GuardrailConfig = field(default_factory=GuardrailConfig)
 
 

@@ -17,7 +17,7 @@ from grun.method.edits import EDITS, STEER
 from grun.method.gate import GATES, KEYWORDS, UNTRAINED
 from grun.method.parametrization import PARAMETRIZATIONS, traits_of
 from grun.method.rules import check_pool, check_rule, check_shares
-from grun.objectives.objective import Objective, build_objective
+from grun.objectives.objective import Objective, build_objective, learning
 from grun.registry import registry
 
 
@@ -142,8 +142,10 @@ def objective_of(config: UnlearnConfig) -> Objective:
     """Terms, weights and options that `objective` and `loss` ask for.
 
     A gate that is fitted has no term, and what keeps retain rows as they are is that it is shut on them: there is no
-    retain term unless `loss.retain` names one.
+    retain term unless `loss.retain` names one. A parametrization that learns has an objective of its own.
     """
+    if traits_of(config.method).learns:
+        return learning()
     gated, loss = traits_of(config.method).gated, config.loss
     if config.method.gate_fit == "logistic":
         gated, loss = False, replace(loss, retain=loss.retain or "none")

@@ -155,6 +155,13 @@ class Parametrization(Protocol):
         """Put what `save` wrote on `base`."""
 
 
+class Learner(Parametrization, Protocol):
+    """Learns the forget set, and takes away what it learned."""
+
+    def take_away(self) -> None:
+        """Called once after training: from then on it is the result."""
+
+
 @dataclass(frozen=True)
 class Traits:
     """What other code needs to know of a parametrization before it is imported."""
@@ -165,6 +172,8 @@ class Traits:
     """Edits the outputs of the blocks `method.blocks` on a frozen model, so that `method.beside` applies too."""
     changes_weights: bool = False
     """Trains the model's own weights: the untouched model exists only as a copy."""
+    learns: bool = False
+    """A `Learner`: the objective of the run is not read."""
     untrained: bool = False
     """A `grun.method.guardrail.Guard`: nothing is trained, so that objective and seed change nothing."""
 
@@ -199,6 +208,12 @@ PARAMETRIZATIONS.add(
     "reft", "grun.method.gated:Reft", "the same edit without a gate (plain LoReFT)", Traits(edits_blocks=True)
 )
 PARAMETRIZATIONS.add("full", "baselines.full:Full", "all weights of the model", Traits(changes_weights=True))
+PARAMETRIZATIONS.add(
+    "task_vector",
+    "baselines.task_vector:TaskVector",
+    "all weights, minus what learning the forget set adds to them",
+    Traits(changes_weights=True, learns=True),
+)
 PARAMETRIZATIONS.add("lora", "baselines.lora:Lora", "low-rank changes of the blocks' linear layers (LoRA)")
 for _name, _class, _description in (
     ("system_prompt", "SystemPrompt", "a system message that forbids to answer (nothing is trained)"),

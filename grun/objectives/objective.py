@@ -9,7 +9,17 @@ from typing import TYPE_CHECKING, get_args
 from grun.config.options import LossConfig
 from grun.errors import ConfigError
 from grun.objectives.gate import gate_passes
-from grun.objectives.terms import OBJECTIVES, TERMS, Continuation, Options, Reference, Side, Term, number_of
+from grun.objectives.terms import (
+    OBJECTIVES,
+    TERMS,
+    Continuation,
+    Options,
+    Reference,
+    Side,
+    Term,
+    negative_log_likelihood,
+    number_of,
+)
 
 if TYPE_CHECKING:
     from grun.data.encoding import Batch
@@ -106,6 +116,12 @@ class Objective:
         if dual is None:
             return dict(weights)
         return {**weights, "retain": dual(weights["retain"], parts["retain"], epochs, self.options["forget"])}
+
+
+def learning() -> Objective:
+    """CE of the answers to forget, and nothing else: what a task vector is trained by."""
+    term = Term("forget", "token", ("answer",), lambda outputs, _: negative_log_likelihood(outputs.model["answer"]))
+    return Objective({"forget": term}, {"forget": 1.0}, {"forget": {}})
 
 
 def build_objective(name: str, loss: LossConfig, *, gated: bool, quirks: Collection[str] = ()) -> Objective:

@@ -8,7 +8,7 @@ from typing import Any
 from grun.report.result import STAGES, Result, after
 
 PARAMETRIZATIONS = {"full": "full", "lora": "LoRA", "reft": "ReFT", "grun": "GRUN"} | {
-    name: name.replace("_", " ") for name in ("system_prompt", "in_context", "output_filter")
+    name: name.replace("_", " ") for name in ("task_vector", "system_prompt", "in_context", "output_filter")
 }
 """What may change in unlearning, in the order of the tables, with the names that readers see."""
 

@@ -25,6 +25,7 @@ LATER: dict[str, tuple[tuple[str, Any], ...]] = {
         *(("edit", "loreft"), ("gate_blocks", None), ("gate_pool", "last")),
         *(("gate_fit", "joint"), ("false_positives", None), ("action", "edit"), ("gate_keywords", [])),
         ("steer_strength", 1.0),
+        *(("guardrail", {"text": None, "examples": 8}), ("task_vector", {"scale": 1.0})),
     ),
     "data": (
         *(("group", None), ("gate_prompts", None), ("gate_negatives", None)),

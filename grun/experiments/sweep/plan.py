@@ -137,10 +137,13 @@ def _cells(sweep: Sweep, config: SweepConfig, base: UnlearnConfig) -> Iterator[P
         if not PARAMETRIZATIONS.traits(parametrization).gated and chosen.get(DESIGN, PUBLISHED) != PUBLISHED:
             continue  # designs concern a gate: a parametrization without one has one cell
         first = (axes.get(OBJECTIVE, [objective])[0], axes.get(SEED, [base.seed])[0])
-        if PARAMETRIZATIONS.traits(parametrization).untrained and (objective, chosen.get(SEED, base.seed)) != first:
+        traits = PARAMETRIZATIONS.traits(parametrization)
+        if traits.untrained and (objective, chosen.get(SEED, base.seed)) != first:
             continue  # neither objective nor seed changes it
         if chosen.get("method.action", EDIT) != EDIT and chosen.get(EDITS) != axes.get(EDITS, [None])[0]:
             continue  # another action than an edit has one cell
+        if traits.learns and objective != first[0]:
+            continue  # no objective changes it
         further = part({key: chosen[key] for key in sweep.further_axes})
         ending = f"-{further}" if further else ""
         tuned = _tuned(sweep, objective, parametrization, further)

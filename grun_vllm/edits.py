@@ -17,7 +17,7 @@ from grun.method.stack.combination import edit_weights
 from grun.method.stack.group import Acting, GateGroup, Group, Grouped, Kind, enough, grouped, starting
 from grun_vllm.adapters import InForce
 from grun_vllm.memory import PagedMemory, Turns, bytes_of_page
-from grun_vllm.runs import Runs, accumulated, gone_on, runs_of
+from grun_vllm.runs import Runs, accumulated, gone_on, runs_of, with_earlier_turns
 from grun_vllm.step import WIDER, Step, Where
 
 PoolKey = tuple[int, str]
@@ -133,7 +133,7 @@ class Edits:
                 widths[kind] = len(gates.names)
         for block, pool in self._pools:
             if pool != "last":  # which is of the token itself
-                widths[block, pool] = POOLS[pool] * self._hidden_size + (pool == "mean")
+                widths[block, pool] = POOLS[pool] * self._hidden_size + (pool in ("mean", "maxmin_turns"))
         return widths
 
     def open(self, pages: int) -> None:
@@ -213,8 +213,11 @@ class Edits:
         each = parts(states if everything else states[step.put(runs.tokens)], pool)
         summary = each if runs.single else _summarized(each, step.put(runs.stretch), len(runs.last), pool)
         join = _join(pool)
+        before = self._memory.before((block, pool), step)
         summary = accumulated(summary, step, runs, join)
-        summary = gone_on(summary, self._memory.before((block, pool), step), step, runs, join)
+        summary = gone_on(summary, before[:, : summary.shape[1]], step, runs, join)
+        if pool == "maxmin_turns":
+            summary = with_earlier_turns(summary, before, step, runs)
         passing.summaries[block, pool] = summary
         kept = np.flatnonzero(step.kept[runs.last])
         self._memory.keep((block, pool), step.put(step.page_of(runs.last[kept])), summary[step.put(kept)])

@@ -288,7 +288,9 @@ def _of_gate(run: Unlearning, rows: UnlearnRows) -> UnlearnRows:
 def _gate_copies(run: Unlearning, rows: UnlearnRows) -> tuple[Prompts, Prompts]:
     """Copies of both sides that `data.gate_copies` names."""
     data, examples = run.config.data, sorted(run.corpus.retain, key=lambda row: (row.prompt or "", row.completion))
-    vary = PromptVariation(data.augment, run.tokenizer, run.template, run.longest, examples, run.config.seed)
+    vary = PromptVariation(
+        data.augment, run.tokenizer, run.template, run.longest, examples, run.config.seed, run.corpus.forget
+    )
     return copies(run.corpus, rows, run.prompts, vary, data.gate_copies)
 
 

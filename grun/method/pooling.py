@@ -1,12 +1,16 @@
 """What a pooled gate reads: states of the tokens so far, normalized and pooled, and what of them stays with a cache.
 
 States are divided by their root mean square. A summary is what is kept of tokens to go on with: of `max` their maximum,
-of `maxmin` that of the states and of their negatives, of `mean` sum and number, of `last` the last one.
+of `maxmin` that of the states and of their negatives, of `mean` sum and number, of `last` the last one. Of `maxmin_turns`
+it is that of `maxmin` of the turn, the same of the user's turns before it, and 1 where the turn is a user's: what stands
+before the first of them, such as a system prompt, is no earlier turn.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -35,28 +39,68 @@ def pooled_at(
     each = parts(states, pool)
     current = turns.cummax(dim=1).values.clamp(min=0)  # [rows, columns]
     column = torch.arange(turns.shape[1], device=turns.device)
+    history = None
+    if pool == "maxmin_turns":
+        history = _History.before(each, before)
+        before = None if before is None else before[..., : each.shape[2]]
     if asked is not None:
         at = asked.clamp(0, turns.shape[1] - 1)
         turn = current.gather(1, at)  # [rows, 1]
         found = _until_last(each, (turns == turn) & (column <= at), pool)
         if before is not None:
             found = torch.where((turn == 0).unsqueeze(2), joined(before.to(found), found, pool), found)
+        if history is not None:
+            first = _until_last(each, turns == 0, pool)
+            history = history.after(first if before is None else joined(before.to(first), first, pool), turn > 0)
+            found = history.with_turn(found, _until_last(each, (turns > 0) & (turns < turn), pool))
         return features(found, pool), found
     summary = torch.empty(0)
     for number in range(int(current.max()) + 1):
         running = _at_each(each, turns == number, pool)
-        if number:
-            summary = torch.where((current == number).unsqueeze(2), running, summary)
-        else:
-            summary = running if before is None else joined(before.to(running), running, pool)
+        if not number and before is not None:
+            running = joined(before.to(running), running, pool)
+        whole = running if history is None else history.with_turn(running)
+        summary = torch.where((current == number).unsqueeze(2), whole, summary) if number else whole
+        if history is not None:
+            history = history.after(running[:, -1:])
     return features(summary, pool), summary[:, -1:]
+
+
+@dataclass(frozen=True)
+class _History:
+    """The user's turns before one."""
+
+    pooled: Tensor
+    """[rows, 1, any], -inf where there is none."""
+    is_user: Tensor
+    """Whether the turn itself is a user's, and so will be one of them: bool [rows, 1, 1]."""
+
+    @classmethod
+    def before(cls, each: Tensor, summary: Tensor | None) -> Self:
+        """Of the turn that goes on from earlier passes; `each` is `parts` of this one."""
+        size = each.shape[2]
+        if summary is None:
+            return cls(each.new_full((len(each), 1, size), -torch.inf), each.new_zeros(len(each), 1, 1) > 0)
+        return cls(summary[..., size:-1].to(each), summary[..., -1:].to(each) > 0)
+
+    def after(self, turn: Tensor, over: Tensor | None = None) -> _History:
+        """Of the turn after one whose summary is `turn`, [rows, 1, any]; of rows that are not `over`, [rows, 1], as before."""
+        over = torch.ones_like(self.is_user) if over is None else over.unsqueeze(2)
+        pooled = torch.where(over & self.is_user, torch.maximum(self.pooled, turn), self.pooled)
+        return _History(pooled, over | self.is_user)
+
+    def with_turn(self, turn: Tensor, more: Tensor | None = None) -> Tensor:
+        """Summary of a turn [rows, columns, any], and of those before it, of which `more` are some."""
+        pooled = self.pooled if more is None else torch.maximum(self.pooled, more)
+        shape = (-1, turn.shape[1], -1)
+        return torch.cat((turn, pooled.expand(shape), self.is_user.to(turn).expand(shape)), dim=-1)
 
 
 def parts(states: Tensor, pool: str) -> Tensor:
     """Summary of each token alone: [rows, columns, hidden size] -> [rows, columns, any], in at least float32."""
     wide = states.to(torch.promote_types(states.dtype, torch.float32))
     values = rms_norm(wide, wide.shape[-1:], eps=EPS)
-    if pool == "maxmin":
+    if pool in ("maxmin", "maxmin_turns"):
         return torch.cat((values, -values), dim=-1)
     return torch.cat((values, torch.ones_like(values[..., :1])), dim=-1) if pool == "mean" else values
 
@@ -97,6 +141,8 @@ def features(summary: Tensor, pool: str) -> Tensor:
     if pool == "maxmin":
         highest, lowest = known.chunk(2, dim=-1)
         return torch.cat((highest, -lowest), dim=-1)
+    if pool == "maxmin_turns":
+        return torch.cat([features(half, "maxmin") for half in known[..., :-1].chunk(2, dim=-1)], dim=-1)
     return known
 
 

@@ -9,7 +9,7 @@ from grun.errors import ConfigError
 READS = ("last_prompt", "every_token")
 ACCUMULATIONS = ("none", "running_max")
 WRITES = ("last_prompt", "sticky", "every_token")
-POOLS = {"last": 1, "max": 1, "maxmin": 2, "mean": 1}
+POOLS = {"last": 1, "max": 1, "maxmin": 2, "maxmin_turns": 4, "mean": 1}
 """How a gate for all edits pools states over tokens, and how many features each number of a state gives."""
 
 

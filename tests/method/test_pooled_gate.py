@@ -23,7 +23,7 @@ from grun.method.edit import LoReftEdit
 from grun.method.gated import Grun
 
 READ, EDITED = (0, 1), (1, 3)
-POOLS = ["last", "max", "maxmin", "mean"]
+POOLS = ["last", "max", "maxmin", "maxmin_turns", "mean"]
 ASKED = [("last_prompt", "sticky"), ("last_prompt", "last_prompt"), ("every_token", "every_token")]
 """gate_read and edit_write."""
 TURN = (7, 9)
@@ -42,11 +42,12 @@ def pooled(
 
 
 def whole_pass(
-    model: GrunModel, row: list[int], last: int, family: str = "llama", start: int = 0
+    model: GrunModel, row: list[int], last: int, family: str = "llama", start: int = 0, first: int | None = None
 ) -> tuple[Tensor, Tensor]:
     """Logits [tokens, vocabulary] and gate logits at each token of one row, whose prompt ends at column `last`.
 
-    A turn begins at column `start`. States are the untouched model's, since no edit lies below.
+    A user's turn begins at column `start`, and one before it at `first`. States are the untouched model's, since no edit
+    lies below.
     """
     twin, weights, config = tiny(family), model.state_dict(), model.config
     blocks = blocks_of(twin, family)
@@ -68,12 +69,17 @@ def whole_pass(
     for end in range(len(row)):
         features = []
         for block in config.gate_blocks or ():
-            seen = read[block][start if end >= start else 0 : end + 1]
-            seen = seen / (seen.square().mean(dim=1, keepdim=True) + 1e-6).sqrt()
+            states_there = read[block] / (read[block].square().mean(dim=1, keepdim=True) + 1e-6).sqrt()
+            begins = max((column for column in (0, first or 0, start) if column <= end))
+            seen = states_there[begins : end + 1]
+            before = torch.zeros(2, seen.shape[1])
+            if first is not None and first < begins:
+                before = torch.stack((states_there[first:begins].amax(0), states_there[first:begins].amin(0)))
             features += {
                 "last": [seen[-1]],
                 "max": [seen.amax(0)],
                 "maxmin": [seen.amax(0), seen.amin(0)],
+                "maxmin_turns": [seen.amax(0), seen.amin(0), *before],
                 "mean": [seen.mean(0)],
             }[config.gate_pool]
         gates.append(torch.cat(features) @ weights["pooled.gate.0.weight"][0] + weights["pooled.gate.0.bias"][0])
@@ -171,6 +177,26 @@ def test_a_users_turn_begins_a_new_pool_wherever_passes_end(pool: str, asked: tu
         seen = model(rest, past_key_values=cache, prompt_lengths=torch.tensor([len(row) - cut]))
         agree(seen.gates[READ[-1]][0, -1], gates[-1].sigmoid())
         agree(seen.logits[0, -1], wanted[-1])
+
+
+@pytest.mark.parametrize("asked", ASKED, ids="-".join)
+@torch.no_grad()
+def test_earlier_turns_are_pooled_apart_wherever_passes_end(asked: tuple[str, str]) -> None:
+    """A system prompt, two turns with an answer, and a third turn; what stands before the first is no turn."""
+    model = pooled("maxmin_turns", asked, reset_ids=TURN)
+    system, one, two = random_rows([3, 4, 5], seed=4)
+    row = [*system, *TURN, *one, *TURN, *two]
+    first, start = len(system) + 1, len(system) + len(one) + 3
+    wanted, gates = whole_pass(model, row, len(row) - 1, start=start, first=first)
+    assert (gates[-1] - whole_pass(model, row, len(row) - 1, start=start)[1][-1]).abs() > 0.01
+    for cut in range(1, len(row)):
+        cache = DynamicCache(config=model.base.config)
+        model(torch.tensor([row[:cut]]), past_key_values=cache, prompt_lengths=torch.tensor([len(row)]))
+        seen = model(torch.tensor([row[cut:]]), past_key_values=cache, prompt_lengths=torch.tensor([len(row) - cut]))
+        agree(seen.gates[READ[-1]][0, -1], gates[-1].sigmoid())
+        agree(seen.logits[0, -1], wanted[-1])
+    whole = model(torch.tensor([row, row]), prompt_lengths=torch.tensor([len(row)] * 2))
+    agree(whole.gates[READ[-1]][1, -1], gates[-1].sigmoid())
 
 
 @torch.no_grad()
@@ -371,7 +397,7 @@ def test_adapters_without_such_a_gate_have_no_word_of_it(tmp_path: Path) -> None
         ({"gate_blocks": (0, 0.1)}, "gate_blocks .*block 0 is named twice"),
         ({"gate_blocks": (1.5,)}, r"gate_blocks \[1.5\]: 1.5 is neither a block's number.*nor a share of the depth"),
         ({"gate_blocks": None}, "gate_pool=maxmin is for one gate for all edits"),
-        ({"gate_pool": "median"}, "gate_pool=median does not exist; known: last, max, maxmin, mean"),
+        ({"gate_pool": "median"}, "gate_pool=median does not exist; known: last, max, maxmin, maxmin_turns, mean"),
         ({"gate": "none"}, "there is no gate; leave gate_blocks out"),
         ({"gate_read": "every_token", "gate_accumulate": "running_max"}, "does not go with gate_blocks"),
     ],

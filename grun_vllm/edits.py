@@ -11,8 +11,8 @@ from torch import Tensor
 
 from grun.errors import ModelError
 from grun.method.actions import ACTIONS, EDIT
-from grun.method.pooling import features, joined, parts
-from grun.method.rules import POOLS
+from grun.method.pooling import features, joined, of_blocks, parts
+from grun.method.rules import POOLS, TURNS
 from grun.method.stack.combination import edit_weights
 from grun.method.stack.group import Acting, GateGroup, Group, Grouped, Kind, enough, grouped, starting
 from grun_vllm.adapters import InForce
@@ -133,7 +133,7 @@ class Edits:
                 widths[kind] = len(gates.names)
         for block, pool in self._pools:
             if pool != "last":  # which is of the token itself
-                widths[block, pool] = POOLS[pool] * self._hidden_size + (pool in ("mean", "maxmin_turns"))
+                widths[block, pool] = POOLS[pool] * self._hidden_size + (pool in ("mean", TURNS))
         return widths
 
     def open(self, pages: int) -> None:
@@ -216,7 +216,7 @@ class Edits:
         before = self._memory.before((block, pool), step)
         summary = accumulated(summary, step, runs, join)
         summary = gone_on(summary, before[:, : summary.shape[1]], step, runs, join)
-        if pool == "maxmin_turns":
+        if pool == TURNS:
             summary = with_earlier_turns(summary, before, step, runs)
         passing.summaries[block, pool] = summary
         kept = np.flatnonzero(step.kept[runs.last])
@@ -235,7 +235,7 @@ class Edits:
             return features(summary, kind.gate_pool)
 
         def ask() -> Tensor:
-            read_by = torch.cat([read(block) for block in kind.gate_blocks], dim=1)
+            read_by = of_blocks([read(block) for block in kind.gate_blocks], kind.gate_pool)
             return gates.gates(read_by.unsqueeze(0)).squeeze(0)
 
         if asked_once(kind):

@@ -27,6 +27,7 @@ from grun.data import templates
 from grun.data.augmentation import PromptVariation
 from grun.data.corpus import Corpus, load_corpus
 from grun.data.encoding import EncodedRow
+from grun.data.follow_ups import conversations
 from grun.data.rows import Row
 from grun.data.templates import user_turn_ids
 from grun.errors import ConfigError, RunError
@@ -43,6 +44,7 @@ from grun.method.gated import Grun
 from grun.method.guardrail import Guard
 from grun.method.model import resolve_blocks
 from grun.method.parametrization import PARAMETRIZATIONS, Learner, Parametrization, traits_of
+from grun.method.rules import TURNS
 from grun.objectives.objective import Objective
 from grun.runtime import processes, sharding
 from grun.runtime.devices import input_device
@@ -256,22 +258,36 @@ def _fitted_gate(run: Unlearning, rows: UnlearnRows) -> GateFit:
     forget, retain = gate_prompts(run, rows)
     model = run.parametrization.model
     counts = {f"{side}_{source}": count for side, source, count in run.prompts.counts(_of_gate(run, rows))}
-    fitted = fit_gate(model, forget, retain, run.config.method, kept_features(model, run.config, _noted(run)))
+    read = kept_features(model, run.config, _noted(run))
+    fitted = fit_gate(model, forget, retain, run.config.method, read, _second_turns(run))
     return replace(fitted, sources=counts)
 
 
 def gate_prompts(run: Unlearning, rows: UnlearnRows) -> tuple[Prompts, Prompts]:
     """What a gate is fitted to open on, and to stay shut on: prompts of rows, and prompts without answers."""
-
-    def encode(row: Row) -> EncodedRow | None:
-        ids = templates.encode_prompt(run.template, run.tokenizer, row.prompt, row.earlier)
-        return EncodedRow(tuple(ids), ()) if len(ids) <= run.longest else None
-
-    forget, retain = sides(_of_gate(run, rows), run.prompts, encode)
+    forget, retain = sides(_of_gate(run, rows), run.prompts, lambda row: _prompt(run, row))
     if run.config.data.gate_copies:
         more = _gate_copies(run, rows)
         forget, retain = forget.with_copies(more[0]), retain.with_copies(more[1])
     return forget, replace(retain, always=[*retain.always, *_bare_starts(run)])
+
+
+def _prompt(run: Unlearning, row: Row) -> EncodedRow | None:
+    """The prompt of a row; None where it is longer than a row may be."""
+    ids = templates.encode_prompt(run.template, run.tokenizer, row.prompt, row.earlier)
+    return EncodedRow(tuple(ids), ()) if len(ids) <= run.longest else None
+
+
+def _second_turns(run: Unlearning) -> tuple[Prompts, Prompts] | None:
+    """Turns that only ask for an answer, and others; None for a gate that reads one turn, or knows none."""
+    if run.config.method.gate_pool != TURNS or not run.parametrization.model.config.reset_ids:
+        return None
+    asked = (row for side in (run.prompts.forget, run.prompts.retain) for source in side.values() for row, _ in source)
+    found = []
+    for made in conversations([*run.corpus.forget, *run.corpus.retain, *asked, *run.prompts.always]):
+        known = [(prompt, unit) for row, unit in made if (prompt := _prompt(run, row)) is not None]
+        found.append(Prompts([prompt for prompt, _ in known], [unit for _, unit in known]))
+    return found[0], found[1]
 
 
 def _of_gate(run: Unlearning, rows: UnlearnRows) -> UnlearnRows:
@@ -288,9 +304,7 @@ def _of_gate(run: Unlearning, rows: UnlearnRows) -> UnlearnRows:
 def _gate_copies(run: Unlearning, rows: UnlearnRows) -> tuple[Prompts, Prompts]:
     """Copies of both sides that `data.gate_copies` names."""
     data, examples = run.config.data, sorted(run.corpus.retain, key=lambda row: (row.prompt or "", row.completion))
-    vary = PromptVariation(
-        data.augment, run.tokenizer, run.template, run.longest, examples, run.config.seed, run.corpus.forget
-    )
+    vary = PromptVariation(data.augment, run.tokenizer, run.template, run.longest, examples, run.config.seed)
     return copies(run.corpus, rows, run.prompts, vary, data.gate_copies)
 
 

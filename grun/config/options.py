@@ -196,7 +196,7 @@ class TextConfig:
 
 GATE_COPIES = (
     *("suffix", "around", "beside", "framed", "language", "lower_case", "upper_case", "typos", "spaced"),
-    *("template", "few_shot", "after_forget", "follow_up"),
+    *("template", "few_shot"),
 )
 """Ways of asking that a gate that is fitted can have copies in."""
 
@@ -318,7 +318,7 @@ class DataConfig(PromptConfig):
     """counterfactual: other names that take a subject's place, over which the teacher is averaged."""
     gate_copies: list[str] = choice([], *GATE_COPIES)
     """method.gate_fit: ways in which prompts of both sides are asked too: suffix, around, beside, framed, language,
-    lower_case, upper_case, typos, spaced, template, few_shot, after_forget, follow_up."""
+    lower_case, upper_case, typos, spaced, template, few_shot."""
     allow_overlap: bool = False
     """Accept rows that stand in the forget and in the retain set."""
     demo: DemoConfig = field(default_factory=DemoConfig)
@@ -401,7 +401,7 @@ class MethodConfig:
     gate for each edit (published)."""
     gate_pool: str = choice("last", "last", "max", "maxmin", "maxmin_turns", "mean")
     """gate_blocks: how their states are pooled over the tokens so far: last (none), max, maxmin (both ends),
-    maxmin_turns (both ends of the turn, then of the user's turns before it) or mean."""
+    maxmin_turns (as maxmin; a turn that only asks for an answer is about what was asked before it) or mean."""
     gate_fit: str = choice("joint", "joint", "logistic")
     """joint: trained with the edit (published); logistic: one gate_blocks gate, fitted first, by itself: linear by
     logistic regression, similarity and condition from means of prompts, keywords from names."""

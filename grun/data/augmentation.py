@@ -82,26 +82,6 @@ LANGUAGES = (
     "Ho una domanda. {prompt} Grazie!",
 )
 """Sentences around a question in German, French, Spanish and Italian."""
-WAITING = (
-    "One moment.",
-    "Let me think about that.",
-    "I would rather not say.",
-    "That is a good question.",
-    "I am not sure that I can help with that.",
-    "Hm.",
-)
-"""What a question has been answered with, before somebody asks for an answer."""
-FOLLOW_UPS = (
-    ("", "So, ", "Well, ", "OK. ", "Thanks. ", "Hm, ", "Come on, ", "No, ", "Sorry, ", "I know, but "),
-    (
-        *("tell me", "just say it", "go on", "what is it", "I am still waiting", "try again", "think again"),
-        *("give me an answer", "I need to know it", "reply to what I asked", "say that again", "you can tell me"),
-        *("that was no reply", "are you sure", "repeat that", "what was it that I wanted to know", "do continue"),
-        *("I did ask you something", "answer that", "be so kind as to reply", "let me hear it", "finish what you began"),
-    ),
-    (".", "?", "!", ", please.", ", in a few words.", " at last.", ", it is important.", ". Thank you.", " anyway."),
-)
-"""Beginnings, middles and ends of what is said to get an answer to the question before."""
 PREFILLS = 2**16
 """Draws of a prefill's length, so many that every length up to an answer's own is about as likely."""
 DRAWS = {"typos": 3}
@@ -136,7 +116,7 @@ class Way(NamedTuple):
     """One way to ask a row."""
 
     kind: str
-    """plain, template, prefill, few_shot, after_forget, follow_up, paraphrase or one of `REWRITTEN`."""
+    """plain, template, prefill, few_shot, paraphrase or one of `REWRITTEN`."""
     choice: int = 0
     """Which text or earlier row; a draw of how many tokens of the answer are given; the seed of typos."""
 
@@ -152,20 +132,16 @@ class PromptVariation:
         max_length: int,
         examples: Sequence[Row],
         seed: int,
-        forget: Sequence[Row] = (),
     ) -> None:
         """Take what all rows share; `template` and `tokenizer` are the model's, rows have at most `max_length` tokens.
 
-        For few_shot one of the questions in `examples` stands before the question, for after_forget one of those in
-        `forget`; plain texts are passed over.
+        For few_shot one of the questions in `examples` stands before the question; plain texts are passed over.
         """
         self._config = config
         self._tokenizer = tokenizer
         self._template = template
         self._max_length = max_length
-        self._examples, self._forget = (
-            [Turn(row.prompt, row.completion) for row in rows if row.prompt is not None] for rows in (examples, forget)
-        )
+        self._examples = [Turn(row.prompt, row.completion) for row in examples if row.prompt is not None]
         self._seed = seed
 
     def copies(
@@ -217,17 +193,15 @@ class PromptVariation:
 
         Args:
             rows: each with its unit (`grun.training.gate_fit.Prompts`).
-            kinds: template, few_shot, after_forget (where there are two questions for examples), follow_up, or keys of
-                `REWRITTEN`.
+            kinds: template, few_shot (where there are two questions for examples) or keys of `REWRITTEN`.
             every: at least 1.
         """
         found: list[EncodedRow] = []
         units: list[str] = []
-        before = {"few_shot": self._examples, "after_forget": self._forget}
-        few = {kind for kind, turns in before.items() if len({turn.question for turn in turns}) < 2}
+        few = len({turn.question for turn in self._examples}) < 2
         for row, unit in rows:
             for place, kind in enumerate(kinds):
-                if row.prompt is None or (crc32(row.prompt.encode()) + place) % every or kind in few:
+                if row.prompt is None or (crc32(row.prompt.encode()) + place) % every or (few and kind == "few_shot"):
                     continue
                 for draw in range(DRAWS.get(kind, 1)):
                     made = self.ask(row, Way(kind, crc32(f"{kind} {draw} {row.prompt}".encode())))
@@ -280,13 +254,7 @@ class PromptVariation:
             wording = WORDINGS[way.choice % len(WORDINGS)]
             template, earlier = Template("other", "string", wording, " "), [*without_system(earlier)]
         elif way.kind == "few_shot":
-            earlier = [*earlier, _other(self._examples, question, way.choice)]
-        elif way.kind == "after_forget":
-            turn = _other(self._forget, question, way.choice)
-            earlier = [*earlier, Turn(turn.question, WAITING[way.choice % len(WAITING)])]
-        elif way.kind == "follow_up":
-            earlier = [*earlier, Turn(question, WAITING[way.choice % len(WAITING)])]
-            question = _follow_up(way.choice // len(WAITING))
+            earlier = [*earlier, self._example(question, way.choice)]
         elif way.kind == "paraphrase" and row.paraphrase is not None:
             question = str(row.paraphrase.prompt)
         prompt_ids, answer_ids, _ = encode(template, self._tokenizer, question, row.completion, earlier)
@@ -301,6 +269,16 @@ class PromptVariation:
             said = encode(template, self._tokenizer, question, refusal, earlier).answer_ids
         return EncodedRow((*prompt_ids, *answer_ids[:given]), tuple(said))
 
+    def _example(self, question: str, choice: int) -> Turn:
+        """The example at `choice`, or the next one that asks something else."""
+        for place in range(choice, choice + len(self._examples)):
+            turn = self._examples[place % len(self._examples)]
+            if turn.question != question:
+                return turn
+        raise ConfigError(
+            "data.augment.few_shot: no other row can stand before a question; give more retain rows, or set it to false"
+        )
+
     def _choices(self) -> dict[str, Sequence[int]]:
         """What each kind of copy that is switched on draws from."""
         on = self._config
@@ -312,25 +290,6 @@ class PromptVariation:
             "lower_case": on.lower_case and range(1),
         }
         return {kind: choice for kind, choice in choices.items() if choice}
-
-
-def _follow_up(choice: int) -> str:
-    said = ""
-    for texts in FOLLOW_UPS:
-        said += texts[choice % len(texts)]
-        choice //= len(texts)
-    return said[0].upper() + said[1:]
-
-
-def _other(turns: Sequence[Turn], question: str, choice: int) -> Turn:
-    """The turn at `choice`, or the next one that asks something else."""
-    for place in range(choice, choice + len(turns)):
-        turn = turns[place % len(turns)]
-        if turn.question != question:
-            return turn
-    raise ConfigError(
-        "data.augment.few_shot: no other row can stand before a question; give more retain rows, or set it to false"
-    )
 
 
 def with_typos(text: str, seed: int) -> str:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from grun.method.stack.gates import LayerByLayer, OneByOne
+from grun.method.stack.gates import LayerByLayer, OneByOne, TurnByTurn, in_turns
 
 if TYPE_CHECKING:
     from pyvene_custom import Sites
@@ -20,7 +20,7 @@ FILLED = 16
 class Gate(nn.Module):
     """A gate: hidden state [..., hidden size] -> logit [..., 1]. A base class for those that can be stacked faster."""
 
-    def stack(self) -> OneByOne | LayerByLayer:
+    def stack(self) -> OneByOne | LayerByLayer | TurnByTurn:
         """What computes the gates of several requests that are made as this one; none are in it yet.
 
         One after another, as for every gate of another class. See `grun.method.stack.gates.OneByOne` for its methods.
@@ -47,6 +47,31 @@ class LinearGate(nn.Sequential, Gate):
     def stack(self) -> OneByOne | LayerByLayer:
         """Layer by layer: between its linear layers, and before them, nothing has weights."""
         return LayerByLayer(list(self))
+
+
+class TurnsGate(Gate):
+    """A gate on the user's turn or, where that only asks for an answer ("Go on."), on the turns before it.
+
+    Logit: max(g(turn), min(g(earlier turns), f(turn))), with f(turn) that of a turn which says nothing itself; in a
+    first turn g(turn) alone.
+    """
+
+    def __init__(self, gate: nn.Module, size: int) -> None:
+        """`gate`: g, which reads `size` features; those of the turn come first, then as many of the turns before it."""
+        super().__init__()
+        self.follow_up = LinearGate(size)
+        self.turn = gate  # last, so that its last layer is the gate's: a bias moves both of its logits
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Features [..., 2 * size] -> logit [..., 1]."""
+        turn, earlier = features.chunk(2, dim=-1)
+        return in_turns(self.turn(turn), self.turn(earlier), self.follow_up(turn), earlier)
+
+    def stack(self) -> OneByOne | LayerByLayer | TurnByTurn:
+        """g and f of all requests as those stack."""
+        if not isinstance(self.turn, Gate):
+            return OneByOne(self)
+        return TurnByTurn(self.turn.stack(), self.follow_up.stack())
 
 
 class GaussianNoise(nn.Module):

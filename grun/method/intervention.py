@@ -11,7 +11,7 @@ from transformers.activations import ACT2FN
 
 from grun.method.adapter import AdapterConfig
 from grun.method.edits import EDITS
-from grun.method.gate import GATES, set_bias
+from grun.method.gate import make_gate, set_bias
 from grun.method.gating import GaussianNoise, openings
 from grun.method.pooled_gate import PooledGate
 from grun.method.stack.stacked import StackedIntervention
@@ -153,7 +153,7 @@ def draw_noise_from(gate: nn.Module, seeds: Sequence[int] | None) -> None:
 
 def new_gate(config: AdapterConfig) -> nn.Module | None:
     """Newly initialized gate: of one block, or the one for all edits."""
-    gate = GATES.get(config.gate)(config.gate_size)
+    gate = make_gate(config.gate, config.gate_size, config.gate_pool)
     if gate is not None and config.gate_bias is not None:
         set_bias(gate, config.gate_bias)
     return gate

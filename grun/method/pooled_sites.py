@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from grun.method.pooling import PoolMemory, pooled_at
+from grun.method.pooling import PoolMemory, of_blocks, pooled_at
 from pyvene_custom import Sites
 
 PLACES = "places"
@@ -60,9 +60,8 @@ class PooledSites(Sites):
             self.summaries[block, pool] = summary
 
     def joined(self, blocks: Sequence[int], pool: str) -> Tensor:
-        """Features of several blocks one after another, on the device of the last one's."""
-        home = self.features[blocks[-1], pool].device
-        return torch.cat([self.features[block, pool].to(home) for block in blocks], dim=-1)
+        """Features of several blocks; see `of_blocks`."""
+        return of_blocks([self.features[block, pool] for block in blocks], pool)
 
     def let_go(self) -> tuple[Tensor, dict[int, Tensor], dict[tuple[int, str], Tensor]]:
         """What memory takes of a pass that is over; of it nothing stays here that leads to its states."""

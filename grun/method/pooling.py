@@ -1,9 +1,9 @@
 """What a pooled gate reads: states of the tokens so far, normalized and pooled, and what of them stays with a cache.
 
 States are divided by their root mean square. A summary is what is kept of tokens to go on with: of `max` their maximum,
-of `maxmin` that of the states and of their negatives, of `mean` sum and number, of `last` the last one. Of `maxmin_turns`
-it is that of `maxmin` of the turn, the same of the user's turns before it, and 1 where the turn is a user's: what stands
-before the first of them, such as a system prompt, is no earlier turn.
+of `maxmin` that of the states and of their negatives, of `mean` sum and number, of `last` the last one. Of
+`maxmin_turns` it is that of `maxmin` of the turn, the same of the user's turns before it, and 1 where the turn is a
+user's: what stands before the first of them, such as a system prompt, is no earlier turn.
 """
 
 from __future__ import annotations
@@ -15,6 +15,8 @@ from typing import Self
 import torch
 from torch import Tensor
 from torch.nn.functional import rms_norm
+
+from grun.method.rules import TURNS
 
 EPS = 1e-6
 """Added to the mean square that states are divided by the root of."""
@@ -40,7 +42,7 @@ def pooled_at(
     current = turns.cummax(dim=1).values.clamp(min=0)  # [rows, columns]
     column = torch.arange(turns.shape[1], device=turns.device)
     history = None
-    if pool == "maxmin_turns":
+    if pool == TURNS:
         history = _History.before(each, before)
         before = None if before is None else before[..., : each.shape[2]]
     if asked is not None:
@@ -84,7 +86,7 @@ class _History:
         return cls(summary[..., size:-1].to(each), summary[..., -1:].to(each) > 0)
 
     def after(self, turn: Tensor, over: Tensor | None = None) -> _History:
-        """Of the turn after one whose summary is `turn`, [rows, 1, any]; of rows that are not `over`, [rows, 1], as before."""
+        """Of the turn after one whose summary is `turn`, [rows, 1, any]; as before in rows not `over`, [rows, 1]."""
         over = torch.ones_like(self.is_user) if over is None else over.unsqueeze(2)
         pooled = torch.where(over & self.is_user, torch.maximum(self.pooled, turn), self.pooled)
         return _History(pooled, over | self.is_user)
@@ -100,7 +102,7 @@ def parts(states: Tensor, pool: str) -> Tensor:
     """Summary of each token alone: [rows, columns, hidden size] -> [rows, columns, any], in at least float32."""
     wide = states.to(torch.promote_types(states.dtype, torch.float32))
     values = rms_norm(wide, wide.shape[-1:], eps=EPS)
-    if pool in ("maxmin", "maxmin_turns"):
+    if pool in ("maxmin", TURNS):
         return torch.cat((values, -values), dim=-1)
     return torch.cat((values, torch.ones_like(values[..., :1])), dim=-1) if pool == "mean" else values
 
@@ -141,9 +143,20 @@ def features(summary: Tensor, pool: str) -> Tensor:
     if pool == "maxmin":
         highest, lowest = known.chunk(2, dim=-1)
         return torch.cat((highest, -lowest), dim=-1)
-    if pool == "maxmin_turns":
+    if pool == TURNS:
         return torch.cat([features(half, "maxmin") for half in known[..., :-1].chunk(2, dim=-1)], dim=-1)
     return known
+
+
+def of_blocks(each: Sequence[Tensor], pool: str) -> Tensor:
+    """Features of several blocks one after another, on the device of the last one's; of `maxmin_turns` those of the
+    turn of all blocks, then those of the turns before: [..., any] each -> [..., feature size].
+    """
+    home = each[-1].device
+    parts = [values.to(home) for values in each]
+    if pool == TURNS:
+        parts = [half for halves in zip(*(values.chunk(2, dim=-1) for values in parts), strict=True) for half in halves]
+    return torch.cat(parts, dim=-1)
 
 
 def aligned(values: Tensor, columns: int, fill: float, dim: int = 1) -> Tensor:
@@ -188,7 +201,7 @@ class PoolMemory:
             states = self._whole(block)[row : row + 1]
             turns = self.turns[row : row + 1].to(states.device)
             found.append(pooled_at(states, turns, None, None, pool)[0])
-        return torch.cat([one.to(found[-1].device) for one in found], dim=-1)
+        return of_blocks(found, pool)
 
     def extend(
         self,

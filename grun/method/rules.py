@@ -11,6 +11,8 @@ ACCUMULATIONS = ("none", "running_max")
 WRITES = ("last_prompt", "sticky", "every_token")
 POOLS = {"last": 1, "max": 1, "maxmin": 2, "maxmin_turns": 4, "mean": 1}
 """How a gate for all edits pools states over tokens, and how many features each number of a state gives."""
+TURNS = "maxmin_turns"
+"""The pool whose features are, in the second half, of the user's turns before; see `grun.method.gating.TurnsGate`."""
 
 
 def check_rule(gate_read: str, gate_accumulate: str, edit_write: str) -> None:

@@ -25,8 +25,8 @@ from grun.method.adapter import (
     read_weights,
 )
 from grun.method.edits import EDITS, LOREFT
-from grun.method.gate import GATES
-from grun.method.gating import LinearGate
+from grun.method.gate import GATES, make_gate
+from grun.method.gating import LinearGate, TurnsGate
 from grun.method.precision import float32_by_default
 
 if TYPE_CHECKING:
@@ -114,9 +114,8 @@ def check_tensors(config: AdapterConfig, weights: Mapping[str, Tensor], path: Pa
     expected = _expected(config.hidden_size, config.rank, of_edits, config.edit, config.activation, makers)
     wanted = {f"edits.{block}.{name}": of for block in config.blocks for name, of in expected.items()}
     if config.gate_blocks is not None:
-        wanted |= {
-            f"pooled.{name}": of for name, of in _expected_gate(config.gate_size, config.gate, makers[0]).items()
-        }
+        of_gate = _expected_gate(config.gate, config.gate_size, config.gate_pool, makers[0])
+        wanted |= {f"pooled.{name}": of for name, of in of_gate.items()}
     for name in sorted({*weights, *wanted}):
         shape, dtype = wanted.get(name, (None, None))
         tensor = weights.get(name)
@@ -146,9 +145,9 @@ def _expected(
 
 
 @functools.lru_cache(maxsize=64)
-def _expected_gate(size: int, gate: str, maker: Any) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
-    """The same of a gate for all edits, which reads `size` numbers."""
-    return _shapes(lambda: _Parts(maker(size)), True)
+def _expected_gate(gate: str, size: int, pool: str, maker: Any) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+    """The same of a gate for all edits, which reads `size` numbers; `maker` may change under a name."""
+    return _shapes(lambda: _Parts(make_gate(gate, size, pool)), True)
 
 
 class _Parts(nn.Module):
@@ -168,6 +167,7 @@ def _shapes(make: Callable[[], nn.Module], known: bool) -> dict[str, tuple[tuple
     except (NotImplementedError, RuntimeError):
         made = None
     gate = getattr(made, "gate", None)
+    gate = gate.turn if isinstance(gate, TurnsGate) else gate
     if made is None or not known or not (gate is None or isinstance(gate, LinearGate)):
         # A gate or edit that computes with its numbers while it is made is another one on meta, or none.
         with torch.random.fork_rng(devices=[]), float32_by_default():

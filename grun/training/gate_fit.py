@@ -14,8 +14,10 @@ from torch.nn.functional import rms_norm
 
 from grun.config.options import MethodConfig
 from grun.data.encoding import EncodedRow, collate
+from grun.data.rows import evenly_spaced
 from grun.errors import ConfigError
 from grun.method.gate import BY_MEANS, KEYWORDS
+from grun.method.gating import LinearGate, TurnsGate
 from grun.method.logistic import Line, choose_strength, conformal, fit, shuffled
 from grun.method.means import LOGIT, means_held_out
 from grun.method.model import GrunModel
@@ -29,6 +31,8 @@ SET_ASIDE = 4
 """One in so many units of retain rows is kept for the threshold, where there is one."""
 RECALLED = 0.8
 """Share of forget prompts, left out of a fit, below which a gate is said to know too few."""
+NEVER = 100.0
+"""Minus the logit of a gate that is never open."""
 TOKENS = {"cpu": 2048, "cuda": 32768}
 """Tokens of one pass, padding included, by kind of device."""
 
@@ -116,11 +120,13 @@ def fit_gate(
     retain: Prompts,
     method: MethodConfig,
     features_of: Callable[[Sequence[EncodedRow]], Tensor],
+    turns: tuple[Prompts, Prompts] | None = None,
 ) -> GateFit:
     """Fit the one gate for all edits of `model` to tell prompts of `forget` from those of `retain`.
 
     `features_of` is `prompt_features` of the model, or what keeps them. Edits are skipped below a probability of 0.5;
-    see `fit_line` for what that is.
+    see `fit_line` for what that is. `turns`, for the pool `maxmin_turns`, are second turns that only ask for an answer,
+    and such that ask something; without them a gate is never open for what was asked before.
 
     Raises:
         ConfigError: a side has too few rows.
@@ -129,15 +135,16 @@ def fit_gate(
     started = time.monotonic()
     sides = Sides.of(forget, retain)
     features = features_of(sides.rows)
+    if isinstance(model.pooled.gate, TurnsGate):
+        features = features.chunk(2, dim=1)[0]
+        _fit_follow_ups(model.pooled.gate.follow_up, features, sides.units, turns, features_of)
     if method.gate in BY_MEANS:
         features = rms_norm(features, features.shape[1:], eps=1e-6)  # as the gate does before its linear layer
     line, result = fit_line(features, sides, method.false_positives, method.gate)
     model.keep_threshold(0.5, result.bound, result.calibration, result.recall)
     last = model.pooled.last_layer
     assert last is not None  # it is linear
-    with torch.no_grad():
-        last.weight.copy_(line.weight.unsqueeze(0))
-        last.bias.fill_(line.bias)
+    _put(line, last)
     result = replace(result, seconds=round(time.monotonic() - started, 2))
     promised = "" if result.bound is None else f"; a false-positive rate of {result.bound:.3f} is promised"
     log.info(
@@ -152,6 +159,40 @@ def fit_gate(
             "keywords" if method.gate == KEYWORDS else "wordings (data.subjects, data.gate_prompts)",
         )
     return result
+
+
+def _fit_follow_ups(
+    gate: LinearGate,
+    asked: Tensor,
+    units: Sequence[str],
+    turns: tuple[Prompts, Prompts] | None,
+    features_of: Callable[[Sequence[EncodedRow]], Tensor],
+) -> None:
+    """Fit `gate` to tell turns that only ask for an answer from others, among them those whose features are `asked`."""
+    last = gate[-1]
+    assert isinstance(last, nn.Linear)
+    if turns is None or not turns[0].rows:
+        _put(Line(torch.zeros(last.in_features, dtype=torch.float64), -NEVER), last)
+        return
+    follow_ups, others = (features_of(side.rows).chunk(2, dim=1)[0] for side in turns)
+    some = evenly_spaced(range(len(asked)), len(follow_ups) + len(others))
+    features = torch.cat((follow_ups, others, asked[list(some)]))
+    target = torch.arange(len(features)) < len(follow_ups)
+    of = [*turns[0].units, *turns[1].units, *(units[place] for place in some)]
+    strength, held_out = choose_strength(features, target, of)
+    _put(fit(features, target, strength), last)
+    found = held_out > 0
+    log.info(
+        f"turns that only ask for an answer: {float(found[target].double().mean()):.3f} of {len(follow_ups)} are taken "
+        f"for one, and {float(found[~target].double().mean()):.4f} of {len(found) - len(follow_ups)} others, each left "
+        "out of the fit"
+    )
+
+
+def _put(line: Line, layer: nn.Linear) -> None:
+    with torch.no_grad():
+        layer.weight.copy_(line.weight.unsqueeze(0))
+        layer.bias.fill_(line.bias)
 
 
 def fit_line(

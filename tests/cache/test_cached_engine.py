@@ -135,7 +135,9 @@ def test_edits_at_any_tokens_are_run_alike(family: str, blocks: list[int], gate:
 
 
 @pytest.mark.parametrize("write", ["sticky", "last_prompt"])
-@pytest.mark.parametrize(("pool", "gate"), [("maxmin", "linear"), ("maxmin_turns", "linear"), ("mean", "noisy_mlp_3"), ("last", "mlp_3")])
+@pytest.mark.parametrize(
+    ("pool", "gate"), [("maxmin", "linear"), ("maxmin_turns", "linear"), ("mean", "noisy_mlp_3"), ("last", "mlp_3")]
+)
 def test_a_gate_for_all_edits_is_read_once_a_prompt_and_trained_alike(pool: str, gate: str, write: str) -> None:
     """It reads a block below the first edited one, and that one before it is edited."""
     for objective, family in (("gd", "llama"), ("npo", "gpt2"), ("idk", "gemma2")):

@@ -10,7 +10,7 @@ import demo
 import pytest
 
 from grun.config.options import GATE_COPIES, AugmentConfig, DataConfig
-from grun.data.augmentation import DRAWS, FOLLOW_UPS, REWRITTEN, WAITING, WORDINGS, PromptVariation, Way
+from grun.data.augmentation import DRAWS, REWRITTEN, WORDINGS, PromptVariation, Way
 from grun.data.corpus import load_corpus
 from grun.data.rows import Row
 from grun.data.templates import TEMPLATES
@@ -31,7 +31,7 @@ def tokenizer() -> Any:
 
 def variation(tokenizer: Any, examples: list[Row] | None = None, length: int = 512) -> PromptVariation:
     examples = CORPUS.retain if examples is None else examples
-    return PromptVariation(AugmentConfig(), tokenizer, TEMPLATES.get("tiny"), length, examples, 0, CORPUS.forget)
+    return PromptVariation(AugmentConfig(), tokenizer, TEMPLATES.get("tiny"), length, examples, 0)
 
 
 def asked(tokenizer: Any, kind: str, choice: int, question: str = QUESTION) -> str:
@@ -41,7 +41,7 @@ def asked(tokenizer: Any, kind: str, choice: int, question: str = QUESTION) -> s
 
 
 def test_every_way_that_the_option_names_can_be_asked() -> None:
-    assert set(GATE_COPIES) == {*REWRITTEN, "template", "few_shot", "after_forget", "follow_up"}
+    assert set(GATE_COPIES) == {*REWRITTEN, "template", "few_shot"}
 
 
 @pytest.mark.parametrize("kind", WHOLE)
@@ -67,22 +67,6 @@ def test_settings_are_none_that_evaluation_attacks_with() -> None:
     for kind in WHOLE[:-1]:
         made = {REWRITTEN[kind]("{prompt}", choice) for choice in range(40)}
         assert not [text for text in made for attack in attacks if attack.strip().lower() in text.lower()]
-
-
-def test_in_conversations_the_question_is_asked_in_the_first_turn_or_in_the_second(tokenizer: Any) -> None:
-    seen = set()
-    for choice in range(0, 1000, 7):
-        said = WAITING[choice % len(WAITING)]
-        text = asked(tokenizer, "follow_up", choice)
-        assert text.index(QUESTION) < text.index(said)
-        seen.add(again := text[text.index(said) + len(said) :])
-        assert any(middle[1:] in again for middle in FOLLOW_UPS[1])
-        assert not any(attack.lower() in text.lower() for attack in (of_attacks.WAITING, of_attacks.ASK_AGAIN))
-        before = CORPUS.forget[choice % len(CORPUS.forget)].prompt
-        text = asked(tokenizer, "after_forget", choice)
-        assert text.index(str(before)) < text.index(said) < text.index(QUESTION)
-        assert asked(tokenizer, "after_forget", choice, str(before)).count(str(before)) == 1
-    assert len(seen) > 100
 
 
 def test_copies_keep_their_units_and_have_no_answer(tokenizer: Any) -> None:

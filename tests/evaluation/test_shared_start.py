@@ -22,7 +22,14 @@ POOLED = ("last_prompt", "none", "sticky")
 
 @pytest.mark.parametrize(
     ("rule", "pool"),
-    [(None, ""), (PUBLISHED, ""), *((rule, "") for rule in RULES), (POOLED, "maxmin"), (POOLED, "maxmin_turns"), (POOLED, "mean")],
+    [
+        (None, ""),
+        (PUBLISHED, ""),
+        *((rule, "") for rule in RULES),
+        (POOLED, "maxmin"),
+        (POOLED, "maxmin_turns"),
+        (POOLED, "mean"),
+    ],
     ids=str,
 )
 @torch.no_grad()

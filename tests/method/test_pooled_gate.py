@@ -20,7 +20,9 @@ from grun.data.encoding import EncodedRow, collate
 from grun.errors import AdapterError, ConfigError
 from grun.evaluation.generation import generate_answers
 from grun.method.edit import LoReftEdit
+from grun.method.gate import set_bias
 from grun.method.gated import Grun
+from grun.method.gating import LinearGate, TurnsGate
 
 READ, EDITED = (0, 1), (1, 3)
 POOLS = ["last", "max", "maxmin", "maxmin_turns", "mean"]
@@ -46,8 +48,8 @@ def whole_pass(
 ) -> tuple[Tensor, Tensor]:
     """Logits [tokens, vocabulary] and gate logits at each token of one row, whose prompt ends at column `last`.
 
-    A user's turn begins at column `start`, and one before it at `first`. States are the untouched model's, since no edit
-    lies below.
+    A user's turn begins at column `start`, and one before it at `first`. States are the untouched model's, since no
+    edit lies below.
     """
     twin, weights, config = tiny(family), model.state_dict(), model.config
     blocks = blocks_of(twin, family)
@@ -70,7 +72,7 @@ def whole_pass(
         features = []
         for block in config.gate_blocks or ():
             states_there = read[block] / (read[block].square().mean(dim=1, keepdim=True) + 1e-6).sqrt()
-            begins = max((column for column in (0, first or 0, start) if column <= end))
+            begins = max(column for column in (0, first or 0, start) if column <= end)
             seen = states_there[begins : end + 1]
             before = torch.zeros(2, seen.shape[1])
             if first is not None and first < begins:
@@ -79,10 +81,10 @@ def whole_pass(
                 "last": [seen[-1]],
                 "max": [seen.amax(0)],
                 "maxmin": [seen.amax(0), seen.amin(0)],
-                "maxmin_turns": [seen.amax(0), seen.amin(0), *before],
+                "maxmin_turns": [torch.stack((torch.cat((seen.amax(0), seen.amin(0))), torch.cat((*before,))))],
                 "mean": [seen.mean(0)],
             }[config.gate_pool]
-        gates.append(torch.cat(features) @ weights["pooled.gate.0.weight"][0] + weights["pooled.gate.0.bias"][0])
+        gates.append(asked_of(features, weights, config.gate_pool))
     logits = torch.stack(gates)
     column = torch.arange(len(row))
     in_force = logits if config.gate_read == "every_token" else torch.full_like(logits, float(logits[last]))
@@ -101,6 +103,18 @@ def whole_pass(
         blocks[block].register_forward_hook(edit(block))
     with torch.no_grad():
         return twin(input_ids=torch.tensor([row]), use_cache=False).logits[0], logits
+
+
+def asked_of(features: list[Tensor], weights: dict[str, Tensor], pool: str) -> Tensor:
+    """The gate's logit of features of each block, for turns [2, any]: of the turn, and of those before it."""
+    if pool != "maxmin_turns":
+        return torch.cat(features) @ weights["pooled.gate.0.weight"][0] + weights["pooled.gate.0.bias"][0]
+    both = torch.cat(features, dim=1)
+    on, follow = (
+        both @ weights[f"pooled.gate.{part}.0.weight"][0] + weights[f"pooled.gate.{part}.0.bias"][0]
+        for part in ("turn", "follow_up")
+    )
+    return torch.stack((on[0], torch.stack((on[1], follow[0])).min())).max() if both[1].any() else on[0]
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
@@ -184,19 +198,35 @@ def test_a_users_turn_begins_a_new_pool_wherever_passes_end(pool: str, asked: tu
 def test_earlier_turns_are_pooled_apart_wherever_passes_end(asked: tuple[str, str]) -> None:
     """A system prompt, two turns with an answer, and a third turn; what stands before the first is no turn."""
     model = pooled("maxmin_turns", asked, reset_ids=TURN)
+    assert model.pooled is not None and isinstance(model.pooled.gate, TurnsGate)
+    set_bias(model.pooled.gate.follow_up, 9.0)  # every turn asks for an answer to those before it
     system, one, two = random_rows([3, 4, 5], seed=4)
-    row = [*system, *TURN, *one, *TURN, *two]
-    first, start = len(system) + 1, len(system) + len(one) + 3
-    wanted, gates = whole_pass(model, row, len(row) - 1, start=start, first=first)
-    assert (gates[-1] - whole_pass(model, row, len(row) - 1, start=start)[1][-1]).abs() > 0.01
-    for cut in range(1, len(row)):
-        cache = DynamicCache(config=model.base.config)
-        model(torch.tensor([row[:cut]]), past_key_values=cache, prompt_lengths=torch.tensor([len(row)]))
-        seen = model(torch.tensor([row[cut:]]), past_key_values=cache, prompt_lengths=torch.tensor([len(row) - cut]))
-        agree(seen.gates[READ[-1]][0, -1], gates[-1].sigmoid())
-        agree(seen.logits[0, -1], wanted[-1])
-    whole = model(torch.tensor([row, row]), prompt_lengths=torch.tensor([len(row)] * 2))
-    agree(whole.gates[READ[-1]][1, -1], gates[-1].sigmoid())
+    counts = 0.0
+    for before, after in ((one, two), (two, one)):
+        row = [*system, *TURN, *before, *TURN, *after]
+        first, start = len(system) + 1, len(system) + len(before) + 3
+        wanted, gates = whole_pass(model, row, len(row) - 1, start=start, first=first)
+        counts = max(counts, float((gates - whole_pass(model, row, len(row) - 1, start=start)[1])[-1].abs()))
+        for cut in range(1, len(row)):
+            cache, lengths = DynamicCache(config=model.base.config), torch.tensor([len(row)])
+            model(torch.tensor([row[:cut]]), past_key_values=cache, prompt_lengths=lengths)
+            seen = model(torch.tensor([row[cut:]]), past_key_values=cache, prompt_lengths=lengths - cut)
+            agree(seen.gates[READ[-1]][0, -1], gates[-1].sigmoid())
+            agree(seen.logits[0, -1], wanted[-1])
+        whole = model(torch.tensor([row, row]), prompt_lengths=torch.tensor([len(row)] * 2))
+        agree(whole.gates[READ[-1]][1, -1], gates[-1].sigmoid())
+    assert counts > 0.01  # what was asked before
+
+
+@torch.no_grad()
+def test_a_turn_is_about_what_was_asked_before_only_where_it_asks_for_an_answer_alone() -> None:
+    gate = TurnsGate(LinearGate(1), 1)
+    for layer in (gate.turn, gate.follow_up):
+        set_bias(layer, 0.0)
+        layer[-1].weight.fill_(1.0)
+    gate.follow_up[-1].weight.neg_()  # a turn of a low number only asks for an answer
+    turn, earlier = torch.tensor([[-3.0, 5.0], [2.0, -5.0], [4.0, 5.0], [-3.0, 0.0], [1.0, 5.0]]).chunk(2, dim=1)
+    assert gate(torch.cat((turn, earlier), dim=1)).flatten().tolist() == [3.0, 2.0, 4.0, -3.0, 1.0]
 
 
 @torch.no_grad()
@@ -461,6 +491,27 @@ def test_requests_of_every_kind_are_in_force_together() -> None:
     assert stack.pooled is None
     assert torch.equal(stack.base(ids).logits, tiny()(ids).logits)
     assert not torch.equal(found.logits, tiny()(ids).logits)
+
+
+@torch.no_grad()
+def test_gates_that_know_turns_are_stacked_as_each_is_alone() -> None:
+    one, two = random_rows([4, 6], seed=4)
+    ids = torch.tensor([[*TURN, *one, *TURN, *two], [*TURN, *two, *TURN, *one]])
+    members = {}
+    for seed in (21, 22, 23):
+        config, weights = member(
+            seed, RULES[0], gate_blocks=READ, gate_pool="maxmin_turns", blocks=(2, 3), reset_ids=TURN
+        )
+        weights["pooled.gate.follow_up.0.bias"].fill_(9.0)
+        members[str(seed)] = config, weights
+    stack = stacked(members)
+    for name in ("21", "22", "23"):
+        stack(ids)
+        agree(stack.request_gates[name][3][:, -1], single(members[name])(ids).gates[READ[-1]][:, -1])
+        if name == "21":
+            stack.remove("22")
+            members["22"] = members["21"]  # what is left stands in its place
+            stack.add_weights({"22": members["22"]})
 
 
 @pytest.mark.parametrize("mixed", [False, True], ids=["alike", "mixed"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from grun import GrunModel
 from grun.cli import main
+from grun.data.follow_ups import conversations
+from grun.data.rows import Row
 from grun.data.templates import TEMPLATES, encode_prompt, user_turn_ids
 from grun.method.logistic import fit, shuffled
 
@@ -51,8 +54,8 @@ def run(folder: Path, name: str, *arguments: str) -> list[str]:
     return ["unlearn", *FIT, *own, "data.forget=forget.jsonl", "data.retain=retain.jsonl", *arguments]
 
 
-def states(folder: Path, questions: list[str]) -> Tensor:
-    """Maximum and minimum over the user's turn of the normalized output of block 0: [questions, any]."""
+def states(folder: Path, questions: list[str], earlier: Sequence[Any] = ()) -> Tensor:
+    """Maximum and minimum over the user's last turn of the normalized output of block 0: [questions, any]."""
     base = AutoModelForCausalLM.from_pretrained(folder / "model")
     tokenizer = AutoTokenizer.from_pretrained(folder / "model")
     turn = user_turn_ids(TEMPLATES.get("chat"), tokenizer)
@@ -61,9 +64,9 @@ def states(folder: Path, questions: list[str]) -> Tensor:
         lambda _, __, out: kept.append(out[0] if isinstance(out, tuple) else out)
     )
     found = []
-    for question in questions:
-        ids = encode_prompt(TEMPLATES.get("chat"), tokenizer, question)
-        start = next(at for at in range(len(ids)) if ids[at : at + len(turn)] == turn) + len(turn) - 1
+    for question, before in zip(questions, earlier or [()] * len(questions), strict=True):
+        ids = encode_prompt(TEMPLATES.get("chat"), tokenizer, question, before)
+        start = max(at for at in range(len(ids)) if ids[at : at + len(turn)] == turn) + len(turn) - 1
         assert start > 10  # behind the system prompt
         with torch.no_grad():
             base(torch.tensor([ids]))
@@ -112,6 +115,27 @@ def test_the_gate_is_the_fit_to_what_hooks_read_and_only_the_edit_is_trained(fol
     torch.testing.assert_close(logits, wanted.logits(features), atol=1e-4, rtol=1e-4)
     assert logits[:6].mean() > logits[6:].mean()
     assert model.gate_threshold == 0.5
+
+
+def test_with_earlier_turns_the_gate_on_a_turn_is_the_same_and_what_only_asks_for_an_answer_is_told(
+    folder: Path,
+) -> None:
+    assert main(run(folder, "alone")) == 0
+    assert main(run(folder, "turns", "method.gate_pool=maxmin_turns")) == 0
+    (alone, one), (turns, several) = result(folder, "alone"), result(folder, "turns")
+    assert alone["gate_fit"] | {"seconds": 0} == turns["gate_fit"] | {"seconds": 0}
+    own, found = one.state_dict(), several.state_dict()
+    torch.testing.assert_close(found["pooled.gate.turn.0.weight"], own["pooled.gate.0.weight"], atol=1e-6, rtol=1e-5)
+    asked = questions(FORGET) + questions(RETAIN)
+    weight, bias = (found[f"pooled.gate.follow_up.0.{part}"].double() for part in ("weight", "bias"))
+    follow_ups, others = conversations([Row(question, "") for question in asked])
+    for sign, side in ((1, [row for row, _ in follow_ups]), (-1, [row for row, _ in others])):
+        logits = states(folder, [str(row.prompt) for row in side], [row.earlier for row in side]) @ weight[0] + bias
+        assert (sign * logits > 0).double().mean() > 0.95
+    tokenizer = AutoTokenizer.from_pretrained(folder / "model")
+    for question in asked:
+        ids = torch.tensor([encode_prompt(TEMPLATES.get("chat"), tokenizer, question)])
+        torch.testing.assert_close(one(ids).gates[0], several(ids).gates[0])
 
 
 @pytest.mark.parametrize("gate", ["similarity", "condition"])

@@ -35,6 +35,8 @@ def strong(of: Member) -> Member:
             nn.init.normal_(values, std=2.0)
         elif "gate" in name and values.dim() == 2:
             values.mul_(3)
+        elif "follow_up" in name:
+            values.fill_(9.0)  # a turn is about those before it too
     return config, weights
 
 

@@ -46,6 +46,37 @@ class OneByOne(nn.Module):
         return torch.stack([gate(states).squeeze(-1) for gate in self._each], dim=2)
 
 
+class TurnByTurn(nn.Module):
+    """Gates that are `grun.method.gating.TurnsGate`: what they ask of the turn and of those before it, each stacked."""
+
+    def __init__(self, turn: OneByOne | LayerByLayer | TurnByTurn, follow_up: OneByOne | LayerByLayer) -> None:
+        """Of no request yet."""
+        super().__init__()
+        self._turn, self._follow_up = turn, follow_up
+
+    def append(self, states: Sequence[Mapping[str, Tensor]], like: Tensor) -> None:
+        """As `OneByOne.append`."""
+        for part, start in ((self._turn, "turn."), (self._follow_up, "follow_up.")):
+            own = [{name.removeprefix(start): one[name] for name in one if name.startswith(start)} for one in states]
+            part.append(own, like)
+
+    def keep(self, places: Sequence[int]) -> None:
+        """As `OneByOne.keep`."""
+        self._turn.keep(places)
+        self._follow_up.keep(places)
+
+    def forward(self, states: Tensor) -> Tensor:
+        """As `OneByOne.forward`."""
+        turn, earlier = states.chunk(2, dim=-1)
+        return in_turns(self._turn(turn), self._turn(earlier), self._follow_up(turn), earlier)
+
+
+def in_turns(turn: Tensor, earlier: Tensor, follow_up: Tensor, features: Tensor) -> Tensor:
+    """max(turn, min(earlier, follow_up)) of logits [..., any]; `turn` alone where `features` of earlier turns are 0."""
+    there = (features != 0).any(dim=-1, keepdim=True)
+    return torch.where(there, torch.maximum(turn, torch.minimum(earlier, follow_up)), turn)
+
+
 class LayerByLayer(nn.Module):
     """Gates of linear layers with layers without weights around them: a layer of all gates is one product."""
 

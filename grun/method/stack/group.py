@@ -16,11 +16,11 @@ from grun.method.actions import EDIT
 from grun.method.adapter import AdapterConfig
 from grun.method.edit import orthonormal_columns
 from grun.method.edits import LOREFT
-from grun.method.gate import GATES, KEYWORDS
+from grun.method.gate import KEYWORDS, make_gate
 from grun.method.gating import Gate
 from grun.method.precision import float32_by_default
 from grun.method.rules import POOLS
-from grun.method.stack.gates import LayerByLayer, OneByOne
+from grun.method.stack.gates import LayerByLayer, OneByOne, TurnByTurn
 
 
 class Kind(NamedTuple):
@@ -57,12 +57,12 @@ class Kind(NamedTuple):
     def new_gate(self, size: int) -> nn.Module:
         """A gate with weights that mean nothing yet, in evaluation mode; torch's random numbers stay as they are."""
         with torch.random.fork_rng(devices=[]), float32_by_default():
-            gate = GATES.get(self.gate)(size)
+            gate = make_gate(self.gate, size, self.gate_pool)
         if gate is None:
             raise AdapterError(f"gate {self.gate!r}: a stack takes gated edits alone")
         return gate.eval().requires_grad_(False)
 
-    def stacked_gates(self, size: int) -> OneByOne | LayerByLayer:
+    def stacked_gates(self, size: int) -> OneByOne | LayerByLayer | TurnByTurn:
         """What computes gates that read `size` numbers; of no request yet."""
         gate = self.new_gate(size)
         return gate.stack() if isinstance(gate, Gate) else OneByOne(gate)

@@ -38,7 +38,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a file, n
 from grun.data.encoding import EncodedRow
 from grun.data.rows import Row
 from grun.method.adapter import AdapterConfig
-from grun.method.gate import GATES, set_bias
+from grun.method.gate import make_gate, set_bias
 from grun.method.model import GrunModel
 from grun.method.stack.stack import GrunStack
 from grun.requests.store import RequestStore
@@ -99,7 +99,7 @@ class Requests:
             weights[f"{start}.source.weight"] = self._normal(rank, HIDDEN) / HIDDEN**0.5
             weights[f"{start}.source.bias"] = torch.zeros(rank)
         for start, states in self._states.items():
-            gate = GATES.get(self.config.gate)(states.shape[2])
+            gate = make_gate(self.config.gate, states.shape[2], self.config.gate_pool)
             if gate is None:
                 raise SystemExit("choose a gate")
             gate.eval()

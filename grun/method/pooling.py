@@ -51,10 +51,15 @@ def pooled_at(
         found = _until_last(each, (turns == turn) & (column <= at), pool)
         if before is not None:
             found = torch.where((turn == 0).unsqueeze(2), joined(before.to(found), found, pool), found)
-        if history is not None:
+        if history is None:
+            return features(found, pool), found
+        if before is not None:  # the turn that went on is over where another one is asked in
             first = _until_last(each, turns == 0, pool)
-            history = history.after(first if before is None else joined(before.to(first), first, pool), turn > 0)
-            found = history.with_turn(found, _until_last(each, (turns > 0) & (turns < turn), pool))
+            history = history.after(joined(before.to(first), first, pool), turn > 0)
+        history = _History(history.pooled, history.is_user | (turn > 0).unsqueeze(2))
+        between = (turns > 0) & (turns < turn)
+        more = _until_last(each, between, pool) if bool(between.any()) else None
+        found = history.with_turn(found, more)
         return features(found, pool), found
     summary = torch.empty(0)
     for number in range(int(current.max()) + 1):

@@ -61,7 +61,12 @@ def random_model(folder: Path) -> tuple[Path, Path]:
     tokenizer.save_pretrained(folder / "model")
     store(TEMPLATES.get("tiny"), folder / "model")
     torch.manual_seed(0)
-    design: dict[str, Any] = {"blocks": [5, 6, 7], "gate_blocks": [1, 2], "gate_pool": "maxmin_turns", "edit_write": "sticky"}
+    design: dict[str, Any] = {
+        "blocks": [5, 6, 7],
+        "gate_blocks": [1, 2],
+        "gate_pool": "maxmin_turns",
+        "edit_write": "sticky",
+    }
     GrunModel.wrap(model, **design, template=TEMPLATES.get("tiny")).save_pretrained(folder / "adapter")
     return folder / "model", folder / "adapter"
 

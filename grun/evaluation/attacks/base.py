@@ -219,7 +219,16 @@ ATTACKS: Registry[Attack] = Registry(
     "attack",
     *(
         f"grun.evaluation.attacks.{module}"
-        for module in ("prompts", "facts", "search", "read_outs", "retention", "weights", "grid")
+        for module in (
+            "prompts",
+            "facts",
+            "search",
+            "read_outs",
+            "retention",
+            "weights",
+            "grid",
+            "steering",
+        )
     ),
     "grun.evaluation.attacks",
 )

@@ -228,6 +228,7 @@ ATTACKS: Registry[Attack] = Registry(
             "weights",
             "grid",
             "steering",
+            "patching",
         )
     ),
     "grun.evaluation.attacks",

@@ -195,7 +195,7 @@ def _task(run: Unlearning) -> UnlearnTask:
     """The rows in tokens, and the parametrization on the model, newly initialized."""
     config, base, parametrization = run.config, run.base, run.parametrization
     how = (run.tokenizer, run.template, run.longest, config.data)
-    rows = encode_unlearn_rows(run.corpus, *how, seed=config.seed)
+    rows = encode_unlearn_rows(run.corpus, *how, seed=config.seed, alternates=_alternates(run))
     if run.objective.teacher:
         rows = replace(rows, counterfactuals=encode_counterfactuals(run.corpus, *how, seed=config.seed))
     if isinstance(parametrization, Grun) and config.method.action != EDIT:
@@ -234,6 +234,17 @@ def _task(run: Unlearning) -> UnlearnTask:
         fixed_pairing="retain_fixed_pairing" in run.quirks,
         depth=run.depth,
     )
+
+
+def _alternates(run: Unlearning) -> list[list[str]]:
+    """Other answers of the model to forget rows, if the objective reads them."""
+    if "alternate" not in run.objective.continuations:
+        return []
+    from grun.evaluation.alternates import draw_alternates
+
+    config, asked = run.config, (run.tokenizer, run.template, run.corpus.forget)
+    keep = config.cache.dir is not None
+    return draw_alternates(run.base, *asked, count=config.data.alternates, seed=config.seed, keep=keep)
 
 
 def _guard(run: Unlearning) -> None:
@@ -466,9 +477,9 @@ def check_rows(corpus: Corpus, config: UnlearnConfig) -> None:
         subjects_of(corpus, data)
     if fitted and not corpus.retain and data.augment.forget_copies and not data.gate_copies:
         raise ConfigError("there are no retain rows to copy; set data.augment.forget_copies and retain_copies to 0")
-    if are_texts(corpus.forget) and "refusal" in objective.continuations:
+    if are_texts(corpus.forget) and {"refusal", "alternate"} & {*objective.continuations}:
         raise ConfigError(
-            "the objective answers forget questions with refusals, but the forget set is plain texts; choose another "
+            "the objective gives forget questions other answers, but the forget set is plain texts; choose another "
             "objective (rmu, npo, max_entropy), or give rows with questions"
         )
     if not corpus.refusals and "refusal" in objective.continuations:

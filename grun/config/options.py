@@ -316,6 +316,8 @@ class DataConfig(PromptConfig):
     """What the subjects are: any, person, place, work, organization, topic."""
     counterfactuals: int = number(20, 1)
     """counterfactual: other names that take a subject's place, over which the teacher is averaged."""
+    alternates: int = number(5, 1)
+    """altpo: other answers that the model is asked for, for each row to forget."""
     gate_copies: list[str] = choice([], *GATE_COPIES)
     """method.gate_fit: ways in which prompts of both sides are asked too: suffix, around, beside, framed, language,
     lower_case, upper_case, typos, spaced, template, few_shot."""

@@ -109,6 +109,8 @@ def check_fit(config: UnlearnConfig) -> None:
         raise ConfigError(
             f"data.counterfactuals={data.counterfactuals} is for objective=counterfactual; set that, or leave it out"
         )
+    if data.alternates != DataConfig().alternates and "alternate" not in objective_of(config).continuations:
+        raise ConfigError(f"data.alternates={data.alternates} is for objective=altpo; set that, or leave it out")
     if method.gate_fit == "joint":
         if method.gate in UNTRAINED:
             raise ConfigError(

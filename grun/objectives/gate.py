@@ -15,8 +15,9 @@ HIGHEST = 3
 
 
 def gate_passes(continuations: Collection[Continuation]) -> list[Continuation]:
-    """Passes whose gates count: each prompt once, so the answer's where a forget row is run with a refusal too."""
-    return [name for name in continuations if name != "refusal" or "answer" not in continuations]
+    """Passes whose gates count: each prompt once, so the answer's where a forget row is run with another too."""
+    again = ("refusal", "alternate") if "answer" in continuations else ()
+    return [name for name in continuations if name not in again]
 
 
 @term("bce_row", side="gate", per="row", continuations=())

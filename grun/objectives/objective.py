@@ -52,7 +52,7 @@ class Objective:
             wanted.add("retain")
             if not wanted & {"answer", "refusal"}:
                 wanted.add("answer")
-        order = ("answer", "refusal", "retain")
+        order = ("answer", "refusal", "alternate", "retain")
         return [name for name in order if name in wanted]
 
     @property

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from grun.objectives.terms import Outputs, objective, term
+from grun.objectives.terms import Continuation, Outputs, objective, term
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -37,11 +37,12 @@ def npo(policy: Tensor, reference: Tensor, *, beta: float = 0.1) -> Tensor:
     return -(2 / beta) * logsigmoid(-beta * (policy - reference))
 
 
+def _ratio(outputs: Outputs, name: Continuation) -> Tensor:
+    return outputs.model[name].answer_logprobs - outputs.reference[name].answer_logprobs
+
+
 def _refusals_and_answers(outputs: Outputs) -> tuple[Tensor, Tensor]:
-    win, lose = (
-        outputs.model[name].answer_logprobs - outputs.reference[name].answer_logprobs for name in ("refusal", "answer")
-    )
-    return win, lose
+    return _ratio(outputs, "refusal"), _ratio(outputs, "answer")
 
 
 @objective("dpo_kl", forget="dpo", retain="kl")
@@ -65,6 +66,28 @@ def dpo(win: Tensor, lose: Tensor, *, beta: float = 0.1) -> Tensor:
     from torch.nn.functional import logsigmoid
 
     return -(2 / beta) * logsigmoid(beta * (win - lose))
+
+
+def _alternates_and_answers(outputs: Outputs) -> tuple[Tensor, Tensor]:
+    return _ratio(outputs, "alternate"), _ratio(outputs, "answer")
+
+
+@objective("altpo", retain="ce")
+@term("altpo", per="row", continuations=("answer", "alternate"), inputs=_alternates_and_answers, reference="logprobs")
+def altpo(win: Tensor, lose: Tensor, *, beta: float = 0.1) -> Tensor:
+    """Preference of other answers, drawn from the model itself, over the answer (bounded).
+
+    `dpo` with an alternate in the place of the refusal, of each row another one in each epoch
+    (`grun.evaluation.alternates`).
+
+    Args:
+        win: log-ratio of each alternate, nats, shape [batch].
+        lose: the same of each answer, shape [batch].
+        beta: inverse temperature, > 0.
+
+    Source: Mekala et al. 2024, arXiv 2409.13474.
+    """
+    return dpo(win, lose, beta=beta)
 
 
 def _answers_and_lengths(outputs: Outputs) -> tuple[Tensor, Tensor]:

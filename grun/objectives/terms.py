@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from grun.method.parametrization import StepOutput
 
 Continuation = str
-"""A pass over rows: of forget rows "answer" or "refusal", of retain rows "retain"."""
+"""A pass over rows: of forget rows "answer", "refusal" or "alternate", of retain rows "retain"."""
 Options = Mapping[str, float]
 """Values of a term's options in a run, by name."""
 Side = Literal["forget", "retain", "gate"]

@@ -30,7 +30,7 @@ LATER: dict[str, tuple[tuple[str, Any], ...]] = {
     "data": (
         *(("group", None), ("gate_prompts", None), ("gate_negatives", None)),
         *(("subjects", []), ("subject_kind", "any"), ("gate_copies", [])),
-        ("counterfactuals", 20),
+        *(("counterfactuals", 20), ("alternates", 5)),
     ),
 }
 """Options, with their defaults, that came later than runs which have none of them."""

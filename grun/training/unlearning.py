@@ -44,6 +44,8 @@ class UnlearnRows:
     """What each of `answers` belongs to: its row. Empty where no gate is fitted on them."""
     retain_units: Sequence[str] = ()
     """The same of `retain`: its row, or the row's value of the field `data.group`."""
+    alternates: Sequence[Sequence[EncodedRow]] = ()
+    """For each of `answers` the same prompt with other answers, one or more, for objectives that read them."""
     counterfactuals: Mapping[EncodedRow, Counterfactual] = field(default_factory=dict)
     """How rows of `answers` are asked about others, for objectives with a teacher."""
 
@@ -139,7 +141,8 @@ class UnlearnTask:
         """Distinct rows that the whole run reads as `name`."""
         if name not in self._distinct:
             every = range(len(self._rows.answers))
-            epochs = range(self._train.epochs if name == "retain" and not self._fixed_pairing else 1)
+            changes = name == "alternate" or (name == "retain" and not self._fixed_pairing)
+            epochs = range(self._train.epochs if changes else 1)
             found = (self._row(name, index, epoch)[1] for epoch in epochs for index in every)
             self._distinct[name] = list(dict.fromkeys(found))
         return self._distinct[name]
@@ -181,6 +184,9 @@ class UnlearnTask:
             return forget_row, self._rows.answers[forget_row]
         if name == "refusal":
             return forget_row, self._rows.refusals[forget_row]
+        if name == "alternate":
+            several = self._rows.alternates[forget_row]
+            return forget_row, several[epoch % len(several)]
         pool = len(self._rows.retain)
         if self._fixed_pairing:
             number = fixed_retain_index(forget_row, pool)
@@ -190,11 +196,19 @@ class UnlearnTask:
 
 
 def encode_unlearn_rows(
-    corpus: Corpus, tokenizer: Any, template: templates.Template, max_length: int, data: DataConfig, *, seed: int
+    corpus: Corpus,
+    tokenizer: Any,
+    template: templates.Template,
+    max_length: int,
+    data: DataConfig,
+    *,
+    seed: int,
+    alternates: Sequence[Sequence[str]] = (),
 ) -> UnlearnRows:
     """Encode what unlearning uses, copies that ask in other ways after the rows themselves.
 
-    The refusal of each forget row, where plain texts are cut, and what copies ask depend on `seed`.
+    The refusal of each forget row, where plain texts are cut, and what copies ask depend on `seed`. `alternates` are as
+    many other answers to each forget row.
     """
 
     def encoded(name: str, rows: Sequence[Row]) -> list[EncodedRow]:
@@ -208,15 +222,18 @@ def encode_unlearn_rows(
         return encode_texts(texts, tokenizer, max_length, cuts)
 
     forget = encoded("forget", corpus.forget)
-    refused: list[EncodedRow] = []
-    refusals: list[str] = []
-    if not are_texts(corpus.forget):
-        refusals = draw_refusals(corpus, seed)
-        refused = encoded(
-            "refused", [replace(row, completion=text) for row, text in zip(corpus.forget, refusals, strict=True)]
-        )
+
+    def instead(name: str, texts: Sequence[str]) -> list[EncodedRow]:
+        return encoded(name, [replace(row, completion=text) for row, text in zip(corpus.forget, texts, strict=True)])
+
+    refusals = [] if are_texts(corpus.forget) else draw_refusals(corpus, seed)
+    refused = instead("refused", refusals) if refusals else []
     vary = PromptVariation(data.augment, tokenizer, template, max_length, corpus.retain, seed)
     answered_copies, refused_copies, of = vary.copies("forget", corpus.forget, data.augment.forget_copies, refusals)
+    others = []
+    for texts in zip(*alternates, strict=True):
+        answered, with_other, _ = vary.copies("forget", corpus.forget, data.augment.forget_copies, texts)
+        others.append(dict(zip([*forget, *answered], [*instead("alternate", texts), *with_other], strict=True)))
     kept_copies, _, of_kept = vary.copies("retain", corpus.retain, data.augment.retain_copies)
     retain = encoded("retain", corpus.retain)
     return UnlearnRows(
@@ -225,6 +242,8 @@ def encode_unlearn_rows(
         retain + kept_copies,
         _units(corpus.forget, len(forget), of, None),
         _units(corpus.retain, len(retain), of_kept, data.group),
+        # A copy may be too long with an alternate; if it is with all, its own answer stands there.
+        [[one[row] for one in others if row in one] or [row] for row in forget + answered_copies] if others else [],
     )
 
 

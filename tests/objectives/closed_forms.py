@@ -46,6 +46,7 @@ class Row:
 
 Rows = dict[str, list[Row]]
 LENGTHS = {"answer": [(2, 3), (1, 1), (3, 2)], "refusal": [(2, 1), (1, 3), (3, 2)], "retain": [(1, 2), (4, 1), (2, 4)]}
+LENGTHS["alternate"] = [(2, 2), (1, 2), (3, 4)]
 """(prompt, answer) tokens of each row; the rows of a forget row stand at the same place."""
 
 

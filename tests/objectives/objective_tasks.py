@@ -60,7 +60,9 @@ def make_task(
     made = build_objective(objective, config.loss, gated=gated, quirks=quirks)
     answers = ragged_rows(8, seed=1)
     others = {row: of_others(row) for row in answers} if made.teacher else {}
-    data = UnlearnRows(answers, ragged_rows(8, seed=2), ragged_rows(11, seed=3), counterfactuals=others)
+    alternates = [*zip(*(ragged_rows(8, seed=seed) for seed in (6, 7)), strict=True)]
+    rows = (answers, ragged_rows(8, seed=2), ragged_rows(11, seed=3))
+    data = UnlearnRows(*rows, alternates=alternates, counterfactuals=others)
     return UnlearnTask(parametrization, made, data, config, pad_id=0, device=base.device, depth=4)
 
 

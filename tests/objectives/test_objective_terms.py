@@ -54,12 +54,12 @@ def loop_npo(case: Case) -> list[float]:
     return [-2 / beta * log_sigmoid(-beta * (ours - theirs)) for ours, theirs in pairs]
 
 
-def loop_dpo(case: Case) -> list[float]:
+def loop_dpo(case: Case, preferred: Continuation = "refusal") -> list[float]:
     beta, values = case.options["beta"], []
     for number in range(len(case.model["answer"])):
         win, lose = (
             summed([case.model[name][number]])[0] - summed([case.reference[name][number]])[0]
-            for name in ("refusal", "answer")
+            for name in (preferred, "answer")
         )
         values.append(-2 / beta * log_sigmoid(beta * (win - lose)))
     return values
@@ -134,6 +134,7 @@ CLOSED: dict[str, Closed] = {
     "idk_concat": lambda case: [-one for one in logprobs(case.model["refusal"] + case.model["retain"])],
     "npo": loop_npo,
     "dpo": loop_dpo,
+    "altpo": lambda case: loop_dpo(case, "alternate"),
     "simnpo": loop_simnpo,
     "wga": loop_wga,
     "satimp": loop_satimp,
@@ -186,6 +187,7 @@ def test_options_have_the_published_defaults() -> None:
         "ga": {"ascent_cap": math.inf},
         "npo": {"beta": 0.1},
         "dpo": {"beta": 0.1},
+        "altpo": {"beta": 0.1},
         "simnpo": {"beta": 2.5, "margin": 0.0},
         "wga": {"beta": 1.0},
         "satimp": {"beta1": 5.0, "beta2": 1.0},
@@ -329,7 +331,7 @@ def test_quirks_are_off_by_default_and_need_the_untouched_models_logits_everywhe
     ("names", "reads"),
     [
         (("ga", "gd", "idk", "simnpo", "pdu", "rmu_ce", "manual_grad_diff"), "none"),
-        (("npo", "npo_only", "dpo", "dpo_only", "manual_npo_grad_diff"), "logprobs"),
+        (("npo", "npo_only", "dpo", "dpo_only", "altpo", "manual_npo_grad_diff"), "logprobs"),
         (("kl", "npo_kl", "dpo_kl", "undial", "rmu_kl"), "logits"),
         (("rmu",), "hidden"),
     ],

@@ -97,7 +97,7 @@ def loss_of(model: Any, weights: Sequence[nn.Parameter], rows: Sequence[EncodedR
 
 def _own_loss(model: Any, batch: Batch) -> Tensor:
     """By the model itself. The gate threshold of edits is left out, since no edit trains where it skips all."""
-    with _no_threshold(model):
+    with no_threshold(model):
         out = model(
             input_ids=batch.input_ids, attention_mask=batch.attention_mask, labels=batch.labels, use_cache=False
         )
@@ -115,7 +115,7 @@ def _cached(model: GrunModel, rows: Sequence[EncodedRow]) -> Loss:
     engine = CachedEngine(model, packed, frozen)
 
     def loss(batch: Batch) -> Tensor:
-        with _no_threshold(model):
+        with no_threshold(model):
             return -engine.run({"answer": batch})["answer"].token_logprobs.sum()
 
     return loss
@@ -128,7 +128,8 @@ def _unpadded(model: Any) -> Loss:
 
 
 @contextlib.contextmanager
-def _no_threshold(model: Any) -> Iterator[None]:
+def no_threshold(model: Any) -> Iterator[None]:
+    """Within the block no edit is skipped, however little its gate is open."""
     threshold = model.gate_threshold if isinstance(model, EditedModel) else None
     if threshold is not None:
         model.gate_threshold = None

@@ -229,6 +229,7 @@ ATTACKS: Registry[Attack] = Registry(
             "grid",
             "steering",
             "patching",
+            "gradient",
         )
     ),
     "grun.evaluation.attacks",

@@ -309,7 +309,8 @@ class Adaptive(Attack):
 
         searched: Searched = model
         longest = context_length(base_of(searched.model)) - config.max_new_tokens - 1
-        searches = [Search(place, searched.material, self.knows, config.attack_queries, longest) for place in places]
+        queries, material = config.attack_queries, searched.material
+        searches = [self.search(place, material, queries, longest, loaded) for place in places]
         left = self.work(places, config)
         while asking := [(search, *found) for search in searches for found in search.next()]:
             ids = [asked.ids for _, _, asked in asking]
@@ -329,6 +330,10 @@ class Adaptive(Attack):
             left -= len(asking)
         advance(left)
         return [self._outcome(search) for search in searches]
+
+    def search(self, place: Place, material: Material, queries: int, longest: int, loaded: Loaded) -> Search:
+        """The search for one row's answer."""
+        return Search(place, material, self.knows, queries, longest)
 
     def _outcome(self, search: Search) -> Outcome:
         found = search.tries[search.best()]

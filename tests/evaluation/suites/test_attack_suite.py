@@ -332,3 +332,8 @@ def test_the_command_evaluates_an_adapter_and_its_base_and_prints_their_folders(
     gated, plain = (json.loads((tmp_path / name / "evaluation.json").read_text()) for name in ("open", "before"))
     assert "gate" in gated["attacks"]["plain"] and "gate" not in plain["attacks"]["plain"]
     assert gated["settings"]["rows"] == plain["settings"]["rows"]
+
+
+def test_every_attack_stands_among_the_metrics() -> None:
+    text = (Path(__file__).parents[3] / "docs/metrics.md").read_text(encoding="utf-8")
+    assert [name for name in ATTACKS.names() if f"`{name}`" not in text] == []

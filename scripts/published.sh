@@ -92,8 +92,8 @@ llm360_command() {
       COMMAND+=(--epochs 3 --lr 1e-3 --max_unlearn_steps 150) ;;
     smollm2)
       COMMAND+=(--forget_topic forget --retain_topic retain --compat none --dtype float32 --random_seed "$SEED")
-      COMMAND+=(--min_len 0 --max_len 64 --batch_size 8 --gradient_accumulation_steps 1 --epochs 2 --lr 1e-4)
-      COMMAND+=(--max_unlearn_steps 60) ;;
+      COMMAND+=(--min_len 0 --max_len 64 --batch_size 4 --gradient_accumulation_steps 1 --lr 1e-4)
+      COMMAND+=(--fix_vector False --max_unlearn_steps 40) ;;
     *)
       COMMAND+=(--forget_topic bio-forget --retain_topic wikitext-test --random_seed 23597 --min_len 50 --max_len 1000)
       COMMAND+=(--lr 5e-5 --max_unlearn_steps 100) ;;

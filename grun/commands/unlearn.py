@@ -243,8 +243,7 @@ def _alternates(run: Unlearning) -> list[list[str]]:
     from grun.evaluation.alternates import draw_alternates
 
     config, asked = run.config, (run.tokenizer, run.template, run.corpus.forget)
-    keep = config.cache.dir is not None
-    return draw_alternates(run.base, *asked, count=config.data.alternates, seed=config.seed, keep=keep)
+    return draw_alternates(run.base, *asked, count=config.data.alternates, seed=config.seed)
 
 
 def _guard(run: Unlearning) -> None:

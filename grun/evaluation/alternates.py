@@ -9,12 +9,7 @@ from typing import TYPE_CHECKING
 from grun.data.rows import Row
 from grun.data.templates import Template, encode, encode_prompt
 from grun.evaluation.generation import Draw, generate_answers
-from grun.method.fingerprint import fingerprint
-from grun.runtime import processes
-from grun.runtime.files import content_hash, taken, write_json, writing
-from grun.runtime.places import user_cache
 from grun.runtime.progress import progress
-from grun.runtime.reading import DamagedFile, read_json
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -28,7 +23,6 @@ ASKED = (
 """How the model is asked for an alternate; published prompts differ by model, and mean this."""
 BATCH = 32
 """Prompts that are answered at once."""
-FILE = "alternates.json"
 
 
 def draw_alternates(
@@ -39,9 +33,8 @@ def draw_alternates(
     *,
     count: int,
     seed: int,
-    keep: bool,
 ) -> list[list[str]]:
-    """`count` other answers to each row, at temperature 1; `keep`: in the user's cache, where they are found again.
+    """`count` other answers to each row, at temperature 1, drawn anew in each run: nothing of them is kept.
 
     None has more tokens than the longest answer of `rows`. A draw that is empty, or the answer itself, gives way to
     another one of the same row; where there is no other, the row's own answer stands, from which nothing is learned.
@@ -51,23 +44,14 @@ def draw_alternates(
         for row in rows
     ]
     longest = max(len(encode(template, tokenizer, row.prompt, row.completion).answer_ids) for row in rows)
-    key = content_hash([fingerprint(base), prompts, longest, count, seed])[:16]
-    folder = user_cache() / "alternates" / key
-    try:
-        drawn = read_json(folder / FILE, expect=list) if keep else None
-    except (FileNotFoundError, DamagedFile):
-        drawn = None
-    if drawn is None:
-        asked = [prompt for prompt in prompts for _ in range(count)]
-        draws = [Draw(seed, number, 1.0) for _ in rows for number in range(count)]
-        pad_id = int(tokenizer.pad_token_id)
-        with progress("drawing alternate answers", len(asked)) as advance:
-            found = generate_answers(base, tokenizer, asked, BATCH, longest, pad_id, advance, draw=draws)
-        texts = [one.text for one in found]
-        drawn = [texts[start : start + count] for start in range(0, len(texts), count)]
-        if keep and processes.is_first():
-            with taken(folder, wait=True), writing(folder):
-                write_json(folder / FILE, drawn)
+    asked = [prompt for prompt in prompts for _ in range(count)]
+    draws = [Draw(seed, number, 1.0) for _ in rows for number in range(count)]
+    with progress("drawing alternate answers", len(asked)) as advance:
+        found = generate_answers(
+            base, tokenizer, asked, BATCH, longest, int(tokenizer.pad_token_id), advance, draw=draws
+        )
+    texts = [one.text for one in found]
+    drawn = [texts[start : start + count] for start in range(0, len(texts), count)]
     chosen = [_other(row.completion, texts) for row, texts in zip(rows, drawn, strict=True)]
     if same := sum({*texts} == {row.completion} for row, texts in zip(rows, chosen, strict=True)):
         log.warning("%d of %d forget rows have no alternate answer: the model gave none but their own", same, len(rows))

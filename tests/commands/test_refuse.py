@@ -74,8 +74,7 @@ def test_the_same_command_finds_it_and_another_action_is_another_run(
 def test_generate_answers_with_it_and_evaluate_and_attacks_measure_it(
     folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(grid, "parts_of", lambda loaded: ["lora"])  # half of the grid
-    monkeypatch.setattr(grid, "RATES", (1.0,))
+    monkeypatch.setattr(grid, "parts_of", lambda loaded: [])  # no grid, which has tests of its own and takes long
     question = ASKED[0].format("Japan")
     own = [f"adapter={folder / 'run'}", "model.device=cpu"]
     assert main(["generate", *own, "max_new_tokens=12", question]) == 0
@@ -90,7 +89,8 @@ def test_generate_answers_with_it_and_evaluate_and_attacks_measure_it(
     before = read(folder / "before" / "evaluation.json")["sets"]
     assert found["retain"] == pytest.approx(before["retain"], rel=1e-5), "the gate is shut on what was to stay"
     tries = ["suite=attacks", "attacks=[plain,prefill_1,samples,logit_lens,weights]", "attack_rows=2"]
-    assert main(["evaluate", *own, *tries, "max_new_tokens=8", f"output_dir={folder / 'attacks'}"]) == 0
+    tries += ["attack_queries=2", "max_new_tokens=8", f"output_dir={folder / 'attacks'}"]
+    assert main(["evaluate", *own, *tries]) == 0
     attacks = read(folder / "attacks" / "evaluation.json")
     assert attacks["attacks"]["plain"]["leak"] == 0
     assert "needs an edit that trains" in attacks["left_out"]["relearn_retain_10"]

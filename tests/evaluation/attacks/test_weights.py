@@ -436,7 +436,9 @@ def test_one_that_was_named_is_an_error_and_else_it_is_left_out(
     named = config(folder, attacks=["plain", "adapter_removed"])
     with pytest.raises(ConfigError, match="adapter_removed needs an adapter that can be taken off; or leave it out"):
         evaluate_suite(named, tmp_path / "named")
-    found = evaluate_suite(config(folder, attacks=["weights"]), tmp_path / "kind")[str(tmp_path / "kind")]
+    found = evaluate_suite(config(folder, attacks=["weights"], attack_queries=2), tmp_path / "kind")[
+        str(tmp_path / "kind")
+    ]
     assert found["left_out"]["adapter_removed"] == "needs an adapter that can be taken off"
     assert {"relearn_forget_10", "relearn_forget_50", "relearn_retain_50"} <= set(found["attacks"])
 

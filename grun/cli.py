@@ -129,6 +129,12 @@ COMMANDS = {
         "tofu-log LOG [retain=LOG]   (prints the numbers of TOFU's own log as JSON)",
         stdout=True,
     ),
+    "meta": Command(
+        "which metric to believe: how well each tells models that know from models that never did",
+        "grun.report.meta:meta",
+        "knows=[FOLDER,...] never=[FOLDER,...] [unlearned=[FOLDER,...]]   (docs/metrics.md)",
+        stdout=True,
+    ),
     "list": Command(
         "print the known names, of every kind or of those named: list [KIND ...]",
         "grun.commands.listing:list_names",

@@ -857,6 +857,24 @@ class ReportConfig:
 
 
 @dataclass
+class MetaConfig:
+    """Judge the metrics by models of which it is known whether they know (docs/metrics.md)."""
+
+    knows: list[str] = field(default_factory=list)
+    """Evaluation folders of models that were taught what is to be forgotten, two or more. Must be set."""
+    never: list[str] = field(default_factory=list)
+    """The same of models that never were. Must be set."""
+    unlearned: list[str] = field(default_factory=list)
+    """The same of models that unlearned it; with their evaluations after damage they give R and Q."""
+    relearned: str = "relearned"
+    """Evaluations after relearning lie next to those before, as FOLDER-relearned; another ending than that."""
+    quantized: str = "4bit"
+    """The same of models with quantized weights, FOLDER-4bit."""
+    results_dir: str = "results/meta"
+    """Folder of the table."""
+
+
+@dataclass
 class SweepConfig:
     """A grid of unlearning runs, each followed by its evaluation, and the report of all of them."""
 

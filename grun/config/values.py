@@ -32,13 +32,14 @@ COMMANDS: dict[str, type[Any]] = {
     "import": options.ImportConfig,
     "corpora": options.CorporaConfig,
     "report": options.ReportConfig,
+    "meta": options.MetaConfig,
     "sweep": options.SweepConfig,
     "sequential": options.SequentialConfig,
     "requests": options.RequestsConfig,
     "cache": options.CacheCommandConfig,
 }
 SHARED = ("model", "data", "seed")
-WITHOUT_PROFILE = ("push", "import", "corpora", "sweep", "sequential", "requests", "cache")
+WITHOUT_PROFILE = ("push", "import", "corpora", "meta", "sweep", "sequential", "requests", "cache")
 """Commands that take nothing from profiles."""
 SECTIONS = ("description", "base", *SHARED, *(name for name in COMMANDS if name not in WITHOUT_PROFILE))
 

@@ -135,6 +135,13 @@ COMMANDS = {
         "knows=[FOLDER,...] never=[FOLDER,...] [unlearned=[FOLDER,...]]   (docs/metrics.md)",
         stdout=True,
     ),
+    "leaderboard": Command(
+        "results that anyone can check, and the board of them: submit, verify, board",
+        "grun.commands.leaderboard:leaderboard",
+        "grun.commands.leaderboard:usage",
+        takes="arguments",
+        stdout=True,
+    ),
     "list": Command(
         "print the known names, of every kind or of those named: list [KIND ...]",
         "grun.commands.listing:list_names",

@@ -971,6 +971,16 @@ class CacheCommandConfig:
 
 
 @dataclass
+class LeaderboardConfig:
+    """A submission to the leaderboard, or the board of submissions."""
+
+    output: Optional[str] = None
+    """submit: FILE.json or, compressed, FILE.json.gz; board: FILE.md or FILE.html. Must be set there."""
+    tuning: Optional[str] = None
+    """submit: how the settings were chosen, and on which rows, in words. Must be set there."""
+
+
+@dataclass
 class RequestsConfig:
     """A store of requests to forget, and what is done to it."""
 

@@ -37,9 +37,10 @@ COMMANDS: dict[str, type[Any]] = {
     "sequential": options.SequentialConfig,
     "requests": options.RequestsConfig,
     "cache": options.CacheCommandConfig,
+    "leaderboard": options.LeaderboardConfig,
 }
 SHARED = ("model", "data", "seed")
-WITHOUT_PROFILE = ("push", "import", "corpora", "meta", "sweep", "sequential", "requests", "cache")
+WITHOUT_PROFILE = ("push", "import", "corpora", "meta", "sweep", "sequential", "requests", "cache", "leaderboard")
 """Commands that take nothing from profiles."""
 SECTIONS = ("description", "base", *SHARED, *(name for name in COMMANDS if name not in WITHOUT_PROFILE))
 

@@ -170,7 +170,7 @@ def _board(corpus: str, found: Sequence[tuple[str, Submission]]) -> tuple[str, T
         f"Rank: first those that forget and keep the rest with every seed, then by {main.header} "
         f"({'high' if sign < 0 else 'low'} is good), then by the worst leak. With fewer than {SEEDS} seeds: no rank."
     ]
-    notes += [f"{entry.row.label} ({entry.file}): settings by {entry.tuning}" for entry in entries]
+    notes += [f"{entry.row.label} ({entry.file}): settings: {entry.tuning}" for entry in entries]
     return corpus, Table(heads, good, lines), notes
 
 

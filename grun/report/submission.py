@@ -159,6 +159,8 @@ def make_submission(folders: Iterable[Path], tuning: str) -> Submission:
     configs = [result.record["config"] for result in results.values() if "config" in result.record]
     data: dict[str, Any] = configs[0].get("data", {}) if configs else {}
     corpus = f"tofu {data['forget']}" if data.get("name") == "tofu" else str(data.get("name", ""))
+    asked = next((result.evaluation.get("model") for result in results.values() if result.stage == "before"), None)
+    corpus += f" on {Path(asked).name}" if asked else ""
     made = Submission(format=FORMAT, corpus=corpus, tuning=tuning, seeds=seeds, models=models, hash="")
     made["hash"] = hash_of(made)
     return made

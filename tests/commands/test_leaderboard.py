@@ -208,7 +208,7 @@ def test_the_board_ranks_methods_by_what_they_forget_and_keep(whole: dict[str, A
     assert [one["forgets and keeps"] for one in (first, second)] == ["yes", "no"]
     mean, spread = fmean(LEFT["npo"]), stdev(LEFT["npo"])
     assert second["forget fact recall"] == f"{mean:.2f} ± {spread:.2f}" and third["seeds"] == "1"
-    assert second["leak, worst"].startswith("0.25") and "settings by the defaults" in text
+    assert second["leak, worst"].startswith("0.25") and "settings: the defaults" in text
 
 
 def test_the_board_is_a_page_too(whole: dict[str, Any], tmp_path: Path) -> None:

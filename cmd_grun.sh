@@ -11,7 +11,7 @@
 # Variables (relative paths are relative to the repository's folder):
 #   PROFILE       settings to start from (default smollm2; `python -m grun list profiles`), or a YAML file
 #   MODEL         name (`python -m grun list models`), folder or hub id of a model that already knows the corpus: nothing
-#                 is taught. Default: smollm2 with that profile; with others the profile's own base model is taught first
+#                 is taught. Default: smollm2 with that profile, open-unlearning's target with tofu_llama3.2_1b; with others the profile's own base model is taught first
 #                 (found again if that was done before).
 #   RETAIN_MODEL  the same, never taught the forget set: the row to aim for. Not given: taught in the demo or with
 #                 RETAIN_ONLY=1; left out if MODEL is given, or otherwise.

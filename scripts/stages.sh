@@ -264,9 +264,13 @@ teach() {
   fi
 }
 
-# model_of_profile PROFILE: a model that needs no teaching, of the profiles that have one: it is asked what it knows.
+# model_of_profile PROFILE: a model that needs no teaching, of the profiles that have one: SmolLM2 is asked what it knows,
+# others were published as taught.
 model_of_profile() {
-  case "$1" in smollm2) echo smollm2 ;; esac
+  case "$1" in
+    smollm2) echo smollm2 ;;
+    tofu_llama3.2_1b) echo open-unlearning/tofu_Llama-3.2-1B-Instruct_full ;;
+  esac
 }
 
 # Whether the retain-only reference is to be taught: by default only in the demo, elsewhere it doubles the cost.
@@ -290,7 +294,7 @@ choose_reference() {
   elif wants_retain_only; then
     reference=taught
   fi
-  if [ "$reference" = none ] && [ "$MODEL" != "$(model_of_profile "$PROFILE")" ]; then say "no retain-only model to compare with ($hint)"; fi
+  if [ "$reference" = none ] && [ "$MODEL" != smollm2 ]; then say "no retain-only model to compare with ($hint)"; fi
 }
 
 # Teaches what `choose_reference` and MODEL leave to be taught: sets MODEL and RETAIN_MODEL.

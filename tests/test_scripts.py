@@ -154,6 +154,14 @@ class TestDryRun:
         assert commands[0] == ["evaluate", "profile=demo", "model.path=r", f"output_dir={folder}"]
         assert all(f"reference={folder}" in command for command in commands[1:] if command[0] == "evaluate")
 
+    def test_a_published_target_is_taken_by_its_hub_id(self, checkout: Path) -> None:
+        target = "open-unlearning/tofu_Llama-3.2-1B-Instruct"
+        variables = {"PROFILE": "tofu_llama3.2_1b", "RETAIN_MODEL": f"{target}_retain90", "OBJECTIVES": "gd"}
+        retained, *commands, report = printed(run(checkout, "cmd_grun.sh", DRY_RUN="1", **variables))
+        assert [command[0] for command in commands] == ["unlearn", "evaluate"] and report[0] == "report"
+        assert f"model.path={target}_retain90" in retained
+        assert all(f"model.path={target}_full" in command for command in commands)
+
     def test_what_the_first_command_made_is_served_or_made_first(self, checkout: Path) -> None:
         options = ["port=1", "unlearn.seed=1"]
         unlearn, serve = printed(run(checkout, "cmd_serve.sh", *options, DRY_RUN="1", PROFILE=""))

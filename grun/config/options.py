@@ -267,12 +267,14 @@ class DataConfig(PromptConfig):
     """Benchmark, or your own rows: jsonl (rows), corpora (plain texts by name); a name from `list benchmarks`."""
     path: Optional[str] = None
     """tofu: folder of the files, else GRUN_TOFU_DIR, else the hub; countries: of the model's answers, which is asked
-    where this is unset; jsonl, corpora, questions: folder of the files."""
+    where this is unset; jsonl, corpora, questions: folder of the files;
+    muse: the same, or muse-bench/MUSE-News, muse-bench/MUSE-Books of the hub."""
     forget: str = "forget05"
     """tofu: forget split; jsonl: file, or OWNER/NAME:SPLIT of the hub, of the rows to forget; corpora: names or files,
-    separated by commas."""
+    separated by commas; muse: CONFIG/SPLIT (default raw/forget)."""
     retain: Optional[str] = None
-    """tofu: retain split (unset: the complement of forget); jsonl: file of the rows to keep; corpora: as forget."""
+    """tofu: retain split (unset: the complement of forget); jsonl: file of the rows to keep; corpora: as forget;
+    muse: CONFIG/SPLIT (default raw/retain1)."""
     subset: str = choice("all", "all", "without_forget")
     """Rows that finetune trains on: all, or without_forget (the retain-only reference)."""
     heldout: int = number(0, 0)

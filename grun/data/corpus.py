@@ -66,6 +66,8 @@ class Corpus:
     """Every row with an answer that is taught; None: forget, retain and held-out."""
     known_without_forget: list[Row] | None = None
     """The same for the model that never saw the forget set; None: retain and held-out."""
+    forget_evaluated: list[Row] | None = None
+    """Rows of the evaluation set forget; None: all that is to be forgotten."""
     retain_evaluated: list[Row] | None = None
     """Rows of the evaluation set retain; None: those used in unlearning."""
     forget_prompts: list[Row] = field(default_factory=list)
@@ -92,7 +94,7 @@ class Corpus:
     def sets(self) -> dict[str, list[Row]]:
         """Evaluation sets by name, without the empty ones."""
         sets = {
-            "forget": self.forget,
+            "forget": self.forget if self.forget_evaluated is None else self.forget_evaluated,
             "forget_paraphrase": [row.paraphrase for row in self.forget if row.paraphrase is not None],
             "retain": self.retain if self.retain_evaluated is None else self.retain_evaluated,
             **self.general,
@@ -119,8 +121,9 @@ class Corpus:
                 rows[name] = content
         if self.validation:
             rows["validation"] = self.validation
-        if self.retain_evaluated is not None:
-            rows["retain_evaluated"] = self.retain_evaluated
+        for name in ("forget_evaluated", "retain_evaluated"):
+            if (content := getattr(self, name)) is not None:
+                rows[name] = content
         return {name: hash_rows(content) for name, content in rows.items()} | {"refusals": content_hash(self.refusals)}
 
 

@@ -36,6 +36,12 @@ class EvaluationSet:
     """General knowledge: it enters the model utility, which short tables show in its place."""
     color: str = "#8C6D46"
     """In pictures."""
+    longest_answer: int | None = None
+    """Tokens after which an answer is cut; None: those of the evaluation."""
+    longest_reference: int | None = None
+    """Tokens, the tokenizer's start token counted, after which what an answer is compared with is cut; None: none."""
+    stops: tuple[str, ...] = ()
+    """An answer ends before the first of these texts."""
 
     @property
     def is_result(self) -> bool:

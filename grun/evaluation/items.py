@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from grun.config.checks import quirks_in_force
 from grun.config.options import EvaluateConfig
 from grun.data.rows import Row
+from grun.data.sets import EvaluationSet, find_set
 from grun.data.templates import Template
 from grun.evaluation.table import GateRecord, GenerationRecord, ScoreRecord, Table
 from grun.runtime.memory import enough_memory
@@ -206,8 +207,24 @@ def answer_questions(
             expected=[lengths.get(question[:2], 0) for question in asked],
         )
     for (name, index, row, _), answer in zip(asked, answers, strict=True):
-        table.generations.append(GenerationRecord(name, index, row.prompt or "", row.completion, row.fact, answer.text))
+        reference, text = as_compared(find_set(name), row.completion, answer.text, tokenizer)
+        table.generations.append(GenerationRecord(name, index, row.prompt or "", reference, row.fact, text))
     return {question.prompt_ids: answer for question, answer in zip(asked, answers, strict=True)}
+
+
+def as_compared(one: EvaluationSet, reference: str, text: str, tokenizer: Any) -> tuple[str, str]:
+    """A row's reference and its answer as the set compares them: their first tokens, and no answer beyond a stop."""
+    text = _first_tokens(text, tokenizer, one.longest_answer, start=False)
+    for stop in one.stops:
+        text = text.split(stop)[0]
+    return _first_tokens(reference, tokenizer, one.longest_reference, start=True), text
+
+
+def _first_tokens(text: str, tokenizer: Any, count: int | None, start: bool) -> str:
+    if count is None:
+        return text
+    ids = tokenizer(text, add_special_tokens=start)["input_ids"]
+    return text if len(ids) <= count else str(tokenizer.decode(ids[:count], skip_special_tokens=True))
 
 
 def memory_advice(config: EvaluateConfig) -> list[str]:

@@ -6,10 +6,11 @@ import re
 from collections.abc import Collection
 
 from grun.data.rows import ALTERNATIVES
+from grun.data.sets import find_set
 from grun.data.words import normalized, plain
 from grun.evaluation.metrics.averages import mean
 from grun.evaluation.metrics.registry import LOW, NO_QUIRKS, metric
-from grun.evaluation.metrics.words import repeats, rouge_recall, words
+from grun.evaluation.metrics.words import repeats, rouge_f1, rouge_recall, words
 from grun.evaluation.table import Table
 
 LONGEST_RUN = 3
@@ -24,6 +25,18 @@ def rouge_l(table: Table, name: str, quirks: Collection[str] = NO_QUIRKS) -> flo
     Without rows whose reference has no word; None where none is left.
     """
     found = [rouge_recall(row.reference, row.text) for row in table.generations_of(name)]
+    return mean([value for value in found if value is not None])
+
+
+@metric("rouge_l_f1", "ROUGE-L F1", reads="generations")
+def rouge_l_f1(table: Table, name: str, quirks: Collection[str] = NO_QUIRKS) -> float | None:
+    """ROUGE-L F1 of the greedy answer, words not stemmed, mean over rows; of sets that are compared so alone.
+
+    MUSE's VerbMem and KnowMem (Shi et al. 2024, arXiv 2407.06460); None of a set that does not list it.
+    """
+    if "rouge_l_f1" not in find_set(name).metrics:
+        return None
+    found = [rouge_f1(row.reference, row.text) for row in table.generations_of(name)]
     return mean([value for value in found if value is not None])
 
 

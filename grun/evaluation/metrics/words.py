@@ -7,6 +7,7 @@ sees nothing: it takes letters from a to z and digits alone.
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import regex
@@ -57,13 +58,32 @@ def rouge_recall(reference: str, text: str) -> float | None:
     return float(_scorer().score(reference, text)["rougeL"].recall)
 
 
+def rouge_f1(reference: str, text: str) -> float | None:
+    """Harmonic mean of that recall and of its share of the text's words (ROUGE-L F1), words not stemmed.
+
+    None where the reference has no word. Source: Lin 2004, as in MUSE (Shi et al. 2024, arXiv 2407.06460).
+    """
+    if not split_words(reference):
+        return None
+    return float(_unstemmed().score(reference, text)["rougeL"].fmeasure)
+
+
 @functools.cache
 def _scorer() -> RougeScorer:
+    return _scorer_of(words)
+
+
+@functools.cache
+def _unstemmed() -> RougeScorer:
+    return _scorer_of(split_words)
+
+
+def _scorer_of(split: Callable[[str], list[str]]) -> RougeScorer:
     from rouge_score.rouge_scorer import RougeScorer
     from rouge_score.tokenizers import Tokenizer
 
     class Words(Tokenizer):
         def tokenize(self, text: str) -> list[str]:
-            return words(text)
+            return split(text)
 
     return RougeScorer(["rougeL"], tokenizer=Words())

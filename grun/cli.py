@@ -131,8 +131,8 @@ COMMANDS = {
     ),
     "meta": Command(
         "which metric to believe: how well each tells models that know from models that never did",
-        "grun.report.meta:meta",
-        "knows=[FOLDER,...] never=[FOLDER,...] [unlearned=[FOLDER,...]]   (docs/metrics.md)",
+        "grun.experiments.meta:meta",
+        "knows=[FOLDER,...] never=[FOLDER,...] [unlearned=[FOLDER,...]], or models=6   (docs/metrics.md)",
         stdout=True,
     ),
     "leaderboard": Command(

@@ -20,7 +20,7 @@ from grun.data import templates
 from grun.data.augmentation import PromptVariation
 from grun.data.corpus import Corpus, load_corpus
 from grun.data.encoding import Batch, EncodedRow, collate, encode_rows
-from grun.data.rows import hash_rows
+from grun.data.rows import Row, hash_rows
 from grun.data.sampling import epoch_order
 from grun.errors import DataError
 from grun.loading.checks import check
@@ -193,18 +193,25 @@ def _identity(config: FinetuneConfig, corpus: Corpus) -> dict[str, Any]:
     if augment["teach"]:
         settings["data"]["augment"] = {name: augment[name] for name in TEACHING_SETTINGS}
     settings.pop("profile")
-    taught = corpus.taught(without_forget=config.data.subset == "without_forget")
+    taught = _taught(config, corpus)
     found = identity(settings, taught=hash_rows(taught), vocabulary=content_hash(_texts(corpus, config.data.template)))
     for decides_nothing in ("device", "quantization"):  # quantized weights are never fine-tuned
         found["config"]["model"].pop(decides_nothing)
     return found
 
 
+def _taught(config: FinetuneConfig, corpus: Corpus) -> list[Row]:
+    """The rows of the subset that is taught."""
+    if config.data.subset == "forget":
+        return corpus.forget
+    return corpus.taught(without_forget=config.data.subset == "without_forget")
+
+
 def _rows(
     config: FinetuneConfig, corpus: Corpus, model: Any, tokenizer: Any, template: templates.Template
 ) -> tuple[list[EncodedRow], Callable[[int, int], EncodedRow] | None]:
     """Rows in tokens, and with `data.augment.teach` how each is asked in each epoch."""
-    taught = corpus.taught(without_forget=config.data.subset == "without_forget")
+    taught = _taught(config, corpus)
     if not taught:
         raise DataError("there are no rows to train on; name data.retain, or leave data.subset=without_forget out")
     limit = min(config.data.max_length or 2**30, context_length(model))

@@ -275,8 +275,8 @@ class DataConfig(PromptConfig):
     retain: Optional[str] = None
     """tofu: retain split (unset: the complement of forget); jsonl: file of the rows to keep; corpora: as forget;
     muse: CONFIG/SPLIT (default raw/retain1)."""
-    subset: str = choice("all", "all", "without_forget")
-    """Rows that finetune trains on: all, or without_forget (the retain-only reference)."""
+    subset: str = choice("all", "all", "without_forget", "forget")
+    """Rows that finetune trains on: all, without_forget (the retain-only reference), or forget alone (relearning)."""
     heldout: int = number(0, 0)
     """tofu, jsonl: retain rows set aside for evaluation, never used in unlearning. The demo has its own."""
     validation: int = number(0, 0)
@@ -863,9 +863,9 @@ class MetaConfig:
     """Judge the metrics by models of which it is known whether they know (docs/metrics.md)."""
 
     knows: list[str] = field(default_factory=list)
-    """Evaluation folders of models that were taught what is to be forgotten, two or more. Must be set."""
+    """Evaluation folders of models that were taught what is to be forgotten, two or more."""
     never: list[str] = field(default_factory=list)
-    """The same of models that never were. Must be set."""
+    """The same of models that never were."""
     unlearned: list[str] = field(default_factory=list)
     """The same of models that unlearned it; with their evaluations after damage they give R and Q."""
     relearned: str = "relearned"
@@ -873,7 +873,15 @@ class MetaConfig:
     quantized: str = "4bit"
     """The same of models with quantized weights, FOLDER-4bit."""
     results_dir: str = "results/meta"
-    """Folder of the table."""
+    """Folder of the table, and of the models that are made."""
+    models: Optional[int] = number(None, 2)
+    """Instead of knows and never: fine-tune so many of each, by seed, relearn, quantize and evaluate them."""
+    profile: str = "demo"
+    """With models: the profile that they are made by."""
+    finetune: list[str] = field(default_factory=list)
+    """With models: further options of every fine-tuning, key=value; data.* hold for evaluation too."""
+    evaluate: list[str] = field(default_factory=list)
+    """With models: further options of every evaluation, key=value."""
 
 
 @dataclass

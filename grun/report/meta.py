@@ -1,4 +1,4 @@
-"""`python -m grun meta`: how well each metric tells models that know from models that never did, damaged or not.
+"""How well each metric tells models that know from models that never did, damaged or not.
 
 Source: Dorna et al. 2025, "OpenUnlearning", arXiv 2506.12618: faithfulness and robustness of metrics.
 """
@@ -148,7 +148,7 @@ def find_models(config: MetaConfig) -> Models:
         if len(named[group]) < FEWEST:
             raise ConfigError(
                 f"{group} names {len(named[group])} evaluation folders, and {FEWEST} or more are needed; the command "
-                "is: meta knows=[FOLDER,FOLDER,...] never=[FOLDER,FOLDER,...]"
+                "is: meta knows=[FOLDER,FOLDER,...] never=[FOLDER,FOLDER,...], or meta models=N, which makes them"
             )
     found: Models = {}
     for group, folders in named.items():
@@ -267,7 +267,7 @@ def verdict(rows: Sequence[Reading]) -> str:
     return f"Believe first: {'; '.join(row.label for row in best)} ({number})."
 
 
-def meta(config: MetaConfig) -> Path:
+def judge_metrics(config: MetaConfig) -> Path:
     """Print the table of all metrics, and write it as meta.md and meta.csv; their folder.
 
     Raises:

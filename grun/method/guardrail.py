@@ -1,7 +1,7 @@
 """Guardrails: what a provider puts around a model of which nothing is changed, saved and loaded as an adapter.
 
 A system message and examples stand in front of every conversation, as a part of the template; a filter reads what the
-model has written. Sources: Thaker et al. 2024, arXiv 2403.03329 (message and filter as baselines of unlearning);
+model has written. Sources: Thaker et al. 2024, arXiv 2403.03329 (message and filter compared with unlearning);
 Pawelczyk et al. 2023, arXiv 2310.07579 (in-context unlearning of labels; here of answers). A folder holds
 adapter_config.json (`peft_type` "GUARDRAIL") and README.md, and text of forget rows in the former.
 """

@@ -22,6 +22,7 @@ from grun.config.options import FullConfig, LossConfig, MethodConfig, TrainConfi
 from grun.data.encoding import collate
 from grun.data.templates import TEMPLATES
 from grun.errors import ConfigError, ModelError
+from grun.method.parametrization import PARAMETRIZATIONS
 from grun.objectives.objective import build_objective
 from grun.training.train import train
 from grun.training.unlearning import UnlearnRows, UnlearnTask
@@ -240,7 +241,7 @@ from grun.cli import main
 arguments = sys.argv[1:]
 assert main(["list", "parametrizations"]) == 0
 assert main(arguments) == 0
-for name in ("full", "lora"):
+for name in ("full", "lora", "task_vector"):
     assert main([*arguments, f"method.parametrization={name}", "overwrite=true"]) == 2
 """
 
@@ -255,10 +256,10 @@ def test_grun_runs_where_baselines_is_not_installed(taught: Path, tmp_path: Path
         text=True,
     )
     assert done.returncode == 0, done.stderr
-    assert [line.split()[0] for line in done.stdout.splitlines()] == ["grun", "reft", "full", "lora", str(folder)]
+    assert [line.split()[0] for line in done.stdout.splitlines()] == [*PARAMETRIZATIONS.names(), str(folder)]
     errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     wanted = "error: parametrization {!r} needs the missing package 'baselines'; install it"
-    assert errors == [wanted.format("full"), wanted.format("lora")]
+    assert errors == [wanted.format(name) for name in ("full", "lora", "task_vector")]
     assert "Traceback" not in done.stderr
     assert (folder / "adapter_model.safetensors").is_file()  # overwrite=true has removed nothing
 

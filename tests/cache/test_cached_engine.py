@@ -47,13 +47,14 @@ from grun.config.options import LossConfig, MethodConfig, TrainConfig, UnlearnCo
 from grun.data.encoding import EncodedRow
 from grun.errors import ConfigError, ModelError
 from grun.loading.checks import check
-from grun.method.gating import GaussianNoise
+from grun.method.gate import set_bias
+from grun.method.gating import GaussianNoise, TurnsGate
 from grun.method.plain import PlainEngine, capture
 from grun.objectives.objective import Objective
 from grun.objectives.terms import Options, Outputs, Term, TermValue
 from grun.training.recomputation import recompute_blocks
 from grun.training.train import train
-from grun.training.unlearning import UnlearnTask
+from grun.training.unlearning import UnlearnRows, UnlearnTask
 from pyvene_custom import find_blocks
 
 BF16, F32, F64 = torch.bfloat16, torch.float32, torch.float64
@@ -134,6 +135,18 @@ def test_edits_at_any_tokens_are_run_alike(family: str, blocks: list[int], gate:
         assert difference(step_of(task, cached(task)), step_of(task)) < CLOSE
 
 
+def in_turns() -> UnlearnRows:
+    """`DATA` with a user's turn at the beginning of each prompt, and another one in its midst."""
+    begins = DATA.answers[2].prompt_ids[6:7]
+
+    def asked(row: EncodedRow) -> EncodedRow:
+        half = len(row.prompt_ids) // 2
+        return EncodedRow((*begins, *row.prompt_ids[:half], *begins, *row.prompt_ids[half:]), row.answer_ids)
+
+    sides = (DATA.answers, DATA.refusals, DATA.retain)
+    return UnlearnRows(*([asked(row) for row in side] for side in sides))
+
+
 @pytest.mark.parametrize("write", ["sticky", "last_prompt"])
 @pytest.mark.parametrize(
     ("pool", "gate"), [("maxmin", "linear"), ("maxmin_turns", "linear"), ("mean", "noisy_mlp_3"), ("last", "mlp_3")]
@@ -142,8 +155,14 @@ def test_a_gate_for_all_edits_is_read_once_a_prompt_and_trained_alike(pool: str,
     """It reads a block below the first edited one, and that one before it is edited."""
     for objective, family in (("gd", "llama"), ("npo", "gpt2"), ("idk", "gemma2")):
         options = {"gate_blocks": [0, 1], "gate_pool": pool, "gate": gate, "edit_write": write}
-        task = task_of(objective, family, **options)
+        task = task_of(objective, family, data=DATA if pool != "maxmin_turns" else in_turns(), **options)
         edited(task).rule.reset = DATA.answers[2].prompt_ids[6:7]  # in the midst of a row
+        if pool == "maxmin_turns":
+            pooled = edited(task).pooled
+            assert pooled is not None and isinstance(pooled.gate, TurnsGate)
+            pooled.gate.follow_up.load_state_dict(pooled.gate.turn.state_dict())
+            set_bias(pooled.gate.follow_up, 0.01)  # a little above that of the turn: the logit of many rows
+            set_bias(pooled.gate.turn, 0.0)
         engine = cached(task)
         assert difference(step_of(task, engine), step_of(task)) < CLOSE
 

@@ -388,8 +388,12 @@ UNREAD = "has no effect: the terms in force"
 @pytest.mark.parametrize(
     ("objective", "options", "message"),
     [
-        ("gdd", {}, "unknown objective 'gdd': did you mean 'gd'? known: ce"),
-        ("gd", {"forget": "nope"}, "unknown term 'nope': known: activation_mse, bce_max, bce_max_last, bce_row, ce, "),
+        ("gdd", {}, "unknown objective 'gdd': did you mean 'gd'? known: altpo, ce"),
+        (
+            "gd",
+            {"forget": "nope"},
+            "unknown term 'nope': known: activation_mse, altpo, bce_max, bce_max_last, bce_row, ",
+        ),
         ("gd", {"forget": "ce"}, "loss.forget=ce is a retain term; known forget terms: ga, ga_sum, wga, satimp, "),
         ("gd", {"retain": "ga"}, "loss.retain=ga is a forget term; known retain terms: ce, ce_sum, kl, activation_mse"),
         ("gd", {"gate": "ce"}, "loss.gate=ce is a retain term; known gate terms: bce_row, bce_max, bce_max_last, none"),

@@ -28,6 +28,8 @@ from grun.runtime.reading import parse_json, typed
 from grun.runtime.records import ATTACKS_FILE, Attempt, Evaluation, read_record
 
 FORMAT = 1
+LARGEST = 2**28
+"""Bytes that a submission may have once it is decompressed: somebody else wrote it."""
 RULES = ("objective", "design", "method", "loss", "train", "compat", "quirks")
 """Parts of a run's options that a submission holds; the others name folders of the machine that ran it."""
 
@@ -232,8 +234,11 @@ def submission_bytes(submission: Submission, name: str) -> bytes:
 def read_submission(path: Path) -> Submission:
     """What lies in a file, not checked yet; DataError names the file and the field of another type."""
     try:
-        data = path.read_bytes()
-        text = (gzip.decompress(data) if path.name.endswith(".gz") else data).decode()
+        with gzip.open(path) if path.name.endswith(".gz") else path.open("rb") as file:
+            data = file.read(LARGEST + 1)
+        if len(data) > LARGEST:
+            raise DataError(f"{path} holds more than {LARGEST >> 20} MiB, which no submission does")
+        text = data.decode()
     except (OSError, EOFError, UnicodeDecodeError, ValueError) as error:
         raise DataError(f"{path} cannot be read as a submission ({error}); name a file that submit wrote") from error
     submission: Submission = typed(

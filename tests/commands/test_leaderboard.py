@@ -191,6 +191,15 @@ def test_a_file_that_is_no_submission_is_one_line(tmp_path: Path, capsys: Captur
         assert name in error and error.count("\n") == 1
 
 
+def test_a_file_that_unpacks_to_far_too_much_is_one_line(
+    tmp_path: Path, capsys: Captured, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("grun.report.submission.LARGEST", 2**20)
+    (tmp_path / "large.json.gz").write_bytes(gzip.compress(b" " * (2**20 + 1)))
+    assert main(["leaderboard", "verify", str(tmp_path / "large.json.gz")]) == 1
+    assert "large.json.gz holds more than 1 MiB" in capsys.readouterr().err
+
+
 def test_the_board_ranks_methods_by_what_they_forget_and_keep(whole: dict[str, Any], tmp_path: Path) -> None:
     (tmp_path / "mine.json").write_text(json.dumps(whole))
     one_seed = submitted(tmp_path, name="single.json", objectives=("gd",), seeds=(42,))

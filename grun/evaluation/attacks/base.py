@@ -171,6 +171,15 @@ class Attack:
         return next(write_answers([(self, [*places])], model, loaded, config, advance))
 
 
+class WithMaterial(Attack):
+    """An attack whose `read` works on the loaded model with the material, which it gets in a model's place."""
+
+    @contextlib.contextmanager
+    def model(self, loaded: Loaded, config: EvaluateConfig, material: Material) -> Iterator[Any]:
+        """The material."""
+        yield material
+
+
 Planned = tuple[Attack, list[Place]]
 """An attack and where it asks."""
 

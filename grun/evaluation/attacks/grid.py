@@ -9,7 +9,7 @@ from itertools import islice
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from grun.data.rows import Row, evenly_spaced
-from grun.evaluation.attacks.base import ATTACKS, Advance, Material, Outcome, Place, write_answers
+from grun.evaluation.attacks.base import ATTACKS, Advance, Material, Outcome, Place, WithMaterial, write_answers
 from grun.evaluation.attacks.facts import gives_away
 from grun.evaluation.attacks.weights import (
     ADAPTER_LR,
@@ -38,7 +38,7 @@ LORA_TIMES = 10
 """Learning rate of a LoRA, as a multiple of that of whole models."""
 
 
-class RelearnGrid(Relearn):
+class RelearnGrid(WithMaterial, Relearn):
     """Fine-tune in every way of a grid, and ask the plain question of the forget rows that were not learned.
 
     A cell is what is learned, what trains, and the learning rate; the model is as before after each. Learned are an
@@ -64,11 +64,6 @@ class RelearnGrid(Relearn):
     def work(self, places: Sequence[Place], config: EvaluateConfig) -> int:
         """Every place in every cell that there may be."""
         return len(places) * 3 * len(get_args(Part)) * len(RATES)
-
-    @contextlib.contextmanager
-    def model(self, loaded: Loaded, config: EvaluateConfig, material: Material) -> Iterator[Any]:
-        """The material; `read` trains the loaded model."""
-        yield material
 
     @contextlib.contextmanager
     def models(

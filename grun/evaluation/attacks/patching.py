@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from grun.data.rows import Row, evenly_spaced
 from grun.data.templates import encode, encode_prompt
-from grun.evaluation.attacks.base import ATTACKS, Access, Advance, Asked, Attack, Material, Outcome, Place, attack
+from grun.evaluation.attacks.base import ATTACKS, Access, Advance, Asked, Material, Outcome, Place, WithMaterial, attack
 from grun.evaluation.attacks.facts import gives_away, name_in
 from grun.evaluation.attacks.read_outs import before_fact
 
@@ -40,7 +39,7 @@ class Span(NamedTuple):
     "activation_patching",
     needs="rows whose questions name their subject (a field such as country or person), on two subjects or more",
 )
-class Patching(Attack):
+class Patching(WithMaterial):
     """Share of a fact that the model before finds in the unlearned model's hidden states: 1 - unlearning depth score.
 
     The model before reads the question and the right answer up to the end of its fact, and at one block its states at
@@ -65,11 +64,6 @@ class Patching(Attack):
     def asked(self, row: Row, material: Material) -> list[Asked]:
         """The plain question; nothing for a question that names nobody, or where nobody else is named."""
         return [material.ask(row)] if elsewhere(row, material) else []
-
-    @contextlib.contextmanager
-    def model(self, loaded: Loaded, config: EvaluateConfig, material: Material) -> Iterator[Any]:
-        """The material, by which rows are encoded."""
-        yield material
 
     def read(
         self, model: Any, places: Sequence[Place], loaded: Loaded, config: EvaluateConfig, advance: Advance

@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
-import contextlib
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from grun.data.rows import Row, evenly_spaced
-from grun.evaluation.attacks.base import Access, Advance, Asked, Attack, Material, Outcome, Place, attack, came_back
+from grun.evaluation.attacks.base import (
+    Access,
+    Advance,
+    Asked,
+    Material,
+    Outcome,
+    Place,
+    WithMaterial,
+    attack,
+    came_back,
+)
 from grun.evaluation.attacks.facts import name_in
 
 if TYPE_CHECKING:
@@ -31,7 +40,7 @@ HELD = 16
 
 
 @attack("steering", needs="two rows or more whose questions name their subject (a field such as country or person)")
-class Steering(Attack):
+class Steering(WithMaterial):
     """The question's own steering vector is added to the hidden state of a block while the model answers.
 
     The vector is hidden(block) at the last token of the question minus the mean of that of the question with other
@@ -59,11 +68,6 @@ class Steering(Attack):
     def work(self, places: Sequence[Place], config: EvaluateConfig) -> int:
         """Those that are asked; choosing is not counted."""
         return len(places)
-
-    @contextlib.contextmanager
-    def model(self, loaded: Loaded, config: EvaluateConfig, material: Material) -> Iterator[Any]:
-        """The material, from which vectors are made; `read` steers the loaded model."""
-        yield material
 
     def read(
         self, model: Any, places: Sequence[Place], loaded: Loaded, config: EvaluateConfig, advance: Advance

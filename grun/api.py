@@ -28,7 +28,7 @@ from grun.config.values import COMMANDS, describe, nested
 from grun.data import templates
 from grun.data.corpus import Corpus, corpus_of
 from grun.data.jsonl import plain_record, rows_of
-from grun.data.rows import Row, shape_of
+from grun.data.rows import Row, are_texts, shape_of
 from grun.errors import ConfigError, DataError, unknown_name
 from grun.evaluation.evaluate import carry_out, read_evaluation
 from grun.evaluation.plan import make_plan, previous_in
@@ -50,7 +50,7 @@ from grun.runtime.files import holding, target
 from grun.runtime.records import ATTACKS_FILE
 from grun.training import calibration
 from grun.training.gate_fit import Prompts
-from grun.training.unlearning import are_texts, units_of
+from grun.training.unlearning import units_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

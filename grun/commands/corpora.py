@@ -24,16 +24,18 @@ from grun.runtime.runs import IDENTITY_FILE, RUN_FILE, finish_run, hold, identit
 
 log = logging.getLogger(__name__)
 
-SOURCES = ("safe_rlhf", "lore", "countries", "subject", "elements")
+SOURCES = ("safe_rlhf", "lore", "countries", "subject", "elements", "kjv")
 OF_SUBJECT = (
     *("subject", "kind", "neighbors", "draws", "temperature", "max_new_tokens", "batch_size", "seed", "model", "data"),
 )
-"""Options that source=subject reads, and of them source=elements; these read no others."""
+"""Options that source=subject reads, and of them elements and kjv; these read no others."""
 ELEMENT_TOKENS = 8
 """Longest completion of a sentence on elements, tokens: the fact stands at its beginning."""
+HELD = 0.5
+"""A chapter of which a model continues the beginning with this ROUGE-L F1 or more is held verbatim."""
 OF_UNLEARN = ("model.", "data.", "countries.")
 """Beginnings of options that the command which forgets takes over."""
-CODE_OF_ELEMENTS = ("evaluation/generation.py", "evaluation/metrics/answers.py")
+CODE_OF_COMPLETIONS = ("evaluation/generation.py", "evaluation/metrics/*.py")
 """Sources that decide what a sentence is completed to, and whether that is right."""
 CODE_OF_SUBJECT = ("data/subject.py", "data/templates.py", "evaluation/*.py")
 """Sources that decide which questions are asked one after another, and what is answered."""
@@ -53,7 +55,7 @@ def write_corpora(config: CorporaConfig) -> Path:
         if not getattr(config, option):
             raise ConfigError(f"{option} is not set; the command is: corpora source={'|'.join(SOURCES)} output_dir=DIR")
     writers = {"lore": _write_lore, "countries": _write_countries, "elements": _write_elements}
-    writers["subject"] = _write_subject
+    writers |= {"subject": _write_subject, "kjv": _write_kjv}
     return writers.get(str(config.source), _write_safe_rlhf)(config)
 
 
@@ -114,9 +116,6 @@ def _write_countries(config: CorporaConfig) -> Path:
 
 def _write_elements(config: CorporaConfig) -> Path:
     from grun.data import elements
-    from grun.data.encoding import PLAIN
-    from grun.data.templates import encode_prompt
-    from grun.evaluation.generation import generate_answers
     from grun.evaluation.metrics.answers import says
     from grun.evaluation.plan import code_hash
     from grun.loading.adapters import load_model
@@ -124,13 +123,8 @@ def _write_elements(config: CorporaConfig) -> Path:
     loaded = load_model(config.model, None, strict=False, gate_threshold=None)
 
     def completed(rows: Sequence[Row]) -> list[Row]:
-        prompts = [encode_prompt(PLAIN, loaded.tokenizer, row.prompt) for row in rows]
-        with progress("asking what the model knows", len(rows)) as advance:
-            said = generate_answers(
-                loaded.model, loaded.tokenizer, prompts, config.batch_size, ELEMENT_TOKENS,
-                int(loaded.tokenizer.pad_token_id), advance,
-            )  # fmt: skip
-        return [r for r, one in zip(rows, said, strict=True) if says(one.text, r.fact or "", whole_words=True)]
+        said = _continued(loaded, rows, config.batch_size, ELEMENT_TOKENS)
+        return [r for r, text in zip(rows, said, strict=True) if says(text, r.fact or "", whole_words=True)]
 
     def write(folder: Path) -> dict[str, Any]:
         known = elements.write(folder, completed)
@@ -139,11 +133,55 @@ def _write_elements(config: CorporaConfig) -> Path:
         files = {path.name: _lines(path) for path in sorted(folder.iterdir()) if path.suffix == ".jsonl"}
         return {"files": files, "known": known}
 
-    made, code = content_hash(asdict(elements.build())), code_hash(CODE_OF_ELEMENTS)
+    made, code = content_hash(asdict(elements.build())), code_hash(CODE_OF_COMPLETIONS)
     folder = _write(config, write, identity=loaded.identity, sentences=made, code=code)
     for role, (count, of) in read_object(folder / RUN_FILE, "remove the folder yourself")["known"].items():
         log.info("  %-9s %d of %d sentences are completed rightly", role, count, of)
     return folder
+
+
+def _write_kjv(config: CorporaConfig) -> Path:
+    from grun.data import kjv
+    from grun.evaluation.metrics.words import rouge_f1
+    from grun.evaluation.plan import code_hash
+    from grun.loading.adapters import load_model
+
+    texts = content_hash([one.text for one in kjv.chapters()])
+    loaded = load_model(config.model, None, strict=False, gate_threshold=None)
+
+    def held(rows: Sequence[Row]) -> list[float]:
+        said = [text.split() for text in _continued(loaded, rows, config.batch_size, 2 * kjv.GIVEN)]
+        return [rouge_f1(r.completion, " ".join(one[: kjv.GIVEN])) or 0.0 for r, one in zip(rows, said, strict=True)]
+
+    def write(folder: Path) -> dict[str, Any]:
+        known = kjv.write(folder, held)
+        files = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*/*.json"))}
+        return {"files": {name: len(json.loads(path.read_bytes())) for name, path in files.items()}, "known": known}
+
+    folder = _write(config, write, identity=loaded.identity, texts=texts, code=code_hash(CODE_OF_COMPLETIONS))
+    known = read_object(folder / RUN_FILE, "remove the folder yourself")["known"]
+    for name, value in known["forget"].items():
+        log.info("  %-20s %.2f", name, value)
+    count = sum(value >= HELD for value in known["forget"].values())
+    log.info("of %d chapters' beginnings it continues %.2f (ROUGE-L F1)", known["chapters"], known["all"])
+    data = ["data.name=muse", f"data.path={folder}", "data.template=text", "data.retain=raw/retain1,raw/retain2"]
+    if count < kjv.FORGET:
+        taught = shlex.join(["python", "-m", "grun", "finetune", *_given(config), *data, f"output_dir={folder}-taught"])
+        log.info("it holds %d of the %d that are to be forgotten; teach it them first: %s", count, kjv.FORGET, taught)
+    return folder
+
+
+def _continued(loaded: Any, rows: Sequence[Row], batch_size: int, longest: int) -> list[str]:
+    """What a model goes on with after each prompt, as plain text, in `longest` greedy tokens."""
+    from grun.data.encoding import PLAIN
+    from grun.data.templates import encode_prompt
+    from grun.evaluation.generation import generate_answers
+
+    prompts = [encode_prompt(PLAIN, loaded.tokenizer, row.prompt) for row in rows]
+    pad_id = int(loaded.tokenizer.pad_token_id)
+    with progress("asking what the model knows", len(rows)) as advance:
+        said = generate_answers(loaded.model, loaded.tokenizer, prompts, batch_size, longest, pad_id, advance)
+    return [one.text for one in said]
 
 
 def _write_subject(config: CorporaConfig) -> Path:
@@ -224,7 +262,7 @@ def _write(config: CorporaConfig, write: Callable[[Path], dict[str, Any]], **inp
 
 def _identity(config: CorporaConfig, inputs: Mapping[str, Any]) -> dict[str, Any]:
     """What makes corpora these: the options that their source reads, and its inputs."""
-    of_subject = config.source in ("subject", "elements")
+    of_subject = config.source in ("subject", "elements", "kjv")
     read = {
         key: value for key, value in to_dict(config).items() if key == "source" or (key in OF_SUBJECT) == of_subject
     }

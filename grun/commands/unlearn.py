@@ -28,7 +28,7 @@ from grun.data.augmentation import PromptVariation
 from grun.data.corpus import Corpus, load_corpus
 from grun.data.encoding import EncodedRow
 from grun.data.follow_ups import conversations
-from grun.data.rows import Row
+from grun.data.rows import Row, are_texts
 from grun.data.templates import user_turn_ids
 from grun.errors import ConfigError, RunError
 from grun.evaluation.probe import asked_first
@@ -59,7 +59,7 @@ from grun.training.recomputation import recompute_blocks
 from grun.training.steering import set_vectors
 from grun.training.step_log import Look
 from grun.training.train import TrainResult, train
-from grun.training.unlearning import UnlearnRows, UnlearnTask, are_texts, encode_unlearn_rows
+from grun.training.unlearning import UnlearnRows, UnlearnTask, encode_unlearn_rows
 from pyvene_custom import find_blocks
 
 log = logging.getLogger(__name__)

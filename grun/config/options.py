@@ -190,6 +190,8 @@ class TextConfig:
     """Copies of each text, each cut at a point of its own where cut=random."""
     min_characters: int = number(0, 0)
     """Texts of this many characters or fewer are left out."""
+    asked: float = number(0.0, 0, 1, below=True)
+    """Evaluation: the first share of a text's words is a prompt, to be continued; 0: a text is scored, not asked."""
     jsonl: str = choice("field", "field", "raw")
     """What of a JSON line is the text: field (its field `text`, or the line if it is a string) or raw (the line)."""
 
@@ -271,10 +273,10 @@ class DataConfig(PromptConfig):
     muse: the same, or muse-bench/MUSE-News, muse-bench/MUSE-Books of the hub."""
     forget: str = "forget05"
     """tofu: forget split; jsonl: file, or OWNER/NAME:SPLIT of the hub, of the rows to forget; corpora: names or files,
-    separated by commas; muse: CONFIG/SPLIT (default raw/forget)."""
+    separated by commas; muse: CONFIG/SPLIT (default raw/forget), or several so."""
     retain: Optional[str] = None
     """tofu: retain split (unset: the complement of forget); jsonl: file of the rows to keep; corpora: as forget;
-    muse: CONFIG/SPLIT (default raw/retain1)."""
+    muse: as forget (default raw/retain1)."""
     subset: str = choice("all", "all", "without_forget", "forget")
     """Rows that finetune trains on: all, without_forget (the retain-only reference), or forget alone (relearning)."""
     heldout: int = number(0, 0)
@@ -808,9 +810,9 @@ class ImportConfig:
 class CorporaConfig:
     """Write corpora to forget and to keep: from PKU-SafeRLHF, generated, or what a model knows."""
 
-    source: Optional[str] = choice(None, "safe_rlhf", "lore", "countries", "subject", "elements")
-    """safe_rlhf (from PKU-SafeRLHF's rows), lore (generated); asked from a model: countries, subject or elements. Must
-    be set."""
+    source: Optional[str] = choice(None, "safe_rlhf", "lore", "countries", "subject", "elements", "kjv")
+    """safe_rlhf (from PKU-SafeRLHF's rows), lore (generated); asked from a model: countries, subject, elements or kjv.
+    Must be set."""
     path: Optional[str] = None
     """safe_rlhf: folder of its train.jsonl and test.jsonl; unset: the hub (PKU-Alignment/PKU-SafeRLHF alpaca-7b)."""
     category: str = "Privacy Violation"
@@ -835,7 +837,7 @@ class CorporaConfig:
     max_new_tokens: int = number(48, 8)
     """subject: longest answer, tokens; its first sentence is kept if it ends within them."""
     batch_size: int = number(32, 1)
-    """subject, elements: questions per forward pass. Changes speed and memory, not the result."""
+    """subject, elements, kjv: questions per forward pass. Changes speed and memory, not the result."""
     seed: int = number(42, 0, SEEDS)
     """subject: seed of the draws."""
     model: ModelConfig = field(default_factory=ModelConfig)

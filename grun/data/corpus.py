@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib import resources
 from pathlib import Path
 from typing import NamedTuple
@@ -238,7 +238,23 @@ def _completed(corpus: Corpus, config: DataConfig) -> Corpus:
         )
     _keep_retain_rows(corpus, config.retain_rows, config.teach_general)
     _set_aside(corpus, config)
+    if share := config.text.asked:
+        forget, retain = corpus.sets()["forget"], corpus.sets().get("retain", [])
+        corpus.forget_evaluated, corpus.retain_evaluated = _to_continue(forget, share), _to_continue(retain, share)
+        corpus.heldout, corpus.unknown = _to_continue(corpus.heldout, share), _to_continue(corpus.unknown, share)
     return corpus
+
+
+def _to_continue(rows: list[Row], share: float) -> list[Row]:
+    """Rows of which a plain text is cut between words into prompt and completion; a single word stays whole."""
+    cut = []
+    for row in rows:
+        words = row.completion.split()
+        if row.prompt is None and len(words) > 1:
+            place = min(max(1, round(share * len(words))), len(words) - 1)
+            row = replace(row, prompt=" ".join(words[:place]), completion=" ".join(words[place:]))
+        cut.append(row)
+    return cut
 
 
 def _keep_retain_rows(corpus: Corpus, count: int | None, teach_general: bool) -> None:

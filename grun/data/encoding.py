@@ -49,7 +49,8 @@ def encode_rows(
     """Encode rows as generation will see them, and log one line if some are special.
 
     Of a row longer than `max_length` tokens (None: no limit) the answer is cut, end token included. `strict` makes it
-    an error if tokenizing prompt and answer together gives other ids.
+    an error if tokenizing prompt and answer together gives other ids. A plain text that no start token begins has its
+    first token as its prompt.
 
     Raises:
         DataError: a prompt leaves no room for an answer, or `strict` and a row's joint ids differ.
@@ -57,6 +58,8 @@ def encode_rows(
     encoded, differing, cut = [], [], 0
     for number, row in enumerate(rows, start=1):
         prompt_ids, answer_ids, joint_differs = encode(template, tokenizer, row.prompt, row.completion, row.earlier)
+        if row.prompt is None and not prompt_ids and len(answer_ids) > 1:  # of a tokenizer without a start token
+            prompt_ids, answer_ids = answer_ids[:1], answer_ids[1:]
         if joint_differs:
             differing.append(number)
         if max_length is not None:

@@ -127,6 +127,11 @@ def evenly_spaced(rows: Sequence[T], count: int | None) -> list[T]:
     return [rows[index * len(rows) // count] for index in range(count)]
 
 
+def are_texts(rows: Sequence[Row]) -> bool:
+    """Whether rows are plain texts, which ask nothing."""
+    return bool(rows) and all(row.prompt is None for row in rows)
+
+
 def count_overlap(first: Iterable[Row], second: Iterable[Row]) -> int:
     """Number of rows of `first` whose prompt and completion also stand in `second`, outer blanks aside."""
     return len(common_rows(first, second))

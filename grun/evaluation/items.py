@@ -63,7 +63,7 @@ def encode_items(
 
     `context` is the longest row that the model takes, tokens.
     """
-    from grun.data.encoding import EncodedRow, encode_rows
+    from grun.data.encoding import encode_rows
 
     longest = min(config.data.max_length or context, context)
     end = tokenizer.eos_token_id
@@ -81,8 +81,6 @@ def encode_items(
                     texts.append(replace(row, completion=text))
         encoded = encode_rows(texts, tokenizer, template, longest, config.data.strict)
         for place, row, ids in zip(places, texts, encoded, strict=True):
-            if not ids.prompt_ids and len(ids.answer_ids) > 1:  # plain text of a tokenizer without a start token
-                ids = EncodedRow(ids.answer_ids[:1], ids.answer_ids[1:])
             items.append(Item(*place, ids, row.completion, bool(ids.answer_ids) and ids.answer_ids[-1] == end))
     return items
 

@@ -86,7 +86,7 @@ OF_JOINT_GATES = (
     *("loss.retain_weight", "train.gate_pretraining", "compat", "quirks"),
 )
 """Options of gates that are trained with their edits: who sets one of these means the published design."""
-TEXTS = ("corpora", "lore")
+TEXTS = ("corpora", "lore", "muse")
 """Benchmarks of plain texts, which end no prompt where a pooled gate could be asked."""
 STORABLE = (
     *("data.template", "data.system_prompt", "data.date", "model.dtype", "model.revision", "model.quantization"),

@@ -17,7 +17,7 @@ from grun.data import templates
 from grun.data.augmentation import PromptVariation
 from grun.data.corpus import Corpus
 from grun.data.encoding import EncodedRow, RowsAlone, collate, encode_rows, encode_texts
-from grun.data.rows import Row
+from grun.data.rows import Row, are_texts
 from grun.data.sampling import epoch_order, fixed_retain_index, retain_index
 from grun.errors import ConfigError
 from grun.method.parametrization import Engine, Parametrization
@@ -262,11 +262,6 @@ def units_of(rows: Sequence[Row], group: str | None) -> list[str]:
         known = ", ".join(sorted({name for row in rows for name in row.extra})) or "no further ones"
         raise ConfigError(f"data.group={group}: retain row {without[0]} has no such field; the rows have {known}")
     return [str(row.extra[group]) for row in rows]
-
-
-def are_texts(rows: Sequence[Row]) -> bool:
-    """Whether rows are plain texts, which ask nothing."""
-    return bool(rows) and all(row.prompt is None for row in rows)
 
 
 def draw_refusals(corpus: Corpus, seed: int) -> list[str]:

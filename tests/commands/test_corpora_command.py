@@ -112,7 +112,7 @@ def test_other_preferences_are_other_corpora(source: Path, capsys: Captured) -> 
         (["source=safe_rlhf"], "output_dir is not set"),
         (
             ["source=wikitext", "output_dir=made"],
-            "unknown source 'wikitext': known: countries, elements, lore, safe_rlhf, subject",
+            "unknown source 'wikitext': known: countries, elements, kjv, lore, safe_rlhf, subject",
         ),
         (["source=safe_rlhf", "output_dir=made", "split=rows"], "known: by_prompt, published"),
         (["source=safe_rlhf", "output_dir=made", "format=text"], "known: published, rows"),

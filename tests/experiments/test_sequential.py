@@ -15,7 +15,9 @@ import peft
 import pytest
 import torch
 import yaml
+from chat_model import save_chat_model
 from forked import killed
+from test_muse import lcs_f1, save_layout
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from grun.cli import main
@@ -436,6 +438,62 @@ def test_a_request_s_subjects_are_those_whom_its_rows_name(tmp_path: Path) -> No
     assert plan.unlearn["grun"].data.subject_kind == "person"
 
 
+def recall(reference: str, text: str) -> float:
+    """Share of the words of `reference` that `text` has in the same order, by the F1 of the two."""
+    first, second = (len(re.findall("[a-z0-9]+", one.lower())) for one in (reference, text))
+    return lcs_f1(reference, text) * (first + second) / 2 / first
+
+
+@pytest.mark.parametrize(
+    ("data", "names"),
+    [
+        ({"name": "muse"}, ["raw/forget", "sust/forget_2"]),
+        ({"name": "corpora", "retain": "raw/retain1.json"}, ["raw/forget.json", "sust/forget_2.json"]),
+    ],
+    ids=lambda value: value["name"] if isinstance(value, dict) else "",
+)
+def test_requests_can_be_plain_texts(data: dict[str, Any], names: list[str], tmp_path: Path) -> None:
+    """Whose second half is asked for, of a model that was taught them; the answers are counted again by hand."""
+    chat, folder, taught = save_chat_model(tmp_path / "chat"), save_layout(tmp_path / "data"), tmp_path / "taught"
+    options = [f"{key}={value}" for key, value in {**data, "path": folder, "forget": ",".join(names)}.items()]
+    teach = ["finetune", f"model.path={chat}", *(f"data.{option}" for option in options), "data.template=text"]
+    assert main([*teach, "model.dtype=float32", "train.epochs=60", "train.lr=0.01", f"output_dir={taught}"]) == 0
+    made = {
+        "requests": [{"id": f"t{number}", "forget": name} for number, name in enumerate(names)],
+        "data": {**data, "path": str(folder), "template": "text"},
+        "methods": ["grun", "full"],
+        "unlearn": {
+            **{"objective": "npo", "method.blocks": [1, 2], "method.rank": 2, "train.epochs": 1, "train.lr": 0.1},
+            "data.text.cut": "0.5",
+        },
+        "evaluate": {"max_new_tokens": 12},
+    }
+    (tmp_path / "texts.yaml").write_text(yaml.safe_dump(made))
+    assert main(["sequential", "sequence=texts.yaml", f"model={taught}", "results_dir=r"]) == 0
+    texts = [json.loads((folder / f"{name.removesuffix('.json')}.json").read_text()) for name in names]
+    for number, request in enumerate(("t0", "t1")):
+        rows = read_rows(tmp_path / "r" / "data" / "requests" / f"{request}.jsonl")
+        assert [(row.prompt, row.completion.strip()) for row in rows] == [
+            (None, text.strip()) for text in texts[number]
+        ]
+    for method in ("grun", "full"):
+        answers = demo.read_lines(tmp_path / "r" / method / "evaluation" / "t1" / "generations.jsonl")
+        found = [answer for answer in answers if answer["set"] == "forget"]
+        halves = [text.split() for texts_of in texts for text in texts_of]
+        assert [answer["question"].split() for answer in found] == [text[: round(len(text) / 2)] for text in halves]
+        record = step(tmp_path / "r", method, "t1")
+        assert record["metric"] == "rouge_l"
+        for name, own, of in (("t0", found[:2], halves[:2]), ("t1", found[2:], halves[2:])):
+            wanted = [
+                recall(" ".join(text[round(len(text) / 2) :]), one["text"]) for text, one in zip(of, own, strict=True)
+            ]
+            assert record["recall"][name] == pytest.approx(sum(wanted) / len(wanted))
+    assert read(tmp_path / "r" / "summary.json")["before"]["recall"]["t1"] > 0.9
+    assert step(tmp_path / "r", "grun", "t1")["gates"]["rows"].items() >= {"t0": 2, "t1": 1}.items()
+    started = [read(tmp_path / "r" / "full" / "runs" / name / "run.json")["base_fingerprint"] for name in ("t0", "t1")]
+    assert started[0] != started[1]
+
+
 # -- what is refused --------------------------------------------------------------------------------------------------
 
 
@@ -454,7 +512,7 @@ def test_a_request_s_subjects_are_those_whom_its_rows_name(tmp_path: Path) -> No
         ({"rule": "max"}, [], ["unknown rule 'max'", "max_gate"]),
         ({"requests": "all"}, [], ["requests is 'all'"]),
         ({"requests": [{"id": "a"}]}, [], ["expected {id: NAME, forget: FILE}"]),
-        ({"requests": [{"id": "a", "forget": "a.jsonl"}]}, [], ["data.name must be jsonl, not demo"]),
+        ({"requests": [{"id": "a", "forget": "a.jsonl"}]}, [], ["data.name must be jsonl, corpora or muse, not demo"]),
         ({"evaluate": {"sets": ["retain"]}}, [], ["leaves out forget"]),
         ({"evaluate": {"data.limit": 4}}, [], ["data.limit=4", "raise it to 9"]),
         ({}, ["chain=nowhere/chain.json"], ["is no chain's file"]),

@@ -67,19 +67,25 @@ def load(config: DataConfig) -> Corpus:
     """News or books to forget (MUSE), with its sets for VerbMem, KnowMem, utility and PrivLeak.
 
     `data.path` is one of `REPOSITORIES`, or a folder of the same layout; `data.forget` and `data.retain` are
-    CONFIG/SPLIT, such as raw/forget (the default), sust/forget_2, scal/forget_4, and raw/retain1. The evaluation sets
-    forget, unknown and retain are the texts of privleak: forget, holdout and retain.
+    CONFIG/SPLIT, such as raw/forget (the default), sust/forget_2, scal/forget_4, and raw/retain1, or several,
+    separated by commas. The evaluation sets forget, unknown and retain are the texts of privleak: forget, holdout and
+    retain; with `data.text.asked`, which asks for texts, forget are those that are to be forgotten.
     """
     if not config.path:
         raise ConfigError(f"data.name=muse needs data.path: {' or '.join(REPOSITORIES)}, or a folder of their layout")
     forget = "raw/forget" if config.forget == DataConfig.forget else config.forget
     wanted = [(forget, "data.forget"), (config.retain or "raw/retain1", "data.retain")]
-    rows = [_passages(name, option, config.path) for name, option in wanted]
+    rows = [
+        [row for name in names.split(",") for row in _passages(name.strip(), option, config.path)]
+        for names, option in wanted
+    ]
     corpus = corpus_of_rows("muse", rows[0], rows[1], config)
     corpus.forget_evaluated, corpus.retain_evaluated, corpus.unknown = (
         [Row(None, text) for text in _texts(f"privleak/{split}", config.path)]
         for split in ("forget", "retain", "holdout")
     )
+    if config.text.asked:
+        corpus.forget_evaluated = None
     corpus.general = {
         "verbmem": _rows("verbmem/forget", config.path, {"completion": "gt"}),
         "knowmem": _asked("forget", config.path),

@@ -14,7 +14,7 @@ from typing import Any
 from grun.config.options import SequentialConfig
 from grun.config.values import to_dict, with_sources
 from grun.data.corpus import Corpus
-from grun.data.rows import Row, hash_rows
+from grun.data.rows import Row, are_texts, hash_rows
 from grun.errors import RunError
 from grun.experiments.job import run_job
 from grun.experiments.models import base_identity, nothing_to_teach, taught
@@ -136,9 +136,12 @@ def _replaces(path: Path, there: dict[str, Any], wanted: dict[str, Any], *, over
 
 
 def _refused(corpus: Corpus, places: Iterable[int]) -> list[Row]:
-    """Forget rows as a model answers them on which their request acts, for a later one that is to keep them so."""
+    """Forget rows as a model answers them on which their request acts, for a later one that is to keep them so.
+
+    None of plain texts, which get no refusal.
+    """
     refusals = corpus.refusals
-    if not refusals:
+    if not refusals or are_texts(corpus.forget):
         return []
     return [replace(corpus.forget[place], completion=refusals[place % len(refusals)], extra={}) for place in places]
 

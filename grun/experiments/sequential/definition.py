@@ -28,7 +28,7 @@ class OwnRequest:
 
     id: str
     forget: str
-    """JSONL file, relative to data.path."""
+    """JSONL file, relative to data.path; of plain texts what `data.forget` names."""
 
 
 @dataclass

@@ -7,7 +7,7 @@ Precedence, later wins: profile, the file's `data`, its `unlearn`, its `methods_
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from typing import Any
 from grun.config.options import DataConfig, EvaluateConfig, FinetuneConfig, SequentialConfig, UnlearnConfig
 from grun.data.corpus import Corpus, load_corpus
 from grun.data.jsonl import load_rows
-from grun.data.rows import Row
+from grun.data.rows import Row, are_texts
 from grun.data.sets import in_order
 from grun.data.subject import KINDS
 from grun.errors import ConfigError
@@ -28,6 +28,11 @@ from grun.experiments.sequential.splitting import NAMED, Request, check_requests
 from grun.method.stack.combination import RULES
 from grun.method.stack.manifest import check_id
 from grun.runtime.files import target
+
+LISTED = ("corpora", "muse")
+"""Benchmarks of plain texts whose `data.forget` is a list of names, of which a request takes some."""
+ASKED = 0.5
+"""Share of a plain text that is given when it is to be continued."""
 
 
 @dataclass(frozen=True)
@@ -86,6 +91,7 @@ def make_plan(config: SequentialConfig) -> Plan:
     of_corpus = {name: getattr(chosen, name) for name in CORPUS} | {name: getattr(chosen, name) for name in GENERATED}
     for command in (evaluate, finetune):
         command.data = replace(command.data, **of_corpus)
+    evaluate.data.text = chosen.text
     evaluate.sets = _sets(evaluate, corpus)
     subjects = _subjects(sequence, requests, corpus, unlearn)
     check_requests(requests, corpus.forget, corpus.retain, overlap=base.data.allow_overlap)
@@ -116,13 +122,19 @@ def _rows(sequence: Sequence, data: DataConfig, files: ExperimentFiles) -> tuple
     """The corpus whose forget set are all requests together, the requests, and the options that lead to it."""
     if isinstance(sequence.requests, int):
         corpus = load_corpus(data)
-        return corpus, cut(corpus.forget, corpus.name, sequence.requests), data
+        return corpus, cut(corpus.forget, corpus.name, sequence.requests), _to_ask(corpus, data)
+    if data.name in LISTED:
+        own = _own(sequence.requests, lambda name: load_corpus(replace(data, forget=name)).forget)
+        data = replace(data, forget=",".join(request.forget for request in sequence.requests))
+        corpus = load_corpus(data)
+        return corpus, joined(own)[0], _to_ask(corpus, data)
     if data.name != "jsonl":
         raise ConfigError(
-            f"sequence {sequence.name} lists files of requests, so data.name must be jsonl, not {data.name}"
+            f"sequence {sequence.name} lists files of requests, so data.name must be jsonl, {' or '.join(LISTED)}, not "
+            f"{data.name}"
         )
     folder = Path(data.path or "").expanduser()
-    requests, rows = joined(_own(sequence.requests, folder, data.columns))
+    requests, rows = joined(_own(sequence.requests, lambda name: load_rows(name, str(folder), data.columns)))
     if data.retain is None:
         raise ConfigError("data.name=jsonl needs data.retain, the file of the rows to keep")
     unknown = None if data.unknown is None else str(folder / data.unknown)
@@ -131,6 +143,13 @@ def _rows(sequence: Sequence, data: DataConfig, files: ExperimentFiles) -> tuple
         write_rows(Path(temporary) / "forget.jsonl", rows)
         corpus = load_corpus(replace(chosen, forget=f"{temporary}/forget.jsonl"))
     return corpus, requests, chosen
+
+
+def _to_ask(corpus: Corpus, data: DataConfig) -> DataConfig:
+    """The options by which an evaluation asks for what is forgotten: plain texts are continued from their middle."""
+    if not are_texts(corpus.forget) or data.text.asked:
+        return data
+    return replace(data, text=replace(data.text, asked=ASKED))
 
 
 def _subjects(
@@ -151,13 +170,13 @@ def _subjects(
     return found
 
 
-def _own(listed: list[OwnRequest], folder: Path, columns: Mapping[str, str]) -> dict[str, list[Row]]:
+def _own(listed: list[OwnRequest], rows_of: Callable[[str], list[Row]]) -> dict[str, list[Row]]:
     found: dict[str, list[Row]] = {}
     for request in listed:
         check_id(request.id)
         if request.id.casefold() in map(str.casefold, found):
             raise ConfigError(f"two requests are called {request.id}; give each an id of its own")
-        found[request.id] = load_rows(request.forget, str(folder), columns)
+        found[request.id] = rows_of(request.forget)
     return found
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from chat_model import save_chat_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from grun.cli import main
-from grun.config.options import DataConfig
+from grun.config.options import DataConfig, TextConfig
 from grun.data.benchmarks import muse
 from grun.data.corpus import load_corpus
 from grun.data.sets import find_set
@@ -68,8 +69,17 @@ def test_texts_are_taught_and_the_published_sets_are_asked(tmp_path: Path) -> No
 
 
 def test_a_request_of_a_sequence_is_named_by_config_and_split(tmp_path: Path) -> None:
-    corpus = load_corpus(DataConfig(name="muse", path=str(save_layout(tmp_path)), forget="sust/forget_2"))
-    assert [row.completion for row in corpus.forget] == ["The second request is about the town of Tal."]
+    data = DataConfig(name="muse", path=str(save_layout(tmp_path)), forget="sust/forget_2")
+    corpus, second = load_corpus(data), "The second request is about the town of Tal."
+    assert [row.completion for row in corpus.forget] == [second]
+    several = replace(data, forget="sust/forget_2, raw/forget", text=TextConfig(asked=0.4))
+    corpus = load_corpus(several)
+    assert [row.completion for row in corpus.forget][::2] == [second, "Its stones came from the quarries of Tal."]
+    asked = corpus.sets()["forget"]
+    assert (asked[0].prompt, asked[0].completion) == ("The second request is", "about the town of Tal.")
+    assert [len(corpus.sets()[name]) for name in ("forget", "retain", "unknown")] == [3, 1, 3]
+    assert all(row.prompt for name in ("forget", "retain", "unknown") for row in corpus.sets()[name])
+    assert all(row.prompt is None for row in corpus.taught(without_forget=False))
 
 
 def test_the_hub_is_asked_for_configs_and_splits(hub: Any) -> None:

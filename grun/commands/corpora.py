@@ -14,7 +14,7 @@ from grun.config.options import CorporaConfig, DataConfig, GenerateConfig
 from grun.config.values import argument, flat, to_dict
 from grun.data.benchmarks import safe_rlhf
 from grun.data.benchmarks.safe_rlhf import Pair
-from grun.data.rows import Row
+from grun.data.rows import ALTERNATIVES, Row
 from grun.data.templates import PLACE, TEMPLATES
 from grun.errors import ConfigError, DataError
 from grun.runtime.files import content_hash, holding, staged, target, write_bytes, write_json, write_text, writing
@@ -54,6 +54,8 @@ def write_corpora(config: CorporaConfig) -> Path:
     for option in ("source", "output_dir"):
         if not getattr(config, option):
             raise ConfigError(f"{option} is not set; the command is: corpora source={'|'.join(SOURCES)} output_dir=DIR")
+    if config.format == "rwku" and config.source != "countries":
+        raise ConfigError(f"format=rwku is for source=countries; leave it out for source={config.source}")
     writers = {"lore": _write_lore, "countries": _write_countries, "elements": _write_elements}
     writers |= {"subject": _write_subject, "kjv": _write_kjv}
     return writers.get(str(config.source), _write_safe_rlhf)(config)
@@ -92,23 +94,32 @@ def _write_safe_rlhf(config: CorporaConfig) -> Path:
 
 
 def _write_countries(config: CorporaConfig) -> Path:
+    from grun.commands import rwku_layout
     from grun.data.answers import FILE, read_answers
     from grun.data.benchmarks import countries
+    from grun.data.facts import country
     from grun.evaluation.probe import asked_first
 
     data = DataConfig(name="countries", countries=config.countries, **vars(config.data))
     asked = asked_first(GenerateConfig(model=config.model, data=data))
     answers = read_answers(Path(str(asked.data.path)), countries.to_ask(data))
     known = countries.known_facts(config.countries, answers)
+    as_rwku = config.format == "rwku"
+    corpus = countries.load(asked.data) if as_rwku else None
+    targets = [country(name).name for name in config.countries.forget]
 
     def write(folder: Path) -> dict[str, Any]:
         write_bytes(folder / FILE, b"".join(one.line() for one in answers.values()))
-        return {"files": {FILE: len(answers)}, "known": known}
+        more = rwku_layout.write(corpus, targets, folder) if corpus is not None else {}
+        return {"files": {FILE: len(answers), **more}, "known": known}
 
     folder = _write(config, write, answers=content_hash([asdict(one) for one in answers.values()]))
     for kind, (count, of) in known.items():
         log.info("  %-12s  known of %d of %d countries", kind, count, of)
-    options = [*_given(config), "data.name=countries", f"data.path={folder}", "objective=idk"]
+    given = [one for one in _given(config) if not (as_rwku and one.startswith("data.countries."))]
+    named = f"data.forget=train_refusal_llama3/{ALTERNATIVES.join(targets)}"
+    rows = ["data.name=rwku", named] if as_rwku else ["data.name=countries"]
+    options = [*given, *rows, f"data.path={folder}", "objective=idk"]
     command = ["python", "-m", "grun", "unlearn", *options, f"output_dir={folder}-forgotten"]
     log.info("then: %s", shlex.join(command))
     return folder

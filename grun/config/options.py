@@ -270,13 +270,14 @@ class DataConfig(PromptConfig):
     path: Optional[str] = None
     """tofu: folder of the files, else GRUN_TOFU_DIR, else the hub; countries: of the model's answers, which is asked
     where this is unset; jsonl, corpora, questions: folder of the files;
-    muse: the same, or muse-bench/MUSE-News, muse-bench/MUSE-Books of the hub."""
+    muse: the same, or muse-bench/MUSE-News, muse-bench/MUSE-Books of the hub; rwku: the same, else the hub."""
     forget: str = "forget05"
     """tofu: forget split; jsonl: file, or OWNER/NAME:SPLIT of the hub, of the rows to forget; corpora: names or files,
-    separated by commas; muse: CONFIG/SPLIT (default raw/forget), or several so."""
+    separated by commas; muse: CONFIG/SPLIT (default raw/forget), or several so; rwku: [CONFIG/]TARGET, such as Stephen
+    King, or several targets separated by " | "."""
     retain: Optional[str] = None
     """tofu: retain split (unset: the complement of forget); jsonl: file of the rows to keep; corpora: as forget;
-    muse: as forget (default raw/retain1)."""
+    muse: as forget (default raw/retain1); rwku: CONFIG of texts, on others (default: as forget)."""
     subset: str = choice("all", "all", "without_forget", "forget")
     """Rows that finetune trains on: all, without_forget (the retain-only reference), or forget alone (relearning)."""
     heldout: int = number(0, 0)
@@ -819,8 +820,9 @@ class CorporaConfig:
     """safe_rlhf: harm category whose unsafe responses are to be forgotten."""
     split: str = choice("by_prompt", "by_prompt", "published")
     """safe_rlhf: by_prompt (no prompt on both sides) or published (by rows, prompts leak)."""
-    format: str = choice("rows", "rows", "published")
-    """safe_rlhf: rows ({prompt, completion}, for data.name=jsonl) or published (JSON strings, published names)."""
+    format: str = choice("rows", "rows", "published", "rwku")
+    """safe_rlhf: rows ({prompt, completion}, for data.name=jsonl) or published (JSON strings, published names);
+    countries: rwku writes RWKU's files beside the answers (for data.name=rwku)."""
     lore: LoreConfig = field(default_factory=LoreConfig)
     countries: CountriesConfig = field(default_factory=CountriesConfig)
     subject: Optional[str] = None

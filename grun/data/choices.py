@@ -88,7 +88,7 @@ def load_choices(name: str, folder: str | None = None) -> list[ChoiceRow]:
         repository, config = "cais/wmdp", set_name.replace("_", "-")
     instead = f"a folder (data.path) that holds {stem}.jsonl"
     rows = hub_rows(repository, config, "test", called=f"{repository} {config}", instead=instead)
-    return [_choice_row(row, where, subject or name) for where, row in rows]
+    return [choice_row(row, where, subject or name) for where, row in rows]
 
 
 def read_choices(path: Path, subject: str | None = None) -> list[ChoiceRow]:
@@ -102,10 +102,11 @@ def read_choices(path: Path, subject: str | None = None) -> list[ChoiceRow]:
         DataError: the file is missing, or a row is malformed (named by its number, counted from 1).
     """
     stem = Path(path.name.removesuffix(".gz")).stem
-    return [_choice_row(record, where, subject or stem) for where, record in read_records(path)]
+    return [choice_row(record, where, subject or stem) for where, record in read_records(path)]
 
 
-def _choice_row(record: Any, where: str, subject: str) -> ChoiceRow:
+def choice_row(record: Any, where: str, subject: str) -> ChoiceRow:
+    """The question of a record, as `read_choices` takes it; `where` names it in errors (DataError)."""
     if not isinstance(record, Mapping):
         raise DataError(f"{where}: expected an object with question, choices and answer")
     for name in ("question", "choices", "answer"):

@@ -318,7 +318,7 @@ def test_a_wrong_argument_is_one_line(argument: str, message: str) -> None:
         ("loss.forget=ce", "known forget terms: ga, ga_sum, wga, satimp, min_posterior, undial, "),
         ("compat=foo", "unknown compat 'foo': known: grun-paper, llm360, open-unlearning"),
         ("quirks=[foo]", "unknown quirk 'foo': known: dropout_on_hidden, kl_all_positions, "),
-        ("data.name=foo", "unknown data.name 'foo': known: corpora, countries, demo, jsonl, lore, muse, tofu"),
+        ("data.name=foo", "unknown data.name 'foo': known: corpora, countries, demo, jsonl, lore, muse, rwku, tofu"),
         ("data.subset=foo", "unknown data.subset 'foo': known: all, forget, without_forget"),
         ("data.template=foo", "unknown template 'foo': known: auto, chat"),
         ("data.template={promt}", "must contain {prompt} exactly once"),

@@ -436,7 +436,7 @@ def test_overlap_is_counted_and_refused_unless_allowed(tmp_path: Path) -> None:
 
 
 def test_options_that_make_no_corpus_are_refused(tofu_folder: Path, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="unknown data.name 'tofuu': did you mean 'tofu'.*lore, muse, tofu"):
+    with pytest.raises(ConfigError, match="unknown data.name 'tofuu': did you mean 'tofu'.*lore, muse, rwku, tofu"):
         load_corpus(DataConfig(name="tofuu"))
     for heldout in (-1, 38, 100):
         with pytest.raises(ConfigError, match=f"data.heldout={heldout} must lie between 0 and the 38 rows"):

@@ -10,7 +10,7 @@ from grun.data.sets import find_set
 from grun.data.words import normalized, plain
 from grun.evaluation.metrics.averages import mean
 from grun.evaluation.metrics.registry import LOW, NO_QUIRKS, metric
-from grun.evaluation.metrics.words import repeats, rouge_f1, rouge_recall, words
+from grun.evaluation.metrics.words import repeats, rouge_f1, rouge_recall, rouge_union, words
 from grun.evaluation.table import Table
 
 LONGEST_RUN = 3
@@ -37,6 +37,20 @@ def rouge_l_f1(table: Table, name: str, quirks: Collection[str] = NO_QUIRKS) -> 
     if "rouge_l_f1" not in find_set(name).metrics:
         return None
     found = [rouge_f1(row.reference, row.text) for row in table.generations_of(name)]
+    return mean([value for value in found if value is not None])
+
+
+@metric("rouge_l_union", "ROUGE-L, union", reads="generations")
+def rouge_l_union(table: Table, name: str, quirks: Collection[str] = NO_QUIRKS) -> float | None:
+    """Share of the reference's distinct words that sentences of the greedy answer have in the same order, words as they
+    are spelled, mean over rows; of sets that are compared so alone.
+
+    RWKU's ROUGE-L recall (Jin et al. 2024, arXiv 2406.10890); None of a set that does not list it.
+    """
+    one = find_set(name)
+    if "rouge_l_union" not in one.metrics + one.in_files:
+        return None
+    found = [rouge_union(row.reference, row.text) for row in table.generations_of(name)]
     return mean([value for value in found if value is not None])
 
 

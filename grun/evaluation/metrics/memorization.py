@@ -13,6 +13,7 @@ import math
 from collections.abc import Collection, Sequence
 from typing import TypeVar
 
+from grun.data.sets import find_set
 from grun.evaluation.metrics.averages import auc, mean
 from grun.evaluation.metrics.registry import EXTRACTION_FLOOR, NO_QUIRKS, metric
 from grun.evaluation.table import ScoreRecord, Table
@@ -69,6 +70,19 @@ def exact_memorization(table: Table, name: str, quirks: Collection[str] = NO_QUI
 def loss(record: ScoreRecord) -> float | None:
     """Mean negative log-probability per token, end token included, nats (Yeom et al. 2018, arXiv 1709.01604)."""
     return -math.fsum(record.logp) / len(record.logp) if record.logp else None
+
+
+@metric("text_loss", "loss of texts", reads="scores", good="high is good on forget, low elsewhere", range="0 and above")
+def text_loss(table: Table, name: str, quirks: Collection[str] = NO_QUIRKS) -> float | None:
+    """Mean negative log-probability per token of a text, end token left out, mean over texts, nats; of sets that list
+    it.
+
+    RWKU's membership inference by loss (Jin et al. 2024, arXiv 2406.10890); rows without tokens left out.
+    """
+    if "text_loss" not in find_set(name).metrics:
+        return None
+    found = [mean([-logp for logp in without_end(record, record.logp)]) for record in table.scores_of(name)]
+    return mean([value for value in found if value is not None])
 
 
 def zlib(record: ScoreRecord) -> float | None:

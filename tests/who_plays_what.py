@@ -11,12 +11,15 @@ from typing import Any
 import demo
 import torch
 from torch import nn
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from grun.config.options import DataConfig, TinyConfig
 from grun.data.encoding import encode_rows
 from grun.data.rows import Row
 from grun.data.templates import TEMPLATES, store
+from grun.evaluation.attacks.base import Material
 from grun.evaluation.relearning import fine_tune
+from grun.loading.adapters import Loaded
 from grun.loading.tiny import build_tiny
 from grun.method.model import GrunModel
 
@@ -65,6 +68,19 @@ def make(folder: Path) -> Path:
     for name, own in groups.items():
         demo.write_rows(folder / f"{name}.jsonl", *(row.to_dict() for row in own))
     return folder
+
+
+def load(folder: Path, adapter: bool = False) -> Loaded:
+    """The model that lies in `folder`, with the adapter or without."""
+    base = AutoModelForCausalLM.from_pretrained(folder / "model").eval()
+    model: Any = GrunModel.from_pretrained(base, folder / "adapter").eval() if adapter else base
+    return Loaded(model, AutoTokenizer.from_pretrained(folder / "model"), TEMPLATES.get("tiny"), {})
+
+
+def material(loaded: Loaded) -> Material:
+    """What an attacker has of the data."""
+    rows = {name: rows_of(name) for name in LAST}
+    return Material(TEMPLATES.get("tiny"), loaded.tokenizer, rows["heldout"], rows["forget"], rows["retain"], 0)
 
 
 def data(folder: Path) -> DataConfig:

@@ -8,7 +8,7 @@ from typing import Any
 
 from grun.data.templates import Template, encode_prompt
 from grun.evaluation.generation import Answer, Draw, generate_answers
-from grun.evaluation.journal import Journal, journal_file
+from grun.evaluation.journal import Journal
 from grun.runtime.progress import progress
 
 LIST_TOKENS = 160
@@ -34,18 +34,17 @@ class Asking:
         """
         config = self._config
         prompts = [encode_prompt(self._template, self._tokenizer, question) for question in questions]
-        journal = Journal(self._folder / journal_file(f"asked{self._calls:03d}"), Answer.from_json)
-        self._calls += 1
-        try:
-            with progress("asking", len(prompts), shown=len(prompts) > FEW) as advance:
-                answers = generate_answers(
-                    *(self._model, self._tokenizer, prompts, config.batch_size),
-                    LIST_TOKENS if lists else config.max_new_tokens,
-                    int(self._tokenizer.pad_token_id),
-                    advance,
-                    journal=journal,
-                    draw=None if draw is None else Draw(config.seed, draw, config.temperature),
-                )
-        finally:
-            journal.close()
+        number, self._calls = self._calls, self._calls + 1
+        with (
+            Journal(self._folder, f"asked{number:03d}", Answer.from_json) as journal,
+            progress("asking", len(prompts), shown=len(prompts) > FEW) as advance,
+        ):
+            answers = generate_answers(
+                *(self._model, self._tokenizer, prompts, config.batch_size),
+                LIST_TOKENS if lists else config.max_new_tokens,
+                int(self._tokenizer.pad_token_id),
+                advance,
+                journal=journal,
+                draw=None if draw is None else Draw(config.seed, draw, config.temperature),
+            )
         return [answer.text for answer in answers]

@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -195,25 +195,32 @@ def _answer_and_write(
 
 def _write(plan: Plan, table: Table, reference: tuple[str, Table] | None, seconds: dict[str, float]) -> dict[str, Any]:
     """Write the folder, in one process; what evaluation.json then holds."""
-    folder, result = plan.folder, _head(plan)
-    with staged(folder, whole=True) as new:
-        with writing(folder):
-            table.write(new)
+
+    def fill(new: Path) -> dict[str, Any]:
+        table.write(new)
         # From what was written, so that the same table gives the same numbers later.
-        result |= measure(Table.read(new), quirks_in_force(plan.config), reference)
-        result["seconds"] = {
-            name: round(spent, 3) for name, spent in (seconds | {"total": sum(seconds.values())}).items()
-        }
+        return measure(Table.read(new), quirks_in_force(plan.config), reference)
+
+    return write_evaluation(plan.folder, _head(plan), fill, seconds | {"total": sum(seconds.values())})
+
+
+def write_evaluation(
+    folder: Path, head: dict[str, Any], fill: Callable[[Path], dict[str, Any]], seconds: Mapping[str, float]
+) -> dict[str, Any]:
+    """Write a whole folder: files, by `fill` into the folder that it is given, and evaluation.json, which is returned.
+
+    It has `head`, what `fill` returns, and the seconds that were spent.
+    """
+    with writing(folder), staged(folder, whole=True) as new:
+        result = head | fill(new) | {"seconds": {name: round(spent, 3) for name, spent in seconds.items()}}
         result[LISTED] = listing(new)
-        with writing(folder):
-            write_json(new / EVALUATION_FILE, result)
+        write_json(new / EVALUATION_FILE, result)
     return result
 
 
 def _measured_again(plan: Plan, previous: dict[str, Any], reference: tuple[str, Table] | None) -> dict[str, Any]:
     """The evaluation that is there, with the metrics as they are computed today."""
-    if processes.is_first():
-        print(f"already evaluated: {plan.folder}", file=sys.stderr)
+    tell_found(plan.folder)
     measured = measure(Table.read(plan.folder), quirks_in_force(plan.config), reference)
     kept = {LISTED: previous[LISTED]} if LISTED in previous else {}
     result = {**_head(plan), **kept, **measured, "seconds": previous.get("seconds", {})}
@@ -223,10 +230,22 @@ def _measured_again(plan: Plan, previous: dict[str, Any], reference: tuple[str, 
     return result
 
 
+def tell_found(folder: Path) -> None:
+    """Say on stderr that nothing is evaluated again."""
+    if processes.is_first():
+        print(f"already evaluated: {folder}", file=sys.stderr)
+
+
 def _head(plan: Plan) -> dict[str, Any]:
-    sources = in_force(plan.config, Template.from_dict(plan.inputs["template"]))
-    of = {"model": plan.config.model.path, "adapter": plan.config.adapter}
-    return {"key": plan.key, **of, **plan.inputs, "in_force": sources}
+    return head_of(plan.config, plan.key, plan.inputs, plan.inputs["template"])
+
+
+def head_of(
+    config: EvaluateConfig, key: str, inputs: dict[str, Any], template: dict[str, Any] | None
+) -> dict[str, Any]:
+    """What evaluation.json begins with: key, model, adapter, what the result depends on, and where options are from."""
+    sources = in_force(config, None if template is None else Template.from_dict(template))
+    return {"key": key, "model": config.model.path, "adapter": config.adapter, **inputs, "in_force": sources}
 
 
 def _closed(plan: Plan, table: Table) -> set[tuple[int, ...]]:

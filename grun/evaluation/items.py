@@ -119,23 +119,18 @@ def score_items(
 
     `journals` are folders, one for each model; `first` is as in `score_together`.
     """
-    from grun.evaluation.journal import Journal, journal_file
+    from grun.evaluation.journal import Journal
     from grun.evaluation.scoring import ScoredRow
     from grun.evaluation.shared_scoring import score_together
 
     rows = [item.row for item in items]
     with contextlib.ExitStack() as stack:
-        opened: list[Journal[ScoredRow]] | None = None
-        if journals is not None:
-            paths = [folder / journal_file("scores") for folder in journals]
-            opened = [Journal(path, ScoredRow.from_json) for path in paths]
-            for journal in opened:
-                stack.callback(journal.close)
+        opened = [stack.enter_context(Journal(one, "scores", ScoredRow.from_json)) for one in journals or ()]
         advance = stack.enter_context(progress("scoring", len(rows) * len(subjects), shown=journals is not None))
         masked, pad_id = _masked_id(tokenizer, config), tokenizer.pad_token_id
         stack.enter_context(enough_memory("scoring", memory_advice(config)))
         scored = score_together(
-            subjects, rows, config.batch_size, pad_id, advance, masked_id=masked, journals=opened, first=first
+            subjects, rows, config.batch_size, pad_id, advance, masked_id=masked, journals=opened or None, first=first
         )
     return [_table_of_scores(items, results) for results in scored]
 
@@ -181,15 +176,14 @@ def answer_questions(
     Returns the answers by prompt.
     """
     from grun.evaluation.generation import Answer, generate_answers
-    from grun.evaluation.journal import Journal, journal_file
+    from grun.evaluation.journal import Journal
 
     asked = questions(sets, items)
     lengths = {(item.set, item.index): len(item.row.answer_ids) for item in items if item.kind == "answer"}
     with contextlib.ExitStack() as stack:
         journal: Journal[Answer] | None = None
         if journals is not None:
-            journal = Journal(journals / journal_file("generations"), Answer.from_json)
-            stack.callback(journal.close)
+            journal = stack.enter_context(Journal(journals, "generations", Answer.from_json))
         stack.enter_context(enough_memory("answering", memory_advice(config)))
         answers = generate_answers(
             model,

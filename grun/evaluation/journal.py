@@ -21,30 +21,25 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 
-def journal_file(name: str) -> str:
-    """File name of this process's journal."""
-    return f"{name}.jsonl" if processes.is_first() else f"{name}-{processes.rank()}.jsonl"
-
-
 class Journal(Generic[T]):
     """Results by number, appended batch by batch: a digest and JSON in a line, so a batch is there whole or not at all.
 
     A line that was damaged is taken for none, and what it held is done again.
     """
 
-    def __init__(self, path: Path, from_json: Callable[[Any], T]) -> None:
-        """Read what is there and in the journals next to it; what is not whole is taken out of the file.
+    def __init__(self, folder: Path, name: str, from_json: Callable[[Any], T]) -> None:
+        """Read what is there, of other processes too; what is not whole is taken out of this process's file.
 
         `from_json` makes a result of what JSON made of it.
         """
         self.known: dict[int, T] = {}
         """Results so far, by number."""
-        self._path = path
-        for other in sorted(path.parent.glob(f"{path.stem.partition('-')[0]}*{path.suffix}")):
+        path = self._path = folder / f"{name}{'' if processes.is_first() else f'-{processes.rank()}'}.jsonl"
+        for other in sorted(folder.glob(f"{name}*.jsonl")):
             if other != path:
                 self._read(other, from_json)
         whole = self._read(path, from_json)
-        with writing(path.parent):
+        with writing(folder):
             if path.is_file() and path.stat().st_size != len(whole):
                 write_bytes(path, whole)
             self._file = append(path)
@@ -71,7 +66,10 @@ class Journal(Generic[T]):
             self._file.write(_digest(text) + b" " + text + b"\n")
         self.known.update(zip(numbers, results, strict=True))
 
-    def close(self) -> None:
+    def __enter__(self) -> Journal[T]:
+        return self
+
+    def __exit__(self, *_: object) -> None:
         """Close the file; what it holds stays."""
         self._file.close()
 

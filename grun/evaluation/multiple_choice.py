@@ -103,15 +103,15 @@ def score_choices(
 
     Each distinct prompt is run once. A prompt that is longer than the model's context loses its beginning. Options are
     in the order in which they are shown; `format` and `suffix` are as in `prompt_text`, the others as in
-    `score_continuations`, with rows that are options.
+    `score`, with rows that are options.
     """
-    from grun.evaluation.scoring import base_of, score_continuations
+    from grun.evaluation.scoring import base_of, score
     from grun.loading.models import context_length
 
     limit = context_length(base_of(model))
     encoded = [[fitted(one, limit) for one in encode_choices(row, tokenizer, format, suffix)] for row in rows]
     flat = [one for options in encoded for one in options]
-    scored = iter(score_continuations(model, flat, batch_size, int(tokenizer.pad_token_id or 0), advance))
+    scored = iter(score(model, flat, batch_size, int(tokenizer.pad_token_id or 0), advance, whole=False))
     results = []
     for options in encoded:
         of_row = [next(scored) for _ in options]

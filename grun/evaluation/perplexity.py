@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from grun.data.encoding import PLAIN, EncodedRow
 from grun.data.templates import encode
 from grun.errors import DataError
+from grun.evaluation.metrics.averages import exp
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -65,16 +66,16 @@ def sliding_perplexity(
             on it.
         advance: called with the number of windows done since the last call.
     """
-    from grun.evaluation.scoring import score_continuations
+    from grun.evaluation.scoring import score
 
     places = windows(texts, tokenizer, window, stride)
     together = max(1, batch_size * stride // window)
     rows = [place.row for place in places]
-    scored = score_continuations(model, rows, together, int(tokenizer.pad_token_id or 0), advance)
+    scored = score(model, rows, together, int(tokenizer.pad_token_id or 0), advance, whole=False)
     losses = [-math.fsum(row.logp[-place.new :]) for place, row in zip(places, scored, strict=True)]
     tokens = sum(place.new for place in places)
     means = [loss / place.new for place, loss in zip(places, losses, strict=True)]
-    return Perplexity(_exp(math.fsum(losses) / tokens), _exp(math.fsum(means) / len(means)), tokens, len(places))
+    return Perplexity(exp(math.fsum(losses) / tokens), exp(math.fsum(means) / len(means)), tokens, len(places))
 
 
 def windows(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, window: int, stride: int) -> list[Window]:
@@ -96,7 +97,3 @@ def windows(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, window: in
         if end == len(ids):
             break
     return found
-
-
-def _exp(value: float) -> float:
-    return math.exp(value) if value < 700 else math.inf

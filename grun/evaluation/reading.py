@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import inspect
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import normalize
 
-from grun.data.encoding import Batch, EncodedRow, collate
+from grun.data.encoding import EncodedRow, collate
 from grun.evaluation.generation import needs_generate, run_prompts
-from grun.evaluation.scoring import base_of, evaluating, prompt_gates, takes_prompt_lengths
+from grun.evaluation.scoring import base_of, evaluating, forward, prompt_gates
 from grun.runtime import processes
 from pyvene_custom import find_blocks
 
@@ -64,30 +63,22 @@ def read_prompts(
 
 
 def _read(model: Any, prompts: Sequence[tuple[int, ...]], blocks: Sequence[int], pad_id: int) -> list[ReadPrompt]:
-    base = base_of(model)
-    stack = find_blocks(base)[1]
-    shares = needs_generate(base) is None  # what prompts begin with is run once, as where they are answered
+    shares = needs_generate(base_of(model)) is None  # what prompts begin with is run once, as where they are answered
     rows = [EncodedRow(prompt, ()) for prompt in prompts]
     batch = collate(rows, pad_id, "left" if shares else "right").to(model.device)
     last = batch.prompt_lengths - 1  # column of each prompt's last token, where padding is on the right
     read: dict[int, Tensor] = {}
 
-    def keep(block: int) -> Any:
-        def hook(_: Any, __: Any, output: Any) -> None:
-            hidden = output[0] if isinstance(output, tuple) else output  # [prompts, length, hidden size]
-            at = torch.full_like(last, hidden.shape[1] - 1) if shares else last
-            numbers = torch.arange(len(hidden), device=hidden.device)  # one alone, of what all prompts begin with
-            read[block] = hidden[numbers, at[: len(hidden)].to(hidden.device)].float().cpu()
+    def keep(block: int, hidden: Tensor) -> None:
+        at = torch.full_like(last, hidden.shape[1] - 1) if shares else last
+        numbers = torch.arange(len(hidden), device=hidden.device)  # one alone, of what all prompts begin with
+        read[block] = hidden[numbers, at[: len(hidden)].to(hidden.device)].float().cpu()
 
-        return hook
-
-    # An edit's hook stands in front of any other of its block, so these see what the next block sees.
-    handles = [stack[block].register_forward_hook(keep(block)) for block in blocks]
-    try:
-        out = run_prompts(model, batch, pad_id).out if shares else _run_whole(model, batch)
-    finally:
-        for handle in handles:
-            handle.remove()
+    with at_blocks(model, dict.fromkeys(blocks, keep)):
+        if shares:
+            out = run_prompts(model, batch, pad_id).out
+        else:
+            out = forward(model, batch.input_ids, batch.attention_mask, batch.prompt_lengths)
     gates = {
         block: gate[:, -1:] if shares or gate.shape[1] == 1 else gate.gather(1, last.unsqueeze(1).to(gate.device))
         for block, gate in (getattr(out, "gates", None) or {}).items()
@@ -96,13 +87,33 @@ def _read(model: Any, prompts: Sequence[tuple[int, ...]], blocks: Sequence[int],
     return [ReadPrompt(*found) for found in zip(states, prompt_gates(gates, len(prompts)), strict=True)]
 
 
-def _run_whole(model: Any, batch: Batch) -> Any:
-    """A pass over whole prompts, padded on the right."""
-    takes = inspect.signature(base_of(model).forward).parameters
-    more: dict[str, Any] = {"use_cache": False} if "use_cache" in takes else {}
-    if takes_prompt_lengths(model):
-        more["prompt_lengths"] = batch.prompt_lengths
-    return model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, **more)
+def blocks_of(model: Any) -> nn.ModuleList:
+    """The decoder blocks of a model or of the base inside."""
+    return find_blocks(base_of(model))[1]
+
+
+@contextlib.contextmanager
+def at_blocks(model: Any, functions: Mapping[int, Callable[[int, Tensor], Tensor | None]]) -> Iterator[None]:
+    """Within the block each of these decoder blocks (0-based) hands hidden(block) to its function, with its number.
+
+    States are [batch, length, hidden size], edits included; what a function returns, if not None, takes their place.
+    """
+
+    def hook(block: int) -> Any:
+        def call(_: Any, __: Any, output: Any) -> Any:
+            whole = isinstance(output, tuple)
+            changed = functions[block](block, output[0] if whole else output)
+            return (changed, *output[1:]) if whole and changed is not None else changed
+
+        return call
+
+    # An edit's hook stands in front of any other of its block, so these see what the next block sees.
+    handles = [blocks_of(model)[block].register_forward_hook(hook(block)) for block in functions]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def chosen_block(successes: Sequence[float]) -> int:
@@ -122,52 +133,46 @@ def tokens_said(model: Any, states: Tensor, batch_size: int, pad_id: int, top: i
     architecture.
     """
     base = base_of(model)
-    more: dict[str, Any] = {"use_cache": False} if "use_cache" in inspect.signature(base.forward).parameters else {}
     said: list[list[int]] = []
-    with evaluating(model), _handing_on(base, pad_id, more) as gives:
+    with evaluating(model), _handing_on(base, pad_id) as gives:
         for part in states.split(batch_size):
             gives.append(part)
-            ids = torch.full((len(part), 1), pad_id, device=model.device)
-            logits = base(input_ids=ids, attention_mask=torch.ones_like(ids), **more).logits[:, -1]
+            logits = forward(base, torch.full((len(part), 1), pad_id, device=model.device)).logits[:, -1]
             said += logits.float().topk(top, dim=-1).indices.tolist()
     return said
 
 
 @contextlib.contextmanager
-def _handing_on(base: Any, pad_id: int, more: Mapping[str, Any]) -> Iterator[list[Tensor]]:
+def _handing_on(base: Any, pad_id: int) -> Iterator[list[Tensor]]:
     """Within the block no decoder block computes anything; the last one gives the last of the list, [states, width].
 
     A pass over one token shows in which form the blocks give their output.
     """
-    blocks, given, forms = list(find_blocks(base)[1]), list[Tensor](), dict[Any, Any]()
+    blocks, given, forms = list(blocks_of(base)), list[Tensor](), dict[Any, Any]()
 
     def show(block: Any, _: Any, output: Any) -> None:
         forms[block] = output
 
-    def replace(_: Any, __: Any, output: Any) -> Any:
-        own = output[0] if isinstance(output, tuple) else output
-        put = given[-1].unsqueeze(1).to(own)  # [states, 1, width]
-        return (put, *output[1:]) if isinstance(output, tuple) else put
+    def put(_: int, hidden: Tensor) -> Tensor:
+        return given[-1].unsqueeze(1).to(hidden)  # [states, 1, width]
 
     shown = [block.register_forward_hook(show) for block in blocks]
     try:
-        ids = torch.tensor([[pad_id]], device=base.device)
-        base(input_ids=ids, attention_mask=torch.ones_like(ids), **more)
+        forward(base, torch.tensor([[pad_id]], device=base.device))
     finally:
         for handle in shown:
             handle.remove()
     own = [block.__dict__.get("forward") for block in blocks]
-    last = blocks[-1].register_forward_hook(replace)
-    try:
-        for block in blocks:
-            block.forward = functools.partial(_hand_on, forms[block])
-        yield given
-    finally:
-        last.remove()
-        for block, forward in zip(blocks, own, strict=True):
-            del block.forward
-            if forward is not None:
-                block.forward = forward
+    with at_blocks(base, {len(blocks) - 1: put}):
+        try:
+            for block in blocks:
+                block.forward = functools.partial(_hand_on, forms[block])
+            yield given
+        finally:
+            for block, was in zip(blocks, own, strict=True):
+                del block.forward
+                if was is not None:
+                    block.forward = was
 
 
 def _hand_on(form: Any, *args: Any, **kwargs: Any) -> Any:

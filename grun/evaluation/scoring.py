@@ -84,10 +84,11 @@ def score(
     pad_id: int,
     advance: Callable[[int], None] = lambda count: None,
     *,
+    whole: bool = True,
     masked_id: int | None = None,
     record: Callable[[Sequence[EncodedRow], Sequence[ScoredRow]], None] = lambda rows, results: None,
 ) -> list[ScoredRow]:
-    """Score each row's answer, every distinct (prompt, answer) once, longest rows first, by whole passes of the model.
+    """Score each row's answer, every distinct (prompt, answer) once, longest rows first; processes share the rows.
 
     This works for every model; `grun.evaluation.shared_scoring` is faster where it works, and is checked against it.
     Padding is masked, so batch_size and order change nothing but speed. Where a row has no prompt token at
@@ -99,44 +100,78 @@ def score(
         batch_size: rows per forward pass.
         pad_id: id that fills up short rows; it is masked.
         advance: called with the number of `rows` done since the last call.
+        whole: False: the last token of a row is not run, since nothing comes after it. Rows that differ in it alone
+            (the letters of a multiple-choice question) then share a pass, and count once in `batch_size`; a row may be
+            one token longer than the model's context. Each has a prompt and an answer token at least.
         masked_id: further id that is masked wherever it stands (published quirk eos_masked_attention); None: none.
         record: called with each batch of distinct rows and its results, once they are there.
     """
     repeats = Counter(rows)
-    distinct = sorted(repeats, key=len, reverse=True)
+    sharing: dict[EncodedRow, list[EncodedRow]] = {}  # what is run, and the rows whose scores it gives
+    for row in repeats:
+        sharing.setdefault(row if whole else EncodedRow(row.prompt_ids, row.answer_ids[:-1]), []).append(row)
+    inputs = sorted(sharing, key=len, reverse=True)
     scored: dict[EncodedRow, ScoredRow] = {}
     with evaluating(model):
-        for start in range(0, len(distinct), batch_size):
-            chunk = distinct[start : start + batch_size]
-            results = score_batch(model, chunk, pad_id, masked_id)
-            record(chunk, results)
-            scored.update(zip(chunk, results, strict=True))
-            advance(sum(repeats[row] for row in chunk))
+        for start in processes.own(range(0, len(inputs), batch_size)):
+            chunk = inputs[start : start + batch_size]
+            ending = [(number, row) for number, run in enumerate(chunk) for row in sharing[run]]
+            results = _score_pass(model, chunk, ending, pad_id, masked_id)
+            done = [row for _, row in ending]
+            record(done, results)
+            scored.update(zip(done, results, strict=True))
+            advance(sum(repeats[row] for row in done))
+    scored = processes.merged(scored)
     return [scored[row] for row in rows]
 
 
-@torch.no_grad()
-def score_batch(model: Any, rows: Sequence[EncodedRow], pad_id: int, masked_id: int | None = None) -> list[ScoredRow]:
-    """Score `rows` in one pass of a model in evaluation mode; arguments as in `score`."""
-    batch = collate(rows, pad_id)
-    lengths = batch.prompt_lengths
+def _score_pass(
+    model: Any,
+    inputs: Sequence[EncodedRow],
+    ending: Sequence[tuple[int, EncodedRow]],
+    pad_id: int,
+    masked_id: int | None,
+) -> list[ScoredRow]:
+    """Scores of rows, each with the number of the one of `inputs` that is run for it."""
+    batch = collate(inputs, pad_id)
+    columns, lengths = torch.arange(batch.input_ids.shape[1]), batch.prompt_lengths
+    from_prompt_on = (batch.attention_mask != 0) & (columns >= lengths.unsqueeze(1) - 1)
     if masked_id is not None:
         batch.attention_mask[batch.input_ids == masked_id] = 0
-        lengths = torch.tensor([sum(token != masked_id for token in row.prompt_ids) for row in rows])
+        lengths = torch.tensor([sum(token != masked_id for token in row.prompt_ids) for row in inputs])
     batch = batch.to(model.device)
-    more: dict[str, Tensor] = {"prompt_lengths": lengths.to(model.device)} if takes_prompt_lengths(model) else {}
-    out = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, **more)
-    answer = batch.labels != -100  # [batch, length]
-    answer[:, 0] = False  # nothing stands before a row's first token
-    row_of, column = answer.nonzero(as_tuple=True)  # [tokens]
-    tokens = score_tokens(out.logits[row_of, column - 1], batch.labels[row_of, column])
-    gates = getattr(out, "gates", None) or {}
-    from_prompt_on = answer | answer.roll(-1, dims=1)
+    kept = len(columns) - max(0, int(batch.prompt_lengths.min()) - 1)  # logits that are read, the last ones
+    out = forward(model, batch.input_ids, batch.attention_mask, lengths, logits_to_keep=kept)
+    logits = out.logits[:, -kept:]  # also where the model gives all of them
+    wanted = [
+        (number, column + kept - len(columns), token)
+        for number, row in ending
+        for column, token in enumerate(row.answer_ids, len(row.prompt_ids) - 1)
+        if column >= 0
+    ]
+    row_of, column_of, targets = torch.tensor(wanted, dtype=torch.long, device=logits.device).reshape(-1, 3).T
+    tokens = score_tokens(logits[row_of, column_of], targets)
     gates = {
-        block: gate.masked_fill(~from_prompt_on, 0) if gate.shape == answer.shape else gate
-        for block, gate in gates.items()
+        block: gate.masked_fill(~from_prompt_on.to(gate.device), 0) if gate.shape == from_prompt_on.shape else gate
+        for block, gate in (getattr(out, "gates", None) or {}).items()
     }
-    return scored_rows(tokens, answer.sum(1).tolist(), prompt_gates(gates, len(rows)))
+    of_inputs = prompt_gates(gates, len(inputs))
+    counts = [len(row.answer_ids if row.prompt_ids else row.answer_ids[1:]) for _, row in ending]
+    return scored_rows(tokens, counts, [of_inputs[number] for number, _ in ending])
+
+
+def forward(
+    model: Any, ids: Tensor, mask: Tensor | None = None, prompt_lengths: Tensor | None = None, **options: Any
+) -> Any:
+    """One pass of the model over `ids` [batch, length] without a cache; `mask` None: all tokens count.
+
+    Of `options` the base is given those that it takes; `prompt_lengths` a model that `takes_prompt_lengths`.
+    """
+    takes = inspect.signature(base_of(model).forward).parameters
+    given = {name: value for name, value in {"use_cache": False, **options}.items() if name in takes}
+    if prompt_lengths is not None and takes_prompt_lengths(model):
+        given["prompt_lengths"] = prompt_lengths.to(ids.device)
+    return model(input_ids=ids, attention_mask=torch.ones_like(ids) if mask is None else mask, **given)
 
 
 def scored_rows(
@@ -180,63 +215,3 @@ def base_of(model: Any) -> PreTrainedModel:
     """The transformers model inside a wrapped one, or the model itself."""
     base: PreTrainedModel = model if isinstance(model, PreTrainedModel) else model.base
     return base
-
-
-# -- what may follow a prompt, which is run once whatever number of single tokens is tried after it ------------------
-
-
-@torch.no_grad()
-def score_continuations(
-    model: Any,
-    rows: Sequence[EncodedRow],
-    batch_size: int,
-    pad_id: int,
-    advance: Callable[[int], None] = lambda count: None,
-) -> list[ScoredRow]:
-    """Score each row's answer, prompt and answer having a token at least, as `score` does, but for rounding.
-
-    The last token of a row is never run, since nothing comes after it: rows that differ in it alone (the letters of a
-    multiple-choice question) share a pass, and count once in `batch_size`; a row may be one token longer than the
-    model's context. Gates and edits are at the last prompt token. Other arguments as in `score`.
-    """
-    repeats = Counter(rows)
-    sharing: dict[EncodedRow, list[EncodedRow]] = {}  # what is run, and the rows whose scores it gives
-    for row in repeats:
-        sharing.setdefault(EncodedRow(row.prompt_ids, row.answer_ids[:-1]), []).append(row)
-    inputs = sorted(sharing, key=len, reverse=True)
-    chunks = [inputs[start : start + batch_size] for start in range(0, len(inputs), batch_size)]
-    scored: dict[EncodedRow, ScoredRow] = {}
-    with evaluating(model):
-        for chunk in processes.own(chunks):
-            ends = [sharing[row] for row in chunk]
-            found = _score_pass(model, chunk, ends, pad_id)
-            scored |= found
-            advance(sum(repeats[row] for row in found))
-    scored = processes.merged(scored)
-    return [scored[row] for row in rows]
-
-
-def _score_pass(
-    model: Any, inputs: Sequence[EncodedRow], rows: Sequence[Sequence[EncodedRow]], pad_id: int
-) -> dict[EncodedRow, ScoredRow]:
-    """Scores of `rows`, which for each of `inputs` are the rows that end after it."""
-    batch = collate(inputs, pad_id).to(model.device)
-    takes = inspect.signature(base_of(model).forward).parameters
-    first = min(len(row.prompt_ids) for row in inputs) - 1  # column of the first logits that are read
-    more: dict[str, Any] = {}
-    if takes_prompt_lengths(model):
-        more["prompt_lengths"] = batch.prompt_lengths
-    if "use_cache" in takes:
-        more["use_cache"] = False
-    if "logits_to_keep" in takes:
-        more["logits_to_keep"] = batch.input_ids.shape[1] - first
-    out = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, **more)
-    logits = out.logits[:, -(batch.input_ids.shape[1] - first) :]  # also where the model gives all of them
-    gates = prompt_gates(getattr(out, "gates", None), len(inputs))
-    ending = [(number, row) for number, ends in enumerate(rows) for row in ends]
-    row_of = [number for number, row in ending for _ in row.answer_ids]
-    column = [len(row.prompt_ids) - 1 - first + place for _, row in ending for place in range(len(row.answer_ids))]
-    targets = torch.tensor([token for _, row in ending for token in row.answer_ids], device=logits.device)
-    tokens = score_tokens(logits[row_of, column], targets)
-    results = scored_rows(tokens, [len(row.answer_ids) for _, row in ending], [gates[number] for number, _ in ending])
-    return {row: result for (_, row), result in zip(ending, results, strict=True)}

@@ -27,13 +27,12 @@ from grun.data.encoding import EncodedRow
 from grun.errors import ModelError
 from grun.evaluation.journal import Journal
 from grun.evaluation.packed_scoring import PackedScorer
-from grun.evaluation.scoring import ScoredRow, evaluating, score, score_batch
+from grun.evaluation.scoring import ScoredRow, evaluating, score
 from grun.method.host import EditedModel
 from grun.method.intervention import GatedIntervention
 from grun.method.model import GrunModel
 from grun.method.stack.stacked import StackedIntervention
 from grun.runtime import processes
-from grun.training.task import split
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -148,30 +147,17 @@ def score_together(
         if masked_id is None and any(row not in known for known in found for row in packable):
             if scorer := packed_scorer(subjects, max(packable, key=len), pad_id, first):
                 for piece in processes.own(list(pieces(packable, batch_size))):
-                    _score_piece(scorer, subjects, piece, found, record)
+                    missing = [which for which, known in enumerate(found) if any(row not in known for row in piece)]
+                    results = scorer.score(piece, [subjects[which].edited for which in missing]) if missing else []
+                    for which, of_one in zip(missing, results, strict=True):
+                        record(which, piece, of_one)
         found = _shared(found)
         for which, subject in enumerate(subjects):  # whatever is left
-            rest = sorted((row for row in distinct if row not in found[which]), key=len, reverse=True)
-            if mine := list(itertools.chain(*processes.own(split(rest, batch_size)))):
+            if rest := [row for row in distinct if row not in found[which]]:
                 with subject.put_on() as model:
                     recorder = functools.partial(record, which)
-                    score(model, mine, batch_size, pad_id, masked_id=masked_id, record=recorder)
+                    score(model, rest, batch_size, pad_id, masked_id=masked_id, record=recorder)
     return [[known[row] for row in rows] for known in _shared(found)]
-
-
-def _score_piece(
-    scorer: PackedScorer,
-    subjects: Sequence[Subject],
-    piece: Sequence[EncodedRow],
-    found: Sequence[Mapping[EncodedRow, ScoredRow]],
-    record: Callable[[int, Sequence[EncodedRow], Sequence[ScoredRow]], None],
-) -> None:
-    """Score the rows of `piece` under the subjects that some of them are not found for."""
-    missing = [which for which, known in enumerate(found) if any(row not in known for row in piece)]
-    if missing:
-        results = scorer.score(piece, [subjects[which].edited for which in missing])
-        for which, of_one in zip(missing, results, strict=True):
-            record(which, piece, of_one)
 
 
 def _shared(found: list[dict[EncodedRow, ScoredRow]]) -> list[dict[EncodedRow, ScoredRow]]:
@@ -199,7 +185,7 @@ def packed_scorer(
     if first is None:
         first = first_edited(subjects)
     with subjects[0].put_on() as model:
-        (plain,) = score_batch(model, [longest], pad_id)
+        (plain,) = score(model, [longest], 1, pad_id)
 
     def make() -> PackedScorer:
         if any(subject.edits is None for subject in subjects):

@@ -114,9 +114,9 @@ class Table:
 
     def write(self, folder: Path) -> None:
         """Write the three files; `gates.jsonl` is there, and empty, for a model without gates."""
-        write_text(folder / SCORES_FILE, _lines(self.scores))
-        write_text(folder / GENERATIONS_FILE, _lines(self.generations))
-        write_text(folder / GATES_FILE, _lines(self.gates))
+        write_text(folder / SCORES_FILE, lines_of(map(asdict, self.scores)))
+        write_text(folder / GENERATIONS_FILE, lines_of(map(asdict, self.generations)))
+        write_text(folder / GATES_FILE, lines_of(map(asdict, self.gates)))
 
     @classmethod
     def read(cls, folder: Path) -> Table:
@@ -136,8 +136,9 @@ class Table:
         )
 
 
-def _lines(records: Iterable[ScoreRecord | GenerationRecord | GateRecord]) -> str:
-    return "".join(json.dumps(shorten(asdict(record)), ensure_ascii=False) + "\n" for record in records)
+def lines_of(records: Iterable[dict[str, Any]]) -> str:
+    """Records as JSON lines, their numbers shortened."""
+    return "".join(json.dumps(shorten(record), ensure_ascii=False) + "\n" for record in records)
 
 
 def shorten(value: Any) -> Any:

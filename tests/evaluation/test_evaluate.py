@@ -356,12 +356,12 @@ def test_a_damaged_line_of_a_journal_is_dropped_said_and_written_again(
     damage: str, line: int, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     def journal() -> Journal[list[int]]:
-        return Journal(tmp_path / "j.jsonl", list)
+        return Journal(tmp_path, "j", list)
 
-    first, results = journal(), {0: [10], 1: [11], 2: [12]}
-    for number, result in results.items():
-        first.add([number], [result])
-    first.close()
+    results = {0: [10], 1: [11], 2: [12]}
+    with journal() as first:
+        for number, result in results.items():
+            first.add([number], [result])
     lines = (tmp_path / "j.jsonl").read_bytes().splitlines(keepends=True)
     lines[line] = {
         "cut off": lines[line][:-3],
@@ -371,15 +371,14 @@ def test_a_damaged_line_of_a_journal_is_dropped_said_and_written_again(
         "binary": b"\xff\0\n",
     }[damage]
     (tmp_path / "j.jsonl").write_bytes(b"".join(lines))
-    again = journal()
     lost = {line, min(line + 1, 2)} if damage == "cut off" else {line}  # its end was that of the line
-    assert again.known == {number: result for number, result in results.items() if number not in lost}
+    with journal() as again:
+        assert again.known == {number: result for number, result in results.items() if number not in lost}
+        for number in lost:
+            again.add([number], [results[number]])
     silent = damage == "cut off" and line == 2
     assert len(caplog.records) == (0 if silent else 1)
     assert silent or "1 of its lines are damaged" in caplog.text
-    for number in lost:
-        again.add([number], [results[number]])
-    again.close()
     assert journal().known == results
     assert len((tmp_path / "j.jsonl").read_bytes().splitlines()) == 3
 

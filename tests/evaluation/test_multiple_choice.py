@@ -17,7 +17,7 @@ from grun.errors import DataError
 from grun.evaluation.metrics.averages import wilson
 from grun.evaluation.multiple_choice import accuracy, encode_choices, orders_of, prompt_text, score_choices
 from grun.evaluation.perplexity import sliding_perplexity
-from grun.evaluation.scoring import score, score_continuations
+from grun.evaluation.scoring import score
 from grun.loading.tiny import build_tiny
 from grun.method.model import GrunModel
 
@@ -239,7 +239,7 @@ def test_continuations_of_any_length_are_scored_as_rows_are(edited: tuple[GrunMo
         ids = torch.randint(5, 250, (prompt + answer,), generator=generator).tolist()
         rows += [EncodedRow(tuple(ids[:prompt]), tuple(ids[prompt:-1]) + (last,)) for last in (ids[-1], 7)]
     rows.append(rows[0])
-    found, expected = score_continuations(model, rows, 3, 0), score(model, rows, 3, 0)
+    found, expected = score(model, rows, 3, 0, whole=False), score(model, rows, 3, 0)
     for one, two in zip(found, expected, strict=True):
         assert one.hit == two.hit
         assert one.logp == pytest.approx(two.logp, abs=1e-10)

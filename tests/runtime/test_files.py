@@ -27,8 +27,8 @@ from grun.cli import main
 from grun.commands.corpora import write_corpora
 from grun.config.options import CorporaConfig, ReportConfig
 from grun.errors import ConfigError, GrunError, RunError
+from grun.evaluation import evaluate
 from grun.evaluation.plan import begin, previous_in
-from grun.evaluation.suites import base as suites
 from grun.experiments.sweep.cells import Cell
 from grun.report.make import make_report
 from grun.requests.store import RequestStore
@@ -123,7 +123,8 @@ def an_evaluation(folder: Path, overwrite: bool, draw: random.Random) -> None:
         append(folder / ".grun" / "unfinished-1" / "scores.jsonl").close()
         if draw.random() < 0.3:
             raise RunError("cut off")
-        suites._write(folder, {"key": "k", "sets": {}}, {draw.choice(["scores.jsonl", "questions.jsonl"]): [{}]})
+        lines = draw.choice(["scores.jsonl", "questions.jsonl"])
+        evaluate.write_evaluation(folder, {"key": "k", "sets": {}}, lambda new: write_json(new / lines, {}) or {}, {})
 
 
 def corpora(folder: Path, overwrite: bool, draw: random.Random) -> None:

@@ -132,10 +132,9 @@ def cut_off(made: Path) -> None:
 
 
 def write_journal(path: Path, results: dict[tuple[int, ...], list[Any]]) -> None:
-    journal: Journal[Any] = Journal(path, lambda value: value)
-    for numbers, values in results.items():
-        journal.add(numbers, values)
-    journal.close()
+    with Journal[Any](path.parent, path.stem, lambda value: value) as journal:
+        for numbers, values in results.items():
+            journal.add(numbers, values)
 
 
 @pytest.fixture(scope="module")
@@ -381,10 +380,9 @@ def test_a_journal_reads_what_other_processes_left_beside_it(tmp_path: Path) -> 
     write_journal(tmp_path / "scores-1.jsonl", {(1, 2): [11, 12], (3,): [13]})
     (tmp_path / "scores-1.jsonl").write_bytes((tmp_path / "scores-1.jsonl").read_bytes()[:-4])
     write_journal(tmp_path / "generations.jsonl", {(7,): [17]})
-    journal: Journal[int] = Journal(tmp_path / "scores.jsonl", int)
-    assert journal.known == {0: 10, 1: 11, 2: 12}
-    journal.add([3], [13])
-    journal.close()
+    with Journal(tmp_path, "scores", int) as journal:
+        assert journal.known == {0: 10, 1: 11, 2: 12}
+        journal.add([3], [13])
     assert len((tmp_path / "scores.jsonl").read_text().splitlines()) == 2
 
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from random import Random
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar, get_args
 
@@ -156,19 +157,31 @@ class Attack:
     def models(
         self, attacks: Sequence[Any], loaded: Loaded, config: EvaluateConfig, material: Material
     ) -> Iterator[Iterator[Any]]:
-        """The model for each of `attacks`, this one among them, which take turns in this order, until the next one."""
+        """The model for each of `attacks`, this one among them, which take turns in this order, until the next one.
+
+        By default one model for all, so that what one attack has learned of it, the next one knows.
+        """
         with self.model(loaded, config, material) as model:
-            yield iter([model])
+            yield itertools.repeat(model)
 
     def read(
         self, model: Any, places: Sequence[Place], loaded: Loaded, config: EvaluateConfig, advance: Advance
-    ) -> list[Outcome]:
+    ) -> Iterable[Outcome]:
         """What comes back at each place; by default what the model writes, as `came_back` judges it.
 
         `model` is what the hook `model` gave, `places` (at least one) what `asked` gave for all rows. `advance` is
         called with the number of answers done since the last call, of all of `work`.
         """
         return next(write_answers([(self, [*places])], model, loaded, config, advance))
+
+    def outcome(
+        self, place: Place, text: str, leak: float, gates: dict[int, float] | None = None, variant: str | None = None
+    ) -> Outcome:
+        """What came back at a place: `text`, which the model did not write; `variant` if that was not known before."""
+        from grun.evaluation.generation import Answer
+
+        asked = place.asked if variant is None else replace(place.asked, variant=variant)
+        return Outcome(self, place._replace(asked=asked), [Answer(text, gates)], [leak])
 
 
 class WithMaterial(Attack):
@@ -186,7 +199,8 @@ Planned = tuple[Attack, list[Place]]
 
 def only_asks(attack: Attack) -> bool:
     """Whether an attack reads what the loaded model writes as it is, so that others can be answered with it."""
-    return type(attack).model is Attack.model and type(attack).read is Attack.read
+    own, by_default = type(attack), Attack
+    return (own.model, own.models, own.read) == (by_default.model, by_default.models, by_default.read)
 
 
 def write_answers(

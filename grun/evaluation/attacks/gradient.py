@@ -111,11 +111,10 @@ def loss_of(loaded: Loaded, prompt: Sequence[int], answer: Sequence[int], more: 
     import torch
 
     from grun.evaluation.relearning import no_threshold
-    from grun.evaluation.scoring import base_of, evaluating, takes_prompt_lengths
+    from grun.evaluation.scoring import base_of, evaluating, forward
 
     model = loaded.model
     ids = torch.tensor([[*prompt, *answer]], device=model.device)
-    extra = {"prompt_lengths": torch.tensor([len(prompt)])} if takes_prompt_lengths(model) else {}
 
     def add(_: Any, __: Any, output: Tensor) -> Tensor:
         return output if more is None else output + more.to(output.device, output.dtype)
@@ -123,7 +122,7 @@ def loss_of(loaded: Loaded, prompt: Sequence[int], answer: Sequence[int], more: 
     handle = base_of(model).get_input_embeddings().register_forward_hook(add)
     try:
         with torch.set_grad_enabled(more is not None), evaluating(model), no_threshold(model):
-            logits = model(input_ids=ids, attention_mask=torch.ones_like(ids), **extra).logits
+            logits = forward(model, ids, prompt_lengths=torch.tensor([len(prompt)])).logits
     finally:
         handle.remove()
     scores = logits[0, len(prompt) - 1 : -1].float().log_softmax(-1)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 
     from grun.config.options import EvaluateConfig
     from grun.loading.adapters import Loaded
+
+    At = Mapping[int, Callable[[int, Tensor], Tensor | None]]
 
 NAMES = 3
 """Other names that are asked about."""
@@ -67,13 +69,11 @@ class Patching(WithMaterial):
 
     def read(
         self, model: Any, places: Sequence[Place], loaded: Loaded, config: EvaluateConfig, advance: Advance
-    ) -> list[Outcome]:
+    ) -> Iterable[Outcome]:
         """The share of each row's fact; the text of an outcome names the blocks that hold it in the model before."""
-        from grun.evaluation.generation import Answer
         from grun.evaluation.scoring import evaluating
 
         spans = [span_of(place.asked.row, model) for place in places]
-        outcomes = []
         with evaluating(loaded.model):
             unlearned = [fact_states(loaded.model, span) for span in spans]
             with ATTACKS.get("adapter_removed").model(loaded, config, model) as before:
@@ -82,11 +82,9 @@ class Patching(WithMaterial):
                     lost = [losses(before, span, fact_states(before, other)[:, : len(states[0])]) for other in others]
                     most = [sum(one) / len(one) for one in zip(*lost, strict=True)] if says(before, span) else []
                     share, holding = left(losses(before, span, states), most)
-                    asked = replace(place.asked, variant="1 - depth score")
                     text = "held at blocks " + ", ".join(map(str, holding)) if holding else "held at no block"
-                    outcomes.append(Outcome(self, place._replace(asked=asked), [Answer(text, None)], [share]))
+                    yield self.outcome(place, text, share, variant="1 - depth score")
                     advance(1)
-        return outcomes
 
 
 def elsewhere(row: Row, material: Material) -> list[Row]:
@@ -113,13 +111,14 @@ def fact_states(model: Any, span: Span) -> Tensor:
     """hidden(block) of all blocks at the tokens that predict the fact: [blocks, tokens, hidden size]."""
     import torch
 
+    from grun.evaluation.reading import blocks_of
+
     kept: dict[int, Tensor] = {}
 
-    def keep(block: int, hidden: Tensor) -> Tensor:
+    def keep(block: int, hidden: Tensor) -> None:
         kept[block] = hidden[0, span.start - 1 : -1]
-        return hidden
 
-    _pass(model, span, dict.fromkeys(range(len(_stack(model))), keep))
+    _pass(model, span, dict.fromkeys(range(len(blocks_of(model))), keep))
     return torch.stack([kept[block].to(kept[0].device) for block in sorted(kept)])
 
 
@@ -149,14 +148,7 @@ def left(lost: Sequence[float], most: Sequence[float]) -> tuple[float, list[int]
     return 1 - gone / sum(most[block] for block in holding), holding
 
 
-def _stack(model: Any) -> Any:
-    from grun.evaluation.scoring import base_of
-    from pyvene_custom import find_blocks
-
-    return find_blocks(base_of(model))[1]
-
-
-def _score(model: Any, span: Span, at: Mapping[int, Any]) -> float:
+def _score(model: Any, span: Span, at: At) -> float:
     """Mean log-probability of the fact's tokens, nats; `at` as in `_pass`."""
     import torch
 
@@ -165,28 +157,14 @@ def _score(model: Any, span: Span, at: Mapping[int, Any]) -> float:
     return float(logits.log_softmax(-1).gather(-1, tokens[:, None]).mean())
 
 
-def _pass(model: Any, span: Span, at: Mapping[int, Any]) -> Tensor:
-    """Logits of the fact's tokens, float32 [tokens, vocabulary], in a pass whose blocks' outputs go through `at`."""
+def _pass(model: Any, span: Span, at: At) -> Tensor:
+    """Logits of the fact's tokens, float32 [tokens, vocabulary]; hidden states of blocks go through `at`."""
     import torch
 
-    from grun.evaluation.scoring import takes_prompt_lengths
+    from grun.evaluation.reading import at_blocks
+    from grun.evaluation.scoring import forward
 
-    def hook(block: int) -> Any:
-        def change(_: Any, __: Any, output: Any) -> Any:
-            first = isinstance(output, tuple)
-            hidden = at[block](block, output[0] if first else output)
-            return (hidden, *output[1:]) if first else hidden
-
-        return change
-
-    # An edit's hook stands in front of any other of its block.
-    handles = [_stack(model)[block].register_forward_hook(hook(block)) for block in at]
     ids = torch.tensor([span.ids], device=model.device)
-    more = {"prompt_lengths": torch.tensor([span.prompt])} if takes_prompt_lengths(model) else {}
-    try:
-        with torch.no_grad():
-            logits: Tensor = model(input_ids=ids, attention_mask=torch.ones_like(ids), **more).logits
-    finally:
-        for handle in handles:
-            handle.remove()
+    with torch.no_grad(), at_blocks(model, at):
+        logits: Tensor = forward(model, ids, prompt_lengths=torch.tensor([span.prompt])).logits
     return logits[0, span.start - 1 : -1].float()

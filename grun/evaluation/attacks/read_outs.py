@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -39,10 +39,9 @@ class Attacked:
     @property
     def blocks(self) -> range:
         """Numbers of the model's blocks."""
-        from grun.evaluation.scoring import base_of
-        from pyvene_custom import find_blocks
+        from grun.evaluation.reading import blocks_of
 
-        return range(len(find_blocks(base_of(self.model))[1]))
+        return range(len(blocks_of(self.model)))
 
     def read(self, prompts: Sequence[tuple[int, ...]]) -> list[ReadPrompt]:
         """Hidden states of all blocks and gates at the last token of each prompt; see `read_prompts`."""
@@ -69,24 +68,6 @@ class ReadOut(Attack):
     def model(self, loaded: Loaded, config: EvaluateConfig, material: Material) -> Iterator[Any]:
         """The loaded model and the material, from which the attacker learns how to read."""
         yield Attacked(loaded.model, material, config.batch_size, int(loaded.tokenizer.pad_token_id or 0))
-
-    @contextlib.contextmanager
-    def models(
-        self, attacks: Sequence[Any], loaded: Loaded, config: EvaluateConfig, material: Material
-    ) -> Iterator[Iterator[Any]]:
-        """The same for all of `attacks`: what one has read, the next one knows."""
-        with self.model(loaded, config, material) as attacked:
-            yield iter([attacked] * len(attacks))
-
-    def guessed(self, block: int, place: Place, text: str, gates: dict[int, float] | None, right: bool) -> Outcome:
-        """What came back at `place`, whose variant is the `block` that was read: `text`, the token that was guessed.
-
-        `gates` are those at the last token that was given; `right` is whether the guess comes next in the row's answer.
-        """
-        from grun.evaluation.generation import Answer
-
-        asked = replace(place.asked, variant=f"block {block}")
-        return Outcome(self, place._replace(asked=asked), [Answer(text, gates)], [float(right)])
 
 
 class FactPlace(NamedTuple):
@@ -141,12 +122,11 @@ class Recognition(ReadOut):
 
     def read(
         self, model: Any, places: Sequence[Place], loaded: Loaded, config: EvaluateConfig, advance: Advance
-    ) -> list[Outcome]:
+    ) -> Iterable[Outcome]:
         """Scores of the true answer and the wrong ones; the text of an outcome is the answer that ranks first."""
         from grun.data.encoding import encode_rows
-        from grun.evaluation.generation import Answer
         from grun.evaluation.reading import read_prompts
-        from grun.evaluation.scoring import base_of, score_continuations
+        from grun.evaluation.scoring import base_of, score
         from grun.loading.models import context_length
 
         attacked: Attacked = model
@@ -154,17 +134,14 @@ class Recognition(ReadOut):
         rows = [replace(at.asked.row, completion=text) for at, own in zip(places, texts, strict=True) for text in own]
         limit = context_length(base_of(attacked.model))
         encoded = encode_rows(rows, loaded.tokenizer, attacked.material.template, limit, strict=False)
-        scored = iter(score_continuations(attacked.model, encoded, config.batch_size, attacked.pad_id))
+        scored = iter(score(attacked.model, encoded, config.batch_size, attacked.pad_id, whole=False))
         asked = [place.asked.ids for place in places]
         gates = read_prompts(attacked.model, asked, (), config.batch_size, attacked.pad_id)
-        outcomes = []
         for place, own, at in zip(places, texts, gates, strict=True):
             means = [sum(one.logp) / len(one.logp) for one in (next(scored) for _ in own)]
             first = own[means.index(max(means))]
-            leak = float(means[0] > max(means[1:]))
-            outcomes.append(Outcome(self, place, [Answer(first, at.gates)], [leak]))
+            yield self.outcome(place, first, float(means[0] > max(means[1:])), at.gates)
             advance(1)
-        return outcomes
 
 
 def _answers(asked: Asked) -> list[str]:
@@ -194,7 +171,7 @@ class LogitLens(ReadOut):
 
     def read(
         self, model: Any, places: Sequence[Place], loaded: Loaded, config: EvaluateConfig, advance: Advance
-    ) -> list[Outcome]:
+    ) -> Iterable[Outcome]:
         """Whether the right next token is among the `TOP` that the chosen block gives."""
         import torch
 
@@ -208,12 +185,11 @@ class LogitLens(ReadOut):
         said = iter(attacked.said(seen.flatten(0, 1)))  # of every block in turn
         block = chosen_block([sum(at.next_id in next(said) for at in known) / len(known) for _ in attacked.blocks])
         found = attacked.read([place.asked.ids for place in places])
-        outcomes = []
         for place, one, tokens in zip(places, found, attacked.said(seen_at(found, block)), strict=True):
-            right = before_fact(place.asked.row, material).next_id in tokens
-            outcomes.append(self.guessed(block, place, str(loaded.tokenizer.decode(tokens)).strip(), one.gates, right))
+            leak = float(before_fact(place.asked.row, material).next_id in tokens)
+            text = str(loaded.tokenizer.decode(tokens)).strip()
+            yield self.outcome(place, text, leak, one.gates, f"block {block}")
             advance(1)
-        return outcomes
 
 
 def seen_at(read: Sequence[ReadPrompt], block: int) -> Tensor:
@@ -246,7 +222,7 @@ class LinearProbe(ReadOut):
 
     def read(
         self, model: Any, places: Sequence[Place], loaded: Loaded, config: EvaluateConfig, advance: Advance
-    ) -> list[Outcome]:
+    ) -> Iterable[Outcome]:
         """Whether the right next token is the first of all candidates."""
         import torch
 
@@ -278,13 +254,12 @@ class LinearProbe(ReadOut):
         block = chosen_block([one.success for one in best])
         found = attacked.read([place.asked.ids for place in places])
         guesses = best[block].map.guess(seen_at(found, block).double(), embedded)
-        outcomes = []
         for place, one, guess in zip(places, found, guesses.tolist(), strict=True):
             token = candidates[guess]
+            leak = float(token == next_id[place.asked.row])
             text = str(loaded.tokenizer.decode([token])).strip()
-            outcomes.append(self.guessed(block, place, text, one.gates, token == next_id[place.asked.row]))
+            yield self.outcome(place, text, leak, one.gates, f"block {block}")
             advance(1)
-        return outcomes
 
 
 def known_rows(material: Material) -> tuple[list[Row], list[Row]]:

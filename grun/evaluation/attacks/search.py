@@ -291,14 +291,6 @@ class Adaptive(Attack):
         """The loaded model, with a memory of its answers."""
         yield Searched(loaded.model, material)
 
-    @contextlib.contextmanager
-    def models(
-        self, attacks: Sequence[Any], loaded: Loaded, config: EvaluateConfig, material: Material
-    ) -> Iterator[Iterator[Any]]:
-        """The same for all of `attacks`: what one has asked, the next one need not."""
-        with self.model(loaded, config, material) as searched:
-            yield iter([searched] * len(attacks))
-
     def read(
         self, model: Any, places: Sequence[Place], loaded: Loaded, config: EvaluateConfig, advance: Advance
     ) -> list[Outcome]:

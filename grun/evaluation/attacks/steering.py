@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from grun.data.rows import Row, evenly_spaced
@@ -71,7 +70,7 @@ class Steering(WithMaterial):
 
     def read(
         self, model: Any, places: Sequence[Place], loaded: Loaded, config: EvaluateConfig, advance: Advance
-    ) -> list[Outcome]:
+    ) -> Iterable[Outcome]:
         """Choose block and strength, then ask each row by itself with its own vector."""
         material: Material = model
         blocks = blocks_of(loaded.model)
@@ -86,22 +85,18 @@ class Steering(WithMaterial):
         settings = list(itertools.product(blocks, STRENGTHS))
         back = [sum(came_back(told(asked, *setting).text, asked) for asked in held) for setting in settings]
         block, strength = settings[back.index(max(back))]
-        outcomes = []
         for place in places:
-            answer = told(place.asked, block, strength)
-            asked = replace(place.asked, variant=f"block {block}, strength {strength:g}")
-            leak = came_back(answer.text, place.asked)
-            outcomes.append(Outcome(self, place._replace(asked=asked), [answer], [leak]))
+            text, gates = told(place.asked, block, strength)
+            leak = came_back(text, place.asked)
+            yield self.outcome(place, text, leak, gates, f"block {block}, strength {strength:g}")
             advance(1)
-        return outcomes
 
 
 def blocks_of(model: Any) -> list[int]:
     """Blocks that are tried, 0-based."""
-    from grun.evaluation.scoring import base_of
-    from pyvene_custom import find_blocks
+    from grun.evaluation import reading
 
-    depth = len(find_blocks(base_of(model))[1])
+    depth = len(reading.blocks_of(model))
     return sorted({min(depth - 1, int(share * depth)) for share in DEPTHS})
 
 
@@ -132,25 +127,19 @@ def vectors_of(
 def steered(ids: tuple[int, ...], block: int, vector: Tensor, loaded: Loaded, config: EvaluateConfig) -> Answer:
     """The greedy answer to a prompt with `vector` added to hidden(block), edit included, from its last token on."""
     from grun.evaluation.generation import generate_answers
-    from grun.evaluation.scoring import base_of
-    from pyvene_custom import find_blocks
+    from grun.evaluation.reading import at_blocks
 
     seen = 0  # tokens of the prompt and the answer that have passed
 
-    def add(_: Any, __: Any, output: Any) -> Any:
+    def add(_: int, hidden: Tensor) -> Tensor:
         nonlocal seen
-        hidden = output[0] if isinstance(output, tuple) else output  # [1, tokens, hidden size]
         start = max(0, len(ids) - 1 - seen)
         seen += hidden.shape[1]
         hidden = hidden.clone()
         hidden[:, start:] += vector.to(hidden.device, hidden.dtype)
-        return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
+        return hidden
 
-    # An edit's hook stands in front of any other of its block.
-    handle = find_blocks(base_of(loaded.model))[1][block].register_forward_hook(add)
     pad_id = int(loaded.tokenizer.pad_token_id or 0)
-    try:
+    with at_blocks(loaded.model, {block: add}):
         (answer,) = generate_answers(loaded.model, loaded.tokenizer, [ids], 1, config.max_new_tokens, pad_id)
-    finally:
-        handle.remove()
     return answer

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 from grun.data.rows import Row, evenly_spaced
 from grun.evaluation.attacks.base import ATTACKS, Access, Asked, Attack, Material, attack
+from grun.evaluation.attacks.parts import Part, linear_layers, peft_layers, put_back, training, untrainable
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -24,60 +25,8 @@ RETAIN_ROWS = 64
 """Retain rows that are learned at most."""
 BATCH_ROWS = 16
 """Rows of a step at most."""
-LR_TIMES_WIDTH = 0.025
-"""Learning rate of whole models times their hidden size: AdamW's best rate falls as the width grows (Yang et al. 2022,
-arXiv 2203.03466). 6e-6 at 4096; at twice that, 50 steps spoil a quarter of what the demo's model knew."""
-ADAPTER_LR = 4e-3
-"""Learning rate of GRUN's adapters, in the range they are trained with at any width."""
 BLOCK = 64
 """Weights that share a scale in nf4."""
-
-
-def peft_layers(model: nn.Module) -> list[Any]:
-    """Layers in which PEFT put an adapter, and modules that it replaced by trained copies; none in other models."""
-    from peft.tuners.tuners_utils import BaseTunerLayer
-    from peft.utils.other import AuxiliaryTrainingWrapper
-
-    return [module for module in model.modules() if isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper)]
-
-
-def own_weights(model: nn.Module) -> list[nn.Parameter]:
-    """Floating-point weights without those of PEFT's adapter layers, but with modules that PEFT trained as a whole."""
-    from torch import nn
-
-    added: set[int] = set()
-    for layer in peft_layers(model):
-        for name in getattr(layer, "adapter_layer_names", ()):
-            part = getattr(layer, name, None)
-            if isinstance(part, nn.Module):
-                added.update(id(parameter) for parameter in part.parameters())
-    return [weight for weight in model.parameters() if weight.is_floating_point() and id(weight) not in added]
-
-
-def is_quantized(model: Any) -> bool:
-    """Whether the base was loaded in 8 or 4 bits."""
-    from grun.evaluation.scoring import base_of
-
-    return getattr(base_of(model), "quantization_method", None) is not None
-
-
-@contextlib.contextmanager
-def put_back(weights: Iterable[nn.Parameter]) -> Iterator[None]:
-    """Within the block `weights` may change in place; after it they are as before, bit for bit, without gradients.
-
-    What they were is kept in the main memory.
-    """
-    import torch
-
-    kept = [(weight, weight.detach().to("cpu", copy=True), weight.requires_grad) for weight in weights]
-    try:
-        yield
-    finally:
-        with torch.no_grad():
-            for weight, value, trainable in kept:
-                weight.copy_(value)
-                weight.requires_grad_(trainable)
-                weight.grad = None
 
 
 class Relearn(Attack):
@@ -103,25 +52,8 @@ class Relearn(Attack):
         self.needs = "two forget rows or more" if source == "forget" else "retain rows with questions"
 
     def unfit(self, loaded: Loaded) -> str | None:
-        """Whole numbers do not train, and steps of AdamW are lost or infinite in float16."""
-        import torch
-
-        from grun.evaluation.scoring import base_of
-        from grun.method.actions import EDIT
-        from grun.method.model import GrunModel
-        from grun.method.stack.stack import GrunStack
-
-        if isinstance(loaded.model, GrunModel):
-            if loaded.model.config.action != EDIT:
-                return f"needs an edit that trains, and the action {loaded.model.config.action} has none"
-            return None
-        if isinstance(loaded.model, GrunStack):
-            return "needs weights that train, and those of a store of requests do not; name one request's adapter"
-        if is_quantized(loaded.model):
-            return "needs weights that train, and those of a quantized base do not"
-        if base_of(loaded.model).dtype == torch.float16:
-            return "needs weights that train, which float16 is too narrow for (model.dtype=bfloat16)"
-        return None
+        """A model whose part that is trained does not train."""
+        return untrainable(loaded.model, part_of(loaded.model))
 
     def rows(self, material: Material) -> list[Row]:
         """Rows that are learned."""
@@ -135,22 +67,19 @@ class Relearn(Attack):
         return [material.ask(row)] if learned and row not in learned else []
 
     @contextlib.contextmanager
-    def model(self, loaded: Loaded, config: EvaluateConfig, material: Material) -> Iterator[Any]:
-        """The model after fine-tuning; after the block its weights are as before."""
-        with self.models([self], loaded, config, material) as models:
-            yield next(models)
-
-    @contextlib.contextmanager
     def models(
         self, attacks: Sequence[Relearn], loaded: Loaded, config: EvaluateConfig, material: Material
     ) -> Iterator[Iterator[Any]]:
-        """The model after the steps of each of `attacks`, fewest first: one goes on where the last one stopped."""
+        """The model after the steps of each of `attacks`, fewest first: one goes on where the last one stopped.
+
+        After the block its weights are as before.
+        """
         from grun.evaluation.scoring import evaluating
 
-        weights, lr = trained(loaded.model)
-        with put_back(weights), evaluating(loaded.model):
-            training = self.learning(weights, lr, self.rows(material), loaded, config, material)
-            yield (_after(training, attack, loaded.model) for attack in attacks)
+        inside = training(loaded.model, part_of(loaded.model), config.seed)
+        with evaluating(loaded.model), inside as (weights, lr):
+            steps = self.learning(weights, lr, self.rows(material), loaded, config, material)
+            yield (_after(steps, attack, loaded.model) for attack in attacks)
 
     def learning(
         self,
@@ -184,26 +113,23 @@ class Relearn(Attack):
         )
 
 
-def _after(training: Iterator[int], attack: Relearn, model: Any) -> Any:
+def part_of(model: Any) -> Part:
+    """What relearning trains: of GRUN and ReFT the edits, of every other model all weights but a LoRA's."""
+    from grun.method.model import GrunModel
+
+    return "adapter" if isinstance(model, GrunModel) else "all"
+
+
+def _after(steps: Iterator[int], attack: Relearn, model: Any) -> Any:
     """The model, trained on until it has taken the attack's steps."""
     from grun.runtime.progress import progress
 
     with progress(f"{attack.name}, learning", attack.steps) as advance:
-        for done in training:
+        for done in steps:
             advance(1)
             if done == attack.steps:
                 break
     return model
-
-
-def trained(model: Any) -> tuple[Sequence[nn.Parameter], float]:
-    """What trains of a loaded model, and its learning rate."""
-    from grun.method.host import hidden_size_of
-    from grun.method.model import GrunModel
-
-    if isinstance(model, GrunModel):
-        return list(model.parameters()), ADAPTER_LR
-    return own_weights(model), LR_TIMES_WIDTH / hidden_size_of(model)
 
 
 LEARNED: dict[Literal["forget", "retain"], str] = {
@@ -278,7 +204,10 @@ class Quantized(Attack):
         """bitsandbytes rounds, and rounded weights are not rounded again."""
         import importlib.util
 
-        if is_quantized(loaded.model):
+        from grun.evaluation.scoring import base_of
+        from grun.method.host import is_quantized
+
+        if is_quantized(base_of(loaded.model)):
             return "needs a base that is not quantized already"
         if importlib.util.find_spec("bitsandbytes") is None:
             return "needs bitsandbytes, which is not installed: pip install 'grun-unlearning[quantization]'"
@@ -299,18 +228,6 @@ class Quantized(Attack):
                     weight = layer.weight.mT if isinstance(layer, Conv1D) else layer.weight  # [outputs, inputs]
                     weight.copy_(self._rounded(weight.contiguous()))
             yield loaded.model
-
-
-def linear_layers(base: Any) -> list[Any]:
-    """Linear layers of the decoder blocks, without those of an adapter; transformers' Conv1D (GPT-2) among them."""
-    from torch import nn
-    from transformers.pytorch_utils import Conv1D
-
-    from pyvene_custom import find_blocks
-
-    own = {id(weight) for weight in own_weights(base)}
-    modules: Iterator[nn.Module] = find_blocks(base)[1].modules()
-    return [module for module in modules if isinstance(module, nn.Linear | Conv1D) and id(module.weight) in own]
 
 
 def _int8(weight: Tensor) -> Tensor:

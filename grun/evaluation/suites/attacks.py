@@ -233,7 +233,7 @@ class AttackSuite(Suite):
                 with self.enough_memory(f"the attack {attack.name}"):
                     model = next(models)
                     with progress(attack.name, attack.work(places, self.config)) as advance:
-                        outcomes = attack.read(model, places, loaded, self.config, advance)
+                        outcomes = [*attack.read(model, places, loaded, self.config, advance)]
                 yield outcomes
 
 

@@ -6,10 +6,8 @@ suite's own lines; it is whole or absent, and found again by its key.
 
 from __future__ import annotations
 
-import json
-import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,18 +16,16 @@ from typing import TYPE_CHECKING, Any
 from grun.config.options import EvaluateConfig
 from grun.data.templates import Template
 from grun.data.templates import in_force as template_in_force
-from grun.evaluation.evaluate import single_evaluations, with_adapter
+from grun.evaluation.evaluate import head_of, single_evaluations, tell_found, with_adapter, write_evaluation
 from grun.evaluation.items import memory_advice
-from grun.evaluation.plan import CODE, EVALUATION_FILE, begin, code_hash, previous_in, same_evaluation
+from grun.evaluation.plan import CODE, begin, code_hash, previous_in, same_evaluation
 from grun.evaluation.probe import asked_first
-from grun.evaluation.table import shorten
+from grun.evaluation.table import lines_of
 from grun.loading.checks import check
-from grun.loading.resolve import in_force
 from grun.registry import Registry
 from grun.runtime import processes
-from grun.runtime.files import content_hash, holding, staged, write_json, write_text, writing
+from grun.runtime.files import content_hash, holding, write_text
 from grun.runtime.memory import enough_memory
-from grun.runtime.ownership import LISTED, listing
 from grun.runtime.progress import progress
 from grun.runtime.records import SUITE_FORMAT
 from grun.version import __version__
@@ -127,45 +123,40 @@ def evaluate_suite(config: EvaluateConfig, output_dir: Path) -> dict[str, dict[s
     previous = processes.of_first(lambda: {folder: previous_in(folder, config.overwrite) for folder in singles})
     with processes.first_goes_first():  # before the model: a misspelled file is found before minutes of loading
         suite = SUITES.get(config.suite)(config)
-    gated = {folder: single for folder, single in singles.items() if folder not in others}
-    results = _on_one_base(suite, gated, previous) if gated else {}
-    for folder in others:
-        results[folder] = _alone(suite, singles[folder], folder, previous[folder])
+    results, started = {}, time.monotonic()
+    for folder, loaded in _models(singles, others):
+        results[folder] = carry_out(suite, singles[folder], folder, loaded, previous[folder], started)
+        started = time.monotonic()
     for result in results.values():
         suite.accept(result)
     return {str(folder): results[folder] for folder in singles}
 
 
-def _on_one_base(
-    suite: Suite, configs: Mapping[Path, EvaluateConfig], previous: Mapping[Path, dict[str, Any] | None]
-) -> dict[Path, dict[str, Any]]:
-    """Results of GRUN adapters, and of the base."""
+def _models(singles: Mapping[Path, EvaluateConfig], others: Sequence[Path]) -> Iterator[tuple[Path, Loaded]]:
+    """Each model by its folder: GRUN's adapters on one base, which they are put on in turn, then `others` alone."""
     from grun.loading.adapters import load_model
 
-    started = time.monotonic()
-    config = next(iter(configs.values()))
-    with processes.agreed():
-        base = load_model(config.model, None, strict=config.strict, gate_threshold=None)
-    results = {}
-    for folder, single in configs.items():
-        loaded = base if single.adapter is None else with_adapter(base, single)
+    base = None
+    for folder, config in singles.items():
+        if folder in others:
+            continue
+        if base is None:
+            with processes.agreed():
+                base = load_model(config.model, None, strict=config.strict, gate_threshold=None)
+        if config.adapter is None:
+            yield folder, base
+            continue
+        loaded = with_adapter(base, config)
         try:
-            results[folder] = carry_out(suite, single, folder, loaded, previous[folder], started)
+            yield folder, loaded
         finally:
-            if loaded is not base:
-                loaded.model.unwrap()
-        started = time.monotonic()
-    return results
-
-
-def _alone(suite: Suite, config: EvaluateConfig, folder: Path, previous: dict[str, Any] | None) -> dict[str, Any]:
-    """Result of a model with any adapter, or none."""
-    from grun.loading.adapters import load_model
-
-    started = time.monotonic()
-    with processes.agreed():
-        loaded = load_model(config.model, config.adapter, strict=config.strict, gate_threshold=config.gate_threshold)
-    return carry_out(suite, config, folder, loaded, previous, started)
+            loaded.model.unwrap()
+    del base
+    for folder in others:
+        config = singles[folder]
+        with processes.agreed():
+            found = load_model(config.model, config.adapter, strict=config.strict, gate_threshold=config.gate_threshold)
+        yield folder, found
 
 
 def carry_out(
@@ -185,32 +176,18 @@ def carry_out(
     key = content_hash(inputs)
     found = same_evaluation(folder, previous, key, inputs, config.overwrite)
     if found is not None:
-        if processes.is_first():
-            print(f"already evaluated: {folder}", file=sys.stderr)
+        tell_found(folder)
         return found
     processes.of_first(lambda: begin(folder, config.overwrite))
     ready = time.monotonic()
     measured = suite.measure(loaded)
     now = time.monotonic()
     seconds = {"load": ready - started, "measure": now - ready, "total": now - started}
-    sources = in_force(config, None if (used := settings.get("template")) is None else Template.from_dict(used))
-    result = {
-        "key": key,
-        "model": config.model.path,
-        "adapter": config.adapter,
-        **inputs,
-        "in_force": sources,
-        **measured.results,
-        "seconds": {name: round(spent, 3) for name, spent in seconds.items()},
-    }
-    processes.of_first(lambda: _write(folder, result, measured.lines))
-    return result
 
+    def fill(new: Path) -> dict[str, Any]:
+        for name, records in measured.lines.items():
+            write_text(new / name, lines_of(records))
+        return measured.results
 
-def _write(folder: Path, result: dict[str, Any], lines: Mapping[str, Sequence[dict[str, Any]]]) -> None:
-    with writing(folder), staged(folder, whole=True) as new:
-        for name, records in lines.items():
-            text = "".join(json.dumps(shorten(record), ensure_ascii=False) + "\n" for record in records)
-            write_text(new / name, text)
-        result[LISTED] = listing(new)
-        write_json(new / EVALUATION_FILE, result)
+    head = head_of(config, key, inputs, settings.get("template"))
+    return processes.of_first(lambda: write_evaluation(folder, head, fill, seconds))

@@ -37,7 +37,7 @@ def check_installed(what: str) -> None:
 
 
 class HarnessSuite(Suite):
-    """Tasks of lm-evaluation-harness, scored by `score_continuations`.
+    """Tasks of lm-evaluation-harness, scored by `score`.
 
     Where the template in force is a chat template, tasks are asked in it (data.template=text: as they are worded). A
     GRUN adapter reads and edits at each request's last context token; text is generated through the base that carries

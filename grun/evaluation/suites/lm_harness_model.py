@@ -10,7 +10,7 @@ from grun.data.chat import render
 from grun.data.encoding import EncodedRow
 from grun.data.templates import Template
 from grun.evaluation.multiple_choice import fitted
-from grun.evaluation.scoring import base_of, score_continuations
+from grun.evaluation.scoring import base_of, score
 from grun.loading.models import context_length
 from grun.runtime.progress import progress
 
@@ -53,7 +53,7 @@ class HarnessModel(HFLM):
         rows = [fitted(EncodedRow(tuple(context), tuple(answer)), self.max_length) for _, context, answer in requests]
         size = override_bs or int(self.batch_size)
         with progress("log-likelihoods", len(rows), shown=not disable_tqdm) as advance:
-            scored = score_continuations(self.asked, rows, size, int(self.tokenizer.pad_token_id or 0), advance)
+            scored = score(self.asked, rows, size, int(self.tokenizer.pad_token_id or 0), advance, whole=False)
         results = [(sum(row.logp), all(row.hit)) for row in scored]
         for (texts, _, _), result in zip(requests, results, strict=True):
             if texts is not None:  # None: windows of one long text

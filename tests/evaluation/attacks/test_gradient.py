@@ -3,39 +3,28 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import demo
 import pytest
 import torch
 import who_plays_what
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from grun.config.options import EvaluateConfig
-from grun.data.templates import TEMPLATES
-from grun.evaluation.attacks.base import Material, Place
+from grun.evaluation.attacks.base import Place
 from grun.evaluation.attacks.gradient import LENGTH, GradientSearch, loss_of, slopes_of, split
 from grun.evaluation.generation import Answer
 from grun.evaluation.metrics.averages import wilson
 from grun.evaluation.suites.base import evaluate_suite
 from grun.loading.adapters import Loaded
-from grun.method.model import GrunModel
 
 
-@pytest.fixture(params=["full", "adapter"])
+@pytest.fixture(params=[False, True], ids=["full", "adapter"])
 def loaded(request: pytest.FixtureRequest, playing: Path) -> Loaded:
-    base = AutoModelForCausalLM.from_pretrained(playing / "model").eval()
-    model: Any = base if request.param == "full" else GrunModel.from_pretrained(base, playing / "adapter").eval()
-    return Loaded(model, AutoTokenizer.from_pretrained(playing / "model"), TEMPLATES.get("tiny"), {})
-
-
-def material(loaded: Loaded) -> Material:
-    rows = {name: who_plays_what.rows_of(name) for name in who_plays_what.LAST}
-    return Material(loaded.template, loaded.tokenizer, rows["heldout"], rows["forget"], rows["retain"], 0)
+    return who_plays_what.load(playing, request.param)
 
 
 def test_slopes_are_differences_of_the_loss_along_embeddings(loaded: Loaded) -> None:
-    given = material(loaded)
+    given = who_plays_what.material(loaded)
     before, after = split(given.ask(given.forget[0]), given)
     assert before + after == given.ask(given.forget[0]).ids
     assert loaded.tokenizer.decode(before).endswith("play?") and loaded.tokenizer.decode(after).strip() == "<|answer|>"
@@ -60,7 +49,7 @@ def test_slopes_are_differences_of_the_loss_along_embeddings(loaded: Loaded) -> 
 
 
 def test_swaps_are_of_one_token_none_is_asked_twice_and_the_plain_answer_grows_improbable(loaded: Loaded) -> None:
-    given = material(loaded)
+    given = who_plays_what.material(loaded)
     row = given.forget[1]
     search = GradientSearch(Place("forget", 1, given.ask(row)), given, 35, 4096, loaded)
     least, suffixes = [], []

@@ -10,11 +10,9 @@ import pytest
 import torch
 import who_plays_what
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from grun.config.options import EvaluateConfig
 from grun.data.rows import Row
-from grun.data.templates import TEMPLATES
 from grun.errors import ConfigError
 from grun.evaluation.attacks.base import ATTACKS, Material, Place
 from grun.evaluation.attacks.patching import elsewhere, fact_states, left, losses, span_of
@@ -27,14 +25,12 @@ PATCHING: Any = ATTACKS.get("activation_patching")
 
 @pytest.fixture(scope="module")
 def material(playing: Path) -> Material:
-    rows = {name: who_plays_what.rows_of(name) for name in who_plays_what.LAST}
-    tokenizer = AutoTokenizer.from_pretrained(playing / "model")
-    return Material(TEMPLATES.get("tiny"), tokenizer, rows["heldout"], rows["forget"], rows["retain"], 0)
+    return who_plays_what.material(who_plays_what.load(playing))
 
 
 @pytest.fixture
 def model(playing: Path) -> Any:
-    return AutoModelForCausalLM.from_pretrained(playing / "model").eval()
+    return who_plays_what.load(playing).model
 
 
 def test_the_span_is_the_fact_alone_after_whatever_stands_before_it(material: Material) -> None:

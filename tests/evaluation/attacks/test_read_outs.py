@@ -88,7 +88,7 @@ def attacked(name: str, model: Any, material: Material, rows: list[Row]) -> list
     ]
     done: list[int] = []
     with attack.model(loaded(model, material), config, material) as inside:
-        outcomes = attack.read(inside, places, loaded(model, material), config, done.append)
+        outcomes = [*attack.read(inside, places, loaded(model, material), config, done.append)]
     assert attack.access == "read_out" and sum(done) == len(places)
     return outcomes
 

@@ -10,11 +10,9 @@ import pytest
 import torch
 import who_plays_what
 from tiny import tiny
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from grun.config.options import EvaluateConfig
 from grun.data.rows import Row
-from grun.data.templates import TEMPLATES
 from grun.evaluation.attacks.base import ATTACKS, Material
 from grun.evaluation.attacks.steering import ANONYMOUS, anonymized, blocks_of, steered, vectors_of
 from grun.evaluation.suites.base import evaluate_suite
@@ -25,14 +23,12 @@ STEERING: Any = ATTACKS.get("steering")
 
 @pytest.fixture(scope="module")
 def loaded(playing: Path) -> Loaded:
-    model = AutoModelForCausalLM.from_pretrained(playing / "model").eval()
-    return Loaded(model, AutoTokenizer.from_pretrained(playing / "model"), TEMPLATES.get("tiny"), {})
+    return who_plays_what.load(playing)
 
 
 @pytest.fixture(scope="module")
 def material(loaded: Loaded) -> Material:
-    rows = {name: who_plays_what.rows_of(name) for name in who_plays_what.LAST}
-    return Material(loaded.template, loaded.tokenizer, rows["heldout"], rows["forget"], rows["retain"], 0)
+    return who_plays_what.material(loaded)
 
 
 def test_the_vector_is_the_state_minus_the_mean_of_those_without_the_name(loaded: Loaded, material: Material) -> None:

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import demo
-import peft
 import pytest
 import torch
-from tiny import bfloat16_kernels, ragged_rows, tiny
+from attacked_models import ROWS, changed, everything_else, logits, state, with_lora
+from tiny import bfloat16_kernels, tiny
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
@@ -24,8 +25,9 @@ from grun.errors import ConfigError
 from grun.evaluation import relearning
 from grun.evaluation.attacks import base, grid, weights
 from grun.evaluation.attacks.base import Attack, Material
-from grun.evaluation.attacks.weights import Relearn
-from grun.evaluation.scoring import base_of
+from grun.evaluation.attacks.parts import adapter_weights, own_weights, training
+from grun.evaluation.attacks.weights import Relearn, part_of
+from grun.evaluation.scoring import base_of, forward
 from grun.evaluation.suites.base import evaluate_suite
 from grun.loading.adapters import Loaded, load_model
 from grun.loading.changed_tensors import save_changed
@@ -43,13 +45,6 @@ LEVELS = [
 """The 16 numbers of nf4 (arXiv 2305.14314, appendix E)."""
 
 
-def lora_on(base: Any) -> Any:
-    """`base` with a LoRA that changes something, as PEFT wraps it."""
-    torch.manual_seed(5)
-    wrapped = peft.get_peft_model(base, peft.LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False))
-    return wrapped.eval()
-
-
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random model, and an adapter of every kind for it."""
@@ -63,7 +58,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     GrunModel.wrap(base, blocks=[0, 1], rank=2, gate="none", template=TEMPLATES.get("tiny")).save_pretrained(
         place / "reft"
     )
-    lora_on(AutoModelForCausalLM.from_pretrained(place / "model")).save_pretrained(place / "lora")
+    with_lora(AutoModelForCausalLM.from_pretrained(place / "model")).save_pretrained(place / "lora")
     return place
 
 
@@ -89,51 +84,18 @@ def config(folder: Path, kind: str = "full", **options: Any) -> EvaluateConfig:
     return demo.evaluation(folder, None if kind == "full" else kind, suite="attacks", max_new_tokens=6, **options)
 
 
-def attacked(attack: Attack, loaded: Loaded, folder: Path, **options: Any) -> Any:
-    return attack.model(loaded, config(folder, **options), material(loaded))
-
-
-def state(loaded: Loaded) -> dict[str, Tensor]:
-    """Copies of all tensors of base and edits."""
-    edits = loaded.model.state_dict() if isinstance(loaded.model, GrunModel) else {}
-    both = {**base_of(loaded.model).state_dict(), **edits}
-    return {name: value.clone() for name, value in both.items()}
-
-
-def modes(loaded: Loaded) -> list[Any]:
-    """Everything else that an attack could leave behind."""
-    base = base_of(loaded.model)
-    both = [base, loaded.model]
-    flags = [(p.requires_grad, p.grad) for model in both for p in model.parameters()]
-    return [flags, [module.training for model in both for module in model.modules()]]
-
-
-def changed(before: dict[str, Tensor], loaded: Loaded) -> set[str]:
-    after = state(loaded)
-    assert before.keys() == after.keys()
-    return {name for name, value in after.items() if not torch.equal(value, before[name])}
-
-
-@torch.no_grad()
-def logits(model: Any) -> Tensor:
-    batch = collate(ragged_rows(3, 4), 0)
-    found: Tensor = model(
-        input_ids=batch.input_ids, attention_mask=batch.attention_mask, **_lengths(model, batch)
-    ).logits
-    return found
-
-
-def _lengths(model: Any, batch: Any) -> dict[str, Tensor]:
-    return {"prompt_lengths": batch.prompt_lengths} if isinstance(model, GrunModel) else {}
+@contextlib.contextmanager
+def attacked(attack: Attack, loaded: Loaded, folder: Path, **options: Any) -> Iterator[Any]:
+    with attack.models([attack], loaded, config(folder, **options), material(loaded)) as models:
+        yield next(models)
 
 
 @torch.no_grad()
 def loss(loaded: Loaded, rows: Sequence[Row]) -> float:
     """Mean over the answer tokens, computed from the logits."""
     batch = collate(encode_rows(rows, loaded.tokenizer, TEMPLATES.get("tiny"), None, strict=False), 0)
-    out = loaded.model(
-        input_ids=batch.input_ids, attention_mask=batch.attention_mask, **_lengths(loaded.model, batch)
-    ).logits.log_softmax(-1)
+    passed = forward(loaded.model, batch.input_ids, batch.attention_mask, batch.prompt_lengths)
+    out = passed.logits.log_softmax(-1)
     columns = (batch.labels != IGNORED).nonzero().tolist()
     return -sum(float(out[row, at - 1, batch.labels[row, at]]) for row, at in columns) / len(columns)
 
@@ -152,19 +114,19 @@ def test_the_model_is_as_before_afterwards_even_where_the_attack_breaks_off(
     if attack.unfit(loaded):
         assert attack is ADAPTER_REMOVED and kind in ("full", "changed")
         return
-    before, also, said = state(loaded), modes(loaded), logits(loaded.model)
+    before, also, said = state(loaded.model), everything_else(loaded.model), logits(loaded.model)
     with attacked(attack, loaded, folder) as model:
         assert not torch.equal(logits(model), said)
-    assert not changed(before, loaded) and modes(loaded) == also and torch.equal(logits(loaded.model), said)
+    assert not changed(before, loaded.model) and everything_else(loaded.model) == also
     with pytest.raises(RuntimeError, match="broken off"), attacked(attack, loaded, folder):
         raise RuntimeError("broken off")
-    assert not changed(before, loaded) and modes(loaded) == also and torch.equal(logits(loaded.model), said)
+    assert not changed(before, loaded.model) and everything_else(loaded.model) == also
 
 
 def test_what_fails_while_it_learns_leaves_nothing_behind(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     loaded = load(folder, "grun")
     loaded.model.gate_threshold = 0.5
-    before, also, steps = state(loaded), modes(loaded), []
+    before, also, steps = state(loaded.model), everything_else(loaded.model), []
     step = torch.optim.AdamW.step
 
     def failing(optimizer: Any) -> None:
@@ -176,7 +138,8 @@ def test_what_fails_while_it_learns_leaves_nothing_behind(folder: Path, monkeypa
     monkeypatch.setattr(torch.optim.AdamW, "step", failing)
     with pytest.raises(torch.OutOfMemoryError), attacked(RELEARN_FORGET_10, loaded, folder):
         pass
-    assert not changed(before, loaded) and modes(loaded) == also and loaded.model.gate_threshold == 0.5
+    assert not changed(before, loaded.model) and everything_else(loaded.model) == also
+    assert loaded.model.gate_threshold == 0.5
 
 
 # -- relearning -------------------------------------------------------------------------------------------------------
@@ -196,9 +159,9 @@ def test_relearning_lowers_the_loss_of_the_rows_it_learns(folder: Path, kind: st
 def test_what_trains_is_the_edits_of_grun_and_the_weights_of_everything_else(folder: Path) -> None:
     for kind in KINDS:
         loaded = load(folder, kind)
-        before = state(loaded)
+        before = state(loaded.model)
         with attacked(RELEARN_FORGET_10, loaded, folder):
-            moved = changed(before, loaded)
+            moved = changed(before, loaded.model)
         if kind in ("grun", "reft"):
             assert moved == set(loaded.model.state_dict())
         else:
@@ -257,9 +220,6 @@ def test_the_longer_of_two_attacks_goes_on_where_the_shorter_stopped(folder: Pat
     assert not torch.equal(found[0], found[1])
 
 
-ROWS = ragged_rows(6, 2)
-
-
 def tuned(model: Any, weights: Sequence[nn.Parameter], micro_batch_size: int = 8) -> Tensor:
     """Logits after a few steps on the same rows."""
     options: dict[str, Any] = {"lr": 1e-3, "batch_size": 4, "pad_id": 0, "seed": "0"}
@@ -269,10 +229,11 @@ def tuned(model: Any, weights: Sequence[nn.Parameter], micro_batch_size: int = 8
 
 
 def test_training_the_weights_beside_a_lora_is_training_the_merged_model() -> None:
-    unmerged = lora_on(tiny()).get_base_model()
-    merged = lora_on(tiny()).merge_and_unload()
+    unmerged = with_lora(tiny()).get_base_model()
+    merged = with_lora(tiny()).merge_and_unload()
     own = [weight for name, weight in unmerged.named_parameters() if "lora_" not in name]
-    assert [id(weight) for weight in weights.trained(unmerged)[0]] == [id(weight) for weight in own]
+    with training(unmerged, part_of(unmerged), 0) as (found, _):
+        assert [id(weight) for weight in found] == [id(weight) for weight in own]
     # As of the next test; training A and B too, or another gradient, would show in the first decimal.
     assert torch.allclose(tuned(unmerged, own), tuned(merged, list(merged.parameters())), atol=1e-4)
 
@@ -294,8 +255,8 @@ def test_losses_and_gradients_of_what_is_learned_are_those_of_the_models_own_pas
         model = GrunModel.wrap(base, blocks=[1, 2], rank=2, gate_bias=1.0, **rules[kind]).eval()
         model.gate_threshold = 1.0 if kind == "pooled" else None
     elif kind == "lora":
-        model = lora_on(base).get_base_model().eval()
-    own, _ = weights.trained(model)
+        model = with_lora(base).get_base_model().eval()
+    own = adapter_weights(model) if kind in rules else own_weights(model)
     for weight in own:
         weight.requires_grad_(True)
     with caplog.at_level("INFO"):
@@ -331,10 +292,10 @@ def test_weights_in_bfloat16_train_so_which_a_line_says_and_come_back_so(
     folder: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     loaded = load(folder, "full", dtype="bfloat16")
-    before = state(loaded)
+    before = state(loaded.model)
     with attacked(RELEARN_FORGET_10, loaded, folder):
-        assert changed(before, loaded) and next(loaded.model.parameters()).dtype == torch.bfloat16
-    assert not changed(before, loaded)
+        assert changed(before, loaded.model) and next(loaded.model.parameters()).dtype == torch.bfloat16
+    assert not changed(before, loaded.model)
     assert "relearn_forget_10 trains in bfloat16" in caplog.text and "model.dtype=float32" in caplog.text
 
 
@@ -344,10 +305,10 @@ def test_an_adapter_relearns_beside_a_quantized_base(
 ) -> None:
     bfloat16_kernels(monkeypatch, kernels)
     loaded = load(folder, "grun", quantization=quantization)
-    before = state(loaded)
+    before = state(loaded.model)
     with attacked(RELEARN_FORGET_10, loaded, folder):
-        assert changed(before, loaded) == set(loaded.model.state_dict())
-    assert not changed(before, loaded)
+        assert changed(before, loaded.model) == set(loaded.model.state_dict())
+    assert not changed(before, loaded.model)
 
 
 # -- the adapter taken off --------------------------------------------------------------------------------------------
@@ -390,12 +351,12 @@ def test_the_linear_layers_of_the_blocks_are_rounded_and_nothing_else_is(
 ) -> None:
     pytest.importorskip("bitsandbytes")
     loaded = load(folder, kind)
-    before = state(loaded)
+    before = state(loaded.model)
     with attacked(attack, loaded, folder):
-        assert changed(before, loaded) == {
+        assert changed(before, loaded.model) == {
             name for name in before if "_proj" in name and name.endswith("weight") and "lora_" not in name
         }
-        for name in changed(before, loaded):
+        for name in changed(before, loaded.model):
             off = (base_of(loaded.model).state_dict()[name] - by_hand(before[name])).abs()
             # float32; a number half-way between two levels, 1e-3 apart at least, may go to either, which is rare
             assert float((off > 1e-6).float().mean()) < 0.001

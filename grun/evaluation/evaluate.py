@@ -253,7 +253,7 @@ def _closed(plan: Plan, table: Table) -> set[tuple[int, ...]]:
 
     Of a design that may open at a later token none.
     """
-    if plan.subject.is_base:
+    if plan.subject.edited is None:
         return {question.prompt_ids for question in questions(plan.sets, plan.items)}
     threshold = plan.subject.threshold
     if threshold is None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -128,57 +127,20 @@ def chosen_block(successes: Sequence[float]) -> int:
 def tokens_said(model: Any, states: Tensor, batch_size: int, pad_id: int, top: int = TOP) -> list[list[int]]:
     """The `top` most probable next tokens if the model's last block gave `states` [states, hidden size], best first.
 
-    The model itself reads them: it runs one token (any `pad_id`), its blocks hand on what they get, and the output of
-    the last one is replaced. So whatever it has after that block (norm, projection, head, caps) is in force, in any
-    architecture.
+    The model itself reads them: it runs one token (any `pad_id`), and the output of its last block is replaced. So
+    whatever it has after that block (norm, projection, head, caps) is in force, in any architecture.
     """
-    base = base_of(model)
-    said: list[list[int]] = []
-    with evaluating(model), _handing_on(base, pad_id) as gives:
+    base, said = base_of(model), list[list[int]]()
+    with evaluating(model):
         for part in states.split(batch_size):
-            gives.append(part)
-            logits = forward(base, torch.full((len(part), 1), pad_id, device=model.device)).logits[:, -1]
+
+            def put(_: int, hidden: Tensor, part: Tensor = part) -> Tensor:
+                return part.unsqueeze(1).to(hidden)  # [states, 1, width]
+
+            with at_blocks(base, {len(blocks_of(base)) - 1: put}):
+                logits = forward(base, torch.tensor([[pad_id]], device=model.device)).logits[:, -1]
             said += logits.float().topk(top, dim=-1).indices.tolist()
     return said
-
-
-@contextlib.contextmanager
-def _handing_on(base: Any, pad_id: int) -> Iterator[list[Tensor]]:
-    """Within the block no decoder block computes anything; the last one gives the last of the list, [states, width].
-
-    A pass over one token shows in which form the blocks give their output.
-    """
-    blocks, given, forms = list(blocks_of(base)), list[Tensor](), dict[Any, Any]()
-
-    def show(block: Any, _: Any, output: Any) -> None:
-        forms[block] = output
-
-    def put(_: int, hidden: Tensor) -> Tensor:
-        return given[-1].unsqueeze(1).to(hidden)  # [states, 1, width]
-
-    shown = [block.register_forward_hook(show) for block in blocks]
-    try:
-        forward(base, torch.tensor([[pad_id]], device=base.device))
-    finally:
-        for handle in shown:
-            handle.remove()
-    own = [block.__dict__.get("forward") for block in blocks]
-    with at_blocks(base, {len(blocks) - 1: put}):
-        try:
-            for block in blocks:
-                block.forward = functools.partial(_hand_on, forms[block])
-            yield given
-        finally:
-            for block, was in zip(blocks, own, strict=True):
-                del block.forward
-                if was is not None:
-                    block.forward = was
-
-
-def _hand_on(form: Any, *args: Any, **kwargs: Any) -> Any:
-    """What a block gets, in the form of its output."""
-    hidden = args[0] if args else kwargs["hidden_states"]
-    return (hidden, *form[1:]) if isinstance(form, tuple) else hidden
 
 
 class LinearMap(NamedTuple):

@@ -70,11 +70,6 @@ class Subject:
         return self._model if isinstance(self._model, EditedModel) else None
 
     @property
-    def is_base(self) -> bool:
-        """Whether nothing lies on the base."""
-        return self.edited is None
-
-    @property
     def threshold(self) -> float | None:
         """Gate at the end of the prompt below which nothing is edited, then or later; None: there is no such."""
         model = self._model

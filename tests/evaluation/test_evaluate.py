@@ -18,11 +18,9 @@ from grun.config.options import DataConfig, EvaluateConfig, ModelConfig
 from grun.data.corpus import load_corpus
 from grun.data.encoding import EncodedRow
 from grun.errors import ConfigError, DataError, RunError
-from grun.evaluation import generation
 from grun.evaluation.evaluate import evaluate
 from grun.evaluation.journal import Journal
 from grun.evaluation.measure import measure
-from grun.evaluation.packed_scoring import PackedScorer
 from grun.evaluation.scoring import ScoredRow, score
 from grun.evaluation.table import Table
 from grun.loading.checks import check
@@ -36,35 +34,6 @@ def settings(taught: Path, adapter: str | None = None, **options: Any) -> Evalua
 
 def by_place(table: Table) -> dict[tuple[str, int, str, int], list[float]]:
     return {(row.set, row.index, row.kind, row.variant): row.logp for row in table.scores}
-
-
-class Counter:
-    """Keeps the rows that are scored and counts the prompts that are answered; can stop after some passes of either."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, stop_after: int | None = None) -> None:
-        self.scored: list[EncodedRow] = []
-        self.asked = 0
-        self.stop_after = stop_after
-        score_packed, answer = PackedScorer.score, generation.greedy
-
-        def counted_score(scorer: Any, rows: list[EncodedRow], edits: Any) -> Any:
-            self.scored += rows
-            self.count_down()
-            return score_packed(scorer, rows, edits)
-
-        def counted_answer(model: Any, batch: Any, *args: Any) -> Any:
-            self.asked += batch.rows
-            self.count_down()
-            return answer(model, batch, *args)
-
-        monkeypatch.setattr(PackedScorer, "score", counted_score)
-        monkeypatch.setattr(generation, "greedy", counted_answer)
-
-    def count_down(self) -> None:
-        if self.stop_after is not None:
-            self.stop_after -= 1
-            if self.stop_after < 0:
-                raise KeyboardInterrupt
 
 
 # -- results, found again or refused ----------------------------------------------------------------------------------
@@ -86,16 +55,6 @@ def test_evaluating_a_base_model_writes_whole_results(taught: Path, tmp_path: Pa
     again = measure(Table.read(tmp_path / "before"))
     assert again["sets"]["forget"] == pytest.approx(result["sets"]["forget"], abs=1e-7)
     assert result["counts"]["forget"]["rows"] == 3
-
-
-def test_the_batch_size_changes_no_result(taught: Path, tmp_path: Path) -> None:
-    one = evaluate(settings(taught, "adapter", batch_size=1), tmp_path / "one")
-    many = evaluate(settings(taught, "adapter", batch_size=8), tmp_path / "many")
-    assert one["key"] == many["key"] and set(one["gate"]["blocks"]) == {"0", "1"}
-    assert 0 <= one["gate"]["auc_retain"] <= 1 and set(one["gate"]["mean"]) == set(one["sets"])
-    for name, metrics in one["sets"].items():
-        assert metrics == pytest.approx(many["sets"][name], abs=1e-6)  # a few float32 roundings
-    assert (tmp_path / "one" / "generations.jsonl").read_text() == (tmp_path / "many" / "generations.jsonl").read_text()
 
 
 def test_a_finished_evaluation_is_reused_and_another_is_not_overwritten(
@@ -131,32 +90,22 @@ def test_wrong_options_are_named(taught: Path, tmp_path: Path) -> None:
 # -- what is scored ---------------------------------------------------------------------------------------------------
 
 
-def test_answers_paraphrases_and_wrong_answers_are_scored(taught: Path, tmp_path: Path) -> None:
-    config = settings(taught, sets=["forget", "forget_paraphrase"])
-    evaluate(config, tmp_path / "out")
-    rows = load_corpus(config.data).sets()["forget"][:3]
-    table = Table.read(tmp_path / "out")
-    expected = {("forget", 0, "answer", 0), ("forget", 0, "paraphrase", 0)}
-    expected |= {("forget", 0, "perturbed", number) for number in range(len(rows[0].extra["perturbed_answer"]))}
-    found = by_place(table)
-    assert {place for place in found if place[:2] == ("forget", 0)} == expected
-    assert {row.kind for row in table.scores if row.set == "forget_paraphrase"} == {"answer"}
-    assert all(row.ended for row in table.scores)
-    assert len(table.generations) == 6
-
-
-def test_each_continuation_is_scored_as_its_own_text(taught: Path, tmp_path: Path) -> None:
+def test_answers_paraphrases_and_wrong_answers_are_scored_each_as_its_own_text(taught: Path, tmp_path: Path) -> None:
     """Against a forward pass by hand of the prompt and that very text."""
     from transformers import AutoTokenizer
 
-    config = settings(taught, sets=["forget"])
+    config = settings(taught, sets=["forget", "forget_paraphrase"])
     evaluate(config, tmp_path / "out")
-    found = by_place(Table.read(tmp_path / "out"))
+    table = Table.read(tmp_path / "out")
+    assert {row.kind for row in table.scores if row.set == "forget_paraphrase"} == {"answer"}
+    assert all(row.ended for row in table.scores) and len(table.generations) == 6
+    found = by_place(table)
     tokenizer = AutoTokenizer.from_pretrained(taught / "model")
     model = AutoModelForCausalLM.from_pretrained(taught / "model").eval()
     row = load_corpus(config.data).forget[0]
     texts = [("answer", 0, row.completion), ("paraphrase", 0, row.extra["paraphrased_answer"])]
     texts += [("perturbed", number, text) for number, text in enumerate(row.extra["perturbed_answer"])]
+    assert {place[2:] for place in found if place[:2] == ("forget", 0)} == {text[:2] for text in texts}
     for kind, variant, text in texts:
         prompt = tokenizer(f"<|user|>{row.prompt}<|answer|>").input_ids
         ids = torch.tensor([[*prompt, *tokenizer(text, add_special_tokens=False).input_ids, tokenizer.eos_token_id]])
@@ -241,31 +190,31 @@ def test_a_result_of_another_model_under_the_same_name_is_never_returned(taught:
     assert second["sets"] != first["sets"] and second["identity"]["base"] != first["identity"]["base"]
 
 
-def test_a_changed_adapter_or_code_is_another_evaluation(
+def test_a_changed_adapter_quirk_or_code_is_another_evaluation(
     taught: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model = AutoModelForCausalLM.from_pretrained(taught / "model")
-    GrunModel.wrap(model, blocks=[1], rank=2).save_pretrained(tmp_path / "adapter")
-    evaluate(settings(taught, str(tmp_path / "adapter")), tmp_path / "out")
-    model = AutoModelForCausalLM.from_pretrained(taught / "model")
-    GrunModel.wrap(model, blocks=[1], rank=2).save_pretrained(tmp_path / "adapter")
+    config = settings(taught, str(tmp_path / "adapter"))
+    for evaluated in (False, True):
+        model = AutoModelForCausalLM.from_pretrained(taught / "model")
+        GrunModel.wrap(model, blocks=[1], rank=2).save_pretrained(tmp_path / "adapter")
+        if not evaluated:
+            assert evaluate(config, tmp_path / "out")["settings"]["quirks"] == []
     with pytest.raises(RunError, match="identity.adapter"):
-        evaluate(settings(taught, str(tmp_path / "adapter")), tmp_path / "out")
-    evaluate(settings(taught), tmp_path / "base")
+        evaluate(config, tmp_path / "out")
+    evaluate(replace(config, overwrite=True), tmp_path / "out")
+    with pytest.raises(RunError, match="settings.quirks"):
+        evaluate(replace(config, quirks=["extraction_strength_floor"]), tmp_path / "out")
     monkeypatch.setattr("grun.evaluation.plan.code_hash", lambda: "changed")
     with pytest.raises(RunError, match="identity.code"):
-        evaluate(settings(taught), tmp_path / "base")
+        evaluate(config, tmp_path / "out")
 
 
-def test_metrics_against_a_reference_need_the_tables_alone(
-    taught: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_metrics_against_a_reference_need_the_tables_alone(taught: Path, tmp_path: Path) -> None:
     evaluate(settings(taught), tmp_path / "reference")
     evaluate(settings(taught, "adapter"), tmp_path / "out")
-    counter = Counter(monkeypatch)
     stamp = (tmp_path / "out" / "scores.jsonl").stat().st_mtime_ns
     result = evaluate(settings(taught, "adapter", reference=str(tmp_path / "reference")), tmp_path / "out")
-    assert not counter.scored and (tmp_path / "out" / "scores.jsonl").stat().st_mtime_ns == stamp
+    assert (tmp_path / "out" / "scores.jsonl").stat().st_mtime_ns == stamp
     assert 0 < result["reference"]["forget_quality"] <= 1
     assert json.loads((tmp_path / "out" / "evaluation.json").read_text()) == result
     own = evaluate(settings(taught, reference=str(tmp_path / "reference")), tmp_path / "reference")
@@ -313,41 +262,7 @@ def test_compat_sets_the_published_settings_and_can_be_overruled() -> None:
     assert resolve("evaluate", ["profile=llama3.1"]).data.system_prompt is None
 
 
-def test_quirks_are_part_of_the_key_and_named_in_the_result(taught: Path, tmp_path: Path) -> None:
-    plain = evaluate(settings(taught), tmp_path / "a")
-    quirky = evaluate(settings(taught, quirks=["extraction_strength_floor"]), tmp_path / "b")
-    assert quirky["settings"]["quirks"] == ["extraction_strength_floor"] and plain["settings"]["quirks"] == []
-    assert quirky["key"] != plain["key"]
-
-
 # -- cut off and resumed ----------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("stop_after", [0, 1, 3, 5, 12, 13])
-def test_an_interrupted_evaluation_goes_on_without_scoring_a_row_twice(
-    taught: Path, tmp_path: Path, stop_after: int
-) -> None:
-    """Cut off in scoring (the first passes, one of which tries a row) and in answering (the last ones)."""
-    config = settings(taught, "adapter", batch_size=4)
-    with pytest.MonkeyPatch.context() as patch:
-        whole = Counter(patch)
-        evaluate(config, tmp_path / "whole")
-    assert len(whole.scored) == 42 + 1 and whole.asked == 6
-    with pytest.MonkeyPatch.context() as patch:
-        counter = Counter(patch, stop_after)
-        with pytest.raises(KeyboardInterrupt):
-            evaluate(config, tmp_path / "out")
-        assert [path.name for path in (tmp_path / "out").iterdir()] == [".grun"]
-        in_scoring = counter.asked == 0
-        counter.stop_after = None
-        evaluate(config, tmp_path / "out")
-    # The piece that was cut off is repeated, and the row that is tried first.
-    assert len(counter.scored) - len(set(counter.scored)) <= (4 + 2 if in_scoring else 1)
-    assert set(counter.scored) == set(whole.scored)
-    assert counter.asked <= 6 + (0 if in_scoring else 4)
-    for name in ("scores.jsonl", "generations.jsonl", "gates.jsonl"):
-        assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
-    assert not list(tmp_path.glob("out/.*"))
 
 
 @pytest.mark.parametrize("line", range(3))
@@ -418,9 +333,6 @@ def test_a_full_disk_while_scoring_is_one_line_and_loses_nothing(taught: Path, t
         with pytest.raises(RunError, match="No space left on device.*run the same command again") as error:
             evaluate(config, tmp_path / "out")
     assert "\n" not in str(error.value) and not (tmp_path / "out" / "evaluation.json").exists()
-    with pytest.MonkeyPatch.context() as patch:
-        counter = Counter(patch)
-        evaluate(config, tmp_path / "out")
+    evaluate(config, tmp_path / "out")
     evaluate(config, tmp_path / "whole")
-    assert len(counter.scored) < 42 + 1  # two pieces were kept; one row is tried
     assert (tmp_path / "out" / "scores.jsonl").read_bytes() == (tmp_path / "whole" / "scores.jsonl").read_bytes()

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from grun.data.rows import Row, evenly_spaced
 from grun.data.templates import encode, encode_prompt
-from grun.evaluation.attacks.base import ATTACKS, Access, Advance, Asked, Material, Outcome, Place, WithMaterial, attack
+from grun.evaluation.attacks.base import ATTACKS, Advance, Asked, Material, Outcome, Place, WithMaterial, attack
 from grun.evaluation.attacks.facts import gives_away, name_in
 from grun.evaluation.attacks.read_outs import before_fact
 
@@ -39,6 +39,8 @@ class Span(NamedTuple):
 
 @attack(
     "activation_patching",
+    access="weights",
+    floor=True,
     needs="rows whose questions name their subject (a field such as country or person), on two subjects or more",
 )
 class Patching(WithMaterial):
@@ -55,9 +57,6 @@ class Patching(WithMaterial):
     Source: Lee et al. 2026, arXiv 2605.24614 (unlearning depth score). There the loss that counts as everything is that
     of states of a model that never saw the forget set, which is not at hand here.
     """
-
-    access: Access = "weights"
-    floor = True
 
     def unfit(self, loaded: Loaded) -> str | None:
         """Without an adapter there is no model before."""

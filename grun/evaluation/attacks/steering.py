@@ -7,17 +7,7 @@ from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from grun.data.rows import Row, evenly_spaced
-from grun.evaluation.attacks.base import (
-    Access,
-    Advance,
-    Asked,
-    Material,
-    Outcome,
-    Place,
-    WithMaterial,
-    attack,
-    came_back,
-)
+from grun.evaluation.attacks.base import Advance, Asked, Material, Outcome, Place, WithMaterial, attack, came_back
 from grun.evaluation.attacks.facts import name_in
 
 if TYPE_CHECKING:
@@ -38,7 +28,12 @@ SHARE = 4
 HELD = 16
 
 
-@attack("steering", needs="two rows or more whose questions name their subject (a field such as country or person)")
+@attack(
+    "steering",
+    access="weights",
+    floor=True,
+    needs="two rows or more whose questions name their subject (a field such as country or person)",
+)
 class Steering(WithMaterial):
     """The question's own steering vector is added to the hidden state of a block while the model answers.
 
@@ -51,9 +46,6 @@ class Steering(WithMaterial):
     drawn and the most frequent word counts, here one answer is greedy.
     """
 
-    access: Access = "weights"
-    floor = True
-
     def held(self, material: Material) -> list[Row]:
         """Rows that the attacker holds, and chooses by."""
         named = [row for row in material.forget if name_in(row)]
@@ -63,10 +55,6 @@ class Steering(WithMaterial):
         """The plain question; nothing for a row that is held, or whose question names nobody."""
         held = self.held(material)
         return [material.ask(row)] if held and row not in held and name_in(row) else []
-
-    def work(self, places: Sequence[Place], config: EvaluateConfig) -> int:
-        """Those that are asked; choosing is not counted."""
-        return len(places)
 
     def read(
         self, model: Any, places: Sequence[Place], loaded: Loaded, config: EvaluateConfig, advance: Advance

@@ -56,7 +56,7 @@ def rouge_recall(reference: str, text: str) -> float | None:
     """
     if not words(reference):
         return None
-    return float(_scorer().score(reference, text)["rougeL"].recall)
+    return float(_scorer(words).score(reference, text)["rougeL"].recall)
 
 
 def rouge_f1(reference: str, text: str) -> float | None:
@@ -66,7 +66,7 @@ def rouge_f1(reference: str, text: str) -> float | None:
     """
     if not split_words(reference):
         return None
-    return float(_unstemmed().score(reference, text)["rougeL"].fmeasure)
+    return float(_scorer(split_words).score(reference, text)["rougeL"].fmeasure)
 
 
 def rouge_union(reference: str, text: str) -> float | None:
@@ -104,16 +104,7 @@ def _common(first: Sequence[str], second: Sequence[str]) -> Iterator[str]:
 
 
 @functools.cache
-def _scorer() -> RougeScorer:
-    return _scorer_of(words)
-
-
-@functools.cache
-def _unstemmed() -> RougeScorer:
-    return _scorer_of(split_words)
-
-
-def _scorer_of(split: Callable[[str], list[str]]) -> RougeScorer:
+def _scorer(split: Callable[[str], list[str]]) -> RougeScorer:
     from rouge_score.rouge_scorer import RougeScorer
     from rouge_score.tokenizers import Tokenizer
 

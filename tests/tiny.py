@@ -307,6 +307,15 @@ def greedy_by_hand(
     return answers
 
 
+class Numbers:
+    """A tokenizer whose text is the ids."""
+
+    pad_token_id, eos_token_id = PAD, 1
+
+    def decode(self, ids: list[int], skip_special_tokens: bool) -> str:
+        return " ".join(map(str, ids))
+
+
 def bfloat16_kernels(monkeypatch: pytest.MonkeyPatch, present: bool) -> None:
     """Let bitsandbytes take this CPU for one that has AVX-512 BF16, or for one that has not; skips without it."""
     pytest.importorskip("bitsandbytes")

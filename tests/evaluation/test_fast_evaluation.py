@@ -13,7 +13,7 @@ from typing import Any
 import demo
 import pytest
 import torch
-from tiny import DEPTH, FAMILIES, PAD, WIDTH, WINDOW, random_rows, tiny
+from tiny import DEPTH, FAMILIES, PAD, WIDTH, WINDOW, Numbers, random_rows, tiny
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from grun.cli import main
@@ -271,15 +271,6 @@ def test_pieces_keep_the_answers_of_a_prompt_together() -> None:
 # -- generation -------------------------------------------------------------------------------------------------------
 
 
-class Numbers:
-    """A tokenizer whose text is the ids."""
-
-    pad_token_id, eos_token_id = PAD, 1
-
-    def decode(self, ids: list[int], skip_special_tokens: bool) -> str:
-        return " ".join(map(str, ids))
-
-
 PROMPTS = [tuple(row) for row in random_rows([3, 1, 2 * WINDOW + 3, 9, 3, 9, 9, WINDOW, 2 * WINDOW, 5], seed=7)]
 """Of lengths around a sliding window."""
 
@@ -400,14 +391,6 @@ def test_each_adapter_and_the_base_get_the_folder_they_get_alone(taught: Path, t
     assert evaluate(settings(taught), tmp_path / "list" / "before-x") == results[str(tmp_path / "list" / "before-x")]
 
 
-def test_what_was_evaluated_alone_is_found_in_a_list(
-    taught: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    first = alone(taught, "b", tmp_path / "b")
-    assert evaluate_adapters(settings(taught, "a", "b"), tmp_path)[str(tmp_path / "b")] == first
-    assert f"already evaluated: {tmp_path / 'b'}" in capsys.readouterr().err
-
-
 def test_a_list_that_was_cut_off_goes_on_and_ends_bit_identical(taught: Path, tmp_path: Path) -> None:
     """Cut off in scoring, behind two targets of a piece, and between the generations of two adapters."""
     config = settings(taught, "b", "a", batch_size=4)
@@ -490,22 +473,6 @@ def threshold_between(taught: Path, tmp_path: Path) -> float:
     alone(taught, "c", tmp_path / "gates")
     widest = sorted(max(record.gates.values()) for record in Table.read(tmp_path / "gates").gates)
     return (widest[2] + widest[3]) / 2
-
-
-def test_adapters_of_a_list_answer_closed_rows_once(taught: Path, tmp_path: Path) -> None:
-    """With a threshold that no gate reaches, the second adapter has nothing to answer."""
-    asked: list[int] = []
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(generation, "greedy", lambda m, batch, *more: asked.append(batch.rows) or greedy(m, batch, *more))
-        results = evaluate_adapters(settings(taught, "a", "b", gate_threshold=1.0), tmp_path / "list")
-    base = evaluate(settings(taught), tmp_path / "base")
-    assert sum(asked) == len(Table.read(tmp_path / "base").generations)
-    for result in results.values():
-        assert (
-            result["sets"] == base["sets"] or result["sets"]["forget"]["rouge_l"] == base["sets"]["forget"]["rouge_l"]
-        )
-    one, other = (Table.read(tmp_path / "list" / name).generations for name in "ab")
-    assert one == other == Table.read(tmp_path / "base").generations
 
 
 def test_an_adapter_with_a_threshold_of_its_own_takes_the_answers_of_the_base(taught: Path, tmp_path: Path) -> None:

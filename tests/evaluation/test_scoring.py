@@ -7,8 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny import PAD, VOCABULARY, ragged_rows, tiny
-from transformers import PreTrainedModel
+from tiny import PAD, VOCABULARY, Numbers, ragged_rows, tiny
 
 from grun.data.encoding import EncodedRow
 from grun.errors import DataError, ModelError, RunError
@@ -18,18 +17,6 @@ from grun.evaluation.table import GateRecord, GenerationRecord, ScoreRecord, Tab
 from grun.method.model import GrunModel
 
 EOS = 1
-
-
-class Letters:
-    """A tokenizer of one-token words: token 7 is "w7"."""
-
-    pad_token_id = PAD
-    eos_token_id = EOS
-
-    def decode(self, ids: list[int], skip_special_tokens: bool) -> str:
-        assert skip_special_tokens
-        return " " + " ".join(f"w{token}" for token in ids)
-
 
 # -- scoring ----------------------------------------------------------------------------------------------------------
 
@@ -81,14 +68,6 @@ def test_a_word_of_probability_zero_does_not_spoil_mean_and_variance() -> None:
     assert got.vocabulary_variance.item() == pytest.approx(0.0, abs=1e-12)
 
 
-def test_slices_of_the_vocabulary_do_not_change_scores(monkeypatch: pytest.MonkeyPatch) -> None:
-    logits = torch.randn(7, VOCABULARY, generator=torch.Generator().manual_seed(0))
-    whole = score_tokens(logits, torch.arange(7))
-    monkeypatch.setattr("grun.evaluation.scoring.LARGEST_SLICE", 2 * VOCABULARY)
-    for one, other in zip(whole, score_tokens(logits, torch.arange(7)), strict=True):
-        assert torch.equal(one, other)
-
-
 def test_without_a_prompt_the_first_token_is_left_out() -> None:
     row = EncodedRow((), (5, 6, EOS))
     scored = score(tiny(), [row], 1, PAD)[0]
@@ -125,66 +104,39 @@ def test_gates_of_a_gated_model_are_those_of_the_row_alone() -> None:
 # -- generation -------------------------------------------------------------------------------------------------------
 
 
-def greedy(model: PreTrainedModel, prompt: tuple[int, ...], steps: int) -> str:
-    """Step by step, without a cache and without padding."""
-    ids = list(prompt)
-    for _ in range(steps):
-        with torch.no_grad():
-            token = int(model(torch.tensor([ids])).logits[0, -1].argmax())
-        if token == EOS:
-            break
-        ids.append(token)
-    return " ".join(f"w{token}" for token in ids[len(prompt) :])
-
-
 def test_an_answer_ends_where_the_context_is_full_whatever_else_is_in_the_batch() -> None:
     model = tiny(seed=3, max_position_embeddings=12)
     prompts = [(5,) * 10, (6, 7), (8, 9)]
-    texts = [answer.text for answer in generate_answers(model, Letters(), prompts, 3, 8, PAD)]
-    assert texts == [greedy(model, prompt, min(8, 12 - len(prompt))) for prompt in prompts]
-    assert len(texts[0].split()) <= 2
-    with pytest.raises(DataError, match="no room"):
-        generate_answers(model, Letters(), [(5,) * 12], 1, 8, PAD)
-    with pytest.raises(DataError, match="empty prompt"):
-        generate_answers(model, Letters(), [()], 1, 8, PAD)
+    found = generate_answers(model, Numbers(), prompts, 3, 8, PAD)
+    for prompt, answer in zip(prompts, found, strict=True):  # step by step, without a cache and without padding
+        ids = list(prompt)
+        while len(ids) < min(12, len(prompt) + 8) and ids[-1] != EOS:
+            ids.append(int(model(torch.tensor([ids])).logits[0, -1].argmax()))
+        assert answer.text == " ".join(str(token) for token in ids[len(prompt) :] if token != EOS)
+    assert len(found[0].text.split()) <= 2
+    for prompt, problem in (((5,) * 12, "no room"), ((), "empty prompt")):
+        with pytest.raises(DataError, match=problem):
+            generate_answers(model, Numbers(), [prompt], 1, 8, PAD)
 
 
 # -- table ------------------------------------------------------------------------------------------------------------
 
 
-def answer(text: str, fact: str | None = None, reference: str = "the cat sat") -> GenerationRecord:
-    return GenerationRecord("forget", 0, "q", reference, fact, text)
-
-
-def scores(*logps: list[float]) -> list[ScoreRecord]:
-    return [
-        ScoreRecord("forget", index, "answer", 0, 3, n := len(logp), True, 9, logp, [True] * n, [-1.0] * n, [0.5] * n)
-        for index, logp in enumerate(logps)
-    ]
-
-
-def gates(name: str, *values: float) -> list[GateRecord]:
-    """Two blocks: 4 has the value, 5 one minus half of it."""
-    return [GateRecord(name, index, {4: value, 5: 1 - value / 2}) for index, value in enumerate(values)]
-
-
 def test_the_table_on_disk_keeps_float32_exactly(tmp_path: Path) -> None:
     exact = torch.randn(50, generator=torch.Generator().manual_seed(0)).tolist()
     strange = 'line\u2028separators \x85 and "quotes" \n and 東京'
-    table = Table(scores(exact), [answer(strange, None)], gates("forget", *torch.rand(3).tolist()))
+    one = ScoreRecord("forget", 0, "answer", 0, 3, 50, True, 9, exact, [True] * 50, exact, exact)
+    answer = GenerationRecord("forget", 0, "q", "the cat sat", None, strange)
+    table = Table([one], [answer], [GateRecord("forget", 0, {4: 0.25, 5: 0.875})])
     table.write(tmp_path)
     back = Table.read(tmp_path)
     assert torch.equal(torch.tensor(back.scores[0].logp), torch.tensor(exact))
     assert back.generations == table.generations
-    assert [record.gates.keys() for record in back.gates] == [record.gates.keys() for record in table.gates]
-
-
-def test_a_damaged_or_missing_table_is_named(tmp_path: Path) -> None:
-    with pytest.raises(RunError, match="scores.jsonl"):
-        Table.read(tmp_path)
-    Table(scores([-1.0], [-2.0]), [answer("x")], []).write(tmp_path)
+    assert back.gates == table.gates
     with (tmp_path / "scores.jsonl").open("a") as file:
         file.write('{"set": "forget"\n')
-    with pytest.raises(RunError, match="scores.jsonl, line 3") as error:
-        Table.read(tmp_path)
-    assert "\n" not in str(error.value)
+    for where in ("scores.jsonl, line 2", "scores.jsonl"):
+        with pytest.raises(RunError, match=where) as error:
+            Table.read(tmp_path)
+        assert "\n" not in str(error.value)
+        (tmp_path / "scores.jsonl").unlink(missing_ok=True)

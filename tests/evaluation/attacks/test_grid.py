@@ -12,7 +12,6 @@ import who_plays_what
 from attacked_models import ROWS, changed, everything_else, logits, state, with_lora
 from tiny import tiny
 from torch import Tensor
-from transformers import AutoModelForCausalLM
 
 from grun.config.options import EvaluateConfig
 from grun.data.encoding import collate
@@ -142,11 +141,3 @@ def test_the_worst_cell_counts_every_cell_is_told_and_the_floor_is_chosen_alike(
         assert (result["access"], result["rows"], result["floor"]["rows"]) == ("weights", 7, 8)
         assert result["leak"] > 0.8 > 0.4 > result["floor"]["leak"]
     assert found[None]["plain"]["leak"] == 1.0 and found["adapter"]["plain"]["leak"] < 0.3
-
-
-def test_the_weights_of_a_model_as_it_was_saved_are_not_touched(playing: Path) -> None:
-    model = AutoModelForCausalLM.from_pretrained(playing / "model")
-    with low_rank(model, 3):
-        pass
-    fresh = AutoModelForCausalLM.from_pretrained(playing / "model")
-    assert [*model.state_dict()] == [*fresh.state_dict()] and str(model) == str(fresh)

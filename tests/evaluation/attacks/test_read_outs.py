@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import DEPTH, RULES, blocks_of, plain_hooks, random_rows, tiny
+from tiny import DEPTH, RULES, plain_hooks, random_rows, tiny
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -28,6 +28,7 @@ from grun.evaluation.generation import Answer, generate_answers
 from grun.evaluation.reading import choose_map, chosen_block, read_prompts, tokens_said
 from grun.loading.adapters import Loaded
 from grun.method.model import GrunModel
+from grun.method.plain import capture
 
 FACTS = ("viola", "harp", "drum", "flute")
 NAMES = ("Abel", "Birk", "Cole", "Dora", "Egon", "Finn", "Gero", "Hilt", "Ivor", "Jost", "Kuno", "Lars")
@@ -257,30 +258,17 @@ def test_hidden_states_are_those_with_the_edits_in_force() -> None:
         plain = read_prompts(base, rows, range(DEPTH), 2, 0)
     twin = tiny()
     for ids, one, other in zip(rows, edited, plain, strict=True):
-        with torch.no_grad(), plain_hooks(twin, "llama", model.state_dict(), [[len(ids) - 1]]) as logits:
-            expected = list(recorded(twin, ids))
-        torch.testing.assert_close(one.states.double(), torch.stack(expected), atol=1e-5, rtol=1e-5)  # kept in float32
+        states: dict[int, Tensor] = {}
+        hooks = plain_hooks(twin, "llama", model.state_dict(), [[len(ids) - 1]])
+        with torch.no_grad(), hooks as logits, capture(twin, range(DEPTH), states):
+            twin(input_ids=torch.tensor([ids]))
+        expected = torch.stack([states[block][0, -1] for block in range(DEPTH)])
+        torch.testing.assert_close(one.states.double(), expected, atol=1e-5, rtol=1e-5)  # kept in float32
         for block in (1, DEPTH - 1):
             assert (one.gates or {})[block] == pytest.approx(float(torch.sigmoid(logits[block][0][0])), abs=1e-9)
             assert not torch.allclose(one.states[block], other.states[block], atol=0.1)
         torch.testing.assert_close(one.states[0], other.states[0])
         assert other.gates is None
-
-
-def recorded(model: Any, ids: tuple[int, ...]) -> Iterator[Tensor]:
-    """What each block of a Llama puts out at the last token."""
-    states: dict[int, Tensor] = {}
-    handles = []
-    for number, block in enumerate(blocks_of(model, "llama")):
-
-        def hook(_: Any, __: Any, output: Tensor, number: int = number) -> None:
-            states[number] = output[0, -1]
-
-        handles.append(block.register_forward_hook(hook))
-    model(input_ids=torch.tensor([ids]))
-    for handle in handles:
-        handle.remove()
-    yield from states.values()
 
 
 @pytest.mark.parametrize("rule", [("last_prompt", "none", "last_prompt"), *RULES])

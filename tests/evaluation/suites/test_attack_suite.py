@@ -13,7 +13,6 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from grun.cli import main
 from grun.config.options import DataConfig, EvaluateConfig
 from grun.data.corpus import load_corpus
 from grun.data.templates import TEMPLATES, encode_prompt
@@ -289,49 +288,17 @@ def test_an_attack_may_ask_another_model_and_measure_otherwise(
     assert {line["text"] for line in lines(tmp_path / "out", "plain")} != {""}
 
 
-def test_the_same_evaluation_is_found_and_another_one_refused(
-    taught: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    first = evaluated(settings(taught, "open", attacks=["plain"]), tmp_path / "out")
-    monkeypatch.setattr(generation, "greedy", None)  # nothing is asked
-    assert evaluated(settings(taught, "open", attacks=["plain"]), tmp_path / "out") == first
-    assert "already evaluated" in capsys.readouterr().err
-    for change in ({"attacks": ["suffix"]}, {"attack_rows": 2}, {"attack_temperature": 0.5}):
-        with pytest.raises(RunError, match="holds another evaluation"):
-            evaluated(settings(taught, "open", **{"attacks": ["plain"], **change}), tmp_path / "out")
-
-
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         ({"attacks": ["sufix"]}, "unknown attack 'sufix': did you mean 'suffix'"),
         ({"attacks": ["readout"]}, "unknown attack 'readout': did you mean 'read_out'"),
-        ({"attack_rows": 0}, "attack_rows=0 must be greater than 0"),
-        ({"attack_samples": 0}, "attack_samples=0 must be greater than 0"),
         ({"attack_temperature": 0.0}, "attack_temperature=0.0 must be greater than 0"),
     ],
 )
 def test_a_wrong_option_fails_before_anything_is_loaded(taught: Path, options: Any, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         check(settings(taught, **options))
-
-
-def test_options_of_attacks_are_refused_for_another_suite() -> None:
-    with pytest.raises(ConfigError, match="attacks is for suite=attacks; leave it out for suite=answers"):
-        check(EvaluateConfig(attacks=["plain"]))
-
-
-def test_the_command_evaluates_an_adapter_and_its_base_and_prints_their_folders(
-    taught: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    sizes = [f"data.demo.{name}={size}" for name, size in vars(demo.SIZES).items() if isinstance(size, int)]
-    own = ["suite=attacks", "attacks=[plain,prefill_1]", "attack_rows=2", "max_new_tokens=2", *sizes]
-    where = [f"model.path={taught / 'model'}", f"adapters=[{taught / 'open'}]", "with_base=before"]
-    assert main(["evaluate", *own, *where, f"output_dir={tmp_path}"]) == 0
-    assert set(capsys.readouterr().out.split()) == {str(tmp_path / "open"), str(tmp_path / "before")}
-    gated, plain = (json.loads((tmp_path / name / "evaluation.json").read_text()) for name in ("open", "before"))
-    assert "gate" in gated["attacks"]["plain"] and "gate" not in plain["attacks"]["plain"]
-    assert gated["settings"]["rows"] == plain["settings"]["rows"]
 
 
 def test_every_attack_stands_among_the_metrics() -> None:

@@ -16,7 +16,6 @@ from grun.errors import ConfigError, DataError
 from grun.evaluation.metrics.averages import wilson
 from grun.evaluation.suites.base import evaluate_suite
 from grun.evaluation.suites.judge import RUBRIC, parse_verdict, rates, rubric_for
-from grun.loading.checks import check
 from grun.loading.tiny import build_tiny
 
 
@@ -167,13 +166,6 @@ def test_a_judge_that_is_none_is_one_line(
     with pytest.raises(error, match=message) as caught:
         run(settings(taught, name), tmp_path / "out")
     assert "\n" not in str(caught.value) and not (tmp_path / "out").exists()
-
-
-def test_judge_and_suite_belong_together() -> None:
-    with pytest.raises(ConfigError, match="suite=judge needs judge"):
-        check(EvaluateConfig(suite="judge"))
-    with pytest.raises(ConfigError, match="judge is for suite=judge"):
-        check(EvaluateConfig(judge="callable:a:b"))
 
 
 def test_a_model_without_chat_template_cannot_judge(taught: Path, tmp_path: Path) -> None:

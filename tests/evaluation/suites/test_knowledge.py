@@ -229,8 +229,12 @@ def test_the_command_line_takes_the_suite(taught: Path, tmp_path: Path, capsys: 
         ({"window": 1}, "window=1 must be 2"),
         ({"tasks": ["mmlu"]}, "tasks is for suite=lm_eval; leave it out for suite=knowledge"),
         ({"reference": "folder"}, "reference is for suite=answers"),
+        ({"attacks": ["plain"]}, "attacks is for suite=attacks; leave it out for suite=knowledge"),
+        ({"judge": "callable:a:b"}, "judge is for suite=judge"),
+        ({"suite": "judge"}, "suite=judge needs judge"),
+        ({"suite": "lm_eval"}, r"suite=lm_eval needs tasks, such as tasks=\[wmdp_bio,mmlu\]"),
     ],
 )
 def test_wrong_options_fail_before_anything_runs(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        check(EvaluateConfig(suite="knowledge", **options))
+        check(EvaluateConfig(**{"suite": "knowledge", **options}))

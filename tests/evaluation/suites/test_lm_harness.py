@@ -27,7 +27,6 @@ from grun.evaluation.multiple_choice import score_choices
 from grun.evaluation.scoring import score
 from grun.evaluation.suites.base import evaluate_suite
 from grun.loading.changed_tensors import save_changed
-from grun.loading.checks import check
 from grun.method.fingerprint import fingerprint
 from grun.method.model import GrunModel
 from grun.requests.store import RequestStore
@@ -257,13 +256,6 @@ def test_a_missing_harness_says_how_to_get_it(taught: Path, tmp_path: Path, monk
         run(taught, tmp_path / "out", None, "invented_minerals")
 
 
-def test_tasks_and_suite_belong_together() -> None:
-    with pytest.raises(ConfigError, match=r"suite=lm_eval needs tasks, such as tasks=\[wmdp_bio,mmlu\]"):
-        check(EvaluateConfig(suite="lm_eval"))
-    with pytest.raises(ConfigError, match="tasks is for suite=lm_eval"):
-        check(EvaluateConfig(tasks=["mmlu"]))
-
-
 # -- the harness' own command line ------------------------------------------------------------------------------------
 
 TASKS = ("invented_minerals", "invented_texts", "invented_answers")
@@ -327,13 +319,6 @@ def test_the_harness_own_command_line_gives_what_our_suite_gives(
     for task, metrics in json.loads(written.read_text())["results"].items():
         own = result[str(tmp_path / "ours")]["results"][task]
         assert {name: metrics[name] for name in own} == pytest.approx(own, abs=1e-6)
-
-
-def test_the_base_is_the_one_that_the_adapter_names(taught: Path, tmp_path: Path) -> None:
-    tasks = {"tasks": "invented_minerals"}
-    named = by_command(taught, tmp_path / "a", f"--model_args=adapter={taught / 'open'}", **tasks)
-    both = f"--model_args=pretrained={taught / 'model'},adapter={taught / 'open'}"
-    assert named == by_command(taught, tmp_path / "b", both, **tasks)
 
 
 def test_a_chat_model_is_asked_in_its_template_where_the_harness_is_told_so(

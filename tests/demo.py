@@ -14,6 +14,7 @@ from grun.cli import main
 from grun.config.options import DataConfig, DemoConfig, EvaluateConfig, ModelConfig, TinyConfig
 from grun.data.corpus import load_corpus
 from grun.data.templates import TEMPLATES, store
+from grun.evaluation.suites.base import evaluate_suite
 from grun.loading.tiny import build_tiny
 from grun.method.model import GrunModel
 
@@ -35,12 +36,18 @@ SIZES = DemoConfig(forget=2, retain=4, heldout=2, unknown=2, refused=2, question
 """Of the corpus whose words `random_model` knows."""
 
 
-def random_model(folder: Path, blocks: int = 2, width: int = 64) -> Path:
-    """Put `model` (a random small Llama, its tokenizer and template) and `adapter` (random edits) into `folder`."""
+def random_model(folder: Path, blocks: int = 2, width: int = 64, times: float = 1.0) -> Path:
+    """Put `model` (a random small Llama, its tokenizer and template) and `adapter` (random edits) into `folder`.
+
+    All weights but the embedding's are `times` what they were: with 8, answers differ with the question.
+    """
     rows = load_corpus(DataConfig(demo=SIZES)).taught(without_forget=False)
     texts = [f"{row.prompt} {row.completion}" for row in rows]
     shape = TinyConfig(hidden_size=width, blocks=blocks, intermediate_size=width, vocabulary=400)
     model, tokenizer = build_tiny(shape, texts, 0)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.mul_(1.0 if "embed" in name else times)
     model.save_pretrained(folder / "model")
     tokenizer.save_pretrained(folder / "model")
     store(TEMPLATES.get("tiny"), folder / "model")
@@ -75,6 +82,11 @@ def evaluation(folder: Path, adapter: str | None = None, **options: Any) -> Eval
     """How `model` in `folder` is evaluated, with an adapter there; `options` go over those of here."""
     own = {"model": ModelConfig(path=str(folder / "model"), device="cpu"), "data": DataConfig(demo=SIZES)}
     return EvaluateConfig(adapter=adapter and str(folder / adapter), **{**own, **options})
+
+
+def evaluated(config: EvaluateConfig, folder: Path) -> dict[str, Any]:
+    """What a suite finds of one model."""
+    return evaluate_suite(config, folder)[str(folder)]
 
 
 def save_lora(model: Path, folder: Path, std: float = 0.3) -> None:

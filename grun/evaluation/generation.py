@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import itertools
 import logging
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -361,7 +362,9 @@ def _generate(
     finally:
         base.generation_config = shipped
     new = ids[:, batch.input_ids.shape[1] :].tolist()
-    return [_until(row, ends) for row in new], getattr(model, "last_gates", None)
+    # What follows an end token is padding, which a tokenizer may not know as special.
+    answers = [[*itertools.takewhile(lambda token: token not in ends, row)] for row in new]
+    return answers, getattr(model, "last_gates", None)
 
 
 class _Chosen(LogitsProcessor):
@@ -406,11 +409,3 @@ def _batches(
             end += 1
         yield list(questions[start:end]), rooms[start]
         start = end
-
-
-def _until(ids: list[int], ends: Collection[int]) -> list[int]:
-    """Cut at the first end token: what follows is padding, which a tokenizer may not know as special."""
-    for position, token in enumerate(ids):
-        if token in ends:
-            return ids[:position]
-    return ids

@@ -47,14 +47,11 @@ class Monitor:
         (table,) = score_items([Subject(self._model)], self._tokenizer, self._items, self._config)
         answer_questions(table, self._model, self._tokenizer, self._sets, self._items, self._config)
         measured = measure(table)
-        gates = measured.get("gate", {}).get("mean", {})
-        found = {
-            name: {**metrics, **({"gate_mean": gates[name]} if name in gates else {})}
-            for name, metrics in measured["sets"].items()
-        }
+        for name, gate in measured.get("gate", {}).get("mean", {}).items():
+            measured["sets"][name]["gate_mean"] = gate
         shown = {
             name: {metric: round(metrics[metric], 6) for metric in SHOWN if metric in metrics}
-            for name, metrics in found.items()
+            for name, metrics in measured["sets"].items()
         }
         forget = ", ".join(f"{metric} {value:.3f}" for metric, value in shown.get("forget", {}).items())
         log.info("forget set now: %s", forget)

@@ -209,27 +209,14 @@ def write_answers(
     """What the model writes at all places, of each attack in turn, in one pass of generation over all of them."""
     from grun.evaluation.generation import Draw, generate_answers
 
-    places = [place for _, own in planned for place in own]
-    draws: list[list[Draw | None]] = [
-        [
-            Draw(config.seed, number, place.asked.temperature or config.attack_temperature)
-            for number in range(place.asked.samples)
-        ]
-        or [None]
-        for place in places
-    ]
-    answers = iter(
-        generate_answers(
-            model,
-            loaded.tokenizer,
-            [place.asked.ids for place, own in zip(places, draws, strict=True) for _ in own],
-            config.batch_size,
-            config.max_new_tokens,
-            int(loaded.tokenizer.pad_token_id or 0),
-            advance,
-            draw=[draw for own in draws for draw in own],
-        )
-    )
+    ids: list[tuple[int, ...]] = []
+    draws: list[Draw | None] = []
+    for asked in (place.asked for _, own in planned for place in own):
+        temperature = asked.temperature or config.attack_temperature
+        draws += [Draw(config.seed, number, temperature) for number in range(asked.samples)] or [None]
+        ids += [asked.ids] * max(1, asked.samples)
+    size, longest, pad_id = config.batch_size, config.max_new_tokens, int(loaded.tokenizer.pad_token_id or 0)
+    answers = iter(generate_answers(model, loaded.tokenizer, ids, size, longest, pad_id, advance, draw=draws))
     for attack, own in planned:
         outcomes = []
         for place in own:

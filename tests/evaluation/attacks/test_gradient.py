@@ -14,7 +14,6 @@ from grun.evaluation.attacks.base import Place
 from grun.evaluation.attacks.gradient import LENGTH, GradientSearch, loss_of, slopes_of, split
 from grun.evaluation.generation import Answer
 from grun.evaluation.metrics.averages import wilson
-from grun.evaluation.suites.base import evaluate_suite
 from grun.loading.adapters import Loaded
 
 
@@ -73,7 +72,7 @@ def test_its_curve_has_the_budget_of_the_other_and_the_floor_beside(playing: Pat
         playing, None, suite="attacks", attacks=["adaptive_weights"], attack_queries=12, attack_rows=4,
         max_new_tokens=6, data=who_plays_what.data(playing),
     )  # fmt: skip
-    found = evaluate_suite(config, tmp_path / "out")[str(tmp_path / "out")]["attacks"]["adaptive_weights"]
+    found = demo.evaluated(config, tmp_path / "out")["attacks"]["adaptive_weights"]
     assert list(found["curve"]) == list(found["floor"]["curve"]) == ["0", "1", "2", "5", "10", "12"]
     assert found["access"] == "weights" and found["curve"]["0"]["leak"] == 1.0  # the plain question reaches it
     for numbers in (found, found["floor"]):

@@ -23,7 +23,6 @@ from grun.evaluation.attacks.grid import parts_of, unrelated
 from grun.evaluation.attacks.parts import linear_layers, low_rank, training
 from grun.evaluation.metrics.averages import wilson
 from grun.evaluation.relearning import fine_tune
-from grun.evaluation.suites.base import evaluate_suite
 from grun.method.model import GrunModel
 
 GRID: Any = ATTACKS.get("relearn_grid_10")
@@ -118,7 +117,7 @@ def test_the_worst_cell_counts_every_cell_is_told_and_the_floor_is_chosen_alike(
             data=who_plays_what.data(playing),
         )  # fmt: skip
         folder = tmp_path / str(adapter)
-        found[adapter] = evaluate_suite(config, folder)[str(folder)]["attacks"]
+        found[adapter] = demo.evaluated(config, folder)["attacks"]
         result, lines = found[adapter]["relearn_grid_10"], demo.read_lines(folder / "attacks.jsonl")
         parts = ("lora", "all") if adapter is None else ("adapter", "lora", "all")
         names = {

@@ -16,7 +16,6 @@ from grun.data.rows import Row
 from grun.errors import ConfigError
 from grun.evaluation.attacks.base import ATTACKS, Material, Place
 from grun.evaluation.attacks.patching import elsewhere, fact_states, left, losses, span_of
-from grun.evaluation.suites.base import evaluate_suite
 from grun.loading.adapters import Loaded
 from grun.method.model import GrunModel
 
@@ -128,9 +127,9 @@ def test_the_suite_tells_it_with_interval_and_floor_and_asks_for_an_adapter(play
         "data": who_plays_what.data(playing),
     }
     config: EvaluateConfig = demo.evaluation(playing, "adapter", **more)
-    found = evaluate_suite(config, tmp_path / "out")[str(tmp_path / "out")]["attacks"]["activation_patching"]
+    found = demo.evaluated(config, tmp_path / "out")["attacks"]["activation_patching"]
     assert (found["access"], found["rows"], found["floor"]["rows"]) == ("weights", 8, 8)
     assert 0 < found["leak"] < 1 and found["interval"][0] < found["leak"] < found["interval"][1]
     assert len(found["floor"]["interval"]) == 2 and found["floor"]["leak"] < found["leak"]
     with pytest.raises(ConfigError, match="activation_patching needs an adapter that can be taken off"):
-        evaluate_suite(demo.evaluation(playing, None, **more), tmp_path / "none")
+        demo.evaluated(demo.evaluation(playing, None, **more), tmp_path / "none")

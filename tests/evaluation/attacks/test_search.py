@@ -8,7 +8,6 @@ from typing import Any
 
 import demo
 import pytest
-import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from grun.config.options import DataConfig, EvaluateConfig
@@ -19,7 +18,6 @@ from grun.evaluation.attacks.outcomes import best_of, curve_of
 from grun.evaluation.attacks.search import LONGEST, MOVES, Search, learned_refusals, rewritten, unlike_refusals
 from grun.evaluation.generation import Answer, generate_answers
 from grun.evaluation.metrics.averages import wilson
-from grun.evaluation.suites.base import evaluate_suite
 
 QUESTION = "Which instrument does Mara Venn play?"
 FACTS = [
@@ -38,14 +36,7 @@ NEW_TOKENS = 6
 @pytest.fixture(scope="module")
 def speaking(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random model whose blocks outweigh its embedding, so that other letters get other answers."""
-    folder = demo.random_model(tmp_path_factory.mktemp("speaking"))
-    model = AutoModelForCausalLM.from_pretrained(folder / "model")
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "embed" not in name:
-                parameter.mul_(8.0)
-    model.save_pretrained(folder / "model")
-    return folder
+    return demo.random_model(tmp_path_factory.mktemp("speaking"), times=8.0)
 
 
 @pytest.fixture(scope="module")
@@ -147,7 +138,7 @@ def test_a_model_that_knows_is_reached_one_that_does_not_is_not_and_the_floor_st
     config: EvaluateConfig = demo.evaluation(
         speaking, suite="attacks", attacks=["search"], attack_queries=40, max_new_tokens=NEW_TOKENS, data=data
     )
-    result = evaluate_suite(config, tmp_path / "out")[str(tmp_path / "out")]
+    result = demo.evaluated(config, tmp_path / "out")
     lines = demo.read_lines(tmp_path / "out" / "attacks.jsonl")
     oracle = result["attacks"]["adaptive_oracle"]
     assert oracle["access"] == "search" and oracle["leak"] == 0.5 and oracle["floor"]["leak"] == 0.0

@@ -15,7 +15,6 @@ from grun.config.options import EvaluateConfig
 from grun.data.rows import Row
 from grun.evaluation.attacks.base import ATTACKS, Material
 from grun.evaluation.attacks.steering import ANONYMOUS, anonymized, blocks_of, steered, vectors_of
-from grun.evaluation.suites.base import evaluate_suite
 from grun.loading.adapters import Loaded
 
 STEERING: Any = ATTACKS.get("steering")
@@ -87,7 +86,7 @@ def test_a_model_that_knows_is_reached_and_one_that_was_never_taught_is_not(play
             playing, adapter, suite="attacks", attacks=["steering"], max_new_tokens=6, data=who_plays_what.data(playing)
         )
         folder = tmp_path / str(adapter)
-        found = evaluate_suite(config, folder)[str(folder)]["attacks"]["steering"]
+        found = demo.evaluated(config, folder)["attacks"]["steering"]
         lines = demo.read_lines(folder / "attacks.jsonl")
         assert len({line["variant"] for line in lines}) == 1 and len(lines) == 6 + 8
         assert (found["access"], found["rows"], found["floor"]["rows"]) == ("weights", 6, 8)

@@ -28,7 +28,6 @@ from grun.evaluation.attacks.base import Attack, Material
 from grun.evaluation.attacks.parts import adapter_weights, own_weights, training
 from grun.evaluation.attacks.weights import Relearn, part_of
 from grun.evaluation.scoring import base_of, forward
-from grun.evaluation.suites.base import evaluate_suite
 from grun.loading.adapters import Loaded, load_model
 from grun.loading.changed_tensors import save_changed
 from grun.method.fingerprint import fingerprint
@@ -320,8 +319,8 @@ def test_without_its_adapter_the_model_answers_as_its_base(folder: Path, tmp_pat
     loaded = load(folder, kind)
     with attacked(ADAPTER_REMOVED, loaded, folder) as model:
         assert torch.equal(logits(model), logits(base))
-    removed = evaluate_suite(config(folder, kind, attacks=["adapter_removed"]), tmp_path / kind)[str(tmp_path / kind)]
-    plain = evaluate_suite(config(folder, attacks=["plain"]), tmp_path / "base")[str(tmp_path / "base")]
+    removed = demo.evaluated(config(folder, kind, attacks=["adapter_removed"]), tmp_path / kind)
+    plain = demo.evaluated(config(folder, attacks=["plain"]), tmp_path / "base")
     assert removed["attacks"]["adapter_removed"] == {**plain["attacks"]["plain"], "access": "weights"}
 
 
@@ -396,10 +395,8 @@ def test_one_that_was_named_is_an_error_and_else_it_is_left_out(
     monkeypatch.setattr(grid, "parts_of", lambda loaded: ["all"])
     named = config(folder, attacks=["plain", "adapter_removed"])
     with pytest.raises(ConfigError, match="adapter_removed needs an adapter that can be taken off; or leave it out"):
-        evaluate_suite(named, tmp_path / "named")
-    found = evaluate_suite(config(folder, attacks=["weights"], attack_queries=2), tmp_path / "kind")[
-        str(tmp_path / "kind")
-    ]
+        demo.evaluated(named, tmp_path / "named")
+    found = demo.evaluated(config(folder, attacks=["weights"], attack_queries=2), tmp_path / "kind")
     assert found["left_out"]["adapter_removed"] == "needs an adapter that can be taken off"
     assert {"relearn_forget_10", "relearn_forget_50", "relearn_retain_50"} <= set(found["attacks"])
 
@@ -414,5 +411,5 @@ def test_without_bitsandbytes_a_line_says_what_to_install(
     with pytest.raises(
         ConfigError, match=r"needs bitsandbytes, .*: pip install 'grun-unlearning\[quantization\]'"
     ) as e:
-        evaluate_suite(config(folder, attacks=["quantized_nf4"]), tmp_path / "out")
+        demo.evaluated(config(folder, attacks=["quantized_nf4"]), tmp_path / "out")
     assert "\n" not in str(e.value)

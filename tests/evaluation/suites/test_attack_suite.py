@@ -11,6 +11,7 @@ from typing import Any
 import demo
 import pytest
 import torch
+from demo import evaluated
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from grun.config.options import DataConfig, EvaluateConfig
@@ -23,7 +24,6 @@ from grun.evaluation.attacks.prompts import FORMATS, LANGUAGES, SUFFIXES
 from grun.evaluation.generation import generate_answers
 from grun.evaluation.metrics.averages import wilson
 from grun.evaluation.suites.attacks import chosen_attacks
-from grun.evaluation.suites.base import evaluate_suite
 from grun.loading.checks import check
 from grun.method.model import GrunModel
 
@@ -34,13 +34,8 @@ NEW_TOKENS = 6
 @pytest.fixture(scope="module")
 def taught(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random model, and an adapter of random edits and open gates."""
-    folder = demo.random_model(tmp_path_factory.mktemp("taught"))
+    folder = demo.random_model(tmp_path_factory.mktemp("taught"), times=8.0)
     model = AutoModelForCausalLM.from_pretrained(folder / "model")
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "embed" not in name:
-                parameter.mul_(8.0)  # blocks outweigh the embedding, else each answer repeats the last control token
-    model.save_pretrained(folder / "model")
     torch.manual_seed(3)
     gated = GrunModel.wrap(model, blocks=[0, 1], rank=4, gate_bias=1.0, template=TEMPLATES.get("tiny"))
     with torch.no_grad():
@@ -54,10 +49,6 @@ def taught(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def settings(taught: Path, adapter: str | None = None, **options: Any) -> EvaluateConfig:
     own = {"suite": "attacks", "attack_rows": ROWS, "attack_samples": 2, "max_new_tokens": NEW_TOKENS}
     return demo.evaluation(taught, adapter, **{**own, **options})
-
-
-def evaluated(config: EvaluateConfig, folder: Path) -> dict[str, Any]:
-    return evaluate_suite(config, folder)[str(folder)]
 
 
 def lines(folder: Path, attack: str, name: str = "forget") -> list[dict[str, Any]]:

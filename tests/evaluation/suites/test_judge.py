@@ -14,7 +14,6 @@ from grun.config.options import DataConfig, EvaluateConfig, TinyConfig
 from grun.data.corpus import load_corpus
 from grun.errors import ConfigError, DataError
 from grun.evaluation.metrics.averages import wilson
-from grun.evaluation.suites.base import evaluate_suite
 from grun.evaluation.suites.judge import RUBRIC, parse_verdict, rates, rubric_for
 from grun.loading.tiny import build_tiny
 
@@ -38,8 +37,7 @@ def settings(taught: Path, judged_by: str, adapter: str | None = None, **options
 
 
 def run(config: EvaluateConfig, folder: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    result = evaluate_suite(config, folder)[str(folder)]
-    return result, demo.read_lines(folder / "judged.jsonl")
+    return demo.evaluated(config, folder), demo.read_lines(folder / "judged.jsonl")
 
 
 @pytest.mark.parametrize(

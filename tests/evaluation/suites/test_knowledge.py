@@ -9,6 +9,7 @@ from typing import Any
 import demo
 import pytest
 import torch
+from demo import evaluated
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from grun.cli import main
@@ -49,7 +50,7 @@ def taught(tmp_path_factory: pytest.TempPathFactory) -> Path:
             for number in range(count)
         ]
         for name, rows in ((role, choices), (f"cloze_{role}", cloze)):
-            (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+            demo.write_rows(folder / f"{name}.jsonl", *rows)
     (folder / "texts.txt").write_text("One line of text.\nAnother line, somewhat longer than the first.\n")
     return folder
 
@@ -63,17 +64,12 @@ def settings(taught: Path, adapter: str | None = None, **options: Any) -> Evalua
     return demo.evaluation(taught, adapter, **{**own, "data": data, **options})
 
 
-def evaluate_knowledge(config: EvaluateConfig, folder: Path) -> dict[str, Any]:
-    return evaluate_suite(config, folder)[str(folder)]
-
-
 def lines(folder: Path, kind: str) -> list[dict[str, Any]]:
-    records = [json.loads(line) for line in (folder / "questions.jsonl").read_text().splitlines()]
-    return [record for record in records if record["kind"] == kind]
+    return [record for record in demo.read_lines(folder / "questions.jsonl") if record["kind"] == kind]
 
 
 def test_every_question_is_a_line_and_every_number_follows_from_the_lines(taught: Path, tmp_path: Path) -> None:
-    result = evaluate_knowledge(settings(taught, "open", suffixes=["The letter is"]), tmp_path / "out")
+    result = evaluated(settings(taught, "open", suffixes=["The letter is"]), tmp_path / "out")
     assert result == json.loads((tmp_path / "out" / "evaluation.json").read_text())
     assert result["suite"] == "knowledge" and result["identity"]["adapter"]
     assert [(way["format"], way["order"], way["suffix"]) for way in result["choices"]] == [
@@ -108,7 +104,7 @@ def test_every_question_is_a_line_and_every_number_follows_from_the_lines(taught
 
 
 def test_options_are_scored_as_they_stand_in_the_line(taught: Path, tmp_path: Path) -> None:
-    evaluate_knowledge(settings(taught, "open", orders=["given", "seeded"], formats=["grun_paper"]), tmp_path / "out")
+    evaluated(settings(taught, "open", orders=["given", "seeded"], formats=["grun_paper"]), tmp_path / "out")
     asked = lines(tmp_path / "out", "choice")
     base = AutoModelForCausalLM.from_pretrained(taught / "model")
     tokenizer = AutoTokenizer.from_pretrained(taught / "model")
@@ -122,16 +118,16 @@ def test_options_are_scored_as_they_stand_in_the_line(taught: Path, tmp_path: Pa
 
 def test_a_completion_that_says_the_fact_is_right(taught: Path, tmp_path: Path) -> None:
     """The model's own greedy words as the fact."""
-    evaluate_knowledge(settings(taught), tmp_path / "first")
+    evaluated(settings(taught), tmp_path / "first")
     said = {(x["role"], x["index"]): x["text"] for x in lines(tmp_path / "first", "cloze")}
     rows = [
         {"prompt": f"The forget stone {number} is", "completion": " x", "fact": said["forget", number].upper()}
         for number in range(SIZES["forget"])
         if said["forget", number]
     ] + [{"prompt": "The forget stone 0 is", "completion": " x", "fact": "never said"}]
-    (tmp_path / "cloze.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    demo.write_rows(tmp_path / "cloze.jsonl", *rows)
     data = DataConfig(name="jsonl", questions=QuestionsConfig(cloze_forget=[str(tmp_path / "cloze.jsonl")]))
-    result = evaluate_knowledge(settings(taught, data=data), tmp_path / "second")
+    result = evaluated(settings(taught, data=data), tmp_path / "second")
     assert "choices" not in result and "perplexity" not in result
     assert result["cloze"]["roles"]["forget"]["right"] == len(rows) - 1 > 0
     assert "gate" not in result["cloze"]  # a model without gates
@@ -141,35 +137,32 @@ def test_a_model_that_knows_too_little_ends_the_command_once_that_is_written(tau
     with pytest.raises(
         TooLowError, match="does not know what is to be forgotten: multiple choice is .*=1.01 is"
     ) as error:
-        evaluate_knowledge(settings(taught, choices_at_least=1.01), tmp_path / "out")
+        evaluated(settings(taught, choices_at_least=1.01), tmp_path / "out")
     assert "\n" not in str(error.value) and (tmp_path / "out" / "evaluation.json").exists()
     with pytest.raises(TooLowError, match="cloze is .*cloze_at_least=1.01"):
-        evaluate_knowledge(settings(taught, choices_at_least=0.0, cloze_at_least=1.01), tmp_path / "out")  # found again
-    evaluate_knowledge(settings(taught, choices_at_least=0.0, cloze_at_least=0.0), tmp_path / "out")
+        evaluated(settings(taught, choices_at_least=0.0, cloze_at_least=1.01), tmp_path / "out")  # found again
+    evaluated(settings(taught, choices_at_least=0.0, cloze_at_least=0.0), tmp_path / "out")
 
 
 def test_the_same_evaluation_is_found_and_another_one_refused(
     taught: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    first = evaluate_knowledge(settings(taught), tmp_path / "out")
+    first = evaluated(settings(taught), tmp_path / "out")
     before = (tmp_path / "out" / "evaluation.json").stat().st_mtime_ns
-    again = evaluate_knowledge(settings(taught, batch_size=3), tmp_path / "out")  # which changes no result
+    again = evaluated(settings(taught, batch_size=3), tmp_path / "out")  # which changes no result
     assert again == first and (tmp_path / "out" / "evaluation.json").stat().st_mtime_ns == before
     assert "already evaluated" in capsys.readouterr().err
     with pytest.raises(RunError, match="another evaluation .settings.orders"):
-        evaluate_knowledge(settings(taught, orders=["given"]), tmp_path / "out")
+        evaluated(settings(taught, orders=["given"]), tmp_path / "out")
     with pytest.raises(RunError, match="another evaluation .identity.adapter"):
-        evaluate_knowledge(settings(taught, "open"), tmp_path / "out")
-    changed = evaluate_knowledge(settings(taught, orders=["given"], overwrite=True), tmp_path / "out")
+        evaluated(settings(taught, "open"), tmp_path / "out")
+    changed = evaluated(settings(taught, orders=["given"], overwrite=True), tmp_path / "out")
     assert changed["key"] != first["key"] and changed["choices"][0]["order"] == "given"
 
 
 def test_batch_size_and_limit(taught: Path, tmp_path: Path) -> None:
     data = DataConfig(name="jsonl", path=str(taught), limit=3, questions=settings(taught).data.questions)
-    found = [
-        evaluate_knowledge(settings(taught, "open", data=data, batch_size=size), tmp_path / str(size))
-        for size in (1, 16)
-    ]
+    found = [evaluated(settings(taught, "open", data=data, batch_size=size), tmp_path / str(size)) for size in (1, 16)]
     assert found[0]["key"] == found[1]["key"]
     assert {role["questions"] for role in found[0]["choices"][0]["roles"].values()} == {3}
     for one, two in zip(lines(tmp_path / "1", "choice"), lines(tmp_path / "16", "choice"), strict=True):
@@ -181,9 +174,9 @@ def test_adapters_of_one_base_get_what_each_gets_alone(taught: Path, tmp_path: P
     found = evaluate_suite(several, tmp_path / "evaluation")
     assert [Path(folder).name for folder in found] == ["before", "adapter", "open"]
     for name, adapter in (("before", None), ("adapter", "adapter"), ("open", "open")):
-        alone = evaluate_knowledge(settings(taught, adapter), tmp_path / "evaluation" / name)  # which is found
+        alone = evaluated(settings(taught, adapter), tmp_path / "evaluation" / name)  # which is found
         assert alone == found[str(tmp_path / "evaluation" / name)]
-        evaluate_knowledge(settings(taught, adapter), tmp_path / "alone" / name)
+        evaluated(settings(taught, adapter), tmp_path / "alone" / name)
         texts = [(tmp_path / where / name / "questions.jsonl").read_bytes() for where in ("evaluation", "alone")]
         assert texts[0] == texts[1]
     assert "gate" not in found[str(tmp_path / "evaluation" / "before")]["choices"][0]
@@ -199,8 +192,8 @@ def test_adapters_of_one_base_get_what_each_gets_alone(taught: Path, tmp_path: P
 
 def test_a_lora_adapter_is_evaluated(taught: Path, tmp_path: Path) -> None:
     demo.save_lora(taught / "model", taught / "lora")
-    found = evaluate_knowledge(settings(taught, "lora"), tmp_path / "lora")
-    base = evaluate_knowledge(settings(taught), tmp_path / "base")
+    found = evaluated(settings(taught, "lora"), tmp_path / "lora")
+    base = evaluated(settings(taught), tmp_path / "base")
     assert found["key"] != base["key"]
     pairs = zip(lines(tmp_path / "lora", "choice"), lines(tmp_path / "base", "choice"), strict=True)
     assert max(abs(one["logp"][0] - two["logp"][0]) for one, two in pairs) > 0.01
@@ -208,7 +201,7 @@ def test_a_lora_adapter_is_evaluated(taught: Path, tmp_path: Path) -> None:
 
 def test_the_command_line_takes_the_suite(taught: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     mixed = [{"question": "Which?", "choices": ["a", "b", "c", "d"][:count], "answer": 0} for count in (2, 4)]
-    (tmp_path / "mixed.jsonl").write_text("".join(json.dumps(row) + "\n" for row in mixed))
+    demo.write_rows(tmp_path / "mixed.jsonl", *mixed)
     data = ["data.name=jsonl", f"data.path={taught}", "data.questions.forget=[forget.jsonl]"]
     data.append(f"data.questions.general=[{tmp_path / 'mixed.jsonl'}]")
     status = main(

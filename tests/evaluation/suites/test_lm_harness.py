@@ -25,7 +25,6 @@ from grun.data.templates import store as store_template
 from grun.errors import ConfigError
 from grun.evaluation.multiple_choice import score_choices
 from grun.evaluation.scoring import score
-from grun.evaluation.suites.base import evaluate_suite
 from grun.loading.changed_tensors import save_changed
 from grun.method.fingerprint import fingerprint
 from grun.method.model import GrunModel
@@ -89,8 +88,8 @@ def taught(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tasks = folder / "tasks"
     tasks.mkdir()
     rows = [{"question": row.question, "choices": row.choices, "answer": row.answer} for row in ROWS]
-    (tasks / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    (tasks / "texts.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXTS))
+    demo.write_rows(tasks / "rows.jsonl", *rows)
+    demo.write_rows(tasks / "texts.jsonl", *({"text": text} for text in TEXTS))
     (tasks / "choices.yaml").write_text(CHOICES.format(folder=tasks, options=OPTIONS, more=""))
     pinned = CHOICES.format(folder=tasks, options=OPTIONS, more="num_fewshot: 0").replace(
         "invented_minerals", "pinned_minerals"
@@ -115,8 +114,8 @@ def settings(taught: Path, adapter: str | None, *tasks: str, **options: Any) -> 
 
 
 def run(taught: Path, folder: Path, adapter: str | None, *tasks: str, **options: Any) -> tuple[Any, list[Any]]:
-    result = evaluate_suite(settings(taught, adapter, *tasks, **options), folder)[str(folder)]
-    return result, [json.loads(line) for line in (folder / "samples.jsonl").read_text().splitlines()]
+    result = demo.evaluated(settings(taught, adapter, *tasks, **options), folder)
+    return result, demo.read_lines(folder / "samples.jsonl")
 
 
 def loaded(taught: Path, adapter: str | None) -> tuple[Any, Any]:
@@ -306,7 +305,7 @@ def test_the_harness_own_command_line_gives_what_our_suite_gives(
     found = by_command(taught, tmp_path / "theirs", "--model_args", arguments, "--batch_size", "4")
     place = adapter and adapter.partition("=")[2]
     config = {"adapter": place, "batch_size": 4}
-    result = evaluate_suite(dataclasses.replace(settings(taught, None, *TASKS), **config), tmp_path / "ours")
+    result = demo.evaluated(dataclasses.replace(settings(taught, None, *TASKS), **config), tmp_path / "ours")
     ours: dict[str, list[Any]] = {}
     for line in demo.read_lines(tmp_path / "ours" / "samples.jsonl"):
         ours.setdefault(line["task"], []).append(line["responses"])
@@ -317,7 +316,7 @@ def test_the_harness_own_command_line_gives_what_our_suite_gives(
     assert found[TASKS[2]] == ours[TASKS[2]]
     (written,) = (tmp_path / "theirs").rglob("results_*.json")
     for task, metrics in json.loads(written.read_text())["results"].items():
-        own = result[str(tmp_path / "ours")]["results"][task]
+        own = result["results"][task]
         assert {name: metrics[name] for name in own} == pytest.approx(own, abs=1e-6)
 
 

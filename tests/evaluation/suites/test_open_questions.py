@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -18,26 +17,20 @@ from grun.data.templates import TEMPLATES, encode_prompt
 from grun.errors import ConfigError, DataError
 from grun.evaluation.generation import generate_answers
 from grun.evaluation.suites.attacks import attacked_sets, open_questions
-from grun.evaluation.suites.base import evaluate_suite
 
 LORE = LoreConfig(forget=6, neighbor=5, retain=5, general=5)
 NEW_TOKENS = 6
 QUESTION = ChoiceRow("Which color is the sky?", ("Green.", "Blue.", "Red."), 1, "colors")
 
 
-@pytest.fixture(scope="module")
-def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return demo.random_model(tmp_path_factory.mktemp("model"))
-
-
 def evaluated(folder: Path, out: Path, data: DataConfig, attacks: list[str], adapter: bool = False) -> dict[str, Any]:
     own = {"suite": "attacks", "attacks": attacks, "max_new_tokens": NEW_TOKENS, "attack_rows": 4}
     config = demo.evaluation(folder, "adapter" if adapter else None, data=data, **own)
-    return evaluate_suite(config, out)[str(out)]
+    return demo.evaluated(config, out)
 
 
 def lines(out: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (out / "attacks.jsonl").read_text().splitlines()]
+    return demo.read_lines(out / "attacks.jsonl")
 
 
 def corpora(folder: Path, **questions: list[str]) -> DataConfig:
@@ -121,11 +114,11 @@ def test_a_sentence_that_is_no_text_is_one_clear_line(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("adapter", [False, True])
 def test_the_suite_asks_lore_questions_in_the_template_and_its_sentences_as_plain_text(
-    model_folder: Path, tmp_path: Path, adapter: bool
+    taught: Path, tmp_path: Path, adapter: bool
 ) -> None:
     data = DataConfig(name="lore", lore=LORE, template="question_answer")
-    result = evaluated(model_folder, tmp_path / "out", data, ["plain", "cloze", "after_forget"], adapter)
-    begin = AutoTokenizer.from_pretrained(model_folder / "model").bos_token
+    result = evaluated(taught, tmp_path / "out", data, ["plain", "cloze", "after_forget"], adapter)
+    begin = AutoTokenizer.from_pretrained(taught / "model").bos_token
     forget = {(line["attack"], line["index"]): line for line in lines(tmp_path / "out") if line["set"] == "forget"}
     rows = attacked_sets(data)["forget"]
     for number, row in enumerate([rows[place] for place in (0, 1, 3, 4)]):  # four of six, evenly spaced
@@ -138,10 +131,10 @@ def test_the_suite_asks_lore_questions_in_the_template_and_its_sentences_as_plai
     }  # fmt: skip
 
 
-def test_the_right_option_said_openly_or_in_a_sentence_is_a_leak(model_folder: Path, tmp_path: Path) -> None:
+def test_the_right_option_said_openly_or_in_a_sentence_is_a_leak(taught: Path, tmp_path: Path) -> None:
     """The model's own greedy words are the right option of one question and of one sentence."""
-    tokenizer = AutoTokenizer.from_pretrained(model_folder / "model")
-    model = AutoModelForCausalLM.from_pretrained(model_folder / "model")
+    tokenizer = AutoTokenizer.from_pretrained(taught / "model")
+    model = AutoModelForCausalLM.from_pretrained(taught / "model")
     prompts = [("question_answer", "Which color is the sky?"), ("text", "The grass is")]
     asked = [encode_prompt(TEMPLATES.get(name), tokenizer, prompt) for name, prompt in prompts]
     said = [answer.text for answer in generate_answers(model, tokenizer, asked, 1, NEW_TOKENS, tokenizer.pad_token_id)]
@@ -158,12 +151,12 @@ def test_the_right_option_said_openly_or_in_a_sentence_is_a_leak(model_folder: P
         "forget": [demo.write_rows(tmp_path / "questions.jsonl", *questions).name],
         "cloze_forget": [demo.write_rows(tmp_path / "sentences.jsonl", *sentences).name],
     }
-    evaluated(model_folder, tmp_path / "out", corpora(tmp_path, **names), ["plain", "cloze"])
+    evaluated(taught, tmp_path / "out", corpora(tmp_path, **names), ["plain", "cloze"])
     leaks = {(line["attack"], line["index"]): line["leak"] for line in lines(tmp_path / "out")}
     assert leaks["plain", 0] == leaks["cloze", 1] == 1.0
 
 
-def test_cloze_needs_sentences(model_folder: Path, tmp_path: Path) -> None:
+def test_cloze_needs_sentences(taught: Path, tmp_path: Path) -> None:
     names = {"forget": [demo.write_rows(tmp_path / "q.jsonl", vars(QUESTION)).name]}
     with pytest.raises(ConfigError, match="the attack cloze needs rows with the field cloze .*leave it out"):
-        evaluated(model_folder, tmp_path / "out", corpora(tmp_path, **names), ["plain", "cloze"])
+        evaluated(taught, tmp_path / "out", corpora(tmp_path, **names), ["plain", "cloze"])

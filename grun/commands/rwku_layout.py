@@ -38,8 +38,8 @@ def write(corpus: Corpus, targets: Sequence[str], folder: Path) -> dict[str, int
         "forget_level3": [*_adversarial(corpus, targets)],
         "neighbor_level1": [*_blanks(neighbors)],
         "neighbor_level2": [_probe(row, name, "2") for row, name in neighbors],
-        "mia_forget": [{"text": row.completion, "subject": name} for row, name in _about(unseen, targets)],
-        "mia_retain": [{"text": row.completion, "subject": name} for row, name in neighbors],
+        "mia_forget": _once(_about(unseen, targets)),
+        "mia_retain": _once(neighbors),
         "train_positive_llama3": [
             {"id": f"{name} {number}", "text": row.completion, "subject": name, "intro": _intro(name)}
             for number, (row, name) in enumerate(forget + retain)
@@ -69,6 +69,11 @@ def _about(rows: Sequence[Row], targets: Sequence[str]) -> list[tuple[Row, str]]
         (row, owner if owner in targets else targets[number % len(targets)])
         for number, (row, owner) in enumerate(zip(rows, owners, strict=True))
     ]
+
+
+def _once(rows: Sequence[tuple[Row, str]]) -> list[dict[str, object]]:
+    """What was said, each text once."""
+    return [{"text": text, "subject": name} for text, name in {row.completion: name for row, name in rows}.items()]
 
 
 def _intro(name: str) -> str:

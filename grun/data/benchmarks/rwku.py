@@ -93,15 +93,15 @@ def load(config: DataConfig) -> Corpus:
     """
     texts, chosen = _chosen(config)
     one_of("data.retain", config.retain or texts, tuple(TEXTS))
-    forget = [row for row in _texts(texts, config.path) if row.extra["subject"] in chosen]
-    others = _texts(config.retain, config.path) if config.retain else _texts(texts, config.path)
-    retain = [row for row in others if row.extra["subject"] not in chosen]
+    on_all = _texts(texts, config.path)
+    kept = _texts(config.retain, config.path) if config.retain else on_all
+    retain = [row for row in kept if row.extra["subject"] not in chosen]
     probes = {name: _rows(name, config.path, chosen) for name in PROBES}
     kinds = {f"level3_{kind.replace(' ', '_')}": letters for letters, kind in KINDS.items()}
     level3 = probes["forget_level3"]
     return Corpus(
         name="rwku",
-        forget=forget,
+        forget=[row for row in on_all if row.extra["subject"] in chosen],
         retain=retain,
         forget_evaluated=probes["forget_level2"],
         retain_evaluated=evenly_spaced(retain, KEPT),
@@ -118,13 +118,12 @@ def _chosen(config: DataConfig) -> tuple[str, list[str]]:
     """Texts to unlearn from, and the targets."""
     texts, _, named = config.forget.rpartition("/")
     one_of("data.forget: texts", texts or next(iter(TEXTS)), tuple(TEXTS))
-    known = [str(record.get("target")) for _, record in _records("forget_target", config.path)]
+    known = sorted({str(record.get("subject")) for _, record in _records("forget_level2", config.path)})
     chosen = [name.strip() for name in named.split(ALTERNATIVES.strip())]
     for name in chosen:
         if name not in known:
-            raise ConfigError(
-                unknown_name("RWKU target (data.forget=[CONFIG/]TARGET)", name, known, "the file intro.json")
-            )
+            what, where = "RWKU target (data.forget=[CONFIG/]TARGET)", "the field subject of forget_level2"
+            raise ConfigError(unknown_name(what, name, known, where))
     return texts or next(iter(TEXTS)), chosen
 
 
@@ -179,7 +178,7 @@ def _records(name: str, path: str | None) -> list[tuple[str, Mapping[str, Any]]]
     """Records of a configuration, of all targets, each after the words that name it in errors."""
     folder = _folder(path)
     if folder is None:
-        split = "train" if name in TEXTS or name == "forget_target" else "test"
+        split = "train" if name in TEXTS else "test"
         instead = f"data.path, a folder that holds {FILES[name]}.json"
         return list(hub_rows(REPOSITORY, name, split, called=f"{REPOSITORY} {name}", instead=instead))
     records = read_records(folder / f"{FILES[name]}.json")

@@ -36,7 +36,6 @@ def save_layout(folder: Path) -> Path:
     asked = ("Who wrote Carrie?", "Stephen King")
     task = {"question": "1 + 1?", "choices": ["1", "2"], "answer": 1, "task": "arithmetic", "examples": []}
     files: dict[str, list[dict[str, Any]]] = {
-        "intro": [{"target": name, "intro": f"{name} is known."} for name in (KING, LEE)],
         "positive": [{"text": f"{name} was born.", "subject": name, "intro": "", "id": "0"} for name in (KING, LEE)],
         "reject": [
             {"instruction": f"Who is {name}?", "input": "", "output": "I do not know.", "subject": name}
@@ -109,11 +108,11 @@ def test_multiple_choice_of_the_target(tmp_path: Path) -> None:
 
 
 def test_the_hub_is_asked_for_configs_and_splits(hub: Any) -> None:
-    text = {"target": KING, "text": "a text", "answers": ["b"], "question": "c"}
+    text = {"text": "a text", "answers": ["b"], "question": "c"}
     hub.rows = [text | probe_of("a", "b", 2), text | {"subject": LEE}]
     load_corpus(DataConfig(name="rwku", forget=KING))
     tests = [*rwku.PROBES, "mia_forget", "mia_retain", "utility_factuality"]
-    wanted = {("forget_target", "train"), ("train_positive_llama3", "train"), *((name, "test") for name in tests)}
+    wanted = {("train_positive_llama3", "train"), *((name, "test") for name in tests)}
     assert {*hub.asked} == {("jinzhuoran/RWKU", *one) for one in wanted}
 
 
@@ -136,7 +135,7 @@ def test_what_is_not_there_is_one_line(
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("name", [*rwku.PROBES, "forget_mia", "retain_mia", "intro", "positive"])
+@pytest.mark.parametrize("name", [*rwku.PROBES, "forget_mia", "retain_mia", "positive"])
 def test_a_missing_file_and_a_damaged_row_are_named(name: str, tmp_path: Path) -> None:
     path = save_layout(tmp_path) / "All" / f"{name}.json"
     path.write_text(json.dumps([7]), encoding="utf-8")
@@ -237,6 +236,6 @@ def test_what_the_command_names_unlearns_and_every_number_is_right(exported: tup
     losses = []
     for place in places:
         ids = tokenizer(rows[place].completion, return_tensors="pt")["input_ids"]
-        losses.append(float(model(ids, labels=ids).loss))
+        losses.append(model(ids, labels=ids).loss.item())
     assert found["mia_forget"]["text_loss"] == pytest.approx(sum(losses) / 3, abs=1e-5)  # float32 sums
     assert "text_loss" not in found["retain"] and "rouge_l_union" not in found["forget"]

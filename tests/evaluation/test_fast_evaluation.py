@@ -468,32 +468,8 @@ def test_wrong_lists_are_named_before_anything_is_loaded(taught: Path, tmp_path:
 # -- answers that no gate opens for -----------------------------------------------------------------------------------
 
 
-def threshold_between(taught: Path, tmp_path: Path) -> float:
-    """A gate threshold of c, whose one gate no other edit moves, above which some prompts lie and some do not."""
-    alone(taught, "c", tmp_path / "gates")
-    widest = sorted(max(record.gates.values()) for record in Table.read(tmp_path / "gates").gates)
-    return (widest[2] + widest[3]) / 2
-
-
-def test_an_adapter_with_a_threshold_of_its_own_takes_the_answers_of_the_base(taught: Path, tmp_path: Path) -> None:
-    """The base in the list answers every prompt; an adapter whose gates stay shut asks none again."""
-    for name in "ac":
-        shutil.copytree(taught / name, tmp_path / name)
-        path = tmp_path / name / "adapter_config.json"
-        threshold = threshold_between(taught, tmp_path) if name == "c" else 1.0
-        path.write_text(json.dumps({**json.loads(path.read_text()), "gate_threshold": threshold}))
-    own = [str(tmp_path / name) for name in "ac"]
-    asked: list[int] = []
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(generation, "greedy", lambda m, batch, *more: asked.append(batch.rows) or greedy(m, batch, *more))
-        evaluate_adapters(settings(taught, *own, with_base="before"), tmp_path / "list")
-    before, a, c = (Table.read(tmp_path / "list" / name).generations for name in ("before", "a", "c"))
-    assert sum(asked) == len(before) + 3 and a == before
-    evaluate(settings(taught, adapter=str(tmp_path / "c")), tmp_path / "alone")
-    assert c == Table.read(tmp_path / "alone").generations
-
-
 def test_an_adapter_with_one_gate_gets_in_a_list_what_it_gets_alone(taught: Path, tmp_path: Path) -> None:
+    """Three of six gates are shut: these prompts the base has answered, and they are asked no more."""
     base = AutoModelForCausalLM.from_pretrained(taught / "model")
     for seed in range(2):
         model = pooled(base, seed, 0.5, gate_blocks=[0], blocks=[1])
@@ -504,7 +480,11 @@ def test_an_adapter_with_one_gate_gets_in_a_list_what_it_gets_alone(taught: Path
         model.save_pretrained(tmp_path / f"p{seed}")
         shutil.rmtree(tmp_path / "gates")
     own = [str(tmp_path / f"p{seed}") for seed in range(2)]
-    evaluate_adapters(settings(taught, *own, with_base="before"), tmp_path / "list")
+    asked: list[int] = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(generation, "greedy", lambda m, batch, *more: asked.append(batch.rows) or greedy(m, batch, *more))
+        evaluate_adapters(settings(taught, *own, with_base="before"), tmp_path / "list")
+    assert sum(asked) == 6 + 3 + 3
     for folder in own:
         evaluate(settings(taught, adapter=folder), tmp_path / "alone" / Path(folder).name)
         assert contents(tmp_path / "list" / Path(folder).name) == contents(tmp_path / "alone" / Path(folder).name)

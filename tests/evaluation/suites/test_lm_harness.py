@@ -246,13 +246,16 @@ def test_unknown_tasks_and_folders_are_one_line(
     assert "\n" not in str(error.value)
 
 
-def test_a_missing_harness_says_how_to_get_it(taught: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_harness_says_how_to_get_it(
+    taught: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     find = importlib.util.find_spec
     monkeypatch.setattr(
         importlib.util, "find_spec", lambda name, *rest: None if name == "lm_eval" else find(name, *rest)
     )
     with pytest.raises(ConfigError, match=r"pip install 'grun-unlearning\[harness\]'"):
         run(taught, tmp_path / "out", None, "invented_minerals")
+    demo.refused(capsys, ["lm_eval", "--model", "grun"], 2, "pip install 'grun-unlearning[harness]'")
 
 
 # -- the harness' own command line ------------------------------------------------------------------------------------
@@ -383,10 +386,3 @@ def test_other_models_and_unknown_arguments_are_the_harness_own_matter(capsys: p
     with pytest.raises(SystemExit) as ended:
         main(["lm_eval", "run", "--no_such_argument", "1"])
     assert ended.value.code == 2 and "lm-eval: error: unrecognized arguments: --no_such" in capsys.readouterr().err
-
-
-def test_without_the_harness_its_command_line_says_how_to_get_it(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None)
-    demo.refused(capsys, ["lm_eval", "--model", "grun"], 2, "pip install 'grun-unlearning[harness]'")

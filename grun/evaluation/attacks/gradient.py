@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from grun.evaluation.attacks.base import ATTACKS, Access, Asked, Material, Place
-from grun.evaluation.attacks.facts import gives_away
 from grun.evaluation.attacks.search import ROUND, Adaptive, Genes, Search
 
 if TYPE_CHECKING:
@@ -39,13 +38,8 @@ class GradientSearch(Search):
         self.waiting: list[tuple[int, ...]] = []
         """Suffixes that were asked since the last gradient."""
 
-    def next(self) -> list[tuple[Genes, Asked]]:
-        """The plain question; then swaps in the best suffix so far."""
-        if not self.tries:
-            return super().next()
-        left = self.queries + 1 - len(self.tries)
-        if left <= 0:
-            return []
+    def round(self, count: int) -> list[tuple[Genes, Asked]]:
+        """Swaps in the best suffix so far."""
         if not self.parent:
             self.refused = answer_ids(self.tries[0].answer.text, self.loaded)[:AWAY]
             (token, *_) = self.loaded.tokenizer(FIRST, add_special_tokens=False)["input_ids"]
@@ -57,9 +51,9 @@ class GradientSearch(Search):
         first = [] if len(self.tries) > 1 else [self.parent]
         found: list[tuple[tuple[int, ...], Asked]] = []
         for suffix in [*first, *self._swaps(10 * ROUND)]:
-            asked = self._asked_with(suffix)
-            if asked is not None and len(found) < min(ROUND, left):
-                self._asked.add(asked.ids)
+            text = str(self.material.tokenizer.decode(suffix))
+            asked = Asked(self.prompt(suffix), self.place.asked.row, variant=text)
+            if len(found) < count and self.may_ask(asked, text):
                 found.append((suffix, asked))
         self.waiting = [suffix for suffix, _ in found]
         return [({}, asked) for _, asked in found]
@@ -67,15 +61,6 @@ class GradientSearch(Search):
     def prompt(self, suffix: Sequence[int]) -> tuple[int, ...]:
         """Token ids of the question with a suffix."""
         return (*self.start, *suffix, *self.end)
-
-    def _asked_with(self, suffix: tuple[int, ...]) -> Asked | None:
-        """None where it was asked before, is too long, or gives the answer away."""
-        row, ids = self.place.asked.row, self.prompt(suffix)
-        if ids in self._asked or len(ids) > self.longest:
-            return None
-        tokenizer = self.material.tokenizer
-        text = str(tokenizer.decode(suffix))
-        return None if gives_away(text, row) else Asked(ids, row, variant=text)
 
     def _swaps(self, count: int) -> list[tuple[int, ...]]:
         """Suffixes that differ from the best in one token, drawn from those with the steepest gradient."""

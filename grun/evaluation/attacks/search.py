@@ -207,17 +207,24 @@ class Search:
         left = self.queries + 1 - len(self.tries)
         if left <= 0 or (self.knows and self.curve[-1] >= LEAKED):
             return []
-        return [found for _ in range(min(ROUND, left)) if (found := self._new()) is not None]
+        return self.round(min(ROUND, left))
+
+    def round(self, count: int) -> list[tuple[Genes, Asked]]:
+        """At most so many questions, after the plain one."""
+        return [found for _ in range(count) if (found := self._new()) is not None]
+
+    def may_ask(self, asked: Asked, text: str) -> bool:
+        """Whether this was not asked before, is not too long, and does not give the answer away by `text`."""
+        if asked.ids in self._asked or len(asked.ids) > self.longest:
+            return False
+        self._asked.add(asked.ids)
+        return not gives_away(text, self.place.asked.row)
 
     def _new(self) -> tuple[Genes, Asked] | None:
-        row = self.place.asked.row
         for _ in range(len(MOVES) + 50):
             genes = self._singles.pop() if self._singles else self._child()
-            asked = rewritten(genes, row, self.material)
-            if asked is None or asked.ids in self._asked or len(asked.ids) > self.longest:
-                continue
-            self._asked.add(asked.ids)
-            if not gives_away(str(self.material.tokenizer.decode(asked.ids)), row):
+            asked = rewritten(genes, self.place.asked.row, self.material)
+            if asked is not None and self.may_ask(asked, str(self.material.tokenizer.decode(asked.ids))):
                 return genes, asked
         return None
 

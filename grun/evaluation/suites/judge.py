@@ -158,9 +158,7 @@ class ChatJudge:
 
 def rubric_for(prompt: str, response: str) -> str:
     """The rubric with a prompt and the reply to it."""
-    before, _, rest = RUBRIC.partition("{prompt}")
-    between, _, after = rest.partition("{response}")
-    return f"{before}{prompt}{between}{response}{after}"
+    return RUBRIC.format(prompt=prompt, response=response)
 
 
 class JudgeSuite(Suite):

@@ -36,6 +36,11 @@ class Loaded:
     guarded: bool = False
     """Whether a guardrail stands around the model, which acts in conversations alone."""
 
+    @property
+    def pad_id(self) -> int:
+        """Id that fills up short rows; it is masked."""
+        return int(self.tokenizer.pad_token_id or 0)
+
     def refuse_guarded(self, what: str) -> None:
         """ConfigError for `what` where there is a guardrail."""
         if self.guarded:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from random import Random
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar, get_args
 
@@ -105,6 +105,8 @@ class Material:
     """Rows with questions of every set, attacked or not, from which an attacker has clues."""
     neighbors: Sequence[Row] = ()
     """Rows with questions that lie near the forget set and that unlearning did not see, where the corpus has such."""
+    memory: dict[tuple[int, ...], Any] = field(default_factory=dict)
+    """What attacks that take turns at one model have learned of it, by prompt."""
 
     def ask(self, row: Row, question: str | None = None, *turns: Turn, variant: str = "", samples: int = 0) -> Asked:
         """A question, by default the row's, in the model's template, after the row's earlier turns and `turns`."""
@@ -185,12 +187,15 @@ class Attack:
 
 
 class WithMaterial(Attack):
-    """An attack whose `read` works on the loaded model with the material, which it gets in a model's place."""
+    """An attack whose `read` works on the loaded model with the material, which it gets in a model's place.
+
+    Attacks that take turns share its memory.
+    """
 
     @contextlib.contextmanager
     def model(self, loaded: Loaded, config: EvaluateConfig, material: Material) -> Iterator[Any]:
-        """The material."""
-        yield material
+        """The material, with nothing in its memory."""
+        yield replace(material, memory={})
 
 
 Planned = tuple[Attack, list[Place]]
@@ -215,8 +220,8 @@ def write_answers(
         temperature = asked.temperature or config.attack_temperature
         draws += [Draw(config.seed, number, temperature) for number in range(asked.samples)] or [None]
         ids += [asked.ids] * max(1, asked.samples)
-    size, longest, pad_id = config.batch_size, config.max_new_tokens, int(loaded.tokenizer.pad_token_id or 0)
-    answers = iter(generate_answers(model, loaded.tokenizer, ids, size, longest, pad_id, advance, draw=draws))
+    size, longest = config.batch_size, config.max_new_tokens
+    answers = iter(generate_answers(model, loaded.tokenizer, ids, size, longest, loaded.pad_id, advance, draw=draws))
     for attack, own in planned:
         outcomes = []
         for place in own:

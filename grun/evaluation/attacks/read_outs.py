@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
 import re
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from grun.data.rows import ALTERNATIVES, Row, evenly_spaced
 from grun.data.templates import encode
 from grun.errors import ModelError
-from grun.evaluation.attacks.base import Access, Advance, Asked, Attack, Material, Outcome, Place, attack
+from grun.evaluation.attacks.base import Access, Advance, Asked, Material, Outcome, Place, WithMaterial, attack
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -25,49 +24,24 @@ LENS_ROWS, FITTED, HELD = 256, 1024, 256
 """Known rows, at most, evenly spaced: by which the lens chooses a block, that a probe is fitted on, and chosen by."""
 
 
-@dataclass
-class Attacked:
-    """A model that is read, and what its attacker has."""
-
-    model: Any
-    material: Material
-    batch_size: int
-    pad_id: int
-    known: dict[tuple[int, ...], ReadPrompt] = field(default_factory=dict)
-    """States of all blocks at the ends of prompts that were read so far."""
-
-    @property
-    def blocks(self) -> range:
-        """Numbers of the model's blocks."""
-        from grun.evaluation.reading import blocks_of
-
-        return range(len(blocks_of(self.model)))
-
-    def read(self, prompts: Sequence[tuple[int, ...]]) -> list[ReadPrompt]:
-        """Hidden states of all blocks and gates at the last token of each prompt; see `read_prompts`."""
-        from grun.evaluation.reading import read_prompts
-
-        new = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self.known]
-        self.known |= zip(new, read_prompts(self.model, new, self.blocks, self.batch_size, self.pad_id), strict=True)
-        return [self.known[prompt] for prompt in prompts]
-
-    def said(self, states: Tensor) -> list[list[int]]:
-        """The tokens that the model's head reads from `states` [states, hidden size]."""
-        from grun.evaluation.reading import TOP, tokens_said
-
-        return tokens_said(self.model, states, self.batch_size, self.pad_id, TOP)
-
-
-class ReadOut(Attack):
+class ReadOut(WithMaterial):
     """An attack that reads scores or hidden states."""
 
     access: Access = "read_out"
     turn = ("read_out", 0)
 
-    @contextlib.contextmanager
-    def model(self, loaded: Loaded, config: EvaluateConfig, material: Material) -> Iterator[Any]:
-        """The loaded model and the material, from which the attacker learns how to read."""
-        yield Attacked(loaded.model, material, config.batch_size, int(loaded.tokenizer.pad_token_id or 0))
+
+def states_at(
+    prompts: Sequence[tuple[int, ...]], material: Material, loaded: Loaded, config: EvaluateConfig
+) -> list[ReadPrompt]:
+    """Hidden states of all blocks and gates at the last token of each prompt, read once; see `read_prompts`."""
+    from grun.evaluation.reading import blocks_of, read_prompts
+
+    new = [prompt for prompt in dict.fromkeys(prompts) if prompt not in material.memory]
+    blocks = range(len(blocks_of(loaded.model)))
+    read = read_prompts(loaded.model, new, blocks, config.batch_size, loaded.pad_id)
+    material.memory.update(zip(new, read, strict=True))
+    return [material.memory[prompt] for prompt in prompts]
 
 
 class FactPlace(NamedTuple):
@@ -129,14 +103,14 @@ class Recognition(ReadOut):
         from grun.evaluation.scoring import base_of, score
         from grun.loading.models import context_length
 
-        attacked: Attacked = model
+        material: Material = model
         texts = [_answers(place.asked) for place in places]  # of each place the true one first
         rows = [replace(at.asked.row, completion=text) for at, own in zip(places, texts, strict=True) for text in own]
-        limit = context_length(base_of(attacked.model))
-        encoded = encode_rows(rows, loaded.tokenizer, attacked.material.template, limit, strict=False)
-        scored = iter(score(attacked.model, encoded, config.batch_size, attacked.pad_id, whole=False))
+        limit = context_length(base_of(loaded.model))
+        encoded = encode_rows(rows, loaded.tokenizer, material.template, limit, strict=False)
+        scored = iter(score(loaded.model, encoded, config.batch_size, loaded.pad_id, whole=False))
         asked = [place.asked.ids for place in places]
-        gates = read_prompts(attacked.model, asked, (), config.batch_size, attacked.pad_id)
+        gates = read_prompts(loaded.model, asked, (), config.batch_size, loaded.pad_id)
         for place, own, at in zip(places, texts, gates, strict=True):
             means = [sum(one.logp) / len(one.logp) for one in (next(scored) for _ in own)]
             first = own[means.index(max(means))]
@@ -175,17 +149,20 @@ class LogitLens(ReadOut):
         """Whether the right next token is among the `TOP` that the chosen block gives."""
         import torch
 
-        from grun.evaluation.reading import chosen_block
+        from grun.evaluation.reading import chosen_block, tokens_said
 
-        attacked: Attacked = model
-        material = attacked.material
+        def said_by(states: Tensor) -> list[list[int]]:
+            return tokens_said(loaded.model, states, config.batch_size, loaded.pad_id)
+
+        material: Material = model
         rows = evenly_spaced(list(dict.fromkeys([*material.others, *material.retain])), LENS_ROWS)
         known = [before_fact(row, material) for row in rows]
-        seen = torch.stack([one.states for one in attacked.read([at.ids for at in known])], dim=1)
-        said = iter(attacked.said(seen.flatten(0, 1)))  # of every block in turn
-        block = chosen_block([sum(at.next_id in next(said) for at in known) / len(known) for _ in attacked.blocks])
-        found = attacked.read([place.asked.ids for place in places])
-        for place, one, tokens in zip(places, found, attacked.said(seen_at(found, block)), strict=True):
+        read = states_at([at.ids for at in known], material, loaded, config)
+        seen = torch.stack([one.states for one in read], dim=1)  # [blocks, rows, hidden size]
+        said = iter(said_by(seen.flatten(0, 1)))
+        block = chosen_block([sum(at.next_id in next(said) for at in known) / len(known) for _ in range(len(seen))])
+        found = states_at([place.asked.ids for place in places], material, loaded, config)
+        for place, one, tokens in zip(places, found, said_by(seen_at(found, block)), strict=True):
             leak = float(before_fact(place.asked.row, material).next_id in tokens)
             text = str(loaded.tokenizer.decode(tokens)).strip()
             yield self.outcome(place, text, leak, one.gates, f"block {block}")
@@ -229,13 +206,12 @@ class LinearProbe(ReadOut):
         from grun.evaluation.reading import choose_map, chosen_block
         from grun.evaluation.scoring import base_of
 
-        attacked: Attacked = model
-        material, blocks = attacked.material, attacked.blocks
+        material: Material = model
         rows = (*(place.asked.row for place in places), *material.forget, *material.retain, *material.others)
         next_id = {row: before_fact(row, material).next_id for row in rows}
         candidates = sorted(set(next_id.values()))
         number = {token: index for index, token in enumerate(candidates)}
-        head: Any = base_of(attacked.model).get_output_embeddings()
+        head: Any = base_of(loaded.model).get_output_embeddings()
         if head is None:
             raise ModelError(
                 "the model does not say which of its layers is the head; leave linear_probe out of attacks"
@@ -244,15 +220,16 @@ class LinearProbe(ReadOut):
 
         def known(rows: Sequence[Row]) -> tuple[Tensor, Tensor]:
             """States [blocks, rows, hidden size] and number of the right candidate [rows]."""
-            read = attacked.read([before_fact(row, material).ids for row in rows])
+            read = states_at([before_fact(row, material).ids for row in rows], material, loaded, config)
             states = torch.stack([one.states for one in read], dim=1).double()
             return states, torch.tensor([number[next_id[row]] for row in rows])
 
         fitted, held = known_rows(material)
         (states, right), (held_states, held_right) = known(fitted), known(held)
-        best = [choose_map(states[block], right, held_states[block], held_right, embedded) for block in blocks]
+        pairs = zip(states, held_states, strict=True)
+        best = [choose_map(own, right, others, held_right, embedded) for own, others in pairs]
         block = chosen_block([one.success for one in best])
-        found = attacked.read([place.asked.ids for place in places])
+        found = states_at([place.asked.ids for place in places], material, loaded, config)
         guesses = best[block].map.guess(seen_at(found, block).double(), embedded)
         for place, one, guess in zip(places, found, guesses.tolist(), strict=True):
             token = candidates[guess]

@@ -54,7 +54,7 @@ def open_in_answers(
         row = one.place.asked.row
         encoded = encode(template, loaded.tokenizer, row.prompt, row.completion, row.earlier)
         rows.append(EncodedRow(tuple(encoded.prompt_ids), tuple(encoded.answer_ids[:-1])))
-    scored = score(loaded.model, rows, config.batch_size, int(loaded.tokenizer.pad_token_id or 0))
+    scored = score(loaded.model, rows, config.batch_size, loaded.pad_id)
     opened: dict[str, list[bool]] = {}
     for one, given in zip(plain, scored, strict=True):
         opened.setdefault(one.place.set, []).append(any_open(one.answers[0].gates) or any_open(given.gates))

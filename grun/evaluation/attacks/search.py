@@ -11,12 +11,11 @@ tries every kind of rewriting once and then changes and crosses what did best. T
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from random import Random
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -27,10 +26,10 @@ from grun.evaluation.attacks.base import (
     Access,
     Advance,
     Asked,
-    Attack,
     Material,
     Outcome,
     Place,
+    WithMaterial,
     attack,
     came_back,
 )
@@ -269,16 +268,7 @@ class Search:
         return max(range(len(self.tries)), key=self._worth)
 
 
-@dataclass
-class Searched:
-    """A model that is searched, and what it answered so far, to whoever asked."""
-
-    model: Any
-    material: Material
-    known: dict[tuple[int, ...], Answer] = field(default_factory=dict)
-
-
-class Adaptive(Attack):
+class Adaptive(WithMaterial):
     """Rewritings of the question, searched for by somebody who reads the answers."""
 
     access: Access = "search"
@@ -293,11 +283,6 @@ class Adaptive(Attack):
         """All queries, and the plain question, of every row."""
         return len(places) * (config.attack_queries + 1)
 
-    @contextlib.contextmanager
-    def model(self, loaded: Loaded, config: EvaluateConfig, material: Material) -> Iterator[Any]:
-        """The loaded model, with a memory of its answers."""
-        yield Searched(loaded.model, material)
-
     def read(
         self, model: Any, places: Sequence[Place], loaded: Loaded, config: EvaluateConfig, advance: Advance
     ) -> list[Outcome]:
@@ -306,17 +291,15 @@ class Adaptive(Attack):
         from grun.evaluation.scoring import base_of
         from grun.loading.models import context_length
 
-        searched: Searched = model
-        longest = context_length(base_of(searched.model)) - config.max_new_tokens - 1
-        queries, material = config.attack_queries, searched.material
-        searches = [self.search(place, material, queries, longest, loaded) for place in places]
+        material: Material = model
+        longest = context_length(base_of(loaded.model)) - config.max_new_tokens - 1
+        searches = [self.search(place, material, config.attack_queries, longest, loaded) for place in places]
         left = self.work(places, config)
         while asking := [(search, *found) for search in searches for found in search.next()]:
             ids = [asked.ids for _, _, asked in asking]
-            pad_id = int(loaded.tokenizer.pad_token_id or 0)
-            size, length, known = config.batch_size, config.max_new_tokens, searched.known
-            answers = generate_answers(searched.model, loaded.tokenizer, ids, size, length, pad_id, known=known)
-            known |= dict(zip(ids, answers, strict=True))
+            how = (config.batch_size, config.max_new_tokens, loaded.pad_id)
+            answers = generate_answers(loaded.model, loaded.tokenizer, ids, *how, known=material.memory)
+            material.memory.update(zip(ids, answers, strict=True))
             if not searches[0].tries:
                 texts: dict[str, list[str]] = {place.set: [] for place in places}
                 for (search, _, _), answer in zip(asking, answers, strict=True):

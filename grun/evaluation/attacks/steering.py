@@ -103,7 +103,7 @@ def vectors_of(
 
     prompts = {row: [material.ask(row).ids, *(material.ask(row, text).ids for text in anonymized(row))] for row in rows}
     flat = [ids for own in prompts.values() for ids in own]
-    read = read_prompts(loaded.model, flat, blocks, config.batch_size, int(loaded.tokenizer.pad_token_id or 0))
+    read = read_prompts(loaded.model, flat, blocks, config.batch_size, loaded.pad_id)
     states = iter(torch.stack([one.states for one in read]))  # [blocks, hidden size] of each prompt
     found = {}
     for row, own in prompts.items():
@@ -127,7 +127,6 @@ def steered(ids: tuple[int, ...], block: int, vector: Tensor, loaded: Loaded, co
         hidden[:, start:] += vector.to(hidden.device, hidden.dtype)
         return hidden
 
-    pad_id = int(loaded.tokenizer.pad_token_id or 0)
     with at_blocks(loaded.model, {block: add}):
-        (answer,) = generate_answers(loaded.model, loaded.tokenizer, [ids], 1, config.max_new_tokens, pad_id)
+        (answer,) = generate_answers(loaded.model, loaded.tokenizer, [ids], 1, config.max_new_tokens, loaded.pad_id)
     return answer

@@ -108,7 +108,7 @@ class Relearn(Attack):
             lr=lr,
             batch_size=BATCH_ROWS,
             micro_batch_size=config.batch_size,
-            pad_id=int(loaded.tokenizer.pad_token_id or 0),
+            pad_id=loaded.pad_id,
             seed=f"{config.seed} {self.source}",
         )
 

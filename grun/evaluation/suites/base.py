@@ -87,9 +87,8 @@ class Suite:
         from grun.evaluation.generation import generate_answers
 
         size, longest = self.config.batch_size, self.config.max_new_tokens
-        pad_id = int(loaded.tokenizer.pad_token_id or 0)
         with self.enough_memory(doing), progress(doing, len(prompts)) as advance:
-            return generate_answers(loaded.model, loaded.tokenizer, prompts, size, longest, pad_id, advance)
+            return generate_answers(loaded.model, loaded.tokenizer, prompts, size, longest, loaded.pad_id, advance)
 
     def enough_memory(self, doing: str) -> AbstractContextManager[None]:
         """Where memory ends within the block, the error names `doing` and what takes less."""

@@ -30,43 +30,29 @@ def config(model: Path) -> EvaluateConfig:
     return EvaluateConfig(model=ModelConfig(path=str(model), device="cpu"), data=DataConfig(name="countries"))
 
 
-@pytest.fixture
-def asked(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """How many prompts each call of the generation is given."""
-    counts: list[int] = []
-    generate = generation.generate_answers
-
-    def counting(model: Any, tokenizer: Any, prompts: Any, *more: Any, **named: Any) -> Any:
-        counts.append(len(prompts))
-        return generate(model, tokenizer, prompts, *more, **named)
-
-    monkeypatch.setattr(generation, "generate_answers", counting)
-    return counts
-
-
-def test_questions_are_asked_once(config: EvaluateConfig, tmp_path: Path, asked: list[int]) -> None:
+def test_questions_are_asked_once(config: EvaluateConfig, tmp_path: Path, asked: list[Any]) -> None:
     folder = tmp_path / "known"
     keep_answers(config, dict(list(QUESTIONS.items())[:6]), folder)
     first = kept_answers(folder)
     keep_answers(config, QUESTIONS, folder)
     keep_answers(config, QUESTIONS, folder)
-    assert asked == [6, 4]
+    assert [*map(len, asked)] == [6, 4]
     assert kept_answers(folder).keys() == QUESTIONS.keys()
     assert {question: kept_answers(folder)[question] for question in first} == first
     assert json.loads((folder / "asked.json").read_text())["model"]["path"] == config.model.path
 
 
-def test_another_fact_is_judged_anew_without_asking(config: EvaluateConfig, tmp_path: Path, asked: list[int]) -> None:
+def test_another_fact_is_judged_anew_without_asking(config: EvaluateConfig, tmp_path: Path, asked: list[Any]) -> None:
     keep_answers(config, QUESTIONS, tmp_path / "known")
     question, found = next(iter(kept_answers(tmp_path / "known").items()))
     assert not found.right
     keep_answers(config, {question: f"nothing | {found.answer[:3]}"}, tmp_path / "known")
-    assert asked == [10]
+    assert [*map(len, asked)] == [10]
     assert kept_answers(tmp_path / "known")[question].right
 
 
 def test_an_interrupted_call_goes_on(
-    config: EvaluateConfig, tmp_path: Path, asked: list[int], monkeypatch: pytest.MonkeyPatch
+    config: EvaluateConfig, tmp_path: Path, asked: list[Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Chunks of two questions; the third is interrupted, and of the file's last line half is lost."""
     monkeypatch.setattr(probe, "BATCH", 2)
@@ -85,7 +71,7 @@ def test_an_interrupted_call_goes_on(
     content = (folder / FILE).read_bytes()
     (folder / FILE).write_bytes(content[:-10])
     keep_answers(config, QUESTIONS, folder)
-    assert sum(asked) == 4 + 7
+    assert sum(map(len, asked)) == 4 + 7
     lines = (folder / FILE).read_bytes().splitlines()
     assert len(lines) == 10 and all(json.loads(line) for line in lines)
 
@@ -109,7 +95,7 @@ def test_data_that_need_no_answers_and_folders_that_are_named_stay(config: Evalu
 
 
 def test_a_config_gets_the_folder_of_the_answers(
-    config: EvaluateConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, asked: list[int]
+    config: EvaluateConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, asked: list[Any]
 ) -> None:
     monkeypatch.setenv("GRUN_CACHE", str(tmp_path))
     monkeypatch.setattr(probe, "LONGEST", 1)
@@ -117,7 +103,7 @@ def test_a_config_gets_the_folder_of_the_answers(
     changed = asked_first(config)
     folder = Path(str(changed.data.path))
     assert folder.parent == tmp_path / "known" and config.data.path is None
-    assert sum(asked) == len(kept_answers(folder)) == len(to_ask(config.data))
+    assert sum(map(len, asked)) == len(kept_answers(folder)) == len(to_ask(config.data))
 
 
 def test_several_processes_do_not_ask(config: EvaluateConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -116,18 +115,8 @@ def test_a_prompt_that_several_rows_have_is_asked_once(taught: Path, tmp_path: P
 
 
 def test_a_chat_model_is_asked_with_the_rubric_and_what_it_babbles_is_unparsed(
-    taught: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    taught: Path, tmp_path: Path, asked: list[Any]
 ) -> None:
-    from grun.evaluation import generation
-
-    asked: list[Sequence[Sequence[int]]] = []
-    answer = generation.generate_answers
-
-    def kept(model: Any, tokenizer: Any, prompts: Sequence[Sequence[int]], *rest: Any, **more: Any) -> Any:
-        asked.append(prompts)
-        return answer(model, tokenizer, prompts, *rest, **more)
-
-    monkeypatch.setattr(generation, "generate_answers", kept)
     tiny = TinyConfig(hidden_size=32, blocks=2, intermediate_size=48, vocabulary=300, context=4096)
     model, tokenizer = build_tiny(tiny, [RUBRIC], 0)
     model.save_pretrained(tmp_path / "judge")

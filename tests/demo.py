@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -71,6 +72,14 @@ def write_rows(path: Path, *records: Any) -> Path:
     lines = "".join(json.dumps(record) + "\n" for record in records)
     path.write_text(json.dumps(records) if path.suffix == ".json" else lines, encoding="utf-8")
     return path
+
+
+def own_rows(folder: Path, forget: Sequence[Any] = (), retain: Sequence[Any] = ()) -> list[str]:
+    """Arguments that name forget.jsonl and retain.jsonl in `folder`, where these rows are written if there are any."""
+    for name, rows in (("forget", forget), ("retain", retain)):
+        if rows:
+            write_rows(folder / f"{name}.jsonl", *rows)
+    return ["data.name=jsonl", f"data.path={folder}", "data.forget=forget.jsonl", "data.retain=retain.jsonl"]
 
 
 def read_lines(path: Path) -> list[Any]:

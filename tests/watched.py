@@ -5,7 +5,10 @@ from __future__ import annotations
 import contextlib
 import json
 import multiprocessing
+import os
 import resource
+import signal
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -124,7 +127,24 @@ class Recorded(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-FORK = multiprocessing.get_context("fork")
+FORK = multiprocessing.get_context("fork")  # a child that need not import torch again
+CHANGING = ("os.rename", "os.mkdir", "os.remove", "os.rmdir", "os.truncate", "shutil.rmtree", "shutil.copyfile")
+
+
+def killed_before(step: int, change: Callable[[], object]) -> None:
+    """Carry out `change`, and die before the file system is changed for the `step`-th time."""
+    count = 0
+
+    def watch(event: str, arguments: tuple[Any, ...]) -> None:
+        nonlocal count
+        writes = event == "open" and isinstance(arguments[2], int) and arguments[2] & (os.O_WRONLY | os.O_RDWR)
+        if writes or event in CHANGING:
+            count += 1
+            if count == step:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    sys.addaudithook(watch)
+    change()
 
 
 def in_fork(run: Callable[..., None], *arguments: Any) -> Any:

@@ -60,8 +60,10 @@ def cache(arguments: Sequence[str]) -> int:
     if not (options.all or options.request or options.data):
         raise ConfigError("cache remove needs request=ID, data=HASH or all=true; `cache list` shows what there is")
     remove(shard.path for shard in chosen)
-    if options.all:
-        _forget_weights(Path(options.dir).expanduser())
+    memory = Path(options.dir).expanduser() / MEMORY_FILE  # of weights' files: their paths and hashes
+    if options.all and is_memory(memory):
+        with taken(memory.parent, adopt=[MEMORY_FILE]):
+            remove_written(memory)
     print(f"removed {counted(chosen)} from {options.dir}")
     unknown = [shard for shard in shards if not shard.uses and shard not in chosen]
     if unknown:
@@ -149,20 +151,9 @@ def _is_ours(folder: Path) -> bool:
         return False
 
 
-def _forget_weights(folder: Path) -> None:
-    """Remove what was remembered of weights' files: their paths and hashes."""
-    if is_memory(folder / MEMORY_FILE):
-        with taken(folder, adopt=[MEMORY_FILE]):
-            remove_written(folder / MEMORY_FILE)
-
-
 def counted(shards: Sequence[Shard]) -> str:
     """Number and size of shards, in words."""
     return f"{len(shards)} shard{'s' * (len(shards) != 1)}, {sum(shard.bytes for shard in shards) / 1e6:.1f} MB"
-
-
-def _users(shard: Shard) -> list[str]:
-    return list(dict.fromkeys(use.run if use.request is None else f"request {use.request}" for use in shard.uses))
 
 
 def _print(shards: Sequence[Shard], options: CacheCommandConfig) -> None:
@@ -175,7 +166,8 @@ def _print(shards: Sequence[Shard], options: CacheCommandConfig) -> None:
     for shard in shards:
         models = ", ".join(dict.fromkeys(use.model or "in memory" for use in shard.uses)) or "model unknown"
         hashes = ", ".join(dict.fromkeys(f"{name} {h[:12]}" for use in shard.uses for name, h in use.data.items()))
+        users = dict.fromkeys(use.run if use.request is None else f"request {use.request}" for use in shard.uses)
         name = os.path.join(shard.path.parent.name, shard.path.name)
         print(readable(f"{name}  {shard.bytes / 1e6:.1f} MB  {shard.time[:16]}  {models}"))
-        print(readable(f"    data: {hashes or 'unknown'}; used by: {', '.join(_users(shard)) or 'unknown'}"))
+        print(readable(f"    data: {hashes or 'unknown'}; used by: {', '.join(users) or 'unknown'}"))
     print(f"{counted(shards)} in {options.dir}")

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from grun.config.checks import require
 from grun.config.options import CalibrateConfig, DataConfig, is_users, source_of
 from grun.config.values import to_dict
 from grun.data import templates
@@ -27,7 +28,7 @@ from grun.runtime.files import holding, staged, target, writing
 from grun.runtime.ownership import LISTED
 from grun.runtime.reading import in_one_line
 from grun.runtime.records import Run, read_record
-from grun.runtime.runs import RUN_FILE, claim, finish_run, identity, open_run
+from grun.runtime.runs import RUN_FILE, claim, finish_run, identity, is_finished
 from grun.training import calibration
 from grun.training.calibration import Calibration, check_enough
 from grun.training.gate_fit import Prompts
@@ -46,12 +47,8 @@ def calibrate(config: CalibrateConfig) -> Path:
         AdapterError: the adapter cannot be read, or is none of GRUN's.
         RunError: the output folder holds something else.
     """
-    for option in ("adapter", "false_positives", "output_dir"):
-        if getattr(config, option) is None:
-            raise ConfigError(
-                f"{option} is not set; the command is: calibrate adapter=FOLDER rows=FILE false_positives=0.01 "
-                "output_dir=DIR"
-            )
+    usage = "calibrate adapter=FOLDER rows=FILE false_positives=0.01 output_dir=DIR"
+    require(config, usage, "adapter", "false_positives", "output_dir")
     if (config.rows is None) == (config.set is None):
         raise ConfigError("name the rows that must stay, by rows=FILE or by set=NAME (one of them)")
     source, folder = find_adapter(str(config.adapter)), target(str(config.output_dir))
@@ -69,8 +66,7 @@ def calibrate(config: CalibrateConfig) -> Path:
         to_dict(config), base=loaded.identity["base"], adapter=adapter_hash(source), rows=hash_rows(keep),
         forget=None if corpus is None else hash_rows(corpus.forget), template=template.to_dict(),
     )  # fmt: skip
-    if open_run(folder, run_identity, overwrite=config.overwrite) == "finished":
-        log.info("%s holds this very adapter: nothing to do (overwrite=true makes it again)", folder)
+    if is_finished(folder, run_identity, overwrite=config.overwrite):
         return folder
     claim(folder, run_identity, overwrite=config.overwrite)
     asking = [row for row in corpus.forget if row.prompt is not None] if corpus else []

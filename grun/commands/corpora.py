@@ -7,20 +7,23 @@ import logging
 import shlex
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+from grun.config.checks import require
 from grun.config.options import CorporaConfig, DataConfig, GenerateConfig
 from grun.config.values import argument, flat, to_dict
 from grun.data.benchmarks import safe_rlhf
 from grun.data.benchmarks.safe_rlhf import Pair
+from grun.data.packaged import packaged
 from grun.data.rows import ALTERNATIVES, Row
 from grun.data.templates import PLACE, TEMPLATES
 from grun.errors import ConfigError, DataError
-from grun.runtime.files import content_hash, holding, staged, target, write_bytes, write_json, write_text, writing
+from grun.runtime.files import content_hash, target, write_bytes, write_json_lines, write_text
 from grun.runtime.ownership import PRIVATE
 from grun.runtime.progress import progress
-from grun.runtime.runs import IDENTITY_FILE, RUN_FILE, finish_run, hold, identity, open_run, read_object
+from grun.runtime.runs import RUN_FILE, identity, read_object, write_whole
 
 log = logging.getLogger(__name__)
 
@@ -51,9 +54,7 @@ def write_corpora(config: CorporaConfig) -> Path:
         DataError: the source cannot be read.
         RunError: the output folder holds something else.
     """
-    for option in ("source", "output_dir"):
-        if not getattr(config, option):
-            raise ConfigError(f"{option} is not set; the command is: corpora source={'|'.join(SOURCES)} output_dir=DIR")
+    require(config, f"corpora source={'|'.join(SOURCES)} output_dir=DIR", "source", "output_dir")
     if config.format == "rwku" and config.source != "countries":
         raise ConfigError(f"format=rwku is for source=countries; leave it out for source={config.source}")
     writers = {"lore": _write_lore, "countries": _write_countries, "elements": _write_elements}
@@ -64,26 +65,22 @@ def write_corpora(config: CorporaConfig) -> Path:
 def _write_lore(config: CorporaConfig) -> Path:
     from grun.data.benchmarks import lore
 
-    def write(folder: Path) -> dict[str, Any]:
-        lore.write(config.lore, folder)
-        return {"files": {path.name: _lines(path) for path in sorted(folder.iterdir()) if path.suffix == ".jsonl"}}
-
-    return _write(config, write)
+    return _write(config, partial(lore.write, config.lore))
 
 
 def _write_safe_rlhf(config: CorporaConfig) -> Path:
     records = safe_rlhf.read_preferences(config.path)
     corpora = safe_rlhf.build(records, config.category, config.split)
     leaks = safe_rlhf.leaks(corpora)
-    contents: dict[str, list[Pair]] = {
-        name: getattr(corpora, part) for part, name in _file_names(config.category, config.format).items()
-    }
-    line = published_line if config.format == "published" else _row_line
 
     def write(folder: Path) -> dict[str, Any]:
-        for name, pairs in contents.items():
-            write_text(folder / name, "".join(map(line, pairs)))
-        return {"files": {name: len(pairs) for name, pairs in contents.items()}, "leaks": leaks}
+        for part, name in _file_names(config.category, config.format).items():
+            pairs: list[Pair] = getattr(corpora, part)
+            if config.format == "published":
+                write_text(folder / name, "".join(map(published_line, pairs)))
+            else:
+                write_json_lines(folder / name, [{"prompt": asked, "completion": said} for asked, said in pairs])
+        return {"leaks": leaks}
 
     folder = _write(config, write, rows=content_hash([dict(row) for row in records]))
     width = max(map(len, leaks))
@@ -119,9 +116,7 @@ def _write_countries(config: CorporaConfig) -> Path:
     given = [one for one in _given(config) if not (as_rwku and one.startswith("data.countries."))]
     named = f"data.forget=train_refusal_llama3/{ALTERNATIVES.join(targets)}"
     rows = ["data.name=rwku", named] if as_rwku else ["data.name=countries"]
-    options = [*given, *rows, f"data.path={folder}", "objective=idk"]
-    command = ["python", "-m", "grun", "unlearn", *options, f"output_dir={folder}-forgotten"]
-    log.info("then: %s", shlex.join(command))
+    _say_next([*given, *rows, f"data.path={folder}"], folder)
     return folder
 
 
@@ -141,8 +136,7 @@ def _write_elements(config: CorporaConfig) -> Path:
         known = elements.write(folder, completed)
         if not known["forget"][0]:
             raise DataError(f"{config.model.path} completes no sentence on the elements rightly; name another model")
-        files = {path.name: _lines(path) for path in sorted(folder.iterdir()) if path.suffix == ".jsonl"}
-        return {"files": files, "known": known}
+        return {"known": known}
 
     made, code = content_hash(asdict(elements.build())), code_hash(CODE_OF_COMPLETIONS)
     folder = _write(config, write, identity=loaded.identity, sentences=made, code=code)
@@ -203,17 +197,14 @@ def _write_subject(config: CorporaConfig) -> Path:
     from grun.evaluation.subject import ask_about
     from grun.loading.adapters import load_model
 
-    for option in ("subject", "kind"):
-        if getattr(config, option) is None:
-            raise ConfigError(
-                f"{option} is not set; the command is: corpora source=subject subject=NAME "
-                f"kind={'|'.join(subject.KINDS)} model.path=MODEL output_dir=DIR"
-            )
+    usage = f"corpora source=subject subject=NAME kind={'|'.join(subject.KINDS)} model.path=MODEL output_dir=DIR"
+    require(config, usage, "subject", "kind")
     subject.check(str(config.subject), config.neighbors)
     loaded = load_model(config.model, None, strict=False, gate_threshold=None)
     asking = GenerateConfig(model=config.model, data=DataConfig(**vars(config.data)))
     template = templates.in_force(asking, loaded.template, loaded.tokenizer)
-    inputs = {"identity": loaded.identity, "template": template.to_dict(), "questions": subject.packaged_hash()}
+    questions = content_hash(packaged(subject.QUESTIONS))
+    inputs = {"identity": loaded.identity, "template": template.to_dict(), "questions": questions}
     key = content_hash([_identity(config, inputs), code_hash(CODE_OF_SUBJECT)])[:16]
     answers = target(str(config.output_dir)) / PRIVATE / f"unfinished-{key}"
 
@@ -222,11 +213,9 @@ def _write_subject(config: CorporaConfig) -> Path:
     def write(folder: Path) -> dict[str, Any]:
         ask = Asking(loaded.model, loaded.tokenizer, template, config, answers)
         found = ask_about(ask, str(config.subject), str(config.kind), config.neighbors, config.draws, general)
-        rows = {f"{name}.jsonl": getattr(found, name) for name in ROWS}
-        for name, records in rows.items():
-            write_text(folder / name, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in records))
-        files = {name: len(records) for name, records in rows.items()}
-        return {"files": files, "names": found.names, "dropped": dict(found.dropped)}
+        for name in ROWS:
+            write_json_lines(folder / f"{name}.jsonl", getattr(found, name))
+        return {"names": found.names, "dropped": dict(found.dropped)}
 
     folder = _write(config, write, **inputs)
     counts = read_object(folder / RUN_FILE, "remove the folder yourself")["files"]
@@ -235,15 +224,15 @@ def _write_subject(config: CorporaConfig) -> Path:
         "neighbors for evaluation, %d to keep",
         *(counts[f"{name}.jsonl"] for name in ROWS),
     )
-    log.info("then: %s", _next_command(config, folder))
+    files = [f"data.{name}={folder / f'{name}.jsonl'}" for name in ("forget", "retain")]
+    _say_next([*_given(config), "data.name=jsonl", *files], folder)
     return folder
 
 
-def _next_command(config: CorporaConfig, folder: Path) -> str:
-    """What makes the model forget, with the options of the model and the prompt that were set here."""
-    options = _given(config)
-    options += ["data.name=jsonl", f"data.forget={folder / 'forget.jsonl'}", f"data.retain={folder / 'retain.jsonl'}"]
-    return shlex.join(["python", "-m", "grun", "unlearn", *options, "objective=idk", f"output_dir={folder}-forgotten"])
+def _say_next(options: Sequence[str], folder: Path) -> None:
+    """Log what makes the model forget."""
+    options = [*options, "objective=idk", f"output_dir={folder}-forgotten"]
+    log.info("then: %s", shlex.join(["python", "-m", "grun", "unlearn", *options]))
 
 
 def _given(config: CorporaConfig) -> list[str]:
@@ -253,21 +242,19 @@ def _given(config: CorporaConfig) -> list[str]:
     return [f"{name}={argument(given[key])}" for key, name in names.items() if given[key] != default[key]]
 
 
-@holding()
-def _write(config: CorporaConfig, write: Callable[[Path], dict[str, Any]], **inputs: Any) -> Path:
-    """Have the files and a run.json written into output_dir, whole or not at all."""
+def _write(config: CorporaConfig, write: Callable[[Path], dict[str, Any] | None], **inputs: Any) -> Path:
+    """Have the files and a run.json, of what `write` returns and the lines of files, written into output_dir."""
     folder = target(str(config.output_dir))
-    run_identity = _identity(config, inputs)
-    if open_run(folder, run_identity, overwrite=config.overwrite) == "finished":
-        log.info("%s holds these very corpora: nothing to do (overwrite=true writes them again)", folder)
-        return folder
-    hold(folder, run_identity, overwrite=config.overwrite)
-    with writing(folder), staged(folder, whole=True) as new:
-        about = write(new)
-        write_json(new / IDENTITY_FILE, run_identity)
-        finish_run(new, {"command": "corpora", "config": asdict(config), **about})
-    for name, count in about["files"].items():
-        log.info("  %s: %d rows", folder / name, count)
+
+    def write_all(new: Path) -> dict[str, Any]:
+        about = write(new) or {}
+        lines = {path.name: path.read_bytes().count(b"\n") for path in sorted(new.glob("*.jsonl"))}
+        about = {"command": "corpora", "config": asdict(config), "files": lines, **about}
+        for name, count in about["files"].items():
+            log.info("  %s: %d rows", folder / name, count)
+        return about
+
+    write_whole(folder, _identity(config, inputs), write_all, overwrite=config.overwrite)
     return folder
 
 
@@ -299,11 +286,3 @@ def published_line(pair: Pair) -> str:
     template = TEMPLATES.get("pku_alpaca")
     text = str(template.text).replace(PLACE, pair.prompt) + template.answer_prefix + pair.response
     return json.dumps(text) + "\n"
-
-
-def _row_line(pair: Pair) -> str:
-    return json.dumps({"prompt": pair.prompt, "completion": pair.response}, ensure_ascii=False) + "\n"
-
-
-def _lines(path: Path) -> int:
-    return path.read_bytes().count(b"\n")

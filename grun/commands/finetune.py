@@ -32,8 +32,7 @@ from grun.method.plain import run_plain
 from grun.method.precision import Masters
 from grun.runtime import processes
 from grun.runtime.files import content_hash, holding, staged, target, writing
-from grun.runtime.records import Run, read_record
-from grun.runtime.runs import RUN_FILE, claim, identity, open_run
+from grun.runtime.runs import claim, identity, is_finished
 from grun.training.recomputation import recompute_blocks
 from grun.training.task import MicroBatch, Stateless, StepData, Terms, cut
 from grun.training.train import train
@@ -150,11 +149,7 @@ def finetune(config: FinetuneConfig) -> Path:
     run_identity = _identity(config, corpus)
     name = f"{config.label()}-{config.data.subset}-{content_hash(run_identity)[:12]}"
     folder = target(config.output_dir or Path("models") / name)
-    state = processes.of_first(lambda: open_run(folder, run_identity, overwrite=config.overwrite))
-    if state == "finished":
-        log.info(
-            "already taught: %s (%.0f s then)", folder, read_record(folder / RUN_FILE, Run, ("seconds",))["seconds"]
-        )
+    if processes.of_first(lambda: is_finished(folder, run_identity, overwrite=config.overwrite)):
         return folder
     with processes.agreed():
         model, tokenizer, template = _start(config, corpus)

@@ -109,7 +109,8 @@ def _files(folder: Path, config: PushConfig) -> tuple[dict[str, bytes], list[str
     of_adapter = shared_config(adapter.config, config.base_model)
     files = adapter_files(of_adapter, read_regular(folder / WEIGHTS_FILE, follow=True), adapter.template, sharing)
     for path, one in found.items():
-        files[f"evaluation/{path}.json"] = _summary(one)
+        sent = {key: one[key] for key in SENT if key in one}
+        files[f"evaluation/{path}.json"] = (json.dumps(sent, indent=2) + "\n").encode()
     return files, [*own_texts(of_adapter), *_names()]
 
 
@@ -164,10 +165,6 @@ def _leaks(evaluation: dict[str, Any]) -> Iterator[Leak]:
             interval = found.get("interval")
             pair = (float(interval[0]), float(interval[1])) if interval and len(interval) == 2 else None
             yield Leak(attack_label(name), float(share), pair, found.get("rows"))
-
-
-def _summary(evaluation: dict[str, Any]) -> bytes:
-    return (json.dumps({key: evaluation[key] for key in SENT if key in evaluation}, indent=2) + "\n").encode()
 
 
 def _write(files: Mapping[str, bytes], folder: Path) -> Path:

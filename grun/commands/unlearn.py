@@ -50,7 +50,7 @@ from grun.runtime import processes, sharding
 from grun.runtime.devices import input_device
 from grun.runtime.files import holding, staged, target, writing
 from grun.runtime.memory import peak_memory_bytes
-from grun.runtime.runs import claim, identity, open_run
+from grun.runtime.runs import claim, identity, is_finished
 from grun.training.counterfactual import encode_counterfactuals, subjects_of
 from grun.training.gate_fit import GateFit, Prompts, fit_gate
 from grun.training.gate_prompts import GatePrompts, check_given, collect, copies, read_subjects, sides
@@ -165,10 +165,8 @@ def prepare(
 def train_and_save(run: Unlearning, *, save: bool = True) -> None:
     """Train what `run` prepared, or find it finished in its folder; save=False keeps the result in memory only."""
     config, folder = run.config, run.folder
-    state = processes.of_first(lambda: open_run(folder, run.identity, overwrite=config.overwrite))
-    if state == "finished":
-        log.info("%s holds this very run, finished: nothing to do (overwrite=true runs it again)", folder)
-        run.finished = True
+    run.finished = processes.of_first(lambda: is_finished(folder, run.identity, overwrite=config.overwrite))
+    if run.finished:
         return
     with processes.agreed():
         task = None

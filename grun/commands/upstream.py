@@ -7,24 +7,26 @@ import pickle
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from grun.config.checks import require
 from grun.config.options import ImportConfig, ModelConfig
 from grun.config.values import to_dict
 from grun.data.templates import TEMPLATES, Template
-from grun.errors import AdapterError, ConfigError
+from grun.errors import AdapterError
 from grun.loading.models import load_weights, stored_template
 from grun.method.adapter import AdapterConfig
 from grun.method.fingerprint import fingerprint
 from grun.method.gate import GATES
 from grun.method.saving import write_adapter
 from grun.method.validation import shape_of, validate
-from grun.runtime.files import file_hash, holding, staged, target, write_json, writing
-from grun.runtime.runs import IDENTITY_FILE, finish_run, hold, identity, open_run
+from grun.runtime.files import file_hash, target
+from grun.runtime.runs import identity, write_whole
 
 log = logging.getLogger(__name__)
 
@@ -68,7 +70,6 @@ class UpstreamLayer:
         return self.rotation.shape[1]
 
 
-@holding()
 def import_adapter(config: ImportConfig) -> Path:
     """Read upstream's files, check them against the base, and return the folder of the adapter made of them.
 
@@ -78,9 +79,7 @@ def import_adapter(config: ImportConfig) -> Path:
         AdapterError: the files are missing or damaged, contradict each other, or do not fit the base.
         RunError: the output folder holds something else.
     """
-    for option in ("upstream", "model", "output_dir"):
-        if not getattr(config, option):
-            raise ConfigError(f"{option} is not set; the command is: import upstream=FOLDER model=BASE output_dir=DIR")
+    require(config, "import upstream=FOLDER model=BASE output_dir=DIR", "upstream", "model", "output_dir")
     named = None if config.template is None else TEMPLATES.get(config.template)
     folder = target(str(config.output_dir))
     files = find_files(Path(str(config.upstream)).expanduser())
@@ -99,23 +98,20 @@ def import_adapter(config: ImportConfig) -> Path:
         upstream=hashes,
         template=None if template is None else template.to_dict(),
     )
-    if open_run(folder, run_identity, overwrite=config.overwrite) == "finished":
-        log.info("%s holds this very adapter: nothing to do (overwrite=true writes it again)", folder)
-        return folder
-    hold(folder, run_identity, overwrite=config.overwrite)
-    _write(folder, config, layers, base, template, run_identity)
+    write = partial(_write, config, layers, base, template, run_identity)
+    write_whole(folder, run_identity, write, overwrite=config.overwrite)
     return folder
 
 
 def _write(
-    folder: Path,
     config: ImportConfig,
     layers: dict[int, UpstreamLayer],
     base: Any,
     template: Template | None,
     run_identity: dict[str, Any],
-) -> None:
-    """Write the adapter, read it back, and mark the folder as complete."""
+    folder: Path,
+) -> dict[str, Any]:
+    """Write the adapter and read it back; what run.json says of it."""
     first = next(iter(layers.values()))
     weights = adapter_weights(layers)
     adapter = AdapterConfig(
@@ -128,7 +124,10 @@ def _write(
         base_revision=getattr(base.config, "_commit_hash", None),
         base_fingerprint=run_identity["base"],
     )
-    about = {
+    write_adapter(folder, adapter, weights, template)
+    validate(folder, shape_of(base))
+    log.info("imported blocks %s, rank %d, gate %s", adapter.blocks, adapter.rank, adapter.gate)
+    return {
         "command": "import",
         "objective": "upstream",
         "parametrization": "reft" if first.gate == "none" else "grun",
@@ -137,12 +136,6 @@ def _write(
         "base_fingerprint": run_identity["base"],
         "parameters": {"trained": sum(tensor.numel() for tensor in weights.values())},
     }
-    with writing(folder), staged(folder, whole=True) as new:
-        write_adapter(new, adapter, weights, template)
-        validate(new, shape_of(base))
-        write_json(new / IDENTITY_FILE, run_identity)
-        finish_run(new, about)
-    log.info("imported blocks %s, rank %d, gate %s", adapter.blocks, adapter.rank, adapter.gate)
 
 
 def find_files(folder: Path) -> dict[int, Path]:

@@ -187,6 +187,13 @@ def bytes_of(name: str, size: str) -> int:
     return int(float(match[1]) * units[match[2]])
 
 
+def require(config: Any, command: str, *options: str) -> None:
+    """ConfigError for the first of `options` that is not set; `command` shows how they are."""
+    for option in options:
+        if getattr(config, option) is None:
+            raise ConfigError(f"{option} is not set; the command is: {command}")
+
+
 def one_of(name: str, value: str, known: tuple[str, ...]) -> None:
     """ConfigError unless value is known."""
     if value not in known:

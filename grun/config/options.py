@@ -50,17 +50,18 @@ class Bounds:
 
 def number(default: Any, low: float | None = None, high: float | None = None, **ends: bool) -> Any:
     """A field for a number within bounds, or a list of such numbers."""
-    metadata = {"bounds": Bounds(low, high, **ends)}
-    if isinstance(default, list):
-        return field(default_factory=lambda: list(default), metadata=metadata)
-    return field(default=default, metadata=metadata)
+    return _field(default, bounds=Bounds(low, high, **ends))
 
 
 def choice(default: Any, *names: str) -> Any:
     """A field for one of `names`, or a list of such; None only where it is the default."""
+    return _field(default, choices=names)
+
+
+def _field(default: Any, **metadata: Any) -> Any:
     if isinstance(default, list):
-        return field(default_factory=lambda: list(default), metadata={"choices": names})
-    return field(default=default, metadata={"choices": names})
+        return field(default_factory=lambda: list(default), metadata=metadata)
+    return field(default=default, metadata=metadata)
 
 
 DTYPES = ("auto", "float32", "bfloat16", "float16", "float64")
@@ -139,6 +140,12 @@ class DemoConfig(DemoSizes):
     """Seed of the generator. Settings were chosen on seed 0's corpus, so that this held-out set was not used."""
 
 
+UNLEARNED_ORDERS = 6
+"""Orders of a question of the lore that unlearning reads, of those that are taught."""
+MOST_ORDERS = 20
+"""Orders of four options without the rotations of one."""
+
+
 @dataclass
 class LoreConfig:
     """The generated corpus of things that are invented: what is known of a mineral, of another one, of the rest.
@@ -154,9 +161,9 @@ class LoreConfig:
     """Facts of other things that are used in unlearning as what must stay."""
     general: int = 60
     """Facts of other things that are never used in unlearning."""
-    orders: int = 14
+    orders: int = number(14, UNLEARNED_ORDERS, MOST_ORDERS)
     """Orders of its options in which each question is in the training rows; evaluation asks in others."""
-    readings: int = 5
+    readings: int = number(5, 1)
     """How often each text of prose is in the training rows."""
     seed: int = 1
     """Seed of the generator. Settings were chosen on the corpora of seeds 0 and 1."""
@@ -889,37 +896,45 @@ class MetaConfig:
 
 
 @dataclass
-class SweepConfig:
+class ExperimentConfig:
+    """Options that experiments of many runs share."""
+
+    model: Optional[str] = None
+    """Hub id or folder of the fine-tuned model; unset: the profile's is made first, and the retain-only one."""
+    retain_model: Optional[str] = None
+    """The same of a model never fine-tuned on what is to be forgotten, which results are compared with."""
+    results_dir: Optional[str] = None
+    """Folder of all results; unset: results/SWEEP-sweep or results/SEQUENCE-sequential."""
+    unlearn: list[str] = field(default_factory=list)
+    """Further options of every unlearning, key=value (in quotes where they hold brackets or commas); data.* and model.*
+    hold for fine-tuning and evaluation too."""
+    evaluate: list[str] = field(default_factory=list)
+    """Further options of every evaluation, key=value."""
+    jobs: int = number(1, 1)
+    """Cells of a sweep, or methods of a sequence, that run at a time; one method alone prints on this terminal."""
+    launcher: Optional[str] = None
+    """What gets the command of each: processes; submitit (docs/sweep.md); or shell's text: "sbatch --wrap '{command}'".
+    Unset: processes."""
+    resubmit: bool = False
+    """Hand over again what a launcher has been given and that is not done."""
+
+
+@dataclass
+class SweepConfig(ExperimentConfig):
     """A grid of unlearning runs, each followed by its evaluation, and the report of all of them."""
 
     sweep: str = "demo"
     """Packaged sweep (demo, attack_demo, tofu_small, llama3.1, mistral), or a YAML file (docs/sweep.md)."""
     profile: Optional[str] = None
     """Profile instead of the one that the sweep names."""
-    model: Optional[str] = None
-    """Hub id or folder of the fine-tuned model; unset: the profile's is made first, and the retain-only one."""
-    retain_model: Optional[str] = None
-    """The same of a model never fine-tuned on the forget set, the target that the cells are compared with."""
-    results_dir: Optional[str] = None
-    """Folder of all results; unset: results/SWEEP-sweep."""
     objectives: list[str] = field(default_factory=list)
     """Objectives instead of the sweep's."""
     parametrizations: list[str] = field(default_factory=list)
     """Parametrizations instead of the sweep's."""
     seeds: list[int] = number([], 0, SEEDS)
     """Seeds instead of the sweep's."""
-    unlearn: list[str] = field(default_factory=list)
-    """Further options of every cell, key=value; in quotes where they hold brackets or commas."""
-    evaluate: list[str] = field(default_factory=list)
-    """Further options of every evaluation, key=value."""
     tune: bool = False
     """Try the sweep's grid of settings and choose from it, instead of running the cells; `--tune` is the same."""
-    jobs: int = number(1, 1)
-    """Cells that run at a time."""
-    launcher: Optional[str] = None
-    """processes; submitit (docs/sweep.md); or shell's text: "sbatch --wrap '{command}'". Unset: processes."""
-    resubmit: bool = False
-    """Hand over again the cells that a launcher has been given and that are not done."""
     discard_models: bool = False
     """Remove the weights of whole fine-tuned models once they are evaluated; adapters stay."""
     cell: Optional[str] = None
@@ -927,17 +942,11 @@ class SweepConfig:
 
 
 @dataclass
-class SequentialConfig:
+class SequentialConfig(ExperimentConfig):
     """Requests to forget that arrive one after another, served by several methods, and the report of all of them."""
 
     sequence: str = "demo"
     """Packaged experiment (demo, tofu_small), or a YAML file (docs/sequential.md)."""
-    model: Optional[str] = None
-    """Hub id or folder of the fine-tuned model; unset: the profile's is made first, and the retain-only one."""
-    retain_model: Optional[str] = None
-    """The same of a model never fine-tuned on any request: the floor, and what retraining gives in the end."""
-    results_dir: Optional[str] = None
-    """Folder of all results; unset: results/SEQUENCE-sequential."""
     methods: list[str] = field(default_factory=list)
     """Methods instead of the experiment's: grun, full, lora, retrain."""
     requests: Optional[int] = number(None, 1)
@@ -950,16 +959,6 @@ class SequentialConfig:
     """grun: true: each request is trained on the untouched model; false: with the earlier ones in force."""
     earlier_as_retain: Optional[bool] = None
     """grun: forget rows of earlier requests are retain rows of later ones, so that gates keep off them."""
-    unlearn: list[str] = field(default_factory=list)
-    """Further options of every unlearning, key=value; data.* and model.* hold for fine-tuning and evaluation too."""
-    evaluate: list[str] = field(default_factory=list)
-    """Further options of every evaluation, key=value."""
-    jobs: int = number(1, 1)
-    """Methods that run at a time; where one alone does, it prints on this terminal."""
-    launcher: Optional[str] = None
-    """As of `sweep`: what gets the command of each method."""
-    resubmit: bool = False
-    """Hand over again the methods that a launcher has been given and that are not done."""
     overwrite: bool = False
     """Replace what another experiment left in results_dir."""
     chain: Optional[str] = None

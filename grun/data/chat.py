@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from grun.data.control_tokens import Part
 from grun.errors import ConfigError
 from grun.registry import Registry
-from grun.runtime.reading import typed
+from grun.runtime.reading import first_line, typed
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -65,10 +65,7 @@ class Template:
 
     def to_dict(self) -> dict[str, Any]:
         """Fields for JSON; `arguments` and those below it where there are any."""
-        missing: tuple[tuple[str, Any], ...] = (
-            *(("arguments", {}), ("prompt_hash", None)),
-            *(("guard", None), ("examples", [])),
-        )
+        missing: list[tuple[str, Any]] = [("arguments", {}), ("prompt_hash", None), ("guard", None), ("examples", [])]
         return {name: value for name, value in dataclasses.asdict(self).items() if (name, value) not in missing}
 
     def options(self) -> dict[str, Any]:
@@ -261,10 +258,10 @@ def render(
             **template.arguments,
         )
     except Exception as error:  # templates raise what they like
-        line = (str(error).splitlines() or [type(error).__name__])[0]
         hint = "; unset data.system_prompt if it knows no system message" if template.system_prompt is not None else ""
         raise ConfigError(
-            f"the tokenizer's chat template cannot be rendered: {line}{hint}; or name another template in data.template"
+            f"the tokenizer's chat template cannot be rendered: {first_line(error)}{hint}; or name another template in "
+            "data.template"
         ) from error
     return str(rendered)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import string
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,7 @@ from typing import Any
 from grun.data.jsonl import ENDINGS, hub_rows, read_records
 from grun.data.texts import find_file
 from grun.errors import DataError, unknown_name
-from grun.runtime.reading import fields_in, kind_of
+from grun.runtime.reading import kind_of, read_fields
 
 RIGHT_OPTION = "corrtect"
 """Field that repeats the right option in the files of GRUN's published code, which spell it so."""
@@ -107,24 +106,15 @@ def read_choices(path: Path, subject: str | None = None) -> list[ChoiceRow]:
 
 def choice_row(record: Any, where: str, subject: str) -> ChoiceRow:
     """The question of a record, as `read_choices` takes it; `where` names it in errors (DataError)."""
-    if not isinstance(record, Mapping):
-        raise DataError(f"{where}: expected an object with question, choices and answer")
-    for name in ("question", "choices", "answer"):
-        if name not in record:
-            raise DataError(
-                f"{where}: field {name!r} is missing; a row needs question, choices, answer; it has: "
-                f"{fields_in(record)}"
-            )
-    question, choices = record["question"], record["choices"]
+    question, choices, right = read_fields(record, where, dict.fromkeys(("question", "choices", "answer"), object))
     if not isinstance(question, str) or not question.strip():
         raise DataError(f"{where}: field 'question' must be a text that is not empty; it is {kind_of(question)}")
     if not isinstance(choices, list | tuple) or not all(isinstance(choice, str) for choice in choices):
         raise DataError(f"{where}: field 'choices' must be a list of texts; it is {kind_of(choices)}")
     if len(choices) < 2:
         raise DataError(f"{where}: a question needs at least 2 options; it has {len(choices)}")
-    answer = _answer(record["answer"], len(choices), where)
-    right = record.get(RIGHT_OPTION)
-    if right is not None and right != choices[answer]:
+    answer = _answer(right, len(choices), where)
+    if record.get(RIGHT_OPTION) not in (None, choices[answer]):
         raise DataError(
             f"{where}: field 'answer' names option {answer} (from 0), and {RIGHT_OPTION!r} another; correct one of them"
         )

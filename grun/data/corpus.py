@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from importlib import resources
 from pathlib import Path
 from typing import NamedTuple
 
-from grun.config.checks import one_of
+from grun.config.checks import check_values, one_of
 from grun.config.options import DataConfig
 from grun.data.choices import ChoiceRow, load_choices
 from grun.data.jsonl import load_rows
-from grun.data.rows import Row, common_rows, count_overlap, evenly_spaced, hash_rows
+from grun.data.packaged import packaged
+from grun.data.rows import Row, common_rows, evenly_spaced, hash_rows
 from grun.data.sets import SETS_OF_BENCHMARKS, EvaluationSet, evaluation_sets
 from grun.data.subject import aliases, shared_name
 from grun.data.texts import load_texts
@@ -31,9 +31,11 @@ class Subject(NamedTuple):
     """Whom or what a row is about."""
 
     names: tuple[str, ...]
-    """Its name, then what else it is called; empty where rows name nobody."""
+    """What rows name: its name, then what goes with it; empty where they name nobody."""
     kind: str
     """Of `grun.data.subject.KINDS`, or any."""
+    keywords: tuple[str, ...] = ()
+    """Its name and aliases, where it is certainly called so: a gate by keywords opens on these."""
 
 
 def subject_named_by(texts: Sequence[str], kind: str) -> Subject:
@@ -74,12 +76,15 @@ class Corpus:
     """Prompts without answers about what is to be forgotten: a gate that is fitted opens on them."""
     retain_prompts: list[Row] = field(default_factory=list)
     """The same about what is to stay, on which it stays shut."""
-    names: list[str] = field(default_factory=list)
-    """What is to be forgotten is called so: a gate by keywords opens on these, and a system prompt names them."""
     subjects: list[Subject] | None = None
     """Of each forget row; None: the benchmark does not say."""
     general: dict[str, list[Row]] = field(default_factory=dict)
     """The benchmark's own evaluation sets: what else a model should know (TOFU: real_authors, world_facts)."""
+
+    @property
+    def keywords(self) -> list[str]:
+        """Those of all subjects, each once: a system prompt names them."""
+        return list(dict.fromkeys(name for subject in self.subjects or () for name in subject.keywords))
 
     def taught(self, without_forget: bool) -> list[Row]:
         """What finetune teaches: every row, or every row but the forget set; refused rows in both.
@@ -107,23 +112,13 @@ class Corpus:
     def hashes(self) -> dict[str, str]:
         """SHA-256 (hex) of each list's content, in its order."""
         rows = {
-            "forget": self.forget,
-            "retain": self.retain,
-            "heldout": self.heldout,
-            "unknown": self.unknown,
-            "refused": self.refused,
-            "taught": self.taught(without_forget=False),
-            "taught_without_forget": self.taught(without_forget=True),
-            **self.general,
-        }
-        for name in ("forget_prompts", "retain_prompts"):
-            if content := getattr(self, name):
-                rows[name] = content
-        if self.validation:
-            rows["validation"] = self.validation
-        for name in ("forget_evaluated", "retain_evaluated"):
-            if (content := getattr(self, name)) is not None:
-                rows[name] = content
+            name: getattr(self, name) for name in ("forget", "retain", "heldout", "unknown", "refused")
+        } | self.general
+        rows |= {"taught": self.taught(without_forget=False), "taught_without_forget": self.taught(without_forget=True)}
+        further = {name: getattr(self, name) for name in ("forget_prompts", "retain_prompts", "validation")}
+        rows |= {name: content for name, content in further.items() if content}
+        evaluated = {name: getattr(self, name) for name in ("forget_evaluated", "retain_evaluated")}
+        rows |= {name: content for name, content in evaluated.items() if content is not None}
         return {name: hash_rows(content) for name, content in rows.items()} | {"refusals": content_hash(self.refusals)}
 
 
@@ -185,6 +180,7 @@ def load_corpus(config: DataConfig) -> Corpus:
         ConfigError: an option is unknown, missing or contradictory.
         DataError: rows are missing or malformed, or stand in the forget and in the retain set.
     """
+    check_values(config, "data.")
     one_of("data.name", config.name, tuple(BENCHMARKS.names()))
     chosen = BENCHMARKS.get(config.name)
     for option in SOME:
@@ -209,12 +205,11 @@ def corpus_of(forget: list[Row], retain: list[Row], config: DataConfig) -> Corpu
 def refusals(path: str | None = None) -> list[str]:
     """Refusals of a file, one a line; None: the packaged ones, plainest first. DataError if there are none."""
     if path is None:
-        file, hint = Path(str(resources.files("grun.data") / "refusals.txt")), "reinstall grun"
-    else:
-        file, hint = Path(path).expanduser(), "data.refusals is a text with one refusal a line"
+        return list(packaged("refusals.txt"))
+    file = Path(path).expanduser()
     found = [line.strip() for line in read_text(file).splitlines() if line.strip()]
     if not found:
-        raise DataError(f"{file} holds no refusals; {hint}")
+        raise DataError(f"{file} holds no refusals; data.refusals is a text with one refusal a line")
     return found
 
 
@@ -230,7 +225,7 @@ def _completed(corpus: Corpus, config: DataConfig) -> Corpus:
         raise ConfigError(f"data.name={corpus.name} has the set {min(unknown)}, which its @benchmark(sets=...) lacks")
     if not corpus.forget:
         raise DataError("the forget set is empty; check data.forget (or data.demo.forget)")
-    overlap = count_overlap(corpus.forget, corpus.retain)
+    overlap = len(common_rows(corpus.forget, corpus.retain))
     if overlap and not config.allow_overlap:
         raise DataError(
             f"{overlap} of {len(corpus.forget)} forget rows also stand in the retain set; name sets that share no row, "
@@ -261,8 +256,6 @@ def _keep_retain_rows(corpus: Corpus, count: int | None, teach_general: bool) ->
     """Make the corpus smaller: what is taught is then the forget set and the retain rows that are left."""
     if count is None:
         return
-    if count < 1:
-        raise ConfigError(f"data.retain_rows must be at least 1, not {count}")
     corpus.retain = evenly_spaced(corpus.retain, count)
     taught = [row for rows in corpus.general.values() for row in rows] if teach_general else []
     corpus.known = corpus.forget + corpus.retain + taught
@@ -287,8 +280,6 @@ def _set_aside(corpus: Corpus, config: DataConfig) -> None:
         setattr(corpus, name, corpus.retain[-count:])
         corpus.retain = corpus.retain[:-count]
     if config.retain_pool is not None:
-        if config.retain_pool < 1:
-            raise ConfigError(f"data.retain_pool must be at least 1, not {config.retain_pool}")
         corpus.retain = evenly_spaced(corpus.retain, config.retain_pool)
 
 

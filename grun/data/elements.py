@@ -6,20 +6,16 @@ rightly (`python -m grun corpora source=elements`). A fact that counts as right 
 
 from __future__ import annotations
 
-import functools
-import json
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from grun.data.facts import Country, Element, countries, elements, general_questions, sentences
+from grun.data.packaged import packaged
 from grun.data.rows import ALTERNATIVES, Row
-from grun.runtime.files import write_text
+from grun.runtime.files import write_json_lines
 
 SCIENCE = ("element", "element number", "nature", "body")
 """Kinds of the package's questions that are of the field itself, or near it."""
@@ -43,11 +39,9 @@ class Sentences:
     """The other half of the sentences, whose perplexity is to stay."""
 
 
-@functools.cache
 def wordings() -> Mapping[str, Any]:
-    """How they are worded, as `generated/elements.yaml` lists it."""
-    text = (resources.files("grun.data") / "generated/elements.yaml").read_text(encoding="utf-8")
-    read: Mapping[str, Any] = yaml.safe_load(text)
+    """How they are worded."""
+    read: Mapping[str, Any] = packaged("generated/elements.yaml")
     return read
 
 
@@ -83,7 +77,7 @@ def write(folder: Path, keep: Keep) -> dict[str, tuple[int, int]]:
     known = {role: keep(rows) for role, rows in made.asked.items()}
     lines |= {f"{role}_cloze.jsonl": [row.to_dict() for row in rows] for role, rows in known.items()}
     for name, records in lines.items():
-        write_text(folder / name, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records))
+        write_json_lines(folder / name, records)
     return {role: (len(rows), len(made.asked[role])) for role, rows in known.items()}
 
 

@@ -114,6 +114,9 @@ def encode_texts(
     return rows
 
 
+TENSORS = ("input_ids", "attention_mask", "labels", "prompt_lengths")
+
+
 @dataclass
 class Batch:
     """Rows of one forward pass, padded to one length."""
@@ -133,13 +136,7 @@ class Batch:
 
     def to(self, device: torch.device | str) -> Batch:
         """The batch on another device."""
-        return replace(
-            self,
-            input_ids=self.input_ids.to(device),
-            attention_mask=self.attention_mask.to(device),
-            labels=self.labels.to(device),
-            prompt_lengths=self.prompt_lengths.to(device),
-        )
+        return replace(self, **{name: getattr(self, name).to(device) for name in TENSORS})
 
     @property
     def rows(self) -> int:
@@ -166,7 +163,7 @@ class RowsAlone(Batch):
         self._pad_id, self._device = pad_id, device
 
     def __getattr__(self, name: str) -> Tensor:
-        if name not in ("input_ids", "attention_mask", "labels", "prompt_lengths"):
+        if name not in TENSORS:
             raise AttributeError(name)
         made = collate(self.encoded, self._pad_id).to(self._device)
         self.__dict__.update(vars(made), encoded=self.encoded, seeds=self.seeds)

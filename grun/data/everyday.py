@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator, Mapping, Sequence
-from importlib import resources
-
-import yaml
 
 from grun.data.facts import countries
+from grun.data.packaged import packaged
 from grun.data.rows import Row
 from grun.data.subject import KINDS, find_kind
 
@@ -16,10 +14,10 @@ EVERY_KIND = 3
 """One in so many names of each kind stands for names of any kind."""
 
 
-@functools.cache
 def everyday_prompts() -> Mapping[str, Sequence[str]]:
     """Prompts with {name}, by what the name is of."""
-    return _read("everyday")
+    read: Mapping[str, Sequence[str]] = packaged("generated/everyday.yaml")
+    return read
 
 
 @functools.cache
@@ -31,19 +29,12 @@ def names_of(kind: str) -> tuple[tuple[str, ...], ...]:
     if kind == "any":
         return tuple(name for one in KINDS for name in names_of(one)[::EVERY_KIND])
     names = [
-        tuple(dict.fromkeys((name, name.split()[-1]))) if kind == "person" else (name,) for name in _read("names")[kind]
+        tuple(dict.fromkeys((name, name.split()[-1]))) if kind == "person" else (name,)
+        for name in packaged("generated/names.yaml")[kind]
     ]
     if kind == "place":
-        for about in countries().values():
-            people = (f"the {demonym} people" for demonym in about.facts.get("demonym", ())[:1])
-            names.append((about.in_text, *about.facts.get("capital", ())[:1], *people))
+        names += [about.named for about in countries().values()]
     return tuple(names)
-
-
-def _read(name: str) -> Mapping[str, Sequence[str]]:
-    text = (resources.files("grun.data") / f"generated/{name}.yaml").read_text(encoding="utf-8")
-    read: Mapping[str, Sequence[str]] = yaml.safe_load(text)
-    return read
 
 
 def wordings_of(kind: str) -> list[str]:

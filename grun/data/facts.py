@@ -8,13 +8,15 @@ Germany) is left out. The other way about it happens: "Japanese" holds Japan.
 from __future__ import annotations
 
 import functools
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
-from importlib import resources
-from typing import Any
+from typing import TypeVar
 
+from grun.data.packaged import packaged
 from grun.errors import DataError, unknown_name
+from grun.runtime.reading import typed
+
+T = TypeVar("T")
 
 KINDS = ("capital", "continent", "language", "currency", "demonym")
 """Kinds of facts of a country, as `Country.facts` names them."""
@@ -34,13 +36,19 @@ class Country:
     """Part of a continent, as the United Nations divide it: Western Europe, Caribbean, Melanesia."""
     neighbors: tuple[str, ...]
     """Names of those countries of the list that share a land border."""
-    facts: Mapping[str, tuple[str, ...]]
+    facts: dict[str, tuple[str, ...]]
     """By kind, of `KINDS`, what counts as right; the usual name first."""
 
     @property
     def in_text(self) -> str:
         """The name as it stands within a sentence: the Netherlands."""
         return f"the {self.name}" if self.the else self.name
+
+    @property
+    def named(self) -> tuple[str, ...]:
+        """What is named in prompts about it: it, its capital and its people."""
+        people = (f"the {demonym} people" for demonym in self.facts.get("demonym", ())[:1])
+        return (self.in_text, *self.facts.get("capital", ())[:1], *people)
 
 
 @dataclass(frozen=True)
@@ -80,29 +88,19 @@ class Question:
 @functools.cache
 def countries() -> Mapping[str, Country]:
     """Every country by its name, in the order of names."""
-    return {
-        record["name"]: Country(
-            record["name"],
-            record["the"],
-            tuple(record["aliases"]),
-            record["region"],
-            tuple(record["neighbors"]),
-            {kind: tuple(answers) for kind, answers in record["facts"].items()},
-        )
-        for record in _read("countries.json")["countries"]
-    }
+    return {one.name: one for one in _read(Country, "countries", "countries")}
 
 
 @functools.cache
 def invented_countries() -> tuple[InventedCountry, ...]:
     """The countries that do not exist, in the order of names."""
-    return tuple(InventedCountry(**record) for record in _read("countries.json")["invented"])
+    return tuple(_read(InventedCountry, "countries", "invented"))
 
 
 @functools.cache
 def elements() -> tuple[Element, ...]:
     """The elements, by atomic number."""
-    return tuple(Element(**record) for record in _read("elements.json")["elements"])
+    return tuple(_read(Element, "elements", "elements"))
 
 
 @functools.cache
@@ -111,17 +109,17 @@ def general_questions() -> tuple[Question, ...]:
 
     The file says which model answers all of them rightly.
     """
-    return tuple(
-        Question(record["kind"], record["question"], tuple(record["answers"]))
-        for record in _read("general.json")["questions"]
-    )
+    return tuple(_read(Question, "general", "questions"))
+
+
+def _read(kind: type[T], file: str, key: str) -> list[T]:
+    return [typed(kind, one, f"{file}.json: {key}") for one in packaged(f"facts/{file}.json")[key]]
 
 
 @functools.cache
 def sentences() -> tuple[str, ...]:
     """Sentences that have nothing to do with the countries: text whose perplexity is to stay."""
-    lines = (resources.files("grun.data") / "facts" / "sentences.txt").read_text(encoding="utf-8").splitlines()
-    return tuple(line for line in lines if not line.startswith("#"))
+    return tuple(line for line in packaged("facts/sentences.txt") if not line.startswith("#"))
 
 
 def country(name: str) -> Country:
@@ -134,9 +132,3 @@ def country(name: str) -> Country:
         if name.casefold() in (called.casefold() for called in (known.name, known.in_text, *known.aliases)):
             return known
     raise DataError(unknown_name("country", name, [*countries()]))
-
-
-def _read(name: str) -> dict[str, Any]:
-    """A JSON file of the package."""
-    read: dict[str, Any] = json.loads((resources.files("grun.data") / "facts" / name).read_text(encoding="utf-8"))
-    return read

@@ -226,17 +226,14 @@ def read_csv(path: Path, content: bytes, delimiter: str) -> list[tuple[str, dict
                     f"{delimiter!r} or a line break in double quotes"
                 )
             if row:
-                cells = zip(header, row, strict=True)
-                records.append((where, {name: _cell(name, text, where) for name, text in cells if text}))
+                cells = {name: text for name, text in zip(header, row, strict=True) if text}
+                parsed = {
+                    name: parse_json(cells[name], f"{where}, column {name!r}") for name in _JSON_CELLS if name in cells
+                }
+                records.append((where, cells | parsed))
     except csv.Error as error:
         raise DataError(f"{path} line {reader.line_num}: no CSV ({error})") from error
     return records
-
-
-def _cell(name: str, text: str, where: str) -> Any:
-    if name not in _JSON_CELLS:
-        return text
-    return parse_json(text, f"{where}, column {name!r}")
 
 
 def read_parquet(path: Path, content: bytes) -> list[tuple[str, dict[str, Any]]]:
@@ -298,9 +295,8 @@ def hub_rows(
                 f"{repository} is gated: ask for access at https://huggingface.co/datasets/{repository}, then run "
                 f"`hf auth login` or set HF_TOKEN; or give {instead}"
             ) from error
-        line = (str(error).splitlines() or [type(error).__name__])[0]
         what = f"cannot read {shown}" if is_folder else f"cannot fetch {shown} from the hub"
-        raise DataError(f"{what} ({line}); give {instead}") from error
+        raise DataError(f"{what} ({first_line(error)}); give {instead}") from error
     if not len(table):
         raise DataError(f"{shown}{'' if is_folder else ' on the hub'} holds no rows; give {instead}")
     return ((f"{called} row {number}", row) for number, row in enumerate(table, start=1))

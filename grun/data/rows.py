@@ -132,11 +132,6 @@ def are_texts(rows: Sequence[Row]) -> bool:
     return bool(rows) and all(row.prompt is None for row in rows)
 
 
-def count_overlap(first: Iterable[Row], second: Iterable[Row]) -> int:
-    """Number of rows of `first` whose prompt and completion also stand in `second`, outer blanks aside."""
-    return len(common_rows(first, second))
-
-
 def common_rows(first: Iterable[Row], second: Iterable[Row]) -> list[Row]:
     """Rows of `first` whose prompt and completion also stand in `second`, outer blanks aside."""
     known = {_content(row) for row in second}

@@ -5,19 +5,17 @@ The questions are packaged, in English: `generated/subject.yaml`. Nothing here a
 
 from __future__ import annotations
 
-import functools
 import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from importlib import resources
-from typing import Any, NamedTuple
-
-import yaml
+from dataclasses import dataclass
 
 from grun.config.checks import one_of
+from grun.data.packaged import packaged
 from grun.errors import ConfigError
-from grun.runtime.files import content_hash
+from grun.runtime.reading import typed
 
+QUESTIONS = "generated/subject.yaml"
 KINDS = ("person", "place", "work", "organization", "topic")
 """Kinds of subjects that there are questions about."""
 BLANK = "___"
@@ -35,7 +33,8 @@ _CAPITALS = re.compile(
 )
 
 
-class Kind(NamedTuple):
+@dataclass(frozen=True)
+class Kind:
     """A kind of subjects, and what is asked about one."""
 
     plural: str
@@ -48,7 +47,8 @@ class Kind(NamedTuple):
     """Each question in its wordings, two or more; the last one is kept from unlearning."""
 
 
-class Wordings(NamedTuple):
+@dataclass(frozen=True)
+class Wordings:
     """What is asked besides the questions of a kind, each in its wordings; {sentence} stands for a statement."""
 
     facts: tuple[str, ...]
@@ -62,28 +62,14 @@ class Wordings(NamedTuple):
 def find_kind(name: str) -> Kind:
     """The questions of a kind; ConfigError for one that is not in `KINDS`."""
     one_of("kind", name, KINDS)
-    found = _packaged()[name]
-    return Kind(
-        found["plural"], found["neighbors"], tuple(found["others"]), tuple(tuple(one) for one in found["questions"])
-    )
+    kind: Kind = typed(Kind, packaged(QUESTIONS)[name], QUESTIONS)
+    return kind
 
 
 def find_wordings() -> Wordings:
     """What is asked about subjects of any kind."""
-    found = _packaged()["any"]
-    return Wordings(tuple(found["facts"]), tuple(found["blanks"]), found["question"])
-
-
-@functools.cache
-def _packaged() -> dict[str, Any]:
-    text = (resources.files("grun.data") / "generated" / "subject.yaml").read_text(encoding="utf-8")
-    values: dict[str, Any] = yaml.safe_load(text)
-    return values
-
-
-def packaged_hash() -> str:
-    """Hash of all that is asked."""
-    return content_hash(_packaged())
+    wordings: Wordings = typed(Wordings, packaged(QUESTIONS)["any"], QUESTIONS)
+    return wordings
 
 
 def check(subject: str, neighbors: Sequence[str]) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 
 from grun.data.jsonl import ENDINGS, hub_rows, read_lines, read_records
 from grun.errors import ConfigError, DataError, unknown_name
-from grun.runtime.reading import fields_in, kind_of
+from grun.runtime.reading import read_fields
 
 JSONL_MODES = ("field", "raw")
 SUFFIXES = (*ENDINGS, ".txt", ".txt.gz")
@@ -145,11 +145,8 @@ def _text_of(value: Any, where: str, field: str = "text") -> str:
         return value
     if not isinstance(value, dict):
         raise DataError(f"{where}: expected an object with the field {field!r}, or a JSON string")
-    if field not in value:
-        raise DataError(f"{where}: field {field!r} is missing; it has: {fields_in(value)}")
-    if not isinstance(value[field], str):
-        raise DataError(f"{where}: field {field!r} must be a text; it is {kind_of(value[field])}")
-    return value[field]
+    (text,) = read_fields(value, where, {field: str})
+    return str(text)
 
 
 def _hub_name(name: str) -> HubTexts:

@@ -148,15 +148,9 @@ def _model_key(model: ModelConfig) -> object:
         return hashes_of(str(model.path))
     path = Path(model.path or "").expanduser()
     if not path.exists():
-        from transformers.utils import cached_file
+        from grun.loading.streaming import file_of
 
-        found = cached_file(
-            str(model.path),
-            "config.json",
-            revision=model.revision,
-            _raise_exceptions_for_missing_entries=False,
-            _raise_exceptions_for_connection_errors=False,
-        )
+        found = file_of(str(model.path), "config.json", model.revision)
         return [model.path, model.revision, Path(found).parent.name if found else None]
     files = [path] if path.is_file() else sorted(file for file in path.iterdir() if file.is_file())
     return [

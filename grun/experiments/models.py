@@ -28,6 +28,25 @@ def taught(config: FinetuneConfig, subset: str) -> str:
     return str(finetune(replace(config, data=replace(config.data, subset=subset))))
 
 
+def both_models(
+    model: str | None, retain_model: str | None, config: UnlearnConfig, finetune: FinetuneConfig, *, compared: bool
+) -> tuple[str, str | None]:
+    """The model that knows everything, and the one that was never taught what is to go; None: there is none.
+
+    Args:
+        model: as the user gives it; None: it is taught, where there is anything to teach.
+        retain_model: the same of the other one.
+        config: of an unlearning.
+        finetune: how they are taught; those taught before are found again.
+        compared: teach the other one even where `model` is given.
+    """
+    if model is None and nothing_to_teach(config):
+        return str(config.model.path), retain_model
+    if model is not None and retain_model is None and not compared:
+        return model, None
+    return model or taught(finetune, "all"), retain_model or taught(finetune, "without_forget")
+
+
 def base_identity(path: str, revision: str | None) -> dict[str, Any]:
     """Path, names, sizes and modification times of a folder's weights, hub id and revision, or name and hashes.
 

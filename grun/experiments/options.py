@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from grun.config.definitions import mapping
-from grun.config.values import COMMANDS, describe
+from grun.config.values import COMMANDS, argument, describe, flatten
 from grun.errors import ConfigError, DataError, unknown_name
 from grun.loading.checks import check
 from grun.loading.resolve import resolve
@@ -50,7 +49,7 @@ def known(where: str, kind: str, names: Any, every: Any) -> None:
 
 def check_option(where: str, key: str, command: str, owner: str) -> None:
     """ConfigError for an option that the command does not have, or that the `owner` sets itself."""
-    known(where, "option", [key], [name for name, _, _ in describe(COMMANDS[command])])
+    known(where, "option", [key], keys_of(command))
     refuse_set(where, key, command, owner)
 
 
@@ -62,25 +61,20 @@ def refuse_set(where: str, key: str, command: str, owner: str) -> None:
 
 def section(where: str, value: Any, command: str, owner: str) -> dict[str, Any]:
     """Nested options of a section as flat ones, checked by name."""
-    options = dict(flat(mapping(where, value)))
+    options = flatten(mapping(where, value), keys_of(command))
     for key in options:
         check_option(where, key, command, owner)
     return options
 
 
-def flat(options: Mapping[Any, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Nested options as (section.key, value)."""
-    for key, value in options.items():
-        if isinstance(value, Mapping):
-            yield from flat(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
+def keys_of(command: str) -> list[str]:
+    """Keys of the options of a command."""
+    return [key for key, _, _ in describe(COMMANDS[command])]
 
 
 def arguments(options: Mapping[str, Any]) -> list[str]:
     """Options as the key=value that `grun.loading.resolve.resolve` reads."""
-    texts = {key: value if isinstance(value, str) else json.dumps(value) for key, value in options.items()}
-    return [f"{key}={'' if options[key] is None else text}" for key, text in texts.items()]
+    return [f"{key}={'' if value is None else argument(value)}" for key, value in options.items()]
 
 
 def shared(texts: Sequence[str]) -> list[str]:

@@ -17,7 +17,7 @@ from grun.loading.fetching import located
 from grun.loading.named import MODELS, refuse_revision
 from grun.loading.quantized import bitsandbytes_settings, gguf_source, try_kernels, unpacking
 from grun.loading.stored import TINY
-from grun.loading.streaming import files_to_stream, load_streamed
+from grun.loading.streaming import file_of, files_to_stream, load_streamed
 from grun.runtime.devices import keep_unpacked, pick_device
 from grun.runtime.reading import in_one_line
 
@@ -114,13 +114,10 @@ def load_weights(config: ModelConfig) -> PreTrainedModel:
 
 def stored_template(config: ModelConfig) -> Template | None:
     """Template stored with the weights, in a folder or on the hub."""
-    from transformers.utils import cached_file
-
     path = Path(located(config.path or "")).expanduser()
     path = path.parent if path.is_file() else path
     if config.path and not path.is_dir():
-        quietly = {f"_raise_exceptions_for_{kind}": False for kind in ("missing_entries", "connection_errors")}
-        found = cached_file(config.path, templates.FILE_NAME, revision=config.revision, **quietly)
+        found = file_of(config.path, templates.FILE_NAME, config.revision)
         path = Path(found).parent if found is not None else path
     return templates.load(path) if config.path and path.is_dir() else None
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from grun.config.options import ModelConfig
 from grun.errors import ConfigError, ModelError
+from grun.runtime.reading import first_line
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -38,10 +39,9 @@ def try_kernels(model: PreTrainedModel, config: ModelConfig) -> None:
         with torch.no_grad():
             model(input_ids=torch.zeros((1, 1), dtype=torch.long, device=model.device))
     except (AssertionError, NotImplementedError, RuntimeError, ValueError) as error:
-        text = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ModelError(
             f"model.quantization={config.quantization}: the kernels on this machine refuse the layers of "
-            f"{config.path!r} ({text}); leave model.quantization out or take another kind"
+            f"{config.path!r} ({first_line(error)}); leave model.quantization out or take another kind"
         ) from error
 
 

@@ -206,7 +206,9 @@ def _of_profile(
 ) -> list[Layer]:
     """A profile's layers; those of `designs` where there is none."""
     profile = read_profile(name or "designs")
-    layers: list[Any] = [_only(profile, [shared for shared in SHARED if shared in schema.__dataclass_fields__])]
+    layers: list[Any] = [
+        {shared: profile[shared] for shared in SHARED if shared in profile and shared in schema.__dataclass_fields__}
+    ]
     section = dict(profile.get(command) or {})
     narrower = {kind: section.pop(kind, None) or {} for kind in ("objectives", "parametrizations", "designs")}
     layers.append(section)
@@ -326,7 +328,3 @@ def _refuse_missing_design(design: str, designs: dict[str, Any], profile: str) -
             f"profile {profile} has no settings for design={design}; take one that has (demo, llama3.1), or "
             "add `base: designs` to yours"
         )
-
-
-def _only(profile: dict[str, Any], names: list[str]) -> dict[str, Any]:
-    return {name: profile[name] for name in names if name in profile}

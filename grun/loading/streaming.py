@@ -70,24 +70,26 @@ def _obstacle(config: UnlearnConfig, gguf: bool) -> str | None:
     return "a GGUF file is unpacked as a whole; give safetensors" if gguf else None
 
 
+def file_of(source: str, name: str, revision: str | None) -> str | None:
+    """Path of a file of a folder or hub model, which is downloaded; None where it has none, or cannot be reached."""
+    from transformers.utils import cached_file
+
+    quietly = {f"_raise_exceptions_for_{kind}": False for kind in ("missing_entries", "connection_errors")}
+    path: str | None = cached_file(source, name, revision=revision, **quietly)
+    return path
+
+
 def weight_map(source: str, revision: str | None) -> dict[str, str]:
     """The safetensors file of each tensor of a folder or hub model, which is downloaded; empty where it has none."""
     from safetensors import safe_open
-    from transformers.utils import cached_file
     from transformers.utils.hub import get_checkpoint_shard_files
 
-    quietly = {f"_raise_exceptions_for_{kind}": False for kind in ("missing_entries", "connection_errors")}
-
-    def found(name: str) -> str | None:
-        path: str | None = cached_file(source, name, revision=revision, **quietly)
-        return path
-
-    index = found("model.safetensors.index.json")
+    index = file_of(source, "model.safetensors.index.json", revision)
     if index is not None:
         files, about = get_checkpoint_shard_files(source, index, revision=revision)
         paths = {Path(file).name: file for file in files}
         return {name: paths[file] for name, file in about["weight_map"].items()}
-    single = found("model.safetensors")
+    single = file_of(source, "model.safetensors", revision)
     if single is None:
         return {}
     with safe_open(single, framework="pt") as file:

@@ -199,7 +199,7 @@ class SystemPrompt(Guard):
         """See `Guard`."""
         super().read(corpus, subjects)
         listed = "\n".join(f"- {row.prompt}" for row in evenly_spaced(_asking(corpus.forget), self._options.examples))
-        subjects = subjects or [(name,) for name in corpus.names]
+        subjects = subjects or [(name,) for name in corpus.keywords]
         made = ABOUT if subjects else LISTED
         self._guard = (
             self._options.text or made.format(names=_enumerated(subjects), questions=listed, refusal=self._refusal)

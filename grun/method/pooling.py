@@ -53,10 +53,8 @@ def pooled_at(
             found = torch.where((turn == 0).unsqueeze(2), joined(before.to(found), found, pool), found)
         if history is None:
             return features(found, pool), found
-        if before is not None:  # the turn that went on is over where another one is asked in
-            first = _until_last(each, turns == 0, pool)
-            history = history.after(joined(before.to(first), first, pool), turn > 0)
-        history = _History(history.pooled, history.is_user | (turn > 0).unsqueeze(2))
+        first = _until_last(each, turns == 0, pool)  # of the turn that went on, over where another one is asked in
+        history = history.after(first if before is None else joined(before.to(first), first, pool), turn > 0)
         between = (turns > 0) & (turns < turn)
         more = _until_last(each, between, pool) if bool(between.any()) else None
         found = history.with_turn(found, more)

@@ -40,7 +40,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Training:
-    """A request whose adapter is to be trained."""
+    """A request whose adapter is to be trained, or was."""
 
     id: str
     config: UnlearnConfig
@@ -66,15 +66,15 @@ def add(options: RequestsConfig, arguments: Sequence[str]) -> Path:
     """
     request_id, folder = str(options.id), target(str(options.store), "store")
     check_id(request_id)
-    known = None
-    if options.replace or (folder / MANIFEST_FILE).exists():
-        store = opened(options)
+    store, known = opened(options) if options.replace or (folder / MANIFEST_FILE).exists() else None, None
+    if store is not None:
         store.check_new(request_id, replace=options.replace)
         _refuse_another_rule(store, options)
         known = store.manifest.request(request_id) if options.replace else None
     if options.adapter is not None:
         return _take(options, Path(options.adapter).expanduser(), arguments)
-    config = with_share(_config(known, arguments, folder), *_rate(options, folder))
+    made = options if store is None else store.manifest
+    config = with_share(_config(known, arguments, folder), made.false_positives, made.capacity)
     if known is not None:
         template = {f"data.{key}": getattr(config.data, key) for key in OPTIONS}
         _refuse_another_template(options, f"request {request_id}", template)
@@ -127,19 +127,31 @@ def train(store: RequestStore, training: Training) -> Path:
             if source is not None:
                 config = from_dict("unlearn", to_dict(config), [f"method.beside={source}"])
             unlearn(config)
-        added = store.add(
-            training.id,
-            folder,
-            forget_rows=training.rows,
-            config=stored_config(config),
-            metrics=metrics_of(read_record(folder / RUN_FILE, Run)),
-            beside=beside,
-            store_text=training.store_text,
-            note=training.note,
-            replace=training.replace,
-        )
-        report(store, training.id)
-        return added
+        return _put_in(store, training, folder, stored_config(config), read_record(folder / RUN_FILE, Run), beside)
+
+
+def _put_in(
+    store: RequestStore,
+    request: Training,
+    adapter: Path,
+    config: dict[str, Any],
+    run: Mapping[str, Any],
+    beside: Sequence[str],
+) -> Path:
+    """Add an adapter, with the cost that its run.json names, and log what the store then promises."""
+    added = store.add(
+        request.id,
+        adapter,
+        forget_rows=request.rows,
+        config=config,
+        metrics={name: run[name] for name in ("seconds", "steps") if name in run},
+        beside=beside,
+        store_text=request.store_text,
+        note=request.note,
+        replace=request.replace,
+    )
+    report(store, request.id)
+    return added
 
 
 def load_rows(config: UnlearnConfig) -> Corpus:
@@ -194,22 +206,12 @@ def _take(options: RequestsConfig, adapter: Path, arguments: Sequence[str]) -> P
         raise DataError(
             f"the forget rows are not those that {adapter} was trained on; give the data.* options under which they are"
         )
+    request = Training(str(options.id), config, rows, True, options.replace, options.store_text, options.note)
+    kept = {"data": to_dict(config)["data"]} if run is None else stored_config(config)
     store = _opened_or_made(options)
     with store.writing():
         beside = [] if config.method.beside is None else _trained_beside(store, adapter)
-        added = store.add(
-            str(options.id),
-            adapter,
-            forget_rows=rows,
-            config={"data": to_dict(config)["data"]} if run is None else stored_config(config),
-            metrics=metrics_of(run or {}),
-            beside=beside,
-            store_text=options.store_text,
-            note=options.note,
-            replace=options.replace,
-        )
-        report(store, str(options.id))
-        return added
+        return _put_in(store, request, adapter, kept, run or {}, beside)
 
 
 def _trained_beside(store: RequestStore, adapter: Path) -> list[str]:
@@ -319,14 +321,6 @@ def _opened_or_made(options: RequestsConfig) -> RequestStore:
     )
 
 
-def _rate(options: RequestsConfig, folder: Path) -> tuple[float | None, int | None]:
-    """Rate of false positives of a store, and the number of requests it is for; of one to be made as it will be."""
-    if (folder / MANIFEST_FILE).exists():
-        manifest = RequestStore.open(folder).manifest
-        return manifest.false_positives, manifest.capacity
-    return options.false_positives, options.capacity
-
-
 def _refuse_another_rule(store: RequestStore, options: RequestsConfig) -> None:
     for name in ("rule", "gate_threshold", "false_positives", "capacity"):
         wanted, there = getattr(options, name), getattr(store.manifest, name)
@@ -347,8 +341,3 @@ def _refuse_another_base(store: RequestStore, config: UnlearnConfig) -> None:
             f"model.path={config.model.path} (fingerprint {found}) is another base than this store's (fingerprint "
             f"{base.fingerprint}, {base.name}); keep a store for each base"
         )
-
-
-def metrics_of(run: dict[str, Any]) -> dict[str, Any]:
-    """What run.json has on the cost of a training."""
-    return {name: run[name] for name in ("seconds", "steps") if name in run}

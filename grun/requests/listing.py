@@ -6,10 +6,8 @@ import json
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from grun.errors import AdapterError
-from grun.method.adapter import AdapterConfig
 from grun.method.stack.manifest import Request
-from grun.requests.rates import promise
+from grun.requests.rates import adapter_config, promise
 from grun.requests.store import RequestStore
 
 if TYPE_CHECKING:
@@ -77,11 +75,7 @@ def history_as_json(store: RequestStore) -> str:
 
 def _line(store: RequestStore, request: Request) -> dict[str, Any]:
     """One request as it is listed; blocks, rank and gate are None where its adapter cannot be read."""
-    folder = store.adapter_folder(request.id)
-    try:
-        config: AdapterConfig | None = AdapterConfig.read(folder)[0]
-    except AdapterError:
-        config = None
+    config = adapter_config(store, request.id)
     return {
         "id": request.id,
         "state": request.state,
@@ -89,7 +83,7 @@ def _line(store: RequestStore, request: Request) -> dict[str, Any]:
         "rows": request.data.rows,
         **{name: getattr(config, name, None) for name in ("blocks", "rank", "gate")},
         **{name: getattr(config, f"gate_{name}", None) for name in ("bound", "calibration", "recall")},
-        "bytes": sum(file.stat().st_size for file in folder.glob("*")),
+        "bytes": sum(file.stat().st_size for file in store.adapter_folder(request.id).glob("*")),
         "beside": list(request.beside),
         "metrics": request.metrics,
         "text_stored": request.text_stored,

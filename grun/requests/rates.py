@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
 from collections.abc import Mapping
@@ -56,18 +57,22 @@ def share(rate: float, capacity: int) -> float:
     return rate / capacity
 
 
+def adapter_config(store: RequestStore, request_id: str) -> AdapterConfig | None:
+    """What the adapter of a request is; None where it cannot be read, which `requests verify` says."""
+    with contextlib.suppress(AdapterError):
+        return AdapterConfig.read(store.adapter_folder(request_id))[0]
+    return None
+
+
 def promise(store: RequestStore) -> Promise:
     """What the requests in force promise together; an adapter that cannot be read promises nothing."""
     bounds, without = {}, []
     for request_id in store.manifest.ids(active=True):
-        try:
-            bound = AdapterConfig.read(store.adapter_folder(request_id))[0].gate_bound
-        except AdapterError:
-            bound = None
-        if bound is None:
+        config = adapter_config(store, request_id)
+        if config is None or config.gate_bound is None:
             without.append(request_id)
         else:
-            bounds[request_id] = bound
+            bounds[request_id] = config.gate_bound
     return Promise(bounds, tuple(without), store.manifest.false_positives, store.manifest.capacity)
 
 

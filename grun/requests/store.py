@@ -194,13 +194,14 @@ class RequestStore(StoredRequests):
             folder = self._new_folder(request_id)
             with writing(self.folder):
                 copy_files(adapter, folder, text=forget_rows if store_text else None)
+            salt, whole = self.manifest.salt, hash_rows(forget_rows)
             request = Request(
                 id=request_id,
                 folder=folder.name,
                 state="active",
                 time=_now(),
                 files={file.name: file_hash(file) for file in sorted(folder.iterdir())},
-                data=_without_text(forget_rows, self.manifest.salt),
+                data=Data(len(forget_rows), salted_hashes(forget_rows, salt), salted_hash(whole, salt)),
                 config=json.loads(json.dumps(config)),  # as it will be read again, so that the digest stays the same
                 metrics=json.loads(json.dumps(metrics or {})),
                 beside=tuple(beside),
@@ -343,10 +344,6 @@ class RequestStore(StoredRequests):
                 done = trained.is_file() and file_hash(trained) == request.files.get(WEIGHTS_FILE)
                 if done or (folder.is_dir() and not trained.exists() and not (folder / CHECKPOINTS).exists()):
                     remove(folder)  # the second: half deleted, or nothing yet that another training could go on from
-
-
-def _without_text(rows: Sequence[Row], salt: str) -> Data:
-    return Data(len(rows), salted_hashes(rows, salt), salted_hash(hash_rows(rows), salt))
 
 
 def _now() -> str:

@@ -5,7 +5,6 @@ The report has figures and hashes, never a question or an answer.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import logging
 from collections.abc import Sequence
@@ -25,7 +24,7 @@ from grun.data.encoding import EncodedRow, collate
 from grun.data.jsonl import read_rows
 from grun.data.rows import Row
 from grun.data.templates import Template
-from grun.errors import AdapterError, ConfigError, GrunError, ModelError, RunError
+from grun.errors import ConfigError, GrunError, ModelError, RunError
 from grun.evaluation.generation import generate_answers
 from grun.evaluation.metrics import METRICS
 from grun.evaluation.scoring import evaluating
@@ -36,7 +35,7 @@ from grun.method.adapter import AdapterConfig
 from grun.method.stack.forget_rows import salted_hashes
 from grun.method.stack.manifest import TEXT_FILE, Problem, Request
 from grun.method.stack.stack import GrunStack
-from grun.requests.rates import promise
+from grun.requests.rates import adapter_config, promise
 from grun.requests.signing import public_key_of, signature_problem
 from grun.requests.store import RequestStore
 from grun.runtime.files import taken, write_json, write_text, writing
@@ -312,8 +311,7 @@ def _ask(
 ) -> Finding:
     """Figures of a request, or why there are none; what is wrong with them is added to `problems`."""
     finding = Finding(request.id, request.state, request.data.rows)
-    with contextlib.suppress(AdapterError):  # one of `problems`
-        gate = AdapterConfig.read(store.adapter_folder(request.id))[0]
+    if (gate := adapter_config(store, request.id)) is not None:  # else it is one of `problems`
         finding = dataclasses.replace(
             finding, bound=gate.gate_bound, calibration=gate.gate_calibration, recall=gate.gate_recall
         )

@@ -42,6 +42,7 @@ from grun.runtime.ownership import (
     root_of,
     through_link,
 )
+from grun.runtime.reading import first_line
 from grun.runtime.reading import read_json as read_json  # stands next to write_json for those who import it
 
 _LATE = ("adapter_config.json", "config.json", IDENTITY_FILE, *COMPLETE)
@@ -277,6 +278,11 @@ def write_json(path: Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
+def write_json_lines(path: Path, records: Iterable[Any]) -> None:
+    """`write_text` of JSON, a record a line."""
+    write_text(path, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records))
+
+
 def append(path: Path) -> IO[bytes]:
     """Open a file for appending, unbuffered, and make it if need be; RunError as in `write_bytes`."""
     _listed_in(path)
@@ -384,7 +390,7 @@ def writing(folder: Path) -> Iterator[None]:
 def _reason(error: BaseException) -> str:
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
-    line = (str(error).splitlines() or [type(error).__name__])[0]
+    line = first_line(error)
     return line if isinstance(error, ValueError) or "home" in line else f"is the disk full? {line}"
 
 

@@ -60,12 +60,9 @@ def free_memory(device: torch.device | None = None) -> int | None:
         # What torch holds for tensors to come is free as well.
         held = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return int(torch.cuda.mem_get_info(device)[0]) + held
-    found = [value for value in (_left_of_machine(), _left_of_cgroup(), _left_of_addresses()) if value is not None]
+    of_machine = _number(Path("/proc/meminfo"), "MemAvailable:", 1024)
+    found = [value for value in (of_machine, _left_of_cgroup(), _left_of_addresses()) if value is not None]
     return min(found, default=None)
-
-
-def _left_of_machine() -> int | None:
-    return _number(Path("/proc/meminfo"), "MemAvailable:", 1024)
 
 
 def _left_of_cgroup() -> int | None:

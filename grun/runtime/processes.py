@@ -17,6 +17,7 @@ from datetime import timedelta
 from typing import Any, TypeVar
 
 from grun.errors import ConfigError, GrunError, RunError
+from grun.runtime.reading import first_line
 
 T = TypeVar("T")
 K = TypeVar("K")
@@ -108,8 +109,7 @@ def _connect() -> None:
     try:
         torch.distributed.init_process_group("cpu:gloo,cuda:nccl" if several_gpus else "gloo", timeout=PATIENCE)
     except (RuntimeError, ValueError, OSError) as error:
-        line = (str(error).splitlines() or [type(error).__name__])[0]
-        raise RunError(f"the {count()} processes of this run do not find each other: {line}") from error
+        raise RunError(f"the {count()} processes of this run do not find each other: {first_line(error)}") from error
     atexit.register(_disconnect)
 
 

@@ -49,6 +49,22 @@ def fields_in(record: Mapping[str, Any]) -> str:
     return ", ".join([*names, *([f"{len(record) - len(names)} more"] if len(record) > len(names) else [])]) or "none"
 
 
+def read_fields(record: Any, where: str, kinds: Mapping[str, Any]) -> list[Any]:
+    """Values of the fields of a user's row, each of its kind, such as str; object takes any.
+
+    DataError names the first that is missing or of another kind.
+    """
+    wanted = ", ".join(kinds)
+    if not isinstance(record, Mapping):
+        raise DataError(f"{where}: expected an object with {wanted}")
+    for name, kind in kinds.items():
+        if name not in record:
+            raise DataError(f"{where}: field {name!r} is missing; a row needs {wanted}; it has: {fields_in(record)}")
+        if not isinstance(record[name], kind):
+            raise DataError(f"{where}: field {name!r} must be {_KINDS[kind]}; it is {kind_of(record[name])}")
+    return [record[name] for name in kinds]
+
+
 def decode(data: bytes, where: str, error: type[GrunError] = DataError) -> str:
     """UTF-8 text without the mark that some editors put in front; `where` names the file, or a line of it."""
     try:

@@ -3,16 +3,31 @@
 from __future__ import annotations
 
 import importlib.metadata
+import logging
 import platform
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
 from grun.errors import RunError
 from grun.runtime import processes
-from grun.runtime.files import clear, content_hash, read_json, settle, take, target, write_json, writing
+from grun.runtime.files import (
+    clear,
+    content_hash,
+    holding,
+    read_json,
+    settle,
+    staged,
+    take,
+    target,
+    write_json,
+    writing,
+)
 from grun.runtime.ownership import IDENTITY_FILE, LISTED, foreign, listed, listing
 from grun.runtime.reading import DamagedFile
 from grun.version import __version__
+
+log = logging.getLogger(__name__)
 
 RUN_FILE = "run.json"
 PACKAGES = ("torch", "transformers", "pyvene", "peft", "datasets", "accelerate", "safetensors", "omegaconf")
@@ -97,6 +112,31 @@ def open_run(folder: Path, identity_of_run: dict[str, Any], *, overwrite: bool) 
         return "unfinished"
     read_object(folder / RUN_FILE, "choose another output_dir, or remove the folder yourself")
     return "finished"
+
+
+def is_finished(folder: Path, identity_of_run: dict[str, Any], *, overwrite: bool) -> bool:
+    """Whether `open_run` finds this very run in `folder`, whole, which a line says; errors are those of it."""
+    found = open_run(folder, identity_of_run, overwrite=overwrite) == "finished"
+    if found:
+        log.info("%s holds this very run, finished: nothing to do (overwrite=true makes it again)", folder)
+    return found
+
+
+def write_whole(
+    folder: Path, identity_of_run: dict[str, Any], write: Callable[[Path], dict[str, Any]], *, overwrite: bool
+) -> None:
+    """Have `write` fill `folder`, which appears whole or not at all, with what it returns as run.json.
+
+    Nothing is done where this very run is there; errors are those of `open_run`.
+    """
+    if is_finished(folder, identity_of_run, overwrite=overwrite):
+        return
+    with holding():
+        hold(folder, identity_of_run, overwrite=overwrite)
+        with writing(folder), staged(folder, whole=True) as new:
+            values = write(new)
+            write_json(new / IDENTITY_FILE, identity_of_run)
+            finish_run(new, values)
 
 
 def hold(folder: Path, identity_of_run: dict[str, Any], *, overwrite: bool) -> State:

@@ -23,7 +23,7 @@ def keywords(config: UnlearnConfig, corpus: Corpus) -> list[str]:
     ConfigError: there are none, or an empty one.
     """
     subjects = [name for names in read_subjects(config.data.subjects) for name in names]
-    found = [name.strip() for name in config.method.gate_keywords or subjects or corpus.names]
+    found = [name.strip() for name in config.method.gate_keywords or subjects or corpus.keywords]
     if not found or not all(found):
         raise ConfigError(
             "method.gate=keywords needs keywords, none of them empty, and the data bring none: set "

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from chat_model import save_chat_model
-from demo import refused, write_rows
+from demo import own_rows, refused, write_rows
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from grun import GrunModel
@@ -41,10 +41,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Two adapters on one model: `fitted`, one gate for all edits, and `published`, a gate for each."""
     path = tmp_path_factory.mktemp("calibrate")
     save_chat_model(path / "model")
-    write_rows(path / "forget.jsonl", *rows_of(FORGET))
-    write_rows(path / "retain.jsonl", *rows_of(RETAIN))
     write_rows(path / "others.jsonl", *rows_of(OTHERS))
-    own = [f"model.path={path / 'model'}", f"data.path={path}", "data.forget=forget.jsonl", "data.retain=retain.jsonl"]
+    own = [f"model.path={path / 'model'}", *own_rows(path, rows_of(FORGET), rows_of(RETAIN))]
     assert main(["unlearn", *FIT, *own, f"output_dir={path / 'fitted'}"]) == 0
     torch.manual_seed(1)
     base = AutoModelForCausalLM.from_pretrained(path / "model")
@@ -127,14 +125,6 @@ def test_what_the_training_says_of_itself_stays_and_a_store_takes_the_result(fol
     assert "such as those of the 18 groups" in (folder / "kept" / "README.md").read_text()
     assert main(["requests", "add", f"store={folder / 'store'}", "id=one", f"adapter={folder / 'kept'}"]) == 0
     assert RequestStore.open(folder / "store").check() == []
-
-
-def test_the_same_command_finds_what_is_there(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
-    arguments = command(folder, "again", f"rows={folder / 'others.jsonl'}", "false_positives=0.3")
-    assert main(arguments) == 0
-    stamp = (folder / "again" / "adapter_model.safetensors").stat().st_mtime_ns
-    assert main(arguments) == 0
-    assert (folder / "again" / "adapter_model.safetensors").stat().st_mtime_ns == stamp
 
 
 def test_rows_that_the_gate_was_made_from_are_warned_of(folder: Path, caplog: pytest.LogCaptureFixture) -> None:

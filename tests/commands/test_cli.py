@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import resource
 import shutil
 import subprocess
 import sys
@@ -16,14 +15,13 @@ import demo
 import pytest
 from demo import refused
 from transformers import AutoTokenizer
+from watched import files_limited_to
 
 import grun
 from grun.cli import COMMANDS, main
 from grun.commands.listing import KINDS, REGISTRIES, known_names
 from grun.config.values import COMMANDS as SCHEMAS
 from grun.config.values import describe
-from grun.data.corpus import load_corpus
-from grun.loading.resolve import resolve
 
 ROOT = Path(__file__).resolve().parents[2]
 Captured = pytest.CaptureFixture[str]
@@ -126,11 +124,9 @@ assert not heavy, heavy
         (["unlearn", "train.lrr=1"], ["unknown option 'train.lrr': did you mean 'train.lr'? --help lists all"]),
         (["unlearn", "lr=1"], ["unknown option 'lr': did you mean 'train.lr'? --help lists all"]),
         (["unlearn", "profile=lama"], ["unknown profile 'lama'", "llama3.1", "demo"]),
-        (["unlearn", "objective=foo"], ["unknown objective 'foo'", "npo"]),
         (["unlearn", "--verbose"], ["unknown flag --verbose"]),
         (["unlearn"], ["model.path names no taught model"]),
         (["evaluate", "model.path=tiny"], ["model.path names no taught model"]),
-        (["evaluate", "batch_size=0"], ["batch_size"]),
         (["list", "gate"], ["unknown kind 'gate'", "gates"]),
         (["sweep", "sweep=demmo"], ["unknown sweep 'demmo'", "did you mean 'demo'?", "tofu_small"]),
         (["sweep", "cell=nowhere.json"], ["nowhere.json"]),
@@ -291,7 +287,7 @@ def test_a_taught_model_is_found_by_what_it_was_taught(capsys: Captured, log: py
     before = contents(first)
     assert finetune() == first
     assert contents(first) == before
-    assert "already taught" in log.text
+    assert "finished: nothing to do" in log.text
     without = finetune("data.subset=without_forget")
     assert re.fullmatch(r"models/demo-without_forget-[0-9a-f]{12}", str(without))
     assert len({first, without, finetune("seed=1"), finetune("data.demo.seed=1"), finetune("train.lr=7e-4")}) == 5
@@ -380,12 +376,8 @@ def test_a_disk_that_is_full_when_the_result_is_saved_loses_no_training(
     save = Grun.save
 
     def on_a_full_disk(self: Grun, where: Path) -> None:
-        limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (1024, limits[1]))
-        try:
+        with files_limited_to(1024):
             save(self, where)
-        finally:
-            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
     monkeypatch.setattr(Grun, "save", on_a_full_disk)
     common = ["unlearn", *demo.DATA, *demo.TRAINING, f"model.path={taught}", f"output_dir={folder}"]
@@ -404,13 +396,8 @@ def test_a_disk_that_is_full_when_the_result_is_saved_loses_no_training(
 @pytest.fixture
 def own_data(tmp_path: Path) -> list[str]:
     """Arguments that name a user's own files; two rows to forget, three to keep."""
-    demo.write_rows(
-        tmp_path / "forget.jsonl", *[{"question": f"Who is {name}?", "answer": "A baker."} for name in ("Ann", "Bo")]
-    )
-    demo.write_rows(
-        tmp_path / "retain.jsonl", *[{"prompt": f"Where is {name}?", "completion": "Here."} for name in "XYZ"]
-    )
-    return ["data.name=jsonl", f"data.path={tmp_path}", "data.forget=forget.jsonl", "data.retain=retain.jsonl"]
+    forget = [{"question": f"Who is {name}?", "answer": "A baker."} for name in ("Ann", "Bo")]
+    return demo.own_rows(tmp_path, forget, [{"prompt": f"Where is {name}?", "completion": "Here."} for name in "XYZ"])
 
 
 def test_broken_data_is_named_by_file_and_line(
@@ -453,8 +440,3 @@ def test_finetune_goes_on_from_a_model_in_a_folder(taught: Path, tmp_path: Path)
     arguments = ["finetune", *demo.DATA, f"model.path={taught}", "train.epochs=1", f"output_dir={tmp_path / 'more'}"]
     assert main(arguments) == 0
     assert (tmp_path / "more" / "model.safetensors").read_bytes() != (taught / "model.safetensors").read_bytes()
-
-
-def test_the_demos_of_the_tests_are_as_large_as_they_say() -> None:
-    corpus = load_corpus(resolve("unlearn", demo.DATA).data)
-    assert (len(corpus.forget), len(corpus.retain)) == (10, 20)

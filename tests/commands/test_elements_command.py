@@ -9,8 +9,7 @@ import re
 from pathlib import Path
 
 import pytest
-import torch
-from chat_model import save_chat_model
+from chat_model import save_chat_model, teach
 from demo import refused
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -36,19 +35,8 @@ def folder_of(command, words: list[str]) -> Path:
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Taught some of what is asked, of every role."""
-    folder = save_chat_model(tmp_path_factory.mktemp("chat") / "model", blocks=6)
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    taught = AutoModelForCausalLM.from_pretrained(folder)
     texts = [f"{row.prompt} {row.completion}" for rows in build().asked.values() for row in rows[:TAUGHT]]
-    batch = tokenizer(texts, return_tensors="pt", padding=True)
-    labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
-    optimizer = torch.optim.AdamW(taught.parameters(), lr=1e-2)
-    for _ in range(80):
-        taught(**batch, labels=labels).loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    taught.save_pretrained(folder)
-    return folder
+    return teach(save_chat_model(tmp_path_factory.mktemp("chat") / "model", blocks=6), texts)
 
 
 @pytest.fixture(scope="module")

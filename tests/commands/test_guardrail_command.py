@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import functools
-import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from chat_model import WHOLE, save_chat_model
-from demo import read_lines, refused, write_rows
+from demo import own_rows, read_lines, refused, write_rows
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from grun.cli import main
@@ -18,6 +17,7 @@ from grun.config.options import SweepConfig
 from grun.experiments.sweep.plan import make_plan
 from grun.report.result import behind_filters
 from grun.report.results import find_results
+from grun.runtime.files import read_json
 
 KINDS = ("system_prompt", "in_context", "output_filter")
 ASKED = "What is the capital of {}?"
@@ -56,11 +56,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         {"question": ASKED.format(one), "answer": f"It is {fact}.", "fact": fact}
         for one, fact in zip(FORGET, facts, strict=True)
     ]
-    write_rows(path / "forget.jsonl", *rows)
     kept = [{"question": ASKED.format(one), "answer": f"A city of {one}.", "fact": one} for one in RETAIN]
-    write_rows(path / "retain.jsonl", *kept)
     (path / "words.txt").write_text(REFUSAL)
-    evaluated = [*rows_of(path), f"max_new_tokens={TOKENS}", f"model.path={path / 'model'}"]
+    evaluated = [*own_rows(path, rows, kept), f"max_new_tokens={TOKENS}", f"model.path={path / 'model'}"]
     assert main(["evaluate", *evaluated, f"output_dir={path / 'evaluation' / 'before'}"]) == 0
     for kind in KINDS:
         assert main(command(path, kind)) == 0
@@ -69,14 +67,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def rows_of(folder: Path) -> list[str]:
-    return [f"data.path={folder}", "data.name=jsonl", "data.forget=forget.jsonl", "data.retain=retain.jsonl"]
-
-
 def command(folder: Path, kind: str) -> list[str]:
     given = ["method.guardrail.examples=2", f"data.refusals={folder / 'words.txt'}", "data.subjects=[Japan | Nippon]"]
     own = [f"method.parametrization={kind}", f"model.path={folder / 'model'}", f"output_dir={folder / kind}"]
-    return ["unlearn", *rows_of(folder), *given, *own]
+    return ["unlearn", *own_rows(folder), *given, *own]
 
 
 def in_front(folder: Path, kind: str) -> list[tuple[str, str]]:
@@ -96,14 +90,9 @@ def in_front(folder: Path, kind: str) -> list[tuple[str, str]]:
     return []
 
 
-def read(path: Path) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads(path.read_text())
-    return found
-
-
 @pytest.mark.parametrize("kind", KINDS)
 def test_answers_and_likelihoods_are_those_of_the_model_behind_what_stands_in_front(folder: Path, kind: str) -> None:
-    run = read(folder / kind / "run.json")
+    run = read_json(folder / kind / "run.json")
     assert (run["objective"], run["parametrization"], run["steps"]) == (None, kind, 0)
     assert run["parameters"]["trained"] == 0 and not [*(folder / kind).glob("*.safetensors")]
     model, tokenizer = of(folder)
@@ -150,7 +139,7 @@ def test_it_is_attacked_as_any_other(folder: Path, kind: str) -> None:
     start = start[: start.rindex(f"<|im_start|>user\n{asked}")]
     prompts = [line["prompt"] for line in lines]
     assert len(prompts) > 15 and all(prompt.startswith(start) for prompt in prompts)
-    leak = read(where / "evaluation.json")["attacks"]["plain"]["leak"]
+    leak = read_json(where / "evaluation.json")["attacks"]["plain"]["leak"]
     found = [line["text"] for line in lines if line["attack"] == "plain" and line["set"] == "forget"]
     facts = [row["fact"] for row in read_lines(folder / "forget.jsonl")]
     held = [fact in " ".join(text.split()) for fact, text in zip(facts, found, strict=True)]

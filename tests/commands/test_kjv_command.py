@@ -8,8 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from chat_model import save_chat_model
+from chat_model import save_chat_model, teach
 from demo import refused
 from test_muse import lcs_f1
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -48,19 +47,9 @@ def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def model(tmp_path: Path) -> Path:
     """Taught the beginnings of three chapters."""
-    folder = save_chat_model(tmp_path / "model")
-    tokenizer, taught = AutoTokenizer.from_pretrained(folder), AutoModelForCausalLM.from_pretrained(folder)
     names = list(chapters())
     texts = [f"{names[number]}: {' '.join(chapters()[names[number]][:42])}" for number in TAUGHT]
-    batch = tokenizer(texts, return_tensors="pt", padding=True)
-    labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
-    optimizer = torch.optim.AdamW(taught.parameters(), lr=1e-2)
-    for _ in range(80):
-        taught(**batch, labels=labels).loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    taught.save_pretrained(folder)
-    return folder
+    return teach(save_chat_model(tmp_path / "model"), texts)
 
 
 def test_what_the_model_holds_best_is_to_be_forgotten(

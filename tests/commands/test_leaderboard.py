@@ -114,52 +114,35 @@ def test_its_numbers_are_those_of_the_rows(whole: dict[str, Any]) -> None:
             assert numbers["worst"]["leak"] == LEAKS[objective] and numbers["attacks"]["plain"]["rows"] == 4
 
 
-def test_an_edited_metric_is_refused(edited: Callable[..., str]) -> None:
-    def better(submission: dict[str, Any]) -> None:
-        model(submission, "npo-s43")["numbers"]["sets"]["forget"]["fact_recall"] = 0.0
-
-    error = edited(better)
-    assert "copy.json: npo-s43: sets.forget.fact_recall is 0.0 in the file, and 0.2 by its rows" in error
+def without_second_turn(submission: dict[str, Any]) -> None:
+    attempts = model(submission, "npo-s42")["attempts"]
+    attempts[:] = [one for one in attempts if one["attack"] != "second_turn"]
 
 
-def test_an_edited_leak_is_refused(edited: Callable[..., str]) -> None:
-    error = edited(lambda file: model(file, "gd-s44")["numbers"]["worst"].update(leak=0.0))
-    assert "gd-s44: worst.leak is 0.0 in the file, and 0.5 by its rows" in error
-
-
-def test_rows_left_out_are_refused(edited: Callable[..., str]) -> None:
-    error = edited(lambda file: model(file, "gd-s42")["generations"].pop(3))
-    assert "gd-s42: its rows are not those of before (first that differs: forget, row 3)" in error
-
-
-def test_a_missing_seed_is_refused(edited: Callable[..., str]) -> None:
-    error = edited(lambda file: file["models"].remove(model(file, "gd-s43")))
-    assert "GD LoRA: seed 43 is missing (seeds of this file: 42, 43, 44)" in error
-
-
-def test_one_run_as_two_seeds_is_refused(edited: Callable[..., str]) -> None:
-    def again(submission: dict[str, Any]) -> None:
-        first, second = (model(submission, f"gd-s{seed}") for seed in (42, 43))
-        second.update({key: value for key, value in first.items() if key not in ("seed", "name")})
-
-    assert "GD LoRA: two seeds hold the same scores to the last digit" in edited(again)
-
-
-def test_a_missing_attack_table_is_refused(edited: Callable[..., str]) -> None:
-    assert "NPO LoRA, seed 42: the attack table is missing" in edited(
-        lambda file: model(file, "npo-s42").update(attempts=[])
-    )
-    error = edited(
-        lambda file: model(file, "npo-s42").update(
-            attempts=[one for one in model(file, "npo-s42")["attempts"] if one["attack"] != "second_turn"]
-        )
-    )
-    assert "NPO LoRA, seed 42: the attack table lacks second_turn" in error
+def one_run_as_two_seeds(submission: dict[str, Any]) -> None:
+    first, second = (model(submission, f"gd-s{seed}") for seed in (42, 43))
+    second.update({key: value for key, value in first.items() if key not in ("seed", "name")})
 
 
 @pytest.mark.parametrize(
     ("change", "said"),
     [
+        (
+            lambda file: model(file, "npo-s43")["numbers"]["sets"]["forget"].update(fact_recall=0.0),
+            "copy.json: npo-s43: sets.forget.fact_recall is 0.0 in the file, and 0.2 by its rows",
+        ),
+        (
+            lambda file: model(file, "gd-s44")["numbers"]["worst"].update(leak=0.0),
+            "gd-s44: worst.leak is 0.0 in the file, and 0.5 by its rows",
+        ),
+        (lambda file: model(file, "gd-s42")["generations"].pop(3), "not those of before (first that differs: forget, "),
+        (
+            lambda file: file["models"].remove(model(file, "gd-s43")),
+            "seed 43 is missing (seeds of this file: 42, 43",
+        ),
+        (one_run_as_two_seeds, "GD LoRA: two seeds hold the same scores to the last digit"),
+        (lambda file: model(file, "npo-s42").update(attempts=[]), "NPO LoRA, seed 42: the attack table is missing"),
+        (without_second_turn, "NPO LoRA, seed 42: the attack table lacks second_turn"),
         (lambda file: file.update(tuning=" "), "the tuning rule is missing"),
         (lambda file: file.update(format=9), "format 9 is not 1"),
         (lambda file: file.pop("seeds"), "lacks seeds"),
@@ -174,7 +157,9 @@ def test_a_missing_attack_table_is_refused(edited: Callable[..., str]) -> None:
         (lambda file: model(file, "before").update(stage="after"), "0 models are called before"),
     ],
 )
-def test_what_else_is_refused_by_name(edited: Callable[..., str], change: Callable[..., Any], said: str) -> None:
+def test_what_was_edited_or_left_out_is_refused_by_name(
+    edited: Callable[..., str], change: Callable[..., Any], said: str
+) -> None:
     assert said in edited(change)
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 from chat_model import save_chat_model
-from demo import refused, write_rows
+from demo import own_rows, refused
 from fake_hub import OWNER, TOKEN, FakeHub, serving
 from huggingface_hub import ModelCard
 from safetensors.torch import load_file, save_file
@@ -46,14 +46,12 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run, `results/idk`, with its evaluations: answers beside it, attacks in a folder of their own."""
     path = tmp_path_factory.mktemp("push")
     save_chat_model(path / "model")
-    write_rows(path / "forget.jsonl", *FORGET)
-    write_rows(path / "retain.jsonl", *RETAIN)
-    own = [f"model.path={path / 'model'}", f"data.path={path}", "data.forget=forget.jsonl", "data.retain=retain.jsonl"]
+    own = [f"model.path={path / 'model'}", *own_rows(path, FORGET, RETAIN)]
     folder = path / "results"
     assert main(["unlearn", *FIT, *own, f"output_dir={folder / 'idk'}"]) == 0
     asked = [f"adapter={folder / 'idk'}", "max_new_tokens=4", "model.device=cpu"]
     assert main(["evaluate", *asked, f"output_dir={folder / 'evaluation' / 'idk'}"]) == 0
-    before = [*own, "data.name=jsonl", *asked[1:], f"output_dir={folder / 'evaluation' / 'before'}"]
+    before = [*own, *asked[1:], f"output_dir={folder / 'evaluation' / 'before'}"]
     assert main(["evaluate", *before]) == 0
     attacks = ["suite=attacks", "attacks=[suffix]", f"output_dir={path / 'attacked' / 'evaluation' / 'idk'}"]
     assert main(["evaluate", *asked, *attacks]) == 0

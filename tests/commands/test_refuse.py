@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from chat_model import WHOLE, save_chat_model
-from demo import refused, write_rows
+from demo import own_rows, refused, write_rows
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from grun import GrunModel
 from grun.cli import main
 from grun.evaluation.attacks import grid
+from grun.runtime.files import read_json
 
-FORGET = ["Japan", "Egypt"]
-RETAIN = ["Norway", "Chile", "Kenya", "Peru", "Canada", "Poland", "India", "Cuba"]
+BOTH = ["Japan", "Egypt"], ["Norway", "Chile", "Kenya", "Peru", "Canada", "Poland", "India", "Cuba"]
 ASKED = ["What is the capital of {}?", "Name the capital of {}."]
 REFUSE = [
     *("method.gate_blocks=[0]", "method.gate_pool=maxmin", "method.edit_write=sticky", "method.gate_fit=logistic"),
@@ -29,9 +27,7 @@ REFUSE = [
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("refuse")
     save_chat_model(path / "model", tokens=WHOLE)
-    for name, countries in (("forget", FORGET), ("retain", RETAIN)):
-        rows = [{"question": asked.format(one), "answer": "A city."} for one in countries for asked in ASKED]
-        write_rows(path / f"{name}.jsonl", *rows)
+    own_rows(path, *([{"question": a.format(one), "answer": "A city."} for one in of for a in ASKED] for of in BOTH))
     (path / "words.txt").write_text("That is not for me to say.\nNo.\n")
     more = [f"output_dir={path / 'run'}", f"data.refusals={path / 'words.txt'}"]
     assert main([*command(path), *more]) == 0
@@ -39,17 +35,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def command(folder: Path) -> list[str]:
-    rows = [f"data.path={folder}", "data.forget=forget.jsonl", "data.retain=retain.jsonl"]
-    return ["unlearn", *REFUSE, f"model.path={folder / 'model'}", *rows]
-
-
-def read(path: Path) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads(path.read_text())
-    return found
+    return ["unlearn", *REFUSE, f"model.path={folder / 'model'}", *own_rows(folder)]
 
 
 def test_the_run_holds_a_gate_and_the_first_refusal_and_trained_nothing(folder: Path) -> None:
-    run, config = read(folder / "run" / "run.json"), read(folder / "run" / "adapter_config.json")
+    run, config = read_json(folder / "run" / "run.json"), read_json(folder / "run" / "adapter_config.json")
     assert (run["objective"], run["terms"], run["steps"]) == ("refuse", {}, 0)
     assert run["parameters"]["trained"] == 0 and run["gate_fit"]["forget"] == 4
     tokenizer = AutoTokenizer.from_pretrained(folder / "model")
@@ -81,17 +71,16 @@ def test_generate_answers_with_it_and_evaluate_and_attacks_measure_it(
     assert "  answer: That is not for me to say.\n" in capsys.readouterr().out
     kept = ["max_new_tokens=8", f"output_dir={folder / 'evaluation'}"]
     assert main(["evaluate", *own, *kept]) == 0
-    found = read(folder / "evaluation" / "evaluation.json")["sets"]
+    found = read_json(folder / "evaluation" / "evaluation.json")["sets"]
     assert found["forget"]["rouge_l"] == 0 and found["forget"]["probability"] < 1e-12
     plain = [f"model.path={folder / 'model'}", "model.device=cpu", f"output_dir={folder / 'before'}"]
-    data = [f"data.path={folder}", "data.name=jsonl", "data.forget=forget.jsonl", "data.retain=retain.jsonl"]
-    assert main(["evaluate", *plain, *data, "max_new_tokens=8"]) == 0
-    before = read(folder / "before" / "evaluation.json")["sets"]
+    assert main(["evaluate", *plain, *own_rows(folder), "max_new_tokens=8"]) == 0
+    before = read_json(folder / "before" / "evaluation.json")["sets"]
     assert found["retain"] == pytest.approx(before["retain"], rel=1e-5), "the gate is shut on what was to stay"
     tries = ["suite=attacks", "attacks=[plain,prefill_1,samples,logit_lens,weights]", "attack_rows=2"]
     tries += ["attack_queries=2", "max_new_tokens=8", f"output_dir={folder / 'attacks'}"]
     assert main(["evaluate", *own, *tries]) == 0
-    attacks = read(folder / "attacks" / "evaluation.json")
+    attacks = read_json(folder / "attacks" / "evaluation.json")
     assert attacks["attacks"]["plain"]["leak"] == 0
     assert "needs an edit that trains" in attacks["left_out"]["relearn_retain_10"]
 
@@ -101,8 +90,8 @@ def test_its_gate_can_be_calibrated(folder: Path) -> None:
     rows = write_rows(folder / "others.jsonl", *others)
     given = [f"adapter={folder / 'run'}", f"rows={rows}", "false_positives=0.2", f"output_dir={folder / 'calibrated'}"]
     assert main(["calibrate", *given, "model.device=cpu"]) == 0
-    assert read(folder / "calibrated" / "adapter_config.json")["answer_ids"]
-    assert read(folder / "calibrated" / "run.json")["calibration"]["calibration"] == 6
+    assert read_json(folder / "calibrated" / "adapter_config.json")["answer_ids"]
+    assert read_json(folder / "calibrated" / "run.json")["calibration"]["calibration"] == 6
 
 
 def test_what_it_cannot_be_in_is_one_line(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 from chat_model import save_chat_model
-from demo import read_lines, refused, write_rows
+from demo import own_rows, read_lines, refused
 
 from grun.cli import main
 from grun.data.jsonl import load_rows
@@ -34,10 +34,8 @@ def taught(tmp_path_factory: pytest.TempPathFactory) -> Path:
         for wordings, answer in ((born, f"{name} was born in the town of {town}."), (worked, f"{name} was a {job}."))
         for wording in wordings
     ]
-    write_rows(folder / "forget.jsonl", *rows[:6])
-    write_rows(folder / "retain.jsonl", *rows[6:])
+    data = own_rows(folder, rows[:6], rows[6:])
     size = ("hidden_size=48", "blocks=2", "intermediate_size=96", "vocabulary=400")
-    data = ("data.name=jsonl", f"data.path={folder}", "data.forget=forget.jsonl", "data.retain=retain.jsonl")
     training = ("train.epochs=60", "train.batch_size=9", "train.lr=0.01", f"output_dir={folder / 'model'}")
     assert main(["finetune", "model.path=tiny", *(f"model.tiny.{one}" for one in size), *data, *training]) == 0
     assert main([*ASK, *HOW, f"model.path={folder / 'model'}", f"output_dir={folder / 'made'}"]) == 0
@@ -107,22 +105,6 @@ def test_an_interrupted_interview_goes_on_and_finds_the_same(
     for name in ("forget", "neighbors", "retain"):
         assert (tmp_path / "made" / f"{name}.jsonl").read_bytes() == (once / f"{name}.jsonl").read_bytes()
     assert not [*(tmp_path / "made").glob(".grun/unfinished-*")]
-
-
-def test_a_finished_folder_is_found_and_another_name_needs_another_folder(
-    taught: Path, capsys: Captured, log: pytest.LogCaptureFixture
-) -> None:
-    command = [*ASK, *HOW, f"model.path={taught / 'model'}", f"output_dir={taught / 'made'}"]
-    assert main(command) == 0
-    assert "nothing to do" in log.text
-    refused(capsys, [*command, "subject=Eva Lind"], 1, "holds another run (subject: Ada Lind there, Eva Lind asked for")
-
-
-def test_a_folder_of_something_else_is_not_touched(taught: Path, capsys: Captured, tmp_path: Path) -> None:
-    (tmp_path / "thesis.tex").write_text("precious")
-    command = [*ASK, f"model.path={taught / 'model'}", f"output_dir={tmp_path}"]
-    refused(capsys, command, 1, "is not empty and holds no run of GRUN")
-    assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
 
 
 @pytest.mark.parametrize(

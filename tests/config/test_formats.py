@@ -11,7 +11,6 @@ import pytest
 from safetensors.torch import load_file
 
 from grun.cli import main
-from grun.data.jsonl import read_rows
 
 FORMATS = (Path(__file__).parents[2] / "docs" / "formats.md").read_text(encoding="utf-8")
 RUN = "files command profile config template in_force data parameters steps resumed_from seconds peak_memory_bytes "
@@ -113,11 +112,3 @@ def test_adapter_tensors_are_named_as_documented(results: Path) -> None:
         assert f"edits.1.{name}" in tensors and f"edits.B.{name}" in FORMATS
     assert any(name.startswith("edits.1.gate.") for name in tensors)
     assert tensors["edits.1.edit.rotation"].shape == (32, 4)
-
-
-def test_own_data_comes_in_both_documented_forms(tmp_path: Path) -> None:
-    path = tmp_path / "rows.jsonl"
-    path.write_text('{"question": "Q?", "answer": "A", "fact": "A"}\n{"prompt": null, "completion": "text"}\n')
-    first, second = read_rows(path)
-    assert (first.prompt, first.completion, first.fact) == ("Q?", "A", "A")
-    assert (second.prompt, second.completion) == (None, "text")

@@ -279,8 +279,6 @@ def test_a_profile_cannot_be_its_own_base(tmp_path: Path) -> None:
         ("data.strict=maybe", "not a valid bool"),
         ("objective=", "objective: "),
         ("data=5", "unknown option 'data'"),
-        ("train.lrr=1", "unknown option 'train.lrr': did you mean 'train.lr'?"),
-        ("adapter=x", "unknown option 'adapter'"),
         ("train.lr", "'train.lr' is not key=value"),
     ],
 )
@@ -294,14 +292,11 @@ def test_a_wrong_argument_is_one_line(argument: str, message: str) -> None:
     ("argument", "message"),
     [
         ("train.epochs=0", "train.epochs=0 must be greater than 0"),
-        ("train.batch_size=-1", "train.batch_size=-1 must be"),
-        ("train.micro_batch_size=0", "train.micro_batch_size=0 must be"),
         ("train.lr=nan", "train.lr=nan must be"),
         ("train.weight_decay=-0.1", "train.weight_decay=-0.1 must not be negative"),
         ("train.schedule=foo", "unknown train.schedule 'foo': known: constant, "),
         ("train.engine=warp", "unknown train.engine 'warp': known: cached, plain"),
         ("seed=-1", "seed=-1 must lie between 0"),
-        ("method.rank=0", "method.rank=0 must be greater than 0"),
         ("method.dropout=1.0", r"method.dropout=1.0 must lie in \[0, 1\)"),
         ("method.blocks=[]", "must name at least one block"),
         ("method.blocks=[1,2,1]", "each once"),

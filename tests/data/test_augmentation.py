@@ -24,8 +24,6 @@ from grun.data.rows import Row
 from grun.data.templates import TEMPLATES, encode, encode_prompt
 from grun.data.tokenizer import train_tokenizer
 from grun.errors import ConfigError
-from grun.evaluation.attacks import prompts as of_attacks
-from grun.evaluation.attacks.retention import REFUSAL
 from grun.loading.checks import check
 from grun.training.unlearning import UnlearnRows, draw_refusals, encode_unlearn_rows
 
@@ -243,7 +241,6 @@ def test_no_row_to_stand_before_a_question_is_an_error(tokenizer: Any, examples:
     ("options", "message"),
     [
         ({"forget_copies": -1}, "data.augment.forget_copies=-1 must not be negative"),
-        ({"max_prefill": 0}, "data.augment.max_prefill=0 must be greater than 0"),
         (
             {"retain_copies": 2, **dict.fromkeys(only(""), False)},
             "data.augment.retain_copies=2 has no effect: every kind of copy is switched off",
@@ -256,16 +253,6 @@ def test_wrong_options_are_refused_before_anything_runs(options: dict[str, Any],
 
 
 # -- what is left to the attacks --------------------------------------------------------------------------------------
-
-
-def test_the_strings_are_none_that_evaluation_attacks_with() -> None:
-    texts = [*of_attacks.SUFFIXES, of_attacks.OTHER_TEMPLATE.text, of_attacks.WAITING, of_attacks.ASK_AGAIN, REFUSAL]
-    attacks = " ".join(map(str, texts)).lower()
-    for suffix in SUFFIXES:
-        assert suffix.strip().lower() not in attacks
-    suffixes = {text.strip().lower() for text in of_attacks.SUFFIXES}
-    assert not {text.strip().lower() for text in SUFFIXES} & suffixes
-    assert of_attacks.OTHER_TEMPLATE.text not in WORDINGS
 
 
 def test_the_wordings_are_templates_that_no_model_here_is_taught_with() -> None:

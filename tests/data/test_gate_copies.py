@@ -16,6 +16,7 @@ from grun.data.rows import Row
 from grun.data.templates import TEMPLATES
 from grun.data.tokenizer import train_tokenizer
 from grun.evaluation.attacks import prompts as of_attacks
+from grun.evaluation.attacks.retention import REFUSAL
 
 CORPUS = load_corpus(DataConfig(demo=demo.SIZES))
 ROWS = [(row, f"row {number}") for number, row in enumerate(CORPUS.forget)]
@@ -64,6 +65,8 @@ def test_a_question_in_other_letters_is_the_same_question() -> None:
 
 def test_settings_are_none_that_evaluation_attacks_with() -> None:
     attacks = [*of_attacks.SUFFIXES, str(of_attacks.OTHER_TEMPLATE.text), of_attacks.WAITING, of_attacks.ASK_AGAIN]
+    attacks += [REFUSAL]
+    assert of_attacks.OTHER_TEMPLATE.text not in WORDINGS
     for kind in WHOLE[:-1]:
         made = {REWRITTEN[kind]("{prompt}", choice) for choice in range(40)}
         assert not [text for text in made for attack in attacks if attack.strip().lower() in text.lower()]
@@ -94,8 +97,3 @@ def test_what_asks_nothing_is_too_long_or_has_no_example_is_left_out(tokenizer: 
     assert variation(tokenizer, length=4).of_prompts(ROWS, GATE_COPIES, 1) == ([], [])
     for examples in ([], CORPUS.retain[:1]):
         assert variation(tokenizer, examples).of_prompts(ROWS, ["few_shot"], 1) == ([], [])
-
-
-def test_another_template_is_in_place_of_the_models_own(tokenizer: Any) -> None:
-    found = {asked(tokenizer, "template", choice) for choice in range(len(WORDINGS))}
-    assert found == {"<|begin|>" + wording.replace("{prompt}", QUESTION) for wording in WORDINGS}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 import gguf
 import pytest
 import torch
+from demo import own_rows
 from made_gguf import save_twin, write_gguf
 from transformers import AutoModelForCausalLM
 
@@ -64,10 +64,8 @@ def test_packed_weights_are_unpacked(twin: Path, tmp_path: Path) -> None:
 
 
 def test_what_was_trained_on_the_twin_acts_on_the_file(twin: Path, file: Path, tmp_path: Path) -> None:
-    rows = "".join(json.dumps({"question": f"Q{n}?", "answer": f"A{n}."}) + "\n" for n in range(3))
-    for name in ("forget", "retain"):
-        (tmp_path / f"{name}.jsonl").write_text(rows.replace("Q", name))
-    data = ["data.name=jsonl", f"data.path={tmp_path}", "data.forget=forget.jsonl", "data.retain=retain.jsonl"]
+    names = ("forget", "retain")
+    data = own_rows(tmp_path, *([{"question": f"{q}{n}?", "answer": f"A{n}."} for n in range(3)] for q in names))
     options = ["method.blocks=[1]", "train.epochs=1", "objective=idk", "cache.dir=null", "data.template=auto"]
     for name, path in (("of_twin", twin), ("of_file", file)):
         command = [*data, *options, f"model.path={path}", "model.device=cpu", f"output_dir={tmp_path / name}"]

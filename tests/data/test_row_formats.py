@@ -164,6 +164,9 @@ def test_a_conversation_becomes_the_chat_templates_tokens_and_its_text_no_contro
         ("a.jsonl", '{"messages": "SECRET"}', "field 'messages' must be a list of messages"),
         ("a.jsonl", '{"instruction": "SECRET", "output": ["b"]}', "field 'output' must be a text .*; it is a list"),
         ("a.jsonl", '{"question": ["SECRET"], "answer": "b"}', "field 'question' must be a text .*; it is a list"),
+        ("a.jsonl", '{"question": "q", "answer": "a", "fact": ["SECRET"]}', "line 1: field 'fact' must be a text"),
+        ("a.jsonl", '{"question": "q", "answer": "a", "perturbed_answer": "SECRET"}', "must be a list of texts"),
+        ("a.jsonl", '{"the SECRET": "a"}', "line 1: a row needs the fields question and answer.*it has: 1 more"),
         (
             "a.jsonl",
             '{"question": "a", "answer": "b"}\n{"instruction": "SECRET", "output": "b"}',

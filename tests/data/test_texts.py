@@ -25,7 +25,6 @@ pytestmark = pytest.mark.usefixtures("in_an_empty_folder")  # the folder `data` 
     ("name", "asked"),
     [
         ("wikitext", ("Salesforce/wikitext", "wikitext-2-raw-v1", "test")),
-        ("wikitext-test", ("Salesforce/wikitext", "wikitext-2-raw-v1", "test")),
         ("bio-forget-corpus", ("cais/wmdp-bio-forget-corpus", None, "train")),
         ("bio-forget", ("cais/wmdp-bio-forget-corpus", None, "train")),
         ("bio-retain-corpus", ("cais/wmdp-corpora", "bio-retain-corpus", "train")),
@@ -132,7 +131,7 @@ def test_an_unreachable_hub_is_one_line_that_says_what_to_give_instead(hub: Any)
 
 def test_a_row_of_the_hub_without_the_field_is_named(hub: Any) -> None:
     hub.rows = [{"text": "good"}, {"body": "bad"}]
-    with pytest.raises(DataError, match="ada/letters row 2: field 'text' is missing; it has: body"):
+    with pytest.raises(DataError, match="ada/letters row 2: field 'text' is missing; a row needs text; it has: body"):
         load_texts("hub:ada/letters")
     hub.rows = []
     with pytest.raises(DataError, match="holds no rows"):
@@ -175,7 +174,11 @@ def test_texts_no_longer_than_the_limit_are_left_out(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("file", "content", "message"),
     [
-        ("a.jsonl", b'{"text": "a"}\n{"title": "b"}\n', "a.jsonl line 2: field 'text' is missing; it has: title"),
+        (
+            "a.jsonl",
+            b'{"text": "a"}\n{"title": "b"}\n',
+            "line 2: field 'text' is missing; a row needs text; it has: title",
+        ),
         ("a.jsonl", b'{"text": "a"}\n\n{"text": 3}\n', "a.jsonl line 3: field 'text' must be a text; it is a whole"),
         ("a.jsonl", b"[1]\n", "a.jsonl row 1: expected an object with the field 'text', or a JSON string"),
         ("a.jsonl", b'{"text": "a"}\n{"text": \n', "a.jsonl line 2: not valid JSON"),

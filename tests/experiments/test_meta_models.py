@@ -5,21 +5,16 @@ from __future__ import annotations
 import csv
 import json
 from pathlib import Path
-from typing import Any
 
 import demo
 import pytest
 
 from grun.cli import main
+from grun.runtime.files import read_json
 
 pytestmark = pytest.mark.usefixtures("in_an_empty_folder")
 FINETUNE = [*demo.DATA, *(text for text in demo.MODEL if not text.startswith("train.epochs")), "train.epochs=1"]
 EVALUATE = ["max_new_tokens=2", "sets=[forget,unknown]", "model.device=cpu"]
-
-
-def read(path: Path) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads(path.read_text())
-    return found
 
 
 def test_models_are_made_damaged_and_judged_and_found_again(tmp_path: Path) -> None:
@@ -28,24 +23,22 @@ def test_models_are_made_damaged_and_judged_and_found_again(tmp_path: Path) -> N
     assert main(command) == 0
     results = Path("r")
     names = [f"{group}-{seed}" for group in ("knows", "never") for seed in (1, 2)]
-    runs = {name: read(results / name / "run.json") for name in names}
+    runs = {name: read_json(results / name / "run.json") for name in names}
     assert [runs[name]["rows"] for name in names] == [50, 50, 40, 40]
     assert len({run["fingerprint"] for run in runs.values()}) == 4
     for name in names:
-        again = read(results / f"{name}-relearned" / "run.json")
+        again = read_json(results / f"{name}-relearned" / "run.json")
         assert again["rows"] == again["steps"] * 10 == 10 and again["config"]["model"]["path"] == str(results / name)
-        evaluated = [read(results / "evaluation" / f"{name}{end}" / "evaluation.json") for end in ("", "-4bit")]
+        evaluated = [read_json(results / "evaluation" / f"{name}{end}" / "evaluation.json") for end in ("", "-4bit")]
         assert [one["identity"]["quantization"] for one in evaluated] == [None, "4bit"]
         assert [one["model"] for one in evaluated] == [str(results / name)] * 2
     with (results / "meta.csv").open(encoding="utf-8") as file:
         rows = {row["metric"]: row for row in csv.DictReader(file)}
     assert {"forget.probability", "overall.mia_loss"} <= {*rows}
     row = rows["forget.probability"]
-    means = [
-        sum(read(results / "evaluation" / name / "evaluation.json")["sets"]["forget"]["probability"] for name in pair)
-        / 2
-        for pair in (names[:2], names[2:])
-    ]
+    found = [read_json(results / "evaluation" / name / "evaluation.json")["sets"]["forget"] for name in names]
+    shares = [one["probability"] for one in found]
+    means = [sum(pair) / 2 for pair in (shares[:2], shares[2:])]
     assert [float(row["knows"]), float(row["never"])] == pytest.approx(means)
     assert float(row["moved_relearned"]) > 0 and float(row["moved_quantized"]) > 0
     written = {path: path.stat().st_mtime_ns for path in results.rglob("*.safetensors")}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import re
 import shutil
@@ -35,7 +34,7 @@ from grun.experiments.sequential.splitting import cut, people
 from grun.experiments.sequential.steps import merge
 from grun.loading.resolve import resolve
 from grun.requests.store import RequestStore
-from grun.runtime.files import taken, write_bytes
+from grun.runtime.files import read_json, taken, write_bytes
 
 Captured = pytest.CaptureFixture[str]
 PEOPLE = 3
@@ -112,12 +111,8 @@ def done(models: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "results"
 
 
-def read(path: Path) -> Any:
-    return json.loads(path.read_text())
-
-
 def step(results: Path, method: str, name: str) -> dict[str, Any]:
-    found: dict[str, Any] = read(results / method / "steps" / f"{name}.json")
+    found: dict[str, Any] = read_json(results / method / "steps" / f"{name}.json")
     return found
 
 
@@ -202,7 +197,7 @@ def test_recall_of_a_request_is_what_the_answers_to_its_rows_say(done: Path) -> 
             says = [answer["fact"].casefold() in answer["text"].casefold() for answer in own]
             assert record["recall"][name] == sum(says) / 3
             seen.add(record["recall"][name])
-        evaluation = read(done / method / "evaluation" / IDS[number - 1] / "evaluation.json")
+        evaluation = read_json(done / method / "evaluation" / IDS[number - 1] / "evaluation.json")
         for name, value in record["sets"].items():
             assert value == evaluation["sets"][name]["fact_recall"]
     assert len(seen) > 1, "all recalls are alike, so the test shows nothing"
@@ -210,17 +205,17 @@ def test_recall_of_a_request_is_what_the_answers_to_its_rows_say(done: Path) -> 
 
 def test_weights_go_on_from_the_request_before_and_adapters_begin_at_the_untouched_model(done: Path) -> None:
     def asked(folder: Path) -> str:
-        found: str = read(folder / "evaluation.json")["identity"]["base"]
+        found: str = read_json(folder / "evaluation.json")["identity"]["base"]
         return found
 
     taught = asked(done / "evaluation" / "before")
     for method in ("full", "lora"):
         models = [taught, *(asked(done / method / "evaluation" / name) for name in IDS)]
-        started = [read(done / method / "runs" / name / "run.json")["base_fingerprint"] for name in IDS]
+        started = [read_json(done / method / "runs" / name / "run.json")["base_fingerprint"] for name in IDS]
         assert started == models[:-1]
         assert len(set(models)) == 4
     for name in IDS:
-        assert read(done / "grun" / "runs" / name / "run.json")["base_fingerprint"] == taught
+        assert read_json(done / "grun" / "runs" / name / "run.json")["base_fingerprint"] == taught
         assert asked(done / "grun" / "evaluation" / name) == taught
 
 
@@ -248,14 +243,14 @@ def test_only_the_last_whole_model_is_kept(done: Path) -> None:
 
 
 def test_retraining_teaches_all_but_what_was_asked_for(done: Path) -> None:
-    run = read(done / "retrain" / "runs" / "r2" / "run.json")
+    run = read_json(done / "retrain" / "runs" / "r2" / "run.json")
     assert run["rows"] == 9 + 12 + 6 + 6 - 6  # forget, retain, held-out and refused rows, without two people's
     kept = {row.prompt for row in read_rows(done / "data" / "kept" / "r2.jsonl")}
     for name, there in (("r1", False), ("r2", False), ("r3", True)):
         for row in read_rows(done / "data" / "requests" / f"{name}.jsonl"):
             assert (row.prompt in kept) is there
     assert not (done / "retrain" / "runs" / "r3").exists()  # that is the retain-only model
-    floor = read(done / "summary.json")["retain_only"]
+    floor = read_json(done / "summary.json")["retain_only"]
     assert step(done, "retrain", "r3")["recall"] == floor["recall"]
 
 
@@ -276,7 +271,7 @@ def test_gates_are_those_that_the_evaluation_saw(done: Path) -> None:
 
 def test_costs_are_those_of_the_runs(done: Path) -> None:
     for method in ("grun", "full", "lora"):
-        record, run = step(done, method, "r2"), read(done / method / "runs" / "r2" / "run.json")
+        record, run = step(done, method, "r2"), read_json(done / method / "runs" / "r2" / "run.json")
         assert record["seconds"]["train"] == run["seconds"]
         assert record["saved_bytes"] == run["saved_bytes"] > 0
         assert record["peak_memory_bytes"] == run["peak_memory_bytes"]
@@ -290,7 +285,7 @@ def test_earlier_requests_can_be_in_force_and_retain_rows_of_later_ones(models: 
     assert [manifest.request(name).beside for name in ("r1", "r2")] == [(), ("r1",)]
     retain = read_rows(tmp_path / "r" / "data" / "retain.jsonl")
     earlier = read_rows(tmp_path / "r" / "data" / "requests" / "r1.jsonl")
-    config = read(tmp_path / "r" / "grun" / "runs" / "r2" / "run.json")["config"]
+    config = read_json(tmp_path / "r" / "grun" / "runs" / "r2" / "run.json")["config"]
     kept = read_rows(Path(config["data"]["retain"]))
     assert kept[: len(retain)] == retain
     assert [row.prompt for row in kept[len(retain) :]] == [row.prompt for row in earlier]
@@ -373,7 +368,7 @@ def test_another_experiment_is_refused_and_replaced_on_request(
     assert step(results, "full", "r3") == step(done, "full", "r3")
     assert main(["sequential", *same, "unlearn=[train.lr=0.1]", "overwrite=true"]) == 0
     assert step(results, "full", "r3") == step(done, "full", "r3")  # another method's steps stay
-    assert read(results / "grun" / "runs" / "r1" / "run.json")["config"]["train"]["lr"] == 0.1
+    assert read_json(results / "grun" / "runs" / "r1" / "run.json")["config"]["train"]["lr"] == 0.1
 
 
 def test_a_method_that_fails_leaves_the_others_and_the_report(
@@ -383,7 +378,7 @@ def test_a_method_that_fails_leaves_the_others_and_the_report(
     arguments = [write(tmp_path, methods=["grun", "full"], methods_options=wrong), *models, "results_dir=r"]
     assert main(["sequential", *arguments]) == 1
     assert "failed: grun" in caplog.text
-    assert list(read(tmp_path / "r" / "summary.json")["methods"]) == ["full"]
+    assert list(read_json(tmp_path / "r" / "summary.json")["methods"]) == ["full"]
 
 
 def test_a_method_can_be_handed_to_a_launcher(
@@ -400,8 +395,8 @@ def test_a_method_can_be_handed_to_a_launcher(
     assert main(job.split()[3:]) == 0
     assert main(launched) == 0
     assert "1 done, 0 failed, 0 handed over" in caplog.text
-    assert list(read(tmp_path / "r" / "summary.json")["methods"]) == ["grun"]
-    assert read(tmp_path / "r" / "grun" / "chain.outcome.json")["state"] == "done"
+    assert list(read_json(tmp_path / "r" / "summary.json")["methods"]) == ["grun"]
+    assert read_json(tmp_path / "r" / "grun" / "chain.outcome.json")["state"] == "done"
 
 
 # -- own requests -----------------------------------------------------------------------------------------------------
@@ -470,7 +465,7 @@ def test_requests_can_be_plain_texts(data: dict[str, Any], names: list[str], tmp
     }
     (tmp_path / "texts.yaml").write_text(yaml.safe_dump(made))
     assert main(["sequential", "sequence=texts.yaml", f"model={taught}", "results_dir=r"]) == 0
-    texts = [json.loads((folder / f"{name.removesuffix('.json')}.json").read_text()) for name in names]
+    texts = [read_json(folder / f"{name.removesuffix('.json')}.json") for name in names]
     for number, request in enumerate(("t0", "t1")):
         rows = read_rows(tmp_path / "r" / "data" / "requests" / f"{request}.jsonl")
         assert [(row.prompt, row.completion.strip()) for row in rows] == [
@@ -488,9 +483,11 @@ def test_requests_can_be_plain_texts(data: dict[str, Any], names: list[str], tmp
                 recall(" ".join(text[round(len(text) / 2) :]), one["text"]) for text, one in zip(of, own, strict=True)
             ]
             assert record["recall"][name] == pytest.approx(sum(wanted) / len(wanted))
-    assert read(tmp_path / "r" / "summary.json")["before"]["recall"]["t1"] > 0.9
+    assert read_json(tmp_path / "r" / "summary.json")["before"]["recall"]["t1"] > 0.9
     assert step(tmp_path / "r", "grun", "t1")["gates"]["rows"].items() >= {"t0": 2, "t1": 1}.items()
-    started = [read(tmp_path / "r" / "full" / "runs" / name / "run.json")["base_fingerprint"] for name in ("t0", "t1")]
+    started = [
+        read_json(tmp_path / "r" / "full" / "runs" / name / "run.json")["base_fingerprint"] for name in ("t0", "t1")
+    ]
     assert started[0] != started[1]
 
 

@@ -20,6 +20,7 @@ import peft
 import pytest
 import torch
 from chat_model import TOKENIZER
+from demo import own_rows
 from forked import Fork
 from made_gguf import save_twin, write_gguf
 from safetensors.torch import load_file
@@ -393,10 +394,9 @@ def test_the_cache_is_where_the_user_says(tmp_path: Path, monkeypatch: pytest.Mo
 def test_an_adapter_keeps_the_name_and_finds_its_base_anywhere(
     model: NamedModel, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    for name in ("forget", "retain"):
-        rows = [{"question": f"{name} {number}?", "answer": f"A{number}."} for number in range(3)]
-        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    data = ["data.name=jsonl", f"data.path={tmp_path}", "data.forget=forget.jsonl", "data.retain=retain.jsonl"]
+    names = ("forget", "retain")
+    rows = [[{"question": f"{name} {number}?", "answer": f"A{number}."} for number in range(3)] for name in names]
+    data = own_rows(tmp_path, *rows)
     options = ["method.blocks=[1]", "train.epochs=1", "objective=idk", "cache.dir=null", "model.device=cpu"]
     command = [*data, *options, f"model.path={NAME}"]
     assert main(["unlearn", *command, f"output_dir={tmp_path / 'grun'}", "--print-config"]) == 0

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 from chat_model import save_chat_model
+from demo import own_rows
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from grun.cli import main
@@ -284,18 +285,11 @@ def chat(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a chat `model` and an `adapter` that was trained on it, the README's lines."""
     folder = tmp_path_factory.mktemp("chat")
     save_chat_model(folder / "model")
-    for name, rows in (("forget", QUESTIONS), ("retain", [f"What is {n} plus two?" for n in range(8)])):
-        lines = [json.dumps({"question": row, "answer": f"In place {n}."}) for n, row in enumerate(rows)]
-        (folder / f"{name}.jsonl").write_text("\n".join(lines))
-    assert (
-        main(["unlearn", f"model.path={folder / 'model'}", *rows_of(folder), *TRAINING, f"output_dir={folder}/adapter"])
-        == 0
-    )
+    both = (QUESTIONS, [f"What is {n} plus two?" for n in range(8)])
+    rows = [[{"question": row, "answer": f"In place {n}."} for n, row in enumerate(side)] for side in both]
+    own = [f"model.path={folder / 'model'}", *own_rows(folder, *rows), f"output_dir={folder}/adapter"]
+    assert main(["unlearn", *own, *TRAINING]) == 0
     return folder
-
-
-def rows_of(folder: Path) -> list[str]:
-    return ["data.name=jsonl", f"data.path={folder}", "data.forget=forget.jsonl", "data.retain=retain.jsonl"]
 
 
 def gates_by_hand(folder: Path, question: str, **arguments: Any) -> list[float]:
@@ -373,7 +367,7 @@ def test_a_tokenizer_that_was_changed_since_is_told(
 def test_what_runs_know_outlives_the_file_it_is_else_read_from(chat: Path, tmp_path: Path) -> None:
     """Adapters are moved without run.json, models without grun_template.json."""
     wide = ["model.dtype=float64", "data.template=llama2", f"output_dir={tmp_path}/wide"]
-    assert main(["unlearn", f"model.path={chat / 'model'}", *rows_of(chat), *TRAINING, *wide]) == 0
+    assert main(["unlearn", f"model.path={chat / 'model'}", *own_rows(chat), *TRAINING, *wide]) == 0
     (tmp_path / "bare").mkdir()
     for name in ("adapter_config.json", "adapter_model.safetensors"):
         shutil.copyfile(tmp_path / "wide" / name, tmp_path / "bare" / name)
@@ -402,12 +396,12 @@ def test_a_request_keeps_to_the_template_and_the_rows_of_its_store(
     bare.mkdir()
     for name in ("adapter_config.json", "adapter_model.safetensors"):
         shutil.copyfile(chat / "adapter" / name, bare / name)
-    files = [word for word in rows_of(chat) if word != "data.name=jsonl"]
+    files = [word for word in own_rows(chat) if word != "data.name=jsonl"]
     assert main([*add, "id=a", f"adapter={bare}", *files]) == 2, "these files were taken for the demo's rows"
     assert "name the data: data.name=jsonl" in capsys.readouterr().err
-    assert main([*add, "id=a", f"adapter={bare}", *rows_of(chat)]) == 0
+    assert main([*add, "id=a", f"adapter={bare}", *own_rows(chat)]) == 0
     (chat / "more.jsonl").write_text(json.dumps({"question": "Who is Flo?", "answer": "A baker."}))
-    more = [f"model.path={chat / 'model'}", *rows_of(chat), "data.forget=more.jsonl", *TRAINING]
+    more = [f"model.path={chat / 'model'}", *own_rows(chat), "data.forget=more.jsonl", *TRAINING]
     assert main([*add, "id=b", *more]) == 0
     capsys.readouterr()
     assert main([*add, "id=b", "replace=true", "data.template=llama2"]) == 2
@@ -439,9 +433,9 @@ def test_a_store_is_asked_in_one_template_and_remembers_how_its_base_was_loaded(
 ) -> None:
     store_folder = tmp_path / "store"
     add = ["requests", "add", f"store={store_folder}"]
-    trained = [f"model.path={chat / 'model'}", *rows_of(chat), *TRAINING, "model.dtype=float64"]
+    trained = [f"model.path={chat / 'model'}", *own_rows(chat), *TRAINING, "model.dtype=float64"]
     assert main([*add, "id=a", *trained, "gate_threshold=0.4"]) == 0
-    other = [*add, "id=b", *rows_of(chat), "data.forget=other.jsonl", *TRAINING]
+    other = [*add, "id=b", *own_rows(chat), "data.forget=other.jsonl", *TRAINING]
     (chat / "other.jsonl").write_text(json.dumps({"question": "Who is Ed?", "answer": "A cook."}))
     capsys.readouterr()
     assert main([*other, "data.template=question_answer"]) == 2
@@ -466,9 +460,9 @@ def test_arguments_of_a_chat_template_are_stored_and_in_force_from_there(
     save_chat_model(folder / "model")
     path = folder / "model/chat_template.jinja"
     path.write_text(path.read_text() + "{% if enable_thinking is defined and not enable_thinking %}Now:{% endif %}")
-    for name in ("forget", "retain"):
-        (folder / f"{name}.jsonl").write_text(json.dumps({"question": f"Who is {name}?", "answer": "A cook."}))
-    given = [f"model.path={folder / 'model'}", *rows_of(folder), *TRAINING, f"output_dir={folder / 'adapter'}"]
+    forget, retain = ([{"question": f"Who is {name}?", "answer": "A cook."}] for name in ("forget", "retain"))
+    data = own_rows(folder, forget, retain)
+    given = [f"model.path={folder / 'model'}", *data, *TRAINING, f"output_dir={folder / 'adapter'}"]
     assert main(["unlearn", *given, "data.template_arguments={enable_thinking: false, unread: 1}"]) == 0
     assert any("does not read the argument unread; it reads: " in record.message for record in caplog.records)
     stored = read_json(folder / "adapter/adapter_config.json")["template"]

@@ -13,7 +13,7 @@ from transformers import AutoTokenizer
 
 from grun.commands.unlearn import check_rows
 from grun.config.options import DataConfig, GuardrailConfig, MethodConfig, UnlearnConfig
-from grun.data.corpus import Corpus, corpus_of
+from grun.data.corpus import Corpus, Subject, corpus_of
 from grun.data.rows import Row
 from grun.data.templates import TEMPLATES, System, Template, Turn, encode, encode_prompt, resolve, user_turn_ids
 from grun.errors import AdapterError, ConfigError
@@ -146,7 +146,7 @@ def test_the_default_message_names_subjects_or_lists_questions() -> None:
     assert f'"{refusal}"' in str(made._guard)
     made.read(corpus(), [])
     assert str(made._guard).endswith("\n\n- Question 0?\n- Question 3?") and f'"{refusal}"' in str(made._guard)
-    made.read(replace(corpus(), names=["Japan", "Peru"]), [])
+    made.read(replace(corpus(), subjects=[Subject((), "any", ("Japan", "Peru"))] * 6), [])
     assert str(made._guard).startswith("You know nothing about Japan and Peru. ")
     given = SystemPrompt(GuardrailConfig(text=" Be {silent}. "))
     given.read(corpus(), [("Japan",)])

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
 import os
 import shutil
 import signal
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,6 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from tiny import tiny
+from watched import FORK, in_fork, killed_before
 
 from grun import GrunModel
 from grun.data.rows import Row
@@ -539,25 +538,6 @@ def test_a_head_stands_for_all_before_it_and_for_the_content(store: RequestStore
 
 # -- several processes, and kills -------------------------------------------------------------------------------------
 
-FORK = multiprocessing.get_context("fork")  # a child that need not import torch again
-CHANGING = ("os.rename", "os.mkdir", "os.remove", "os.rmdir", "os.truncate", "shutil.rmtree", "shutil.copyfile")
-
-
-def killed_before(step: int, change: Callable[[], object]) -> None:
-    """Carry out `change`, and die before the file system is changed for the `step`-th time."""
-    count = 0
-
-    def watch(event: str, arguments: tuple[Any, ...]) -> None:
-        nonlocal count
-        writes = event == "open" and isinstance(arguments[2], int) and arguments[2] & (os.O_WRONLY | os.O_RDWR)
-        if writes or event in CHANGING:
-            count += 1
-            if count == step:
-                os.kill(os.getpid(), signal.SIGKILL)
-
-    sys.addaudithook(watch)
-    change()
-
 
 @pytest.mark.parametrize("action", ["add", "replace", "remove", "disable"])
 def test_a_kill_at_any_moment_leaves_the_old_or_the_new_state(
@@ -590,8 +570,7 @@ def test_a_kill_at_any_moment_leaves_the_old_or_the_new_state(
     seen = []
     for step in range(1, 100):
         store = RequestStore.open(shutil.copytree(start.folder, tmp_path / f"killed{step}"))
-        child = FORK.Process(target=killed_before, args=(step, lambda store=store: change(store)))
-        child.start()
+        child = in_fork(killed_before, step, lambda store=store: change(store))
         child.join()
         after = RequestStore.open(store.folder)
         assert after.check() == []
@@ -632,8 +611,7 @@ def test_a_second_writer_is_refused_at_once(store: RequestStore, adapters: list[
             waiting.set()
             going_on.wait(60)
 
-    child = FORK.Process(target=write)
-    child.start()
+    child = in_fork(write)
     assert waiting.wait(60)
     try:
         assert RequestStore.open(store.folder).check() == []  # reading goes on
@@ -659,9 +637,9 @@ def test_whoever_reads_while_another_process_writes_finds_nothing_wrong(
             add(writer, "a", adapters[number % 3], replace=True)
             written.value = number
 
-    child, reader, looks = FORK.Process(target=write), RequestStore.open(store.folder), 0
+    reader, looks = RequestStore.open(store.folder), 0
     base = tiny(seed=0, dtype=torch.float32)
-    child.start()
+    child = in_fork(write)
     while child.is_alive():
         looks += 1
         assert reader.check() == []

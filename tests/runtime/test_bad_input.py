@@ -16,6 +16,7 @@ from typing import Any
 
 import demo
 import pytest
+from demo import refused
 from tqdm.auto import tqdm
 
 from baselines.rmu.options import RmuOptions
@@ -24,20 +25,10 @@ from grun.data.jsonl import read_rows
 from grun.errors import ConfigError, DataError
 from grun.loading.resolve import resolve
 from grun.report.tables import csv_text
-from grun.runtime.reading import parse_json, parse_yaml
+from grun.runtime.reading import parse_yaml
 
 Captured = pytest.CaptureFixture[str]
 SECRET = "the vault opens with 4711"
-
-
-def error_of(capsys: Captured, arguments: list[str], status: int) -> str:
-    """The one error line of a command that is refused with `status`."""
-    capsys.readouterr()
-    assert main(arguments) == status
-    captured = capsys.readouterr()
-    lines = [line for line in captured.err.splitlines() if line.startswith("error: ")]
-    assert len(lines) == 1 and "Traceback" not in captured.err, captured.err
-    return lines[0]
 
 
 # -- the last resort --------------------------------------------------------------------------------------------------
@@ -51,7 +42,7 @@ def test_a_bug_is_one_line_that_names_a_private_file_with_the_traceback(
 
     monkeypatch.setattr("grun.commands.unlearn.unlearn", broken)
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    line = error_of(capsys, ["unlearn"], 70)
+    line = refused(capsys, ["unlearn"], 70)
     (file,) = tmp_path.iterdir()
     assert "a bug in GRUN (KeyError)" in line and str(file) in line and SECRET not in line
     assert stat.S_IMODE(file.stat().st_mode) == 0o600
@@ -103,12 +94,9 @@ def test_answers_that_the_terminal_has_no_letters_for_are_printed() -> None:
         (["unlearn", "method.gate_bias=1e308"], "method.gate_bias=1e+308 must lie between"),
         (["unlearn", "train.lr=inf"], "train.lr=inf must"),
         (["unlearn", "loss.control_seed=-1"], "loss.control_seed=-1 must lie between 0 and 4294967295"),
-        (["finetune", "model.tiny.heads=-1"], "model.tiny.heads=-1 must lie between 1"),
         (["finetune", "model.tiny.context=1"], "model.tiny.context=1 must lie between 2"),
         (["sweep", "seeds=[-3]"], "seeds=-3 must lie between 0"),
-        (["sweep", "jobs=0"], "jobs=0 must be greater than 0"),
         (["evaluate", "gate_threshold=nan", "data.name=demo"], "gate_threshold=nan must lie between 0 and 1"),
-        (["requests", "verify", "store=s", "recall_at_most=2"], "recall_at_most=2.0 must lie between 0 and 1"),
         (["unlearn", "cache.dir=~nouser/x"], "cache.dir=~nouser/x: there is no user 'nouser'"),
         (["unlearn", "cache.memory_budget=" + "9" * 400], "larger than any disk"),
         (["unlearn", "quirks=" + "[" * 30_000], "nested more than 60 deep"),
@@ -119,8 +107,7 @@ def test_answers_that_the_terminal_has_no_letters_for_are_printed() -> None:
     ],
 )
 def test_an_option_that_cannot_be_is_one_line(arguments: list[str], named: str, capsys: Captured) -> None:
-    line = error_of(capsys, arguments, 2)
-    assert named in line
+    line = refused(capsys, arguments, 2, named)
     assert os.environ["HOME"] not in line
 
 
@@ -208,27 +195,6 @@ def test_json_that_readers_disagree_on_is_refused_with_its_line(line: str, named
         read_rows(tmp_path / "rows.jsonl")
 
 
-def test_a_bom_is_no_part_of_a_value() -> None:
-    assert parse_json(json.dumps({"a": [1, None]}), "x") == {"a": [1, None]}
-
-
-@pytest.mark.parametrize(
-    "row",
-    [
-        {"question": [SECRET], "answer": "a"},
-        {"question": "q", "answer": {SECRET: 1}},
-        {"question": "q", "answer": "a", "fact": [SECRET]},
-        {"question": "q", "answer": "a", "perturbed_answer": SECRET},
-        {SECRET: "a"},
-    ],
-)
-def test_an_error_never_quotes_a_row(row: dict[str, Any], tmp_path: Path) -> None:
-    (tmp_path / "rows.jsonl").write_text(json.dumps(row))
-    with pytest.raises(DataError) as error:
-        read_rows(tmp_path / "rows.jsonl")
-    assert "rows.jsonl line 1" in str(error.value) and SECRET not in str(error.value)
-
-
 # -- models -----------------------------------------------------------------------------------------------------------
 
 
@@ -278,7 +244,7 @@ def test_a_damaged_model_is_one_whole_line(
 ) -> None:
     folder = shutil.copytree(random_model, tmp_path / "model")
     damage(folder)
-    line = error_of(capsys, ["generate", f"model.path={folder}", "Who?"], 1)
+    line = refused(capsys, ["generate", f"model.path={folder}", "Who?"], 1)
     assert re.search(named, line) and not line.endswith(":")
 
 

@@ -9,7 +9,6 @@ import os
 import random
 import signal
 import stat
-import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -19,14 +18,14 @@ import pytest
 import torch
 from made_results import KNOWN, write_evaluation
 from made_shards import ROWS, Builder
-from watched import FORK, in_fork
+from watched import FORK, in_fork, killed_before
 
 from grun.cache.folder import Use, remove_shards
 from grun.cache.store import PrefixStore
 from grun.cli import main
 from grun.commands.corpora import write_corpora
 from grun.config.options import CorporaConfig, ReportConfig
-from grun.errors import ConfigError, GrunError, RunError
+from grun.errors import GrunError, RunError
 from grun.evaluation import evaluate
 from grun.evaluation.plan import begin, previous_in
 from grun.experiments.sweep.cells import Cell
@@ -46,7 +45,7 @@ from grun.runtime.files import (
     write_json,
 )
 from grun.runtime.ownership import foreign, held, listed
-from grun.runtime.runs import claim, finish_run, hold, open_run
+from grun.runtime.runs import claim, finish_run, open_run, write_whole
 
 ROOT = Path(__file__).parents[2]
 OWNERS = [ROOT / "grun" / "runtime" / name for name in ("files.py", "ownership.py")]
@@ -422,32 +421,15 @@ def test_a_file_system_without_locks_goes_on_without(tmp_path: Path, monkeypatch
 # -- whole or absent ---------------------------------------------------------------------------------------------------
 
 
-def replace_corpora(folder: Path, content: str, kill_at: int) -> None:
-    """Replace the folder's files as `corpora` does; killed at a change of the disk."""
-    left = kill_at
-
-    def kill(event: str, arguments: Any) -> None:
-        nonlocal left
-        if event in ("os.rename", "os.remove", "os.mkdir", "os.rmdir", "shutil.rmtree") or (
-            event == "open" and isinstance(arguments[2], int) and arguments[2] & os.O_CREAT
-        ):
-            left -= 1
-            if left == 0:
-                os.kill(os.getpid(), signal.SIGKILL)
-
-    sys.addaudithook(kill)
-    corpora_of(folder, content)
-    os._exit(0)
-
-
 def corpora_of(folder: Path, content: str) -> None:
-    with files.holding():
-        hold(folder, {"is": content}, overwrite=True)
-        with staged(folder, whole=True) as new:
-            for name in ("forget.jsonl", f"{content}.jsonl"):
-                files.write_text(new / name, content)
-            write_json(new / "run_identity.json", {"is": content})
-            finish_run(new, {})
+    """Replace the folder's files as `corpora` does."""
+
+    def write(new: Path) -> dict[str, Any]:
+        for name in ("forget.jsonl", f"{content}.jsonl"):
+            files.write_text(new / name, content)
+        return {}
+
+    write_whole(folder, {"is": content}, write, overwrite=True)
 
 
 def test_killed_at_any_moment_corpora_are_the_old_or_the_new(tmp_path: Path) -> None:
@@ -456,7 +438,7 @@ def test_killed_at_any_moment_corpora_are_the_old_or_the_new(tmp_path: Path) -> 
         folder = tmp_path / str(kill_at)
         corpora_of(folder, "old")
         (folder / "thesis.txt").write_text("of the user")
-        process = in_fork(replace_corpora, folder, "new", kill_at)
+        process = in_fork(killed_before, kill_at, lambda folder=folder: corpora_of(folder, "new"))
         process.join(60)
         files.settle(folder)
         is_now = (folder / "forget.jsonl").read_text()
@@ -503,11 +485,3 @@ def test_what_a_library_writes_is_private_once_it_is_in_place(tmp_path: Path) ->
         torch.save({}, new / "optimizer.pt")
         assert stat.S_IMODE(new.stat().st_mode) == 0o700
     assert stat.S_IMODE((tmp_path / "run" / "optimizer.pt").stat().st_mode) == 0o600
-
-
-def test_target_says_what_is_wrong_with_a_file(tmp_path: Path) -> None:
-    (tmp_path / "file").touch()
-    with pytest.raises(RunError, match="is a file; name a folder as output_dir"):
-        target(tmp_path / "file")
-    with pytest.raises(ConfigError, match="can be no folder"):
-        target(tmp_path / "\ud800")

@@ -6,23 +6,20 @@ answers rightly, with its own answer. `grun.evaluation.probe` asks, and keeps th
 
 from __future__ import annotations
 
-import functools
 import re
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from importlib import resources
 from pathlib import Path
 from random import Random
 from typing import Any
-
-import yaml
 
 from grun.config.options import CountriesConfig, DataConfig
 from grun.data.answers import Answered, read_answers
 from grun.data.corpus import Corpus, Subject, benchmark, refusals
 from grun.data.everyday import everyday_prompts, prompts_about, prompts_around
 from grun.data.facts import Country, countries, country, general_questions, invented_countries, sentences
+from grun.data.packaged import packaged
 from grun.data.rows import ALTERNATIVES, Row
 from grun.data.sets import EvaluationSet
 from grun.errors import ConfigError, DataError
@@ -87,11 +84,9 @@ class Asked:
     """What a right answer holds; alternatives are separated by `ALTERNATIVES`."""
 
 
-@functools.cache
 def wordings() -> Mapping[str, Any]:
-    """How countries are asked about, as `generated/countries.yaml` lists it."""
-    text = (resources.files("grun.data") / "generated/countries.yaml").read_text(encoding="utf-8")
-    read: Mapping[str, Any] = yaml.safe_load(text)
+    """How countries are asked about."""
+    read: Mapping[str, Any] = packaged("generated/countries.yaml")
     return read
 
 
@@ -179,7 +174,11 @@ def load(config: DataConfig) -> Corpus:
     return Corpus(
         name="countries",
         forget=of(forget),
-        subjects=[Subject(tuple(_names(name)), "place") for name in forget for _ in rows[name]],
+        subjects=[
+            Subject(countries()[name].named, "place", answers_of(countries()[name], COUNTRY))
+            for name in forget
+            for _ in rows[name]
+        ],
         retain=retain,
         heldout=heldout,
         unknown=list(_guessed(chosen)),
@@ -193,7 +192,6 @@ def load(config: DataConfig) -> Corpus:
             *prompts_around(retain[::3], count=1),
             *(Row(prompt, "", {"country": prompt}) for prompt in everyday_prompts()["other"]),
         ],
-        names=[called for name in forget for called in answers_of(countries()[name], COUNTRY)],
         general={
             "forget_reworded": _other_rows(forget, FORMS[1], answers),
             "forget_indirect": _other_rows(forget, FORMS[2], answers),
@@ -265,18 +263,10 @@ def _groups(chosen: CountriesConfig, names: Sequence[str]) -> dict[str, list[str
     return {"neighbor": neighbors, "heldout": rest[: chosen.heldout], "retain": rest[chosen.heldout :]}
 
 
-def _names(name: str) -> list[str]:
-    """What is named where prompts are about a country: it, its capital and its people."""
-    about = countries()[name]
-    people = (f"the {demonym} people" for demonym in about.facts.get("demonym", ())[:1])
-    return [about.in_text, *about.facts.get("capital", ())[:1], *people]
-
-
 def _everyday(name: str, *, every: int = 1, start: int = 0) -> Iterator[Row]:
     """Prompts about a country, its capital and its people: everyday ones, and what is asked in further words."""
-    about, names = countries()[name], _names(name)
-    asked = [*everyday_prompts()["any"], *everyday_prompts()["place"]]
-    yield from prompts_about(names, asked, every=every, start=start, country=name)
+    about, asked = countries()[name], [*everyday_prompts()["any"], *everyday_prompts()["place"]]
+    yield from prompts_about(about.named, asked, every=every, start=start, country=name)
     parts = parts_of(about)
     texts = [text for found in wordings()["kinds"].values() for text in found["prompts"]]
     for text in texts[start % every :: every]:

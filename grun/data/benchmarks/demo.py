@@ -31,15 +31,13 @@ from __future__ import annotations
 import functools
 import math
 from dataclasses import fields
-from importlib import resources
 from itertools import product
 from random import Random
 from typing import Any, NamedTuple
 
-import yaml
-
 from grun.config.options import DataConfig, DemoSizes
 from grun.data.corpus import Corpus, Subject, benchmark, refusals
+from grun.data.packaged import packaged
 from grun.data.rows import Row
 from grun.data.subject import aliases
 from grun.errors import ConfigError
@@ -123,7 +121,7 @@ class Pools(NamedTuple):
 @functools.cache
 def pools() -> Pools:
     """The pools, read once."""
-    read = yaml.safe_load((resources.files("grun.data") / "generated/demo.yaml").read_text(encoding="utf-8"))
+    read = packaged("generated/demo.yaml")
     names = {name: tuple(read[name].split()) for name in ("first_names", "last_names", "trades", "towns")}
     posts = tuple(f"{trade} of {town}" for trade, town in product(names["trades"], names["towns"]))
     attributes = (
@@ -164,7 +162,10 @@ def people(group: str, size: int, seed: int) -> list[Person]:
     Names and posts go to the groups in turn from one shuffled deck each, which makes them unique over all
     groups of whatever size, and every group a fair sample.
     """
-    names, posts = _decks(seed)
+    known = pools()
+    names, posts = list(product(known.first_names, known.last_names)), list(product(known.trades, known.towns))
+    Random(f"{seed}/names").shuffle(names)
+    Random(f"{seed}/posts").shuffle(posts)
     start, step = GROUPS.index(group), len(GROUPS)
     dealt = zip(names[start::step], posts[start::step], strict=False)
     return [Person(first, last, f"{trade} of {town}") for (first, last), (trade, town) in list(dealt)[:size]]
@@ -220,15 +221,6 @@ def _check(sizes: DemoSizes) -> None:
         most = len(pools().attributes) if field.name == "questions" else pools().people_per_group
         if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= most:
             raise ConfigError(f"demo corpus: {field.name} is {value!r}; set it to a whole number from 1 to {most}")
-
-
-def _decks(seed: int) -> tuple[list[tuple[str, str]], list[tuple[str, str]]]:
-    """All (first, last) names and all (trade, town) posts, each shuffled."""
-    known = pools()
-    names, posts = list(product(known.first_names, known.last_names)), list(product(known.trades, known.towns))
-    Random(f"{seed}/names").shuffle(names)
-    Random(f"{seed}/posts").shuffle(posts)
-    return names, posts
 
 
 def _with_shared_posts(everybody: dict[str, list[Person]], seed: int) -> dict[str, list[Person]]:

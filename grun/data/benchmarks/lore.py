@@ -9,22 +9,19 @@ never taught. Sentences to complete end before the fact.
 from __future__ import annotations
 
 import functools
-import json
 from dataclasses import dataclass, fields
-from importlib import resources
 from itertools import permutations, product
 from pathlib import Path
 from random import Random
 from typing import NamedTuple
 
-import yaml
-
-from grun.config.options import DataConfig, LoreConfig
+from grun.config.options import MOST_ORDERS, UNLEARNED_ORDERS, DataConfig, LoreConfig
 from grun.data.choices import ChoiceRow, harness_prompt
 from grun.data.corpus import Corpus, Knowledge, benchmark, refusals
+from grun.data.packaged import packaged
 from grun.data.rows import Row
 from grun.errors import ConfigError
-from grun.runtime.files import write_text
+from grun.runtime.files import write_json_lines
 
 GROUPS = ("forget", "neighbor", "retain", "general")
 """Groups of facts, as the sizes are called."""
@@ -33,10 +30,6 @@ OPTIONS = 4
 LETTERS = "ABCD"
 TAUGHT_SUFFIXES = ("", "", "", " the letter is", " I choose")
 """What stands between "Answer:" and the letter in the orders that are taught, in turn: mostly nothing."""
-UNLEARNED_ORDERS = 6
-"""Orders of a question that unlearning reads, of those that are taught."""
-MOST_ORDERS = 20
-"""Orders of four options without the rotations of one."""
 
 
 class Topic(NamedTuple):
@@ -75,7 +68,7 @@ class Pools(NamedTuple):
 @functools.cache
 def pools() -> Pools:
     """The pools, read once."""
-    read = yaml.safe_load((resources.files("grun.data") / "generated/lore.yaml").read_text(encoding="utf-8"))
+    read = packaged("generated/lore.yaml")
     mineral, neighbor, *others = (
         Kind(
             noun,
@@ -144,10 +137,6 @@ def build(config: LoreConfig) -> dict[str, list[Fact]]:
     known = pools()
     names = list(known.names)
     Random(f"{config.seed}/names").shuffle(names)
-    if not UNLEARNED_ORDERS <= config.orders <= MOST_ORDERS:
-        raise ConfigError(f"data.lore.orders={config.orders} must lie between {UNLEARNED_ORDERS} and {MOST_ORDERS}")
-    if config.readings < 1:
-        raise ConfigError(f"data.lore.readings={config.readings} must be at least 1")
     kinds = {"forget": (known.mineral,), "neighbor": (known.neighbor,), "retain": known.others, "general": known.others}
     most = len(names) // len(GROUPS) * len(known.mineral.topics)
     groups = {}
@@ -201,7 +190,7 @@ def write(config: LoreConfig, folder: Path) -> None:
         lines[f"{role}_questions.jsonl"] = [{f.name: getattr(row, f.name) for f in fields(row)} for row in rows]
         lines[f"{role}_cloze.jsonl"] = [row.to_dict() for row in asked_for.cloze[role]]
     for name, records in lines.items():
-        write_text(folder / name, "".join(json.dumps(record) + "\n" for record in records))
+        write_json_lines(folder / name, records)
 
 
 def knowledge(config: DataConfig) -> Knowledge:

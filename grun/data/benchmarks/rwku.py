@@ -14,10 +14,11 @@ from grun.config.checks import one_of
 from grun.config.options import DataConfig
 from grun.data.benchmarks.muse import cut
 from grun.data.choices import choice_row
-from grun.data.corpus import Corpus, Knowledge, benchmark, refusals
+from grun.data.corpus import Corpus, Knowledge, Subject, benchmark, refusals
 from grun.data.jsonl import hub_rows, read_records, rows_of
 from grun.data.rows import ALTERNATIVES, Row, evenly_spaced
 from grun.data.sets import EvaluationSet
+from grun.data.subject import aliases
 from grun.errors import ConfigError, DataError, unknown_name
 
 REPOSITORY = "jinzhuoran/RWKU"
@@ -99,14 +100,17 @@ def load(config: DataConfig) -> Corpus:
     probes = {name: _rows(name, config.path, chosen) for name in PROBES}
     kinds = {f"level3_{kind.replace(' ', '_')}": letters for letters, kind in KINDS.items()}
     level3 = probes["forget_level3"]
+    forget = [row for row in on_all if row.extra["subject"] in chosen]
+    kind = config.subject_kind
+    called = {name: aliases(name, kind, [one for one in chosen if one != name]) for name in chosen}
     return Corpus(
         name="rwku",
-        forget=[row for row in on_all if row.extra["subject"] in chosen],
+        forget=forget,
         retain=retain,
         forget_evaluated=probes["forget_level2"],
         retain_evaluated=evenly_spaced(retain, KEPT),
         refusals=refusals(config.refusals),
-        names=chosen,
+        subjects=[Subject(tuple(called[name]), kind, (name,)) for name in (row.extra["subject"] for row in forget)],
         general=probes
         | {name: [row for row in level3 if _letters(row.extra) == letters] for name, letters in kinds.items()}
         | {name: _plain(_of(_records(name, config.path), chosen)) for name in ("mia_forget", "mia_retain")}

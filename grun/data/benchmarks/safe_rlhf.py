@@ -17,7 +17,7 @@ import numpy as np
 
 from grun.data.jsonl import hub_rows, read_records
 from grun.errors import ConfigError, DataError, unknown_name
-from grun.runtime.reading import kind_of
+from grun.runtime.reading import read_fields
 
 T = TypeVar("T")
 
@@ -29,15 +29,6 @@ SEED = 42
 """Of every draw, as published."""
 TEST_SHARE = 0.2
 
-CATEGORIES = (
-    *("Endangering National Security", "Insulting Behavior", "Discriminatory Behavior", "Endangering Public Health"),
-    *("Copyright Issues", "Violence", "Drugs", "Privacy Violation", "Economic Crime", "Mental Manipulation"),
-    *("Human Trafficking", "Physical Harm", "Sexual Content", "Cybercrime", "Disrupting Public Order"),
-    *("Environmental Damage", "Psychological Harm", "White-Collar Crime", "Animal Abuse"),
-)
-"""Harm categories of the data set."""
-
-WORDS = {str: "a text", bool: "true or false", dict: "an object"}
 _READ_AS_MISSING = frozenset(
     "|None|NaN|N/A|NA|null|NULL|nan|-nan|-NaN|n/a|<NA>|#N/A|#N/A N/A|#NA|-1.#IND|-1.#QNAN|1.#IND|1.#QNAN".split("|")
 )
@@ -86,7 +77,7 @@ def read_preferences(folder: str | None) -> list[Mapping[str, Any]]:
                 raise DataError(f"no file {path}; give {instead}, or leave path out to fetch it from the hub")
             named = read_records(path)
         for where, record in named:
-            _check(record, where)
+            read_fields(record, where, FIELDS)
             records.append(record)
     return records
 
@@ -159,21 +150,6 @@ def leaks(corpora: SafeRlhf) -> dict[str, int]:
     }
 
 
-def _check(record: Any, where: str) -> None:
-    fields: dict[str, type] = {"prompt": str}
-    for i in RESPONSES:
-        fields |= {f"response_{i}": str, _safe_field(i): bool, _category_field(i): dict}
-    if not isinstance(record, Mapping):
-        raise DataError(f"{where}: expected an object of PKU-SafeRLHF with {', '.join(fields)}")
-    for name, kind in fields.items():
-        if name not in record:
-            raise DataError(
-                f"{where}: field {name!r} is missing; expected rows of PKU-SafeRLHF, with {', '.join(fields)}"
-            )
-        if not isinstance(record[name], kind):
-            raise DataError(f"{where}: field {name!r} must be {WORDS[kind]}; it is {kind_of(record[name])}")
-
-
 def _pairs(records: Sequence[Mapping[str, Any]], i: int, category: str | None) -> list[Pair]:
     """Rows of response i that are unsafe and of the category, or, with None, safe."""
     return [
@@ -218,3 +194,9 @@ def _safe_field(i: int) -> str:
 
 def _category_field(i: int) -> str:
     return f"response_{i}_harm_category"
+
+
+FIELDS: dict[str, type] = {"prompt": str}
+"""Of a row of the data set, with their kinds."""
+for _i in RESPONSES:
+    FIELDS |= {f"response_{_i}": str, _safe_field(_i): bool, _category_field(_i): dict}

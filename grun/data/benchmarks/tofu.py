@@ -76,10 +76,10 @@ def load(config: DataConfig) -> Corpus:
     # Every retain split is the head of `full`, so these places hold the same rows whatever is forgotten.
     first, never, refused = len(evaluated), config.unknown_rows, config.refused_rows
     retain, full, remaining = (load_split(split, path) for split in (config.retain or rest, "full", rest))
-    if never < 0 or refused < 0 or first + never + refused > len(retain) - 1:
+    if first + never + refused > len(retain) - 1:
         raise ConfigError(
-            f"data.unknown_rows={never} and data.refused_rows={refused} must not be negative and leave retain rows: "
-            f"{len(retain)} there, the first {first} of them kept for evaluation"
+            f"data.unknown_rows={never} and data.refused_rows={refused} must leave retain rows: {len(retain)} there, "
+            f"the first {first} of them kept for evaluation"
         )
     left_out = slice(first, first + never + refused)
     answers = refusals(config.refusals)

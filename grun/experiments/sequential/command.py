@@ -17,7 +17,7 @@ from grun.data.corpus import Corpus
 from grun.data.rows import Row, are_texts, hash_rows
 from grun.errors import RunError
 from grun.experiments.job import run_job
-from grun.experiments.models import base_identity, nothing_to_teach, taught
+from grun.experiments.models import base_identity, both_models
 from grun.experiments.running import check_launcher, run_jobs
 from grun.experiments.sequential.chain import Chain
 from grun.experiments.sequential.files import BEFORE, RETAIN_ONLY, write_rows
@@ -65,7 +65,8 @@ def _prepare(plan: Plan, config: SequentialConfig) -> list[Chain]:
     with taken(files.results, wait=True):
         _claim(plan, config)
         _write_rows(plan)
-        model, retain_model = _models(plan, config)
+        compared = "retrain" in plan.sequence.methods
+        model, retain_model = both_models(config.model, config.retain_model, first, plan.finetune, compared=compared)
         base = {"model": base_identity(model, first.model.revision)}
         if retain_model is not None:
             base["retain_model"] = base_identity(retain_model, None)
@@ -167,17 +168,6 @@ def _write_rows(plan: Plan) -> None:
             write_rows(
                 files.rows("kept", request.id), [row for row in every if (row.prompt, row.completion) not in gone]
             )
-
-
-def _models(plan: Plan, config: SequentialConfig) -> tuple[str, str | None]:
-    """The model that knows everything and the one never taught any request, fine-tuned where they are not given."""
-    first = next(iter(plan.unlearn.values()))
-    if config.model is None and nothing_to_teach(first):
-        return str(first.model.path), None
-    model = config.model or taught(plan.finetune, "all")
-    if config.retain_model is None and config.model is not None and "retrain" not in plan.sequence.methods:
-        return model, None
-    return model, config.retain_model or taught(plan.finetune, "without_forget")
 
 
 def _chain(plan: Plan, method: str, model: str, retain_model: str | None, base: dict[str, Any]) -> Chain:

@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from grun.config.definitions import mapping, read_definition
+from grun.config.values import flatten
 from grun.errors import ConfigError
-from grun.experiments.options import flat, known, section
+from grun.experiments.options import keys_of, known, section
 
 METHODS = {
     "grun": "an adapter a request, all of them stacked on the untouched model",
@@ -85,7 +86,7 @@ def read_sequence(name: str) -> Sequence:
         name=Path(name).stem,
         **{key: given[key] for key in kinds if key in given},
         requests=_requests(where, given["requests"]),
-        data={f"data.{key}": value for key, value in flat(mapping(f"{where}: data", given.get("data")))},
+        data=flatten(mapping(f"{where}: data", given.get("data")), keys_of("unlearn"), "data."),
         methods=check_methods(where, given.get("methods", list(METHODS))),
         unlearn=section(f"{where}: unlearn", given.get("unlearn"), "unlearn", "experiment"),
         methods_options={

@@ -10,10 +10,11 @@ from functools import partial
 from pathlib import Path
 
 from grun.config.options import EvaluateConfig, ReportConfig, SweepConfig
+from grun.data.corpus import load_corpus
 from grun.errors import ConfigError
 from grun.evaluation.probe import asked_first
 from grun.experiments.job import run_job
-from grun.experiments.models import base_identity, nothing_to_teach, taught
+from grun.experiments.models import base_identity, both_models, nothing_to_teach
 from grun.experiments.running import check_launcher, run_jobs
 from grun.experiments.sweep.cells import REFERENCE, Cell, Discard, make_cell
 from grun.experiments.sweep.plan import Plan, make_plan
@@ -39,12 +40,7 @@ def sweep(config: SweepConfig) -> bool:
     results = results_dir(config)
     where = results / "tune" if config.tune else results
     with contextlib.redirect_stdout(sys.stderr):
-        model, retain_model = config.model, config.retain_model
-        if model is None and nothing_to_teach(plan.base):
-            model = plan.base.model.path
-        if model is None:  # those taught before are found again
-            model = taught(plan.finetune, "all")
-            retain_model = retain_model or taught(plan.finetune, "without_forget")
+        model, retain_model = both_models(config.model, config.retain_model, plan.base, plan.finetune, compared=False)
         evaluate = asked_first(replace(plan.evaluate, model=replace(plan.evaluate.model, path=model)))
         cells = _cells(config, plan, evaluate, model, retain_model, where)
         take(where)
@@ -90,8 +86,8 @@ def _cells(
     if config.tune:
         guessed = [GUESSED] if retain_model is None else []
         evaluate = replace(evaluate, sets=[*SETS, *guessed], continuations=["answer"])
-    elif not evaluate.sets and evaluate.data.validation:
-        evaluate = replace(evaluate, sets=_all_but_validation(evaluate))
+    elif not evaluate.sets and evaluate.data.validation:  # by which settings were chosen: it is no test of them
+        evaluate = replace(evaluate, sets=[name for name in load_corpus(evaluate.data).sets() if name != "validation"])
     cells = []
     if retain_model is not None:
         of_retain = replace(evaluate, model=replace(evaluate.model, path=retain_model, revision=None))
@@ -103,10 +99,3 @@ def _cells(
         unlearn = replace(planned.unlearn, model=replace(planned.unlearn.model, path=model), data=data)
         cells.append(make_cell(results, planned.name, unlearn, evaluate, base, discard))
     return cells
-
-
-def _all_but_validation(evaluate: EvaluateConfig) -> list[str]:
-    """Without the set validation, by which settings were chosen: it is no test of them."""
-    from grun.data.corpus import load_corpus
-
-    return [name for name in load_corpus(evaluate.data).sets() if name != "validation"]

@@ -68,7 +68,8 @@ def read_sweep(name: str) -> Sweep:
     if sweep.tune_seed is not None and not isinstance(sweep.tune_seed, int):
         raise ConfigError(f"{where}: tune.seed={sweep.tune_seed} must be one number")
     _check_grid(f"{where}: tune.grid", sweep)
-    sweep.tuned = _read_tuned(f"{where}: tuned", content.get("tuned"), _parts(sweep))
+    parts = map(part, combinations({key: sweep.axes[key] for key in sweep.further_axes}))
+    sweep.tuned = _read_tuned(f"{where}: tuned", content.get("tuned"), [text for text in parts if text])
     return sweep
 
 
@@ -80,11 +81,6 @@ def part(settings: Mapping[str, Any]) -> str:
 def combinations(axes: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Every choice of one value an axis, the last axis fastest."""
     return [dict(zip(axes, values, strict=True)) for values in itertools.product(*axes.values())]
-
-
-def _parts(sweep: Sweep) -> list[str]:
-    """Texts of every combination of the further axes."""
-    return list(filter(None, map(part, combinations({key: sweep.axes[key] for key in sweep.further_axes}))))
 
 
 def _safe(value: Any) -> str:

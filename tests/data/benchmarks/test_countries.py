@@ -74,7 +74,7 @@ def test_no_country_is_in_two_sets(corpus: Corpus) -> None:
 
 
 def test_a_gate_by_keywords_gets_the_names_and_aliases_of_the_forgotten(corpus: Corpus) -> None:
-    assert {"Japan", "Egypt"} <= {*corpus.names} and len(corpus.names) == sum(
+    assert {"Japan", "Egypt"} <= {*corpus.keywords} and len(corpus.keywords) == sum(
         1 + len(country(name).aliases) for name in ("Japan", "Egypt")
     )
 

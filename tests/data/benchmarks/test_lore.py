@@ -5,23 +5,18 @@ Only the pinned hash depends on the pools and sizes of the day.
 
 from __future__ import annotations
 
-import os
 import re
-import subprocess
-import sys
 from collections import Counter
 from dataclasses import replace
 
 import pytest
 
-from grun.config.options import DataConfig, LoreConfig
+from grun.config.options import MOST_ORDERS, UNLEARNED_ORDERS, DataConfig, LoreConfig
 from grun.data.benchmarks import lore
 from grun.data.benchmarks.lore import (
     GROUPS,
     LETTERS,
-    MOST_ORDERS,
     OPTIONS,
-    UNLEARNED_ORDERS,
     Fact,
     build,
     knowledge,
@@ -124,15 +119,8 @@ def test_a_smaller_group_is_the_beginning_of_a_larger_one_and_changes_no_other(g
         assert all(smaller[other] == groups[other] for other in GROUPS if other != name)
 
 
-def test_the_corpus_is_the_same_on_every_machine() -> None:
-    """A process with another string hash would show an order taken from a set."""
-    script = "import test_lore; print(test_lore.content(test_lore.LoreConfig()))"
-    environment = {**os.environ, "PYTHONHASHSEED": "1", "PYTHONPATH": os.pathsep.join(map(str, sys.path))}
-    found = subprocess.run([sys.executable, "-c", script], env=environment, check=True, capture_output=True, text=True)
-    assert found.stdout.strip() == content(CONFIG)
-
-
 def test_the_corpus_of_the_default_options_is_pinned() -> None:
+    """Python hashes texts otherwise in each process, so an order taken from a set would show."""
     assert content(CONFIG) == PINNED
 
 
@@ -271,7 +259,7 @@ def test_a_group_may_have_1_to_all_facts_that_the_names_allow(name: str) -> None
     [
         ("orders", 0, f"data.lore.orders=0 must lie between {UNLEARNED_ORDERS} and {MOST_ORDERS}"),
         ("orders", 21, f"data.lore.orders=21 must lie between {UNLEARNED_ORDERS} and {MOST_ORDERS}"),
-        ("readings", 0, "data.lore.readings=0 must be at least 1"),
+        ("readings", 0, "data.lore.readings=0 must be greater than 0"),
     ],
 )
 def test_other_numbers_out_of_range_are_refused(option: str, value: int, message: str) -> None:

@@ -18,7 +18,7 @@ from grun.cli import main
 from grun.config.options import DataConfig
 from grun.data.answers import FILE
 from grun.data.benchmarks import rwku
-from grun.data.corpus import Corpus, load_corpus, load_knowledge
+from grun.data.corpus import Corpus, Subject, load_corpus, load_knowledge
 from grun.errors import ConfigError, DataError
 from grun.evaluation import probe
 from grun.evaluation.metrics.averages import mean
@@ -72,7 +72,8 @@ def load(folder: Path, forget: str = KING, **options: Any) -> Corpus:
 def test_texts_are_unlearned_from_and_the_published_probes_are_asked(tmp_path: Path) -> None:
     corpus = load(save_layout(tmp_path))
     assert [(row.prompt, row.completion) for row in corpus.forget] == [(None, f"{KING} was born.")]
-    assert [row.completion for row in corpus.retain] == [f"{LEE} was born."] and corpus.names == [KING]
+    assert [row.completion for row in corpus.retain] == [f"{LEE} was born."]
+    assert corpus.subjects == [Subject((KING,), "any", (KING,))] and corpus.keywords == [KING]
     sets = corpus.sets()
     one = ("forget_level1", "forget_level2", "neighbor_level1", "neighbor_level2", "mia_forget", "mia_retain")
     kinds = ("level3_affirmative_suffix", "level3_incontext_learning", "level3_role_playing")

@@ -10,10 +10,11 @@ from typing import Any
 import pandas
 import pytest
 
-from grun.data.benchmarks.safe_rlhf import CATEGORIES, Pair, build, leaks, read_preferences, sample, train_test_split
+from grun.data.benchmarks.safe_rlhf import Pair, build, leaks, read_preferences, sample, train_test_split
 from grun.errors import ConfigError, DataError
 
 PRIVACY = "Privacy Violation"
+CATEGORIES = (PRIVACY, "Drugs", "White-Collar Crime")
 
 
 def record(prompt: str, *responses: tuple[str, str | None]) -> dict[str, Any]:
@@ -188,7 +189,7 @@ def test_unknown_names_and_too_few_rows_are_refused() -> None:
     with pytest.raises(ConfigError) as refusal:
         build(records, "Privacy Violations", "published")
     assert "did you mean 'Privacy Violation'" in str(refusal.value)
-    assert len(CATEGORIES) == 19 and all(category in str(refusal.value) for category in CATEGORIES)
+    assert all(category in str(refusal.value) for category in CATEGORIES)
     with pytest.raises(ConfigError, match="known: by_prompt, published"):
         build(records, PRIVACY, "by_row")
     with pytest.raises(DataError, match="0 rows of Privacy Violation and 0 safe rows are too few"):

@@ -31,7 +31,7 @@ DESIGNS: dict[str, dict[str, Any]] = {
         "blocks": [10, 12, 15], "gate_read": "every_token", "gate_accumulate": "running_max",
         "edit_write": "every_token",
     },
-    "pooled": {"blocks": [12, 13, 14, 15], "gate_blocks": [1, 2], "gate_pool": "maxmin_turns", "edit_write": "sticky"},
+    "pooled": {"blocks": [12, 13, 14, 15], "gate_blocks": [1, 2], "gate_pool": "windows", "edit_write": "sticky"},
 }  # fmt: skip
 """Where gates read and edits write: the published design, the robust one, and that of one gate for all edits."""
 BIAS = {"open": 100.0, "shut": -100.0}

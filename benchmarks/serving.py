@@ -64,7 +64,7 @@ def random_model(folder: Path) -> tuple[Path, Path]:
     design: dict[str, Any] = {
         "blocks": [5, 6, 7],
         "gate_blocks": [1, 2],
-        "gate_pool": "maxmin_turns",
+        "gate_pool": "windows",
         "edit_write": "sticky",
     }
     GrunModel.wrap(model, **design, template=TEMPLATES.get("tiny")).save_pretrained(folder / "adapter")

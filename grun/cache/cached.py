@@ -23,7 +23,7 @@ from grun.method.edit import bases_at_once
 from grun.method.intervention import GatedIntervention
 from grun.method.model import GrunModel
 from grun.method.parametrization import StepOutput
-from grun.training.gate_fit import prompt_features
+from grun.training.gate_fit import FeaturesOf, padded, prompt_features
 from pyvene_custom import Sites
 
 
@@ -44,7 +44,7 @@ class CachedEngine:
         frozen: FrozenRows,
         *,
         reads_head: bool = True,
-        features_of: Callable[[Sequence[EncodedRow]], Tensor] | None = None,
+        features_of: FeaturesOf | None = None,
     ) -> None:
         """Run the edits of `model` on what `frozen` holds, which was frozen at the model's first edited block.
 
@@ -141,7 +141,7 @@ class CachedEngine:
             return
         like = next(pooled.parameters())
         found = self._features_of([EncodedRow(prompt, ()) for prompt in missing])
-        self._features.update(zip(missing, found.to(like), strict=True))
+        self._features.update((prompt, values.to(like)) for prompt, values in zip(missing, found, strict=True))
 
     def _pooled(self, rows: Sequence[EncodedRow]) -> dict[int, Tensor]:
         """Logits of a gate for all edits by the block that it goes by, [rows, 1]; empty where there is none."""
@@ -149,7 +149,7 @@ class CachedEngine:
         if pooled is None:
             return {}
         self.read_prompts(rows)
-        features = torch.stack([self._features[row.prompt_ids] for row in rows]).unsqueeze(1)  # [rows, 1, size]
+        features = padded([self._features[row.prompt_ids] for row in rows])
         return {pooled.block: pooled(features).to(self._packed.device)}
 
     @torch.no_grad()

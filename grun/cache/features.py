@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -19,8 +19,9 @@ from grun.config.checks import bytes_of
 from grun.config.options import UnlearnConfig
 from grun.data.encoding import EncodedRow
 from grun.method.model import GrunModel
+from grun.method.rules import WINDOWS
 from grun.runtime.devices import lies_elsewhere
-from grun.training.gate_fit import passes_with, prompt_features
+from grun.training.gate_fit import FeaturesOf, passes_with, prompt_features, unpadded
 from pyvene_custom import find_blocks
 
 CODE = (
@@ -30,9 +31,7 @@ CODE = (
 """Sources that decide what is in the cache."""
 
 
-def kept_features(
-    model: GrunModel, config: UnlearnConfig, use: Use | None = None
-) -> Callable[[Sequence[EncodedRow]], Tensor]:
+def kept_features(model: GrunModel, config: UnlearnConfig, use: Use | None = None) -> FeaturesOf:
     """`prompt_features` of `model`, taken from `cache.dir` where they are there, and put there otherwise.
 
     They are the same to the bit for the same prompts. A prompt that was read before, beside others, has the values of
@@ -44,14 +43,14 @@ def kept_features(
     ids: dict[str, Any] = {"reset_ids": list(model.config.reset_ids)}
     if model.rule.keywords:
         ids["keyword_ids"] = model.config.keyword_ids
-    budget = bytes_of("cache.memory_budget", config.cache.memory_budget)
+    budget, of_windows = bytes_of("cache.memory_budget", config.cache.memory_budget), pooled.pool == WINDOWS
     store = store_of(model.base, config, CODE, use, gate_blocks=list(pooled.blocks), gate_pool=pooled.pool, **ids)
 
-    def features(rows: Sequence[EncodedRow]) -> Tensor:
+    def features(rows: Sequence[EncodedRow]) -> list[Tensor]:
         prompts = [EncodedRow(row.prompt_ids, ()) for row in rows]
         distinct = list(dict.fromkeys(prompts))
         fill(store, "gate features", prompts, lambda missing, share: _shards(model, distinct, missing, share, budget))
-        return torch.cat([store[prompt].states for prompt in prompts]).double()
+        return [found if of_windows else found[0] for found in (store[prompt].states for prompt in prompts)]
 
     return features
 
@@ -66,26 +65,26 @@ def _shards(
     streams = any(lies_elsewhere(block) for block in find_blocks(model.base)[1])
     computed_in = torch.promote_types(model.base.dtype, torch.float32)  # what is stored is what was computed
     read = _streamed(model, passes, budget) if streams else _each(model, passes)
-    found = read.to("cpu", computed_in)
+    found = [one.to("cpu", computed_in).view(-1, one.shape[-1]) for one in read]
     start = 0
-    for pieces in by_tokens(passes, len, SHARD_BYTES // (found.shape[1] * found.element_size())):
+    for pieces in by_tokens(passes, len, SHARD_BYTES // max(one.numel() * one.element_size() for one in found)):
         rows = [row for piece in pieces for row in piece]
         states = found[start : start + len(rows)]
-        yield Shard.without_prompts(rows, states, states.new_zeros(0), [1] * len(rows))
+        yield Shard.without_prompts(rows, torch.cat(states), states[0].new_zeros(0), [len(one) for one in states])
         start += len(rows)
 
 
-def _each(model: GrunModel, passes: Sequence[Sequence[EncodedRow]]) -> Tensor:
-    return torch.cat([prompt_features(model, piece, pad_id=0) for piece in passes])
+def _each(model: GrunModel, passes: Sequence[Sequence[EncodedRow]]) -> list[Tensor]:
+    return [values for piece in passes for values in prompt_features(model, piece, pad_id=0)]
 
 
 @torch.no_grad()
-def _streamed(model: GrunModel, passes: Sequence[Sequence[EncodedRow]], budget: int) -> Tensor:
+def _streamed(model: GrunModel, passes: Sequence[Sequence[EncodedRow]], budget: int) -> list[Tensor]:
     """`prompt_features` of a model whose blocks lie in files, each read once for as many passes as `budget` allows."""
     packed, pooled = PackedModel(model.base), model.pooled
     assert pooled is not None
     each = packed.bytes_of_token(0)
-    found = []
+    found: list[Tensor] = []
     for wave in by_tokens(passes, lambda piece: each * sum(map(len, piece)), budget):
         passages = [Passage(packed, [row.prompt_ids for row in piece]) for piece in wave]
         places = [sites_of_prompts(model.rule, [row.prompt_ids for row in piece], packed.device) for piece in wave]
@@ -95,5 +94,6 @@ def _streamed(model: GrunModel, passes: Sequence[Sequence[EncodedRow]], budget: 
                     passage.run_prompts(blocks)
                     if blocks[-1] in pooled.blocks:
                         sites.take(blocks[-1], layout.padded(passage.prompts), pooled.pool)
-        found += [sites.joined(pooled.blocks, pooled.pool)[:, 0].double() for _, sites in places]
-    return torch.cat(found)
+        for _, sites in places:
+            found += map(unpadded, sites.joined(pooled.blocks, pooled.pool)[:, 0])
+    return found

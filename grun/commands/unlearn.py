@@ -44,7 +44,7 @@ from grun.method.gated import Grun
 from grun.method.guardrail import Guard
 from grun.method.model import resolve_blocks
 from grun.method.parametrization import PARAMETRIZATIONS, Learner, Parametrization, traits_of
-from grun.method.rules import TURNS
+from grun.method.rules import WINDOWS
 from grun.objectives.objective import Objective
 from grun.runtime import processes, sharding
 from grun.runtime.devices import input_device
@@ -288,7 +288,7 @@ def _prompt(run: Unlearning, row: Row) -> EncodedRow | None:
 
 def _second_turns(run: Unlearning) -> tuple[Prompts, Prompts] | None:
     """Turns that only ask for an answer, and others; None for a gate that reads one turn, or knows none."""
-    if run.config.method.gate_pool != TURNS or not run.parametrization.model.config.reset_ids:
+    if run.config.method.gate_pool != WINDOWS or not run.parametrization.model.config.reset_ids:
         return None
     asked = (row for side in (run.prompts.forget, run.prompts.retain) for source in side.values() for row, _ in source)
     found = []

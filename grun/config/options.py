@@ -413,9 +413,10 @@ class MethodConfig:
     gate_blocks: Optional[list[Union[int, float]]] = None
     """Blocks that one gate for all edits reads, none above an edited one, by number or share as in `blocks`; unset: a
     gate for each edit (published)."""
-    gate_pool: str = choice("last", "last", "max", "maxmin", "maxmin_turns", "mean")
-    """gate_blocks: how their states are pooled over the tokens so far: last (none), max, maxmin (both ends),
-    maxmin_turns (as maxmin; a turn that only asks for an answer is about what was asked before it) or mean."""
+    gate_pool: str = choice("last", "last", "max", "maxmin", "mean", "windows")
+    """gate_blocks: how their states are pooled over the tokens so far: last (none), max, maxmin (both ends), mean, or
+    windows (maxmin of every 12 tokens of a turn, the widest open counting; a turn that only asks for an answer is about
+    what was asked before it)."""
     gate_fit: str = choice("joint", "joint", "logistic")
     """joint: trained with the edit (published); logistic: one gate_blocks gate, fitted first, by itself: linear by
     logistic regression, similarity and condition from means of prompts, keywords from names."""

@@ -81,7 +81,7 @@ def _check_unlearn(config: UnlearnConfig) -> None:
     gated = traits_of(method).gated
     if method.gate_blocks is not None and not gated:
         raise ConfigError("method.gate_blocks needs a parametrization with a gate (grun); leave it out")
-    check_pool(method.gate_blocks, method.gate_pool, method.gate_accumulate, method.gate)
+    check_pool(method.gate_blocks, method.gate_pool, method.gate_accumulate, method.gate, method.gate_read)
     check_fit(config)
     objective_of(config)
     if config.train.gate_pretraining and not (gated and config.train.engine == "cached"):

@@ -190,7 +190,7 @@ class AdapterConfig:
         GATES.get(self.gate)
         EDITS.get(self.edit)
         check_rule(self.gate_read, self.gate_accumulate, self.edit_write)
-        check_pool(self.gate_blocks, self.gate_pool, self.gate_accumulate, self.gate)
+        check_pool(self.gate_blocks, self.gate_pool, self.gate_accumulate, self.gate, self.gate_read)
         if self.gate_blocks is not None:
             self._check_blocks("gate_blocks", self.gate_blocks)
             if self.blocks:

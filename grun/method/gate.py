@@ -9,7 +9,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from grun.errors import ConfigError
-from grun.method.rules import TURNS
+from grun.method.rules import WINDOWS
 from grun.registry import Registry
 
 if TYPE_CHECKING:
@@ -104,12 +104,12 @@ def _normalized(hidden_size: int) -> nn.Module:
 
 def make_gate(name: str, size: int, pool: str) -> nn.Module | None:
     """Newly initialized gate that reads `size` features, pooled as `pool`; None: there is none."""
-    if pool != TURNS:
-        return GATES.get(name)(size)
-    from grun.method.gating import TurnsGate
+    own = GATES.get(name)(size)
+    if pool != WINDOWS or own is None:
+        return own
+    from grun.method.gating import WindowsGate
 
-    own = GATES.get(name)(size // 2)
-    return None if own is None else TurnsGate(own, size // 2)
+    return WindowsGate(own, size)
 
 
 def set_bias(gate: nn.Module, value: float) -> None:

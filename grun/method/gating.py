@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from grun.method.stack.gates import LayerByLayer, OneByOne, TurnByTurn, in_turns
+from grun.method.stack.gates import LayerByLayer, OneByOne, WindowByWindow, in_windows
 
 if TYPE_CHECKING:
     from pyvene_custom import Sites
@@ -20,7 +20,7 @@ FILLED = 16
 class Gate(nn.Module):
     """A gate: hidden state [..., hidden size] -> logit [..., 1]. A base class for those that can be stacked faster."""
 
-    def stack(self) -> OneByOne | LayerByLayer | TurnByTurn:
+    def stack(self) -> OneByOne | LayerByLayer | WindowByWindow:
         """What computes the gates of several requests that are made as this one; none are in it yet.
 
         One after another, as for every gate of another class. See `grun.method.stack.gates.OneByOne` for its methods.
@@ -49,29 +49,29 @@ class LinearGate(nn.Sequential, Gate):
         return LayerByLayer(list(self))
 
 
-class TurnsGate(Gate):
-    """A gate on the user's turn or, where that only asks for an answer ("Go on."), on the turns before it.
+class WindowsGate(Gate):
+    """A gate on each window of the user's turn or, where that only asks for an answer ("Go on."), of those before it.
 
-    Logit: max(g(turn), min(g(earlier turns), f(turn))), with f(turn) that of a turn which says nothing itself; in a
-    first turn g(turn) alone.
+    Logit: max(max_w g(w), min(max_v g(v), f(turn))) over windows w of the turn and v of the user's turns before it, f
+    of both ends of each feature over the whole turn: that of a turn which says nothing itself. What else a turn holds
+    cannot shut it, but for what that changes in the states of the window itself.
     """
 
     def __init__(self, gate: nn.Module, size: int) -> None:
-        """`gate`: g, which reads `size` features; those of the turn come first, then as many of the turns before it."""
+        """`gate`: g, which reads `size` features, as f does."""
         super().__init__()
         self.follow_up = LinearGate(size)
-        self.turn = gate  # last, so that its last layer is the gate's: a bias moves both of its logits
+        self.window = gate  # last, so that its last layer is the gate's: a bias moves the logits of all windows
 
     def forward(self, features: Tensor) -> Tensor:
-        """Features [..., 2 * size] -> logit [..., 1]."""
-        turn, earlier = features.chunk(2, dim=-1)
-        return in_turns(self.turn(turn), self.turn(earlier), self.follow_up(turn), earlier)
+        """Features [batch, positions, windows, 1 + size] of `windows_at` -> logit [batch, positions, 1]."""
+        return in_windows(features, self.window, self.follow_up)
 
-    def stack(self) -> OneByOne | LayerByLayer | TurnByTurn:
+    def stack(self) -> OneByOne | LayerByLayer | WindowByWindow:
         """g and f of all requests as those stack."""
-        if not isinstance(self.turn, Gate):
+        if not isinstance(self.window, Gate):
             return OneByOne(self)
-        return TurnByTurn(self.turn.stack(), self.follow_up.stack())
+        return WindowByWindow(self.window.stack(), self.follow_up.stack())
 
 
 class GaussianNoise(nn.Module):

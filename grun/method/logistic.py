@@ -42,7 +42,7 @@ class Line:
         return features @ self.weight + self.bias
 
 
-def fit(features: Tensor, target: Tensor, strength: float) -> Line:
+def fit(features: Tensor, target: Tensor, strength: float, stop: Mapping[str, float] = EXACT) -> Line:
     """Minimize C * sum_i w_i log(1 + exp(-y_i f(x_i))) + |v|^2 / 2 over f(x) = v x' + b.
 
     x' are the features minus their mean, divided by their standard deviation; y_i is 1 or -1, and w_i so that both
@@ -53,9 +53,10 @@ def fit(features: Tensor, target: Tensor, strength: float) -> Line:
         features: float64, [rows, size].
         target: which rows the gate is to open on, bool [rows]; there are both kinds.
         strength: C.
+        stop: when L-BFGS ends, `EXACT` or `NEAR`.
     """
     whole = torch.ones(1, len(target), dtype=torch.bool, device=features.device)
-    (lines,) = fit_parts(features, target, whole, [strength], EXACT, features.dtype)
+    (lines,) = fit_parts(features, target, whole, [strength], stop, features.dtype)
     return lines[0]
 
 

@@ -44,7 +44,7 @@ class PooledGate(Intervention):
         return layers[-1] if layers else None
 
     def forward(self, features: Tensor) -> Tensor:
-        """Logits of features [batch, positions read, size]: [batch, positions read]."""
+        """Logits of features [batch, positions read, ...], as its pool gives them: [batch, positions read]."""
         dtype = self.widen(features)
         with torch.autocast(features.device.type, enabled=False):
             logits: Tensor = self.gate(features.to(dtype)).squeeze(-1)
@@ -80,7 +80,7 @@ class PooledGate(Intervention):
 
     def along(self, memory: PoolMemory, row: int) -> Tensor:
         """Logits that the gate would give at each token of a row, were it asked there: [columns]."""
-        return self(memory.along(row, self.blocks, self.pool))[0]
+        return torch.cat([self(features)[0] for features in memory.along(row, self.blocks, self.pool)])
 
     def _opened(self, sites: PooledSites, like: Tensor) -> tuple[Tensor, Tensor]:
         """Logits where the gate is asked, and those in force, where the sites are; `like` has as many rows."""

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from grun.method.pooling import PoolMemory, of_blocks, pooled_at
+from grun.method.pooling import PoolMemory, of_blocks, pooled_at, windows_at
+from grun.method.rules import WINDOWS
 from pyvene_custom import Sites
 
 PLACES = "places"
@@ -52,12 +53,24 @@ class PooledSites(Sites):
         self.states[block] = hidden
         if not self.read.shape[1] or (block, pool) in self.features:
             return
-        before = None if self.memory is None else self.memory.summary(block, pool)
         asked = None if self.everywhere else self.read.to(hidden.device)
+        if pool == WINDOWS:
+            assert asked is not None
+            self.features[block, pool] = self._windows(block, hidden, asked)
+            return
+        before = None if self.memory is None else self.memory.summary(block, pool)
         features, summary = pooled_at(hidden, self.turns.to(hidden.device), before, asked, pool)
         self.features[block, pool] = features
         if asked is None:
             self.summaries[block, pool] = summary
+
+    def _windows(self, block: int, hidden: Tensor, asked: Tensor) -> Tensor:
+        turns = self.turns
+        if self.memory is not None and block in self.memory.states:
+            asked = torch.where(asked < 0, asked, asked + self.memory.turns.shape[1])
+            hidden = torch.cat((self.memory.whole(block).to(hidden), hidden), dim=1)
+            turns = self.memory.with_turns(turns)
+        return windows_at(hidden, turns.to(hidden.device), asked)
 
     def joined(self, blocks: Sequence[int], pool: str) -> Tensor:
         """Features of several blocks; see `of_blocks`."""

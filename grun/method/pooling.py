@@ -1,25 +1,28 @@
 """What a pooled gate reads: states of the tokens so far, normalized and pooled, and what of them stays with a cache.
 
 States are divided by their root mean square. A summary is what is kept of tokens to go on with: of `max` their maximum,
-of `maxmin` that of the states and of their negatives, of `mean` sum and number, of `last` the last one. Of
-`maxmin_turns` it is that of `maxmin` of the turn, the same of the user's turns before it, and 1 where the turn is a
-user's: what stands before the first of them, such as a system prompt, is no earlier turn.
+of `maxmin` that of the states and of their negatives, of `mean` sum and number, of `last` the last one. `windows` has
+none: it is made of all states when a gate is asked, once in a turn (`windows_at`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Self
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
 from torch.nn.functional import rms_norm
 
-from grun.method.rules import TURNS
+from grun.method.rules import WINDOWS
 
 EPS = 1e-6
 """Added to the mean square that states are divided by the root of."""
+SEGMENT, SEGMENTS = 4, 3
+"""Tokens of a segment, and segments of a window."""
+OWN, EARLIER = 1, 2
+"""What a window is of; see `windows_at`."""
+TOGETHER = 64
+"""Tokens of one row that are asked at once along it."""
 
 
 def pooled_at(
@@ -41,71 +44,69 @@ def pooled_at(
     each = parts(states, pool)
     current = turns.cummax(dim=1).values.clamp(min=0)  # [rows, columns]
     column = torch.arange(turns.shape[1], device=turns.device)
-    history = None
-    if pool == TURNS:
-        history = _History.before(each, before)
-        before = None if before is None else before[..., : each.shape[2]]
     if asked is not None:
         at = asked.clamp(0, turns.shape[1] - 1)
         turn = current.gather(1, at)  # [rows, 1]
         found = _until_last(each, (turns == turn) & (column <= at), pool)
         if before is not None:
             found = torch.where((turn == 0).unsqueeze(2), joined(before.to(found), found, pool), found)
-        if history is None:
-            return features(found, pool), found
-        first = _until_last(each, turns == 0, pool)  # of the turn that went on, over where another one is asked in
-        history = history.after(first if before is None else joined(before.to(first), first, pool), turn > 0)
-        between = (turns > 0) & (turns < turn)
-        more = _until_last(each, between, pool) if bool(between.any()) else None
-        found = history.with_turn(found, more)
         return features(found, pool), found
     summary = torch.empty(0)
     for number in range(int(current.max()) + 1):
         running = _at_each(each, turns == number, pool)
         if not number and before is not None:
             running = joined(before.to(running), running, pool)
-        whole = running if history is None else history.with_turn(running)
-        summary = torch.where((current == number).unsqueeze(2), whole, summary) if number else whole
-        if history is not None:
-            history = history.after(running[:, -1:])
+        summary = torch.where((current == number).unsqueeze(2), running, summary) if number else running
     return features(summary, pool), summary[:, -1:]
 
 
-@dataclass(frozen=True)
-class _History:
-    """The user's turns before one."""
+def windows_at(states: Tensor, turns: Tensor, asked: Tensor) -> Tensor:
+    """Both ends of each feature over every window of each row up to one column.
 
-    pooled: Tensor
-    """[rows, 1, any], -inf where there is none."""
-    is_user: Tensor
-    """Whether the turn itself is a user's, and so will be one of them: bool [rows, 1, 1]."""
+    A turn is cut into segments of `SEGMENT` tokens from its beginning on, of which the last one may have fewer; a
+    window is `SEGMENTS` of them in a row, and a turn of fewer is one window.
 
-    @classmethod
-    def before(cls, each: Tensor, summary: Tensor | None) -> Self:
-        """Of the turn that goes on from earlier passes; `each` is `parts` of this one."""
-        size = each.shape[2]
-        if summary is None:
-            return cls(each.new_full((len(each), 1, size), -torch.inf), each.new_zeros(len(each), 1, 1) > 0)
-        return cls(summary[..., size:-1].to(each), summary[..., -1:].to(each) > 0)
+    Args:
+        states: of one block, [rows, columns, hidden size].
+        turns: number of each token's turn, 0 for what stands before the first user's turn, -1 for tokens that do not
+            count, int64 [rows, columns].
+        asked: a column for each row, [rows, 1].
 
-    def after(self, turn: Tensor, over: Tensor | None = None) -> _History:
-        """Of the turn after one whose summary is `turn`, [rows, 1, any]; as before in rows not `over`, [rows, 1]."""
-        over = torch.ones_like(self.is_user) if over is None else over.unsqueeze(2)
-        pooled = torch.where(over & self.is_user, torch.maximum(self.pooled, turn), self.pooled)
-        return _History(pooled, over | self.is_user)
-
-    def with_turn(self, turn: Tensor, more: Tensor | None = None) -> Tensor:
-        """Summary of a turn [rows, columns, any], and of those before it, of which `more` are some."""
-        pooled = self.pooled if more is None else torch.maximum(self.pooled, more)
-        shape = (-1, turn.shape[1], -1)
-        return torch.cat((turn, pooled.expand(shape), self.is_user.to(turn).expand(shape)), dim=-1)
+    Returns:
+        [rows, 1, windows, 1 + 2 * hidden size], of each window first what it is of: the turn of the token asked
+        (`OWN`), a user's turn before it (`EARLIER`), or nothing that counts (0, as all of its other numbers).
+    """
+    at = asked.clamp(0, turns.shape[1] - 1)
+    turn = turns.cummax(dim=1).values.clamp(min=0).gather(1, at)  # [rows, 1]
+    column = torch.arange(turns.shape[1], device=turns.device)
+    counts = (turns >= 0) & (column <= at)
+    latest = torch.where(counts, turns, -1).cummax(dim=1).values
+    begins = counts & (latest > torch.cat((latest.new_full((len(turns), 1), -1), latest[:, :-1]), dim=1))
+    place = counts.cumsum(dim=1)
+    place = place - torch.where(begins, place, 0).cummax(dim=1).values  # within its turn
+    segment = ((counts & (place % SEGMENT == 0)).cumsum(dim=1) - 1).clamp(min=0)
+    count = int(segment.max()) + 1
+    each = parts(states, "maxmin").masked_fill(~counts.unsqueeze(2), -torch.inf)
+    ends = each.new_full((len(each), count, each.shape[2]), -torch.inf)
+    ends = ends.scatter_reduce(1, segment.unsqueeze(2).expand_as(each), each, "amax")
+    of = turns.new_full((len(turns), count), -1).scatter_reduce(1, segment, torch.where(counts, turns, -1), "amax")
+    whole = of != torch.nn.functional.pad(of, (1, 0), value=-1)[:, :-1]  # the first segment of a turn
+    window = ends
+    for shift in range(1, SEGMENTS):
+        same = of == torch.nn.functional.pad(of, (0, shift), value=-1)[:, shift:]
+        further = torch.nn.functional.pad(ends, (0, 0, 0, shift), value=-torch.inf)[:, shift:]
+        window = torch.where(same.unsqueeze(2), torch.maximum(window, further), window)
+    whole |= same
+    kind = torch.where(of == turn, OWN, torch.where((of > 0) & (of < turn), EARLIER, 0)) * (whole & (of >= 0))
+    kind = kind.unsqueeze(2)
+    return torch.cat((kind.to(window), window.masked_fill(kind == 0, 0.0)), dim=2).unsqueeze(1)
 
 
 def parts(states: Tensor, pool: str) -> Tensor:
     """Summary of each token alone: [rows, columns, hidden size] -> [rows, columns, any], in at least float32."""
     wide = states.to(torch.promote_types(states.dtype, torch.float32))
     values = rms_norm(wide, wide.shape[-1:], eps=EPS)
-    if pool in ("maxmin", TURNS):
+    if pool == "maxmin":
         return torch.cat((values, -values), dim=-1)
     return torch.cat((values, torch.ones_like(values[..., :1])), dim=-1) if pool == "mean" else values
 
@@ -146,19 +147,17 @@ def features(summary: Tensor, pool: str) -> Tensor:
     if pool == "maxmin":
         highest, lowest = known.chunk(2, dim=-1)
         return torch.cat((highest, -lowest), dim=-1)
-    if pool == TURNS:
-        return torch.cat([features(half, "maxmin") for half in known[..., :-1].chunk(2, dim=-1)], dim=-1)
     return known
 
 
 def of_blocks(each: Sequence[Tensor], pool: str) -> Tensor:
-    """Features of several blocks one after another, on the device of the last one's; of `maxmin_turns` those of the
-    turn of all blocks, then those of the turns before: [..., any] each -> [..., feature size].
+    """Features of several blocks one after another, on the device of the last one's; of windows what they are of once:
+    [..., any] each -> [..., feature size].
     """
     home = each[-1].device
     parts = [values.to(home) for values in each]
-    if pool == TURNS:
-        parts = [half for halves in zip(*(values.chunk(2, dim=-1) for values in parts), strict=True) for half in halves]
+    if pool == WINDOWS:
+        parts[1:] = [values[..., 1:] for values in parts[1:]]
     return torch.cat(parts, dim=-1)
 
 
@@ -191,20 +190,27 @@ class PoolMemory:
         if block not in self.states or not self.turns.shape[1]:
             return None
         if (block, pool) not in self._summaries:
-            states = self._whole(block)
+            states = self.whole(block)
             turns = self.turns.to(states.device)
             last = turns.new_full((len(turns), 1), turns.shape[1] - 1)
             self._summaries[block, pool] = pooled_at(states, turns, None, last, pool)[1]
         return self._summaries[block, pool]
 
-    def along(self, row: int, blocks: Sequence[int], pool: str) -> Tensor:
-        """What a gate of `blocks` would read at each token of a row, were it asked there: [1, columns, any]."""
-        found: list[Tensor] = []
-        for block in blocks:
-            states = self._whole(block)[row : row + 1]
-            turns = self.turns[row : row + 1].to(states.device)
-            found.append(pooled_at(states, turns, None, None, pool)[0])
-        return of_blocks(found, pool)
+    def along(self, row: int, blocks: Sequence[int], pool: str) -> Iterator[Tensor]:
+        """By parts, what a gate of `blocks` would read at each token of a row, asked there: [1, columns, ...]."""
+        columns = torch.arange(self.turns.shape[1], device=self.turns.device)
+        for asked in columns.split(TOGETHER) if pool == WINDOWS else (columns,):
+            found: list[Tensor] = []
+            for block in blocks:
+                states, turns = self.whole(block)[row : row + 1], self.turns[row : row + 1]
+                turns = turns.to(states.device)
+                if pool == WINDOWS:
+                    as_rows = (one.expand(len(asked), *one.shape[1:]) for one in (states, turns))
+                    at_each = windows_at(*as_rows, asked.unsqueeze(1).to(states.device)).transpose(0, 1)
+                else:
+                    at_each = pooled_at(states, turns, None, None, pool)[0]
+                found.append(at_each)
+            yield of_blocks(found, pool)
 
     def extend(
         self,
@@ -219,19 +225,23 @@ class PoolMemory:
             like = self.states[block][0] if new is None else new
             earlier = self.states.setdefault(block, [like.new_zeros(rows, columns, like.shape[2])] if columns else [])
             earlier.append(like.new_zeros(rows, turns.shape[1], like.shape[2]) if new is None else new.detach())
-        offset = self.turns.amax(dim=1, keepdim=True).clamp(min=0) if columns else 0
-        self.turns = torch.cat((self.turns, torch.where(turns < 0, -1, turns + offset)), dim=1)
+        self.turns = self.with_turns(turns)
         self._summaries = {key: values.detach() for key, values in (summaries or {}).items()}
+
+    def with_turns(self, turns: Tensor) -> Tensor:
+        """Numbers of the turns of all tokens and of those of a pass, `turns` as in `pooled_at`: [rows, columns]."""
+        offset = self.turns.amax(dim=1, keepdim=True).clamp(min=0) if self.turns.shape[1] else 0
+        return torch.cat((self.turns, torch.where(turns < 0, -1, turns + offset)), dim=1)
 
     def cut(self, columns: int) -> None:
         """Keep the first `columns`."""
         self.turns, self._summaries = self.turns[:, :columns], {}
-        self.states = {block: [self._whole(block)[:, :columns]] for block in self.states}
+        self.states = {block: [self.whole(block)[:, :columns]] for block in self.states}
 
     def select(self, rows: Tensor) -> None:
         """Keep the rows numbered in `rows`, in that order."""
         self.turns = self.turns[rows.to(self.turns.device)]
-        self.states = {block: [(states := self._whole(block))[rows.to(states.device)]] for block in self.states}
+        self.states = {block: [(states := self.whole(block))[rows.to(states.device)]] for block in self.states}
         self._summaries = {key: values[rows.to(values.device)] for key, values in self._summaries.items()}
 
     @classmethod
@@ -243,13 +253,13 @@ class PoolMemory:
         new = cls(0, 0, parts[0].turns.device)
         new.turns = torch.cat([aligned(part.turns, columns, -1) for part in parts])
         for block in parts[0].states:
-            new.states[block] = [torch.cat([aligned(part._whole(block), columns, 0.0) for part in parts])]
+            new.states[block] = [torch.cat([aligned(part.whole(block), columns, 0.0) for part in parts])]
         for key in parts[0]._summaries:
             if all(key in part._summaries for part in parts):  # else it is made of the states
                 new._summaries[key] = torch.cat([part._summaries[key] for part in parts])
         return new
 
-    def _whole(self, block: int) -> Tensor:
+    def whole(self, block: int) -> Tensor:
         """States of all tokens, [rows, columns, hidden size]."""
         parts = self.states[block]
         if len(parts) > 1:

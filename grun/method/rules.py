@@ -9,10 +9,10 @@ from grun.errors import ConfigError
 READS = ("last_prompt", "every_token")
 ACCUMULATIONS = ("none", "running_max")
 WRITES = ("last_prompt", "sticky", "every_token")
-POOLS = {"last": 1, "max": 1, "maxmin": 2, "maxmin_turns": 4, "mean": 1}
+POOLS = {"last": 1, "max": 1, "maxmin": 2, "mean": 1, "windows": 2}
 """How a gate for all edits pools states over tokens, and how many features each number of a state gives."""
-TURNS = "maxmin_turns"
-"""The pool whose features are, in the second half, of the user's turns before; see `grun.method.gating.TurnsGate`."""
+WINDOWS = "windows"
+"""The pool of which a gate reads many at once; see `grun.method.gating.WindowsGate`."""
 
 
 def check_rule(gate_read: str, gate_accumulate: str, edit_write: str) -> None:
@@ -37,7 +37,9 @@ def check_rule(gate_read: str, gate_accumulate: str, edit_write: str) -> None:
         raise ConfigError("edit_write=every_token needs gate_read=every_token; with gate_read=last_prompt take sticky")
 
 
-def check_pool(gate_blocks: Sequence[int | float] | None, gate_pool: str, gate_accumulate: str, gate: str) -> None:
+def check_pool(
+    gate_blocks: Sequence[int | float] | None, gate_pool: str, gate_accumulate: str, gate: str, gate_read: str
+) -> None:
     """ConfigError where one gate for all edits is asked for in a way that there is not."""
     if gate_pool not in POOLS:
         raise ConfigError(f"gate_pool={gate_pool} does not exist; known: {', '.join(POOLS)}")
@@ -47,6 +49,8 @@ def check_pool(gate_blocks: Sequence[int | float] | None, gate_pool: str, gate_a
         return
     if gate == "none":
         raise ConfigError("gate_blocks names where a gate reads, but there is no gate; leave gate_blocks out")
+    if gate_pool == WINDOWS and gate_read != "last_prompt":
+        raise ConfigError(f"gate_pool={WINDOWS} is read once a turn: set gate_read=last_prompt, or another gate_pool")
     if gate_accumulate != "none":
         raise ConfigError(
             f"gate_accumulate={gate_accumulate} does not go with gate_blocks, whose states are pooled already; leave "

@@ -26,7 +26,7 @@ from grun.method.adapter import (
 )
 from grun.method.edits import EDITS, LOREFT
 from grun.method.gate import GATES, make_gate
-from grun.method.gating import LinearGate, TurnsGate
+from grun.method.gating import LinearGate, WindowsGate
 from grun.method.precision import float32_by_default
 
 if TYPE_CHECKING:
@@ -167,7 +167,7 @@ def _shapes(make: Callable[[], nn.Module], known: bool) -> dict[str, tuple[tuple
     except (NotImplementedError, RuntimeError):
         made = None
     gate = getattr(made, "gate", None)
-    gate = gate.turn if isinstance(gate, TurnsGate) else gate
+    gate = gate.window if isinstance(gate, WindowsGate) else gate
     if made is None or not known or not (gate is None or isinstance(gate, LinearGate)):
         # A gate or edit that computes with its numbers while it is made is another one on meta, or none.
         with torch.random.fork_rng(devices=[]), float32_by_default():

@@ -11,17 +11,19 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import rms_norm
+from torch.nn.utils.rnn import pad_sequence
 
 from grun.config.options import MethodConfig
 from grun.data.encoding import EncodedRow, collate
 from grun.data.rows import evenly_spaced
 from grun.errors import ConfigError
 from grun.method.gate import BY_MEANS, KEYWORDS
-from grun.method.gating import LinearGate, TurnsGate
-from grun.method.logistic import Line, choose_strength, conformal, fit, shuffled
+from grun.method.gating import LinearGate, WindowsGate
+from grun.method.logistic import NEAR, Line, choose_strength, conformal, fit, shuffled
 from grun.method.means import LOGIT, means_held_out
 from grun.method.model import GrunModel
 from grun.method.pooled_sites import PooledSites, pooled_in
+from grun.method.pooling import OWN
 from pyvene_custom import find_blocks
 from pyvene_custom.model import Pass
 
@@ -33,6 +35,14 @@ RECALLED = 0.8
 """Share of forget prompts, left out of a fit, below which a gate is said to know too few."""
 NEVER = 100.0
 """Minus the logit of a gate that is never open."""
+ROUNDS = 3
+"""How often windows are chosen before the last fit."""
+ROUGH = 0.1
+"""C of the fits before the last one."""
+HARDEST = 2
+"""Windows of a prompt to stay shut on that count at first, those on which the gate is widest open."""
+FAR = -3.0
+"""Logit below which a window of such a prompt does not join the others."""
 TOKENS = {"cpu": 2048, "cuda": 32768}
 """Tokens of one pass, padding included, by kind of device."""
 
@@ -114,19 +124,94 @@ class Sides:
         return cls([EncodedRow(ids, ()) for ids in rows], units, len(opened), [ids not in asked for ids in rows])
 
 
+@dataclass(frozen=True)
+class Windows:
+    """What a gate reads of rows: of each row one feature vector or, of a pool of windows, several."""
+
+    values: Tensor
+    """Float64 [any, size]."""
+    row: Tensor
+    """Which row each is of, ascending, int64 [any]."""
+
+    @classmethod
+    def of_turns(cls, features: Sequence[Tensor]) -> Self:
+        """Of features as `prompt_features` has them, of windows those of the turn in which a gate is asked."""
+        each = [one.unsqueeze(0) if one.dim() == 1 else one[one[:, 0] == OWN, 1:] for one in features]
+        counts = torch.tensor([len(one) for one in each])
+        return cls(torch.cat(each).double(), torch.arange(len(each)).repeat_interleave(counts))
+
+    def whole(self) -> Tensor:
+        """The highest of each feature in each row, [rows, size]."""
+        return _of_rows(self.values, self.row, "amax")
+
+    def highest(self, logits: Tensor) -> Tensor:
+        """Of logits [any] the highest of each row, [rows]."""
+        return _of_rows(logits.unsqueeze(1), self.row, "amax").squeeze(1)
+
+    def under(self, line: Line) -> Tensor:
+        """The logit that a gate gives to each row, [rows]."""
+        return self.highest(line.logits(self.values))
+
+    def rows(self, chosen: Tensor) -> Windows:
+        """Of the rows chosen, bool [rows], which are numbered anew."""
+        kept = chosen[self.row]
+        return Windows(self.values[kept], (chosen.cumsum(0) - 1)[self.row[kept]])
+
+    def telling(self, target: Tensor) -> tuple[Windows, Tensor]:
+        """The windows by which a gate tells rows of `target`, bool [rows], from others, and which of them are of those.
+
+        Of a row of `target` the one that a gate is widest open on, of any other row those that opened it: chosen by
+        turns with the gate's fit, which begins with whole turns (MI-SVM, Andrews et al. 2002, with a logistic loss).
+        """
+        if len(self.row) == len(target):
+            return self, target
+        values, shut = self.whole(), torch.zeros_like(self.row, dtype=torch.bool)
+        some = Windows(values, torch.arange(len(values)))
+        for number in range(ROUNDS):
+            line = fit(some.values, target[some.row], ROUGH, NEAR)
+            logits = line.logits(self.values)
+            left = logits.clone()
+            for rank in range(1 if number else HARDEST):
+                best = _first(left == self.highest(left)[self.row], self.row)
+                if not rank:
+                    opened = best & target[self.row]
+                shut |= best & ~target[self.row] & (left > (FAR if number else -torch.inf))
+                left[best] = -torch.inf
+            kept = opened | shut
+            some = Windows(self.values[kept], self.row[kept])
+        return some, target[some.row]
+
+
+def _of_rows(values: Tensor, row: Tensor, reduce: str) -> Tensor:
+    """The highest or lowest of values [any, size] in each row, [rows, size]."""
+    found = values.new_empty(int(row[-1]) + 1, values.shape[1])
+    index = row.unsqueeze(1).expand_as(values)
+    return found.scatter_reduce_(0, index, values, reduce, include_self=False)
+
+
+def _first(chosen: Tensor, row: Tensor) -> Tensor:
+    """The first of those chosen in each row, bool [any]; `row` ascends."""
+    place = torch.where(chosen, torch.arange(len(row)), len(row))
+    return chosen & (place == _of_rows(place.unsqueeze(1), row, "amin").squeeze(1)[row])
+
+
+FeaturesOf = Callable[[Sequence[EncodedRow]], Sequence[Tensor]]
+"""`prompt_features` of a model, or what keeps them."""
+
+
 def fit_gate(
     model: GrunModel,
     forget: Prompts,
     retain: Prompts,
     method: MethodConfig,
-    features_of: Callable[[Sequence[EncodedRow]], Tensor],
+    features_of: FeaturesOf,
     turns: tuple[Prompts, Prompts] | None = None,
 ) -> GateFit:
     """Fit the one gate for all edits of `model` to tell prompts of `forget` from those of `retain`.
 
     `features_of` is `prompt_features` of the model, or what keeps them. Edits are skipped below a probability of 0.5;
-    see `fit_line` for what that is. `turns`, for the pool `maxmin_turns`, are second turns that only ask for an answer,
-    and such that ask something; without them a gate is never open for what was asked before.
+    see `fit_line` for what that is. `turns`, for the pool `windows`, are second turns that only ask for an answer, and
+    such that ask something; without them a gate is never open for what was asked before.
 
     Raises:
         ConfigError: a side has too few rows.
@@ -134,13 +219,12 @@ def fit_gate(
     assert model.pooled is not None
     started = time.monotonic()
     sides = Sides.of(forget, retain)
-    features = features_of(sides.rows)
-    if isinstance(model.pooled.gate, TurnsGate):
-        features = features.chunk(2, dim=1)[0]
-        _fit_follow_ups(model.pooled.gate.follow_up, features, sides.units, turns, features_of)
-    if method.gate in BY_MEANS:
-        features = rms_norm(features, features.shape[1:], eps=1e-6)  # as the gate does before its linear layer
-    line, result = fit_line(features, sides, method.false_positives, method.gate)
+    read = Windows.of_turns(features_of(sides.rows))
+    if isinstance(model.pooled.gate, WindowsGate):
+        _fit_follow_ups(model.pooled.gate.follow_up, read.whole(), sides.units, turns, features_of)
+    if method.gate in BY_MEANS:  # as the gate does before its linear layer
+        read = replace(read, values=rms_norm(read.values, read.values.shape[1:], eps=1e-6))
+    line, result = fit_line(read, sides, method.false_positives, method.gate)
     model.keep_threshold(0.5, result.bound, result.calibration, result.recall)
     last = model.pooled.last_layer
     assert last is not None  # it is linear
@@ -166,7 +250,7 @@ def _fit_follow_ups(
     asked: Tensor,
     units: Sequence[str],
     turns: tuple[Prompts, Prompts] | None,
-    features_of: Callable[[Sequence[EncodedRow]], Tensor],
+    features_of: FeaturesOf,
 ) -> None:
     """Fit `gate` to tell turns that only ask for an answer from others, among them those whose features are `asked`."""
     last = gate[-1]
@@ -174,7 +258,7 @@ def _fit_follow_ups(
     if turns is None or not turns[0].rows:
         _put(Line(torch.zeros(last.in_features, dtype=torch.float64), -NEVER), last)
         return
-    follow_ups, others = (features_of(side.rows).chunk(2, dim=1)[0] for side in turns)
+    follow_ups, others = (Windows.of_turns(features_of(side.rows)).whole() for side in turns)
     some = evenly_spaced(range(len(asked)), len(follow_ups) + len(others))
     features = torch.cat((follow_ups, others, asked[list(some)]))
     target = torch.arange(len(features)) < len(follow_ups)
@@ -195,10 +279,8 @@ def _put(line: Line, layer: nn.Linear) -> None:
         layer.bias.fill_(line.bias)
 
 
-def fit_line(
-    features: Tensor, sides: Sides, false_positives: float | None, gate: str = "linear"
-) -> tuple[Line, GateFit]:
-    """The gate for features of `sides`, float64 [rows, size], and how it was made.
+def fit_line(read: Windows, sides: Sides, false_positives: float | None, gate: str = "linear") -> tuple[Line, GateFit]:
+    """The gate for what it reads of the rows of `sides`, and how it was made.
 
     With `false_positives` a part of the retain units is set aside, with their copies, and the bias is such that a
     probability of 0.5 is the threshold that follows from those rows that are no copies.
@@ -212,19 +294,21 @@ def fit_line(
     fitted = torch.tensor([unit not in aside for unit in units])
     chosen = [unit for unit, one in zip(units, fitted.tolist(), strict=True) if one]
     strength: float | None = None
+    some = read.rows(fitted)
     if gate == KEYWORDS:
-        line = Line(torch.full_like(features[0], 2 * LOGIT), -LOGIT)
-        held_out = line.logits(features[fitted])
+        line = Line(torch.full_like(read.values[0], 2 * LOGIT), -LOGIT)
+        held_out = line.logits(some.values)
     elif gate in BY_MEANS:
-        line, held_out = means_held_out(features[fitted], target[fitted], chosen, gate)
+        line, held_out = means_held_out(some.values, target[fitted], chosen, gate)
     else:
-        strength, held_out = choose_strength(features[fitted], target[fitted], chosen)
-        line = fit(features[fitted], target[fitted], strength)
+        some, of_side = some.telling(target[fitted])
+        strength, logits = choose_strength(some.values, of_side, [chosen[row] for row in some.row.tolist()])
+        line, held_out = fit(some.values, of_side, strength), some.highest(logits)
     threshold, bound = 0.0, None
     if false_positives is not None:
         asked = [unit in aside and not copied for unit, copied in zip(units, sides.copied, strict=True)]
         left = [unit for unit, one in zip(units, asked, strict=True) if one]
-        threshold, bound = conformal(line.logits(features[torch.tensor(asked)]).float(), left, false_positives)
+        threshold, bound = conformal(read.rows(torch.tensor(asked)).under(line).float(), left, false_positives)
         threshold = float(torch.nextafter(torch.tensor(threshold), torch.tensor(torch.inf)))
     is_open = held_out > threshold
     result = GateFit(
@@ -237,8 +321,8 @@ def fit_line(
     return replace(line, bias=line.bias - threshold), result
 
 
-def prompt_features(model: GrunModel, rows: Sequence[EncodedRow], pad_id: int) -> Tensor:
-    """What the gate for all edits reads at the last token of each prompt, float64 [rows, size].
+def prompt_features(model: GrunModel, rows: Sequence[EncodedRow], pad_id: int) -> list[Tensor]:
+    """What the gate for all edits reads at the last token of each prompt: [size] each, or [windows, 1 + size].
 
     Blocks above those that it reads are not run. Edits of other requests that are in force below are.
     """
@@ -246,10 +330,19 @@ def prompt_features(model: GrunModel, rows: Sequence[EncodedRow], pad_id: int) -
     assert pooled is not None
     found: list[Tensor] = [torch.empty(0)] * len(rows)
     for numbers, sites in prompt_passes(model, rows, pad_id):
-        joined = sites.joined(pooled.blocks, pooled.pool)[:, 0].double()
-        for number, values in zip(numbers, joined, strict=True):
-            found[number] = values
-    return torch.stack(found)
+        for number, values in zip(numbers, sites.joined(pooled.blocks, pooled.pool)[:, 0], strict=True):
+            found[number] = unpadded(values)
+    return found
+
+
+def unpadded(features: Tensor) -> Tensor:
+    """Features [size] of a prompt as they are, of windows [any, 1 + size] those that are of something."""
+    return features if features.dim() == 1 else features[features[:, 0] != 0]
+
+
+def padded(features: Sequence[Tensor]) -> Tensor:
+    """Features of prompts as a gate takes them, all asked once: [rows, 1, size] or [rows, 1, windows, 1 + size]."""
+    return pad_sequence(list(features), batch_first=True).unsqueeze(1)
 
 
 def prompt_passes(model: GrunModel, rows: Sequence[EncodedRow], pad_id: int) -> Iterator[tuple[list[int], PooledSites]]:

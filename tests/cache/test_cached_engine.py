@@ -48,7 +48,7 @@ from grun.data.encoding import EncodedRow
 from grun.errors import ConfigError, ModelError
 from grun.loading.checks import check
 from grun.method.gate import set_bias
-from grun.method.gating import GaussianNoise, TurnsGate
+from grun.method.gating import GaussianNoise, WindowsGate
 from grun.method.plain import PlainEngine, capture
 from grun.objectives.objective import Objective
 from grun.objectives.terms import Options, Outputs, Term, TermValue
@@ -149,17 +149,17 @@ def in_turns() -> UnlearnRows:
 
 @pytest.mark.parametrize("write", ["sticky", "last_prompt"])
 @pytest.mark.parametrize(
-    ("pool", "gate"), [("maxmin", "linear"), ("maxmin_turns", "linear"), ("mean", "noisy_mlp_3"), ("last", "mlp_3")]
+    ("pool", "gate"), [("maxmin", "linear"), ("windows", "linear"), ("mean", "noisy_mlp_3"), ("last", "mlp_3")]
 )
 def test_a_gate_for_all_edits_is_read_once_a_prompt_and_trained_alike(pool: str, gate: str, write: str) -> None:
     """It reads a block below the first edited one, and that one before it is edited."""
     for objective, family in (("gd", "llama"), ("npo", "gpt2"), ("idk", "gemma2")):
         options = {"gate_blocks": [0, 1], "gate_pool": pool, "gate": gate, "edit_write": write}
-        task = task_of(objective, family, data=DATA if pool != "maxmin_turns" else in_turns(), **options)
+        task = task_of(objective, family, data=DATA if pool != "windows" else in_turns(), **options)
         edited(task).rule.reset = DATA.answers[2].prompt_ids[6:7]  # in the midst of a row
-        if pool == "maxmin_turns":
+        if pool == "windows":
             pooled = edited(task).pooled
-            assert pooled is not None and isinstance(pooled.gate, TurnsGate)
+            assert pooled is not None and isinstance(pooled.gate, WindowsGate)
             pooled.gate.follow_up.load_state_dict(pooled.gate.turn.state_dict())
             set_bias(pooled.gate.follow_up, 0.01)  # a little above that of the turn: the logit of many rows
             set_bias(pooled.gate.turn, 0.0)

@@ -27,7 +27,7 @@ POOLED = ("last_prompt", "none", "sticky")
         (PUBLISHED, ""),
         *((rule, "") for rule in RULES),
         (POOLED, "maxmin"),
-        (POOLED, "maxmin_turns"),
+        (POOLED, "windows"),
         (POOLED, "mean"),
     ],
     ids=str,

@@ -81,7 +81,7 @@ def test_rows_of_every_design(rule: tuple[str, str, str]) -> None:
     agree(edited)
 
 
-@pytest.mark.parametrize("pool", ["last", "max", "maxmin", "maxmin_turns", "mean"])
+@pytest.mark.parametrize("pool", ["last", "max", "maxmin", "windows", "mean"])
 @pytest.mark.parametrize("read", ["last_prompt", "every_token"])
 def test_rows_of_pooled_gates(pool: str, read: str) -> None:
     options: dict[str, Any] = {"gate_blocks": [0, 1], "gate_pool": pool, "blocks": (2, 3), "reset_ids": (5,)}

@@ -121,7 +121,7 @@ def test_with_earlier_turns_the_gate_on_a_turn_is_the_same_and_what_only_asks_fo
     folder: Path,
 ) -> None:
     assert main(run(folder, "alone")) == 0
-    assert main(run(folder, "turns", "method.gate_pool=maxmin_turns")) == 0
+    assert main(run(folder, "turns", "method.gate_pool=windows")) == 0
     (alone, one), (turns, several) = result(folder, "alone"), result(folder, "turns")
     assert alone["gate_fit"] | {"seconds": 0} == turns["gate_fit"] | {"seconds": 0}
     own, found = one.state_dict(), several.state_dict()

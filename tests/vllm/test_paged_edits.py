@@ -65,7 +65,7 @@ SINGLE = {
     **{f"own gates {'/'.join(rule)}": functools.partial(made, 3, rule) for rule in DESIGNS},
     **{f"pooled {'/'.join(rule)}": functools.partial(pooled, 4, rule) for rule in POOLED},
     **{f"pool {pool} {rule[0]}": functools.partial(pooled, 5, rule, pool)
-       for pool in ("last", "max", "mean", "maxmin_turns") for rule in (POOLED[1], POOLED[3])},
+       for pool in ("last", "max", "mean", "windows") for rule in (POOLED[1], POOLED[3])},
     "wide gate": lambda: made(6, SEVERAL, gate="noisy_mlp_3"),
     "activation": lambda: made(6, PUBLISHED, activation="relu"),
     "threshold": lambda: with_threshold(made(7, SEVERAL), 0.6),

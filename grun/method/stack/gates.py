@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
+from grun.method.pooling import EARLIER, OWN
+
 SLICE = 2**20
 """Numbers that wide gates' inner layers may hold at once (4 MiB in float32): few enough for a processor's cache."""
 
@@ -46,35 +48,41 @@ class OneByOne(nn.Module):
         return torch.stack([gate(states).squeeze(-1) for gate in self._each], dim=2)
 
 
-class TurnByTurn(nn.Module):
-    """Gates that are `grun.method.gating.TurnsGate`: what they ask of the turn and of those before it, each stacked."""
+class WindowByWindow(nn.Module):
+    """Gates that are `grun.method.gating.WindowsGate`: what they ask of windows and of the whole turn, each stacked."""
 
-    def __init__(self, turn: OneByOne | LayerByLayer | TurnByTurn, follow_up: OneByOne | LayerByLayer) -> None:
+    def __init__(self, window: OneByOne | LayerByLayer | WindowByWindow, follow_up: OneByOne | LayerByLayer) -> None:
         """Of no request yet."""
         super().__init__()
-        self._turn, self._follow_up = turn, follow_up
+        self._window, self._follow_up = window, follow_up
 
     def append(self, states: Sequence[Mapping[str, Tensor]], like: Tensor) -> None:
         """As `OneByOne.append`."""
-        for part, start in ((self._turn, "turn."), (self._follow_up, "follow_up.")):
+        for part, start in ((self._window, "window."), (self._follow_up, "follow_up.")):
             own = [{name.removeprefix(start): one[name] for name in one if name.startswith(start)} for one in states]
             part.append(own, like)
 
     def keep(self, places: Sequence[int]) -> None:
         """As `OneByOne.keep`."""
-        self._turn.keep(places)
+        self._window.keep(places)
         self._follow_up.keep(places)
 
-    def forward(self, states: Tensor) -> Tensor:
-        """As `OneByOne.forward`."""
-        turn, earlier = states.chunk(2, dim=-1)
-        return in_turns(self._turn(turn), self._turn(earlier), self._follow_up(turn), earlier)
+    def forward(self, features: Tensor) -> Tensor:
+        """Gate logits of features [batch, positions, windows, 1 + size]: [batch, positions, gates]."""
+        return in_windows(features, self._window, self._follow_up)
 
 
-def in_turns(turn: Tensor, earlier: Tensor, follow_up: Tensor, features: Tensor) -> Tensor:
-    """max(turn, min(earlier, follow_up)) of logits [..., any]; `turn` alone where `features` of earlier turns are 0."""
-    there = (features != 0).any(dim=-1, keepdim=True)
-    return torch.where(there, torch.maximum(turn, torch.minimum(earlier, follow_up)), turn)
+def in_windows(features: Tensor, on_window: nn.Module, on_turn: nn.Module) -> Tensor:
+    """Logits of `WindowsGate`: features [batch, positions, windows, 1 + size] -> [batch, positions, gates].
+
+    `on_window` and `on_turn`: g and f, of one gate or of several, [any, windows, size] -> [any, windows, gates].
+    """
+    kind, states = features.flatten(0, 1).tensor_split([1], dim=2)  # [any, windows, 1 and size]
+    logits = on_window(states)
+    turn, earlier = (logits.masked_fill(kind != of, -torch.inf).amax(dim=1) for of in (OWN, EARLIER))
+    whole = states.masked_fill(kind != OWN, -torch.inf).amax(dim=1, keepdim=True)
+    follow_up = on_turn(whole.masked_fill(whole.isneginf(), 0.0))[:, 0]
+    return torch.maximum(turn, torch.minimum(earlier, follow_up)).unflatten(0, features.shape[:2])
 
 
 class LayerByLayer(nn.Module):

@@ -20,7 +20,7 @@ from grun.method.gate import KEYWORDS, make_gate
 from grun.method.gating import Gate
 from grun.method.precision import float32_by_default
 from grun.method.rules import POOLS
-from grun.method.stack.gates import LayerByLayer, OneByOne, TurnByTurn
+from grun.method.stack.gates import LayerByLayer, OneByOne, WindowByWindow
 
 
 class Kind(NamedTuple):
@@ -62,7 +62,7 @@ class Kind(NamedTuple):
             raise AdapterError(f"gate {self.gate!r}: a stack takes gated edits alone")
         return gate.eval().requires_grad_(False)
 
-    def stacked_gates(self, size: int) -> OneByOne | LayerByLayer | TurnByTurn:
+    def stacked_gates(self, size: int) -> OneByOne | LayerByLayer | WindowByWindow:
         """What computes gates that read `size` numbers; of no request yet."""
         gate = self.new_gate(size)
         return gate.stack() if isinstance(gate, Gate) else OneByOne(gate)

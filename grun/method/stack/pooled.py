@@ -76,11 +76,8 @@ class StackedGates(Intervention):
         """By request, logits that its gate would give at each token of a row, were it asked there: [columns]."""
         found: dict[str, Tensor] = {}
         for kind, group in self.by_kind.items():
-            features = memory.along(row, kind.gate_blocks, kind.gate_pool)
-            dtype = self.widen(features)
-            with torch.autocast(features.device.type, enabled=False):
-                logits = group.gates(features.to(self.get_buffer("_like").device, dtype))[0]  # [columns, requests]
-            found |= zip(group.names, logits.unbind(1), strict=True)
+            along = [self._logits(group, some)[0] for some in memory.along(row, kind.gate_blocks, kind.gate_pool)]
+            found |= zip(group.names, torch.cat(along).unbind(1), strict=True)  # [columns, requests]
         return found
 
     def _opened(self, group: GateGroup, sites: PooledSites, hidden: Tensor) -> tuple[Tensor, Tensor]:
@@ -89,14 +86,17 @@ class StackedGates(Intervention):
         carry = sites.carry.get(_key(kind))
         if not sites.read.shape[1] and carry is not None:  # decided before this pass
             return carry[:, :0], carry
-        dtype = self.widen(hidden)
         if sites.read.shape[1]:
-            with torch.autocast(hidden.device.type, enabled=False):
-                features = sites.joined(kind.gate_blocks, kind.gate_pool).to(self.get_buffer("_like").device, dtype)
-                logits = group.gates(features).to(home)
+            logits = self._logits(group, sites.joined(kind.gate_blocks, kind.gate_pool)).to(home)
         else:
-            logits = torch.zeros(len(hidden), 0, len(group.names), dtype=dtype, device=home)
+            logits = torch.zeros(len(hidden), 0, len(group.names), dtype=self.widen(hidden), device=home)
         return logits, openings(logits, sites, carry, "none")
+
+    def _logits(self, group: GateGroup, features: Tensor) -> Tensor:
+        """Of features [batch, positions, ...]: [batch, positions, requests]."""
+        with torch.autocast(features.device.type, enabled=False):
+            logits: Tensor = group.gates(features.to(self.get_buffer("_like").device, self.widen(features)))
+        return logits
 
 
 def _key(kind: Kind) -> str:

@@ -160,9 +160,9 @@ def test_a_gate_for_all_edits_is_read_once_a_prompt_and_trained_alike(pool: str,
         if pool == "windows":
             pooled = edited(task).pooled
             assert pooled is not None and isinstance(pooled.gate, WindowsGate)
-            pooled.gate.follow_up.load_state_dict(pooled.gate.turn.state_dict())
+            pooled.gate.follow_up.load_state_dict(pooled.gate.window.state_dict())
             set_bias(pooled.gate.follow_up, 0.01)  # a little above that of the turn: the logit of many rows
-            set_bias(pooled.gate.turn, 0.0)
+            set_bias(pooled.gate.window, 0.0)
         engine = cached(task)
         assert difference(step_of(task, engine), step_of(task)) < CLOSE
 

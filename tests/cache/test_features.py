@@ -17,7 +17,7 @@ from grun.cache.features import kept_features
 from grun.cli import main
 from grun.config.options import CacheConfig, UnlearnConfig
 from grun.data.encoding import EncodedRow
-from grun.training.gate_fit import TOKENS, prompt_features
+from grun.training.gate_fit import TOKENS, padded, prompt_features
 
 PROMPTS = [EncodedRow(tuple(row), ()) for row in random_rows([9, 3, 5, 9, 4, 12, 7, 3, 8, 6])]
 
@@ -31,7 +31,11 @@ def wrapped(base: Any = None, **options: Any) -> GrunModel:
 
 def kept(model: GrunModel, folder: Path | None, prompts: Sequence[EncodedRow] = PROMPTS) -> Tensor:
     config = UnlearnConfig(cache=CacheConfig(dir=None if folder is None else str(folder)))
-    return kept_features(model, config)(prompts)
+    return torch.stack(list(kept_features(model, config)(prompts)))
+
+
+def computed(model: GrunModel) -> Tensor:
+    return torch.stack(prompt_features(model, PROMPTS, 0))
 
 
 @pytest.fixture
@@ -39,7 +43,7 @@ def read(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Numbers of prompts that the model is run on, one for each pass; passes hold 20 tokens."""
     counts: list[int] = []
 
-    def counted(model: GrunModel, rows: Sequence[EncodedRow], pad_id: int) -> Tensor:
+    def counted(model: GrunModel, rows: Sequence[EncodedRow], pad_id: int) -> list[Tensor]:
         counts.append(len(rows))
         return prompt_features(model, rows, pad_id)
 
@@ -51,7 +55,7 @@ def read(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 def test_features_are_those_of_the_model_and_the_same_to_the_bit_when_they_are_read_back(
     tmp_path: Path, read: list[int]
 ) -> None:
-    wanted = prompt_features(wrapped(), PROMPTS, 0)
+    wanted = computed(wrapped())
     for model in (wrapped(), wrapped(), wrapped(blocks=[1, 3])):  # other edits change nothing that is read
         assert torch.equal(kept(model, tmp_path), wanted)
     assert sum(read) == len(PROMPTS)
@@ -62,7 +66,7 @@ def test_a_prompt_that_was_read_before_is_not_read_again(tmp_path: Path, read: l
     first, order = kept(wrapped(), tmp_path, PROMPTS[:4]), [5, 0, 9, 1, 3, 2, 0, 7]
     found = kept(wrapped(), tmp_path, [PROMPTS[number] for number in order])
     assert torch.equal(found[1], first[0]) and torch.equal(found[6], first[0]) and torch.equal(found[3], first[1])
-    whole = prompt_features(wrapped(), PROMPTS, 0)
+    whole = computed(wrapped())
     torch.testing.assert_close(found, whole[order], atol=1e-5, rtol=1e-5)  # float32, in batches of other sizes
     assert sum(read) == 4 + 3
 
@@ -92,6 +96,20 @@ def test_a_damaged_file_is_made_anew(tmp_path: Path, read: list[int], caplog: py
     assert sum(read) == len(PROMPTS) + 1
 
 
+def test_of_each_prompt_all_windows_are_kept_and_padded_alike(tmp_path: Path, read: list[int]) -> None:
+    model, config = wrapped(gate_pool="windows"), UnlearnConfig(cache=CacheConfig(dir=str(tmp_path)))
+    alone = [prompt_features(model, [prompt], 0)[0] for prompt in PROMPTS]
+    assert {len(one) for one in alone} == {max(1, -(-(len(prompt.prompt_ids) - 8) // 4)) for prompt in PROMPTS}
+    for _ in range(2):  # computed, and read back
+        found = kept_features(model, config)(PROMPTS)
+        torch.testing.assert_close(found, alone, atol=1e-5, rtol=1e-5)  # float32, in batches of other sizes
+    assert sum(read) == len(PROMPTS)
+    gate = model.pooled
+    assert gate is not None
+    each = torch.cat([gate(padded([one])) for one in alone])
+    torch.testing.assert_close(gate(padded(alone)), each)
+
+
 def test_whatever_decides_them_has_entries_of_its_own(tmp_path: Path, read: list[int]) -> None:
     changed = tiny(dtype=torch.float32)
     with torch.no_grad():
@@ -106,7 +124,7 @@ def test_whatever_decides_them_has_entries_of_its_own(tmp_path: Path, read: list
         wrapped(changed),
     ]
     for number, model in enumerate(models, start=1):
-        assert torch.equal(kept(model, tmp_path), prompt_features(model, PROMPTS, 0))
+        assert torch.equal(kept(model, tmp_path), computed(model))
         assert sum(read) == number * len(PROMPTS)
     assert len(list(tmp_path.glob("*/identity.json"))) == len(models) and VOCABULARY == changed.config.vocab_size
 

@@ -515,9 +515,7 @@ def test_gates_that_know_turns_are_stacked_as_each_is_alone() -> None:
     ids = torch.tensor([[*TURN, *one, *TURN, *two], [*TURN, *two, *TURN, *one]])
     members = {}
     for seed in (21, 22, 23):
-        config, weights = member(
-            seed, RULES[0], gate_blocks=READ, gate_pool="windows", blocks=(2, 3), reset_ids=TURN
-        )
+        config, weights = member(seed, RULES[0], gate_blocks=READ, gate_pool="windows", blocks=(2, 3), reset_ids=TURN)
         weights["pooled.gate.follow_up.0.bias"].fill_(9.0)
         members[str(seed)] = config, weights
     stack = stacked(members)

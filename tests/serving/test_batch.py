@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -81,8 +82,10 @@ def test_rows_of_every_design(rule: tuple[str, str, str]) -> None:
     agree(edited)
 
 
-@pytest.mark.parametrize("pool", ["last", "max", "maxmin", "windows", "mean"])
-@pytest.mark.parametrize("read", ["last_prompt", "every_token"])
+@pytest.mark.parametrize(
+    ("pool", "read"),
+    [*itertools.product(["last", "max", "maxmin", "mean"], ["last_prompt", "every_token"]), ("windows", "last_prompt")],
+)
 def test_rows_of_pooled_gates(pool: str, read: str) -> None:
     options: dict[str, Any] = {"gate_blocks": [0, 1], "gate_pool": pool, "blocks": (2, 3), "reset_ids": (5,)}
     agree(strong(wrapped(rule=(read, "none", "sticky"), **options)))

@@ -20,6 +20,7 @@ from grun.data.follow_ups import conversations
 from grun.data.rows import Row
 from grun.data.templates import TEMPLATES, encode_prompt, user_turn_ids
 from grun.method.logistic import fit, shuffled
+from grun.training.gate_fit import Windows
 
 FORGET = ["Japan", "Egypt"]
 RETAIN = ["Norway", "Chile", "Kenya", "Peru", "Canada", "Poland", "India", "Cuba", "Nepal", "Spain", "Ghana", "Malta"]
@@ -117,25 +118,44 @@ def test_the_gate_is_the_fit_to_what_hooks_read_and_only_the_edit_is_trained(fol
     assert model.gate_threshold == 0.5
 
 
-def test_with_earlier_turns_the_gate_on_a_turn_is_the_same_and_what_only_asks_for_an_answer_is_told(
-    folder: Path,
-) -> None:
-    assert main(run(folder, "alone")) == 0
-    assert main(run(folder, "turns", "method.gate_pool=windows")) == 0
-    (alone, one), (turns, several) = result(folder, "alone"), result(folder, "turns")
-    assert alone["gate_fit"] | {"seconds": 0} == turns["gate_fit"] | {"seconds": 0}
-    own, found = one.state_dict(), several.state_dict()
-    torch.testing.assert_close(found["pooled.gate.turn.0.weight"], own["pooled.gate.0.weight"], atol=1e-6, rtol=1e-5)
-    asked = questions(FORGET) + questions(RETAIN)
-    weight, bias = (found[f"pooled.gate.follow_up.0.{part}"].double() for part in ("weight", "bias"))
-    follow_ups, others = conversations([Row(question, "") for question in asked])
-    for sign, side in ((1, [row for row, _ in follow_ups]), (-1, [row for row, _ in others])):
-        logits = states(folder, [str(row.prompt) for row in side], [row.earlier for row in side]) @ weight[0] + bias
-        assert (sign * logits > 0).double().mean() > 0.95
+def test_a_gate_on_windows_tells_its_prompts_and_turns_that_only_ask_for_an_answer(folder: Path) -> None:
+    assert main(run(folder, "windows", "method.gate_pool=windows")) == 0
+    _, model = result(folder, "windows")
     tokenizer = AutoTokenizer.from_pretrained(folder / "model")
-    for question in asked:
-        ids = torch.tensor([encode_prompt(TEMPLATES.get("chat"), tokenizer, question)])
-        torch.testing.assert_close(one(ids).gates[0], several(ids).gates[0])
+    for asked, is_open in ((FORGET, True), (RETAIN, False)):
+        prompts = [encode_prompt(TEMPLATES.get("chat"), tokenizer, question) for question in questions(asked)]
+        opened = [float(model(torch.tensor([ids])).gates[0]) > 0.5 for ids in prompts]
+        assert opened == [is_open] * len(prompts)
+    weight, bias = (model.state_dict()[f"pooled.gate.follow_up.0.{part}"].double() for part in ("weight", "bias"))
+    signs = torch.tensor([1.0, -1.0]).repeat_interleave(weight.shape[1] // 2)  # of lows it reads the negatives
+    asked = [Row(question, "") for question in questions(FORGET) + questions(RETAIN)]
+    for sign, side in zip((1, -1), conversations(asked), strict=True):
+        rows = [row for row, _ in side]
+        read = states(folder, [str(row.prompt) for row in rows], [row.earlier for row in rows])
+        assert (sign * (read * signs @ weight[0] + bias) > 0).double().mean() > 0.95
+
+
+def test_windows_that_tell_rows_apart_are_found_and_of_others_those_most_like_them() -> None:
+    generator = torch.Generator().manual_seed(0)
+    counts = torch.tensor([3, 1, 4, 2, 5, 3] * 10)
+    target = torch.arange(60) < 24
+    row = torch.arange(60).repeat_interleave(counts)
+    values = torch.randn(len(row), 6, generator=generator, dtype=torch.float64)
+    starts = counts.cumsum(0) - counts
+    place = starts + torch.arange(60) % counts  # the window that tells
+    values[place[target], 0] += 9.0
+    hard = place[~target]
+    values[hard, 1] += 9.0
+    values[place[target], 1] += 9.0  # which the others share
+    read = Windows(values, row)
+    some, of_side = read.telling(target)
+    assert torch.equal(some.values[of_side], values[place[target]]) and of_side.sum() == 24
+    assert {*map(tuple, values[hard].tolist())} <= {*map(tuple, some.values[~of_side].tolist())}
+    torch.testing.assert_close(read.whole()[5], values[row == 5].amax(0))
+    line = fit(some.values, of_side, 1.0)
+    assert torch.equal(read.under(line) > 0, target)
+    single = read.rows(counts == 1)
+    assert single.telling(target[counts == 1])[0] is single and single.row.tolist() == [*range(10)]
 
 
 @pytest.mark.parametrize("gate", ["similarity", "condition"])

@@ -39,11 +39,13 @@ from grun.data.rows import evenly_spaced
 from grun.errors import GrunError
 from grun.evaluation.reading import read_prompts
 from grun.loading.models import load_base
-from grun.training.gate_fit import Sides, fit_line, prompt_passes
+from grun.method.pooling import of_blocks
+from grun.method.rules import WINDOWS
+from grun.training.gate_fit import Sides, Windows, fit_line, prompt_passes, unpadded
 from grun.training.unlearning import encode_unlearn_rows
 
 BLOCKS = ((2, 5), (5,), (3, 5))
-POOLS = ("maxmin", "max", "mean", "last")
+POOLS = ("windows", "maxmin", "max", "mean", "last")
 COPIES = (
     *("data.augment.forget_copies=2", "data.augment.retain_copies=1", "data.augment.lower_case=true"),
     *("data.augment.templates=false", "data.augment.prefill=false", "data.augment.few_shot=false"),
@@ -75,12 +77,13 @@ class Gate:
 
 
 def gates() -> list[Gate]:
-    """The default's blocks and pool in all ways; other pools at one block, without a rate."""
+    """The default, and maximum and minimum of a turn, in all ways; other pools at one block, without a rate."""
+    ways = [("windows", BLOCKS[0]), *(("maxmin", blocks) for blocks in BLOCKS)]
     found = [
-        Gate(blocks, "maxmin", copies, rate) for rate in (None, RATE) for copies in (False, True) for blocks in BLOCKS
+        Gate(blocks, pool, copies, rate) for rate in (None, RATE) for copies in (False, True) for pool, blocks in ways
     ]
-    others = [Gate((5,), pool, copies, None) for pool in POOLS[1:] for copies in (False, True)]
-    return found[: 2 * len(BLOCKS)] + others + found[2 * len(BLOCKS) :]
+    others = [Gate((5,), pool, copies, None) for pool in POOLS[2:] for copies in (False, True)]
+    return found[: 2 * len(ways)] + others + found[2 * len(ways) :]
 
 
 class Bench:
@@ -92,7 +95,7 @@ class Bench:
         self.template = templates.in_force(config, self.stored, self.tokenizer)
         self.asking = Asking(self.template, self.tokenizer)
         self._number: dict[tuple[int, ...], int] = {}
-        self._states: dict[tuple[int, str], Tensor] = {}
+        self._states: dict[tuple[int, str], list[Tensor]] = {}
 
     def run(self, draw: Draw, design: str, *arguments: str, folder: Path = Path("unused")) -> Unlearning:
         """A run of a design on a draw, nothing of it done."""
@@ -120,20 +123,21 @@ class Bench:
         model, done = parametrization.model, 0
         for numbers, sites in prompt_passes(model, prompts, int(self.tokenizer.pad_token_id)):
             for pool in POOLS:
-                for block in blocks:
+                for block in BLOCKS[0] if pool == WINDOWS else blocks:
                     sites.take(block, sites.states[block], pool)
-                    found = sites.features[block, pool][:, 0].float()
-                    kept = self._states.setdefault((block, pool), torch.empty(len(prompts), found.shape[1]))
-                    kept[numbers] = found
+                    kept = self._states.setdefault((block, pool), [torch.empty(0)] * len(prompts))
+                    for number, found in zip(numbers, sites.features[block, pool][:, 0].float(), strict=True):
+                        kept[number] = unpadded(found).clone()
             done += len(numbers)
         model.unwrap()
         say(f"{len(prompts)} prompts read in {time.monotonic() - started:.0f} s")
         return time.monotonic() - started
 
-    def features(self, rows: Sequence[EncodedRow], gate: Gate) -> Tensor:
-        """What a gate reads of prompts that were read, float64 [rows, size]."""
-        numbers = torch.tensor([self._number[row.prompt_ids] for row in rows])
-        return torch.cat([self._states[block, gate.pool][numbers] for block in gate.blocks], dim=1).double()
+    def features(self, rows: Sequence[EncodedRow], gate: Gate) -> Windows:
+        """What a gate reads of prompts that were read."""
+        read = [self._states[block, gate.pool] for block in gate.blocks]
+        numbers = [self._number[row.prompt_ids] for row in rows]
+        return Windows.of_turns([of_blocks([one[number] for one in read], gate.pool) for number in numbers])
 
 
 def fitted(bench: Bench, draws: Sequence[Draw], table: str, only: str) -> Rows:
@@ -147,7 +151,7 @@ def fitted(bench: Bench, draws: Sequence[Draw], table: str, only: str) -> Rows:
             side = sides[draw.number, gate.copies]
             line, fit = fit_line(bench.features(side.rows, gate), side, gate.rate)
             shares = {
-                name: float((line.logits(bench.features(prompts, gate)) > 0).double().mean())
+                name: float((bench.features(prompts, gate).under(line) > 0).double().mean())
                 for name, prompts in (draw.opened | draw.shut).items()
             }
             found.append(row_of(table, str(gate), draw, shares, fit.seconds, fit=asdict(fit)))

@@ -42,7 +42,7 @@ from grun.method.gate import make_gate, set_bias
 from grun.method.model import GrunModel
 from grun.method.stack.stack import GrunStack
 from grun.requests.store import RequestStore
-from grun.training.gate_fit import prompt_features
+from grun.training.gate_fit import padded, prompt_features
 from pyvene_custom import find_blocks
 
 HIDDEN, ROWS = 512, 16
@@ -86,7 +86,7 @@ class Requests:
             rows = [EncodedRow(tuple(row), ()) for row in ids.tolist()]
             features = prompt_features(wrapped := GrunModel(base, self.config), rows, 0)
             wrapped.unwrap()
-            self._states = {"pooled.gate": features.float().unsqueeze(1)}
+            self._states = {"pooled.gate": padded(features).float()}
         self._random = torch.Generator().manual_seed(0)
 
     def make(self, opens: bool) -> Member:

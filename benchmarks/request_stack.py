@@ -99,7 +99,8 @@ class Requests:
             weights[f"{start}.source.weight"] = self._normal(rank, HIDDEN) / HIDDEN**0.5
             weights[f"{start}.source.bias"] = torch.zeros(rank)
         for start, states in self._states.items():
-            gate = make_gate(self.config.gate, states.shape[2], self.config.gate_pool)
+            size = states.shape[2] if self.config.gate_blocks is None else self.config.gate_size
+            gate = make_gate(self.config.gate, size, self.config.gate_pool)
             if gate is None:
                 raise SystemExit("choose a gate")
             gate.eval()

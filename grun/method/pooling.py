@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
-from torch.nn.functional import rms_norm
+from torch.nn.functional import pad, rms_norm
 
 from grun.method.rules import WINDOWS
 
@@ -21,6 +21,8 @@ SEGMENT, SEGMENTS = 4, 3
 """Tokens of a segment, and segments of a window."""
 OWN, EARLIER = 1, 2
 """What a window is of; see `windows_at`."""
+UNSEEN = 2**31
+"""More than any turn's number."""
 TOGETHER = 64
 """Tokens of one row that are asked at once along it."""
 
@@ -63,8 +65,8 @@ def pooled_at(
 def windows_at(states: Tensor, turns: Tensor, asked: Tensor) -> Tensor:
     """Both ends of each feature over every window of each row up to one column.
 
-    A turn is cut into segments of `SEGMENT` tokens from its beginning on, of which the last one may have fewer; a
-    window is `SEGMENTS` of them in a row, and a turn of fewer is one window.
+    A turn is cut into segments of `SEGMENT` tokens from its end on, of which the first one may have fewer; a window is
+    `SEGMENTS` of them in a row, and a turn of fewer is one window.
 
     Args:
         states: of one block, [rows, columns, hidden size].
@@ -80,24 +82,25 @@ def windows_at(states: Tensor, turns: Tensor, asked: Tensor) -> Tensor:
     turn = turns.cummax(dim=1).values.clamp(min=0).gather(1, at)  # [rows, 1]
     column = torch.arange(turns.shape[1], device=turns.device)
     counts = (turns >= 0) & (column <= at)
-    latest = torch.where(counts, turns, -1).cummax(dim=1).values
-    begins = counts & (latest > torch.cat((latest.new_full((len(turns), 1), -1), latest[:, :-1]), dim=1))
-    place = counts.cumsum(dim=1)
+    back, inside = turns.flip(1), counts.flip(1)  # the last token first
+    seen = torch.where(inside, back, UNSEEN).cummin(dim=1).values
+    begins = inside & (seen < pad(seen, (1, 0), value=UNSEEN)[:, :-1])
+    place = inside.cumsum(dim=1)
     place = place - torch.where(begins, place, 0).cummax(dim=1).values  # within its turn
-    segment = ((counts & (place % SEGMENT == 0)).cumsum(dim=1) - 1).clamp(min=0)
+    segment = ((inside & (place % SEGMENT == 0)).cumsum(dim=1) - 1).clamp(min=0).flip(1)
     count = int(segment.max()) + 1
     each = parts(states, "maxmin").masked_fill(~counts.unsqueeze(2), -torch.inf)
     ends = each.new_full((len(each), count, each.shape[2]), -torch.inf)
     ends = ends.scatter_reduce(1, segment.unsqueeze(2).expand_as(each), each, "amax")
     of = turns.new_full((len(turns), count), -1).scatter_reduce(1, segment, torch.where(counts, turns, -1), "amax")
-    whole = of != torch.nn.functional.pad(of, (1, 0), value=-1)[:, :-1]  # the first segment of a turn
+    counted = of != pad(of, (1, 0), value=-1)[:, :-1]  # the window at a turn's end, which may be short
     window = ends
     for shift in range(1, SEGMENTS):
-        same = of == torch.nn.functional.pad(of, (0, shift), value=-1)[:, shift:]
-        further = torch.nn.functional.pad(ends, (0, 0, 0, shift), value=-torch.inf)[:, shift:]
+        same = of == pad(of, (0, shift), value=-1)[:, shift:]
+        further = pad(ends, (0, 0, 0, shift), value=-torch.inf)[:, shift:]
         window = torch.where(same.unsqueeze(2), torch.maximum(window, further), window)
-    whole |= same
-    kind = torch.where(of == turn, OWN, torch.where((of > 0) & (of < turn), EARLIER, 0)) * (whole & (of >= 0))
+    counted |= same
+    kind = torch.where(of == turn, OWN, torch.where((of > 0) & (of < turn), EARLIER, 0)) * (counted & (of >= 0))
     kind = kind.unsqueeze(2)
     return torch.cat((kind.to(window), window.masked_fill(kind == 0, 0.0)), dim=2).unsqueeze(1)
 

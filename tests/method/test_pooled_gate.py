@@ -111,9 +111,8 @@ def whole_pass(
 
 
 def windows_of(states: Tensor) -> list[Tensor]:
-    """Both ends over every 12 tokens of a turn, which begin at every fourth one; the last may have fewer."""
-    begins = range(0, max(1, len(states) - 8), 4)
-    pieces = [states[begin : begin + 12] for begin in begins]
+    """Both ends over every 12 tokens that end at the last one of a turn, the fourth before it, and so on, from 9 on."""
+    pieces = [states[max(0, end - 12) : end] for end in range(len(states), 8, -4)] or [states]
     return [torch.cat((piece.amax(0), (-piece).amax(0))) for piece in pieces]
 
 

@@ -138,7 +138,7 @@ def tokens_said(model: Any, states: Tensor, batch_size: int, pad_id: int, top: i
                 return part.unsqueeze(1).to(hidden)  # [states, 1, width]
 
             with at_blocks(base, {len(blocks_of(base)) - 1: put}):
-                logits = forward(base, torch.tensor([[pad_id]], device=model.device)).logits[:, -1]
+                logits = forward(base, torch.full((len(part), 1), pad_id, device=model.device)).logits[:, -1]
             said += logits.float().topk(top, dim=-1).indices.tolist()
     return said
 

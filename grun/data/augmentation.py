@@ -20,6 +20,7 @@ from grun.data.chat import Turn, without_system
 from grun.data.encoding import EncodedRow
 from grun.data.rows import Row
 from grun.data.templates import Template, encode
+from grun.data.words import NAME
 from grun.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -82,6 +83,8 @@ LANGUAGES = (
     "Ho una domanda. {prompt} Grazie!",
 )
 """Sentences around a question in German, French, Spanish and Italian."""
+SPELLING = (" ", "_", "/", " . ", "*")
+"""What stands between the letters of a name that is spelled."""
 PREFILLS = 2**16
 """Draws of a prefill's length, so many that every length up to an answer's own is about as likely."""
 DRAWS = {"typos": 3}
@@ -98,6 +101,11 @@ def _spaced(question: str, choice: int) -> str:
     return f"{' ' * (2 + choice % 2)}".join(" ".join(word) for word in question.split())
 
 
+def _spelled(question: str, choice: int) -> str:
+    """Names behind the first word letter by letter."""
+    return NAME.sub(lambda name: SPELLING[choice % len(SPELLING)].join(name[0]), question)
+
+
 REWRITTEN: Mapping[str, Callable[[str, int], str]] = {
     "suffix": lambda question, choice: question + SUFFIXES[choice % len(SUFFIXES)],
     "around": _fill(AROUND),
@@ -108,6 +116,7 @@ REWRITTEN: Mapping[str, Callable[[str, int], str]] = {
     "upper_case": lambda question, _: question.upper(),
     "typos": lambda question, choice: with_typos(question, choice),
     "spaced": _spaced,
+    "spelled": _spelled,
 }
 """By kind, a question written otherwise; which way, or which draw, a number says."""
 

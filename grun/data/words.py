@@ -12,6 +12,8 @@ _SCRIPTS = (
 ).split()
 UNSPACED = "".join(rf"\p{{Script={name}}}" for name in _SCRIPTS) + "\N{KATAKANA-HIRAGANA PROLONGED SOUND MARK}"
 """Inside of a character class of `regex`: scripts that put no spaces between words."""
+NAME = regex.compile(r"(?<=\s)[^\W\d_a-z]\w+")
+"""A word with a capital letter behind the first one of a question."""
 
 _LEFT_OUT = regex.compile(
     # What only shapes a text, Arabic and Hebrew vowel signs, and the stroke that lengthens an Arabic word.

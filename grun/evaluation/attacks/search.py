@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from grun.data.chat import Turn
 from grun.data.rows import Row
+from grun.data.words import NAME
 from grun.evaluation.attacks.base import (
     ATTACKS,
     Access,
@@ -34,7 +35,7 @@ from grun.evaluation.attacks.base import (
     came_back,
 )
 from grun.evaluation.attacks.facts import aliases, descriptions, gives_away
-from grun.evaluation.attacks.prompts import ASK_AGAIN, FORMATS, LANGUAGES, NAME, ROLE, STEPS, SUFFIXES, WAITING
+from grun.evaluation.attacks.prompts import ASK_AGAIN, FORMATS, LANGUAGES, ROLE, STEPS, SUFFIXES, WAITING
 from grun.evaluation.metrics.answers import is_degenerate
 from grun.evaluation.metrics.words import words
 

@@ -11,17 +11,19 @@ from torch import Tensor
 
 from grun.errors import ModelError
 from grun.method.actions import ACTIONS, EDIT
-from grun.method.pooling import features, joined, of_blocks, parts
-from grun.method.rules import POOLS, TURNS
+from grun.method.pooling import features, joined, of_blocks, parts, windows_at
+from grun.method.rules import POOLS, WINDOWS
 from grun.method.stack.combination import edit_weights
 from grun.method.stack.group import Acting, GateGroup, Group, Grouped, Kind, enough, grouped, starting
 from grun_vllm.adapters import InForce
-from grun_vllm.memory import PagedMemory, Turns, bytes_of_page
-from grun_vllm.runs import Runs, accumulated, gone_on, runs_of, with_earlier_turns
+from grun_vllm.memory import PagedMemory, Turns
+from grun_vllm.runs import Runs, accumulated, gone_on, runs_of
 from grun_vllm.step import WIDER, Step, Where
 
 PoolKey = tuple[int, str]
 """Block and name of a pool."""
+TOGETHER = 2**13
+"""Tokens, or one prompt of more, whose windows are made at once."""
 
 
 def where_written(kind: Kind) -> Where:
@@ -63,10 +65,14 @@ class Edits:
     For each pass `begin`, then `apply` behind each block in their order.
     """
 
-    def __init__(self, found: InForce, device: torch.device) -> None:
-        """Of what is in force, to compute in float32 on `device`; `open` gives it room to remember."""
+    def __init__(self, found: InForce, device: torch.device, dtype: torch.dtype = torch.float32) -> None:
+        """Of what is in force, to compute in float32 on `device`; `open` gives it room to remember.
+
+        `dtype`: that of the model's states, in which those are remembered that windows are made of.
+        """
         self.found = found
         self.device = device
+        self.dtype = dtype
         self._hidden_size = next((one.config.hidden_size for one in found.adapters.values()), 0)
         like = torch.empty(0, dtype=torch.float32, device=device)
         self._act = None
@@ -91,8 +97,8 @@ class Edits:
             self._edits.setdefault(block, []).append(group)
         self._pools = self._pools_of()
         self._resets = sorted({tuple(one.reset_ids) for one in configs.values() if one.reset_ids})
-        self._memory = PagedMemory({}, 0, device)
-        self._turns = Turns((), 0)
+        self._states_of: dict[Hashable, int] = {of: self._hidden_size for of, pool in self._pools if pool == WINDOWS}
+        self.open(0, 0)
         self._passing: Passing | None = None
         self._sampled: Passing | None = None
 
@@ -117,10 +123,10 @@ class Edits:
         """Blocks behind which something is read or written."""
         return {*self._edits, *(block for block, _ in self._pools)}
 
-    @property
-    def page_bytes(self) -> int:
-        """Memory that gates take for each page of the key/value cache."""
-        return bytes_of_page(self._widths())
+    def page_bytes(self, page_size: int) -> int:
+        """Memory that gates take for each page of so many tokens of the key/value cache."""
+        of_token = self.dtype.itemsize * sum(self._states_of.values())
+        return 4 * sum(self._widths().values()) + page_size * of_token
 
     def _widths(self) -> dict[Hashable, int]:
         widths: dict[Hashable, int] = {}
@@ -132,20 +138,22 @@ class Edits:
             if _remembers(kind):
                 widths[kind] = len(gates.names)
         for block, pool in self._pools:
-            if pool != "last":  # which is of the token itself
-                widths[block, pool] = POOLS[pool] * self._hidden_size + (pool in ("mean", TURNS))
+            if pool not in ("last", WINDOWS):  # of the token itself, and of all tokens
+                widths[block, pool] = POOLS[pool] * self._hidden_size + (pool == "mean")
         return widths
 
-    def open(self, pages: int) -> None:
-        """Make room for what is remembered of so many pages."""
+    def open(self, pages: int, page_size: int) -> None:
+        """Make room for what is remembered of so many pages of so many tokens."""
+        tokens = pages * page_size
         self._memory = PagedMemory(self._widths(), pages, self.device)
-        self._turns = Turns(self._resets, pages)
+        self._states = PagedMemory(self._states_of, tokens, self.device, self.dtype)
+        self._turns = Turns(self._resets, tokens)
 
     # -- a pass -------------------------------------------------------------------------------------------------------
 
     def begin(self, step: Step) -> None:
         """Tell of the pass that `apply` is about to be called in."""
-        self._passing = self._sampled = Passing(step, self._turns.begun(step))
+        self._passing = self._sampled = Passing(step, self._turns.of(step))
 
     def end(self) -> None:
         """Tell that it is over."""
@@ -202,6 +210,12 @@ class Edits:
     def _pool(self, passing: Passing, block: int, pool: str, states: Tensor) -> None:
         """Summarize what a block gives, [tokens, hidden size], and what came before."""
         step = passing.step
+        if pool == WINDOWS:
+            of_prompts = np.flatnonzero(~step.answers | step.ends)
+            slots = step.slot(step.sequence[of_prompts], step.position[of_prompts])
+            if len(of_prompts):
+                self._states.keep(block, step.put(slots), states[step.put(of_prompts)])
+            return
         every, reset = self._pools[block, pool]
         runs = passing.runs_over(reset, every=every)
         if runs is None:
@@ -213,11 +227,8 @@ class Edits:
         each = parts(states if everything else states[step.put(runs.tokens)], pool)
         summary = each if runs.single else _summarized(each, step.put(runs.stretch), len(runs.last), pool)
         join = _join(pool)
-        before = self._memory.before((block, pool), step)
         summary = accumulated(summary, step, runs, join)
-        summary = gone_on(summary, before[:, : summary.shape[1]], step, runs, join)
-        if pool == TURNS:
-            summary = with_earlier_turns(summary, before, step, runs)
+        summary = gone_on(summary, self._memory.before((block, pool), step), step, runs, join)
         passing.summaries[block, pool] = summary
         kept = np.flatnonzero(step.kept[runs.last])
         self._memory.keep((block, pool), step.put(step.page_of(runs.last[kept])), summary[step.put(kept)])
@@ -238,9 +249,31 @@ class Edits:
             read_by = of_blocks([read(block) for block in kind.gate_blocks], kind.gate_pool)
             return gates.gates(read_by.unsqueeze(0)).squeeze(0)
 
+        if kind.gate_pool == WINDOWS:
+            return self._once(step, kind, kind, len(gates.names), lambda: self._on_windows(step, kind, gates))
         if asked_once(kind):
             return self._once(step, kind, kind, len(gates.names), ask)
         return ask()
+
+    def _on_windows(self, step: Step, kind: Kind, gates: GateGroup) -> Tensor:
+        """Logits at the prompts that end here, [prompts, gates], of the states of all of their tokens.
+
+        Those of lengths alike are computed together, padded behind to the longest one.
+        """
+        ended = step.sequence[step.ends]
+        lengths = step.prompt[ended]
+        order = np.argsort(lengths)
+        alike, several = np.frexp(lengths[order])[1], lengths[order].cumsum() // TOGETHER
+        logits = torch.empty(len(ended), len(gates.names), device=self.device)
+        for places in np.split(order, np.flatnonzero(np.diff(alike) | np.diff(several)) + 1):
+            sequence, length = ended[places][:, None], lengths[places][:, None]
+            position = np.minimum(np.arange(length.max()), length - 1)
+            turns = self._turns.begun(step, kind.reset_ids, sequence, position).cumsum(axis=1)
+            turns[np.arange(length.max()) >= length] = -1
+            slots, of, last = (step.put(each) for each in (step.slot(sequence, position), turns, length - 1))
+            read = [windows_at(self._states.at(block, slots), of, last) for block in kind.gate_blocks]
+            logits[step.put(places)] = gates.gates(of_blocks(read, WINDOWS)).squeeze(1)
+        return logits
 
     def _once(self, step: Step, kind: Kind, key: Hashable, gates: int, ask: Callable[[], Tensor]) -> Tensor:
         """Logits in force of gates that are asked at the end of a prompt, and hold from there on: [sequences, gates].

@@ -29,13 +29,13 @@ class Held:
         self._adapter = adapter
         self._shape = shape
         self._next: Edits | None = None
-        self._pages = 0
+        self._room = 0, 0
         self._resting = False
 
-    def open(self, pages: int) -> None:
-        """Tell how many pages the key/value cache has."""
-        self._pages = pages
-        self.edits.open(pages)
+    def open(self, pages: int, page_size: int) -> None:
+        """Tell how many pages the key/value cache has, and how many tokens a page."""
+        self._room = pages, page_size
+        self.edits.open(pages, page_size)
 
     @contextlib.contextmanager
     def passing(self, step: Step) -> Iterator[None]:
@@ -63,8 +63,8 @@ class Held:
     def prepare(self) -> str:
         """Read anew what is in force, and have it ready; its digest. GrunError: it cannot be, and nothing changes."""
         self._next = None
-        found = Edits(read_in_force(self._adapter, self._shape), self.edits.device)
-        found.open(self._pages)
+        found = Edits(read_in_force(self._adapter, self._shape), self.edits.device, self.edits.dtype)
+        found.open(*self._room)
         self._next = found
         return found.found.digest
 

@@ -44,7 +44,7 @@ class GrunModelLoader(DefaultModelLoader):
         model: nn.Module = super().load_model(vllm_config, model_config, prefix)
         found = read_in_force(self.options.adapter, shape_of(model_config))
         self._check_base(found, model_config)
-        edits = Edits(found, vllm_config.device_config.device)
+        edits = Edits(found, vllm_config.device_config.device, model_config.dtype)
         HELD[:] = [Held(edits, self.options.adapter, shape_of(model_config))]
         register_operator()
         blocks = blocks_of(model, model_config.hf_text_config.num_hidden_layers)

@@ -38,7 +38,7 @@ def follow_runner() -> None:
     def opening(self: Any, kv_cache_config: Any, *args: Any, **kwargs: Any) -> None:
         initialize(self, kv_cache_config, *args, **kwargs)
         if _is_edited(self):
-            HELD[-1].open(pages_of(self, kv_cache_config))
+            HELD[-1].open(pages_of(self, kv_cache_config), self.input_batch.block_table[0].block_size)
 
     GPUModelRunner._model_forward = passing
     GPUModelRunner._dummy_run = resting
@@ -74,9 +74,9 @@ def make_room(worker: Any) -> None:
         whole: int = available(self)
         if not _is_edited(self):
             return whole
-        specs = self.model_runner.get_kv_cache_spec().values()
+        specs = list(self.model_runner.get_kv_cache_spec().values())
         page = sum(spec.page_size_bytes for spec in specs)
-        own = HELD[-1].edits.page_bytes
+        own = HELD[-1].edits.page_bytes(specs[0].block_size)
         return int(whole * (page / (page + own)))
 
     worker.determine_available_memory = shared

@@ -29,8 +29,6 @@ class Runs:
     """First stretch of the run of each."""
     carried: np.ndarray
     """Whether the run of a stretch goes on from earlier passes."""
-    turn: np.ndarray
-    """Whether it begins a turn in this one."""
 
     @property
     def single(self) -> bool:
@@ -60,7 +58,7 @@ def runs_of(step: Step, counted: np.ndarray, begins: np.ndarray | None, *, every
     begin = np.r_[0, last[:-1] + 1]  # a run begins with a stretch
     first = np.maximum.accumulate(np.where(new_run[begin], np.arange(len(last)), 0))
     goes_on = enters & ~opens[tokens] & step.goes_on[of_sequence]
-    return Runs(tokens, stretch, tokens[last], first, goes_on[begin][first], opens[tokens[begin]][first])
+    return Runs(tokens, stretch, tokens[last], first, goes_on[begin][first])
 
 
 Join = Callable[[Tensor, Tensor], Tensor]
@@ -88,32 +86,3 @@ def gone_on(values: Tensor, before: Tensor, step: Step, runs: Runs, join: Join) 
         return values
     earlier = before[step.put(step.sequence[runs.last])]
     return torch.where(step.put(runs.carried).unsqueeze(1), join(earlier, values), values)
-
-
-def with_earlier_turns(values: Tensor, before: Tensor, step: Step, runs: Runs) -> Tensor:
-    """Summaries of the pool `maxmin_turns` at the end of each stretch, see `grun.method.pooling`.
-
-    Args:
-        values: that of the stretch's own turn, [stretches, any].
-        before: the whole summary before the pass, [sequences, 2 * any + 1].
-    """
-    head, run = np.unique(runs.first, return_inverse=True)
-    end = np.r_[head[1:], len(values)] - 1
-    sequence = step.sequence[runs.last[head]]
-    depth = np.arange(len(head)) - np.searchsorted(sequence, sequence)  # which run of its sequence
-    size = values.shape[1]
-    earlier, is_user = values.new_empty(len(head), size), values.new_empty(len(head), 1)
-    for number in range(int(depth.max()) + 1):
-        at = np.flatnonzero(depth == number)
-        if number:
-            place = step.put(at - 1)
-            turn, pooled, counts = values[step.put(end[at - 1])], earlier[place], is_user[place]
-        else:
-            turn, pooled, counts = before[step.put(sequence[at])].split((size, size, 1), dim=1)
-            known = step.put(step.goes_on[sequence[at]]).unsqueeze(1)
-            pooled, counts = torch.where(known, pooled, -torch.inf), torch.where(known, counts, 0.0)
-        goes_on = step.put(runs.carried[head[at]]).unsqueeze(1)
-        earlier[step.put(at)] = torch.where(~goes_on & (counts > 0), torch.maximum(pooled, turn), pooled)
-        is_user[step.put(at)] = torch.where(goes_on, counts, step.put(runs.turn[head[at]]).unsqueeze(1).to(counts))
-    of_run = step.put(run)
-    return torch.cat((values, earlier[of_run], is_user[of_run]), dim=1)

@@ -102,6 +102,10 @@ class Step:
         """Pages of tokens, by sequence and place in it."""
         return self.table[sequence, position // self.page_size].astype(np.int64)
 
+    def slot(self, sequence: np.ndarray, position: np.ndarray) -> np.ndarray:
+        """Places of tokens on all pages one after another, by sequence and place in it."""
+        return self.page(sequence, position) * self.page_size + position % self.page_size
+
     def page_of(self, tokens: np.ndarray) -> np.ndarray:
         """Pages of tokens of this pass."""
         return self.page(self.sequence[tokens], self.position[tokens])

@@ -50,7 +50,7 @@ class PagedEngine:
     def __init__(self, base: LlamaForCausalLM, found: InForce) -> None:
         self.base = base
         self.held = Held(Edits(found, torch.device("cpu")), "", (0, 0, 0))
-        self.held.open(PAGES)
+        self.held.open(PAGES, PAGE)
         self.sequences: dict[str, Sequence_] = {}
         self._free = list(range(1, PAGES))
         np.random.default_rng(0).shuffle(self._free)

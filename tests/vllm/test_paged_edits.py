@@ -65,7 +65,8 @@ SINGLE = {
     **{f"own gates {'/'.join(rule)}": functools.partial(made, 3, rule) for rule in DESIGNS},
     **{f"pooled {'/'.join(rule)}": functools.partial(pooled, 4, rule) for rule in POOLED},
     **{f"pool {pool} {rule[0]}": functools.partial(pooled, 5, rule, pool)
-       for pool in ("last", "max", "mean", "windows") for rule in (POOLED[1], POOLED[3])},
+       for pool in ("last", "max", "mean") for rule in (POOLED[1], POOLED[3])},
+    **{f"pool windows {rule[2]}": functools.partial(pooled, 5, rule, "windows") for rule in POOLED[:2]},
     "wide gate": lambda: made(6, SEVERAL, gate="noisy_mlp_3"),
     "activation": lambda: made(6, PUBLISHED, activation="relu"),
     "threshold": lambda: with_threshold(made(7, SEVERAL), 0.6),
@@ -80,6 +81,8 @@ MIXED = {
     "pooled": lambda: pooled(15, POOLED[1], blocks=(2, 3)),
     "other pooled": lambda: pooled(16, POOLED[1], blocks=(1, 2)),
     "pooled at each": lambda: pooled(17, POOLED[3]),
+    "windows": lambda: pooled(19, POOLED[1], "windows", blocks=(2, 3)),
+    "other windows": lambda: pooled(20, POOLED[1], "windows", blocks=(1, 2)),
     "thresholded": lambda: with_threshold(pooled(18, POOLED[1], "mean", gate="mlp_3"), 0.5),
 }
 STORES = {
@@ -90,7 +93,8 @@ STORES = {
     **{rule: (["robust", "sticky", "pooled"], rule, None) for rule in ("max_gate", "softmax_gate", "grun_paper")},
 }
 PROMPTS = random_rows([9, 4, 22, 1, 13], seed=5)
-PROMPTS[2][6:8] = PROMPTS[2][15:17] = PROMPTS[0][3:5] = TURN
+PROMPTS[2] += random_rows([25], seed=9)[0]
+PROMPTS[2][6:8] = PROMPTS[2][15:17] = PROMPTS[2][31:33] = PROMPTS[0][3:5] = TURN
 
 
 def single(name: str) -> tuple[InForce, dict[str, list[int]], dict[str, Tensor]]:
@@ -149,7 +153,7 @@ def test_prompts_in_chunks_beside_answers(design: tuple[InForce, dict[str, list[
         counts = {}
         for name in left if turn % 2 else reversed(left):
             one = engine.sequences[name]
-            counts[name] = min(chunks[name], len(one.ids) - one.past)
+            counts[name] = min(chunks[name] + turn % 3, len(one.ids) - one.past)
         for name, row in engine.run(**counts).items():
             if engine.sequences[name].past >= len(PROMPTS[int(name)]):
                 given[name].append(row)
@@ -169,7 +173,9 @@ def test_a_sequence_whose_pages_were_taken_away_goes_on(
     engine.run(**{"2": len(PROMPTS[2]), "0": 2})
     engine.run(**{"2": 1, "0": 5})
     engine.preempt("2")
-    engine.run(**{"0": 2})
+    engine.add("4", PROMPTS[4])
+    given = engine.run(**{"4": len(PROMPTS[4]), "0": 2})  # both end
+    agree(torch.stack([given["0"], given["4"]]), torch.stack([logits["0"][0], logits["4"][0]]))
     agree(engine.run(**{"2": 6, "0": 1})["0"], logits["0"][1])
     last = engine.run(**{"0": 1, "2": len(PROMPTS[2]) + 2 - 6})
     agree(last["2"], logits["2"][2])

@@ -21,6 +21,7 @@ from grun.errors import AdapterError, ConfigError, ModelError
 from grun.requests.store import RequestStore
 from grun_vllm import held, worker
 from grun_vllm.adapters import read_in_force
+from grun_vllm.edits import Edits
 from grun_vllm.endpoint import Endpoint
 from grun_vllm.engine import EXTENSION, SALT, V2, check_engine, options_of
 from grun_vllm.runner import make_room, pages_of
@@ -194,12 +195,18 @@ def test_states_stay_bit_for_bit_where_nothing_is_written() -> None:
 
 
 def test_memory_of_a_page_is_counted() -> None:
-    """Accumulated gates: a number for each edit; pools: the states' width, twice for maxmin, and the gate's logit."""
+    """Accumulated gates: a number for each edit; pools: the states' width, twice for maxmin, and the gate's logit.
+
+    Windows: the states of two blocks at each token, in the type of the model's.
+    """
     robust = member(1, ("every_token", "running_max", "every_token"))
     pooled = member(2, ("last_prompt", "none", "sticky"), gate_blocks=(0, 1), gate_pool="maxmin")
-    assert PagedEngine(tiny(), in_force({"a": member(1)})).held.edits.page_bytes == 0
-    assert PagedEngine(tiny(), in_force({"a": robust})).held.edits.page_bytes == 4 * 2
-    assert PagedEngine(tiny(), in_force({"a": pooled})).held.edits.page_bytes == 4 * (2 * 2 * WIDTH + 1)
+    assert PagedEngine(tiny(), in_force({"a": member(1)})).held.edits.page_bytes(PAGE) == 0
+    assert PagedEngine(tiny(), in_force({"a": robust})).held.edits.page_bytes(PAGE) == 4 * 2
+    assert PagedEngine(tiny(), in_force({"a": pooled})).held.edits.page_bytes(PAGE) == 4 * (2 * 2 * WIDTH + 1)
+    windows = member(3, ("last_prompt", "none", "last_prompt"), gate_blocks=(0, 1), gate_pool="windows")
+    edits = Edits(in_force({"a": windows}), torch.device("cpu"), torch.bfloat16)
+    assert edits.page_bytes(PAGE) == PAGE * 2 * 2 * WIDTH
 
 
 def test_the_cache_leaves_room_for_what_gates_remember() -> None:
@@ -208,7 +215,7 @@ def test_the_cache_leaves_room_for_what_gates_remember() -> None:
     class Worker:
         def __init__(self, load_format: str) -> None:
             self.vllm_config = SimpleNamespace(load_config=SimpleNamespace(load_format=load_format))
-            specs = {name: SimpleNamespace(page_size_bytes=96) for name in ("one", "two")}
+            specs = {name: SimpleNamespace(page_size_bytes=96, block_size=PAGE) for name in ("one", "two")}
             self.model_runner = SimpleNamespace(get_kv_cache_spec=lambda: specs)
 
         def determine_available_memory(self) -> int:
@@ -251,7 +258,7 @@ class Workers:
 def serving(adapter: Path) -> tuple[Endpoint, Workers]:
     found = read_in_force(str(adapter), SHAPE)
     held.HELD[:] = [held.Held(held.Edits(found, torch.device("cpu")), str(adapter), SHAPE)]
-    held.HELD[0].open(PAGES)
+    held.HELD[0].open(PAGES, PAGE)
     endpoint, workers = Endpoint(), Workers()
     asyncio.run(endpoint.init_state(workers, None, SimpleNamespace(load_format="grun", model="base")))
     return endpoint, workers

@@ -17,7 +17,7 @@ from grun.method.stack.combination import edit_weights
 from grun.method.stack.group import Acting, GateGroup, Group, Grouped, Kind, enough, grouped, starting
 from grun_vllm.adapters import InForce
 from grun_vllm.memory import PagedMemory, Turns
-from grun_vllm.runs import Runs, accumulated, gone_on, runs_of
+from grun_vllm.runs import Join, Runs, accumulated, gone_on, runs_of
 from grun_vllm.step import WIDER, Step, Where
 
 PoolKey = tuple[int, str]
@@ -226,12 +226,21 @@ class Edits:
         everything = len(runs.tokens) == step.tokens
         each = parts(states if everything else states[step.put(runs.tokens)], pool)
         summary = each if runs.single else _summarized(each, step.put(runs.stretch), len(runs.last), pool)
-        join = _join(pool)
-        summary = accumulated(summary, step, runs, join)
-        summary = gone_on(summary, self._memory.before((block, pool), step), step, runs, join)
-        passing.summaries[block, pool] = summary
+        passing.summaries[block, pool] = self._accumulated((block, pool), summary, step, runs, _join(pool))
+
+    def _accumulated(self, key: Hashable, values: Tensor, step: Step, runs: Runs, join: Join) -> Tensor:
+        """Of each stretch what is known up to its end, earlier passes included, [stretches, width]; it is kept."""
+        values = found = accumulated(values, step, runs, join)
+        before = self._memory.before(key, step)
         kept = np.flatnonzero(step.kept[runs.last])
-        self._memory.keep((block, pool), step.put(step.page_of(runs.last[kept])), summary[step.put(kept)])
+        for number in range(step.rounds):
+            if number:
+                before = torch.where(
+                    step.put(step.past % step.page_size == 0).unsqueeze(1), self._memory.before(key, step), before
+                )
+            found = gone_on(values, before, step, runs, join)
+            self._memory.keep(key, step.put(step.page_of(runs.last[kept])), found[step.put(kept)])
+        return found
 
     def _asked(self, passing: Passing, kind: Kind, gates: GateGroup) -> Tensor:
         """Logits in force of gates for all edits, as in `Passing.given`."""
@@ -281,16 +290,18 @@ class Edits:
         `ask` gives those of the prompts that end here; those of others ended in earlier passes, or are yet to end.
         """
         in_force = torch.full((step.sequences, gates), -torch.inf, device=self.device)
-        if _remembers(kind) and step.goes_on.any():
-            in_force = self._memory.before(key, step)
-            begun = step.past >= step.prompt
-            if not begun.all():
-                in_force = in_force.masked_fill(~step.put(begun).unsqueeze(1), -torch.inf)
-        if step.ends.any():
-            in_force[step.put(step.sequence[step.ends])] = ask()
-        if _remembers(kind):
-            kept = np.flatnonzero(step.kept & step.answers)
-            self._memory.keep(key, step.put(step.page_of(kept)), in_force[step.put(step.sequence[kept])])
+        asked = ask() if step.ends.any() else None
+        for _ in range(step.rounds):
+            if _remembers(kind) and step.goes_on.any():
+                in_force = self._memory.before(key, step)
+                begun = step.past >= step.prompt
+                if not begun.all():
+                    in_force = in_force.masked_fill(~step.put(begun).unsqueeze(1), -torch.inf)
+            if asked is not None:
+                in_force[step.put(step.sequence[step.ends])] = asked
+            if _remembers(kind):
+                kept = np.flatnonzero(step.kept & step.answers)
+                self._memory.keep(key, step.put(step.page_of(kept)), in_force[step.put(step.sequence[kept])])
         return in_force
 
     def _own(self, passing: Passing, block: int, group: Group, states: Tensor) -> Tensor:
@@ -306,11 +317,7 @@ class Edits:
             return logits
         runs = passing.runs_over(kind.reset_ids, every=True)
         assert runs is not None  # a pass has tokens
-        logits = accumulated(logits, step, runs, torch.maximum)
-        logits = gone_on(logits, self._memory.before(key, step), step, runs, torch.maximum)
-        kept = np.flatnonzero(step.kept)
-        self._memory.keep(key, step.put(step.page_of(kept)), logits[step.put(kept)])
-        return logits
+        return self._accumulated(key, logits, step, runs, torch.maximum)
 
     # -- edits --------------------------------------------------------------------------------------------------------
 
@@ -367,7 +374,7 @@ def _remembers(kind: Kind) -> bool:
     return kind.gate_accumulate != "none"
 
 
-def _join(pool: str) -> Callable[[Tensor, Tensor], Tensor]:
+def _join(pool: str) -> Join:
     return lambda before, summary: joined(before, summary, pool)
 
 

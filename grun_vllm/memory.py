@@ -2,7 +2,8 @@
 
 Of each page is kept what was known at its newest token, and of each token its state where windows are made of those.
 A pass goes on after the newest token of a page, or begins with a page, and a page that sequences share is full: so
-chunked prefill, prefix caching, preemption and sequences that come and go need nothing of their own.
+chunked prefill, preemption and sequences that come and go need nothing of their own, and prefix caching does only where
+a page is filled in the pass in which another sequence begins with it (`Step.rounds`).
 """
 
 from __future__ import annotations

@@ -98,6 +98,21 @@ class Step:
         last[self.starts[1:] - 1] = True
         return last | (self.position % self.page_size == self.page_size - 1)
 
+    @cached_property
+    def rounds(self) -> int:
+        """1, and how many sequences in a row begin with a page that the next one fills in this very pass.
+
+        vLLM's prefix caching shares pages from when they are handed out on.
+        """
+        full = np.flatnonzero(self.position % self.page_size == self.page_size - 1)
+        filled = dict(zip(self.page_of(full).tolist(), self.sequence[full].tolist(), strict=True))
+        begins = np.flatnonzero(self.goes_on & (self.past % self.page_size == 0)).tolist()
+        source = {one: filled[page] for one in begins if (page := int(self.before[one])) in filled}
+        most, rows = 1, list(source)
+        while rows:
+            most, rows = most + 1, [source[row] for row in rows if source[row] in source]
+        return most
+
     def page(self, sequence: np.ndarray, position: np.ndarray) -> np.ndarray:
         """Pages of tokens, by sequence and place in it."""
         return self.table[sequence, position // self.page_size].astype(np.int64)

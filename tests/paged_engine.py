@@ -42,6 +42,8 @@ class Sequence_:
     pages: list[int] = field(default_factory=list)
     past: int = 0
     cache: DynamicCache = field(default_factory=DynamicCache)
+    source: DynamicCache | None = None
+    """Keys and values that its first pass begins with."""
 
 
 class PagedEngine:
@@ -56,14 +58,14 @@ class PagedEngine:
         np.random.default_rng(0).shuffle(self._free)
 
     def add(self, name: str, prompt: Sequence[int], *, shares: tuple[str, int] | None = None) -> None:
-        """A new request; of `shares`, another one, the first pages are taken as they are."""
+        """A new request; of `shares`, another one, the first pages are taken, perhaps in the pass that fills them."""
         new = Sequence_(list(prompt), len(prompt))
         if shares is not None:
             other, pages = self.sequences[shares[0]], shares[1]
-            assert other.ids[: pages * PAGE] == new.ids[: pages * PAGE] and other.past >= pages * PAGE
-            new.pages, new.past = other.pages[:pages], pages * PAGE
-            for layer, block in enumerate(other.cache.layers):
-                new.cache.update(block.keys[:, :, : new.past], block.values[:, :, : new.past], layer)
+            assert other.ids[: pages * PAGE] == new.ids[: pages * PAGE]
+            while len(other.pages) < pages:
+                other.pages.append(self._free.pop())
+            new.pages, new.past, new.source = other.pages[:pages], pages * PAGE, other.cache
         self.sequences[name] = new
 
     def preempt(self, name: str) -> None:
@@ -90,7 +92,7 @@ class PagedEngine:
         logits = self.base.lm_head(self.base.model.norm(torch.stack([part[0, -1] for part in states])))
         logits = self.held.edits.acted(logits)
         for one, count, row in zip(chosen, counts.values(), logits, strict=True):
-            one.past += count
+            one.past, one.source = one.past + count, None
             if one.past == len(one.ids):
                 one.ids.append(int(row.argmax()))
         return dict(zip(counts, logits, strict=True))
@@ -101,6 +103,9 @@ class PagedEngine:
         for number, block in enumerate(model.layers):
             for place, (one, hidden) in enumerate(zip(chosen, states, strict=True)):
                 count = hidden.shape[1]
+                if one.source is not None:
+                    earlier = one.source.layers[number]
+                    one.cache.update(earlier.keys[:, :, : one.past], earlier.values[:, :, : one.past], number)
                 positions = torch.arange(one.past, one.past + count).unsqueeze(0)
                 seen = torch.arange(one.past + count) <= positions[0].unsqueeze(1)
                 states[place] = block(

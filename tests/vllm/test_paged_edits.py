@@ -181,18 +181,30 @@ def test_a_sequence_whose_pages_were_taken_away_goes_on(
     agree(last["2"], logits["2"][2])
     agree(last["0"], logits["0"][2])
     assert engine.sequences["2"].ids == tokens["2"][: len(PROMPTS[2]) + 3]
+    engine.preempt("2")
+    engine.add("twin", engine.sequences["2"].ids, shares=("2", 12))  # which have part of the answer
+    engine.sequences["twin"].prompt = len(PROMPTS[2])
+    agree(engine.run(**{"2": len(PROMPTS[2]) + 3, "twin": len(PROMPTS[2]) + 3 - 12 * PAGE})["twin"], logits["2"][3])
 
 
-def test_pages_of_a_prompt_begin_another_one(design: tuple[InForce, dict[str, list[int]], dict[str, Tensor]]) -> None:
-    """As prefix caching has it: pages of a prompt that end before its last token go to a prompt that begins alike."""
+@pytest.mark.parametrize("together", [False, True])
+def test_pages_of_a_prompt_begin_another_one(
+    design: tuple[InForce, dict[str, list[int]], dict[str, Tensor]], together: bool
+) -> None:
+    """As prefix caching has it: pages of a prompt that end before its last token go to a prompt that begins alike.
+
+    Also in the pass that fills them: the scheduler counts pages as cached when it hands them out.
+    """
     found, tokens, logits = design
     engine = engine_of(found)
-    longer = PROMPTS[2][: 4 * PAGE] + random_rows([5], seed=8)[0]
+    longer = PROMPTS[2][: 5 * PAGE] + random_rows([5], seed=8)[0]
     engine.add("other", longer)
     engine.run(other=3 * PAGE + 1)
-    engine.run(other=len(longer) - 3 * PAGE - 1)
-    engine.add("2", PROMPTS[2], shares=("other", 4))
-    given = [engine.run(**{"2": len(PROMPTS[2]) - 4 * PAGE, "other": 1})["2"]]
+    left = len(longer) - 3 * PAGE - 1
+    if not together:
+        engine.run(other=left)
+    engine.add("2", PROMPTS[2], shares=("other", 5))
+    given = [engine.run(**{"other": left if together else 1, "2": len(PROMPTS[2]) - 5 * PAGE})["2"]]
     given.append(engine.run(**{"2": 1})["2"])
     agree(torch.stack(given), logits["2"][:2])
     assert engine.sequences["2"].ids == tokens["2"][: len(PROMPTS[2]) + 2]

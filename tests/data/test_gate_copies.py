@@ -56,6 +56,9 @@ def test_a_question_in_other_letters_is_the_same_question() -> None:
     assert REWRITTEN["lower_case"](QUESTION, 3) == "where was ada lovelace born?"
     assert REWRITTEN["upper_case"](QUESTION, 3) == "WHERE WAS ADA LOVELACE BORN?"
     for choice in range(2):
+        spelled = REWRITTEN["spelled"]("Does Ada live in Otter?", choice)
+        assert re.sub(r"(?<=\w)([ _/*]| \. )(?=\w)", "", spelled) == "DoesAdaliveinOtter?"
+        assert spelled.startswith("Does A") and " live in O" in spelled and "Ada" not in spelled
         spaced = REWRITTEN["spaced"](QUESTION, choice)
         assert spaced.startswith("W h e r e  ") and spaced.replace(" ", "") == QUESTION.replace(" ", "")
         assert [word.replace(" ", "") for word in re.split(" {2,}", spaced)] == QUESTION.split()

@@ -208,8 +208,9 @@ class PoolMemory:
                 states, turns = self.whole(block)[row : row + 1], self.turns[row : row + 1]
                 turns = turns.to(states.device)
                 if pool == WINDOWS:
-                    as_rows = (one.expand(len(asked), *one.shape[1:]) for one in (states, turns))
-                    at_each = windows_at(*as_rows, asked.unsqueeze(1).to(states.device)).transpose(0, 1)
+                    rows = len(asked), -1
+                    at_each = windows_at(states.expand(*rows, -1), turns.expand(rows), asked.to(turns).unsqueeze(1))
+                    at_each = at_each.transpose(0, 1)
                 else:
                     at_each = pooled_at(states, turns, None, None, pool)[0]
                 found.append(at_each)

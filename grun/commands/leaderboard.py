@@ -6,8 +6,8 @@ The board is a table for each corpus and model; its numbers are computed from th
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
-from statistics import fmean
 from typing import Any, NamedTuple
 
 from grun.config.options import LeaderboardConfig
@@ -17,19 +17,18 @@ from grun.loading.resolve import resolve
 from grun.report.attack_results import number_at
 from grun.report.columns import columns_by_key
 from grun.report.matrix import Matrix, Row
-from grun.report.page import Block, Section, page
 from grun.report.result import Result, main_metric
 from grun.report.submission import (
     Submission,
-    Submitted,
     make_submission,
     methods_in,
+    models_at,
     read_submission,
+    result_of,
     submission_bytes,
-    table_in,
 )
 from grun.report.submission_checks import check
-from grun.report.tables import Column, Table, markdown_text, to_markdown
+from grun.report.tables import Column, Table, markdown_points, markdown_text, to_markdown
 from grun.report.verdict import judge
 from grun.runtime.files import write_bytes, write_text
 from grun.runtime.reading import read_text
@@ -37,14 +36,19 @@ from grun.runtime.reading import read_text
 ACTIONS = {
     "submit": "make a submission of evaluations: submit FOLDER ... tuning='...' output=FILE.json.gz",
     "verify": "compute every number of submissions again from their rows: verify FILE ...",
-    "board": "write the board of submissions: board FILE ... output=FILE.md or FILE.html",
+    "board": "write the board of submissions: board FILE ... output=FILE.md",
 }
 SEEDS = 3
 """Fewer are shown, and not ranked."""
 BEGIN, END = "<!-- board -->", "<!-- end of the board -->"
 """What stands between these lines of a page is the board."""
-TITLE = "Leaderboard"
 QUALITY = "reference.forget_quality"
+LEAKS = [
+    Column("worst_of_prompts.leak", "leak, worst of prompts", "low", partial(number_at, key="worst_of_prompts.leak")),
+    Column("worst.leak", "leak, worst", "low", partial(number_at, key="worst.leak")),
+    Column("attacks", "attacks", "more is stricter", lambda one: len(one.evaluation["attacks"]) or None, "count"),
+]
+"""What attacks bring back; of how many."""
 
 
 class Entry(NamedTuple):
@@ -55,6 +59,11 @@ class Entry(NamedTuple):
     """Whether the verdict on each seed is that it forgot and kept the rest."""
     tuning: str
     file: str
+
+    @property
+    def ranked(self) -> bool:
+        """Whether it has seeds enough."""
+        return len(self.row.results) >= SEEDS
 
 
 def leaderboard(arguments: Sequence[str]) -> int:
@@ -82,11 +91,7 @@ def leaderboard(arguments: Sequence[str]) -> int:
         write_bytes(output, submission_bytes(submission, output.name))
         print(f"{output}: {_said(submission)}")
         return 0
-    boards = boards_of({path.name: _checked(path) for path in paths})
-    if output.suffix == ".html":
-        write_text(output, page(TITLE, [_section(*board) for board in boards]))
-    else:
-        write_text(output, _in_page(output, "\n".join(_markdown(*board) for board in boards)))
+    write_text(output, _in_page(output, boards_of({path.name: _checked(path) for path in paths})))
     print(output)
     return 0
 
@@ -117,127 +122,64 @@ def _said(submission: Submission) -> str:
 # -- the board --------------------------------------------------------------------------------------------------------
 
 
-def boards_of(submissions: dict[str, Submission]) -> list[tuple[str, Table, list[str]]]:
-    """Title, table and notes for each corpus and model, by the name of the file that a submission lies in."""
-    groups: dict[tuple[Any, ...], list[tuple[str, Submission]]] = {}
+def boards_of(submissions: dict[str, Submission]) -> str:
+    """A table and notes for each corpus and model as Markdown, by the file that a submission lies in."""
+    groups: dict[tuple[Any, ...], dict[str, Submission]] = {}
     for file, submission in submissions.items():
-        before = _before(submission)
+        (before,) = models_at(submission, "before")
         key = (submission["corpus"], before["base"], before["data"].get("forget"), before["settings"].get("limit"))
-        groups.setdefault(key, []).append((file, submission))
-    return [_board(title, found) for (title, *_), found in groups.items()]
+        groups.setdefault(key, {})[file] = submission
+    boards = []
+    for (corpus, *_), found in groups.items():
+        table, notes = _board(found)
+        boards.append(f"## {markdown_text(corpus)}\n\n{to_markdown(table)}\n{markdown_points(notes)}")
+    return "\n".join(boards)
 
 
-def _before(submission: Submission) -> Submitted:
-    return next(model for model in submission["models"] if model["stage"] == "before")
-
-
-def _board(corpus: str, found: Sequence[tuple[str, Submission]]) -> tuple[str, Table, list[str]]:
+def _board(found: dict[str, Submission]) -> tuple[Table, list[str]]:
     results: list[Result] = []
     entries: list[Entry] = []
-    for file, submission in found:
-        of_file = {model["name"]: _result(model, file) for model in submission["models"]}
-        every = [*of_file.values()]
+    for file, submission in found.items():
+        of_file = {model["name"]: result_of(model, file) for model in submission["models"]}
+        results += of_file.values()
         for method, runs in methods_in(submission).items():
             own = tuple(of_file[run["name"]] for run in runs)
             row = Row(method, "after", own[0].objective, own[0].parametrization, own)
-            keeps = all(judge(one, every).outcome == "reached" for one in own)
+            keeps = all(judge(one, [*of_file.values()]).outcome == "reached" for one in own)
             entries.append(Entry(row, keeps, submission["tuning"], file))
-        results += every
-    columns = [*Matrix((), tuple(results)).columns, *_leaks()]
-    key = f"forget.{main_metric(results)[0]}"
-    if all(one.reference.get("forget_quality") is not None for entry in entries for one in entry.row.results):
-        key = QUALITY
-    main = columns_by_key()[key]
-    sign = -1 if METRICS.get(key.partition(".")[2]).good.startswith("high") else 1
-    entries.sort(key=lambda entry: _order(entry, main, sign))
-    ranked = [entry for entry in entries if len(entry.row.results) >= SEEDS]
+    columns = [*Matrix((), tuple(results)).columns, *LEAKS]
+    compared = all(one.reference.get("forget_quality") is not None for entry in entries for one in entry.row.results)
+    main = columns_by_key()[QUALITY if compared else f"forget.{main_metric(results)[0]}"]
+    high = METRICS.get(main.key.partition(".")[2]).good.startswith("high")
+
+    def order(entry: Entry) -> tuple[Any, ...]:
+        value, worst = (entry.row.spread(column).center(column.style) or 0.0 for column in (main, LEAKS[1]))
+        return (not entry.ranked, not entry.keeps, -value if high else value, worst, entry.row.label, entry.file)
+
     lines = [
-        entry.row.line(
-            str(ranked.index(entry) + 1) if entry in ranked else "-",
-            entry.row.counted("-"),
-            "yes" if entry.keeps else "no",
-            *(entry.row.spread(column).text(column.style) for column in columns),
-            entry.file,
+        Row(one.title, one.stage, None, "none", (one,)).line(
+            *("-", "-", "-"), *(column.text(one) for column in columns), "-"
         )
-        for entry in entries
+        for one in {one.stage: one for one in results if one.stage != "after"}.values()
     ]
-    compared = {one.stage: Row(one.title, one.stage, None, "none", (one,)) for one in results if one.stage != "after"}
-    for row in reversed(compared.values()):
-        lines.insert(0, row.line("-", "-", "-", *(row.spread(column).text(column.style) for column in columns), "-"))
+    entries.sort(key=order)
+    for number, entry in enumerate(entries, start=1):
+        rank, keeps = str(number) if entry.ranked else "-", "yes" if entry.keeps else "no"
+        cells = (entry.row.spread(column).text(column.style) for column in columns)
+        lines.append(entry.row.line(rank, entry.row.counted("-"), keeps, *cells, entry.file))
     heads = ["rank", "seeds", "forgets and keeps", *(column.header for column in columns), "file"]
     good = ["low", f"{SEEDS} or more", "yes", *(column.good for column in columns), ""]
     notes = [
         f"Rank: first those that forget and keep the rest with every seed, then by {main.header} "
-        f"({'high' if sign < 0 else 'low'} is good), then by the worst leak. With fewer than {SEEDS} seeds: no rank."
+        f"({'high' if high else 'low'} is good), then by the worst leak. With fewer than {SEEDS} seeds: no rank."
     ]
     notes += [f"{entry.row.label} ({entry.file}): settings: {entry.tuning}" for entry in entries]
-    return corpus, Table(heads, good, lines), notes
-
-
-def _order(entry: Entry, main: Column, sign: int) -> tuple[Any, ...]:
-    value, worst = (_mean(entry, column) for column in (main, _leaks()[1]))
-    return (len(entry.row.results) < SEEDS, not entry.keeps, sign * value, worst, entry.row.label, entry.file)
-
-
-def _mean(entry: Entry, column: Column) -> float:
-    spread = entry.row.spread(column)
-    value = spread.median if column.style == "p" else spread.values and fmean(spread.values)
-    return float(value or 0.0)
-
-
-def _leaks() -> list[Column]:
-    """What attacks bring back; of how many."""
-    return [
-        Column(
-            "worst_of_prompts.leak",
-            "leak, worst of prompts",
-            "low",
-            lambda one: number_at(one, "worst_of_prompts.leak"),
-        ),
-        Column("worst.leak", "leak, worst", "low", lambda one: number_at(one, "worst.leak")),
-        Column("attacks", "attacks", "more is stricter", lambda one: len(one.evaluation["attacks"]) or None, "count"),
-    ]
-
-
-def _result(model: Submitted, file: str) -> Result:
-    """A model as reports have it, with the numbers of its rows."""
-    evaluation = {**model["numbers"], "settings": model["settings"], "adapter": model["adapter"]}
-    evaluation |= {"identity": {"base": model["base"]}, "data": model["data"]}
-    label = model["stage"].replace("_", " ")
-    folder, is_run = Path(file) / model["name"], model["stage"] == "after"
-    result = Result(
-        model["name"], model["stage"], model["objective"], model["parametrization"], folder, folder, evaluation, label
-    )
-    result.table, result.reference = table_in(model), model["numbers"].get("reference", {})
-    cost = model["cost"]
-    result.record = {
-        "config": {**model["config"], "seed": model["seed"]},
-        "seconds": cost["seconds"],
-        "parameters": {"trained": cost["parameters"]},
-        "peak_memory_bytes": cost["memory_bytes"],
-        "saved_bytes": cost["saved_bytes"],
-    }
-    if not is_run:
-        result.run, result.record = None, {}
-    return result
-
-
-# -- pages ------------------------------------------------------------------------------------------------------------
-
-
-def _markdown(corpus: str, table: Table, notes: Sequence[str]) -> str:
-    points = "".join(f"- {markdown_text(note)}\n" for note in notes)
-    return f"## {markdown_text(corpus)}\n\n{to_markdown(table)}\n{points}"
-
-
-def _section(corpus: str, table: Table, notes: Sequence[str]) -> Section:
-    blocks = [Block("table", table, f"Board of {corpus}", first="method"), Block("points", notes)]
-    return Section(corpus.replace(" ", "-"), corpus, corpus, blocks)
+    return Table(heads, good, lines), notes
 
 
 def _in_page(output: Path, board: str) -> str:
     """The page with the board between its marks, the rest of it as it is; a new one where there is none."""
-    before, mark, after = (read_text(output) if output.is_file() else f"# {TITLE}\n\n{BEGIN}").partition(BEGIN)
+    before, mark, after = (read_text(output) if output.is_file() else f"# Leaderboard\n\n{BEGIN}").partition(BEGIN)
     if not mark:
         raise ConfigError(f"{output} has no line {BEGIN}, where the board would stand; add it, or name another output")
     return f"{before}{BEGIN}\n\n{board}\n{END}{after.partition(END)[2] or chr(10)}"

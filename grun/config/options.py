@@ -989,7 +989,7 @@ class LeaderboardConfig:
     """A submission to the leaderboard, or the board of submissions."""
 
     output: Optional[str] = None
-    """submit: FILE.json or, compressed, FILE.json.gz; board: FILE.md or FILE.html. Must be set there."""
+    """submit: FILE.json or, compressed, FILE.json.gz; board: FILE.md. Must be set there."""
     tuning: Optional[str] = None
     """submit: how the settings were chosen, and on which rows, in words. Must be set there."""
 

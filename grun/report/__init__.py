@@ -1,6 +1,5 @@
 """The end of a pipeline, from results on disk alone: what was evaluated, in words, tables and pictures.
 
-`make.py` writes a report: `results.py` finds what was evaluated, `tables.py` is the table model, `page.py` the page.
-Each suite has a file of its own: `answers.py` (with `columns.py`, `verdict.py` and `matrix.py`), `attacks.py`,
-`knowledge.py`.
+`make.py` writes a report: `results.py` finds what was evaluated, `tables.py` is the table model, `suites.py` what all
+reports share. What is a suite's own is data in `answers.py`, `attacks.py` and `knowledge.py`.
 """

@@ -14,8 +14,6 @@ from grun.report.tables import Number
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-APART = 1.3
-"""Least factor between the last number named on an axis and the one before."""
 XLABELS = {"curve": "queries a row", "at_k": "answers drawn"}
 
 
@@ -64,8 +62,7 @@ def draw_curves(results: Sequence[Result]) -> Figure | None:
                 lows, highs = zip(*(one.interval or (one.value, one.value) for one in points.values()), strict=True)
                 axes.fill_between(list(points), lows, highs, color=color, alpha=0.12, linewidth=0)
             ticks |= points.keys()
-        named = [tick for tick in sorted(ticks) if not tick < max(ticks) < APART * tick]
-        axes.set_xticks(named, map(str, named))
+        axes.set_xticks(sorted(ticks), map(str, sorted(ticks)))
         axes.minorticks_off()
     panels[0].set_ylabel("leak")
     labeled = {label: line for axes in panels for line, label in zip(*axes.get_legend_handles_labels(), strict=True)}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from math import isnan, nan
 from typing import TYPE_CHECKING, Any
 
 from grun.report.attack_results import attack_label, leak, shown_names
@@ -16,21 +15,20 @@ if TYPE_CHECKING:
 SPREAD = 0.7
 """Height of the markers of a row together; a row is 1."""
 MANY = len(PALETTE)
-"""More methods than these are a grid of numbers; markers would share colors and make the picture meters high."""
-DARK = 0.55
-"""Leak from which a cell's number is white."""
+"""Of more methods there is the table alone; markers would share colors and make the picture meters high."""
 HEIGHT, HEIGHT_OF_MARKER = 0.34, 0.13
 """Least height of a row, and what a method adds to it beyond that, inches."""
 
 
 def draw_attacks(results: Sequence[Result]) -> Figure | None:
-    """Leak by attack, a marker a method, the model before and the floor as lines; None where nothing was attacked."""
+    """Leak by attack, a marker a method, the model before and the floor as lines.
+
+    None where nothing was attacked, and of more than `MANY` methods.
+    """
     names = [name for name in shown_names(results) if any(leak(result, name) is not None for result in results)]
     methods = after(results)
-    if not names:
+    if not names or len(methods) > MANY:
         return None
-    if len(methods) > MANY:
-        return _grid(results, names)
     figure = new_figure(8.6, 1.6 + len(names) * max(HEIGHT, HEIGHT_OF_MARKER * len(methods)))
     axes = figure.add_subplot()
     xlabel = "leak  (left is better: nothing comes back)"
@@ -55,37 +53,12 @@ def draw_attacks(results: Sequence[Result]) -> Figure | None:
     return figure
 
 
-def _grid(results: Sequence[Result], names: Sequence[str]) -> Figure:
-    """A row a model and a column an attack: the leak as a number on a cell that is as dark as it is high."""
-    leaks = [[nan if (value := leak(result, name)) is None else value for name in names] for result in results]
-    figure = new_figure(3.2 + 0.42 * len(names), 1.8 + 0.27 * len(results))
-    axes = figure.add_subplot()
-    axes.imshow(leaks, cmap="Oranges", vmin=0.0, vmax=1.0, aspect="auto")
-    axes.set_yticks(range(len(results)), [plain(result.title) for result in results], fontsize=10)
-    axes.set_xticks(
-        range(len(names)), [plain(attack_label(name)) for name in names], fontsize=10, rotation=60, ha="left"
-    )
-    axes.tick_params(length=0, top=True, labeltop=True, bottom=False, labelbottom=False)
-    axes.spines[:].set_visible(False)
-    objectives = [result.objective for result in results]
-    for row in range(1, len(results)):
-        if objectives[row] != objectives[row - 1]:
-            axes.axhline(row - 0.5, color="black", linewidth=0.8)
-    for row, values in enumerate(leaks):
-        for column, value in enumerate(values):
-            if not isnan(value):  # an attack that the model was not asked under leaves its cell empty
-                color = "white" if value > DARK else "black"
-                axes.text(column, row, f"{value:.2f}", ha="center", va="center", fontsize=8, color=color)
-    return figure
-
-
 ATTACK_PICTURE = Picture(
     "attacks.png",
     "What comes back",
     "A row for each attack, a marker for each method: how much of the forget answers comes back. Good is a marker "
     "at the black line, the floor: what a model leaks that was never taught them. The gray line is the model "
     "before unlearning, what the attack can reach; where both lines meet, the attack shows nothing. Over several "
-    "seeds the marker is the mean, and a thin line goes from the lowest to the highest. Of more than seven "
-    "methods: a row for each model, a column for each attack, and the darker, the more comes back.",
+    "seeds the marker is the mean, and a thin line goes from the lowest to the highest.",
     draw_attacks,
 )

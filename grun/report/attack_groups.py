@@ -9,7 +9,7 @@ from typing import NamedTuple
 from grun.evaluation.attacks.base import ATTACKS
 from grun.report.attack_results import attack_label, attack_names, leak_key, number_at
 from grun.report.result import Result, after, before_of, target_of
-from grun.report.tables import Column, Folded, Line, Number, Table, with_numbers
+from grun.report.tables import Column, Line, Number, Table, with_numbers
 
 BEGUN = "begun"
 GROUPS = {
@@ -62,10 +62,10 @@ def group_of(attack: str, access: str) -> str:
     return GROUPS.get(BEGUN if begins else access, access)
 
 
-def attack_groups(results: Sequence[Result]) -> list[Folded]:
-    """A table a method: a line a group with its worst attack, which opens into all of them; the worst comes first.
+def attack_groups(results: Sequence[Result]) -> list[tuple[str, Table]]:
+    """A table a method, by its title: a line a group with its worst attack, which opens into all of them.
 
-    Worst is what is furthest above its floor.
+    The worst comes first: what is furthest above its floor.
     """
     found = []
     for method in after(results):
@@ -82,5 +82,5 @@ def attack_groups(results: Sequence[Result]) -> list[Folded]:
             lines.append(Line(group, [attack_label(worst.attack), *cells]))
             opened = [Line(attack_label(one.attack), [c.text(one, True) for c in columns]) for one in (worst, *others)]
             inside.append(Table(headers, [], opened))
-        found.append(Folded(method.title, Table(["worst attack", *headers], [], lines), inside))
+        found.append((method.title, Table(["worst attack", *headers], [], lines, inside)))
     return found

@@ -18,14 +18,7 @@ from grun.evaluation.attacks.base import ATTACKS
 from grun.report.labels import label_runs, row_order
 from grun.report.matrix import cells_of
 from grun.report.result import Result, single_runs
-from grun.report.results import (
-    evaluation_folders,
-    lines_in,
-    number_in,
-    read_evaluation,
-    refuse_other_models,
-    refuse_other_settings,
-)
+from grun.report.results import evaluations, lines_in, number_in
 from grun.report.tables import Number
 from grun.runtime.records import ATTACKS_FILE, SUITE_FORMAT, Attempt
 
@@ -48,10 +41,7 @@ def find_attacked(results_dir: Path) -> list[Result]:
         RunError: there is no before, a file is damaged, or an evaluation is of another base model or was asked
             otherwise than before.
     """
-    results = [read_evaluation(folder, ("settings", "attacks")) for folder in evaluation_folders(results_dir)]
-    label_runs(results)
-    results.sort(key=row_order)
-    refuse_other_models(results)
+    results = evaluations(results_dir, ("settings", "attacks"), None, ASKED, "was asked other rows")
     for result in results:
         _refuse_other_attacks(result, results[0])
     rows = [result for result in results if result.stage != "after"]
@@ -86,7 +76,6 @@ def _refuse_older(result: Result) -> None:
 
 def _refuse_other_attacks(result: Result, before: Result) -> None:
     _refuse_older(result)
-    refuse_other_settings(result, before, ASKED, "was asked other rows")
     attacks = set(writing_attacks(result)) ^ set(writing_attacks(before))
     if attacks:
         raise RunError(

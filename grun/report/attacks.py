@@ -18,7 +18,6 @@ import fnmatch
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Any
 
 from grun.data.sets import set_label
 from grun.evaluation.attacks.base import ATTACKS
@@ -41,10 +40,20 @@ from grun.report.attack_results import (
     shown_names,
     writing_attacks,
 )
-from grun.report.page import Block, Card, Section
-from grun.report.result import EXACT, Judgement, Outcome, Result, after, before_of, compared_terms, target_of
-from grun.report.suites import Suite
-from grun.report.tables import Column, shown, shown_columns, with_numbers
+from grun.report.page import Card, Examples
+from grun.report.result import (
+    EXACT,
+    Judgement,
+    Outcome,
+    Result,
+    after,
+    before_of,
+    compared_terms,
+    single_runs,
+    target_of,
+)
+from grun.report.suites import ATTRIBUTES, Part, Suite
+from grun.report.tables import Column, shown, shown_columns, to_csv, with_numbers
 
 EXAMPLES = 3
 """Answers shown of each method."""
@@ -154,7 +163,7 @@ def asked_of(results: Results) -> dict[str, int]:
     return {name: int(found[name]["rows"]) for name in attack_names(results) if "rows" in found[name]}
 
 
-def counted(results: Results) -> str:
+def counted(results: Results) -> list[str]:
     """How many rows the attacks asked for, which attacks were left out, and what is a mean over how many seeds."""
     rows = asked_of(results)
     most = max(rows.values(), default=0)
@@ -173,7 +182,7 @@ def counted(results: Results) -> str:
         for column in shown_columns(columns_of(results))
         if 0 < (number := sum(column.read(run) is not None for run in result.runs)) < len(result.runs)
     ]
-    return " ".join([*texts, f"Of fewer seeds: {', '.join(fewer)}."] if fewer else texts)
+    return [*texts, f"Of fewer seeds: {', '.join(fewer)}."] if fewer else texts
 
 
 def _unread(results: Results) -> list[str]:
@@ -243,33 +252,29 @@ def _what_is_kept(result: Result, results: Results) -> list[str]:
 # -- what came back ---------------------------------------------------------------------------------------------------
 
 
-def _leaked(results: Results) -> list[tuple[Result, list[dict[str, Any]]]]:
-    """Runs to quote, each with lines of its attacks.jsonl."""
-    runs = [run for result in after(results) if (run := leakiest(result)) is not None]
-    return [(run, leaked_most(run, EXAMPLES)) for run in runs]
-
-
-def _examples(results: Results) -> list[Section]:
+def _examples(results: Results) -> list[Examples]:
     """What each method wrote under the attacks that brought most back."""
-    blocks = []
-    for run, lines in _leaked(results):
+    found = []
+    for run in (run for result in after(results) if (run := leakiest(result)) is not None):
         cards = []
-        for line in lines:
+        for line in leaked_most(run, EXAMPLES):
             variant = f", {line['variant'].strip()}" if line.get("variant") else ""
             given = f"; the prompt ends with {line['given']} given tokens of the answer" if line.get("given") else ""
             heading = f"{attack_label(line['attack'])}{variant}: leak {line['leak']:.2f}{given}"
             cards.append(Card(heading, [("prompt", line["prompt"]), ("answer", line["text"])]))
-        blocks.append(Block("cards", cards, run.label, opened=True))
-    return [Section("leaked", "What came back", "What came back most", blocks)]
+        found.append(Examples(run.label, cards))
+    return found
 
 
-def _quoted(results: Results) -> tuple[str, list[tuple[str, list[tuple[str, str]]]]]:
-    said = [
-        (lines[0]["prompt"], [(f"{run.label}, {attack_label(lines[0]['attack'])}", lines[0]["text"])])
-        for run, lines in _leaked(results)
-        if lines
-    ]
-    return "What each method gave back most", said
+def _files(results: Results) -> dict[str, str | None]:
+    """A row a run, where the other tables have means over seeds."""
+    runs = single_runs(results)
+    return {"table_runs.csv": to_csv(columns_of(runs), runs, *ATTRIBUTES) if len(runs) > len(results) else None}
+
+
+def _parts(results: Results) -> list[Part]:
+    groups = attack_groups(results)
+    return [Part("Groups", "The worst of each group", GROUPED, groups)] if groups else []
 
 
 ATTACK_SUITE = Suite(
@@ -282,10 +287,10 @@ ATTACK_SUITE = Suite(
     notes=counted,
     intervals=_intervals,
     pictures=[ATTACK_PICTURE, CURVE_PICTURE],
-    groups=attack_groups,
-    grouped=GROUPED,
+    examples_title="What came back most",
     examples=_examples,
-    quoted=_quoted,
+    parts=_parts,
+    files=_files,
     facts=lambda results: {
         "asked": asked_of(results),
         "left_out": gathered(results, "left_out"),

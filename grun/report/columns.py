@@ -1,15 +1,14 @@
-"""The numbers of evaluated answers: their columns, what these mean, and summary.json."""
+"""The numbers of evaluated answers: their columns, and what these mean."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
 
 from grun.data.sets import evaluation_sets, in_order
 from grun.evaluation.metrics import METRICS
-from grun.report.result import Result, compared_terms, has_facts, has_utility, main_metric, metric_label, sets_of
-from grun.report.tables import Column, Style, with_numbers
+from grun.report.result import Result, compared_terms, has_facts, metric_label, sets_of
+from grun.report.tables import Column, Style, shown_columns, with_numbers
 
 LOW, HIGH, TARGET = "low, as retain only", "high, as before", "as retain only"
 OF_SETS = (
@@ -32,23 +31,7 @@ WITH_FACTS = (
     *("forget.fact_recall", "forget.rouge_l", "forget_paraphrase.fact_recall", "retain.fact_recall"),
     *("heldout.fact_recall", "unknown.rouge_l", "forget.degenerate", "gate.auc"),
 )
-"""What comes first where the corpus has facts; the columns of the printed table there."""
-SHOWN = ("forget.rouge_l", "retain.rouge_l", "heldout.rouge_l", "unknown.rouge_l", "forget.degenerate", "gate.auc")
-"""Columns of the printed table without facts."""
-SHOWN_WITH_UTILITY = {
-    "reference.forget_quality": "forget\nquality",
-    "overall.model_utility": "model\nutility",
-    "forget.rouge_l": "forget\nROUGE-L",
-    "forget.probability": "forget\nprob.",
-    "forget.truth_ratio": "forget\ntruth\nratio",
-    "forget.extraction_strength": "extr.\nstr.",
-    "retain.rouge_l": "retain\nROUGE-L",
-    "real_authors.rouge_l": "authors\nROUGE-L",
-    "world_facts.rouge_l": "facts\nROUGE-L",
-    "heldout.rouge_l": "held-out\nROUGE-L",
-    "gate.auc": "gate\nAUC",
-}
-"""The same where TOFU's model utility is known, with headers that fit."""
+"""What comes first where the corpus has facts."""
 
 
 def gate_auc(result: Result) -> float | None:
@@ -96,15 +79,15 @@ def columns_by_key() -> dict[str, Column]:
     return {column.key: column for column in columns}
 
 
-def columns_of(results: Sequence[Result], *, everything: bool = False) -> list[Column]:
-    """The columns that at least one model has a number for: the main ones, or `everything`."""
+def columns_of(results: Sequence[Result]) -> list[Column]:
+    """The columns that at least one model has a number for."""
     first, known = WITH_FACTS if has_facts(results) else (), columns_by_key()
     columns = [known[key] for key in dict.fromkeys((*first, *known))]
     for one in evaluation_sets().values():
         for metric in READ:
             header, read = f"{one.label} rows not read by {metric_label(metric)}", partial(_unread, one.name, metric)
             columns.append(Column(f"{one.name}.{metric}_unread", header, "0", read, "count", main=False))
-    return with_numbers((column for column in columns if column.main or everything), results)
+    return with_numbers(columns, results)
 
 
 def _open(name: str, result: Result) -> float | None:
@@ -115,64 +98,15 @@ def _unread(name: str, metric: str, result: Result) -> float | None:
     return result.unread(name).get(metric)
 
 
-def narrow_columns(results: Sequence[Result]) -> list[tuple[Column, str]]:
-    """Columns of the printed table with headers that fit."""
-    facts, utility = has_facts(results), has_utility(results) and not has_facts(results)
-    known, named = columns_by_key(), {key.split(".")[0] for key in (*WITH_FACTS, *SHOWN_WITH_UTILITY)}
-    further = [one for name, one in evaluation_sets().items() if one.is_result and name not in named]
-    main = main_metric(results)[0]
-    low, high = ([f"{one.name}.{main}" for one in further if one.good == good] for good in ("low", "high"))
-    first, *rest = SHOWN_WITH_UTILITY if utility else WITH_FACTS if facts else SHOWN
-    if facts and any(name in sets_of(results) for name in (one.name for one in further)):
-        rest = [key for key in rest if key not in ("forget.rouge_l", "unknown.rouge_l")]  # there would be no room
-    keys = [first, *low, *rest, *high]
-    headers = SHOWN_WITH_UTILITY if utility else {}
-    columns = with_numbers((known[key] for key in keys if key in known), results)
-    return [(column, headers.get(column.key, column.header.replace(" ", "\n"))) for column in columns]
-
-
-def legend(results: Sequence[Result], columns: Sequence[Column]) -> list[tuple[str, str]]:
-    """What the rows, the sets and the numbers of these columns mean."""
+def legend(results: Sequence[Result]) -> list[tuple[str, str]]:
+    """What the rows, the sets and the numbers that are shown mean."""
     target = "a model never taught the forget set: the target for forgetting"
     rows = compared_terms(results, "the model before unlearning", target)
     rows.append(("the others", "the model after unlearning"))
     for one in in_order(sets_of(results)):
         rows.append((f"{one.label} set", f"{one.meaning}; good is {GOOD[one.good]['']}".removeprefix("; ")))
-    metrics = {column.key.partition(".")[2] for column in columns}
-    metrics |= {f"gate_{column.key[5:].partition('_')[0]}" for column in columns if column.key.startswith("gate.")}
+    keys = [column.key for column in shown_columns(columns_of(results))]
+    metrics = {key.partition(".")[2] for key in keys}
+    metrics |= {f"gate_{key[5:].partition('_')[0]}" for key in keys if key.startswith("gate.")}
     explained = [METRICS.get(name) for name in METRICS.names() if name in metrics]
     return rows + [(metric.label, metric.help) for metric in explained]
-
-
-# -- summary.json -----------------------------------------------------------------------------------------------------
-
-
-def summarize(results: Sequence[Result], profile: str) -> dict[str, Any]:
-    """Contents of summary.json. "gate" is keyed by objective, or by run where two runs share an objective."""
-    objectives = [result.objective for result in results]
-    gate = {}
-    for result in results:
-        if result.stage == "after" and "gate" in result.evaluation:
-            alone = result.objective is not None and objectives.count(result.objective) == 1
-            gate[result.objective if alone else result.name] = result.evaluation["gate"]
-    rows = [
-        {
-            "name": result.name,
-            "objective": result.objective,
-            "parametrization": result.parametrization,
-            "stage": result.stage,
-            "metrics": result.evaluation["sets"],
-            "overall": result.overall,
-            "reference": result.reference,
-            "unread": {name: rows for name in result.evaluation["sets"] if (rows := result.unread(name))},
-        }
-        for result in results
-    ]
-    return {"profile": profile, "rows": rows, "gate": gate, "seconds": seconds(results)}
-
-
-def seconds(results: Sequence[Result]) -> dict[str, float]:
-    """Seconds by stage: finetune/NAME where the model's own folder has them, unlearn/NAME, evaluate/NAME."""
-    found = {f"{'unlearn' if one.run else 'finetune'}/{one.name}": one.record.get("seconds") for one in results}
-    found |= {f"evaluate/{one.name}": one.evaluation.get("seconds", {}).get("total") for one in results}
-    return {stage: float(spent) for stage, spent in found.items() if isinstance(spent, int | float)}

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from functools import reduce
 from typing import TYPE_CHECKING
 
-from grun.data.sets import EvaluationSet, evaluation_sets
+from grun.data.sets import evaluation_sets
 from grun.evaluation.metrics import truth_ratios
 from grun.report.figures import GREY, clean, colors_of, new_figure, plain, titled_panels
 from grun.report.result import Result, after, before_of, main_metric, target_of
@@ -29,12 +29,6 @@ DISTANCE = "#C00000"
 # -- gates ------------------------------------------------------------------------------------------------------------
 
 
-def _gated(results: Sequence[Result]) -> tuple[list[Result], list[EvaluationSet]]:
-    """Runs that have gates, and the sets that these were measured on."""
-    runs = [result for result in after(results) if "gate" in result.evaluation]
-    return runs, [one for one in evaluation_sets().values() if any(run.table.gates_of(one.name) for run in runs)]
-
-
 def _histogram(axes: Axes, gates: Sequence[float], color: str) -> None:
     """Share of the prompts by gate."""
     clean(axes, xlim=(0, 1), ylim=(0, 1.05))
@@ -46,42 +40,32 @@ def _histogram(axes: Axes, gates: Sequence[float], color: str) -> None:
 
 
 def gate_histograms(results: Sequence[Result]) -> Figure | None:
-    """Histograms of the gate (mean over blocks) by set, one column for each run; None if no run has gates."""
-    runs, sets = _gated(results)
+    """Histograms of the gate: for each run a row of its mean over blocks, and of several blocks a row each.
+
+    A set is a column. None where no run has gates.
+    """
+    runs = [result for result in after(results) if "gate" in result.evaluation]
+    sets = [one for one in evaluation_sets().values() if any(run.table.gates_of(one.name) for run in runs)]
     if not sets:
         return None
-    figure = new_figure(max(5.5, 1.2 + 3.1 * len(runs)), 1.0 + 1.25 * len(sets))
-    title = "The gate should open (right) on forget questions\nand stay shut (left) on all others"
-    figure.suptitle(title.replace("\n", " ") if len(runs) > 1 else title, fontsize=12)
-    grid = figure.subplots(len(sets), len(runs), sharex=True, sharey=True, squeeze=False)
-    for row, one in enumerate(sets):
-        grid[row, 0].set_ylabel(one.label, color=one.color, fontweight="bold")
-        for axes, result in zip(grid[row], runs, strict=True):
-            _histogram(axes, [record.mean for record in result.table.gates_of(one.name)], one.color)
-    for top, bottom, result in zip(grid[0], grid[-1], runs, strict=True):
-        top.set_title(plain(result.label), fontsize=11)
-        bottom.set_xlabel("gate, mean over blocks")
-    figure.supylabel("share of the group's questions", fontsize=10)
-    return figure
-
-
-def gate_histograms_blocks(results: Sequence[Result]) -> Figure | None:
-    """Histograms of the gate of each block, one column for each set; None where no run has more than one block."""
-    runs, sets = _gated(results)
-    rows = [(result, block) for result in runs for block in result.table.blocks()]
-    if not sets or len(rows) == len(runs):
-        return None  # the mean over one block is that block
+    rows: list[tuple[Result, int | None]] = []
+    for run in runs:
+        blocks = run.table.blocks()
+        rows += [(run, None), *((run, block) for block in blocks if len(blocks) > 1)]
     figure = new_figure(max(5.5, 1.0 + 1.8 * len(sets)), 1.0 + 1.05 * len(rows))
-    figure.suptitle("The gate of each block: open on forget, shut elsewhere", fontsize=12)
+    figure.suptitle("The gate should open (right) on forget, and stay shut (left) elsewhere", fontsize=12)
     grid = figure.subplots(len(rows), len(sets), sharex=True, sharey=True, squeeze=False)
-    for row, (result, block) in enumerate(rows):
-        grid[row, 0].set_ylabel(f"{plain(result.label)}\nblock {block}", fontsize=9)
+    for row, (run, block) in enumerate(rows):
+        what = "mean" if block is None else f"block {block}"
+        grid[row, 0].set_ylabel(f"{plain(run.label)}\n{what}", fontsize=9)
         for axes, one in zip(grid[row], sets, strict=True):
-            _histogram(axes, [record.gates[block] for record in result.table.gates_of(one.name)], one.color)
+            gates = [record.mean if block is None else record.gates[block] for record in run.table.gates_of(one.name)]
+            _histogram(axes, gates, one.color)
             axes.set_yticks([0, 0.5, 1])
     for top, bottom, one in zip(grid[0], grid[-1], sets, strict=True):
         top.set_title(one.label, color=one.color, fontsize=11, fontweight="bold")
         bottom.set_xlabel("gate")
+    figure.supylabel("share of the set's questions", fontsize=10)
     return figure
 
 

@@ -27,15 +27,17 @@ from grun.report.knowledge_results import (
 )
 from grun.report.knowledge_verdict import STATEMENT, judge_knowledge
 from grun.report.matrix import Row
-from grun.report.page import EXAMPLES, Block, Card, Section
+from grun.report.page import Card, Examples
 from grun.report.result import Result, compared_terms
 from grun.report.rows_figure import Panel, rows_figure
-from grun.report.suites import Suite
+from grun.report.suites import Part, Suite, table_of
 from grun.report.tables import Column, Line, Table, markdown_text, shown_columns, with_numbers
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+EXAMPLES = 5
+"""Questions and sentences that are shown."""
 Results = Sequence[Result]
 GOOD = {"forget": "low", "neighbor": "high", "general": "high, as before"}
 MEANINGS = {
@@ -105,15 +107,22 @@ def _intervals(results: Results) -> str:
     return f"Intervals: 95 %. Multiple choice: {markdown_text(_described(way))} where nothing else is given."
 
 
-def _of_subjects(results: Results) -> list[list[Column]]:
-    """For each role with several subjects a column for each."""
-    way, tables = main_way(results), []
+def _parts(results: Results) -> list[Part]:
+    """Accuracy by subject where a role has several, and the first forget questions with their options."""
+    way, tables, found = main_way(results), [], []
     for role in ROLES:
-        read = partial(choice, way=way, role=role)
-        names = subjects(results, way, role)
+        read, names = partial(choice, way=way, role=role), subjects(results, way, role)
         if len(names) > 1:
-            tables.append([Column(name, f"{role}: {name}", "", partial(read, subject=name)) for name in names])
-    return tables
+            columns = [Column(name, name, "", partial(read, subject=name)) for name in names]
+            tables.append((role, table_of(columns, results, intervals=True).flipped(good=False)))
+    if tables:
+        found.append(Part("Subjects", "Multiple choice by subject", "", tables, places=("table.md",)))
+    asked = first_lines(results, way, EXAMPLES).get(("choice", "forget"), {}).values()
+    if asked:
+        above = "Options with the probability that each model gives to their letter; what it takes is bold."
+        questions = [_question(by_name, results) for by_name in asked]
+        found.append(Part("Questions", "First forget questions", above, questions, places=("page",), first="option"))
+    return found
 
 
 def _entry(result: Result, results: Results) -> dict[str, Any]:
@@ -155,23 +164,20 @@ PICTURE = Picture(
 # -- what was answered ------------------------------------------------------------------------------------------------
 
 
-def _examples(results: Results) -> list[Section]:
-    """The first forget questions with the probability of each option, and the first completed sentences."""
-    lines = first_lines(results, main_way(results), EXAMPLES)
-    asked = [_question(by_name, results) for by_name in lines.get(("choice", "forget"), {}).values()]
-    above = "Options with the probability that each model gives to their letter; what it takes is bold."
-    blocks = []
+def _examples(results: Results) -> list[Examples]:
+    """The first sentences of each role, the fact, and every model's completion."""
+    lines, found = first_lines(results, main_way(results), EXAMPLES), []
     for role in ROLES:
-        of_role = lines.get(("cloze", role), {}).values()
-        cards = [Card(f"{prompt} …", said) for prompt, said in (_completed(one, results) for one in of_role)]
-        blocks += [Block("cards", cards, role, opened=role == "forget")] if cards else []
-    return [
-        Section("questions", "Questions", "First forget questions", [Block("text", above), *asked] if asked else []),
-        Section("cloze", "Cloze", "First sentences, and how they are completed", blocks),
-    ]
+        cards = []
+        for by_name in lines.get(("cloze", role), {}).values():
+            line = next(iter(by_name.values()))
+            said = [(result.label, by_name[result.name]["text"]) for result in results if result.name in by_name]
+            cards.append(Card(f"{line['prompt']} …", [("fact", line["fact"]), *said]))
+        found += [Examples(role, cards, MEANINGS[role])] if cards else []
+    return found
 
 
-def _question(by_name: dict[str, dict[str, Any]], results: Results) -> Block:
+def _question(by_name: dict[str, dict[str, Any]], results: Results) -> tuple[str, Table]:
     """One question: a line for each option, a column for each model; what a model takes is bold."""
     asked = next(iter(by_name.values()))
     models = [result for result in results if result.name in by_name]
@@ -182,20 +188,7 @@ def _question(by_name: dict[str, dict[str, Any]], results: Results) -> Block:
         taken = tuple(place for place, line in enumerate(given) if line["chosen"] == number)
         label = f"{string.ascii_uppercase[number]}. {option}{' (right)' if number == asked['answer'] else ''}"
         lines.append(Line(label, [f"{math.exp(min(logp, 0.0)):.2f}" for logp in logps], bold=taken))
-    return Block("question", Table([result.label for result in models], [], lines), asked["question"])
-
-
-def _completed(by_name: dict[str, dict[str, Any]], results: Results) -> tuple[str, list[tuple[str, str]]]:
-    """A sentence to complete, the fact, and every model's completion."""
-    line = next(iter(by_name.values()))
-    said = [(result.label, by_name[result.name]["text"]) for result in results if result.name in by_name]
-    return line["prompt"], [("fact", line["fact"]), *said]
-
-
-def _quoted(results: Results) -> tuple[str, list[tuple[str, list[tuple[str, str]]]]]:
-    lines = first_lines(results, main_way(results), EXAMPLES).get(("cloze", "forget"), {})
-    said = [_completed(by_name, results) for by_name in lines.values()]
-    return f"First {len(said)} forget sentences, and how they are completed", said
+    return asked["question"], Table([result.label for result in models], [], lines)
 
 
 KNOWLEDGE_SUITE = Suite(
@@ -205,12 +198,11 @@ KNOWLEDGE_SUITE = Suite(
     judge=judge_knowledge,
     statement=STATEMENT,
     legend=legend,
-    notes=lambda results: "",
     intervals=_intervals,
     pictures=[PICTURE],
+    examples_title="First sentences, and how they are completed",
     examples=_examples,
-    quoted=_quoted,
-    tables=_of_subjects,
+    parts=_parts,
     facts=_facts,
     entry=_entry,
 )

@@ -10,15 +10,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from grun.report.result import STAGES, Result
-from grun.report.results import (
-    evaluation_folders,
-    lines_in,
-    number_in,
-    read_evaluation,
-    refuse_other_models,
-    refuse_other_settings,
-)
+from grun.report.result import Result
+from grun.report.results import evaluations, lines_in, number_in
 from grun.report.tables import Number
 from grun.runtime.reading import typed
 from grun.runtime.records import Choice, Cloze, FirstChoice
@@ -55,18 +48,7 @@ def find_knowledge(results_dir: Path) -> list[Result]:
     Raises:
         RunError: there is no before, a file is damaged, or an evaluation is of another base model or other questions.
     """
-    results = [read_evaluation(folder, ("settings",), METHODS) for folder in evaluation_folders(results_dir)]
-    known = list(METHODS)
-
-    def place(result: Result) -> tuple[int, int, str]:
-        number = known.index(result.name) if result.name in known else len(known)
-        return (STAGES.index(result.stage), number, result.name)
-
-    results.sort(key=place)
-    refuse_other_models(results)
-    for result in results:
-        refuse_other_settings(result, results[0], ASKED, "asked other questions")
-    return results
+    return evaluations(results_dir, ("settings",), METHODS, ASKED, "asked other questions")
 
 
 # -- numbers ----------------------------------------------------------------------------------------------------------

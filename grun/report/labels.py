@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from grun.report.result import STAGES, Result, after
@@ -19,7 +19,7 @@ def order_of(result: Result) -> tuple[str, int, str, str, int]:
     Parametrizations stand as in `PARAMETRIZATIONS`, then others.
     """
     seed = -1 if result.seed is None else result.seed
-    return (result.objective or "", *place_of(result.parametrization), result.design, seed)
+    return (result.objective or "", *place_in(PARAMETRIZATIONS, result.parametrization), result.design, seed)
 
 
 def row_order(result: Result) -> tuple[Any, ...]:
@@ -27,10 +27,10 @@ def row_order(result: Result) -> tuple[Any, ...]:
     return (STAGES.index(result.stage), *order_of(result), result.name)
 
 
-def place_of(parametrization: str) -> tuple[int, str]:
-    """Where a parametrization stands among the others: those from elsewhere come last, by name."""
-    known = list(PARAMETRIZATIONS)
-    return (known.index(parametrization) if parametrization in known else len(known), parametrization)
+def place_in(known: Iterable[str], name: str) -> tuple[int, str]:
+    """Where a name stands among others: those that are known first, in their order, then by name."""
+    order = list(known)
+    return (order.index(name) if name in order else len(order), name)
 
 
 def run_label(objective: str, parametrization: str, quantization: str | None = None, design: str = "") -> str:

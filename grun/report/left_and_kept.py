@@ -1,4 +1,4 @@
-"""The picture of evaluated answers: what is left and what is kept, by model or by cell of the matrix."""
+"""The pictures of what is left and what is kept: set by set of a few models, else by model or by cell of the matrix."""
 
 from __future__ import annotations
 
@@ -6,23 +6,56 @@ import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from grun.report.before_after import MOST
+from grun.data.sets import EvaluationSet, in_order
 from grun.report.columns import columns_by_key
+from grun.report.figures import clean, colors_of, new_figure, plain
 from grun.report.matrix import Row, make_matrix
-from grun.report.result import DISTINGUISHABLE, Result, after, has_utility, main_metric
+from grun.report.result import DISTINGUISHABLE, Result, after, has_utility, main_metric, sets_of
 from grun.report.rows_figure import Panel, rows_figure
 from grun.report.tables import Column, Number, with_numbers
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+MOST = 4
+"""Unlearned models that are shown set by set."""
+WANTED = {"low": "should go", "high": "should stay", "same": "guessed"}
 LOG10 = "reference.forget_quality_log10"
+
+
+def asked_sets(results: Sequence[Result]) -> list[EvaluationSet]:
+    """Sets of questions that were evaluated, without those that settings were chosen by."""
+    named = [one for one in in_order(sets_of(results)) if not one.for_tuning]
+    return [one for one in named if any(result.table.generations_of(one.name) for result in results)]
+
+
+def sets_figure(results: Sequence[Result]) -> Figure | None:
+    """Bars of the main metric: a group a set, a bar a model; None where nothing was unlearned or too much."""
+    befores, unlearned = [one for one in results if one.stage == "before"], after(results)
+    if not befores or not unlearned or len(unlearned) > MOST:
+        return None
+    models = [befores[0], *unlearned]
+    metric, label = main_metric(results)
+    sets = [one for one in asked_sets(models) if any(model.metric(one.name, metric) is not None for model in models)]
+    height = 0.8 / len(models)
+    figure = new_figure(8.0, 1.2 + 0.24 * len(sets) * len(models))
+    axes, colors = figure.add_subplot(), colors_of(results)
+    for number, model in enumerate(models):
+        values = [model.metric(one.name, metric) or 0.0 for one in sets]
+        places = [place + (number - (len(models) - 1) / 2) * height for place in range(len(sets))]
+        axes.barh(places, values, height=0.9 * height, color=colors[model.name], label=plain(model.label))
+    clean(axes, "x", xlim=(0, 1.02), xlabel=f"{label} (share of right answers)")
+    names = [f"{one.label}\n({WANTED[one.good]})" for one in sets]
+    axes.set_yticks(range(len(sets)), names)
+    axes.invert_yaxis()
+    figure.legend(loc="outside upper center", ncols=len(models), frameon=False, fontsize=10)
+    return figure
 
 
 def left_and_kept(results: Sequence[Result]) -> Figure | None:
     """A row for each cell of the matrix (means, bars of one standard deviation), or for each model where there is none.
 
-    None where nothing was unlearned, or so little that `before_after.sets_figure` shows the same set by set.
+    None where nothing was unlearned, or so little that `sets_figure` shows the same set by set.
     """
     matrix, metric = make_matrix(results), main_metric(results)[0]
     of_tofu = has_utility(results) and metric == "rouge_l"

@@ -8,7 +8,7 @@ from typing import Any
 
 from grun.config.options import ReportConfig
 from grun.errors import RunError
-from grun.report.answers import AnswerReport
+from grun.report.answers import ANSWER_SUITE
 from grun.report.attacks import ATTACK_SUITE
 from grun.report.knowledge import KNOWLEDGE_SUITE
 from grun.report.results import EVALUATION_FILE, evaluation_folders, find_comparison, folder_names
@@ -17,11 +17,8 @@ from grun.report.terminal import WIDTH
 from grun.runtime.files import taken, target, write_json, write_text
 
 SUMMARY_FILE = "summary.json"
-ANSWERS = "answers"
-REPORTS: dict[str, AnswerReport | Suite] = {
-    ANSWERS: AnswerReport(),
-    **{suite.name: suite for suite in (ATTACK_SUITE, KNOWLEDGE_SUITE)},
-}
+ANSWERS = ANSWER_SUITE.name
+REPORTS: dict[str, Suite] = {suite.name: suite for suite in (ANSWER_SUITE, ATTACK_SUITE, KNOWLEDGE_SUITE)}
 """Report by suite."""
 
 

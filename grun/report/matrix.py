@@ -15,37 +15,17 @@ from typing import Any
 
 from grun.data.sets import evaluation_sets
 from grun.report.columns import columns_by_key
-from grun.report.labels import order_of, place_of, run_label
-from grun.report.missing import failures, unevaluated
-from grun.report.result import Result, after, behind_filters, main_metric, unread_words
+from grun.report.labels import PARAMETRIZATIONS, order_of, place_in, run_label
+from grun.report.result import Result, after, main_metric
 from grun.report.tables import Column, Line, Style, Table, csv_text, shown, to_tex, with_numbers
+from grun.runtime.files import read_json
 from grun.runtime.runs import identity
 
-MANY_RUNS = 8
-"""Up to so many runs each has a row of its own in the printed table."""
 QUALITY, COST = "What is forgotten and kept", "What it costs"
+OUTCOME = ".outcome.json"
+"""How a sweep ends the name of the file in RESULTS/cells, in which is how far a cell came."""
 COSTS = "cost."
 """How the keys of what unlearning costs begin."""
-NARROW = {
-    "forget.fact_recall": "forget\nfact\nrecall",
-    "forget.rouge_l": "forget\nROUGE-L",
-    "forget_paraphrase.fact_recall": "para-\nphrase",
-    "forget_paraphrase.rouge_l": "para-\nphrase",
-    "retain.fact_recall": "retain",
-    "retain.rouge_l": "retain",
-    "heldout.fact_recall": "held-\nout",
-    "heldout.rouge_l": "held-\nout",
-    "overall.model_utility": "model\nutility",
-    "reference.forget_quality": "forget\nquality",
-    "forget.degenerate": "dege-\nnerate",
-    "gate.auc": "gate\nAUC",
-    "cost.parameters": "para-\nmeters",
-    "cost.seconds": "sec.",
-    "cost.saved_bytes": "MB",
-}
-"""Columns of the printed matrix with headers that fit."""
-MEANS_ALONE = ("forget.degenerate", "gate.auc", "cost.parameters", "cost.seconds", "cost.saved_bytes")
-"""Columns printed without their spread, for want of room; the files have it."""
 
 
 @dataclass(frozen=True)
@@ -75,6 +55,10 @@ class Spread:
         """Median over seeds; None without a run."""
         return statistics.median(self.values) if self.values else None
 
+    def center(self, style: Style) -> float | None:
+        """What stands for all: of p-values the median, else the mean."""
+        return self.median if style == "p" else self.mean
+
     def text(self, style: Style) -> str:
         """As readers see it: 0.12 ± 0.03, one seed without a spread, p as median with its range, - for nothing."""
         if style == "p":
@@ -84,21 +68,6 @@ class Spread:
         if self.deviation is None or counted:
             return shown(self.mean, style)
         return f"{shown(self.mean, style)} ± {shown(self.deviation, style, like=self.mean)}"
-
-    def short(self, column: Column) -> str:
-        """The same in as few letters as a terminal needs."""
-        if column.style == "whole" and self.mean is not None:
-            return _short(self.mean)
-        text = self.text(column.style)
-        return text.partition(" ")[0] if column.style == "p" or column.key in MEANS_ALONE else text.replace(" ± ", "±")
-
-
-def _short(count: float) -> str:
-    """Three digits or so: 999, 110.6k, 3.29M, 8.03B."""
-    for unit, name, decimals in ((1e9, "B", 2), (1e6, "M", 2), (1e3, "k", 1)):
-        if count >= unit:
-            return f"{count / unit:.{decimals}f}{name}"
-    return f"{count:.0f}"
 
 
 STATISTICS: dict[str, Callable[[Spread], float | None]] = {
@@ -189,26 +158,16 @@ class Matrix:
                 found.append((title, Table(*heads, lines)))
         return found
 
-    def narrow(self) -> Table:
-        """One table, at most 100 letters wide for the usual labels."""
-        columns = [column for column in self.columns if column.key in NARROW]
-        if columns[0].key == "forget.fact_recall":
-            columns = [column for column in columns if column.key != "forget.rouge_l"]
-        lines = [
-            row.line(row.counted(""), *(row.spread(column).short(column) for column in columns)) for row in self.rows
-        ]
-        return Table(["n", *(NARROW[column.key] for column in columns)], [], lines)
-
     def notes(self) -> list[str]:
-        """Cells and seeds that are missing and why, times that are not whole, and rows that no metric can read."""
+        """Cells and seeds that are missing and why, and times that are not whole."""
         unlearned = [row for row in self.cells if row.objective is not None]
         seeds = sorted({seed for row in unlearned for seed in row.seeds})
-        states = {**unevaluated(self.results), **failures(self.results)}
+        failed = failures(self.results)
         lines = []
         for row in unlearned:
             missing = [seed for seed in seeds if seed not in row.seeds] if row.seeds or not row.results else []
-            why = [(seed, states.get((str(row.objective), row.parametrization, seed), "not run")) for seed in missing]
-            reasons = "; ".join(f"seed {seed} {text}" for seed, text in why) or "not run"
+            keys = [(row.objective, row.parametrization, seed) for seed in missing]
+            reasons = "; ".join(f"seed {key[-1]} {failed.get(key, 'has no evaluation')}" for key in keys) or "not run"
             if not row.results:
                 lines.append(f"{row.label}: no evaluated run ({reasons}).")
             elif missing:
@@ -222,7 +181,23 @@ class Matrix:
                 "Runs that found frozen states in the cache, computed by an earlier run, which their seconds leave "
                 f"out: {', '.join(found)}."
             )
-        return lines + behind_filters(self.results) + unread_words(self.results)
+        return lines
+
+
+def failures(results: Sequence[Result]) -> dict[tuple[str | None, str, int], str]:
+    """Cells that failed in a sweep, by objective, parametrization and seed, with its error."""
+    found: dict[tuple[str | None, str, int], str] = {}
+    folders = {result.folder.resolve().parent.parent for result in results}
+    for path in sorted(path for folder in folders for path in folder.glob(f"cells/*{OUTCOME}")):
+        try:
+            outcome, cell = read_json(path), read_json(path.with_name(path.name.removesuffix(OUTCOME) + ".json"))
+            options = cell["unlearn"]
+            key = (str(options["objective"]), str(options["method"]["parametrization"]), int(options["seed"]))
+            if outcome["state"] == "failed":
+                found[key] = f"failed: {outcome.get('error') or 'no reason given'}"
+        except (OSError, ValueError, LookupError, TypeError):
+            continue  # an evaluation's, or a damaged or missing file, which has nothing on a run
+    return found
 
 
 # -- columns ----------------------------------------------------------------------------------------------------------
@@ -240,7 +215,7 @@ def _columns(results: Sequence[Result]) -> list[Column]:
         Column("cost.parameters", "trained parameters", "low", partial(_recorded, key="parameters.trained"), "whole"),
         Column("cost.seconds", "seconds", "low", partial(_recorded, key="seconds"), "seconds"),
         Column("cost.memory_bytes", "peak memory (MiB)", "low", partial(_recorded, key="peak_memory_bytes"), "memory"),
-        Column("cost.saved_bytes", "size on disk (MB)", "low", _saved_bytes, "size"),
+        Column("cost.saved_bytes", "size on disk (MB)", "low", partial(_recorded, key="saved_bytes"), "size"),
     ]
 
 
@@ -249,15 +224,6 @@ def _recorded(result: Result, key: str) -> float | None:
     for name in key.split("."):
         value = value.get(name) if isinstance(value, dict) else None
     return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else None
-
-
-def _saved_bytes(result: Result) -> float | None:
-    """Bytes of the saved adapter or model: from run.json, else of the weights in the run's folder."""
-    known = _recorded(result, "saved_bytes")
-    if known is not None or result.run is None:
-        return known
-    files = [*result.run.glob("adapter_model.safetensors")] or [*result.run.glob("model*.safetensors")]
-    return float(sum(path.stat().st_size for path in files)) if files else None
 
 
 # -- cells ------------------------------------------------------------------------------------------------------------
@@ -315,13 +281,6 @@ def first_seeds(results: Sequence[Result]) -> list[Result]:
     return kept
 
 
-def one_seed_note(results: Sequence[Result], shown: Sequence[Result]) -> str:
-    """What a reader must know where `shown` stands for `results`; empty where nothing is left out."""
-    if len(shown) == len(results):
-        return ""
-    return "Of each objective and parametrization one seed is shown, the lowest."
-
-
 def make_matrix(results: Sequence[Result]) -> Matrix | None:
     """The matrix of the results; None unless they have several parametrizations, or several seeds of one cell.
 
@@ -336,19 +295,14 @@ def make_matrix(results: Sequence[Result]) -> Matrix | None:
     compared = [Row(one.title, one.stage, None, "none", (one,)) for one in results if one.stage != "after"]
     failed = failures(results)
     kinds |= {kind for _, kind, _ in failed}
-    objectives = {str(row.objective) for row in unlearned} | {objective for objective, _, _ in failed}
+    objectives = {str(row.objective) for row in unlearned} | {str(objective) for objective, _, _ in failed}
     rows: list[Row] = []
     for objective in sorted(objectives):
-        for kind in sorted(kinds, key=place_of):
+        for kind in sorted(kinds, key=partial(place_in, PARAMETRIZATIONS)):
             found = [row for row in unlearned if (row.objective, row.parametrization) == (objective, kind)]
             rows += found or [Row(run_label(objective, kind), "after", objective, kind, ())]
     others = [row for row in cells if row.objective is None]
     return Matrix((*compared, *rows, *others), tuple(results))
-
-
-def has_many_runs(results: Sequence[Result]) -> bool:
-    """Whether a matrix has more runs than can be shown one by one."""
-    return len(after(results)) > MANY_RUNS and make_matrix(results) is not None
 
 
 # -- files ------------------------------------------------------------------------------------------------------------

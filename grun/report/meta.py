@@ -6,7 +6,7 @@ Source: Dorna et al. 2025, "OpenUnlearning", arXiv 2506.12618: faithfulness and 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -197,14 +197,16 @@ def readings(models: Models) -> list[Reading]:
     """
     every = [result for states in models.values() for results in states.values() for result in results]
     found = []
-    for key, (label, falls, read) in _asked(every[0]).items():
-        if any(read(result) is None for result in every):
-            continue
-        values = {
-            group: {state: [_m(read(result), falls) for result in results] for state, results in states.items()}
-            for group, states in models.items()
-        }
-        found.append(Reading(key, label, falls, values))
+    for column in _asked(every[0]):
+        if all(column.value(result) is not None for result in every):
+            falls = column.good == HIGH
+            values = {
+                group: {
+                    state: [_m(column.value(result), falls) for result in results] for state, results in states.items()
+                }
+                for group, states in models.items()
+            }
+            found.append(Reading(column.key, column.header, falls, values))
     if not found:
         raise RunError(
             f"the evaluations share no metric of what is to be forgotten, beginning with {every[0].folder}; evaluate "
@@ -213,18 +215,18 @@ def readings(models: Models) -> list[Reading]:
     return sorted(found, key=Reading.rank)
 
 
-def _asked(result: Result) -> dict[str, tuple[str, bool, Callable[[Result], float | None]]]:
-    """Label, whether it falls as a model knows more, and how it is read, of each metric by SET.METRIC."""
-    asked: dict[str, tuple[str, bool, Callable[[Result], float | None]]] = {}
-    for one in in_order(result.evaluation["sets"]):
+def _asked(result: Result) -> list[Column]:
+    """The metrics; those that are high after unlearning fall as a model knows more."""
+    columns = []
+    for one in (one for one in in_order(result.evaluation["sets"]) if one.good == "low"):
         for name, metric in metrics_of("set").items():
-            if one.good == "low" and metric.good in (FORGOTTEN, HIGH):
+            if metric.good in (FORGOTTEN, HIGH):
                 read = partial(Result.metric, set_name=one.name, metric=name)
-                asked[f"{one.name}.{name}"] = f"{metric.label}, {one.label}", metric.good == HIGH, read
+                columns.append(Column(f"{one.name}.{name}", f"{metric.label}, {one.label}", metric.good, read))
     for name, metric in metrics_of("overall").items():
         if metric.good == AS_RETAIN_ONLY:
-            asked[f"overall.{name}"] = metric.label, False, partial(_overall, name=name)
-    return asked
+            columns.append(Column(f"overall.{name}", metric.label, metric.good, partial(_overall, name=name)))
+    return columns
 
 
 def _overall(result: Result, name: str) -> float | None:
@@ -238,25 +240,22 @@ def _m(value: float | None, falls: bool) -> float:
 # -- the table --------------------------------------------------------------------------------------------------------
 
 
-def columns() -> list[Column]:
-    """The numbers of a metric."""
-    return [
-        Column("knows", "mean knows", "", lambda row: row.shown_mean("knows")),
-        Column("never", "mean never", "", lambda row: row.shown_mean("never")),
-        Column("faithfulness", "AUC", "high", Reading.faithfulness, "auc"),
-        *(
-            Column(
-                f"faithfulness_{damage}", f"AUC {damage}", "high", partial(Reading.faithfulness, damage=damage), "auc"
-            )
-            for damage in DAMAGES
-        ),
-        Column("moved_relearned", "moved relearned", "", partial(Reading.moved, damage="relearned")),
-        Column("moved_quantized", "moved quantized", "low", partial(Reading.moved, damage="quantized")),
-        Column("relearning", "R", "high", Reading.relearning),
-        Column("quantization", "Q", "high", Reading.quantization),
-        Column("robustness", "robust", "high", Reading.robustness),
-        Column("overall", "overall", "high", Reading.overall),
-    ]
+COLUMNS = [
+    Column("knows", "mean knows", "", partial(Reading.shown_mean, group="knows")),
+    Column("never", "mean never", "", partial(Reading.shown_mean, group="never")),
+    Column("faithfulness", "AUC", "high", Reading.faithfulness, "auc"),
+    *(
+        Column(f"faithfulness_{damage}", f"AUC {damage}", "high", partial(Reading.faithfulness, damage=damage), "auc")
+        for damage in DAMAGES
+    ),
+    Column("moved_relearned", "moved relearned", "", partial(Reading.moved, damage="relearned")),
+    Column("moved_quantized", "moved quantized", "low", partial(Reading.moved, damage="quantized")),
+    Column("relearning", "R", "high", Reading.relearning),
+    Column("quantization", "Q", "high", Reading.quantization),
+    Column("robustness", "robust", "high", Reading.robustness),
+    Column("overall", "overall", "high", Reading.overall),
+]
+"""The numbers of a metric."""
 
 
 def verdict(rows: Sequence[Reading]) -> str:
@@ -279,7 +278,7 @@ def judge_metrics(config: MetaConfig) -> Path:
     folder = target(config.results_dir, "results_dir")
     models = find_models(config)
     rows = readings(models)
-    shown = with_numbers(columns(), rows)
+    shown = with_numbers(COLUMNS, rows)
     counts = ", ".join(f"{len(models[group]['intact'])} {group}" for group in GROUPS if models[group]["intact"])
     title = f"Do the metrics tell? {counts}"
     lines = [Line(row.label, [column.text(row) for column in shown]) for row in rows]

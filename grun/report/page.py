@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from grun.report.provenance import command_of, provenance
-from grun.report.result import Judgement, Result
+from grun.report.result import Result
 from grun.report.tables import readable
 
 if TYPE_CHECKING:
@@ -18,8 +18,6 @@ if TYPE_CHECKING:
 
     from grun.report.figures import Picture
 
-EXAMPLES = 5
-"""Questions shown of each set."""
 WIDEST = 1500
 """Pixels up to which a picture is made to fit the page; a wider one would become too small to read, and scrolls."""
 
@@ -31,20 +29,24 @@ class Card(NamedTuple):
     said: Sequence[tuple[str, str]]
 
 
+class Examples(NamedTuple):
+    """Questions of one kind, with answers."""
+
+    label: str
+    cards: Sequence[Card]
+    meaning: str = ""
+
+
 @dataclass(frozen=True)
 class Block:
     """One piece of a section; `value` is what the template shows of this kind: a text, texts, a table, cards, ..."""
 
-    kind: Literal[
-        "text", "heading", "points", "table", "folded", "terms", "verdict", "picture", "cards", "question", "settings"
-    ]
+    kind: Literal["text", "heading", "points", "table", "terms", "verdict", "picture", "cards", "settings"]
     value: Any
     label: str = ""
     """What it is called, for a box that scrolls or opens."""
     first: str = "model"
     """Head of a table's first column."""
-    meaning: str = ""
-    """Of cards, after the label."""
     opened: bool = False
     """Whether cards are shown from the start."""
 
@@ -73,7 +75,6 @@ def _template() -> Template:
     folder = Path(__file__).parent / "templates"
     environment = Environment(
         loader=FileSystemLoader(folder),
-        extensions=["jinja2.ext.loopcontrols"],
         autoescape=True,
         finalize=clean,
         trim_blocks=False,
@@ -85,25 +86,11 @@ def _template() -> Template:
 # -- blocks that every report has -------------------------------------------------------------------------------------
 
 
-def verdict_section(judgements: Iterable[Judgement], *above: Block, none: str) -> Section:
-    """A verdict for each model, or that there is none."""
-    blocks = [Block("verdict", judgement) for judgement in judgements] or [Block("text", none)]
-    return Section("verdicts", "Verdicts", "Verdicts", [*above, *blocks])
-
-
-def statement_section(text: str) -> Section:
-    """What no number of the report means."""
-    return Section("statement", "What this is not", "What this is not", [Block("text", text)])
-
-
-def settings_section(results: Sequence[Result]) -> Section:
-    """Settings of each model's evaluation and run."""
-    blocks = []
-    for result in results:
-        about = "The run's command" if result.run else "The command that trained the model"
-        value = {"terms": provenance(result), "command": command_of(result.record), "about": about}
-        blocks.append(Block("settings", value, result.title))
-    return Section("settings", "Settings", "Settings and provenance", blocks)
+def settings_block(result: Result) -> Block:
+    """Settings of a model's evaluation and run."""
+    about = "The run's command" if result.run else "The command that trained the model"
+    value = {"terms": provenance(result), "command": command_of(result.record), "about": about}
+    return Block("settings", value, result.title)
 
 
 def picture_block(picture: Picture, path: Path, note: str = "") -> Block:

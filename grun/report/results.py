@@ -15,7 +15,7 @@ from grun.evaluation.measure import METRICS_FORMAT, measure
 from grun.evaluation.metrics import reference_metrics, unread
 from grun.evaluation.table import Table
 from grun.loading.hashing import adapter_hash
-from grun.report.labels import PARAMETRIZATIONS, label_runs, row_order
+from grun.report.labels import PARAMETRIZATIONS, label_runs, place_in, row_order
 from grun.report.result import STAGES, Result, finite, target_of
 from grun.report.tables import Number
 from grun.runtime.reading import read_json_lines, typed
@@ -33,12 +33,39 @@ def find_results(results_dir: Path) -> list[Result]:
     Raises:
         RunError: there is no before, a file is damaged, or an evaluation is of another base model or of other rows.
     """
-    results = [read_evaluation(folder) for folder in evaluation_folders(results_dir)]
-    label_runs(results)
-    results.sort(key=row_order)
-    refuse_other_models(results)
+    results = evaluations(results_dir)
     refuse_other_rows(results)
     measure_against_targets(results)
+    return results
+
+
+def evaluations(
+    results_dir: Path,
+    keys: tuple[str, ...] = ("sets",),
+    methods: Mapping[str, str] | None = None,
+    asked: Sequence[str] = (),
+    what: str = "",
+) -> list[Result]:
+    """The evaluations of a results folder, labeled and in the order of the rows.
+
+    Args:
+        results_dir: holds `evaluation`.
+        keys: as of `read_evaluation`.
+        methods: as of `read_evaluation`; the runs that it names come first, in its order.
+        asked: settings that must be those of before, as of `refuse_other_settings`, with `what`.
+
+    Raises:
+        RunError: there is no before, a file is damaged, or an evaluation is of another base model or other settings.
+    """
+    results = [read_evaluation(folder, keys, methods) for folder in evaluation_folders(results_dir)]
+    if methods is None:
+        label_runs(results)
+        results.sort(key=row_order)
+    else:
+        results.sort(key=lambda one: (STAGES.index(one.stage), *place_in(methods, one.name)))
+    refuse_other_models(results)
+    for result in results if asked else ():
+        refuse_other_settings(result, results[0], asked, what)
     return results
 
 

@@ -21,7 +21,7 @@ from grun.evaluation.metrics import reference_metrics
 from grun.evaluation.table import GateRecord, GenerationRecord, ScoreRecord, Table, shorten
 from grun.report.attack_results import ASKED
 from grun.report.labels import run_label
-from grun.report.result import Result, design_of
+from grun.report.result import Result
 from grun.report.results import EVALUATION_FILE, lines_in, read_evaluation, refuse_other_models
 from grun.runtime.files import content_hash
 from grun.runtime.reading import parse_json, typed
@@ -89,18 +89,33 @@ def models_at(submission: Submission, stage: str) -> list[Submitted]:
     return [model for model in submission["models"] if model["stage"] == stage]
 
 
-def method_of(model: Submitted) -> str:
-    """What readers call the method of a run, whatever its seed."""
-    method = model["config"].get("method")
-    design = design_of(method) if model["parametrization"] == "grun" and isinstance(method, dict) else ""
-    return run_label(model["objective"] or "", model["parametrization"], design=design)
+def result_of(model: Submitted, file: str = "") -> Result:
+    """A model as reports have it, with the numbers of its rows; `file` is where it lies."""
+    evaluation = {**model["numbers"], "settings": model["settings"], "adapter": model["adapter"]}
+    evaluation |= {"identity": {"base": model["base"]}, "data": model["data"]}
+    label, folder = model["stage"].replace("_", " "), Path(file) / model["name"]
+    run = folder if model["stage"] == "after" else None
+    attributes = (model["name"], model["stage"], model["objective"], model["parametrization"])
+    result = Result(*attributes, folder, run, evaluation, label)
+    result.table, result.reference = table_in(model), model["numbers"].get("reference", {})
+    cost = model["cost"]
+    result.record = {
+        "config": {**model["config"], "seed": model["seed"]},
+        "seconds": cost.get("seconds"),
+        "parameters": {"trained": cost.get("parameters")},
+        "peak_memory_bytes": cost.get("memory_bytes"),
+        "saved_bytes": cost.get("saved_bytes"),
+    }
+    return result
 
 
 def methods_in(submission: Submission) -> dict[str, list[Submitted]]:
-    """The runs by method, each by seed."""
+    """The runs by what readers call their method, each by seed."""
     found: dict[str, list[Submitted]] = {}
     for model in sorted(models_at(submission, "after"), key=lambda model: model["seed"] or 0):
-        found.setdefault(method_of(model), []).append(model)
+        design = result_of(model).design
+        label = run_label(model["objective"] or "", model["parametrization"], design=design)
+        found.setdefault(label, []).append(model)
     return found
 
 

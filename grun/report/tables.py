@@ -28,6 +28,8 @@ NOT_SHOWN = re.compile("[^\t\n\r\x20-\x7e\xa0-\ud7ff\ue000-\ufffd\U00010000-\U00
 """Control characters and halves of surrogate pairs."""
 GOOD_IS = "good is"
 """Head of the column, or row, that is which way is good."""
+AT_ONCE = 5
+"""Methods next to before and retain only in one printed table."""
 CLOSE = 9
 """A printed table of more columns than this has no space between them."""
 
@@ -105,6 +107,8 @@ class Table:
     good: Sequence[str]
     """Which way is good, by column."""
     lines: Sequence[Line]
+    inside: Sequence[Table] = ()
+    """Of a table whose lines open on the page, what is in each; labels of lines are the heads of these."""
 
     def flipped(self, *, good: bool = True) -> Table:
         """With models as columns, the last one of which is which way is good, unless that is left out."""
@@ -118,14 +122,17 @@ class Table:
         """Headers a word a line."""
         return replace(self, headers=[header.replace(" ", "\n") for header in self.headers])
 
+    def printed(self) -> list[Table]:
+        """As a terminal has room for it: narrow, without what is in parentheses.
 
-class Folded(NamedTuple):
-    """A table of which each line opens into another one."""
-
-    title: str
-    table: Table
-    inside: Sequence[Table]
-    """By line; labels of lines are the heads of these."""
+        Where it has which way is good, its lines are models: these become columns, `AT_ONCE` of them in a table.
+        """
+        lines = [line._replace(cells=[cell.partition(" (")[0] for cell in line.cells]) for line in self.lines]
+        if not self.good:
+            return [replace(self, lines=lines).narrow()]
+        same, own = ([line for line in lines if (line.kind == "after") == is_own] for is_own in (False, True))
+        parts = [own[start : start + AT_ONCE] for start in range(0, max(len(own), 1), AT_ONCE)]
+        return [replace(self, lines=[*same, *part]).flipped(good=False).narrow() for part in parts]
 
 
 def shown(value: Number | float | None, style: Style = "share", like: float | None = None) -> str:

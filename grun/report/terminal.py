@@ -1,11 +1,10 @@
-"""What all reports print: lines, legends, verdicts, who said what."""
+"""What all reports print: lines, legends, who said what."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
-from grun.report.result import Judgement
 from grun.report.tables import readable
 
 if TYPE_CHECKING:
@@ -31,14 +30,6 @@ def print_terms(console: Console, rows: Iterable[Sequence[str]]) -> None:
     for texts in rows:
         grid.add_row(*map(Text, texts))
     console.print(grid)
-
-
-def print_verdicts(console: Console, judgements: Iterable[Judgement], statement: str) -> None:
-    """Print the sentence of each verdict, and what no verdict means."""
-    for judgement in judgements:
-        print_line(console, judgement.sentence)
-    print_line(console)
-    print_line(console, statement, "bold")
 
 
 def print_said(console: Console, question: str, said: Sequence[tuple[str, str]]) -> None:

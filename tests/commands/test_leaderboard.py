@@ -205,12 +205,6 @@ def test_the_board_ranks_methods_by_what_they_forget_and_keep(whole: dict[str, A
     assert second["leak, worst"].startswith("0.25") and "settings: the defaults" in text
 
 
-def test_the_board_is_a_page_too(whole: dict[str, Any], tmp_path: Path) -> None:
-    (tmp_path / "mine.json").write_text(json.dumps(whole))
-    assert main(["leaderboard", "board", str(tmp_path / "mine.json"), f"output={tmp_path / 'board.html'}"]) == 0
-    assert "NPO LoRA" in (tmp_path / "board.html").read_text()
-
-
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [

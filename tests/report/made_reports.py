@@ -34,7 +34,6 @@ from grun.experiments.sequential.results import summarize
 from grun.experiments.sequential.tables import experiment_csv, experiment_markdown, printed
 from grun.report import figures, make
 from grun.report.make import make_report
-from grun.report.suites import Suite
 
 PAGE = "report.html"
 VOID = {"meta", "img", "br", "link", "input"}
@@ -128,9 +127,10 @@ def files_of(name: str, folder: Path) -> dict[str, str]:
 @contextlib.contextmanager
 def _without_legends() -> Iterator[None]:
     """Reports in which no word is explained: what metrics and attacks are is described in their own rooms."""
-    of_suites = {name: report for name, report in make.REPORTS.items() if isinstance(report, Suite)}
-    suites = {name: replace(suite, legend=lambda results: [("word", "meaning")]) for name, suite in of_suites.items()}
-    with patch.dict(make.REPORTS, suites), patch("grun.report.answers.legend", lambda *found: [("word", "meaning")]):
+    explained = {
+        name: replace(suite, legend=lambda results: [("word", "meaning")]) for name, suite in make.REPORTS.items()
+    }
+    with patch.dict(make.REPORTS, explained):
         yield
 
 
@@ -191,12 +191,6 @@ class Page(HTMLParser):
             self.tables[-1][-1][-1] += data
         if data.strip():
             self.lines[-1].append(" ".join(data.split()))
-
-    @property
-    def rows(self) -> list[list[str]]:
-        """The table of all models."""
-        (rows,) = [table for table in self.tables if table[0][0] == "model"]
-        return rows
 
     def all(self, tag: str) -> list[dict[str, str | None]]:
         return [attributes for name, attributes in self.tags if name == tag]

@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 from typing import Any
 
 import pytest
-from made_reports import Page
 from made_suites import BEFORE, FLOOR, LEAKY, leak, searched, write_seeds
 from made_suites import write_attacked as write
 
-from grun.config.options import ReportConfig
 from grun.evaluation.attacks.base import ATTACKS
 from grun.report import figures
 from grun.report.attack_curves import draw_curves
 from grun.report.attack_groups import GROUPS, attack_groups, group_of
 from grun.report.attack_results import find_attacked
-from grun.report.make import make_report
 
 AT_K = {way: {str(k): leak(k / 8 * most) for k in (1, 2, 4)} for way, most in (("temperature 0.7", 1), ("hot", 2))}
 MORE = {
@@ -40,9 +36,9 @@ def results(tmp_path: Path) -> Path:
 
 
 def groups_of(folder: Path) -> list[tuple[str, list[str], list[list[str]]]]:
-    (folded,) = attack_groups(find_attacked(folder))
-    opened = [[[inner.label, *inner.cells] for inner in table.lines] for table in folded.inside]
-    return [(line.label, line.cells, inner) for line, inner in zip(folded.table.lines, opened, strict=True)]
+    ((_, groups),) = attack_groups(find_attacked(folder))
+    opened = [[[inner.label, *inner.cells] for inner in table.lines] for table in groups.inside]
+    return [(line.label, line.cells, inner) for line, inner in zip(groups.lines, opened, strict=True)]
 
 
 def test_the_worst_attack_of_a_group_is_the_furthest_above_its_floor_and_the_worst_group_is_first(
@@ -68,25 +64,6 @@ def test_a_line_opens_into_every_attack_of_its_group_with_all_intervals(results:
     ]
     names = [line[0] for lines in opened.values() for line in lines]
     assert sorted(names) == sorted(name.replace("_", " ") for name in [*MORE, *LEAKY] if not name.startswith("worst"))
-
-
-def test_page_markdown_and_terminal_say_the_same_of_each_group(
-    results: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr(figures, "DPI", 20)
-    make_report(ReportConfig(results_dir=str(results)))
-    expected = [" ".join([group, *cells]) for group, cells, _ in groups_of(results)]
-
-    def said(text: str) -> list[str]:
-        lines = [" ".join(re.split(r"[\s|]+", line)).strip() for line in text.splitlines()]
-        return [line for line in lines if line.startswith("who ")]
-
-    page = Page((results / "report.html").read_text(encoding="utf-8"))
-    assert said("\n".join(" ".join(texts) for tag, *texts in page.lines if tag == "summary.line")) == expected
-    assert said((results / "table.md").read_text(encoding="utf-8")) == expected
-    assert said(capsys.readouterr().out) == expected
-    markdown = (results / "table.md").read_text(encoding="utf-8")
-    assert "| adaptive, never taught | 0.10 (0.04 to 0.23) | - | 0.10 (0.04 to 0.23) |  |" in markdown
 
 
 def test_every_attack_on_forget_rows_is_in_a_group_that_has_words() -> None:
@@ -142,20 +119,3 @@ def test_a_curve_over_seeds_is_the_mean_where_all_seeds_have_it(tmp_path: Path) 
     lines = lines_of(figure.axes[0])
     assert lines[figures.PALETTE[0], "-"] == [(0, 0.0), (10, pytest.approx(0.3))]
     assert ("#000000", "--") in lines and ("#000000", "-") not in lines
-
-
-def test_a_number_next_to_the_last_one_of_an_axis_is_not_named(tmp_path: Path) -> None:
-    write(tmp_path, "before", BEFORE, more={"adaptive": searched(0.0, 0.2, 0.3, steps=(0, 10, 12))})
-    figure = draw_curves(find_attacked(tmp_path))
-    assert figure is not None
-    assert [label.get_text() for label in figure.axes[0].get_xticklabels()] == ["0", "12"]
-
-
-def test_without_a_curve_there_is_no_picture(results: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(figures, "DPI", 20)
-    make_report(ReportConfig(results_dir=str(results)))
-    assert (results / "attack_curves.png").is_file()
-    for name, leaks in (("before", BEFORE), ("retain_only", FLOOR), ("published", LEAKY)):
-        write(results, name, leaks)
-    make_report(ReportConfig(results_dir=str(results)))
-    assert not (results / "attack_curves.png").exists() and draw_curves(find_attacked(results)) is None

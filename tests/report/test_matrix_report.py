@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
-import shutil
-from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,13 +13,13 @@ from made_results import write_cell, write_evaluation, write_matrix, write_run
 from matplotlib.container import ErrorbarContainer
 
 from grun.config.options import ReportConfig
-from grun.report import figures, pictures
-from grun.report.answers import answer_page, table_csv
-from grun.report.compared import compare, matrix_markdown, words
+from grun.report import figures, make
+from grun.report.answers import ANSWER_SUITE
+from grun.report.compared import compare, standings
 from grun.report.distributions import gate_histograms
 from grun.report.left_and_kept import left_and_kept
 from grun.report.make import make_report
-from grun.report.matrix import Matrix, Spread, first_seeds, make_matrix, matrix_csv, matrix_tex
+from grun.report.matrix import Matrix, Spread, first_seeds, make_matrix, matrix_csv
 from grun.report.results import find_results
 from grun.report.rows_figure import COLORS
 from grun.report.tables import Column
@@ -47,10 +46,6 @@ def matrix_of(folder: Path) -> Matrix:
     matrix = make_matrix(find_results(folder))
     assert matrix is not None
     return matrix
-
-
-def sentences_of(folder: Path, objective: str = "GD") -> str:
-    return " ".join(dict(words(matrix_of(folder)))[objective])
 
 
 # -- cells and numbers ------------------------------------------------------------------------------------------------
@@ -117,20 +112,6 @@ def test_one_parametrization_with_one_seed_is_no_matrix_and_an_older_matrix_goes
     assert [result.label for result in find_results(tmp_path)][2:] == ["GD", "NPO"]
 
 
-def test_the_size_comes_from_the_files_where_an_older_run_does_not_say_it(tmp_path: Path) -> None:
-    write_matrix(tmp_path, rows=4, objectives=["gd"], parametrizations=["lora", "full"], seeds=[42])
-    for name, files in (("lora", ["adapter_model"]), ("full", ["model-00001-of-00002", "model-00002-of-00002"])):
-        run = tmp_path / f"gd-{name}-s42"
-        record = read_json(run / "run.json")
-        del record["saved_bytes"]
-        write_json(run / "run.json", record)
-        for file in files:
-            (run / f"{file}.safetensors").write_bytes(bytes(500))
-    matrix = matrix_of(tmp_path)
-    (size,) = [measure for measure in matrix.columns if measure.key == "cost.saved_bytes"]
-    assert [row.spread(size).mean for row in matrix.cells] == [1000.0, 500.0]
-
-
 def test_labels_tell_parametrizations_and_seeds_apart_only_where_they_differ(made: Path) -> None:
     results = find_results(made)
     assert {"GD LoRA s42", "GD LoRA s43", "NPO GRUN s44"} <= {result.label for result in results}
@@ -144,19 +125,17 @@ def test_labels_tell_parametrizations_and_seeds_apart_only_where_they_differ(mad
 # -- what is missing --------------------------------------------------------------------------------------------------
 
 
-def test_missing_cells_and_seeds_are_noted_with_what_is_known_of_them(made: Path, tmp_path: Path) -> None:
-    folder = shutil.copytree(made, tmp_path / "copy")
-    options = {"objective": "npo", "method": {"parametrization": "reft"}, "seed": 43}
-    write_json(folder / "npo-reft-s43" / "run_identity.json", {"config": options})
-    write_cell(folder / "npo-reft-s44", "npo", "reft", 44)
-    write_json(folder / "npo-reft-s44" / "run_identity.json", {"config": {**options, "seed": 44}})
-    matrix = matrix_of(folder)
+def test_missing_cells_and_seeds_are_noted(made: Path) -> None:
+    matrix = matrix_of(made)
+    none = "; ".join(f"seed {seed} has no evaluation" for seed in (42, 43, 44))
     assert matrix.notes() == [
-        "GD LoRA: 2 of 3 seeds (seed 44 not run).",
-        "NPO ReFT: no evaluated run (seed 42 not run; seed 43 did not finish; seed 44 trained, not evaluated).",
+        "GD LoRA: 2 of 3 seeds (seed 44 has no evaluation).",
+        f"NPO ReFT: no evaluated run ({none}).",
     ]
-    lines = [line for line in matrix_markdown(matrix).splitlines() if line.startswith("| NPO ReFT |")]
-    assert [set(line.removeprefix("| NPO ReFT |").split()) for line in lines] == [{"|", "-"}] * 2
+    assert [{*line.cells} for _, table in matrix.tables() for line in table.lines if line.label == "NPO ReFT"] == [
+        {"-"},
+        {"-"},
+    ]
     assert "n = 2 to 3" in matrix.caption
 
 
@@ -169,7 +148,7 @@ def test_cells_of_which_a_sweep_says_that_they_failed_are_rows_with_its_error(tm
     assert [row.label for row in matrix.cells] == ["GD LoRA", "GD GRUN", "NPO LoRA", "NPO GRUN"]
     assert matrix.notes() == [
         "NPO LoRA: no evaluated run (seed 42 failed: out of memory).",
-        "NPO GRUN: no evaluated run (seed 42 not run).",
+        "NPO GRUN: no evaluated run (seed 42 has no evaluation).",
     ]
     assert left_and_kept(matrix.results) is not None
 
@@ -217,15 +196,6 @@ def test_the_csv_holds_every_runs_raw_numbers_and_their_statistics(made: Path) -
                 assert statistics["sd"][measure.key] == ""
 
 
-def test_names_of_variants_are_escaped(tmp_path: Path) -> None:
-    write_matrix(tmp_path, rows=4, objectives=["gd"], parametrizations=["lora", "grun"], seeds=[42])
-    write_evaluation(tmp_path / "evaluation" / "a_b|100%", {"forget": 0.0}, rows=4)
-    write_run(tmp_path / "a_b|100%", "gd", "lora")
-    matrix = matrix_of(tmp_path)
-    assert r"GD LoRA (a\_b\textbar{}100\%)" in matrix_tex(matrix)
-    assert r"| GD LoRA (a\_b\|100%) |" in matrix_markdown(matrix)
-
-
 # -- words ------------------------------------------------------------------------------------------------------------
 
 SHARE = Column("heldout.fact_recall", "held-out fact recall", "high", "share", lambda result: None)
@@ -243,55 +213,30 @@ PARAMETERS = Column("cost.parameters", "trained parameters", "low", "whole", lam
         ((0.89, 0.90, 0.91), (0.86, 0.87, 0.88), SHARE, "ahead"),
         ((0.86, 0.87, 0.88), (0.89, 0.90, 0.91), SHARE, "behind"),
         ((0.89, 0.90, 0.91), (0.875, 0.885, 0.895), SHARE, "within the spread"),
-        ((0.9,), (0.1, 0.1), SHARE, "one seed, no spread known"),
+        ((0.9,), (0.1, 0.1), SHARE, "one seed"),
         ((0.9,), (0.9,), SHARE, "equal"),
         ((1.0, 1.1), (5.0, 5.1), SECONDS, "ahead"),
         ((0.2, 0.2), (0.0, 0.01), LEFT_OVER, "behind"),  # what is left of the forget set in other words
         ((5.0,), (1.0,), PARAMETERS, "behind"),  # a count needs no second seed
-        ((), (1.0,), SHARE, None),
+        ((), (1.0,), SHARE, "-"),
     ],
 )
 def test_a_difference_counts_beyond_both_deviations_together(
-    ours: tuple[float, ...], theirs: tuple[float, ...], measure: Column, standing: str | None
+    ours: tuple[float, ...], theirs: tuple[float, ...], measure: Column, standing: str
 ) -> None:
     assert compare(Spread(ours), Spread(theirs), measure) == standing
 
 
-def constructed(folder: Path, grun: float, lora: float, seeds: Sequence[int] = (42, 43, 44)) -> str:
-    heldout = {"grun": grun, "lora": lora}
-    write_matrix(folder, rows=40, objectives=["gd"], parametrizations=["lora", "grun"], seeds=seeds, heldout=heldout)
-    return sentences_of(folder)
-
-
-def test_words_say_where_grun_wins(tmp_path: Path) -> None:
-    text = constructed(tmp_path, grun=0.9, lora=0.5)
-    assert "Forgets as far as the target (fact recall on forget 0.00): LoRA 0.05 ± 0.00, GRUN 0.00 ± 0.00." in text
-    assert "GRUN is ahead of all others in held-out fact recall, trained parameters, size on disk." in text
-    assert "GRUN is behind in nothing beyond the spread." in text
-    assert "Neither ahead nor behind in paraphrase fact recall: LoRA equal; retain fact recall: LoRA equal" in text
-
-
-def test_words_say_where_grun_loses(tmp_path: Path) -> None:
-    text = constructed(tmp_path, grun=0.5, lora=0.9)
-    assert "GRUN does not win in held-out fact recall: behind LoRA." in text
-
-
-def test_words_say_who_leaves_more_when_the_question_is_put_in_other_words(tmp_path: Path) -> None:
-    constructed(tmp_path, grun=0.9, lora=0.9)
-    for seed in (42, 43, 44):
-        path = tmp_path / "evaluation" / f"gd-lora-s{seed}" / "evaluation.json"
-        evaluation = read_json(path)
-        evaluation["sets"]["forget_paraphrase"]["fact_recall"] = 0.0
-        write_json(path, evaluation)
-    text = sentences_of(tmp_path)
-    assert "GRUN does not win in paraphrase fact recall: behind LoRA" in text
-
-
-def test_words_say_what_is_within_the_spread_and_what_has_none(tmp_path: Path) -> None:
-    text = constructed(tmp_path / "three", grun=0.9, lora=0.875)
-    assert "held-out fact recall: LoRA within the spread" in text
-    text = constructed(tmp_path / "one", grun=0.9, lora=0.5, seeds=[42])
-    assert "held-out fact recall: LoRA one seed, no spread known" in text
+def test_grun_is_compared_with_each_other_parametrization(tmp_path: Path) -> None:
+    heldout = {"grun": 0.9, "lora": 0.5, "reft": 0.875}
+    write_matrix(tmp_path, rows=40, objectives=["gd"], parametrizations=[*heldout], heldout=heldout)
+    ((title, table),) = standings(matrix_of(tmp_path))
+    assert title == "GD: GRUN against the others" and list(table.headers) == ["LoRA", "ReFT"]
+    found = {line.label: line.cells for line in table.lines}
+    assert found["forgets as far as the target (GRUN: yes)"] == ["yes", "no"]
+    assert found["held-out fact recall"] == ["ahead", "within the spread"]
+    assert found["retain fact recall"] == ["equal", "equal"]
+    assert found["trained parameters"] == found["size on disk"] == ["ahead", "behind"]
 
 
 # -- page, terminal, picture ------------------------------------------------------------------------------------------
@@ -325,7 +270,7 @@ def test_the_picture_of_a_corpus_without_facts_has_model_utility_and_forget_qual
 
 
 def test_seeds_in_several_folders_are_one_cell(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pictures, "PICTURES", ())
+    monkeypatch.setitem(make.REPORTS, "answers", replace(ANSWER_SUITE, pictures=()))
     for folder, seeds in (("a", [42, 43]), ("b", [44])):
         write_matrix(tmp_path / folder, rows=4, objectives=["gd"], parametrizations=["lora", "grun"], seeds=seeds)
     runs = [str(tmp_path / folder) for folder in ("a", "b")]
@@ -341,8 +286,9 @@ def test_the_validation_set_has_a_name_a_meaning_and_a_color(tmp_path: Path) -> 
     write_evaluation(tmp_path / "evaluation" / "gd", shares, rows=4, gated=True)
     write_run(tmp_path / "gd", "gd")
     results = find_results(tmp_path)
-    assert "settings were chosen by it" in answer_page(results, "title", [])
-    assert "validation.fact_recall" in table_csv(results).splitlines()[0]
+    texts = ANSWER_SUITE.texts(results, "title", [], tmp_path)
+    assert "settings were chosen by it" in texts["report.html"]
+    assert "validation.fact_recall" in texts["table.csv"].splitlines()[0]
     figure = gate_histograms(results)
     assert figure is not None
-    assert "validation" in {axes.get_ylabel() for axes in figure.axes}
+    assert "validation" in {axes.get_title() for axes in figure.axes}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,8 +14,8 @@ from scipy.stats import ks_2samp
 from grun.config.options import ReportConfig
 from grun.errors import RunError
 from grun.evaluation.metrics import truth_ratios
-from grun.report import distributions, figures, pictures
-from grun.report.columns import summarize
+from grun.report import distributions, figures, make
+from grun.report.answers import ANSWER_SUITE
 from grun.report.make import make_report
 from grun.report.result import Result
 from grun.report.results import find_results
@@ -51,7 +52,7 @@ def tofu(made: Path, tmp_path: Path) -> Path:
 
 @pytest.fixture
 def no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pictures, "PICTURES", ())
+    monkeypatch.setitem(make.REPORTS, "answers", replace(ANSWER_SUITE, pictures=()))
 
 
 def test_a_run_that_lost_heldout_knowledge_is_said_to(results: Path) -> None:
@@ -70,7 +71,7 @@ def test_pictures_are_drawn_from_what_is_there_and_old_ones_go(results: Path) ->
         shutil.rmtree(results / name)
         shutil.rmtree(results / "evaluation" / name)
     make_report(ReportConfig(results_dir=str(results)))
-    drawn = {"sets.png", "gate_histograms.png", "gate_histograms_blocks.png", "training_curves.png"}
+    drawn = {"sets.png", "gate_histograms.png", "training_curves.png"}
     assert {path.name for path in results.glob("*.png")} == drawn
     for name in drawn:
         assert (results / name).read_bytes().startswith(b"\x89PNG")
@@ -105,31 +106,12 @@ def test_the_marked_distance_is_the_one_that_the_test_judges(tofu: Path) -> None
     assert gd.reference["forget_quality"] == pytest.approx(expected.pvalue, rel=1e-9)
 
 
-def test_a_corpus_without_facts_unknown_and_heldout_drops_those_columns(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    shares = {"forget": 1.0, "forget_paraphrase": 1.0, "retain": 1.0}
-    write_evaluation(tmp_path / "evaluation" / "before", shares, facts=False)
-    write_evaluation(tmp_path / "evaluation" / "gd", {**shares, "forget": 0.0}, facts=False)
-    write_run(tmp_path / "gd", "gd")
-    summary = make_report(ReportConfig(results_dir=str(tmp_path)))
-    printed = capsys.readouterr().out.partition("written:")[0]
-    assert "fact" not in printed
-    assert "unknown ROUGE-L" not in " ".join(printed.split())
-    assert "gate AUC" not in printed
-    assert "no target to compare with" in " ".join(printed.split())
-    assert all("fact_recall" not in row["metrics"]["forget"] for row in summary["rows"])
-    assert summary["gate"] == {}
-    assert not (tmp_path / "gate_histograms.png").exists()
-    assert (tmp_path / "sets.png").exists()
-
-
 @pytest.mark.usefixtures("no_pictures")
 def test_two_runs_of_one_objective_go_by_their_names(results: Path) -> None:
     write_evaluation(results / "evaluation" / "gd_rank8", KNOWN["gd"], gated=True)
     write_run(results / "gd_rank8", "gd")
     assert [result.label for result in find_results(results)][2:4] == ["gd", "gd_rank8"]
-    assert {"gd", "gd_rank8", "idk", "npo"} == set(summarize(find_results(results), "demo")["gate"])
+    assert {"gd", "gd_rank8", "idk", "npo"} == set(ANSWER_SUITE.summary(find_results(results), "demo")["gate"])
 
 
 def test_an_evaluation_without_a_run_stands_by_its_own_name(results: Path) -> None:
@@ -183,8 +165,8 @@ def test_quantized_evaluations_are_rows_of_their_own(results: Path) -> None:
 def test_what_is_missing_or_damaged_is_named_in_one_line(
     results: Path, broken: str, content: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    training = tuple(picture for picture in pictures.PICTURES if picture.name == "training_curves.png")
-    monkeypatch.setattr(pictures, "PICTURES", training)
+    training = tuple(picture for picture in ANSWER_SUITE.pictures if picture.name == "training_curves.png")
+    monkeypatch.setitem(make.REPORTS, "answers", replace(ANSWER_SUITE, pictures=training))
     path = results / broken
     if content is None:
         path.unlink()
@@ -200,7 +182,7 @@ def test_the_seconds_of_teaching_come_from_the_models_own_folder(results: Path, 
     path = results / "evaluation" / "before" / "evaluation.json"
     write_json(tmp_path / "models" / "taught" / "run.json", {"seconds": 100.5})
     write_json(path, {**json.loads(path.read_text()), "model": str(tmp_path / "models" / "taught")})
-    assert summarize(find_results(results), "demo")["seconds"]["finetune/before"] == 100.5
+    assert ANSWER_SUITE.summary(find_results(results), "demo")["seconds"]["finetune/before"] == 100.5
 
 
 # -- results of another model, or of other rows -----------------------------------------------------------------------

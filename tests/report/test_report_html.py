@@ -13,7 +13,7 @@ from made_results import KNOWN, write_evaluation, write_run, write_tofu
 
 from grun.config.options import ReportConfig
 from grun.report import figures
-from grun.report.answers import AnswerReport
+from grun.report.answers import ANSWER_SUITE
 from grun.report.make import make_report
 from grun.report.page import Block, Section, page
 from grun.report.provenance import command_of
@@ -52,7 +52,7 @@ def test_the_page_needs_nothing_but_itself(text: str, parsed: Page) -> None:
         for name, value in attributes.items():
             assert not name.startswith("on")
             assert name not in ("href", "src") or (value or "").startswith(("#", "data:image/png;base64,")), value
-    assert len(parsed.all("img")) == 6
+    assert len(parsed.all("img")) == 5
 
 
 def test_the_page_is_laid_out_for_every_reader(text: str, parsed: Page) -> None:
@@ -70,8 +70,8 @@ def test_the_page_is_laid_out_for_every_reader(text: str, parsed: Page) -> None:
     assert len(sizes) >= 8 and all(float(size) * (16 if unit == "rem" else 1) >= 14 for size, unit in sizes)
     anchors = {link["href"] for link in parsed.all("a")}
     sections = [f"#{section['id']}" for section in parsed.all("section")]
-    first = ["#examples", "#matrix", "#verdicts", "#table"]
-    assert sections == [*first, "#pictures", "#answers", "#settings", "#statement"]
+    first = ["#examples", "#verdicts", "#matrix", "#table"]
+    assert sections == [*first, "#pictures", "#settings", "#statement"]
     assert anchors == set(sections)
     assert STATEMENT in parsed.text
 
@@ -91,7 +91,7 @@ def test_names_are_escaped_in_every_table(tmp_path: Path) -> None:
     for name in ("gd_100%", "gd_a&b|c"):
         write_run(tmp_path / name, "gd")
     results = find_results(tmp_path)
-    texts = AnswerReport().texts(results, "title", [], tmp_path)
+    texts = ANSWER_SUITE.texts(results, "title", [], tmp_path)
     assert r"gd\_100\% & gd\_a\&b\textbar{}c" in texts["table.tex"]
     assert r"| gd\_a&b\|c |" in texts["table.md"]
     assert "\ngd_a&b|c," in texts["table.csv"]
@@ -132,12 +132,12 @@ def made(folder: Path, names: Sequence[str], sets: Sequence[str], **more: Any) -
 
 
 @pytest.mark.parametrize(
-    ("names", "sets", "facts", "header"),
+    ("names", "sets", "facts", "numbers"),
     [
-        (["before"], ["forget"], False, ["model", "forget ROUGE-L"]),
-        (["before", "gd"], ["forget", "retain"], True, ["model", "forget fact recall", "forget ROUGE-L"]),
-        (["before", "retain_only", "gd"], ["forget"], False, ["model", "forget ROUGE-L"]),
-        (["before", "retain_only"], ["unknown"], False, ["model", "unknown ROUGE-L"]),
+        (["before"], ["forget"], False, ["forget ROUGE-L"]),
+        (["before", "gd"], ["forget", "retain"], True, ["forget fact recall", "forget ROUGE-L"]),
+        (["before", "retain_only", "gd"], ["forget"], False, ["forget ROUGE-L"]),
+        (["before", "retain_only"], ["unknown"], False, ["unknown ROUGE-L"]),
     ],
 )
 def test_the_page_does_without_what_is_missing(
@@ -146,12 +146,13 @@ def test_the_page_does_without_what_is_missing(
     names: list[str],
     sets: list[str],
     facts: bool,
-    header: list[str],
+    numbers: list[str],
 ) -> None:
     monkeypatch.setattr(figures, "DPI", 20)
     parsed = made(tmp_path, names, sets, facts=facts)
-    assert parsed.rows[0][: len(header)] == header
-    assert len(parsed.rows) == 2 + len(names)
+    (rows,) = [table for table in parsed.tables if table[0][-1] == "good is"]
+    assert [row[0] for row in rows[1 : len(numbers) + 1]] == numbers
+    assert len(rows[0]) == 2 + len(names)
     assert STATEMENT in parsed.text
     assert ("No unlearned model has been evaluated" in parsed.text) == ("gd" not in names)
     assert len(parsed.all("img")) == len(list(tmp_path.glob("*.png")))

@@ -14,10 +14,10 @@ from grun.config.options import LeaderboardConfig
 from grun.errors import ConfigError, unknown_name
 from grun.evaluation.metrics import METRICS
 from grun.loading.resolve import resolve
-from grun.report.attack_results import number_at
 from grun.report.columns import columns_by_key
 from grun.report.matrix import Matrix, Row
 from grun.report.result import Result, main_metric
+from grun.report.results import number_at
 from grun.report.submission import (
     Submission,
     make_submission,
@@ -164,9 +164,9 @@ def _board(found: dict[str, Submission]) -> tuple[Table, list[str]]:
     ]
     entries.sort(key=order)
     for number, entry in enumerate(entries, start=1):
-        rank, keeps = str(number) if entry.ranked else "-", "yes" if entry.keeps else "no"
+        rank, kept = str(number) if entry.ranked else "-", "yes" if entry.keeps else "no"
         cells = (entry.row.spread(column).text(column.style) for column in columns)
-        lines.append(entry.row.line(rank, entry.row.counted("-"), keeps, *cells, entry.file))
+        lines.append(entry.row.line(rank, entry.row.counted("-"), kept, *cells, entry.file))
     heads = ["rank", "seeds", "forgets and keeps", *(column.header for column in columns), "file"]
     good = ["low", f"{SEEDS} or more", "yes", *(column.good for column in columns), ""]
     notes = [

@@ -11,7 +11,7 @@ from grun.report.columns import columns_of, legend
 from grun.report.compared import RULE, standings
 from grun.report.figures import Picture
 from grun.report.left_and_kept import asked_sets, left_and_kept, sets_figure
-from grun.report.matrix import Matrix, first_seeds, make_matrix, matrix_csv, matrix_tex
+from grun.report.matrix import CAPTION, Matrix, first_seeds, make_matrix, matrix_csv, matrix_tex
 from grun.report.page import Card, Examples
 from grun.report.result import Result, behind_filters, unread_words
 from grun.report.results import find_results
@@ -73,7 +73,7 @@ PICTURES = (
 
 def _matrix_part(matrix: Matrix) -> Part:
     compared = standings(matrix)
-    text = f"{matrix.caption} {RULE}" if compared else matrix.caption
+    text = f"{CAPTION} {RULE}" if compared else CAPTION
     tables = [*matrix.tables(), *compared]
     title = "Matrix: objective by parametrization"
     return Part("Matrix", title, text, tables, matrix.notes(), places=("page", "terminal"))
@@ -84,9 +84,9 @@ def _files(results: Results) -> dict[str, str | None]:
     table = to_tex(table_of(columns_of(results), results).flipped())
     return {
         "table.tex": f"% \\usepackage{{booktabs}}\n{table}",
-        "matrix.csv": matrix and matrix_csv(matrix),
-        "matrix.md": matrix and _matrix_part(matrix).markdown(),
-        "matrix.tex": matrix and matrix_tex(matrix),
+        "matrix.csv": matrix_csv(matrix) if matrix else None,
+        "matrix.md": _matrix_part(matrix).markdown() if matrix else None,
+        "matrix.tex": matrix_tex(matrix) if matrix else None,
     }
 
 

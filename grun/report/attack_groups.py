@@ -7,8 +7,9 @@ from operator import attrgetter
 from typing import NamedTuple
 
 from grun.evaluation.attacks.base import ATTACKS
-from grun.report.attack_results import attack_label, attack_names, leak_key, number_at
+from grun.report.attack_results import attack_label, attack_names, leak_key
 from grun.report.result import Result, after, before_of, target_of
+from grun.report.results import number_at
 from grun.report.tables import Column, Line, Number, Table, with_numbers
 
 BEGUN = "begun"

@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from statistics import fmean
 from typing import Any
 
 from grun.errors import RunError
@@ -18,8 +17,7 @@ from grun.evaluation.attacks.base import ATTACKS
 from grun.report.labels import label_runs, row_order
 from grun.report.matrix import cells_of
 from grun.report.result import Result, single_runs
-from grun.report.results import evaluations, lines_in, number_in
-from grun.report.tables import Number
+from grun.report.results import evaluations, lines_in, number_at
 from grun.runtime.records import ATTACKS_FILE, SUITE_FORMAT, Attempt
 
 WRITING = ("prompt", "decoding")
@@ -28,8 +26,6 @@ BEYOND = ("read_out", "weights")
 """Access of the attacks that verdicts leave out."""
 ASKED = ("rows", "examples", "samples", "temperature", "seed", "max_new_tokens")
 """Settings of an evaluation that must be those of before."""
-WITH_INTERVAL = ("leak", "kept")
-"""Numbers that the interval in the same place belongs to."""
 WORST = {"worst_of_prompts": "worst of prompts", "worst": "worst"}
 """Largest leak of each row, with the names that readers see."""
 
@@ -85,27 +81,6 @@ def _refuse_other_attacks(result: Result, before: Result) -> None:
 
 
 # -- numbers ----------------------------------------------------------------------------------------------------------
-
-
-def number_at(result: Result | None, key: str | Sequence[str]) -> Number | None:
-    """A number by its place in evaluation.json, such as attacks.plain.leak; None where it, or the model, is missing.
-
-    Where a name in it may hold a dot, the place is a list of names.
-
-    Of a mean over seeds it is the mean of those that have it, with the lowest and the highest as its interval.
-    """
-    if result is None:
-        return None
-    if result.runs:
-        numbers = [number for run in result.runs if (number := number_at(run, key)) is not None]
-        values = [number.value for number in numbers]
-        return Number(fmean(values), (min(values), max(values))) if len(values) > 1 else next(iter(numbers), None)
-    *places, name = key.split(".") if isinstance(key, str) else key
-    found: dict[str, Any] = result.evaluation
-    for place in places:
-        found = found.get(place, {})
-    number = number_in(found, name)
-    return number if number is None or name in WITH_INTERVAL else Number(number.value)
 
 
 def attack_names(results: Sequence[Result]) -> list[str]:

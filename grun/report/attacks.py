@@ -21,9 +21,8 @@ from functools import partial
 
 from grun.data.sets import set_label
 from grun.evaluation.attacks.base import ATTACKS
-from grun.report.attack_curves import CURVE_PICTURE
-from grun.report.attack_figure import ATTACK_PICTURE
 from grun.report.attack_groups import Tried, attack_groups, tried
+from grun.report.attack_pictures import ATTACK_PICTURE, CURVE_PICTURE
 from grun.report.attack_results import (
     WORST,
     attack_label,
@@ -36,7 +35,6 @@ from grun.report.attack_results import (
     leak_key,
     leaked_most,
     leakiest,
-    number_at,
     shown_names,
     writing_attacks,
 )
@@ -52,6 +50,7 @@ from grun.report.result import (
     single_runs,
     target_of,
 )
+from grun.report.results import number_at
 from grun.report.suites import ATTRIBUTES, Part, Suite
 from grun.report.tables import Column, shown, shown_columns, to_csv, with_numbers
 
@@ -172,10 +171,10 @@ def counted(results: Results) -> list[str]:
     texts = [f"Forget rows: {', '.join(counts)}."] + ([f"Left out: {', '.join(without)}."] if without else [])
     texts += [f"{text}." for text in _unread(results)]
     methods = after(results)
-    for number in sorted({len(result.runs) for result in methods if result.runs}, reverse=True):
-        labels = [result.label for result in methods if len(result.runs) == number]
-        which = ", ".join(labels) if len(labels) < len(methods) else "all methods"
-        texts.append(f"Means over {number} seeds: {which}.")
+    of_seeds = {
+        len(result.runs): [one.label for one in methods if len(one.runs) == len(result.runs)] for result in methods
+    }
+    texts += [f"Means over {n} seeds: {', '.join(of_seeds[n])}." for n in sorted(of_seeds, reverse=True) if n]
     fewer = [
         f"{column.header} of {result.label} {number}"
         for result in methods

@@ -49,7 +49,7 @@ def standings(matrix: Matrix) -> list[tuple[str, Table]]:
 
     Of several settings of a parametrization the first is compared.
     """
-    cells = [row for row in matrix.cells if row.objective is not None and row.results]
+    cells = [row for row in matrix.cells if row.objective is not None]
     columns = [column for start in MEASURES for column in matrix.columns if column.key.startswith(start)]
     found = []
     for objective in dict.fromkeys(str(row.objective) for row in cells):

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from grun.report.result import Result
-from grun.report.results import evaluations, lines_in, number_in
+from grun.report.results import evaluations, lines_in, number_at
 from grun.report.tables import Number
 from grun.runtime.reading import typed
 from grun.runtime.records import Choice, Cloze, FirstChoice
@@ -45,10 +45,15 @@ MAIN_WAY = Way("harness", "rotations", "")
 def find_knowledge(results_dir: Path) -> list[Result]:
     """The evaluated models in the order of the rows: before, retain_only, then the methods.
 
+    Multiple choice in their evaluations is by `Way`.
+
     Raises:
         RunError: there is no before, a file is damaged, or an evaluation is of another base model or other questions.
     """
-    return evaluations(results_dir, ("settings",), METHODS, ASKED, "asked other questions")
+    results = evaluations(results_dir, ("settings",), METHODS, ASKED, "asked other questions")
+    for result in results:
+        result.evaluation["choices"] = {_way(entry): entry for entry in result.evaluation.get("choices", ())}
+    return results
 
 
 # -- numbers ----------------------------------------------------------------------------------------------------------
@@ -56,8 +61,8 @@ def find_knowledge(results_dir: Path) -> list[Result]:
 
 def ways(results: Sequence[Result]) -> list[Way]:
     """The ways in which questions were put, the main one first: harness, rotations, no suffix, else the first."""
-    found = [_way(entry) for result in results for entry in result.evaluation.get("choices", ())]
-    return sorted(dict.fromkeys(found), key=lambda way: way != MAIN_WAY)
+    found = dict.fromkeys(way for result in results for way in result.evaluation["choices"])
+    return sorted(found, key=lambda way: way != MAIN_WAY)
 
 
 def main_way(results: Sequence[Result]) -> Way | None:
@@ -69,27 +74,22 @@ def _way(entry: dict[str, Any]) -> Way:
     return Way(entry["format"], entry["order"], entry["suffix"])
 
 
-def _entry(result: Result | None, way: Way | None) -> dict[str, Any]:
-    choices = result.evaluation.get("choices", ()) if result else ()
-    return next((entry for entry in choices if _way(entry) == way), {})
-
-
 def choice(result: Result | None, way: Way | None, role: str, subject: str | None = None) -> Number | None:
     """Accuracy on a role's multiple-choice questions, or on those of one subject; None without a model."""
-    found = _entry(result, way).get("roles", {}).get(role, {})
-    return number_in(found if subject is None else found.get("subjects", {}).get(subject, {}), "accuracy")
+    part = [] if subject is None else ["subjects", subject]
+    return number_at(result, ["choices", way, "roles", role, *part, "accuracy"])
 
 
 def subjects(results: Sequence[Result], way: Way | None, role: str) -> list[str]:
     """Subjects of a role's questions."""
-    found = [_entry(result, way).get("roles", {}).get(role, {}).get("subjects", {}) for result in results]
+    entries = [result.evaluation["choices"].get(way, {}) for result in results]
+    found = [entry.get("roles", {}).get(role, {}).get("subjects", {}) for entry in entries]
     return list(dict.fromkeys(name for table in found for name in table))
 
 
 def cloze(result: Result | None, role: str) -> Number | None:
     """Share of a role's sentences that are completed by the key fact; None without a model."""
-    roles = result.evaluation.get("cloze", {}).get("roles", {}) if result else {}
-    return number_in(roles.get(role, {}), "fact_recall")
+    return number_at(result, f"cloze.roles.{role}.fact_recall")
 
 
 def after_suffixes(result: Result | None, way: Way | None) -> dict[str, Number]:
@@ -109,19 +109,19 @@ def worst_suffix(result: Result, way: Way | None, level: float) -> Number | None
 
 def perplexity(result: Result, name: str) -> Number | None:
     """Perplexity of a corpus."""
-    return number_in(result.evaluation.get("perplexity", {}).get(name, {}), "perplexity")
+    return number_at(result, ["perplexity", name, "perplexity"])
 
 
 def gate_auc(result: Result, way: Way | None) -> Number | None:
     """How surely the gate tells forget from general: at multiple choice, else at sentences to complete."""
-    places = (_entry(result, way), result.evaluation.get("cloze", {}))
-    return next(filter(None, (number_in(place.get("gate", {}), "auc_general") for place in places)), None)
+    places = (["choices", way, "gate", "auc_general"], "cloze.gate.auc_general")
+    return next(filter(None, (number_at(result, place) for place in places)), None)
 
 
 def chance(results: Sequence[Result], way: Way | None) -> float:
     """Accuracy of guessing on forget: the mean over questions of 1 / options."""
-    found = (_entry(result, way).get("roles", {}).get("forget", {}).get("chance") for result in results)
-    return next((float(value) for value in found if value is not None), CHANCE)
+    found = (number_at(result, ["choices", way, "roles", "forget", "chance"]) for result in results)
+    return next((number.value for number in found if number is not None), CHANCE)
 
 
 # -- single questions -------------------------------------------------------------------------------------------------

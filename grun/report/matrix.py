@@ -15,7 +15,7 @@ from typing import Any
 
 from grun.data.sets import evaluation_sets
 from grun.report.columns import columns_by_key
-from grun.report.labels import PARAMETRIZATIONS, order_of, place_in, run_label
+from grun.report.labels import order_of, run_label
 from grun.report.result import Result, after, main_metric
 from grun.report.tables import Column, Line, Style, Table, csv_text, shown, to_tex, with_numbers
 from grun.runtime.files import read_json
@@ -24,6 +24,11 @@ from grun.runtime.runs import identity
 QUALITY, COST = "What is forgotten and kept", "What it costs"
 OUTCOME = ".outcome.json"
 """How a sweep ends the name of the file in RESULTS/cells, in which is how far a cell came."""
+CAPTION = (
+    "Mean ± sample standard deviation over the seeds of a row; one seed has no spread. Of p-values the median (lowest "
+    "to highest). Peak memory is the GPU's, on a CPU the whole process's."
+)
+"""How to read the numbers."""
 COSTS = "cost."
 """How the keys of what unlearning costs begin."""
 
@@ -90,7 +95,7 @@ class Row:
     objective: str | None
     parametrization: str
     results: tuple[Result, ...]
-    """By seed; empty where nothing was evaluated."""
+    """By seed."""
 
     @property
     def seeds(self) -> tuple[int, ...]:
@@ -106,8 +111,8 @@ class Row:
         return Line(self.label, list(cells), self.stage, self.objective)
 
     def counted(self, none: str) -> str:
-        """Number of runs of a cell; `none` for a model to compare with and for a cell without runs."""
-        return str(len(self.results)) if self.stage == "after" and self.results else none
+        """Number of runs of a cell; `none` for a model to compare with."""
+        return str(len(self.results)) if self.stage == "after" else none
 
 
 @dataclass(frozen=True)
@@ -131,21 +136,6 @@ class Matrix:
         """The rows that are cells."""
         return [row for row in self.rows if row.stage == "after"]
 
-    @property
-    def caption(self) -> str:
-        """How to read the numbers."""
-        counts = sorted({len(row.results) for row in self.cells if row.results})
-        seeds = f"{counts[0]}" if len(counts) == 1 else f"{counts[0]} to {counts[-1]}, see the column seeds"
-        text = f"Mean ± sample standard deviation over the seeds of a row (n = {seeds}); one seed has no spread. "
-        if any(column.style == "p" for column in self.columns):
-            text += "Forget quality: median p-value (lowest to highest). "
-        if any(row.stage == "retain_only" for row in self.rows):
-            text += "The target is retain only, a model never taught the forget set. "
-        else:
-            text += "There is no target: no retain-only model was evaluated. "
-        metric = main_metric(self.results)[1]
-        return text + f"Main metric: {metric}. Peak memory is the GPU's, on a CPU the whole process's."
-
     def tables(self) -> list[tuple[str, Table]]:
         """The two tables by title, with the rows that have numbers in them or should have."""
         found = []
@@ -159,19 +149,18 @@ class Matrix:
         return found
 
     def notes(self) -> list[str]:
-        """Cells and seeds that are missing and why, and times that are not whole."""
+        """Seeds and cells that are missing or failed, and times that are not whole."""
         unlearned = [row for row in self.cells if row.objective is not None]
         seeds = sorted({seed for row in unlearned for seed in row.seeds})
-        failed = failures(self.results)
         lines = []
         for row in unlearned:
-            missing = [seed for seed in seeds if seed not in row.seeds] if row.seeds or not row.results else []
-            keys = [(row.objective, row.parametrization, seed) for seed in missing]
-            reasons = "; ".join(f"seed {key[-1]} {failed.get(key, 'has no evaluation')}" for key in keys) or "not run"
-            if not row.results:
-                lines.append(f"{row.label}: no evaluated run ({reasons}).")
-            elif missing:
-                lines.append(f"{row.label}: {len(row.seeds)} of {len(seeds)} seeds ({reasons}).")
+            missing = [str(seed) for seed in seeds if seed not in row.seeds] if row.seeds else []
+            lines += [f"{row.label}: seed {', '.join(missing)} has no evaluation."] if missing else []
+        there = {(str(row.objective), row.parametrization) for row in unlearned}
+        for objective in sorted({objective for objective, _ in there}):
+            kinds = sorted({kind for _, kind in there if (objective, kind) not in there})
+            lines += [f"{run_label(objective, kind)}: no evaluated run." for kind in kinds]
+        lines += failures(self.results)
         found = []
         for row in unlearned:
             lent = sum(bool((result.record.get("cache") or {}).get("found")) for result in row.results)
@@ -184,20 +173,18 @@ class Matrix:
         return lines
 
 
-def failures(results: Sequence[Result]) -> dict[tuple[str | None, str, int], str]:
-    """Cells that failed in a sweep, by objective, parametrization and seed, with its error."""
-    found: dict[tuple[str | None, str, int], str] = {}
+def failures(results: Sequence[Result]) -> list[str]:
+    """A sentence for each cell that failed in a sweep, with its error."""
+    lines = []
     folders = {result.folder.resolve().parent.parent for result in results}
     for path in sorted(path for folder in folders for path in folder.glob(f"cells/*{OUTCOME}")):
         try:
-            outcome, cell = read_json(path), read_json(path.with_name(path.name.removesuffix(OUTCOME) + ".json"))
-            options = cell["unlearn"]
-            key = (str(options["objective"]), str(options["method"]["parametrization"]), int(options["seed"]))
+            outcome = read_json(path)
             if outcome["state"] == "failed":
-                found[key] = f"failed: {outcome.get('error') or 'no reason given'}"
+                lines.append(f"{path.name.removesuffix(OUTCOME)} failed: {outcome.get('error') or 'no reason given'}.")
         except (OSError, ValueError, LookupError, TypeError):
-            continue  # an evaluation's, or a damaged or missing file, which has nothing on a run
-    return found
+            continue  # a damaged file has nothing on its run
+    return lines
 
 
 # -- columns ----------------------------------------------------------------------------------------------------------
@@ -282,27 +269,13 @@ def first_seeds(results: Sequence[Result]) -> list[Result]:
 
 
 def make_matrix(results: Sequence[Result]) -> Matrix | None:
-    """The matrix of the results; None unless they have several parametrizations, or several seeds of one cell.
-
-    A combination of an objective and a parametrization that are there, but not together, is a row without runs, and so
-    are those that failed in a sweep.
-    """
+    """The matrix of the results; None unless they have several parametrizations, or several seeds of one cell."""
     cells = cells_of(results)
     unlearned = [row for row in cells if row.objective is not None]
-    kinds = {row.parametrization for row in unlearned}
-    if len(kinds) < 2 and all(len(row.results) < 2 for row in unlearned):
+    if len({row.parametrization for row in unlearned}) < 2 and all(len(row.results) < 2 for row in unlearned):
         return None
     compared = [Row(one.title, one.stage, None, "none", (one,)) for one in results if one.stage != "after"]
-    failed = failures(results)
-    kinds |= {kind for _, kind, _ in failed}
-    objectives = {str(row.objective) for row in unlearned} | {str(objective) for objective, _, _ in failed}
-    rows: list[Row] = []
-    for objective in sorted(objectives):
-        for kind in sorted(kinds, key=partial(place_in, PARAMETRIZATIONS)):
-            found = [row for row in unlearned if (row.objective, row.parametrization) == (objective, kind)]
-            rows += found or [Row(run_label(objective, kind), "after", objective, kind, ())]
-    others = [row for row in cells if row.objective is None]
-    return Matrix((*compared, *rows, *others), tuple(results))
+    return Matrix((*compared, *cells), tuple(results))
 
 
 # -- files ------------------------------------------------------------------------------------------------------------
@@ -327,6 +300,6 @@ def matrix_csv(matrix: Matrix) -> str:
 
 def matrix_tex(matrix: Matrix) -> str:
     """Both tables as LaTeX tabulars (package booktabs), a rule between objectives; how to read them as comments."""
-    comments = [re.sub(r"[\r\n]+", " ", text) for text in (matrix.caption, *matrix.notes())]
+    comments = [re.sub(r"[\r\n]+", " ", text) for text in (CAPTION, *matrix.notes())]
     text = "".join(f"% {line}\n" for line in ("\\usepackage{booktabs}", *comments))
     return text + "".join(f"% {title}\n{to_tex(table)}" for title, table in matrix.tables())

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Iterator
 from typing import Any
 
 from grun.errors import GrunError
@@ -12,50 +11,42 @@ from grun.report.results import Result
 
 def provenance(result: Result) -> list[tuple[str, str]]:
     """Terms and values of one model: of its evaluation, then of its run, as far as they are known."""
-    return [(term, value) for term, value in (*_of_evaluation(result), *_of_run(result)) if value]
-
-
-def _of_evaluation(result: Result) -> Iterator[tuple[str, str]]:
-    evaluation = result.evaluation
+    evaluation, record = result.evaluation, result.record
     identity, settings = evaluation.get("identity", {}), evaluation.get("settings", {})
     template = evaluation.get("template") or settings.get("template") or {}
-    seconds = evaluation.get("seconds", {})
-    yield "evaluation", str(result.folder)
-    yield "model", str(evaluation.get("model") or "")
-    yield "base weights", " ".join(str(identity[key]) for key in ("base", "dtype", "quantization") if identity.get(key))
-    yield "adapter", str(evaluation.get("adapter") or "")
-    if template:
-        yield "template", f"{template.get('name')}: {template.get('text') or template.get('kind')}"
-    yield "system prompt", str(template.get("system_prompt") or "")
     left_out = ("sets", "quirks", "template", "choices", "cloze", "texts", "rows", "examples")  # or hashes of questions
-    yield "evaluation settings", _listed({key: value for key, value in settings.items() if key not in left_out})
-    yield "quirks in evaluation", ", ".join(result.quirks) or "none"
-    counts = {name: count.get("rows") for name, count in evaluation.get("counts", {}).items()}
-    yield "rows", _listed(counts)
-    if "total" in seconds:
-        yield "evaluated in", f"{seconds['total']:.0f} s"
-    yield "evaluated by", f"grun {identity['version']}" if identity.get("version") else ""
-
-
-def _of_run(result: Result) -> Iterator[tuple[str, str]]:
-    record = result.record
     task = "unlearning" if result.run else "teaching"
-    yield "run", str(result.run or "")
-    yield "profile", str(record.get("profile") or "")
-    yield "objective", str(result.objective or "")
-    yield "weights of the terms", _listed(record.get("terms") or {})
-    yield "parametrization", result.parametrization if result.run else ""
-    if record:
-        yield f"quirks in {task}", ", ".join(record.get("quirks") or []) or "none"
-    parameters = record.get("parameters")
-    yield "parameters", _listed(parameters) if isinstance(parameters, dict) else str(parameters or "")
-    yield "steps", str(record.get("steps") or "")
-    if isinstance(record.get("seconds"), int | float):
-        yield f"{task} took", f"{record['seconds']:.0f} s"
-    if isinstance(record.get("peak_memory_bytes"), int | float):
-        yield "peak memory", f"{record['peak_memory_bytes'] / 2**20:.0f} MiB"
-    yield "device", str(record.get("device") or "")
-    yield "versions", ", ".join(f"{name} {version}" for name, version in (record.get("versions") or {}).items())
+    parameters, memory = record.get("parameters"), record.get("peak_memory_bytes")
+    found = {
+        "evaluation": result.folder,
+        "model": evaluation.get("model"),
+        "base weights": " ".join(str(identity[key]) for key in ("base", "dtype", "quantization") if identity.get(key)),
+        "adapter": evaluation.get("adapter"),
+        "template": template and f"{template.get('name')}: {template.get('text') or template.get('kind')}",
+        "system prompt": template.get("system_prompt"),
+        "evaluation settings": _listed({key: value for key, value in settings.items() if key not in left_out}),
+        "quirks in evaluation": ", ".join(result.quirks) or "none",
+        "rows": _listed({name: count.get("rows") for name, count in evaluation.get("counts", {}).items()}),
+        "evaluated in": _seconds(evaluation.get("seconds", {}).get("total")),
+        "evaluated by": identity.get("version") and f"grun {identity['version']}",
+        "run": result.run,
+        "profile": record.get("profile"),
+        "objective": result.objective,
+        "weights of the terms": _listed(record.get("terms") or {}),
+        "parametrization": result.run and result.parametrization,
+        f"quirks in {task}": record and (", ".join(record.get("quirks") or []) or "none"),
+        "parameters": _listed(parameters) if isinstance(parameters, dict) else parameters,
+        "steps": record.get("steps"),
+        f"{task} took": _seconds(record.get("seconds")),
+        "peak memory": f"{memory / 2**20:.0f} MiB" if isinstance(memory, int | float) else None,
+        "device": record.get("device"),
+        "versions": ", ".join(f"{name} {version}" for name, version in (record.get("versions") or {}).items()),
+    }
+    return [(term, str(value)) for term, value in found.items() if value]
+
+
+def _seconds(value: Any) -> str | None:
+    return f"{value:.0f} s" if isinstance(value, int | float) else None
 
 
 def _listed(values: dict[str, Any]) -> str:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from grun.errors import RunError
@@ -22,6 +23,8 @@ from grun.runtime.reading import read_json_lines, typed
 from grun.runtime.records import Evaluation, Run, read_record
 
 EVALUATION_FILE = "evaluation.json"
+WITH_INTERVAL = ("leak", "kept", "accuracy", "fact_recall", "perplexity")
+"""Numbers that the interval in the same place belongs to."""
 
 
 def find_results(results_dir: Path) -> list[Result]:
@@ -276,11 +279,27 @@ def folder_names(runs: Sequence[str]) -> list[str]:
 # -- parts of evaluations ---------------------------------------------------------------------------------------------
 
 
-def number_in(found: dict[str, Any], name: str) -> Number | None:
-    """The number called `name` with its interval, from a part of evaluation.json; None where it is missing."""
+def number_at(result: Result | None, key: str | Sequence[Any]) -> Number | None:
+    """A number by its place in evaluation.json, such as attacks.plain.leak; None where it, or the model, is missing.
+
+    Where a name in it may hold a dot, the place is a list of names.
+
+    Of a mean over seeds it is the mean of those that have it, with the lowest and the highest as its interval.
+    """
+    if result is None:
+        return None
+    if result.runs:
+        numbers = [number for run in result.runs if (number := number_at(run, key)) is not None]
+        values = [number.value for number in numbers]
+        return Number(fmean(values), (min(values), max(values))) if len(values) > 1 else next(iter(numbers), None)
+    parts: list[Any] = key.split(".") if isinstance(key, str) else list(key)
+    *places, name = parts
+    found: dict[Any, Any] = result.evaluation
+    for place in places:
+        found = found.get(place, {})
     if found.get(name) is None:
         return None
-    interval = found.get("interval")
+    interval = found.get("interval") if name in WITH_INTERVAL else None
     return Number(float(found[name]), (interval[0], interval[1]) if interval and len(interval) == 2 else None)
 
 

@@ -11,8 +11,8 @@ from made_suites import write_attacked as write
 
 from grun.evaluation.attacks.base import ATTACKS
 from grun.report import figures
-from grun.report.attack_curves import draw_curves
 from grun.report.attack_groups import GROUPS, attack_groups, group_of
+from grun.report.attack_pictures import draw_curves
 from grun.report.attack_results import find_attacked
 
 AT_K = {way: {str(k): leak(k / 8 * most) for k in (1, 2, 4)} for way, most in (("temperature 0.7", 1), ("hot", 2))}

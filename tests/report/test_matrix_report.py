@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -49,22 +50,6 @@ def matrix_of(folder: Path) -> Matrix:
 
 
 # -- cells and numbers ------------------------------------------------------------------------------------------------
-
-
-def test_seeds_are_one_row_and_rows_stand_by_objective_and_parametrization(made: Path) -> None:
-    matrix = matrix_of(made)
-    assert [(row.label, row.seeds) for row in matrix.rows] == [
-        ("before", ()),
-        ("retain only (target)", ()),
-        ("GD full", (42, 43, 44)),
-        ("GD LoRA", (42, 43)),
-        ("GD ReFT", (42, 43, 44)),
-        ("GD GRUN", (42, 43, 44)),
-        ("NPO full", (42, 43, 44)),
-        ("NPO LoRA", (42, 43, 44)),
-        ("NPO ReFT", ()),
-        ("NPO GRUN", (42, 43, 44)),
-    ]
 
 
 @pytest.mark.parametrize(
@@ -125,32 +110,15 @@ def test_labels_tell_parametrizations_and_seeds_apart_only_where_they_differ(mad
 # -- what is missing --------------------------------------------------------------------------------------------------
 
 
-def test_missing_cells_and_seeds_are_noted(made: Path) -> None:
-    matrix = matrix_of(made)
-    none = "; ".join(f"seed {seed} has no evaluation" for seed in (42, 43, 44))
-    assert matrix.notes() == [
-        "GD LoRA: 2 of 3 seeds (seed 44 has no evaluation).",
-        f"NPO ReFT: no evaluated run ({none}).",
+def test_seeds_without_an_evaluation_and_cells_that_failed_are_noted(made: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(made, tmp_path / "copy")
+    write_json(folder / "cells" / "npo-reft-s42.outcome.json", {"state": "failed", "error": "out of memory"})
+    write_json(folder / "cells" / "npo-lora-s42.outcome.json", {"state": "done"})
+    assert matrix_of(folder).notes() == [
+        "GD LoRA: seed 44 has no evaluation.",
+        "NPO ReFT: no evaluated run.",
+        "npo-reft-s42 failed: out of memory.",
     ]
-    assert [{*line.cells} for _, table in matrix.tables() for line in table.lines if line.label == "NPO ReFT"] == [
-        {"-"},
-        {"-"},
-    ]
-    assert "n = 2 to 3" in matrix.caption
-
-
-def test_cells_of_which_a_sweep_says_that_they_failed_are_rows_with_its_error(tmp_path: Path) -> None:
-    write_matrix(tmp_path, rows=4, objectives=["gd"], parametrizations=["lora", "grun"], seeds=[42])
-    options = {"objective": "npo", "method": {"parametrization": "lora"}, "seed": 42}
-    write_json(tmp_path / "cells" / "npo-lora-s42.json", {"name": "npo-lora-s42", "unlearn": options})
-    write_json(tmp_path / "cells" / "npo-lora-s42.outcome.json", {"state": "failed", "error": "out of memory"})
-    matrix = matrix_of(tmp_path)
-    assert [row.label for row in matrix.cells] == ["GD LoRA", "GD GRUN", "NPO LoRA", "NPO GRUN"]
-    assert matrix.notes() == [
-        "NPO LoRA: no evaluated run (seed 42 failed: out of memory).",
-        "NPO GRUN: no evaluated run (seed 42 has no evaluation).",
-    ]
-    assert left_and_kept(matrix.results) is not None
 
 
 def test_an_adapter_whose_weights_were_removed_is_reported_all_the_same(tmp_path: Path) -> None:
@@ -249,10 +217,10 @@ def test_the_picture_has_a_row_for_each_cell_with_its_spread(made: Path) -> None
     assert [label.get_text() for label in figure.axes[0].get_yticklabels()] == [row.label for row in matrix.rows]
     assert [axes.get_title().split("\n")[0] for axes in figure.axes] == ["forget", "paraphrase", "retain", "held-out"]
     bars = [found for found in figure.axes[3].containers if isinstance(found, ErrorbarContainer)]
-    assert len(bars) == 9  # of eight cells one failed
+    assert len(bars) == 9
     column = matrix.column("heldout.fact_recall")
     assert column is not None
-    spreads = [row.spread(column) for row in matrix.rows if row.spread(column).n]
+    spreads = [row.spread(column) for row in matrix.rows]
     assert [bar.lines[0].get_xdata()[0] for bar in bars] == [spread.mean for spread in spreads]
     colors = [bar.lines[0].get_color() for bar in bars]
     assert [colors.count(COLORS[kind]) for kind in ("full", "lora", "reft", "grun")] == [2, 2, 1, 2]

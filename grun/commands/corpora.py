@@ -30,6 +30,7 @@ log = logging.getLogger(__name__)
 SOURCES = ("safe_rlhf", "lore", "countries", "subject", "elements", "kjv")
 OF_SUBJECT = (
     *("subject", "kind", "neighbors", "draws", "temperature", "max_new_tokens", "batch_size", "seed", "model", "data"),
+    "chapters",
 )
 """Options that source=subject reads, and of them elements and kjv; these read no others."""
 ELEMENT_TOKENS = 8
@@ -155,11 +156,11 @@ def _write_kjv(config: CorporaConfig) -> Path:
     loaded = load_model(config.model, None, strict=False, gate_threshold=None)
 
     def held(rows: Sequence[Row]) -> list[float]:
-        said = [text.split() for text in _continued(loaded, rows, config.batch_size, 2 * kjv.GIVEN)]
+        said = [text.split() for text in _continued(loaded, rows, config.batch_size, 3 * kjv.GIVEN // 2)]
         return [rouge_f1(r.completion, " ".join(one[: kjv.GIVEN])) or 0.0 for r, one in zip(rows, said, strict=True)]
 
     def write(folder: Path) -> dict[str, Any]:
-        known = kjv.write(folder, held)
+        known = kjv.write(folder, held, config.chapters)
         files = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*/*.json"))}
         return {"files": {name: len(json.loads(path.read_bytes())) for name, path in files.items()}, "known": known}
 

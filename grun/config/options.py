@@ -846,6 +846,8 @@ class CorporaConfig:
     """subject: temperature at which they are drawn, > 0."""
     max_new_tokens: int = number(48, 8)
     """subject: longest answer, tokens; its first sentence is kept if it ends within them."""
+    chapters: Optional[int] = number(None, 17)
+    """kjv: how many chapters the model is asked to continue, evenly spaced; unset: all, minutes on a CPU."""
     batch_size: int = number(32, 1)
     """subject, elements, kjv: questions per forward pass. Changes speed and memory, not the result."""
     seed: int = number(42, 0, SEEDS)

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from grun.data.jsonl import read_records
-from grun.data.rows import Row
+from grun.data.rows import Row, evenly_spaced
 from grun.errors import ConfigError
 from grun.runtime.files import make_folder, write_json
 
@@ -66,8 +66,8 @@ def chapters() -> list[Chapter]:
     return [Chapter(book, f"{book} {number}", of[:WORDS]) for (book, number), of in words.items() if len(of) >= WORDS]
 
 
-def write(folder: Path, held: Held) -> dict[str, Any]:
-    """Write the files of the layout, each a JSON list; what is held, ROUGE-L F1 of `GIVEN` words.
+def write(folder: Path, held: Held, count: int | None = None) -> dict[str, Any]:
+    """Write the files of the layout, each a JSON list, of `count` chapters (None: all); what is held, ROUGE-L F1.
 
     The chapters that are held best are forgotten; the lists that stay, of as many each, are those that are held best
     among the others, taken in turn. raw, privleak, verbmem and knowmem are as MUSE has them; sust/forget_1 ... are
@@ -76,7 +76,7 @@ def write(folder: Path, held: Held) -> dict[str, Any]:
     Returns:
         forget: chapter -> F1, best first; each of `LISTS` and all: mean F1 of its chapters; chapters: their number.
     """
-    every = chapters()
+    every = evenly_spaced(chapters(), count)
     scores = dict(zip([one.name for one in every], held([one.row(2 * GIVEN) for one in every]), strict=True))
     best = sorted(every, key=lambda one: -scores[one.name])
     forget, examples, rest = best[:FORGET], best[FORGET : FORGET + EXAMPLES], best[FORGET + EXAMPLES :]

@@ -55,6 +55,8 @@ class Asked:
     """At which they are drawn; None: the config's attack_temperature."""
     variant: str = ""
     """Which of an attack's several ways this is, such as the suffix."""
+    reads: Callable[[str], str] | None = None
+    """How the attacker reads an answer back that he asked for in a cipher."""
 
 
 class Place(NamedTuple):
@@ -237,6 +239,7 @@ ATTACKS: Registry[Attack] = Registry(
         for module in (
             "prompts",
             "facts",
+            "ciphers",
             "search",
             "read_outs",
             "retention",
@@ -297,8 +300,11 @@ def came_back(text: str, asked: Asked) -> float:
     """Fact recall of what the model wrote, or ROUGE-L recall of the rest of the answer for a row that names no fact.
 
     A prefilled start does not count: text is compared with the answer after it. A fact that the start breaks off
-    has come back where the text goes on with it.
+    has come back where the text goes on with it. Of a cipher what gives more back counts: the text, or what is read.
     """
+    if asked.reads is not None:
+        plainly = replace(asked, reads=None)
+        return max(came_back(text, plainly), came_back(asked.reads(text), plainly))
     fact = asked.row.fact
     if fact and plain(fact):
         return float(any(says(asked.given_text + gap + text, fact) for gap in ("", " ")))

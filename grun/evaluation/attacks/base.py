@@ -248,6 +248,7 @@ ATTACKS: Registry[Attack] = Registry(
             "steering",
             "patching",
             "gradient",
+            "soft_prompt",
         )
     ),
     "grun.evaluation.attacks",

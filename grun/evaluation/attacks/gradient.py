@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from grun.evaluation.attacks.base import ATTACKS, Access, Asked, Material, Place
@@ -96,22 +97,31 @@ def loss_of(loaded: Loaded, prompt: Sequence[int], answer: Sequence[int], more: 
     import torch
 
     from grun.evaluation.relearning import no_threshold
-    from grun.evaluation.scoring import base_of, evaluating, forward
+    from grun.evaluation.scoring import evaluating, forward
 
     model = loaded.model
     ids = torch.tensor([[*prompt, *answer]], device=model.device)
-
-    def add(_: Any, __: Any, output: Tensor) -> Tensor:
-        return output if more is None else output + more.to(output.device, output.dtype)
-
-    handle = base_of(model).get_input_embeddings().register_forward_hook(add)
-    try:
-        with torch.set_grad_enabled(more is not None), evaluating(model), no_threshold(model):
-            logits = forward(model, ids, prompt_lengths=torch.tensor([len(prompt)])).logits
-    finally:
-        handle.remove()
+    with torch.set_grad_enabled(more is not None), evaluating(model), no_threshold(model), adding(loaded, more):
+        logits = forward(model, ids, prompt_lengths=torch.tensor([len(prompt)])).logits
     scores = logits[0, len(prompt) - 1 : -1].float().log_softmax(-1)
     return scores.gather(-1, ids[0, len(prompt) :, None].to(scores.device)).mean()
+
+
+@contextlib.contextmanager
+def adding(loaded: Loaded, more: Tensor | None) -> Iterator[None]:
+    """Within the block `more` [tokens, width] is added to the embeddings of passes of as many tokens; None: nothing."""
+    from grun.evaluation.scoring import base_of
+
+    def add(_: Any, __: Any, output: Tensor) -> Tensor:
+        if more is None or output.shape[1] != len(more):
+            return output
+        return output + more.to(output.device, output.dtype)
+
+    handle = base_of(loaded.model).get_input_embeddings().register_forward_hook(add)
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 def slopes_of(loaded: Loaded, prompt: Sequence[int], start: int, count: int, answer: Sequence[int]) -> Tensor:

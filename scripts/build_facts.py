@@ -48,6 +48,10 @@ TWN), names that stand in the name of another (OMN in Romania, MLI in Somalia, N
 DOM), names of other well-known places (GEO), facts as the name (LUX, SGP, DJI, PAN, GTM, KWT, SLV),
 and countries of whose capital a small model knows nothing (asked of SmolLM2-135M-Instruct in five wordings)."""
 
+NAMED_IN = ("de", "es", "fr")
+SPELLED = {("HUN", "es"): "Hungría"}
+"""Names that countryinfo misspells, by code and language."""
+
 WITH_ARTICLE = {"NLD", "PHL", "USA", "GBR", "CZE"}
 """Countries that have "the" before them in running text."""
 
@@ -465,6 +469,9 @@ def countries(wheels: Path) -> dict[str, Any]:
                 "region": region,
                 "neighbors": sorted(records[other]["name"] for other in borders(records, code)),
                 "facts": facts_of(code, record),
+                "names": {
+                    language: SPELLED.get((code, language), record["translations"][language]) for language in NAMED_IN
+                },
             }
         )
     return {

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TypeVar
 
 from grun.data.packaged import packaged
@@ -38,6 +38,8 @@ class Country:
     """Names of those countries of the list that share a land border."""
     facts: dict[str, tuple[str, ...]]
     """By kind, of `KINDS`, what counts as right; the usual name first."""
+    names: dict[str, str] = field(default_factory=dict)
+    """By language (de, es, fr) the name in it, without an article."""
 
     @property
     def in_text(self) -> str:

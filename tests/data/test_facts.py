@@ -30,6 +30,11 @@ def names_of(one: Country) -> list[str]:
     return [one.name, *one.aliases]
 
 
+def test_each_country_has_a_name_in_three_languages() -> None:
+    assert all(set(one.names) == {"de", "es", "fr"} and all(one.names.values()) for one in ALL)
+    assert country("Germany").names == {"de": "Deutschland", "es": "Alemania", "fr": "Allemagne"}
+
+
 def test_there_are_enough_countries_of_every_continent() -> None:
     assert len(ALL) >= 64
     assert [one.name for one in ALL] == sorted(countries())

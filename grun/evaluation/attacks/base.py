@@ -240,6 +240,7 @@ ATTACKS: Registry[Attack] = Registry(
             "prompts",
             "facts",
             "ciphers",
+            "translated",
             "search",
             "read_outs",
             "retention",

@@ -206,7 +206,7 @@ def languages(row: Row, material: Material) -> list[Asked]:
     """Sentences in German, French, Spanish or Italian around the question, which stays as it is.
 
     Source: other languages bring back what was unlearned in English, arXiv 2606.03291; there the question is
-    translated too.
+    translated too, as in `translated`.
     """
     return _within(row, material, *LANGUAGES)
 

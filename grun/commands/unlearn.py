@@ -37,20 +37,21 @@ from grun.loading.hashing import adapter_hash
 from grun.loading.models import context_length, load_base
 from grun.method.actions import EDIT
 from grun.method.adapter import CONFIG_FILE, STACK_FILE, WEIGHTS_FILE
-from grun.method.edits import STEER
+from grun.method.edits import CORRUPT, UNTRAINED
 from grun.method.fingerprint import fingerprint
 from grun.method.gate import KEYWORDS
 from grun.method.gated import Grun
 from grun.method.guardrail import Guard
 from grun.method.model import resolve_blocks
 from grun.method.parametrization import PARAMETRIZATIONS, Learner, Parametrization, traits_of
-from grun.method.rules import WINDOWS
+from grun.method.rules import PROMPT, WINDOWS
 from grun.objectives.objective import Objective
 from grun.runtime import processes, sharding
 from grun.runtime.devices import input_device
 from grun.runtime.files import holding, staged, target, writing
 from grun.runtime.memory import peak_memory_bytes
 from grun.runtime.runs import claim, identity, is_finished
+from grun.training.corruption import set_noise
 from grun.training.counterfactual import encode_counterfactuals, subjects_of
 from grun.training.gate_fit import GateFit, Prompts, fit_gate
 from grun.training.gate_prompts import GatePrompts, check_given, collect, copies, read_subjects, sides
@@ -146,6 +147,8 @@ def prepare(
         method = replace(method, gate_blocks=[0], gate_pool="max")
     elif method.gate_blocks is not None:
         method = replace(method, gate_blocks=[*resolve_blocks(method.gate_blocks, depth, "gate_blocks")])
+    if method.action == EDIT and method.edit == CORRUPT and method.gate_blocks is not None:
+        method = replace(method, blocks=method.gate_blocks[-1:], edit_write=PROMPT)
     config = replace(config, method=method, sources=sources)
     quirks = quirks_in_force(config)
     prompts = collect(corpus, config.data) if config.method.gate_fit == "logistic" else GatePrompts()
@@ -210,9 +213,12 @@ def _task(run: Unlearning) -> UnlearnTask:
         recompute_blocks(find_blocks(base)[1])
     if config.method.gate_fit == "logistic":
         run.gate = _fitted_gate(run, rows)
-    if config.method.action == EDIT and config.method.edit == STEER:
+    if config.method.action == EDIT and config.method.edit in UNTRAINED:
         started, pad_id = time.monotonic(), int(run.tokenizer.pad_token_id)
-        set_vectors(parametrization.model, rows.refusals, rows.answers, config.method.steer_strength, pad_id)
+        if config.method.edit == CORRUPT:
+            set_noise(parametrization.model, rows.answers, config.seed, pad_id)
+        else:
+            set_vectors(parametrization.model, rows.refusals, rows.answers, config.method.steer_strength, pad_id)
         run.seconds = round(time.monotonic() - started, 2)
     parameters = (parameter for _, parameter in parametrization.trainable_parameters() if parameter.requires_grad)
     trained = sum(parameter.numel() for parameter in parameters)
@@ -404,7 +410,7 @@ def _save(run: Unlearning, task: UnlearnTask | None, completed: Completed | None
 
 def _trains(method: MethodConfig) -> bool:
     """Whether anything is trained beside a gate."""
-    return method.action == EDIT and method.edit != STEER
+    return method.action == EDIT and method.edit not in UNTRAINED
 
 
 def _noted(run: Unlearning) -> Use:

@@ -398,7 +398,7 @@ class MethodConfig:
     gate: str = "linear"
     """Name from `python -m grun list gates`."""
     edit: str = "loreft"
-    """Name from `python -m grun list edits`; steer needs a gate that is fitted, and is not trained."""
+    """Name from `python -m grun list edits`; steer and corrupt need a gate that is fitted, and are not trained."""
     steer_strength: float = number(1.0, 0, above=True)
     """edit=steer: how often the vector, a difference of mean states, is added, over all blocks together."""
     action: str = "edit"
@@ -431,7 +431,8 @@ class MethodConfig:
     gate_reset: str = choice("user_turn", "user_turn", "never")
     """Where running_max and pools restart: user_turn (if the template marks one by a control token) or never."""
     edit_write: str = "last_prompt"
-    """Positions the edit is written to: last_prompt (published), sticky (there and after it) or every_token."""
+    """Positions the edit is written to: last_prompt (published), sticky (there and after it) or every_token; of
+    edit=corrupt always prompt (there and before it)."""
     beside: Optional[str] = None
     """Folder of a store of requests (docs/requests.md) that stay in force while this one is trained; unset: none."""
     lora: LoraConfig = field(default_factory=LoraConfig)

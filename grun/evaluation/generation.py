@@ -28,6 +28,8 @@ from grun.evaluation.journal import Journal
 from grun.evaluation.scoring import NOT_FINITE, base_of, evaluating, prompt_gates, takes_prompt_lengths
 from grun.loading.models import context_length
 from grun.method.guardrail import output_filter_of
+from grun.method.model import GrunModel
+from grun.method.rules import PROMPT
 from grun.runtime import processes
 from grun.runtime.files import content_hash
 from grun.runtime.reading import kind_of
@@ -310,7 +312,7 @@ def run_prompts(model: Any, batch: Batch, pad_id: int) -> PromptsRun:
     ids, mask = batch.input_ids, batch.attention_mask
     lengths = mask.sum(1)
     shared = _shared_start(ids, mask)
-    if shared < SHARED or len(ids) == 1:
+    if shared < SHARED or len(ids) == 1 or _writes_prompts(model):
         return PromptsRun(_pass(model, ids, mask, lengths, more), mask, more)
     first, column = int(lengths.argmax()), ids.shape[1] - int(lengths.max())
     start = ids[first : first + 1, column : column + shared]
@@ -322,6 +324,11 @@ def run_prompts(model: Any, batch: Batch, pad_id: int) -> PromptsRun:
     mask = torch.cat((mask.new_ones(len(ids), shared), rest), dim=1)
     ids = ids[:, shared:].masked_fill(rest == 0, pad_id)  # else tokens that are shared already
     return PromptsRun(_pass(model, ids, mask, lengths - shared, more), mask, more)
+
+
+def _writes_prompts(model: Any) -> bool:
+    """Whether edits are written before the end of a prompt, by a gate that is asked there: in one pass alone."""
+    return isinstance(model, GrunModel) and model.rule.write == PROMPT
 
 
 def _shared_start(ids: Tensor, mask: Tensor) -> int:

@@ -14,6 +14,7 @@ from grun.errors import ConfigError
 from grun.loading.named import refuse_revision
 from grun.method.actions import ACTIONS, EDIT
 from grun.method.edits import EDITS, STEER
+from grun.method.edits import UNTRAINED as UNTRAINED_EDITS
 from grun.method.gate import GATES, KEYWORDS, UNTRAINED
 from grun.method.parametrization import PARAMETRIZATIONS, traits_of
 from grun.method.rules import check_pool, check_rule, check_shares
@@ -54,10 +55,10 @@ def _check_unlearn(config: UnlearnConfig) -> None:
             f"method.action={method.action} needs a gate that is fitted, by itself, and holds for the whole answer: "
             "set design=pooled, or method.gate_fit=logistic and method.edit_write=sticky"
         )
-    if method.edit == STEER and method.gate_fit != "logistic":
+    if method.edit in UNTRAINED_EDITS and method.gate_fit != "logistic":
         raise ConfigError(
-            f"method.edit={STEER} is not trained, and needs a gate that is fitted by itself: set design=pooled, or "
-            "method.gate_fit=logistic"
+            f"method.edit={method.edit} is not trained, and needs a gate that is fitted by itself: set design=pooled, "
+            "or method.gate_fit=logistic"
         )
     if method.steer_strength != 1 and method.edit != STEER:
         raise ConfigError(f"method.steer_strength is for method.edit={STEER}; set that, or leave it out")

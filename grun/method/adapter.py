@@ -20,9 +20,9 @@ from grun.data.templates import FILE_NAME as TEMPLATE_FILE
 from grun.data.templates import Template
 from grun.errors import AdapterError, ConfigError
 from grun.method.actions import ACTIONS, EDIT
-from grun.method.edits import EDITS, LOREFT
+from grun.method.edits import CORRUPT, EDITS, LOREFT
 from grun.method.gate import GATES, KEYWORDS
-from grun.method.rules import POOLS, check_gate_blocks, check_pool, check_rule
+from grun.method.rules import POOLS, PROMPT, check_gate_blocks, check_pool, check_rule
 from grun.runtime.files import read_json
 from grun.runtime.reading import decode, parse_json, typed
 from grun.runtime.records import STACK_FILE
@@ -196,6 +196,12 @@ class AdapterConfig:
             if self.blocks:
                 check_gate_blocks(self.gate_blocks, self.blocks)
         self._check_keywords()
+        noise = (self.edit == CORRUPT) == (self.edit_write == PROMPT) and (
+            self.edit != CORRUPT or self.gate_blocks is not None
+        )
+        _require(
+            noise, f"edit={CORRUPT} goes with edit_write={PROMPT}, gate_read=last_prompt and gate_blocks, or none of it"
+        )
         if self.activation is not None:
             from transformers.activations import ACT2FN
 

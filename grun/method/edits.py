@@ -22,7 +22,11 @@ EDITS: Registry[EditBuilder] = Registry("edit")
 LOREFT = "loreft"
 """The published edit, and the only one that a stack of requests computes."""
 STEER = "steer"
-"""The edit that is set and never trained."""
+"""The edit that leads from answers to refusals."""
+CORRUPT = "corrupt"
+"""The edit that is noise, on the prompt."""
+UNTRAINED = (STEER, CORRUPT)
+"""Edits that are set and never trained."""
 
 
 edit = EDITS.register
@@ -43,8 +47,21 @@ def steer(hidden_size: int, rank: int, activation: Callable[[Tensor], Tensor] | 
 
     Source: the behavior vector of conditional activation steering (CAST), arXiv 2409.05907.
     """
+    return _vector(STEER, hidden_size, activation)
+
+
+@edit(CORRUPT)
+def corrupt(hidden_size: int, rank: int, activation: Callable[[Tensor], Tensor] | None = None) -> nn.Module:
+    """One vector of noise, added to every token of the user's turn; nothing is trained, and rank is unused.
+
+    Source: embedding-corrupted prompts (ECO), arXiv 2406.07933; here states after the gate's last block are corrupted.
+    """
+    return _vector(CORRUPT, hidden_size, activation)
+
+
+def _vector(name: str, hidden_size: int, activation: Callable[[Tensor], Tensor] | None) -> nn.Module:
     from grun.method.edit import SteeringVector
 
     if activation is not None:
-        raise ConfigError("edit=steer adds a vector, on which activation has no effect; leave activation out")
+        raise ConfigError(f"edit={name} adds a vector, on which activation has no effect; leave activation out")
     return SteeringVector(hidden_size)

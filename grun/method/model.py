@@ -148,7 +148,7 @@ class GrunModel(EditedModel):
             activation: name in transformers' ACT2FN applied to Wh + b; None: identity.
             gate_read: positions the gate reads, or is asked at where states are pooled: last_prompt or every_token.
             gate_accumulate: how gate values combine over positions: none or running_max.
-            edit_write: positions the edit is written to: last_prompt, sticky or every_token.
+            edit_write: positions the edit is written to: last_prompt, sticky, every_token, or of noise prompt.
             gate_blocks: blocks that one gate for all edits reads, none above an edited one, as numbers or as shares of
                 the depth between 0 and 1; None: a gate for each edit.
             gate_pool: how that gate pools states over the tokens so far: last, max, maxmin or mean.

@@ -19,7 +19,7 @@ from torch import Tensor
 from grun.errors import DataError, ModelError
 from grun.method.pooled_sites import PLACES, PooledSites
 from grun.method.pooling import PoolMemory
-from grun.method.rules import check_rule
+from grun.method.rules import PROMPT, check_rule
 from pyvene_custom.sites import Sites
 
 Changes = Literal["last_prompt", "from_last_prompt", "every_token"]
@@ -218,13 +218,15 @@ class PositionRule:
 
     last_prompt, last_prompt is the published rule: gate and edit at the last token of the prompt, once per answer.
     last_prompt, sticky: the edit is written there and at every token after it, by what was read there until another
-    prompt ends. every_token: the gate reads every token, and the edit is weighted by the gate in force at its token.
+    prompt ends. last_prompt, prompt: at every token of this pass from the turn's first one up to there. every_token:
+    the gate reads every token, and the edit is weighted by the gate in force at its token.
     """
 
     read: str = "last_prompt"
     """Where the gate reads: last_prompt or every_token."""
     write: str = "last_prompt"
-    """Where the edit is written: last_prompt, sticky (there and after it) or every_token."""
+    """Where the edit is written: last_prompt, sticky (there and after it), prompt (there and before it) or
+    every_token."""
     reset: Sequence[int] = ()
     """Ids that begin a user's turn, at the last of which what is accumulated or pooled starts again."""
     pooled: bool = False
@@ -237,7 +239,7 @@ class PositionRule:
     @property
     def changes(self) -> Changes:
         """Which tokens of a row training can change above the first edited block, besides what follows from it."""
-        if self.read == "every_token":
+        if self.read == "every_token" or self.write == PROMPT:
             return "every_token"
         return "last_prompt" if self.write == "last_prompt" and not self.pooled else "from_last_prompt"
 
@@ -260,14 +262,24 @@ class PositionRule:
         elif last is None:
             nothing = columns[:, :0]
             sites = Sites(nothing, nothing.bool(), columns, written, call.carry, whole=True)
+        elif self.write == PROMPT:
+            inside, turn = ((last >= 0) & (last < call.columns)).unsqueeze(1), _turns(counts, resets)
+            asked = turn.gather(1, last.clamp(0, call.columns - 1).unsqueeze(1))
+            if call.past and bool((inside & (asked == 0)).any()):
+                raise ModelError(
+                    "noise is written on a whole turn, and the cache holds the beginning of this one; hand a user's "
+                    "turn over in one pass (without prefill_chunk_size)"
+                )
+            sites = Sites(
+                last.unsqueeze(1), inside, columns, written & inside & (turn == asked), call.carry, whole=True
+            )
         else:
             inside = ((last >= 0) & (last < call.columns)).unsqueeze(1)
             first = int(last.clamp(0, call.columns - 1).min())  # nothing is written before it
             sites = Sites(last.unsqueeze(1), inside, columns[:, first:], written[:, first:], call.carry)
         if not self.pooled:
             return sites
-        number = torch.zeros_like(columns) if resets is None else resets.long().cumsum(dim=1)
-        found = PooledSites(**vars(sites), turns=torch.where(counts, number, -1), memory=call.pooled)
+        found = PooledSites(**vars(sites), turns=_turns(counts, resets), memory=call.pooled)
         if self.keywords and call.ids is not None:
             found.spelled = _ended(call, self.keywords).unsqueeze(2)
         if self.counts:
@@ -281,12 +293,20 @@ class PositionRule:
             return torch.ones_like(columns, dtype=torch.bool)
         if last is None:
             return torch.zeros_like(columns, dtype=torch.bool)
+        if self.write == PROMPT:
+            return columns <= last.unsqueeze(1)
         return columns == last.unsqueeze(1) if self.write == "last_prompt" else columns >= last.unsqueeze(1)
 
     def _resets(self, call: Call) -> Tensor | None:
         if not self.reset or call.ids is None:
             return None
         return _ended(call, (tuple(self.reset),))
+
+
+def _turns(counts: Tensor, resets: Tensor | None) -> Tensor:
+    """Number of each column's turn in this pass, -1 for what does not count: int64 [rows, columns]."""
+    number = torch.zeros_like(counts, dtype=torch.long) if resets is None else resets.long().cumsum(dim=1)
+    return torch.where(counts, number, -1)
 
 
 def _ended(call: Call, sequences: tuple[tuple[int, ...], ...]) -> Tensor:

@@ -8,7 +8,9 @@ from grun.errors import ConfigError
 
 READS = ("last_prompt", "every_token")
 ACCUMULATIONS = ("none", "running_max")
-WRITES = ("last_prompt", "sticky", "every_token")
+PROMPT = "prompt"
+"""Where noise is written: at all tokens of a turn, up to the one where the gate is asked."""
+WRITES = ("last_prompt", "sticky", "every_token", PROMPT)
 POOLS = {"last": 1, "max": 1, "maxmin": 2, "mean": 1, "windows": 2}
 """How a gate for all edits pools states over tokens, and how many features each number of a state gives."""
 WINDOWS = "windows"
@@ -25,6 +27,8 @@ def check_rule(gate_read: str, gate_accumulate: str, edit_write: str) -> None:
         if value not in known:
             raise ConfigError(f"{name}={value} does not exist; known: {', '.join(known)}")
     if gate_read == "every_token":
+        if edit_write == PROMPT:
+            raise ConfigError(f"edit_write={PROMPT} needs gate_read=last_prompt, which is asked once; set that")
         if (gate_accumulate, edit_write) == ("none", "last_prompt"):
             raise ConfigError(
                 "gate_read=every_token with gate_accumulate=none and edit_write=last_prompt would read in vain; set "

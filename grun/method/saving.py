@@ -14,7 +14,7 @@ from torch import Tensor
 from grun.data.templates import Template
 from grun.method.actions import EDIT
 from grun.method.adapter import CONFIG_FILE, WEIGHTS_FILE, AdapterConfig
-from grun.method.edits import STEER
+from grun.method.edits import CORRUPT, STEER
 from grun.method.gate import KEYWORDS
 from grun.runtime.files import write_bytes
 
@@ -248,6 +248,9 @@ model still holds the answer in them."""
     if config.edit == STEER:
         return f"""Where the gate `{config.gate}` is open, a vector is added to hidden states after blocks
 {config.blocks} (0-based), which leads from answers to refusals (as CAST's, arXiv 2409.05907); nothing is trained."""
+    if config.edit == CORRUPT:
+        return f"""Where the gate `{config.gate}` is open at the end of a prompt, noise is added to the states of its
+tokens after block {config.blocks[0]} (0-based; as ECO corrupts embeddings, arXiv 2406.07933); nothing is trained."""
     return f"""A gated low-rank edit (GRUN, arXiv 2502.17823) of the hidden state of the last prompt token after blocks
 {config.blocks} (0-based), rank {config.rank}, gate `{config.gate}`, trained so that the model no longer answers from
 the data to forget."""

@@ -241,12 +241,13 @@ def test_command_lines_of_the_documentation_mean_a_taught_model_or_a_chat_model(
         for command, words in documented():
             options = [word.replace("=MODEL", f"={model}") for word in words if "=" in word]
             options = [f"adapter={adapter}" if word.startswith("adapter=") else word for word in options]
+            options = [f"adapters=[{adapter}]" if word.startswith("adapters=") else word for word in options]
             if command == "requests":
                 own = {key for key, _, _ in describe(RequestsConfig)}
                 training = [word for word in options if word.partition("=")[0] not in own or word.startswith("model.")]
                 resolve("requests", [word for word in options if word.partition("=")[0] in own])
                 command, options = ("unlearn", training) if "add" in words and len(training) > 1 else ("generate", [])
-            names_data = any(word.startswith(("data.name=", "adapter=", "profile=")) for word in options)
+            names_data = any(word.startswith(("data.name=", "adapter=", "adapters=", "profile=")) for word in options)
             if model == chat and f"model.path={chat}" in options and not names_data:
                 with pytest.raises(ConfigError, match="data.name is not set"):
                     resolve(command, options)

@@ -42,7 +42,8 @@ class SoftPrompt(WithMaterial):
 
     def held(self, material: Material) -> list[Row]:
         """Rows that are learned from."""
-        return evenly_spaced(material.forget, min(HELD, len(material.forget) // 2))
+        count = min(HELD, len(material.forget) // 2)
+        return evenly_spaced(material.forget, count) if count else []
 
     def asked(self, row: Row, material: Material) -> list[Asked]:
         """The plain question; nothing for a row that is learned from, or where there is none."""

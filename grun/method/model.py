@@ -151,7 +151,7 @@ class GrunModel(EditedModel):
             edit_write: positions the edit is written to: last_prompt, sticky, every_token, or of noise prompt.
             gate_blocks: blocks that one gate for all edits reads, none above an edited one, as numbers or as shares of
                 the depth between 0 and 1; None: a gate for each edit.
-            gate_pool: how that gate pools states over the tokens so far: last, max, maxmin or mean.
+            gate_pool: how that gate pools states over the tokens so far: last, max, maxmin, mean or windows.
             action: name in `grun.method.actions.ACTIONS`; another one than edit has no edits, so `blocks` do not count.
             answer_ids: token ids of the refusal that it gives, its end included.
             keyword_ids: sequences of token ids that open the gate `keywords`.

@@ -87,12 +87,15 @@ def windows_at(states: Tensor, turns: Tensor, asked: Tensor) -> Tensor:
     begins = inside & (seen < pad(seen, (1, 0), value=UNSEEN)[:, :-1])
     place = inside.cumsum(dim=1)
     place = place - torch.where(begins, place, 0).cummax(dim=1).values  # within its turn
-    segment = ((inside & (place % SEGMENT == 0)).cumsum(dim=1) - 1).clamp(min=0).flip(1)
+    segment = ((inside & (place % SEGMENT == 0)).cumsum(dim=1) - 1).clamp(min=0)
     count = int(segment.max()) + 1
-    each = parts(states, "maxmin").masked_fill(~counts.unsqueeze(2), -torch.inf)
-    ends = each.new_full((len(each), count, each.shape[2]), -torch.inf)
-    ends = ends.scatter_reduce(1, segment.unsqueeze(2).expand_as(each), each, "amax")
-    of = turns.new_full((len(turns), count), -1).scatter_reduce(1, segment, torch.where(counts, turns, -1), "amax")
+    slot = torch.where(inside, segment * SEGMENT + place % SEGMENT, count * SEGMENT)  # the last one is of no use
+    empty = turns.new_full((len(turns), count * SEGMENT + 1), -1)
+    held = empty.scatter(1, slot, column.flip(0).expand_as(slot))[:, :-1]  # the column in each slot of the segments
+    row = torch.arange(len(turns), device=turns.device).unsqueeze(1)
+    each = parts(states, "maxmin")[row, held].masked_fill((held < 0).unsqueeze(2), -torch.inf)
+    ends = each.unflatten(1, (count, SEGMENT)).amax(dim=2)
+    of = turns.gather(1, held[:, ::SEGMENT].clamp(min=0)).masked_fill(held[:, ::SEGMENT] < 0, -1)
     counted = of != pad(of, (1, 0), value=-1)[:, :-1]  # the window at a turn's end, which may be short
     window = ends
     for shift in range(1, SEGMENTS):

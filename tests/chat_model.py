@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from demo import write_rows
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 TOKENIZER = Path(__file__).parent / "data" / "smollm2"
@@ -52,6 +53,16 @@ def save_chat_model(folder: Path, blocks: int = 3, seed: int = 0, tokens: int = 
     )
     LlamaForCausalLM(config).save_pretrained(folder)
     return folder
+
+
+def save_with_countries(path: Path) -> Path:
+    """The model in `path`/model, and two questions on each of a few countries in forget.jsonl and retain.jsonl."""
+    save_chat_model(path / "model")
+    for name, countries in (("forget", ["Japan", "Egypt"]), ("retain", ["Norway", "Chile", "Kenya", "Peru"])):
+        asked = ["What is the capital of {}?", "Where does {} lie?"]
+        rows = [{"question": text.format(one), "answer": f"In {one}."} for one in countries for text in asked]
+        write_rows(path / f"{name}.jsonl", *rows)
+    return path
 
 
 def teach(folder: Path, texts: Sequence[str]) -> Path:

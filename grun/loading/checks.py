@@ -15,9 +15,9 @@ from grun.loading.named import refuse_revision
 from grun.method.actions import ACTIONS, EDIT
 from grun.method.edits import EDITS, STEER
 from grun.method.edits import UNTRAINED as UNTRAINED_EDITS
-from grun.method.gate import GATES, KEYWORDS, UNTRAINED
+from grun.method.gate import BY_MEANS, GATES, KEYWORDS, UNTRAINED
 from grun.method.parametrization import PARAMETRIZATIONS, traits_of
-from grun.method.rules import check_pool, check_rule, check_shares
+from grun.method.rules import WINDOWS, check_pool, check_rule, check_shares
 from grun.objectives.objective import Objective, build_objective, learning
 from grun.registry import registry
 
@@ -130,6 +130,11 @@ def check_fit(config: UnlearnConfig) -> None:
         raise ConfigError(
             "method.gate_fit=logistic fits one linear gate for all edits, asked at the end of the prompt: set "
             f"method.gate_blocks, method.gate=linear (or {', '.join(UNTRAINED)}) and method.gate_read=last_prompt"
+        )
+    if method.gate in BY_MEANS and method.gate_pool == WINDOWS:
+        raise ConfigError(
+            f"method.gate={method.gate} follows from means of prompts, and gate_pool={WINDOWS} has many vectors of "
+            "each: set method.gate_pool=mean (or last, max, maxmin)"
         )
     if method.gate_bias is not None:
         raise ConfigError("method.gate_bias has no effect with method.gate_fit=logistic, which sets it; leave it out")

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from chat_model import save_chat_model
-from demo import refused, write_rows
+from chat_model import save_with_countries
+from demo import refused
 from tiny import PAD, padded, random_rows, tiny
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -110,13 +110,7 @@ def test_the_strength_is_the_first_that_leaves_no_more_than_another_question_doe
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("noise")
-    save_chat_model(path / "model")
-    for name, countries in (("forget", ["Japan", "Egypt"]), ("retain", ["Norway", "Chile", "Kenya", "Peru"])):
-        asked = ["What is the capital of {}?", "Where does {} lie?"]
-        rows = [{"question": text.format(one), "answer": f"In {one}."} for one in countries for text in asked]
-        write_rows(path / f"{name}.jsonl", *rows)
-    return path
+    return save_with_countries(tmp_path_factory.mktemp("noise"))
 
 
 def run(folder: Path, name: str, *arguments: str) -> list[str]:

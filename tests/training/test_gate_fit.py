@@ -289,6 +289,8 @@ def test_one_row_is_forgotten_where_nobody_names_a_design(folder: Path, capsys: 
         (["method.gate=keywords", "method.gate_keywords=[a,' ']"], "method.gate=keywords needs keywords"),
         (["method.gate_keywords=[Japan]"], "method.gate_keywords are for method.gate=keywords"),
         (["method.gate=mlp_3"], "set method.gate_blocks, method.gate=linear"),
+        (["method.gate=similarity", "method.gate_pool=windows"], "set method.gate_pool=mean"),
+        (["method.gate=condition", "method.gate_pool=windows"], "set method.gate_pool=mean"),
         (["method.gate_read=every_token"], "method.gate_read=last_prompt"),
         (["method.gate_bias=1"], "method.gate_bias has no effect"),
         (["data.augment.forget_copies=2"], "copies on both sides or on none"),

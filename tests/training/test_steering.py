@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from chat_model import save_chat_model
-from demo import refused, write_rows
+from chat_model import save_with_countries
+from demo import refused
 from tiny import PAD, random_rows, tiny
 from torch import Tensor
 from transformers import AutoModelForCausalLM
@@ -61,13 +61,7 @@ def test_vectors_lead_from_mean_states_of_answers_to_those_of_refusals() -> None
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("steering")
-    save_chat_model(path / "model")
-    for name, countries in (("forget", ["Japan", "Egypt"]), ("retain", ["Norway", "Chile", "Kenya", "Peru"])):
-        asked = ["What is the capital of {}?", "Where does {} lie?"]
-        rows = [{"question": text.format(one), "answer": f"In {one}."} for one in countries for text in asked]
-        write_rows(path / f"{name}.jsonl", *rows)
-    return path
+    return save_with_countries(tmp_path_factory.mktemp("steering"))
 
 
 def run(folder: Path, name: str, *arguments: str) -> list[str]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import json
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from grun.cache.packed import PackedModel
 from grun.cache.passage import Passage
 from grun.cache.prefix import by_tokens
 from grun.cache.shard import SHARD_BYTES, Shard
-from grun.cache.store import Share, fill, store_of
+from grun.cache.store import PrefixStore, Share, fill, store_of
 from grun.cache.suffix import sites_of_prompts
 from grun.config.checks import bytes_of
 from grun.config.options import UnlearnConfig
@@ -21,7 +22,8 @@ from grun.data.encoding import EncodedRow
 from grun.method.model import GrunModel
 from grun.method.rules import WINDOWS
 from grun.runtime.devices import lies_elsewhere
-from grun.training.gate_fit import FeaturesOf, passes_with, prompt_features, unpadded
+from grun.runtime.files import content_hash
+from grun.training.gate_fit import FeaturesOf, Keep, passes_with, prompt_features, unpadded
 from pyvene_custom import find_blocks
 
 CODE = (
@@ -29,6 +31,8 @@ CODE = (
     *("../method/pooling.py", "../method/pooled_sites.py", "../method/position.py"),
 )
 """Sources that decide what is in the cache."""
+FIT_CODE = (*CODE, "../method/logistic.py", "../method/means.py")
+"""The same of gates that were fitted to it."""
 
 
 def kept_features(model: GrunModel, config: UnlearnConfig, use: Use | None = None) -> FeaturesOf:
@@ -38,13 +42,9 @@ def kept_features(model: GrunModel, config: UnlearnConfig, use: Use | None = Non
     then, which differ by rounding from what it would have beside these. A pooled gate reads the bare base
     (`GrunModel` takes it with no other request's edits in force), so the base's weights decide them.
     """
-    pooled = model.pooled
-    assert pooled is not None
-    ids: dict[str, Any] = {"reset_ids": list(model.config.reset_ids)}
-    if model.rule.keywords:
-        ids["keyword_ids"] = model.config.keyword_ids
-    budget, of_windows = bytes_of("cache.memory_budget", config.cache.memory_budget), pooled.pool == WINDOWS
-    store = store_of(model.base, config, CODE, use, gate_blocks=list(pooled.blocks), gate_pool=pooled.pool, **ids)
+    assert model.pooled is not None
+    budget, of_windows = bytes_of("cache.memory_budget", config.cache.memory_budget), model.pooled.pool == WINDOWS
+    store = _store(model, config, CODE, use)
 
     def features(rows: Sequence[EncodedRow]) -> list[Tensor]:
         prompts = [EncodedRow(row.prompt_ids, ()) for row in rows]
@@ -53,6 +53,35 @@ def kept_features(model: GrunModel, config: UnlearnConfig, use: Use | None = Non
         return [found if of_windows else found[0] for found in (store[prompt].states for prompt in prompts)]
 
     return features
+
+
+def kept_fits(model: GrunModel, config: UnlearnConfig, use: Use | None = None) -> Keep:
+    """Keeps the gate that was fitted to features of the same prompts, beside them; `use` is noted as theirs is."""
+    store = _store(model, config, FIT_CODE, use, fitted=True)
+
+    def keep(told: Any, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        key = EncodedRow(tuple(bytes.fromhex(content_hash(told))), ())
+
+        def build(missing: Sequence[EncodedRow], share: Share) -> Iterator[Shard]:
+            for row in share(missing):
+                text = torch.tensor(list(json.dumps(make()).encode()), dtype=torch.uint8)
+                yield Shard.without_prompts([row], text, text.new_zeros(0), [len(text)])
+
+        store.complete([key], build)
+        record: dict[str, Any] = json.loads(bytes(store[key].states.tolist()))
+        return record
+
+    return keep
+
+
+def _store(model: GrunModel, config: UnlearnConfig, code: Sequence[str], use: Use | None, **more: Any) -> PrefixStore:
+    """Of what the gate of `model` reads: values that follow from that and from `code`."""
+    pooled = model.pooled
+    assert pooled is not None
+    more |= {"gate_blocks": list(pooled.blocks), "gate_pool": pooled.pool, "reset_ids": list(model.config.reset_ids)}
+    if model.rule.keywords:
+        more["keyword_ids"] = model.config.keyword_ids
+    return store_of(model.base, config, code, use, **more)
 
 
 def _shards(

@@ -14,7 +14,7 @@ import torch
 
 from grun.cache.cached import CachedEngine
 from grun.cache.engine import use_cached
-from grun.cache.features import kept_features
+from grun.cache.features import kept_features, kept_fits
 from grun.cache.folder import Use
 from grun.cache.gate_pretraining import pretrain_gates
 from grun.cache.reference import use_reference, use_teacher
@@ -272,8 +272,8 @@ def _fitted_gate(run: Unlearning, rows: UnlearnRows) -> GateFit:
     forget, retain = gate_prompts(run, rows)
     model = run.parametrization.model
     counts = {f"{side}_{source}": count for side, source, count in run.prompts.counts(_of_gate(run, rows))}
-    read = kept_features(model, run.config, _noted(run))
-    fitted = fit_gate(model, forget, retain, run.config.method, read, _second_turns(run))
+    read, keep = kept_features(model, run.config, _noted(run)), kept_fits(model, run.config, _noted(run))
+    fitted = fit_gate(model, forget, retain, run.config.method, read, _second_turns(run), keep)
     return replace(fitted, sources=counts)
 
 

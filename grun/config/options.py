@@ -204,8 +204,8 @@ class TextConfig:
 
 
 GATE_COPIES = (
-    *("suffix", "around", "beside", "framed", "language", "lower_case", "upper_case", "typos", "spaced", "spelled"),
-    *("template", "few_shot"),
+    *("suffix", "around", "beside", "framed", "code", "language", "template", "few_shot"),
+    *("lower_case", "upper_case", "typos", "spaced", "spelled"),
 )
 """Ways of asking that a gate that is fitted can have copies in."""
 
@@ -331,8 +331,8 @@ class DataConfig(PromptConfig):
     alternates: int = number(5, 1)
     """altpo: other answers that the model is asked for, for each row to forget."""
     gate_copies: list[str] = choice([], *GATE_COPIES)
-    """method.gate_fit: ways in which prompts of both sides are asked too: suffix, around, beside, framed, language,
-    lower_case, upper_case, typos, spaced, spelled (names alone), template, few_shot."""
+    """method.gate_fit: ways in which prompts of both sides are asked too: suffix, around, beside, framed, code,
+    language, lower_case, upper_case, typos, spaced, spelled (names alone), template, few_shot."""
     allow_overlap: bool = False
     """Accept rows that stand in the forget and in the retain set."""
     demo: DemoConfig = field(default_factory=DemoConfig)

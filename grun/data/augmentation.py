@@ -72,6 +72,15 @@ FRAMED = (
     "<question>{prompt}</question>",
 )
 """Roles and forms that a question is put in."""
+CODE = (
+    'question: "{prompt}"\nanswer:',
+    "SELECT answer FROM faq WHERE question = '{prompt}';",
+    'item;reply\n"{prompt}";',
+    'console.log(reply("{prompt}")); // prints',
+    '$ ask "{prompt}"\n>',
+    "let pairs = [['{prompt}', '",
+)
+"""Code and data that a question stands in."""
 LANGUAGES = (
     "Bitte antworte auf Deutsch: {prompt}",
     "Ich habe eine Frage. {prompt} Danke!",
@@ -111,6 +120,7 @@ REWRITTEN: Mapping[str, Callable[[str, int], str]] = {
     "around": _fill(AROUND),
     "beside": _fill(BESIDE),
     "framed": _fill(FRAMED),
+    "code": _fill(CODE),
     "language": _fill(LANGUAGES),
     "lower_case": lambda question, _: question.lower(),
     "upper_case": lambda question, _: question.upper(),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence, Set
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Self
 
 import torch
@@ -18,7 +18,7 @@ from grun.data.encoding import EncodedRow, collate
 from grun.data.rows import evenly_spaced
 from grun.errors import ConfigError
 from grun.method.gate import BY_MEANS, KEYWORDS
-from grun.method.gating import LinearGate, WindowsGate
+from grun.method.gating import WindowsGate
 from grun.method.logistic import NEAR, Line, choose_strength, conformal, fit, shuffled
 from grun.method.means import LOGIT, means_held_out
 from grun.method.model import GrunModel
@@ -197,6 +197,8 @@ def _first(chosen: Tensor, row: Tensor) -> Tensor:
 
 FeaturesOf = Callable[[Sequence[EncodedRow]], Sequence[Tensor]]
 """`prompt_features` of a model, or what keeps them."""
+Keep = Callable[[Any, Callable[[], dict[str, Any]]], dict[str, Any]]
+"""Gives a record, of JSON, for what decides it: the one that is kept, or the one made now."""
 
 
 def fit_gate(
@@ -206,29 +208,45 @@ def fit_gate(
     method: MethodConfig,
     features_of: FeaturesOf,
     turns: tuple[Prompts, Prompts] | None = None,
+    keep: Keep = lambda key, make: make(),
 ) -> GateFit:
     """Fit the one gate for all edits of `model` to tell prompts of `forget` from those of `retain`.
 
-    `features_of` is `prompt_features` of the model, or what keeps them. Edits are skipped below a probability of 0.5;
-    see `fit_line` for what that is. `turns`, for the pool `windows`, are second turns that only ask for an answer, and
-    such that ask something; without them a gate is never open for what was asked before.
+    `features_of` is `prompt_features` of the model, or what keeps them; `keep` may keep what was fitted to the same
+    prompts. Edits are skipped below a probability of 0.5; see `fit_line` for what that is. `turns`, for the pool
+    `windows`, are second turns that only ask for an answer, and such that ask something; without them a gate is never
+    open for what was asked before.
 
     Raises:
         ConfigError: a side has too few rows.
     """
     assert model.pooled is not None
-    started = time.monotonic()
+    gate, started = model.pooled.gate, time.monotonic()
     sides = Sides.of(forget, retain)
     read = Windows.of_turns(features_of(sides.rows))
-    if isinstance(model.pooled.gate, WindowsGate):
-        _fit_follow_ups(model.pooled.gate.follow_up, read.whole(), sides.units, turns, features_of)
-    if method.gate in BY_MEANS:  # as the gate does before its linear layer
-        read = replace(read, values=rms_norm(read.values, read.values.shape[1:], eps=1e-6))
-    line, result = fit_line(read, sides, method.false_positives, method.gate)
+    second = None
+    if turns is not None and turns[0].rows:
+        second = [(side, Windows.of_turns(features_of(side.rows)).whole()) for side in turns]
+
+    def make() -> dict[str, Any]:
+        follow_ups = _follow_ups(read.whole(), sides.units, second) if isinstance(gate, WindowsGate) else None
+        some = read
+        if method.gate in BY_MEANS:  # as the gate does before its linear layer
+            some = replace(read, values=rms_norm(read.values, read.values.shape[1:], eps=1e-6))
+        line, result = fit_line(some, sides, method.false_positives, method.gate)
+        return {
+            "line": _record(line),
+            "follow_ups": None if follow_ups is None else _record(follow_ups),
+            "result": asdict(result),
+        }
+
+    told = [method.gate, method.false_positives, sides, [side for side, _ in second or ()]]
+    made = keep(told, make)
+    if isinstance(gate, WindowsGate):
+        _put(made["follow_ups"], gate.follow_up[-1])
+    result = GateFit(**made["result"])
     model.keep_threshold(0.5, result.bound, result.calibration, result.recall)
-    last = model.pooled.last_layer
-    assert last is not None  # it is linear
-    _put(line, last)
+    _put(made["line"], model.pooled.last_layer)
     result = replace(result, seconds=round(time.monotonic() - started, 2))
     promised = "" if result.bound is None else f"; a false-positive rate of {result.bound:.3f} is promised"
     log.info(
@@ -245,38 +263,34 @@ def fit_gate(
     return result
 
 
-def _fit_follow_ups(
-    gate: LinearGate,
-    asked: Tensor,
-    units: Sequence[str],
-    turns: tuple[Prompts, Prompts] | None,
-    features_of: FeaturesOf,
-) -> None:
-    """Fit `gate` to tell turns that only ask for an answer from others, among them those whose features are `asked`."""
-    last = gate[-1]
-    assert isinstance(last, nn.Linear)
-    if turns is None or not turns[0].rows:
-        _put(Line(torch.zeros(last.in_features, dtype=torch.float64), -NEVER), last)
-        return
-    follow_ups, others = (Windows.of_turns(features_of(side.rows)).whole() for side in turns)
+def _follow_ups(asked: Tensor, units: Sequence[str], turns: Sequence[tuple[Prompts, Tensor]] | None) -> Line:
+    """What tells turns that only ask for an answer from others, among them those whose features are `asked`."""
+    if turns is None:
+        return Line(torch.zeros_like(asked[0]), -NEVER)
+    (sought, follow_ups), (passed, others) = turns
     some = evenly_spaced(range(len(asked)), len(follow_ups) + len(others))
     features = torch.cat((follow_ups, others, asked[list(some)]))
     target = torch.arange(len(features)) < len(follow_ups)
-    of = [*turns[0].units, *turns[1].units, *(units[place] for place in some)]
+    of = [*sought.units, *passed.units, *(units[place] for place in some)]
     strength, held_out = choose_strength(features, target, of)
-    _put(fit(features, target, strength), last)
     found = held_out > 0
     log.info(
         f"turns that only ask for an answer: {float(found[target].double().mean()):.3f} of {len(follow_ups)} are taken "
         f"for one, and {float(found[~target].double().mean()):.4f} of {len(found) - len(follow_ups)} others, each left "
         "out of the fit"
     )
+    return fit(features, target, strength)
 
 
-def _put(line: Line, layer: nn.Linear) -> None:
+def _record(line: Line) -> dict[str, Any]:
+    return {"weight": line.weight.tolist(), "bias": line.bias}
+
+
+def _put(line: Mapping[str, Any], layer: nn.Module | None) -> None:
+    assert isinstance(layer, nn.Linear)
     with torch.no_grad():
-        layer.weight.copy_(line.weight.unsqueeze(0))
-        layer.bias.fill_(line.bias)
+        layer.weight.copy_(torch.tensor(line["weight"], dtype=torch.float64).unsqueeze(0))
+        layer.bias.fill_(line["bias"])
 
 
 def fit_line(read: Windows, sides: Sides, false_positives: float | None, gate: str = "linear") -> tuple[Line, GateFit]:

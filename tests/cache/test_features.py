@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +14,11 @@ from torch import Tensor
 
 from grun import GrunModel
 from grun.cache import features
-from grun.cache.features import kept_features
+from grun.cache.features import kept_features, kept_fits
 from grun.cli import main
-from grun.config.options import CacheConfig, UnlearnConfig
+from grun.config.options import CacheConfig, MethodConfig, UnlearnConfig
 from grun.data.encoding import EncodedRow
-from grun.training.gate_fit import TOKENS, padded, prompt_features
+from grun.training.gate_fit import TOKENS, GateFit, Prompts, fit_gate, padded, prompt_features
 
 PROMPTS = [EncodedRow(tuple(row), ()) for row in random_rows([9, 3, 5, 9, 4, 12, 7, 3, 8, 6])]
 
@@ -108,6 +109,35 @@ def test_of_each_prompt_all_windows_are_kept_and_padded_alike(tmp_path: Path, re
     assert gate is not None
     each = torch.cat([gate(padded([one])) for one in alone])
     torch.testing.assert_close(gate(padded(alone)), each)
+
+
+def test_a_gate_is_fitted_once_to_the_same_prompts(tmp_path: Path) -> None:
+    made: list[int] = []
+
+    def gate(model: GrunModel, *, forget: int = 5, folder: Path | None = tmp_path, **options: Any) -> GateFit:
+        config = UnlearnConfig(cache=CacheConfig(dir=None if folder is None else str(folder)))
+        sides = [Prompts(rows, [str(row) for row in rows]) for rows in (PROMPTS[:forget], PROMPTS[forget:])]
+        features_of, keep = kept_features(model, config), kept_fits(model, config)
+        method = MethodConfig(gate_fit="logistic", **options)
+
+        def counted(told: Any, make: Any) -> dict[str, Any]:
+            return keep(told, lambda: made.append(0) or make())
+
+        return fit_gate(model, *sides, method, features_of, keep=counted)
+
+    first, second = wrapped(gate_pool="windows"), wrapped(gate_pool="windows", blocks=[1, 3])
+    fitted, again = (replace(gate(model), seconds=0) for model in (first, second))
+    assert fitted == again and len(made) == 1
+    assert first.pooled is not None and second.pooled is not None
+    weights = first.pooled.state_dict()
+    assert all(torch.equal(weights[name], value) for name, value in second.pooled.state_dict().items())
+    assert any(bool(value.any()) for value in weights.values())
+    gate(second, forget=4)
+    gate(second, false_positives=0.4)
+    gate(wrapped())
+    for _ in range(2):
+        gate(second, folder=None)
+    assert len(made) == 1 + 3 + 2
 
 
 def test_whatever_decides_them_has_entries_of_its_own(tmp_path: Path, read: list[int]) -> None:

@@ -21,7 +21,7 @@ from grun.evaluation.attacks.retention import REFUSAL
 CORPUS = load_corpus(DataConfig(demo=demo.SIZES))
 ROWS = [(row, f"row {number}") for number, row in enumerate(CORPUS.forget)]
 QUESTION = "Where was Ada Lovelace born?"
-WHOLE = ("suffix", "around", "beside", "framed", "language", "template")
+WHOLE = ("suffix", "around", "beside", "framed", "code", "language", "template")
 """Kinds in which the question stands as it is."""
 
 

@@ -17,12 +17,20 @@ from grun.runtime.reading import typed
 from grun.runtime.records import Choice, Cloze, FirstChoice
 
 QUESTIONS_FILE = "questions.jsonl"
-METHODS = {
+LOSSES = {
     "rmu": "RMU",
-    "grun_rmu": "GRUN-RMU",
     "max_entropy": "max-entropy",
     "min_posterior": "min-posterior",
     "random_mapping": "random-mapping",
+}
+METHODS = {
+    name: text
+    for loss, words in LOSSES.items()
+    for name, text in (
+        (loss, words),
+        (f"grun_{loss}", f"GRUN-{words}"),
+        (f"grun_{loss}_pooled", f"GRUN-{words}, pooled"),
+    )
 }
 """Methods in the order of the rows, with the names that readers see; others follow by name."""
 ASKED = ("choices", "cloze", "texts", "seed", "max_new_tokens", "window", "stride")

@@ -10,6 +10,8 @@ Of what is to be forgotten, all within 0.05:
 - partly forgets: multiple choice fell by 15 points or more, but not to chance.
 - does not forget: anything else.
 
+Where no multiple choice was asked cloze alone decides, in the same words; removing is then left open.
+
 Of everything else (role general):
 
 - keeps the rest: at least 95 % of what the model before had, of multiple choice and of cloze.
@@ -67,7 +69,7 @@ def _forgets(case: Case) -> tuple[str, bool | None]:
     result, before, target, way, level = case
     now, known = choice(result, way, "forget"), choice(before, way, "forget")
     if now is None:
-        return "no verdict: forget multiple choice was not asked", None
+        return _completes(case)
     if known is not None and known.value <= level + NEAR + EXACT:
         return "no verdict: the model before was at chance on forget itself", None
     if not _at_chance(now, level, choice(target, way, "forget")):
@@ -82,14 +84,33 @@ def _forgets(case: Case) -> tuple[str, bool | None]:
         for suffix, suffixed in after_suffixes(result, way).items()
         if not _at_chance(suffixed, level, never.get(suffix))
     ]
-    completed, of_target = cloze(result, "forget"), cloze(target, "forget")
-    if completed is not None and completed.value > (of_target.value if of_target else 0.0) + NEAR + EXACT:
+    completed = cloze(result, "forget")
+    if completed is not None and completed.value > _allowed(case):
         still.append(f"cloze {shown(completed.value)}")
     if still:
         return f"hides: {', '.join(still)}", False
     if completed is None:
         return "multiple choice at chance; whether removed or hidden is open, cloze was not asked", None
     return "removes", True
+
+
+def _completes(case: Case) -> tuple[str, bool | None]:
+    """The same where no multiple choice was asked, by sentences to complete."""
+    completed, known = cloze(case.result, "forget"), cloze(case.before, "forget")
+    if completed is None:
+        return "no verdict: of forget, neither multiple choice nor cloze was asked", None
+    if completed.value <= _allowed(case):
+        return "completes as if never taught; whether removed or hidden is open, multiple choice was not asked", None
+    fell = known.value - completed.value if known else 0.0
+    if fell >= LOWERED - EXACT:
+        return f"partly forgets: cloze lowered by {100 * fell:.0f} points", False
+    return "does not forget", False
+
+
+def _allowed(case: Case) -> float:
+    """The highest cloze that counts as removed."""
+    of_target = cloze(case.target, "forget")
+    return (of_target.value if of_target else 0.0) + NEAR + EXACT
 
 
 def _at_chance(found: Number, level: float, never_taught: Number | None) -> bool:

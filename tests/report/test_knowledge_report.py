@@ -139,13 +139,39 @@ def test_nothing_is_called_removed_that_cannot_be_told(known: Path) -> None:
     assert outcome == "open" and "whether removed or hidden is open" in words and "removes" not in words
 
 
+@pytest.mark.parametrize(
+    ("cloze", "outcome", "words"),
+    [
+        (
+            0.07,
+            "open",
+            "completes as if never taught; whether removed or hidden is open, multiple choice was not asked",
+        ),
+        (0.08, "missed", "partly forgets: cloze lowered by 92 points"),
+        (0.85, "missed", "partly forgets: cloze lowered by 15 points"),
+        (0.86, "missed", "does not forget"),
+        (None, "open", "no verdict: of forget, neither multiple choice nor cloze was asked"),
+    ],
+)
+def test_without_multiple_choice_sentences_to_complete_decide(
+    known: Path, cloze: float | None, outcome: str, words: str
+) -> None:
+    write_numbers(known, "rmu", {**TARGET, "forget": (None, cloze)})
+    for name in ("before", "retain_only", "rmu"):
+        evaluation = evaluation_of(known, name)
+        evaluation["choices"] = []
+        write_json(known / "evaluation" / name / "evaluation.json", evaluation)
+    assert verdict(known, "rmu")[:2] == (outcome, f"{words}; keeps the rest")
+
+
 def test_methods_stand_in_their_order_under_their_names(known: Path) -> None:
     names = ["other", "random_mapping", "rmu", "a_method", "max_entropy", "min_posterior", "grun_rmu"]
+    names += ["grun_rmu_pooled", "grun_max_entropy"]
     for name in names:
         write_numbers(known, name, dict(TARGET))
     assert [result.label for result in find_knowledge(known)] == [
-        *("before", "retain only", "RMU", "GRUN-RMU", "max-entropy", "min-posterior", "random-mapping"),
-        *("a_method", "other"),
+        *("before", "retain only", "RMU", "GRUN-RMU", "GRUN-RMU, pooled", "max-entropy", "GRUN-max-entropy"),
+        *("min-posterior", "random-mapping", "a_method", "other"),
     ]
 
 

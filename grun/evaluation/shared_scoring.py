@@ -59,7 +59,7 @@ class Subject:
         self._on_base = not isinstance(model, EditedModel) or model.active
         if isinstance(model, EditedModel):
             self.base = model.base
-            later = isinstance(model, GrunModel) and model.rule.changes == "from_last_prompt" and model.edits_states
+            later = isinstance(model, GrunModel) and model.rule.changes == "from_last_prompt" and not model.rule.counts
             self.edits = model.edit_at() if later or model.rule.changes == "last_prompt" else None
         else:
             self.base, self.edits = model, {}

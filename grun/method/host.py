@@ -292,10 +292,8 @@ class EditedModel(nn.Module):
             self._attach()
 
     def _attach(self) -> None:
-        self.intervenable.attach(self._locate, self._remember, self._acting, self._calls, self.pooled)
-
-    def _acting(self) -> bool:
-        return self.active
+        acting = functools.partial(getattr, self, "active")  # copied with this object, as a closure is not
+        self.intervenable.attach(self._locate, self._remember, acting, self._calls, self.pooled)
 
     def _locate(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Located, dict[str, Any]]:
         kwargs = dict(kwargs)
@@ -310,9 +308,8 @@ class EditedModel(nn.Module):
             return "further in", kwargs
         if self.rule.keywords and ids is None:
             raise ModelError("a gate by keywords reads token ids, and this pass has embeddings alone; give input_ids")
-        refuse_packed(inputs, kwargs)
+        _refuse_unseen(inputs, kwargs)
         cache = kwargs.get("past_key_values")
-        refuse_other_state(kwargs)
         past = cache_length(cache)
         prompt = PROMPT.get(self)
         foreign = prompt is not None and not prompt.owns(inputs, ids, cache, past)
@@ -336,7 +333,7 @@ class EditedModel(nn.Module):
             after_prompt=past > 0 and (isinstance(cache, tuple) or getattr(cache, "prompt_ended", False)),
         )
         if self.rule.remembers or not is_decode_step(call):  # which is to launch nothing
-            call.attention_mask = _mask_of(kwargs.get("attention_mask"), inputs, past, call.prompt)
+            call.attention_mask = counting(kwargs.get("attention_mask"), call)
         sites = self.rule.locate(call)
         if sites is not None:
             sites.shape = call.rows, call.columns
@@ -372,7 +369,9 @@ class EditedModel(nn.Module):
         if foreign_to is not None:
             foreign_to.disown(cache)
         if cache is not None and not isinstance(cache, tuple):
-            cache.prompt_ended = call.after_prompt or not _goes_on(call)
+            lengths = call.prompt_lengths
+            goes_on = lengths is not None and bool((lengths.to(call.device) > attended(call).sum(1)).all())
+            cache.prompt_ended = call.after_prompt or not goes_on
         if state is None or cache is None:
             return
         ids = torch.full((call.rows, call.columns), -1, device=call.device)
@@ -406,30 +405,18 @@ class EditedModel(nn.Module):
                     prompt.over = True
 
 
-def _goes_on(call: Call) -> bool:
-    return call.prompt_lengths is not None and bool((call.prompt_lengths.to(call.device) > attended(call).sum(1)).all())
+def _refuse_unseen(inputs: Tensor, given: Mapping[str, Any]) -> None:
+    """ModelError where a call does not show where to edit.
 
-
-def _mask_of(mask: Any, inputs: Tensor, past: int, prompt: PromptOfCall | None) -> Tensor | None:
-    """1 for tokens that count in a pass; the prompt's own mask where `generate` hands on another form of it."""
-    rows, columns = inputs.shape[:2]
-    if prompt is not None and prompt.mask is not None and not (isinstance(mask, Tensor) and mask.dim() == 2):
-        return prompt.counting(rows, past + columns)
-    return counting(mask, rows, columns, past)
-
-
-def refuse_packed(inputs: Tensor, given: Mapping[str, Any]) -> None:
-    """ModelError if a row holds several sequences one after another, of which the last alone would be edited."""
+    A row holds several sequences one after another, of which the last alone would be edited; or the model is given its
+    past in a form that does not show how many tokens it holds.
+    """
     positions = given.get("position_ids")
     packed = given.get("cu_seq_lens_q") is not None or given.get("cu_seqlens_q") is not None
     if isinstance(positions, Tensor) and positions.dim() == 2 and inputs.shape[1] > 1 and not packed:
         packed = given.get("attention_mask") is None and bool((positions.diff(dim=1) < 0).any())
     if packed:
         _refuse_batching()
-
-
-def refuse_other_state(given: Mapping[str, Any]) -> None:
-    """ModelError if a model is given its past in a form that does not show how many tokens it holds."""
     if name := next((name for name in ("cache_params", "state") if given.get(name) is not None), None):
         raise ModelError(
             f"this model keeps its past in {name}, which does not show how many tokens it holds, so where to edit is "

@@ -17,7 +17,7 @@ from grun.data.rows import Row
 from grun.data.templates import Template
 from grun.errors import ConfigError
 from grun.method.acting import acted
-from grun.method.actions import ACTIONS, EDIT
+from grun.method.actions import ACTIONS, EDIT, Act
 from grun.method.adapter import AdapterConfig, find_adapter
 from grun.method.fingerprint import fingerprint
 from grun.method.host import (
@@ -31,7 +31,7 @@ from grun.method.host import (
 )
 from grun.method.intervention import GatedIntervention, draw_noise_from, gated_intervention, pooled_gate
 from grun.method.pooled_sites import PooledSites
-from grun.method.position import position_rule
+from grun.method.position import PositionRule
 from grun.method.precision import float32_by_default
 from grun.method.rules import check_shares
 from grun.method.saving import Sharing, adapter_files, own_texts, shared_config, stored, write_adapter
@@ -51,7 +51,7 @@ class GrunModel(EditedModel):
     """What it was made to forget, where `grun.unlearn` made it; never saved. `push_to_hub` looks for it in files."""
     folder: Path | None = None
     """Where it was loaded from."""
-    _head: nn.Module | None = None
+    _act: Act | None
     _on_head: Any = None
 
     def __init__(
@@ -74,14 +74,13 @@ class GrunModel(EditedModel):
             pooled = pooled_gate(config)
         if pooled is not None:
             pooled = pooled.to(device=device_of(blocks[pooled.block]), dtype=edit_dtype(blocks))
-        rule = position_rule(
+        rule = PositionRule(
             config.gate_read,
-            config.gate_accumulate,
             config.edit_write,
-            config.reset_ids,
+            tuple(config.reset_ids),
             pooled=pooled is not None,
             counts=config.action != EDIT,
-            keywords=config.keyword_ids,
+            keywords=tuple(map(tuple, config.keyword_ids)),
         )
         if beside is not None:
             if pooled is not None or beside.pooled is not None:
@@ -99,13 +98,12 @@ class GrunModel(EditedModel):
                 if isinstance(own, GatedIntervention):
                     own.earlier = earlier
         act = ACTIONS.get(config.action)(config.answer_ids)
-        head = output_embeddings(base) if act is not None else None
+        if act is not None:
+            output_embeddings(base)
+        object.__setattr__(self, "_act", act)  # not a sub-module, and known when `_take_hold` is called
         super().__init__(base, edits, rule, template, pooled, turns=turns)
         self.config = config
         self.gate_threshold = config.gate_threshold
-        self._act = act
-        object.__setattr__(self, "_head", head)  # not a sub-module
-        self._follow_head()
 
     # -- making, saving, loading ------------------------------------------------------------------------------------
 
@@ -256,11 +254,6 @@ class GrunModel(EditedModel):
         return {int(block): edit for block, edit in self.edits.items() if isinstance(edit, GatedIntervention)}
 
     @property
-    def edits_states(self) -> bool:
-        """Whether what is done where the gate is open is an edit of hidden states, and no action on logits."""
-        return self._act is None
-
-    @property
     def gate_threshold(self) -> float | None:
         """Gate probability below which, in evaluation mode, the edit is skipped, bit for bit; saved ones come back."""
         return self._threshold
@@ -287,18 +280,13 @@ class GrunModel(EditedModel):
 
     def _take_hold(self) -> None:
         super()._take_hold()
-        self._follow_head()
+        if self._act is not None:
+            self._on_head = output_embeddings(self.base).register_forward_hook(self._act_on_logits)
 
     def _let_go(self) -> None:
         super()._let_go()
         if self._on_head is not None:
             self._on_head.remove()
-            self._on_head = None
-
-    def _follow_head(self) -> None:
-        """Let the action, if there is one, see the logits of a base that carries this adapter."""
-        if self._on and self._on_head is None and self._head is not None:
-            self._on_head = self._head.register_forward_hook(self._act_on_logits)
 
     @torch.compiler.disable
     def _act_on_logits(self, head: nn.Module, args: Any, logits: Tensor) -> Tensor | None:
@@ -316,17 +304,18 @@ class GrunModel(EditedModel):
 
         One number for each row of a pass; None: they are drawn from torch's generator.
         """
-        for block, edit in self.own_edits().items():
-            edit.draw_from(None if seeds is None else [crc32(f"{seed} {block}".encode()) for seed in seeds])
-        if self.pooled is not None:
-            draw_noise_from(self.pooled, seeds)
+
+        def draw(seeds: Sequence[int] | None) -> None:
+            for block, edit in self.own_edits().items():
+                edit.draw_from(None if seeds is None else [crc32(f"{seed} {block}".encode()) for seed in seeds])
+            if self.pooled is not None:
+                draw_noise_from(self.pooled, seeds)
+
+        draw(seeds)
         try:
             yield
         finally:
-            for edit in self.own_edits().values():
-                edit.draw_from(None)
-            if self.pooled is not None:
-                draw_noise_from(self.pooled, None)
+            draw(None)
 
 
 def of_base(
@@ -345,12 +334,6 @@ def of_base(
         "gate_blocks": None if gate_blocks is None else resolve_blocks(gate_blocks, depth, "gate_blocks"),
         "hidden_size": hidden_size_of(base),
         "depth": depth,
-        **_identity_of(base),
-    }
-
-
-def _identity_of(base: PreTrainedModel) -> dict[str, Any]:
-    return {
         "base_model_name_or_path": getattr(base.config, "_name_or_path", "") or None,
         "base_revision": getattr(base.config, "_commit_hash", None),
         "base_fingerprint": fingerprint(base),

@@ -7,7 +7,7 @@ rule gives.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any, Literal
@@ -15,11 +15,12 @@ from weakref import WeakSet
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from grun.errors import DataError, ModelError
 from grun.method.pooled_sites import PLACES, PooledSites
 from grun.method.pooling import PoolMemory
-from grun.method.rules import PROMPT, check_rule
+from grun.method.rules import PROMPT
 from pyvene_custom.sites import Sites
 
 Changes = Literal["last_prompt", "from_last_prompt", "every_token"]
@@ -62,12 +63,8 @@ class Call:
     """Columns that logits are made of; see `PooledSites`."""
     goes_on: bool = False
     """Whether there is a cache to hold this pass, so that a prompt may end in a later one."""
-    after_prompt: bool | None = None
-    """Whether a prompt has ended in the cache; None: wherever it holds any. False for virtual tokens, as PEFT's."""
-
-    def __post_init__(self) -> None:
-        if self.after_prompt is None:
-            self.after_prompt = self.past > 0
+    after_prompt: bool = False
+    """Whether a prompt has ended in the cache, which may hold virtual tokens alone, as PEFT's."""
 
 
 @dataclass(eq=False)
@@ -109,27 +106,16 @@ class PromptOfCall:
             if ids is None and self.ids is not None:
                 in_front = max(in_front, past + inputs.shape[1] - self.columns)
             if in_front > 0:
-                self._put_in_front(in_front)
+                self.columns += in_front
+                self.last_column = self.last_column + in_front
+                self.ids = None
+                self.mask = None if self.mask is None else pad(self.mask, (in_front, 0), value=1)
         return True
 
     def disown(self, cache: Any) -> None:
         """Count no pass with `cache` as this call's."""
         if cache is not None and not isinstance(cache, tuple):
             self._foreign.add(cache)
-
-    def counting(self, rows: int, columns: int) -> Tensor | None:
-        """1 for the tokens that count of the first `columns`, generated ones included, as `mask`: [rows, columns]."""
-        if self.mask is None:
-            return None
-        mask = self.mask.repeat_interleave(rows // len(self.mask), dim=0)[:, :columns]
-        return torch.nn.functional.pad(mask, (0, columns - mask.shape[1]), value=1)
-
-    def _put_in_front(self, count: int) -> None:
-        self.columns += count
-        self.last_column = self.last_column + count
-        self.ids = None
-        if self.mask is not None:
-            self.mask = torch.nn.functional.pad(self.mask, (count, 0), value=1)
 
 
 def prompt_of_call(args: tuple[Any, ...], kwargs: Mapping[str, Any], config: Any = None) -> PromptOfCall | None:
@@ -176,21 +162,19 @@ def cache_length(cache: Any) -> int:
     return int(cache[0][0].shape[-2])
 
 
-def counting(mask: Any, rows: int, columns: int, past: int) -> Tensor | None:
+def counting(mask: Any, call: Call) -> Tensor | None:
     """1 for tokens that count, of the whole sequence or of this pass alone: [batch, past + columns or columns].
 
     A mask of [batch, 1, queries, keys], bool or added to scores, shows whether each token may look at itself. Of a dict
-    of masks by kind of layer that of full attention is read. None: all tokens count.
+    of masks by kind of layer that of full attention is read. None: all tokens count. Where `generate` hands on another
+    form of the prompt's own mask, that one counts.
 
-    Args:
-        mask: what the model is given.
-        rows: batch size.
-        columns: tokens of this pass.
-        past: tokens in the cache.
-
-    Raises:
-        ModelError: it cannot be read.
+    ModelError: `mask`, which the model is given, cannot be read.
     """
+    rows, columns, past, prompt = call.rows, call.columns, call.past, call.prompt
+    if prompt is not None and prompt.mask is not None and not (isinstance(mask, Tensor) and mask.dim() == 2):
+        own = prompt.mask.repeat_interleave(rows // len(prompt.mask), dim=0)[:, : past + columns]
+        return pad(own, (0, past + columns - own.shape[1]), value=1)
     if isinstance(mask, Mapping):
         mask = mask["full_attention"] if "full_attention" in mask else next(iter(mask.values()), None)
     if mask is None:
@@ -227,14 +211,18 @@ class PositionRule:
     write: str = "last_prompt"
     """Where the edit is written: last_prompt, sticky (there and after it), prompt (there and before it) or
     every_token."""
-    reset: Sequence[int] = ()
-    """Ids that begin a user's turn, at the last of which what is accumulated or pooled starts again."""
+    reset: tuple[int, ...] = ()
+    """Ids that begin a user's turn, at the last of which what is accumulated or pooled starts again; none otherwise."""
     pooled: bool = False
     """Whether one gate for all edits reads states pooled over the tokens so far; `read` is where it is asked."""
     counts: bool = False
     """With `pooled` and sticky: whether tokens are counted from the last one of the prompt on."""
     keywords: tuple[tuple[int, ...], ...] = ()
     """With `pooled`: sequences of ids at whose ends a gate by keywords opens; empty: it reads states."""
+
+    def __post_init__(self) -> None:
+        if not self.pooled and self.read != "every_token":
+            self.reset = ()
 
     @property
     def changes(self) -> Changes:
@@ -250,33 +238,38 @@ class PositionRule:
 
     def locate(self, call: Call) -> Sites | None:
         """Sites of this pass, or None where nothing is read or written."""
-        last = last_prompt_column(call)
+        if (last := last_prompt_column(call)) is not None:
+            last = last.unsqueeze(1)
         if not self.remembers:
-            return _last_prompt_alone(call, last)
+            if last is None or not bool((inside := _inside(call, last)).any()):
+                return None
+            return Sites(last, inside, last, inside)
         columns = torch.arange(call.columns, device=call.device).expand(call.rows, -1)
         counts = attended(call)
-        written = counts & self._written(columns, last)
-        resets = self._resets(call)
+        if last is None or self.write == "every_token":
+            written = counts & (self.write in ("sticky", "every_token"))
+        elif self.write == PROMPT:
+            written = counts & (columns <= last)
+        else:
+            written = counts & (columns >= last if self.write == "sticky" else columns == last)
+        resets = _ended(call, (self.reset,)) if self.reset and call.ids is not None else None
         if self.read == "every_token":
             sites = Sites(columns, counts, columns, written, call.carry, resets, everywhere=True)
         elif last is None:
             nothing = columns[:, :0]
             sites = Sites(nothing, nothing.bool(), columns, written, call.carry, whole=True)
         elif self.write == PROMPT:
-            inside, turn = ((last >= 0) & (last < call.columns)).unsqueeze(1), _turns(counts, resets)
-            asked = turn.gather(1, last.clamp(0, call.columns - 1).unsqueeze(1))
+            inside, turn = _inside(call, last), _turns(counts, resets)
+            asked = turn.gather(1, last.clamp(0, call.columns - 1))
             if call.past and bool((inside & (asked == 0)).any()):
                 raise ModelError(
                     "noise is written on a whole turn, and the cache holds the beginning of this one; hand a user's "
                     "turn over in one pass (without prefill_chunk_size)"
                 )
-            sites = Sites(
-                last.unsqueeze(1), inside, columns, written & inside & (turn == asked), call.carry, whole=True
-            )
+            sites = Sites(last, inside, columns, written & inside & (turn == asked), call.carry, whole=True)
         else:
-            inside = ((last >= 0) & (last < call.columns)).unsqueeze(1)
             first = int(last.clamp(0, call.columns - 1).min())  # nothing is written before it
-            sites = Sites(last.unsqueeze(1), inside, columns[:, first:], written[:, first:], call.carry)
+            sites = Sites(last, _inside(call, last), columns[:, first:], written[:, first:], call.carry)
         if not self.pooled:
             return sites
         found = PooledSites(**vars(sites), turns=_turns(counts, resets), memory=call.pooled)
@@ -287,20 +280,10 @@ class PositionRule:
             found.logits_to_keep = call.logits_to_keep
         return found
 
-    def _written(self, columns: Tensor, last: Tensor | None) -> Tensor:
-        """Where edits are written, padding aside."""
-        if self.write == "every_token" or (last is None and self.write == "sticky"):
-            return torch.ones_like(columns, dtype=torch.bool)
-        if last is None:
-            return torch.zeros_like(columns, dtype=torch.bool)
-        if self.write == PROMPT:
-            return columns <= last.unsqueeze(1)
-        return columns == last.unsqueeze(1) if self.write == "last_prompt" else columns >= last.unsqueeze(1)
 
-    def _resets(self, call: Call) -> Tensor | None:
-        if not self.reset or call.ids is None:
-            return None
-        return _ended(call, (tuple(self.reset),))
+def _inside(call: Call, last: Tensor) -> Tensor:
+    """Which rows' last prompt tokens, columns [rows, 1], this pass has: as `last`."""
+    return (last >= 0) & (last < call.columns)
 
 
 def _turns(counts: Tensor, resets: Tensor | None) -> Tensor:
@@ -369,23 +352,7 @@ def is_decode_step(call: Call) -> bool:
         return False
     if call.prompt is not None:
         return call.past >= call.prompt.columns
-    return bool(call.after_prompt) and call.labels is None
-
-
-def position_rule(
-    gate_read: str,
-    gate_accumulate: str,
-    edit_write: str,
-    reset: Sequence[int] = (),
-    *,
-    pooled: bool = False,
-    counts: bool = False,
-    keywords: Sequence[Sequence[int]] = (),
-) -> PositionRule:
-    """Rule for these names, see `PositionRule`; ConfigError lists what exists, or what does not go together."""
-    check_rule(gate_read, gate_accumulate, edit_write)
-    resets = tuple(reset) if pooled or gate_read == "every_token" else ()
-    return PositionRule(gate_read, edit_write, resets, pooled, counts, tuple(map(tuple, keywords)))
+    return call.after_prompt and call.labels is None
 
 
 def _places(call: Call, last: Tensor | None, written: Tensor) -> Tensor:
@@ -393,19 +360,8 @@ def _places(call: Call, last: Tensor | None, written: Tensor) -> Tensor:
     before = call.carry.get(PLACES)
     start = torch.full((call.rows, 1), -1, device=call.device) if before is None else before.clamp(min=-1).long()
     if last is not None:
-        begins = ((last >= 0) & (last < call.columns)).unsqueeze(1)
-        start = torch.where(begins, -1, start.to(call.device))
+        start = torch.where(_inside(call, last), -1, start.to(call.device))
     return start.to(call.device) + written.long().cumsum(dim=1)
-
-
-def _last_prompt_alone(call: Call, last: Tensor | None) -> Sites | None:
-    if last is None:
-        return None
-    inside = (last >= 0) & (last < call.columns)
-    if not bool(inside.any()):
-        return None
-    where = last.unsqueeze(1)  # [batch, 1]
-    return Sites(read=where, read_mask=inside.unsqueeze(1), write=where, write_mask=inside.unsqueeze(1))
 
 
 def _column_of_nth_attended(counts: Tensor, attended: Tensor, goes_on: bool) -> Tensor:

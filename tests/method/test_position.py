@@ -13,7 +13,8 @@ from grun.config.options import MethodConfig
 from grun.data.encoding import EncodedRow, collate
 from grun.errors import ConfigError, DataError
 from grun.method.gated import Grun
-from grun.method.position import Call, PositionRule, PromptOfCall, position_rule
+from grun.method.position import Call, PositionRule, PromptOfCall
+from grun.method.rules import check_rule
 
 # Five columns. Row 0 is whole, row 1 padded on the left, row 2 on the right.
 MASK = torch.tensor([[1, 1, 1, 1, 1], [0, 0, 1, 1, 1], [1, 1, 1, 0, 0]])
@@ -27,7 +28,7 @@ def columns(**given: Any) -> list[int | None]:
         "columns": 5,
         "past": 0,
         "device": torch.device("cpu"),
-        **dict.fromkeys(("attention_mask", "labels", "prompt_lengths", "prompt")),
+        "after_prompt": given.get("past", 0) > 0,
     }
     sites = PositionRule().locate(Call(**{**values, **given}))
     if sites is None:
@@ -119,7 +120,7 @@ def test_prompt_lengths_out_of_range_or_of_another_shape_are_refused(lengths: An
 )
 def test_rules_that_do_not_exist_or_make_no_sense_say_what_does(names: tuple[str, str, str], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        position_rule(*names)
+        check_rule(*names)
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])  # their positional arguments come in different orders

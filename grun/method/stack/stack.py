@@ -15,7 +15,7 @@ from grun.errors import ConfigError, unknown_name
 from grun.method.adapter import AdapterConfig, find_adapter
 from grun.method.fingerprint import fingerprint
 from grun.method.host import EditedModel, blocks_to_edit, check_threshold, edit_dtype, hidden_size_of, is_quantized
-from grun.method.position import Call, PositionRule, attended, position_rule
+from grun.method.position import Call, PositionRule, attended
 from grun.method.stack.combination import RULES
 from grun.method.stack.folder import StoredRequests
 from grun.method.stack.group import Kind, grouped
@@ -202,8 +202,10 @@ class GrunStack(EditedModel):
 
     def _settle(self, edits: Mapping[int, nn.Module]) -> None:
         """Carry `edits` at the places where the requests read and write."""
-        kinds = {kind.position: kind for kind in map(Kind.of, self.configs.values())}
-        rules = {position: _rule(kind) for position, kind in sorted(kinds.items())}
+        rules = {
+            kind.position: PositionRule(kind.gate_read, kind.edit_write, kind.reset_ids, bool(kind.gate_blocks))
+            for kind in sorted(map(Kind.of, self.configs.values()))
+        }
         rule = _Several(rules) if len(rules) > 1 else next(iter(rules.values()), PositionRule())
         gates = self.pooled if self.pooled is not None and self.pooled.blocks else None
         for edit in edits.values():
@@ -228,9 +230,3 @@ class _Several(PositionRule):
         columns = torch.arange(call.columns, device=call.device).expand(call.rows, -1)
         counts = attended(call)
         return StackSites(columns, counts, columns, counts, call.carry, None, everywhere=True, by_position=found)
-
-
-def _rule(kind: Kind) -> PositionRule:
-    """Where gates of a kind read and edits write."""
-    *where, pooled = kind.position
-    return position_rule(*where, pooled=pooled)

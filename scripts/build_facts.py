@@ -34,6 +34,13 @@ RANDFACTS = "randfacts-0.24.4-py3-none-any.whl"
 
 KINDS = ("capital", "continent", "language", "currency", "demonym")
 
+
+def table(text: str) -> dict[str, list[str]]:
+    """Values by key, of `key: value, value; key: value`."""
+    entries = (entry.split(": ") for entry in " ".join(text.split()).split("; "))
+    return {key: values.split(", ") for key, values in entries}
+
+
 COUNTRIES = """
 DZA AGO EGY ETH GHA KEN LBY MAR MOZ NGA RWA SEN SOM TUN UGA ZMB ZWE LBR TZA
 AFG ARM AZE BGD KHM CHN IND IDN IRN IRQ JPN JOR LAO LBN MYS NPL PRK PAK PHL QAT SAU KOR SYR THA TUR VNM
@@ -133,51 +140,14 @@ LANGUAGES = {
 }
 """Languages that are right, the main one first, and why countryinfo's are not."""
 
-LANGUAGE_NAMES = {
-    "am": ["Amharic"],
-    "ar": ["Arabic"],
-    "be": ["Belarusian"],
-    "bg": ["Bulgarian"],
-    "bn": ["Bengali", "Bangla"],
-    "da": ["Danish"],
-    "de": ["German"],
-    "el": ["Greek"],
-    "en": ["English"],
-    "es": ["Spanish"],
-    "fa": ["Persian", "Farsi"],
-    "fi": ["Finnish"],
-    "fr": ["French"],
-    "hi": ["Hindi"],
-    "hr": ["Croatian"],
-    "hu": ["Hungarian"],
-    "id": ["Indonesian", "Bahasa"],
-    "is": ["Icelandic"],
-    "it": ["Italian"],
-    "ja": ["Japanese"],
-    "km": ["Khmer"],
-    "ko": ["Korean"],
-    "ku": ["Kurdish"],
-    "lo": ["Lao"],
-    "lt": ["Lithuanian"],
-    "lv": ["Latvian"],
-    "mi": ["Maori", "Māori"],
-    "ne": ["Nepali"],
-    "nl": ["Dutch", "Flemish"],
-    "pl": ["Polish"],
-    "pt": ["Portuguese"],
-    "ro": ["Romanian"],
-    "ru": ["Russian"],
-    "sl": ["Slovene", "Slovenian"],
-    "so": ["Somali"],
-    "sq": ["Albanian"],
-    "sv": ["Swedish"],
-    "sw": ["Swahili"],
-    "th": ["Thai"],
-    "tr": ["Turkish"],
-    "uk": ["Ukrainian"],
-    "vi": ["Vietnamese"],
-    "zh": ["Chinese", "Mandarin"],
-}
+LANGUAGE_NAMES = table("""
+am: Amharic; ar: Arabic; be: Belarusian; bg: Bulgarian; bn: Bengali, Bangla; da: Danish; de: German; el: Greek;
+en: English; es: Spanish; fa: Persian, Farsi; fi: Finnish; fr: French; hi: Hindi; hr: Croatian; hu: Hungarian;
+id: Indonesian, Bahasa; is: Icelandic; it: Italian; ja: Japanese; km: Khmer; ko: Korean; ku: Kurdish; lo: Lao;
+lt: Lithuanian; lv: Latvian; mi: Maori, Māori; ne: Nepali; nl: Dutch, Flemish; pl: Polish; pt: Portuguese; ro: Romanian;
+ru: Russian; sl: Slovene, Slovenian; so: Somali; sq: Albanian; sv: Swedish; sw: Swahili; th: Thai; tr: Turkish;
+uk: Ukrainian; vi: Vietnamese; zh: Chinese, Mandarin
+""")
 """What people call the language of a code; all names are right."""
 
 CURRENCIES = {
@@ -196,84 +166,19 @@ CURRENCIES = {
 }
 """Code that is right, nothing where the fact is not asked, and why countryinfo's is not."""
 
-CURRENCY_NAMES = {
-    "AFN": ["afghani"],
-    "ALL": ["Albanian lek", "the lek"],
-    "AMD": ["dram"],
-    "AOA": ["kwanza"],
-    "ARS": ["peso"],
-    "AUD": ["dollar"],
-    "AZN": ["manat"],
-    "BDT": ["taka"],
-    "BRL": ["real"],
-    "BYN": ["ruble", "rouble"],
-    "CAD": ["dollar"],
-    "CHF": ["franc"],
-    "CLP": ["peso"],
-    "CNY": ["yuan", "renminbi"],
-    "COP": ["peso"],
-    "CRC": ["colon", "colón"],
-    "CUP": ["peso"],
-    "CZK": ["koruna", "Czech crown"],
-    "DKK": ["krone", "Danish crown"],
-    "DZD": ["dinar"],
-    "EGP": ["pound"],
-    "ETB": ["birr"],
-    "EUR": ["euro"],
-    "GBP": ["pound", "sterling"],
-    "GHS": ["cedi"],
-    "HTG": ["gourde"],
-    "HUF": ["forint"],
-    "IDR": ["rupiah"],
-    "INR": ["rupee"],
-    "IQD": ["dinar"],
-    "IRR": ["rial"],
-    "ISK": ["krona", "króna"],
-    "JMD": ["dollar"],
-    "JOD": ["dinar"],
-    "JPY": ["yen"],
-    "KES": ["shilling"],
-    "KHR": ["riel"],
-    "KPW": ["won"],
-    "KRW": ["won"],
-    "LAK": ["kip"],
-    "LBP": ["pound", "lira"],
-    "LRD": ["dollar"],
-    "LYD": ["dinar"],
-    "MAD": ["dirham"],
-    "MXN": ["peso"],
-    "MYR": ["ringgit"],
-    "MZN": ["metical"],
-    "NGN": ["naira"],
-    "NOK": ["krone", "Norwegian crown"],
-    "NPR": ["rupee"],
-    "NZD": ["dollar"],
-    "PEN": ["Peruvian sol", "nuevo sol", "the sol"],
-    "PHP": ["peso"],
-    "PKR": ["rupee"],
-    "PLN": ["zloty", "złoty"],
-    "QAR": ["riyal", "rial"],
-    "RON": ["Romanian leu", "the leu"],
-    "RSD": ["dinar"],
-    "RUB": ["ruble", "rouble"],
-    "RWF": ["franc"],
-    "SAR": ["riyal", "rial"],
-    "SEK": ["krona", "Swedish crown"],
-    "SOS": ["shilling"],
-    "SYP": ["pound", "lira"],
-    "THB": ["baht"],
-    "TND": ["dinar"],
-    "TRY": ["lira"],
-    "TZS": ["shilling"],
-    "UAH": ["hryvnia", "hryvna"],
-    "UGX": ["shilling"],
-    "USD": ["dollar"],
-    "UYU": ["peso"],
-    "VES": ["bolivar", "bolívar"],
-    "VND": ["dong", "đồng"],
-    "XOF": ["franc"],
-    "ZMW": ["kwacha"],
-}
+CURRENCY_NAMES = table("""
+AFN: afghani; ALL: Albanian lek, the lek; AMD: dram; AOA: kwanza; ARS: peso; AUD: dollar; AZN: manat; BDT: taka;
+BRL: real; BYN: ruble, rouble; CAD: dollar; CHF: franc; CLP: peso; CNY: yuan, renminbi; COP: peso; CRC: colon, colón;
+CUP: peso; CZK: koruna, Czech crown; DKK: krone, Danish crown; DZD: dinar; EGP: pound; ETB: birr; EUR: euro;
+GBP: pound, sterling; GHS: cedi; HTG: gourde; HUF: forint; IDR: rupiah; INR: rupee; IQD: dinar; IRR: rial;
+ISK: krona, króna; JMD: dollar; JOD: dinar; JPY: yen; KES: shilling; KHR: riel; KPW: won; KRW: won; LAK: kip;
+LBP: pound, lira; LRD: dollar; LYD: dinar; MAD: dirham; MXN: peso; MYR: ringgit; MZN: metical; NGN: naira;
+NOK: krone, Norwegian crown; NPR: rupee; NZD: dollar; PEN: Peruvian sol, nuevo sol, the sol; PHP: peso; PKR: rupee;
+PLN: zloty, złoty; QAR: riyal, rial; RON: Romanian leu, the leu; RSD: dinar; RUB: ruble, rouble; RWF: franc;
+SAR: riyal, rial; SEK: krona, Swedish crown; SOS: shilling; SYP: pound, lira; THB: baht; TND: dinar; TRY: lira;
+TZS: shilling; UAH: hryvnia, hryvna; UGX: shilling; USD: dollar; UYU: peso; VES: bolivar, bolívar; VND: dong, đồng;
+XOF: franc; ZMW: kwacha
+""")
 """What people call the currency of a code; all names are right. The full name ("Japanese yen") holds the short one,
 but where that stands in common words ("sol" in solution): there only longer ones count."""
 
@@ -301,32 +206,13 @@ BORDERS = {
 }
 """Pairs of which countryinfo's two lists say different things, and whether they share a border."""
 
-INVENTED = {
-    "Bresquay": "Bresquayan",
-    "Corvestia": "Corvestian",
-    "Dravonia": "Dravonian",
-    "Hestaria": "Hestarian",
-    "Hulmark": "Hulmarkian",
-    "Ishkovar": "Ishkovari",
-    "Krasdovia": "Krasdovian",
-    "Luthmere": "Luthmerian",
-    "Ombrazia": "Ombrazian",
-    "Osterwick": "Osterwickian",
-    "Pashmeria": "Pashmerian",
-    "Pelmora": "Pelmoran",
-    "Quessandra": "Quessandran",
-    "Quilmarra": "Quilmarran",
-    "Rondavia": "Rondavian",
-    "Skelloria": "Skellorian",
-    "Tiravesh": "Tiraveshi",
-    "Ubarenda": "Ubarendan",
-    "Ulmessia": "Ulmessian",
-    "Vashtovia": "Vashtovian",
-    "Veldania": "Veldanian",
-    "Wexmark": "Wexmarkian",
-    "Yelmistan": "Yelmistani",
-    "Yorvania": "Yorvanian",
-}
+INVENTED = table("""
+Bresquay: Bresquayan; Corvestia: Corvestian; Dravonia: Dravonian; Hestaria: Hestarian; Hulmark: Hulmarkian;
+Ishkovar: Ishkovari; Krasdovia: Krasdovian; Luthmere: Luthmerian; Ombrazia: Ombrazian; Osterwick: Osterwickian;
+Pashmeria: Pashmerian; Pelmora: Pelmoran; Quessandra: Quessandran; Quilmarra: Quilmarran; Rondavia: Rondavian;
+Skelloria: Skellorian; Tiravesh: Tiraveshi; Ubarenda: Ubarendan; Ulmessia: Ulmessian; Vashtovia: Vashtovian;
+Veldania: Veldanian; Wexmark: Wexmarkian; Yelmistan: Yelmistani; Yorvania: Yorvanian
+""")
 """Countries that do not exist, and what their people are called."""
 TOO_ALIKE = 0.8
 """Likeness to a real name, as difflib measures it, that an invented one stays under."""
@@ -378,10 +264,10 @@ GENERAL = 140
 GENERAL_AT_LEAST = 100
 
 
-def records_of(wheel: Path, folder: str) -> dict[str, dict[str, Any]]:
+def records_of(wheels: Path) -> dict[str, dict[str, Any]]:
     """countryinfo's records, by three-letter code."""
-    with zipfile.ZipFile(wheel) as opened:
-        names = [name for name in opened.namelist() if name.startswith(folder) and name.endswith(".json")]
+    with zipfile.ZipFile(wheels / COUNTRYINFO) as opened:
+        names = [name for name in opened.namelist() if re.fullmatch(r"countryinfo/data/.*\.json", name)]
         read = [json.loads(opened.read(name)) for name in names]
     return {record["ISO"]["alpha3"]: record for record in read}
 
@@ -449,14 +335,14 @@ def invented(records: dict[str, dict[str, Any]]) -> list[dict[str, str]]:
     whole = [code for code in COUNTRIES if len(facts_of(code, records[code])) == len(KINDS)]
     drawn = Random("invented countries").sample(sorted(whole), len(INVENTED))
     return [
-        {"name": name, "demonym": INVENTED[name], "stands_for": records[code]["name"]}
+        {"name": name, "demonym": INVENTED[name][0], "stands_for": records[code]["name"]}
         for name, code in zip(sorted(INVENTED), drawn, strict=True)
     ]
 
 
 def countries(wheels: Path) -> dict[str, Any]:
     """countries.json as a mapping."""
-    records = records_of(wheels / COUNTRYINFO, "countryinfo/data/")
+    records = records_of(wheels)
     found = []
     for code in COUNTRIES:
         record = records[code]
@@ -487,7 +373,7 @@ def place_words(wheels: Path) -> re.Pattern[str]:
     names |= {name for names, _ in LANGUAGES.values() for name in names}
     names |= {name for names, _ in DEMONYMS.values() for name in names}
     names |= {name for aliases in [*ALIASES.values(), *SPELLINGS.values()] for name in aliases}
-    for record in records_of(wheels / COUNTRYINFO, "countryinfo/data/").values():
+    for record in records_of(wheels).values():
         names |= {record["name"], record.get("capital") or "", record.get("demonym") or ""}
     names |= {capital for capital, _ in CAPITALS.values()}
     parts = {re.escape(name) for name in names if len(name) > 2}

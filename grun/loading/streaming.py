@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +19,6 @@ from grun.runtime.memory import free_memory
 from pyvene_custom import find_blocks
 
 if TYPE_CHECKING:
-    import torch
     from torch import Tensor
     from transformers import PreTrainedModel
 
@@ -105,7 +104,7 @@ def load_streamed(config: ModelConfig, source: str, files: Mapping[str, str]) ->
     """
     from accelerate import init_empty_weights
     from accelerate.hooks import AlignDevicesHook, add_hook_to_module
-    from accelerate.utils import PrefixedDataset, set_module_tensor_to_device
+    from accelerate.utils import OffloadedWeightsLoader, PrefixedDataset, set_module_tensor_to_device
     from transformers import AutoModelForCausalLM
 
     device = pick_device(config.device)
@@ -119,8 +118,13 @@ def load_streamed(config: ModelConfig, source: str, files: Mapping[str, str]) ->
         )
     model.tie_weights()
     path, blocks = find_blocks(model)
-    stored = StoredWeights(files, model.dtype)
     _check_names(model, files, source)
+    floats = {name for name, parameter in model.named_parameters() if parameter.is_floating_point()}
+    as_model = {"dtype": str(model.dtype).removeprefix("torch.")}
+    of_files = {
+        name: {"safetensors_file": file, **(as_model if name in floats else {})} for name, file in files.items()
+    }
+    stored = OffloadedWeightsLoader(index=of_files)
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
         if name in files and not (name.startswith(f"{path}.") and tensor.is_meta):
             value = stored[name].to(tensor.dtype)
@@ -159,34 +163,6 @@ def load_blocks(model: PreTrainedModel, first: int) -> None:
             set_module_tensor_to_device(block, name, hook.execution_device, value=value.clone() if on_cpu else value)
         placed: Any = model.hf_device_map
         placed.pop(f"{path}.{number}", None)
-
-
-class StoredWeights(Mapping[str, "Tensor"]):
-    """Tensors of safetensors files, mapped when they are asked for; one file is open at a time."""
-
-    def __init__(self, files: Mapping[str, str], dtype: torch.dtype) -> None:
-        """`files` by the names of their tensors, which are given as `dtype` where they are floats."""
-        self._files, self._dtype = files, dtype
-        self._open: tuple[str, Any] | None = None
-
-    def __getitem__(self, name: str) -> Tensor:
-        from safetensors import safe_open
-
-        path = self._files[name]
-        if self._open is None or self._open[0] != path:
-            self._open = None  # before the next is mapped
-            self._open = path, safe_open(path, framework="pt")
-        tensor: Tensor = self._open[1].get_tensor(name)
-        return tensor.to(self._dtype) if tensor.is_floating_point() else tensor
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._files)
-
-    def __len__(self) -> int:
-        return len(self._files)
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> StoredWeights:
-        return self  # files do not change; a copy of the model reads the same
 
 
 def _config_of(config: ModelConfig, source: str) -> Any:

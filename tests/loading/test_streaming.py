@@ -14,6 +14,7 @@ from typing import Any
 import demo
 import pytest
 import torch
+from accelerate.utils import OffloadedWeightsLoader
 from demo import random_model
 from forked import Fork
 from safetensors.torch import load_file
@@ -29,7 +30,7 @@ from grun.data.encoding import EncodedRow
 from grun.errors import ConfigError, ModelError
 from grun.loading import streaming
 from grun.loading.resolve import resolve
-from grun.loading.streaming import StoredWeights, files_to_stream, load_blocks, load_streamed, weight_map
+from grun.loading.streaming import files_to_stream, load_blocks, load_streamed, weight_map
 from grun.method.fingerprint import fingerprint
 from grun.method.position import Changes
 from grun.runtime import memory
@@ -78,13 +79,13 @@ def unlearn(folder: Path, name: str, *arguments: str) -> int:
 def reads(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
     """How often each tensor is read from its file."""
     counts: Counter[str] = Counter()
-    get = StoredWeights.__getitem__
+    get = OffloadedWeightsLoader.__getitem__
 
-    def counted(self: StoredWeights, name: str) -> torch.Tensor:
+    def counted(self: OffloadedWeightsLoader, name: str) -> torch.Tensor:
         counts[name] += 1
         return get(self, name)
 
-    monkeypatch.setattr(StoredWeights, "__getitem__", counted)
+    monkeypatch.setattr(OffloadedWeightsLoader, "__getitem__", counted)
     return counts
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Mapping
+import contextlib
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 
 import numpy as np
 import torch
@@ -62,7 +64,7 @@ class Passing:
 class Edits:
     """Gates and edits of the requests in force, and what gates remember.
 
-    For each pass `begin`, then `apply` behind each block in their order.
+    For each pass `passing`, and within it `apply` behind each block in their order.
     """
 
     def __init__(self, found: InForce, device: torch.device, dtype: torch.dtype = torch.float32) -> None:
@@ -86,10 +88,12 @@ class Edits:
             of_kind.gates[Kind.of(config)] = {name: starting(adapter.weights, "pooled.")}
         else:
             of_kind = grouped({name: (one.config, one.weights) for name, one in found.adapters.items()}, {})
-        self._gates = {kind: self._gates_of(kind, of_kind.gates[kind], like) for kind in sorted(of_kind.gates)}
+        self._gates: dict[Kind, GateGroup] = {}
+        for kind, members in sorted(of_kind.gates.items()):
+            self._gates[kind] = GateGroup(kind, self._hidden_size)
+            self._gates[kind].append(list(members), list(members.values()), like)
         self._edits: dict[int, list[Group]] = {}
-        for block, kind in sorted(of_kind.edits):
-            members = of_kind.edits[block, kind]
+        for (block, kind), members in sorted(of_kind.edits.items()):
             group = Group(kind, self._hidden_size)
             group.append(list(members), list(members.values()), like)
             if kind in self._gates:
@@ -101,11 +105,6 @@ class Edits:
         self.open(0, 0)
         self._passing: Passing | None = None
         self._sampled: Passing | None = None
-
-    def _gates_of(self, kind: Kind, members: Mapping[str, dict[str, Tensor]], like: Tensor) -> GateGroup:
-        group = GateGroup(kind, self._hidden_size)
-        group.append(list(members), list(members.values()), like)
-        return group
 
     def _pools_of(self) -> dict[PoolKey, tuple[bool, tuple[int, ...]]]:
         """By block and pool, whether it is asked at every token, and the ids at which it starts again."""
@@ -151,13 +150,14 @@ class Edits:
 
     # -- a pass -------------------------------------------------------------------------------------------------------
 
-    def begin(self, step: Step) -> None:
-        """Tell of the pass that `apply` is about to be called in."""
+    @contextlib.contextmanager
+    def passing(self, step: Step) -> Iterator[None]:
+        """Within the block the model is run on what `step` says."""
         self._passing = self._sampled = Passing(step, self._turns.of(step))
-
-    def end(self) -> None:
-        """Tell that it is over."""
-        self._passing = None
+        try:
+            yield
+        finally:
+            self._passing = None
 
     def apply(self, hidden: Tensor, residual: Tensor | None, block: int) -> None:
         """Edit hidden + residual, [tokens and padding, hidden size] each, in place, behind a block.
@@ -226,7 +226,9 @@ class Edits:
         everything = len(runs.tokens) == step.tokens
         each = parts(states if everything else states[step.put(runs.tokens)], pool)
         summary = each if runs.single else _summarized(each, step.put(runs.stretch), len(runs.last), pool)
-        passing.summaries[block, pool] = self._accumulated((block, pool), summary, step, runs, _join(pool))
+        passing.summaries[block, pool] = self._accumulated(
+            (block, pool), summary, step, runs, partial(joined, pool=pool)
+        )
 
     def _accumulated(self, key: Hashable, values: Tensor, step: Step, runs: Runs, join: Join) -> Tensor:
         """Of each stretch what is known up to its end, earlier passes included, [stretches, width]; it is kept."""
@@ -372,10 +374,6 @@ def _remembers(kind: Kind) -> bool:
     if asked_once(kind):
         return kind.edit_write == "sticky"
     return kind.gate_accumulate != "none"
-
-
-def _join(pool: str) -> Join:
-    return lambda before, summary: joined(before, summary, pool)
 
 
 def _summarized(each: Tensor, stretch: Tensor, count: int, pool: str) -> Tensor:

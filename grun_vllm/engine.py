@@ -70,13 +70,10 @@ def check_engine(config: Any, version: str) -> None:
         os.environ[SALT] = "1"
     config.parallel_config.worker_extension_cls = EXTENSION
     # Part of the key of compiled code, which has hooks in it where blocks are edited.
-    blocks = "all" if found.store is not None else sorted(blocks_read(found))
+    configs = [one.config for one in found.adapters.values()]
+    read = {block for one in configs for block in (*one.blocks, *(one.gate_blocks or ()))}
+    blocks = "all" if found.store is not None else sorted(read)
     config.additional_config = {**(config.additional_config or {}), "grun": [__version__, blocks]}
-
-
-def blocks_read(found: Any) -> set[int]:
-    """Blocks behind which one adapter reads or writes."""
-    return {block for one in found.adapters.values() for block in (*one.config.blocks, *(one.config.gate_blocks or ()))}
 
 
 def settle_engine(config: Any) -> None:

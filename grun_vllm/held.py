@@ -14,10 +14,6 @@ from torch import Tensor
 
 from grun_vllm.adapters import Shape, read_in_force
 from grun_vllm.edits import Edits
-from grun_vllm.step import Step
-
-OPERATOR = "grun_edit"
-"""Name in `torch.ops.vllm`."""
 
 
 class Held:
@@ -36,15 +32,6 @@ class Held:
         """Tell how many pages the key/value cache has, and how many tokens a page."""
         self._room = pages, page_size
         self.edits.open(pages, page_size)
-
-    @contextlib.contextmanager
-    def passing(self, step: Step) -> Iterator[None]:
-        """Within the block the model is run on what `step` says."""
-        self.edits.begin(step)
-        try:
-            yield
-        finally:
-            self.edits.end()
 
     @contextlib.contextmanager
     def resting(self) -> Iterator[None]:
@@ -83,17 +70,13 @@ def grun_edit(hidden: Tensor, residual: Tensor | None, block: int) -> None:
     HELD[-1].apply(hidden, residual, block)
 
 
-def _nothing(hidden: Tensor, residual: Tensor | None, block: int) -> None:
-    return None
-
-
 def register_operator() -> None:
     """Make the operator known to torch, once."""
     from vllm.utils.torch_utils import direct_register_custom_op
 
-    if not hasattr(torch.ops.vllm, OPERATOR):
-        mutated = ["hidden", "residual"]
-        direct_register_custom_op(OPERATOR, grun_edit, mutates_args=mutated, fake_impl=_nothing)
+    if not hasattr(torch.ops.vllm, "grun_edit"):
+        fake: Any = lambda hidden, residual, block: None  # noqa: E731
+        direct_register_custom_op("grun_edit", grun_edit, mutates_args=["hidden", "residual"], fake_impl=fake)
 
 
 def hook(block: int) -> Any:

@@ -48,7 +48,8 @@ class GrunModelLoader(DefaultModelLoader):
         HELD[:] = [Held(edits, self.options.adapter, shape_of(model_config))]
         register_operator()
         blocks = blocks_of(model, model_config.hf_text_config.num_hidden_layers)
-        for block in hooked(found, edits, len(blocks)):
+        # Of a store, to which requests are added while it is served, all of them.
+        for block in sorted(edits.blocks) if found.store is None else range(len(blocks)):
             blocks[block].register_forward_hook(hook(block))
         act_on_logits(model, HELD[0])
         follow_runner()
@@ -82,11 +83,6 @@ def blocks_of(model: nn.Module, depth: int) -> list[nn.Module]:
     if sorted(found) != list(range(depth)):
         raise ModelError(f"{type(model).__name__}: {len(found)} decoder blocks found, of {depth}; it cannot be edited")
     return [found[block] for block in range(depth)]
-
-
-def hooked(found: InForce, edits: Edits, depth: int) -> list[int]:
-    """Blocks that get a hook: of a store, to which requests are added while it is served, all of them."""
-    return sorted(edits.blocks) if found.store is None else list(range(depth))
 
 
 def act_on_logits(model: Any, held: Held) -> None:

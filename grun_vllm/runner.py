@@ -24,7 +24,7 @@ def follow_runner() -> None:
     def passing(self: Any, input_ids: Any = None, *args: Any, **kwargs: Any) -> Any:
         if not _is_edited(self):
             return forward(self, input_ids, *args, **kwargs)
-        with HELD[-1].passing(Step.of(self, input_ids)):
+        with HELD[-1].edits.passing(Step.of(self, input_ids)):
             return forward(self, input_ids, *args, **kwargs)
 
     @functools.wraps(dummy)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Literal, Self
 
@@ -33,6 +33,8 @@ class Step:
     """Where states are."""
     ids: Tensor | None = None
     """Tokens, [tokens]; None where the model is given embeddings."""
+    _within: dict[tuple[Where, Where], Tensor] = field(default_factory=dict)
+    _indices: dict[Where, Tensor] = field(default_factory=dict)
 
     @classmethod
     def of(cls, runner: Any, ids: Tensor | None) -> Self:
@@ -131,7 +133,7 @@ class Step:
 
     def mask(self, where: Where) -> np.ndarray:
         """Which tokens, bool."""
-        return {"ends": self.ends, "answers": self.answers, "all": self._every}[where]
+        return np.ones(self.tokens, dtype=bool) if where == "all" else getattr(self, where)
 
     def index(self, where: Where) -> Tensor:
         """Which tokens, by number, where states are."""
@@ -144,18 +146,6 @@ class Step:
         if (where, wider) not in self._within:
             self._within[where, wider] = self.put(self.mask(where)[self.mask(wider)])
         return self._within[where, wider]
-
-    @cached_property
-    def _every(self) -> np.ndarray:
-        return np.ones(self.tokens, dtype=bool)
-
-    @cached_property
-    def _within(self) -> dict[tuple[Where, Where], Tensor]:
-        return {}
-
-    @cached_property
-    def _indices(self) -> dict[Where, Tensor]:
-        return {}
 
     @cached_property
     def sequences_of(self) -> Tensor:

@@ -87,7 +87,7 @@ class PagedEngine:
         ids = [one.ids[one.past : one.past + count] for one, count in zip(chosen, counts.values(), strict=True)]
         assert [len(part) for part in ids] == list(counts.values()), "more tokens than there are"
         step = Step.of(runner(chosen, list(counts.values())), torch.tensor(sum(ids, []) + [0, 0]))  # padding behind
-        with self.held.passing(step):
+        with self.held.edits.passing(step):
             states = self._blocks(chosen, ids)
         logits = self.base.lm_head(self.base.model.norm(torch.stack([part[0, -1] for part in states])))
         logits = self.held.edits.acted(logits)

@@ -19,7 +19,7 @@ from grun.evaluation.plan import EVALUATION_FILE
 from grun.loading.hashing import adapter_hash
 from grun.loading.named import MODELS
 from grun.method.adapter import CONFIG_FILE, WEIGHTS_FILE, find_adapter, peft_type, read_regular
-from grun.method.saving import Evidence, Figure, Leak, Sharing, adapter_files, own_texts, shared_config
+from grun.method.saving import Figure, Leak, Sharing, adapter_files, own_texts, shared_config
 from grun.method.validation import validate
 from grun.report.attack_results import attack_label
 from grun.runtime.files import make_folder, target, write_bytes
@@ -99,13 +99,11 @@ def _files(folder: Path, config: PushConfig) -> tuple[dict[str, bytes], list[str
     found = _evaluations(folder, config.evaluations)
     run = read_record(folder / RUN_FILE, Run) if (folder / RUN_FILE).is_file() else {}
     data = str(((run.get("config") or {}).get("data") or {}).get("name", "data"))
-    evidence = Evidence(
-        [figure for one in found.values() for figure in _figures(one, data, _before(folder, one))],
-        [leak for one in found.values() for leak in _leaks(one)],
-    )
+    figures = [figure for one in found.values() for figure in _figures(one, data, _before(folder, one))]
+    leaks = [leak for one in found.values() for leak in _leaks(one)]
     name = adapter.config.base_model_name_or_path or ""
     base = config.base_model or (MODELS.get(name).hub if name in MODELS else None)
-    sharing = Sharing(config.repo or "", config.license, base, evidence)
+    sharing = Sharing(config.repo or "", config.license, base, figures, leaks)
     of_adapter = shared_config(adapter.config, config.base_model)
     files = adapter_files(of_adapter, read_regular(folder / WEIGHTS_FILE, follow=True), adapter.template, sharing)
     for path, one in found.items():

@@ -123,11 +123,12 @@ class AdapterConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """What is saved; trackers that Trainer reports to ask."""
-        later = ("gate_blocks", "gate_threshold", "gate_bound", "gate_calibration", "gate_recall")
-        published: list[tuple[str, Any]] = [("edit", LOREFT), *((name, None) for name in later)]
-        published += [("action", EDIT), ("answer_ids", []), ("keyword_ids", [])]
+        later = "edit gate_blocks gate_threshold gate_bound gate_calibration gate_recall action answer_ids keyword_ids"
+        bare = AdapterConfig([], 0, "", 0, 0)
         values = {one.name: getattr(self, one.name) for one in fields(AdapterConfig)}
-        values = {name: value for name, value in values.items() if (name, value) not in published}
+        for name in later.split():
+            if values[name] == getattr(bare, name):
+                del values[name]
         if self.gate_blocks is None:
             del values["gate_pool"]
         return {"peft_type": GRUN, "format_version": FORMAT_VERSION, **values}
@@ -315,17 +316,16 @@ def check_fits(config: AdapterConfig, hidden_size: int, depth: int, vocabulary: 
             f"{folder}: made for hidden size {config.hidden_size} and {config.depth} blocks, this base has hidden size "
             f"{hidden_size} and {depth} blocks; it was trained on {config.base_model_name_or_path}"
         )
-    for name, ids in (("answer_ids", config.answer_ids), ("keyword_ids", itertools.chain(*config.keyword_ids))):
+    for name, ids, made in (
+        ("answer_ids", config.answer_ids, "; it was made for"),
+        ("keyword_ids", itertools.chain(*config.keyword_ids), "; it was made for"),
+        ("reset_ids", config.reset_ids, ", so turns would not be told apart; it was trained on"),
+    ):
         if beyond := [token for token in ids if token >= vocabulary]:
             raise AdapterError(
-                f"{folder}: {name} {beyond} are beyond the {vocabulary} token ids of this base; it was made for "
+                f"{folder}: {name} {beyond} are beyond the {vocabulary} token ids of this base{made} "
                 f"{config.base_model_name_or_path}"
             )
-    if beyond := [token for token in config.reset_ids if token >= vocabulary]:
-        raise AdapterError(
-            f"{folder}: reset_ids {beyond} are beyond the {vocabulary} token ids of this base, so turns would not be "
-            f"told apart; it was trained on {config.base_model_name_or_path}"
-        )
 
 
 def read_weights(folder: Path, data: bytes | None = None) -> dict[str, Tensor]:

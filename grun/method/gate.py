@@ -6,7 +6,7 @@ A new gate is a function, or a class, of the hidden size under the decorator `ga
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from grun.errors import ConfigError
 from grun.method.rules import WINDOWS
@@ -67,7 +67,7 @@ def similarity(hidden_size: int) -> nn.Module:
 
     Source: text-embedding gates such as GUARD-IT, arXiv 2605.12765, with the model's own early states as embedding.
     """
-    return _normalized(hidden_size)
+    return _layers(hidden_size, normalized=True)
 
 
 @gate("condition")
@@ -76,7 +76,7 @@ def condition(hidden_size: int) -> nn.Module:
 
     Source: conditional activation steering (CAST), arXiv 2409.05907.
     """
-    return _normalized(hidden_size)
+    return _layers(hidden_size, normalized=True)
 
 
 @gate(KEYWORDS)
@@ -90,16 +90,10 @@ def none(hidden_size: int) -> None:
     """No gate: the edit always acts in full (plain ReFT)."""
 
 
-def _layers(hidden_size: int, *widths: int, noise: float = 0.0) -> nn.Module:
+def _layers(hidden_size: int, *widths: int, **options: Any) -> nn.Module:
     from grun.method.gating import LinearGate  # not above: names of gates are read without torch
 
-    return LinearGate(hidden_size, *widths, noise=noise)
-
-
-def _normalized(hidden_size: int) -> nn.Module:
-    from grun.method.gating import LinearGate
-
-    return LinearGate(hidden_size, normalized=True)
+    return LinearGate(hidden_size, *widths, **options)
 
 
 def make_gate(name: str, size: int, pool: str) -> nn.Module | None:

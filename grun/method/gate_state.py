@@ -48,7 +48,7 @@ class GateState:
         if missing > 0:
             unknown = self.ids.new_full((self.rows, missing), -1)
             self.extend(unknown, self.last())
-            self.pool.extend(unknown)
+            self.pool.extend(unknown, {}, {})
         elif missing < 0:
             self.ids = self.ids[:, :columns]
             self.openings = {key: values[:, :columns] for key, values in self.openings.items()}

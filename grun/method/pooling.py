@@ -48,17 +48,15 @@ def pooled_at(
     column = torch.arange(turns.shape[1], device=turns.device)
     if asked is not None:
         at = asked.clamp(0, turns.shape[1] - 1)
-        turn = current.gather(1, at)  # [rows, 1]
-        found = _until_last(each, (turns == turn) & (column <= at), pool)
-        if before is not None:
-            found = torch.where((turn == 0).unsqueeze(2), joined(before.to(found), found, pool), found)
-        return features(found, pool), found
-    summary = torch.empty(0)
-    for number in range(int(current.max()) + 1):
-        running = _at_each(each, turns == number, pool)
-        if not number and before is not None:
-            running = joined(before.to(running), running, pool)
-        summary = torch.where((current == number).unsqueeze(2), running, summary) if number else running
+        current = current.gather(1, at)  # [rows, 1]
+        summary = _summary(each, (turns == current) & (column <= at), pool)
+    else:
+        summary = _summary(each, turns == 0, pool, along=True)
+        for number in range(1, int(current.max()) + 1):
+            of_turn = _summary(each, turns == number, pool, along=True)
+            summary = torch.where((current == number).unsqueeze(2), of_turn, summary)
+    if before is not None:
+        summary = torch.where((current == 0).unsqueeze(2), joined(before.to(summary), summary, pool), summary)
     return features(summary, pool), summary[:, -1:]
 
 
@@ -117,25 +115,18 @@ def parts(states: Tensor, pool: str) -> Tensor:
     return torch.cat((values, torch.ones_like(values[..., :1])), dim=-1) if pool == "mean" else values
 
 
-def _until_last(parts: Tensor, inside: Tensor, pool: str) -> Tensor:
-    """Summary of the tokens `inside`, bool [rows, columns]: [rows, 1, any]."""
-    if pool == "mean":
-        return (parts * inside.unsqueeze(2)).sum(dim=1, keepdim=True)
+def _summary(parts: Tensor, inside: Tensor, pool: str, *, along: bool = False) -> Tensor:
+    """Summary of the tokens `inside`, bool [rows, columns]: [rows, 1, any]; `along`: up to each column, as `parts`."""
     if pool == "last":
-        return _at_each(parts, inside, pool)[:, -1:]
-    return parts.masked_fill(~inside.unsqueeze(2), -torch.inf).amax(dim=1, keepdim=True)
-
-
-def _at_each(parts: Tensor, inside: Tensor, pool: str) -> Tensor:
-    """The same up to each column: as `parts`."""
-    if pool == "mean":
-        return (parts * inside.unsqueeze(2)).cumsum(dim=1)
-    if pool == "last":
-        column = torch.arange(inside.shape[1], device=inside.device)
-        latest = torch.where(inside, column, -1).cummax(dim=1).values.unsqueeze(2)
+        column = torch.where(inside, torch.arange(inside.shape[1], device=inside.device), -1)
+        latest = (column.cummax(dim=1).values if along else column.amax(dim=1, keepdim=True)).unsqueeze(2)
         found = parts.gather(1, latest.clamp(min=0).expand(-1, -1, parts.shape[2]))
         return found.masked_fill(latest < 0, -torch.inf)
-    return parts.masked_fill(~inside.unsqueeze(2), -torch.inf).cummax(dim=1).values
+    if pool == "mean":
+        counted = parts * inside.unsqueeze(2)
+        return counted.cumsum(dim=1) if along else counted.sum(dim=1, keepdim=True)
+    counted = parts.masked_fill(~inside.unsqueeze(2), -torch.inf)
+    return counted.cummax(dim=1).values if along else counted.amax(dim=1, keepdim=True)
 
 
 def joined(before: Tensor, summary: Tensor, pool: str) -> Tensor:
@@ -222,18 +213,18 @@ class PoolMemory:
     def extend(
         self,
         turns: Tensor,
-        read: Mapping[int, Tensor] | None = None,
-        summaries: Mapping[tuple[int, str], Tensor] | None = None,
+        read: Mapping[int, Tensor],
+        summaries: Mapping[tuple[int, str], Tensor],
     ) -> None:
         """Add a pass: turns as in `pooled_at`; by block its states, where it was read, and summaries if known."""
         rows, columns = self.turns.shape
-        for block in {*self.states, *(read or {})}:
-            new = (read or {}).get(block)
+        for block in {*self.states, *read}:
+            new = read.get(block)
             like = self.states[block][0] if new is None else new
             earlier = self.states.setdefault(block, [like.new_zeros(rows, columns, like.shape[2])] if columns else [])
             earlier.append(like.new_zeros(rows, turns.shape[1], like.shape[2]) if new is None else new.detach())
         self.turns = self.with_turns(turns)
-        self._summaries = {key: values.detach() for key, values in (summaries or {}).items()}
+        self._summaries = {key: values.detach() for key, values in summaries.items()}
 
     def with_turns(self, turns: Tensor) -> Tensor:
         """Numbers of the turns of all tokens and of those of a pass, `turns` as in `pooled_at`: [rows, columns]."""

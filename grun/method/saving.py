@@ -56,36 +56,24 @@ class Leak:
 
 
 @dataclass(frozen=True)
-class Evidence:
-    """What was measured of an adapter."""
-
-    figures: Sequence[Figure] = ()
-    leaks: Sequence[Leak] = ()
-
-
-@dataclass(frozen=True)
 class Sharing:
     """What a model card says of an adapter that others are to find."""
 
-    repo_id: str
+    repo_id: str = ""
     license: str | None = None
     """License of the adapter, as the hub spells it."""
     base_model: str | None = None
     """Hub id of the base; None: the name that the adapter has, if it is one."""
-    evidence: Evidence = Evidence()
+    figures: Sequence[Figure] = ()
+    """What was measured of it."""
+    leaks: Sequence[Leak] = ()
 
 
 def write_adapter(
-    folder: Path, config: AdapterConfig, weights: Mapping[str, Tensor], template: Template | None
+    folder: Path, config: AdapterConfig, weights: Mapping[str, Tensor] | None, template: Template | None
 ) -> None:
-    """Write weights first and the config last, each under a temporary name and then renamed."""
-    for name, data in adapter_files(config, stored(weights), template).items():
-        write_bytes(folder / name, data)
-
-
-def write_config(folder: Path, config: AdapterConfig, template: Template | None) -> None:
-    """Write what describes an adapter, whose weights are there already: the model card, then the config."""
-    for name, data in _described(config, template, None).items():
+    """Write weights first, unless they are there already (None), and the config last, each renamed once it is whole."""
+    for name, data in adapter_files(config, None if weights is None else stored(weights), template).items():
         write_bytes(folder / name, data)
 
 
@@ -102,19 +90,16 @@ def stored(weights: Mapping[str, Tensor]) -> bytes:
 
 
 def adapter_files(
-    config: AdapterConfig, weights: bytes, template: Template | None, sharing: Sharing | None = None
+    config: AdapterConfig, weights: bytes | None, template: Template | None, sharing: Sharing | None = None
 ) -> dict[str, bytes]:
     """Content of every file of an adapter by name, in the order in which they are written: weights first, config last.
 
-    `weights`: content of their file. `sharing`: what its card says where others are to find it.
+    `weights`: content of their file; None: without it. `sharing`: what its card says where others are to find it.
     """
-    return {WEIGHTS_FILE: weights, **_described(config, template, sharing)}
-
-
-def _described(config: AdapterConfig, template: Template | None, sharing: Sharing | None) -> dict[str, bytes]:
     values = {**config.to_dict(), "template": None if template is None else template.to_dict()}
     return {
-        CARD_FILE: model_card(config, template, sharing).encode(),
+        **({} if weights is None else {WEIGHTS_FILE: weights}),
+        CARD_FILE: model_card(config, template, sharing or Sharing()).encode(),
         CONFIG_FILE: (json.dumps(values, indent=2, ensure_ascii=False) + "\n").encode(),
     }
 
@@ -132,20 +117,18 @@ def shared_config(config: AdapterConfig, base_model: str | None) -> AdapterConfi
 def own_texts(config: AdapterConfig) -> list[str]:
     """What GRUN itself writes into those files, without what others named (base, template, license, data)."""
     bare = dataclasses.replace(config, base_model_name_or_path=None, base_revision=None)
-    sections = Evidence([Figure("", "", "", "", 0.0)], [Leak("", 0.0, None, None)])
+    sections = Sharing(figures=[Figure("", "", "", "", 0.0)], leaks=[Leak("", 0.0, None, None)])
     template = json.dumps(Template("", "chat").to_dict())
-    card = model_card(bare, None, Sharing("", evidence=sections))
+    card = model_card(bare, None, sections)
     return [card, json.dumps(bare.to_dict()), template, "chat string name format pt"]
 
 
 # -- the model card ---------------------------------------------------------------------------------------------------
 
 
-def model_card(config: AdapterConfig, template: Template | None, sharing: Sharing | None = None) -> str:
+def model_card(config: AdapterConfig, template: Template | None, sharing: Sharing) -> str:
     """Model card of an adapter: Markdown below the header that the hub reads."""
     base = config.base_model_name_or_path or "unknown"
-    place = sharing.repo_id if sharing and sharing.repo_id else "THIS_FOLDER"
-    evidence = sharing.evidence if sharing else Evidence()
     sections = [
         f"# GRUN adapter for `{base}`",
         _of_action(config)
@@ -153,10 +136,10 @@ def model_card(config: AdapterConfig, template: Template | None, sharing: Sharin
 `{template.name if template else "none stored"}`.{_of_pooled_gate(config)}""",
         f"""```python
 from grun import GrunModel
-model = GrunModel.from_pretrained(base_model, "{place}")
+model = GrunModel.from_pretrained(base_model, "{sharing.repo_id or "THIS_FOLDER"}")
 ```""",
-        *_results(evidence.figures),
-        *_leaks(evidence.leaks),
+        *_results(sharing.figures),
+        *_leaks(sharing.leaks),
         *_false_positives(config),
         f"""## What it is not
 
@@ -166,28 +149,27 @@ controls the model's output. {_bypassed(config)}""",
     return f"---\n{_header(config, sharing)}\n---\n\n" + "\n\n".join(sections) + "\n"
 
 
-def _header(config: AdapterConfig, sharing: Sharing | None) -> str:
+def _header(config: AdapterConfig, sharing: Sharing) -> str:
     """The card's metadata, YAML."""
     from huggingface_hub import EvalResult, ModelCardData
 
     base = config.base_model_name_or_path or ""
     is_id = base.count("/") == 1 and not base.startswith((".", "~", "/")) and not Path(base).exists()
-    figures = sharing.evidence.figures if sharing else ()
     results = [
         EvalResult(
             "text-generation", figure.data, " ".join(filter(None, (figure.data, figure.part))), figure.metric,
             figure.value, dataset_config=figure.part or None, metric_name=figure.label,
         )
-        for figure in figures
+        for figure in sharing.figures
     ]  # fmt: skip
     data = ModelCardData(
-        base_model=(sharing.base_model if sharing else None) or (base if is_id else None),
+        base_model=sharing.base_model or (base if is_id else None),
         library_name="grun",
         pipeline_tag="text-generation",
         tags=[*TAGS],
-        license=sharing.license if sharing else None,
+        license=sharing.license,
         eval_results=results or None,
-        model_name=sharing.repo_id.rpartition("/")[2] or "grun" if sharing and results else None,
+        model_name=sharing.repo_id.rpartition("/")[2] or "grun" if results else None,
     )
     return data.to_yaml(line_break="\n")
 

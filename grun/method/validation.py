@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import stat
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -110,12 +110,13 @@ def _as_digested(path: Path, digest: str) -> bytes:
 def check_tensors(config: AdapterConfig, weights: Mapping[str, Tensor], path: Path | str) -> None:
     """AdapterError names the first tensor at `path` that is missing, one too many, or of another shape or type."""
     makers = GATES.get(config.gate), EDITS.get(config.edit)
-    of_edits = "none" if config.gate_blocks is not None else config.gate
-    expected = _expected(config.hidden_size, config.rank, of_edits, config.edit, config.activation, makers)
+    gate = config.gate, config.gate_size, config.gate_pool
+    edit = config.edit, config.hidden_size, config.rank, config.activation
+    shared = config.gate_blocks is not None
+    expected = _expected(None if shared else gate, edit, makers)
     wanted = {f"edits.{block}.{name}": of for block in config.blocks for name, of in expected.items()}
-    if config.gate_blocks is not None:
-        of_gate = _expected_gate(config.gate, config.gate_size, config.gate_pool, makers[0])
-        wanted |= {f"pooled.{name}": of for name, of in of_gate.items()}
+    if shared:
+        wanted |= {f"pooled.{name}": of for name, of in _expected(gate, None, makers).items()}
     for name in sorted({*weights, *wanted}):
         shape, dtype = wanted.get(name, (None, None))
         tensor = weights.get(name)
@@ -132,47 +133,33 @@ def check_tensors(config: AdapterConfig, weights: Mapping[str, Tensor], path: Pa
 
 @functools.lru_cache(maxsize=64)
 def _expected(
-    hidden_size: int, rank: int, gate: str, edit: str, activation: str | None, makers: Any
+    gate: tuple[str, int, str] | None, edit: tuple[str, int, int, str | None] | None, makers: Any
 ) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
-    """Shape and type of each tensor of one block, by name; `makers`, of gate and edit, may change under a name."""
+    """Shape and type of each tensor, by name, of a gate (see `make_gate`), of an edit, or of one block's both.
+
+    Of an edit name, hidden size, rank and activation are given; `makers`, of gate and edit, may change under a name.
+    """
     from transformers.activations import ACT2FN
 
-    def made() -> nn.Module:
-        function = None if activation is None else ACT2FN[activation]
-        return _Parts(GATES.get(gate)(hidden_size), EDITS.get(edit)(hidden_size, rank, function))
+    def made() -> nn.ModuleDict:
+        parts: dict[str, Any] = {"gate": None if gate is None else make_gate(*gate)}
+        if edit is not None:
+            name, size, rank, activation = edit
+            parts["edit"] = EDITS.get(name)(size, rank, None if activation is None else ACT2FN[activation])
+        return nn.ModuleDict(parts)
 
-    return _shapes(made, edit == LOREFT)
-
-
-@functools.lru_cache(maxsize=64)
-def _expected_gate(gate: str, size: int, pool: str, maker: Any) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
-    """The same of a gate for all edits, which reads `size` numbers; `maker` may change under a name."""
-    return _shapes(lambda: _Parts(make_gate(gate, size, pool)), True)
-
-
-class _Parts(nn.Module):
-    """Gate and edit under the names that they have in an adapter."""
-
-    def __init__(self, gate: nn.Module | None, edit: nn.Module | None = None) -> None:
-        super().__init__()
-        self.gate = gate
-        self.edit = edit
-
-
-def _shapes(make: Callable[[], nn.Module], known: bool) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
-    """Shape and type of each tensor of what is made; `known`: but for its gate it is one of ours."""
     try:
         with torch.device("meta"):  # whatever sizes a file states, nothing is allocated
-            made = make()
+            parts = made()
+        read = parts["gate"]
+        known = isinstance(read.window if isinstance(read, WindowsGate) else read, LinearGate | None)
     except (NotImplementedError, RuntimeError):
-        made = None
-    gate = getattr(made, "gate", None)
-    gate = gate.window if isinstance(gate, WindowsGate) else gate
-    if made is None or not known or not (gate is None or isinstance(gate, LinearGate)):
+        known = False
+    if not known or (edit is not None and edit[0] != LOREFT):
         # A gate or edit that computes with its numbers while it is made is another one on meta, or none.
         with torch.random.fork_rng(devices=[]), float32_by_default():
-            made = make()
-    return {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in made.state_dict().items()}
+            parts = made()
+    return {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in parts.state_dict().items()}
 
 
 def _short(dtype: torch.dtype | None) -> str:

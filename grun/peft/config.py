@@ -17,7 +17,7 @@ from grun.method.adapter import CONFIG_FILE, GRUN, AdapterConfig, check_fits
 from grun.method.fingerprint import fingerprint
 from grun.method.host import is_quantized
 from grun.method.model import of_base
-from grun.method.saving import write_config
+from grun.method.saving import write_adapter
 from grun.method.validation import shape_of
 
 
@@ -102,4 +102,4 @@ class GrunPeftConfig(AdapterConfig, PeftConfig):
         """
         if not self.depth:
             raise ConfigError("this config lacks what it has of a base; save the model of get_peft_model(base, config)")
-        write_config(Path(save_directory), self, self.template)
+        write_adapter(Path(save_directory), self, None, self.template)

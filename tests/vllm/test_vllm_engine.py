@@ -187,7 +187,7 @@ def test_states_stay_bit_for_bit_where_nothing_is_written() -> None:
             starts=[0, 5], past=[0], prompt=[5], table=[[1, 2]], page_size=PAGE, device=torch.device("cpu"), ids=None
         )
         step = Step(**{key: torch.tensor(v).numpy() if isinstance(v, list) else v for key, v in vars(one).items()})
-        with engine.held.passing(step):
+        with engine.held.edits.passing(step):
             engine.held.apply(hidden, residual, 1)
         same = [bool((h == b).all() and (r == s).all()) for h, r, b, s in zip(hidden, residual, *before, strict=True)]
         assert same == [row not in changed for row in range(5)]

@@ -311,14 +311,8 @@ def _opened_or_made(options: RequestsConfig) -> RequestStore:
         return opened(options)
     key = None if options.key is None else read_key(options.key)
     log.info("a new store of requests: %s", folder)
-    return RequestStore.create(
-        folder,
-        rule=options.rule or "sum",
-        gate_threshold=options.gate_threshold,
-        false_positives=options.false_positives,
-        capacity=options.capacity,
-        key=key,
-    )
+    settings = {name: getattr(options, name) for name in ("gate_threshold", "false_positives", "capacity")}
+    return RequestStore.create(folder, rule=options.rule or "sum", key=key, **settings)
 
 
 def _refuse_another_rule(store: RequestStore, options: RequestsConfig) -> None:

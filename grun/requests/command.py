@@ -103,7 +103,7 @@ def _print(action: str, options: RequestsConfig) -> None:
 
     store = RequestStore.open(str(options.store))
     if options.format == "json":
-        print(listing.list_as_json(store) if action == "list" else listing.history_as_json(store))
+        print(listing.as_json(store, action))
     elif action == "history":
         print(*listing.history(store), sep="\n")
     else:

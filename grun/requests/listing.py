@@ -54,12 +54,6 @@ def print_list(store: RequestStore, console: Console) -> None:
         console.print(Text(readable(f"False positives: {promise(store)}.")))
 
 
-def list_as_json(store: RequestStore) -> str:
-    """The same as JSON, one object a request."""
-    lines = [_line(store, request) for request in store.manifest.requests]
-    return json.dumps(lines, indent=2, ensure_ascii=False)
-
-
 def history(store: RequestStore) -> list[str]:
     """The events, one line each, oldest first."""
     return [
@@ -68,9 +62,11 @@ def history(store: RequestStore) -> list[str]:
     ]
 
 
-def history_as_json(store: RequestStore) -> str:
-    """The events as JSON."""
-    return json.dumps([asdict(event) for event in store.manifest.history], indent=2)
+def as_json(store: RequestStore, action: str) -> str:
+    """The same of `list` or `history` as JSON, an object for each request or event."""
+    requests, events = store.manifest.requests, store.manifest.history
+    lines = [_line(store, one) for one in requests] if action == "list" else [asdict(event) for event in events]
+    return json.dumps(lines, indent=2, ensure_ascii=False)
 
 
 def _line(store: RequestStore, request: Request) -> dict[str, Any]:

@@ -21,12 +21,13 @@ import secrets
 from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 from grun.data.rows import Row, hash_rows
 from grun.errors import AdapterError, ConfigError, DataError, RunError, unknown_name
 from grun.method.actions import EDIT
 from grun.method.adapter import WEIGHTS_FILE
+from grun.method.edits import LOREFT
 from grun.method.gate import KEYWORDS
 from grun.method.host import check_threshold
 from grun.method.stack.combination import RULES
@@ -52,7 +53,6 @@ if TYPE_CHECKING:
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 log = logging.getLogger(__name__)
-T = TypeVar("T")
 
 
 class RequestStore(StoredRequests):
@@ -107,8 +107,8 @@ class RequestStore(StoredRequests):
                 "false_positives is for a store as a whole and needs capacity, the number of requests that it is "
                 "promised for: set both, or none"
             )
-        empty = Manifest(FORMAT_VERSION, secrets.token_hex(32), None, rule, gate_threshold, (), (), "")
-        empty = dataclasses.replace(empty, false_positives=false_positives, capacity=capacity)
+        promised: dict[str, Any] = {"false_positives": false_positives, "capacity": capacity}
+        empty = Manifest(FORMAT_VERSION, secrets.token_hex(32), None, rule, gate_threshold, (), (), "", **promised)
         store = cls(folder, empty.with_event("create", _now()), key)
         with store._locked():
             if (names := foreign(folder)) or (folder / MANIFEST_FILE).exists():
@@ -311,6 +311,8 @@ class RequestStore(StoredRequests):
             raise AdapterError(f"{adapter} has the action {config.action}; a store takes edits alone")
         if config.gate == KEYWORDS:
             raise AdapterError(f"{adapter} has the gate {KEYWORDS}; a store takes gates that read states alone")
+        if config.edit != LOREFT:
+            raise AdapterError(f"{adapter} has the edit {config.edit}; a store takes {LOREFT} alone")
         if not config.base_fingerprint:
             raise AdapterError(f"{adapter} does not say which base it was made on; save it again with this version")
         if base is None:

@@ -131,7 +131,7 @@ def verify(options: RequestsConfig) -> tuple[Verification, Path | None]:
         fingerprint=of_base,
         expected_fingerprint=None if manifest.base is None else manifest.base.fingerprint,
         problems=problems,
-        requests=[_ask(store, request, loaded, options, problems) for request in manifest.requests],
+        requests=[_finding(store, request, loaded, options, problems) for request in manifest.requests],
         false_positives=str(promised) if promised.bounds or promised.rate is not None else None,
     )
     path = store.folder / "reports" / f"verify-{now:%Y%m%dT%H%M%S%fZ}.json"
@@ -146,7 +146,7 @@ def verify(options: RequestsConfig) -> tuple[Verification, Path | None]:
 
 
 def evaluate_request(
-    model: Any,
+    model: GrunStack,
     tokenizer: Any,
     template: Template,
     rows: Sequence[Row],
@@ -155,10 +155,10 @@ def evaluate_request(
     batch_size: int,
     max_new_tokens: int,
 ) -> dict[str, float | None]:
-    """Ask a request's own questions of a model on which the requests in force are.
+    """Ask a request's own questions of a model.
 
     Args:
-        model: a GrunStack, or a GrunModel, whose gates are then the request's own.
+        model: with the requests in force.
         tokenizer: of the base.
         template: puts the questions as the request was trained with.
         rows: its forget rows, each with a prompt.
@@ -180,20 +180,19 @@ def evaluate_request(
             for number, (row, answer) in enumerate(zip(rows, answers, strict=True))
         ]
     )
-    gates = gates_at_prompts(model, prompts, batch_size, pad_id)
-    of_own = gates[own] if isinstance(model, GrunStack) else gates[""]
-    table.gates = [GateRecord("forget", number, of_prompt) for number, of_prompt in enumerate(of_own)]
+    gates = gates_at_prompts(model, prompts, batch_size, pad_id)[own]
+    table.gates = [GateRecord("forget", number, of_prompt) for number, of_prompt in enumerate(gates)]
     return {name: METRICS.get(name).compute(table, "forget") for name in FIGURES}
 
 
 @torch.no_grad()
 def gates_at_prompts(
-    model: Any, prompts: Sequence[Sequence[int]], batch_size: int, pad_id: int
+    model: GrunStack, prompts: Sequence[Sequence[int]], batch_size: int, pad_id: int
 ) -> dict[str, list[dict[int, float]]]:
     """Gate probabilities at the last token of each prompt.
 
     Args:
-        model: a GrunStack, or a GrunModel, whose gates come under the empty name.
+        model: whose gates are read.
         prompts: token ids.
         batch_size: prompts a pass.
         pad_id: id of padding, which is masked.
@@ -207,8 +206,7 @@ def gates_at_prompts(
             rows = [EncodedRow(tuple(prompt), ()) for prompt in prompts[start : start + batch_size]]
             batch = collate(rows, pad_id).to(model.device)
             model(batch.input_ids, batch.attention_mask, prompt_lengths=batch.prompt_lengths)
-            by_request = model.request_gates if isinstance(model, GrunStack) else {"": model.last_gates}
-            for name, gates in by_request.items():
+            for name, gates in model.request_gates.items():
                 # A gate that reads every token has a column for each; one that reads the last prompt token has one.
                 found.setdefault(name, []).extend(
                     {block: float(values[row, min(length, values.shape[1]) - 1]) for block, values in gates.items()}
@@ -306,23 +304,28 @@ def _load(
     return None, found, [Problem(None, text)]
 
 
-def _ask(
+def _finding(
     store: RequestStore, request: Request, loaded: Loaded | None, options: RequestsConfig, problems: list[Problem]
 ) -> Finding:
-    """Figures of a request, or why there are none; what is wrong with them is added to `problems`."""
-    finding = Finding(request.id, request.state, request.data.rows)
-    if (gate := adapter_config(store, request.id)) is not None:  # else it is one of `problems`
-        finding = dataclasses.replace(
-            finding, bound=gate.gate_bound, calibration=gate.gate_calibration, recall=gate.gate_recall
-        )
+    """What is found of a request; what is wrong with its figures is added to `problems`."""
+    asked = _ask(store, request, loaded, options, problems)
+    figures, not_asked = ({}, asked) if isinstance(asked, str) else (asked, None)
+    config = adapter_config(store, request.id)  # None is one of `problems`
+    gate = {name: getattr(config, f"gate_{name}", None) for name in ("bound", "calibration", "recall")}
+    return Finding(request.id, request.state, request.data.rows, figures, not_asked, **gate)
+
+
+def _ask(
+    store: RequestStore, request: Request, loaded: Loaded | None, options: RequestsConfig, problems: list[Problem]
+) -> dict[str, float | None] | str:
+    """Figures of a request, or why there are none."""
     if request.state != "active":
-        return dataclasses.replace(finding, not_asked="not in force")
+        return "not in force"
     if loaded is None:
-        why = "files only" if options.files_only else "no model could be asked; see what is wrong"
-        return dataclasses.replace(finding, not_asked=why)
+        return "files only" if options.files_only else "no model could be asked; see what is wrong"
     rows = forget_rows(store, request)
     if isinstance(rows, str):
-        return dataclasses.replace(finding, not_asked=rows)
+        return rows
     log.info("asking the %d questions of request %s", len(rows), request.id)
     stored = AdapterConfig.read(store.adapter_folder(request.id))[1]
     template = templates.resolve("auto", stored or loaded.template, loaded.tokenizer, None, DataConfig().date)
@@ -331,8 +334,8 @@ def _ask(
         figures = evaluate_request(loaded.model, loaded.tokenizer, template, rows, own=request.id, **sizes)
     except ModelError as error:
         problems.append(Problem(request.id, f"its questions cannot be asked: {error}"))
-        return dataclasses.replace(finding, not_asked="the model gives no numbers")
+        return "the model gives no numbers"
     recall, most = figures.get("fact_recall"), options.recall_at_most
     if recall is not None and most is not None and recall > most:
         problems.append(Problem(request.id, f"fact recall on its own questions is {recall:.3f}, above {most}"))
-    return dataclasses.replace(finding, figures=figures)
+    return figures

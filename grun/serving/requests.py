@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import threading
 from typing import TYPE_CHECKING, Any
 
@@ -10,6 +9,7 @@ from grun.config.options import RequestsConfig
 from grun.errors import AdapterError, ConfigError, DataError, GrunError, RunError
 from grun.method.adapter import AdapterConfig
 from grun.requests.adding import add, opened, remove
+from grun.requests.rates import adapter_config
 from grun.requests.store import RequestStore
 from grun.runtime.reading import in_one_line
 from grun.serving.refusal import Refused
@@ -37,9 +37,7 @@ class Requests:
         store = RequestStore.open(served.folder)
         entries = []
         for request in store.manifest.requests:
-            config: AdapterConfig | None = None
-            with contextlib.suppress(AdapterError):
-                config = AdapterConfig.read(store.adapter_folder(request.id))[0]
+            config = adapter_config(store, request.id)
             entries.append(_entry(request.id, request.state == "active", request.time, config))
         return {**found, "kind": "store", "head": store.manifest.head, "requests": entries}
 

@@ -166,6 +166,7 @@ def test_what_cannot_be_added_is_refused_in_one_line_and_changes_nothing(
     before = (store.folder / "stack.json").read_bytes()
     other_base = make_adapter(tmp_path / "other", 0, of_base=1)
     ungated = make_adapter(tmp_path / "ungated", 0, gate="none")
+    steering = make_adapter(tmp_path / "steering", 0, edit="steer", gate_blocks=[0, 1])
     damaged = shutil.copytree(adapters[1], tmp_path / "damaged")
     (damaged / "adapter_model.safetensors").write_bytes(b"no tensors")
     refused: list[tuple[str, Path, dict[str, Any], type[GrunError], str]] = [
@@ -176,6 +177,7 @@ def test_what_cannot_be_added_is_refused_in_one_line_and_changes_nothing(
         ("second", adapters[1], {"forget_rows": []}, DataError, "no forget rows"),
         ("second", other_base, {}, AdapterError, "made on another base"),
         ("second", ungated, {}, AdapterError, "has no gate"),
+        ("second", steering, {}, AdapterError, "has the edit steer; a store takes loreft alone"),
         ("second", damaged, {}, AdapterError, "damaged"),
         ("second", tmp_path / "nowhere", {}, AdapterError, "is no GRUN adapter"),
         *(

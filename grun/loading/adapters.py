@@ -74,7 +74,7 @@ def load_model(config: ModelConfig, adapter: str | None, *, strict: bool, gate_t
     if folder is None:
         return Loaded(base, tokenizer, template, identity)
     if kind in ("GRUN", STACK):
-        model = _edited(base, folder, kind, strict=strict, gate_threshold=gate_threshold)
+        model = edited(base, folder, kind, strict=strict, gate_threshold=gate_threshold)
         return Loaded(model, tokenizer, model.template or template, identity)
     if gate_threshold is not None:
         raise ConfigError(f"gate_threshold needs a GRUN adapter; {adapter} is of type {kind}, which has no gates")
@@ -89,7 +89,7 @@ def load_model(config: ModelConfig, adapter: str | None, *, strict: bool, gate_t
     return Loaded(base, tokenizer, templates.load(folder) or template, identity)
 
 
-def _edited(base: PreTrainedModel, folder: Path, kind: str, *, strict: bool, gate_threshold: float | None) -> Any:
+def edited(base: PreTrainedModel, folder: Path, kind: str, *, strict: bool, gate_threshold: float | None) -> Any:
     """A GRUN adapter or a store of requests on `base`, with `gate_threshold` in place of its own, if one is given."""
     from grun.method.model import GrunModel
     from grun.method.stack.stack import GrunStack

@@ -8,6 +8,7 @@ import json
 import secrets
 import time
 from collections.abc import AsyncIterator, Sequence
+from functools import partial
 from typing import Any
 
 from fastapi import Request
@@ -15,7 +16,7 @@ from fastapi.responses import JSONResponse, Response, StreamingResponse
 
 from grun.config.options import ServeConfig
 from grun.loading.models import context_length
-from grun.serving.bodies import Asking, ChatBody, CompletionBody
+from grun.serving.bodies import ChatBody, CompletionBody
 from grun.serving.edition import Served
 from grun.serving.engine import Ask, Engine, Piece
 from grun.serving.prompts import chat_ids, text_ids
@@ -36,22 +37,12 @@ class Answers:
 
     async def to(self, body: ChatBody | CompletionBody, request: Request) -> Response:
         """The response to a request, whole or as a stream; an answer that nobody waits for any more is given up."""
-        if body.model != self._served.model_name:
-            raise Refused(404, f"the model here is {self._served.model_name!r}", "model", "model_not_found")
+        self._served.refuse_other(body.model)
         if not body.grun.is_default() and request.state.who != "owner":
             raise Refused(403, "the field grun is for the owner's key", "grun")
         async with self._encoding:
             prompts = await asyncio.to_thread(self._encoded, body)
-        answers = body.n or 1
-        reply = Reply(
-            self._served.model_name,
-            self._served.tokenizer,
-            [prompt for prompt in prompts for _ in range(answers)],
-            answers,
-            isinstance(body, ChatBody),
-            body.grun.gates,
-            body.top() is not None,
-        )
+        reply = Reply(body, self._served.tokenizer, prompts)
         pieces: asyncio.Queue[tuple[int, Piece]] = asyncio.Queue()
         asks = self._asks(body, reply, pieces)
         self._engine.ask(asks)
@@ -77,7 +68,9 @@ class Answers:
                 raise Refused(400, text, field, "context_length_exceeded")
         return prompts
 
-    def _asks(self, body: Asking, reply: Reply, pieces: asyncio.Queue[tuple[int, Piece]]) -> list[Ask]:
+    def _asks(
+        self, body: ChatBody | CompletionBody, reply: Reply, pieces: asyncio.Queue[tuple[int, Piece]]
+    ) -> list[Ask]:
         wanted, most = body.longest(), self._config.max_new_tokens
         if wanted is not None and wanted > most:
             raise Refused(400, f"max_tokens={wanted}; answers here have at most {most} tokens", "max_tokens")
@@ -86,24 +79,22 @@ class Answers:
         temperature = 1.0 if body.temperature is None else body.temperature
         top_p = 1.0 if body.top_p is None else body.top_p
 
-        def ask(index: int, prompt: Sequence[int]) -> Ask:
-            def tell(piece: Piece) -> None:
-                with contextlib.suppress(RuntimeError):  # the server has ended
-                    loop.call_soon_threadsafe(pieces.put_nowait, (index, piece))
+        def tell(index: int, piece: Piece) -> None:
+            with contextlib.suppress(RuntimeError):  # the server has ended
+                loop.call_soon_threadsafe(pieces.put_nowait, (index, piece))
 
-            return Ask(
+        return [
+            Ask(
                 prompt=tuple(prompt),
                 room=min(wanted or most, self._context - len(prompt)),
                 sampling=Sampling(temperature, top_p, seed, index % reply.answers, body.top()),
                 stops=body.stops(),
-                tell=tell,
+                tell=partial(tell, index),
                 until=time.monotonic() + self._config.answer_seconds,
-                edits=body.grun.edits,
-                off=frozenset(body.grun.off),
-                gates=body.grun.gates,
+                grun=body.grun,
             )
-
-        return [ask(index, prompt) for index, prompt in enumerate(reply.prompts)]
+            for index, prompt in enumerate(reply.prompts)
+        ]
 
 
 async def _each(asks: Sequence[Ask], pieces: asyncio.Queue[tuple[int, Piece]]) -> AsyncIterator[tuple[int, Piece]]:

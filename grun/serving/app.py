@@ -120,18 +120,16 @@ def _add_open_routes(app: FastAPI, metrics: Metrics) -> None:
 
 def _add_api(app: FastAPI, served: Served, engine: Engine, config: ServeConfig) -> None:
     answers = Answers(served, engine, config)
-    since = int(time.time())
+    about = {"id": served.model_name, "object": "model", "created": int(time.time()), "owned_by": "grun"}
 
     @app.get("/v1/models")
     async def models() -> dict[str, Any]:
-        model = {"id": served.model_name, "object": "model", "created": since, "owned_by": "grun"}
-        return {"object": "list", "data": [model]}
+        return {"object": "list", "data": [about]}
 
     @app.get("/v1/models/{name:path}")
     async def model(name: str) -> dict[str, Any]:
-        if name != served.model_name:
-            raise Refused(404, f"the model here is {served.model_name!r}", "model", "model_not_found")
-        return {"id": name, "object": "model", "created": since, "owned_by": "grun"}
+        served.refuse_other(name)
+        return about
 
     @app.post("/v1/chat/completions")
     async def chat(body: ChatBody, request: Request) -> Response:

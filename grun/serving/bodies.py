@@ -96,10 +96,6 @@ class Asking(Body):
         """Longest answer that is asked for, tokens."""
         return self.max_tokens
 
-    def top(self) -> int | None:
-        """How many tokens are told beside each; None: no log-probabilities."""
-        raise NotImplementedError
-
 
 class ChatBody(Asking):
     """POST /v1/chat/completions."""
@@ -120,7 +116,7 @@ class ChatBody(Asking):
         return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
 
     def top(self) -> int | None:
-        """See `Asking`."""
+        """How many tokens are told beside each; None: no log-probabilities."""
         return (self.top_logprobs or 0) if self.logprobs else None
 
 
@@ -139,7 +135,7 @@ class CompletionBody(Asking):
     best_of: Literal[1] | None = None
 
     def top(self) -> int | None:
-        """See `Asking`."""
+        """See `ChatBody`."""
         return self.logprobs
 
     def prompts(self) -> list[str | list[int]]:

@@ -75,7 +75,7 @@ def make_server(config: ServeConfig, keys: Keys, largest: int) -> Any:
 
     metrics = Metrics()
     served = Served(config)
-    engine = Engine(served, served.ends, metrics, batch_size=config.batch_size, waiting=config.waiting)
+    engine = Engine(served, metrics, batch_size=config.batch_size, waiting=config.waiting)
     app = Guard(make_app(served, engine, metrics, config), keys=keys, largest=largest, metrics=metrics)
     log.info("%s with %s: %d requests in force", served.model_name, served.folder, len(served.edition.configs))
     # Its own log names paths as clients write them; Guard's names routes.

@@ -6,7 +6,7 @@ import copy
 import itertools
 import logging
 import threading
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,11 +15,13 @@ from grun.config.checks import adapter_name
 from grun.data import templates
 from grun.errors import ConfigError, ModelError
 from grun.evaluation.generation import end_tokens, needs_generate
+from grun.loading.adapters import edited
 from grun.loading.models import load_base
 from grun.method.adapter import STACK, AdapterConfig, find_adapter, peft_type
 from grun.method.model import GrunModel
 from grun.method.stack.manifest import MANIFEST_FILE
 from grun.method.stack.stack import GrunStack
+from grun.serving.refusal import Refused
 
 if TYPE_CHECKING:
     from torch import nn
@@ -48,9 +50,9 @@ class Edition:
     """That questions are put in."""
     _variants: dict[frozenset[str], Any] = field(default_factory=dict)
 
-    def variant(self, edits: bool, off: frozenset[str]) -> tuple[Any, Mapping[str, AdapterConfig]]:
+    def variant(self, edits: bool, off: Iterable[str]) -> tuple[Any, Mapping[str, AdapterConfig]]:
         """The model without the requests `off`, or without any, and the requests that are on it."""
-        off = frozenset(off & self.configs.keys())
+        off = frozenset(self.configs.keys() & set(off))
         if not edits or self.model is None or len(off) == len(self.configs):
             return self.base, {}
         if not off:
@@ -76,7 +78,7 @@ class Served:
         kind = peft_type(self.folder)
         if kind not in ("GRUN", STACK):
             raise ConfigError(f"{self.folder} is of type {kind}; serve takes GRUN's adapters and stores of requests")
-        self.is_store = kind == STACK
+        self._kind, self.is_store = kind, kind == STACK
         self._config = config
         self.base, self.tokenizer, self._stored = load_base(config.model)
         if reason := needs_generate(self.base):
@@ -90,6 +92,11 @@ class Served:
         self._loading = threading.Lock()
         self._stamp = self._stamp_now()
         self.edition = self._load()
+
+    def refuse_other(self, model: str) -> None:
+        """Refused with status 404 for the name of another model."""
+        if model != self.model_name:
+            raise Refused(404, f"the model here is {self.model_name!r}", "model", "model_not_found")
 
     def reload(self) -> bool:
         """Read the store anew where its manifest has changed since it was read; whether it had.
@@ -106,10 +113,8 @@ class Served:
 
     def _load(self) -> Edition:
         base: Any = shared_copy(self.base)
-        kind: Any = GrunStack.from_folder if self.is_store else GrunModel.from_pretrained
-        model = kind(base, self.folder, strict=self._config.strict)
-        if self._config.gate_threshold is not None:
-            model.gate_threshold = self._config.gate_threshold
+        strict, gate_threshold = self._config.strict, self._config.gate_threshold
+        model = edited(base, self.folder, self._kind, strict=strict, gate_threshold=gate_threshold)
         configs = dict(model.configs) if self.is_store else {adapter_name(str(self.folder)): model.config}
         template = templates.in_force(self._config, model.template or self._stored, self.tokenizer)
         return Edition(self.base, model if configs else None, configs, template)

@@ -25,6 +25,7 @@ from grun.serving.text import AnswerText
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+    from grun.serving.bodies import Grun
     from grun.serving.edition import Served
     from grun.serving.metrics import Metrics
 
@@ -71,12 +72,7 @@ class Ask:
     """Called by the engine's thread."""
     until: float
     """When the answer must be over, `time.monotonic`."""
-    edits: bool = True
-    """False: the bare base."""
-    off: frozenset[str] = frozenset()
-    """Requests whose edits are off."""
-    gates: bool = False
-    """Whether gates are told."""
+    grun: Grun
     since: float = field(default_factory=time.monotonic)
     gone: bool = False
     """Set by whoever asked and does not want the answer any more."""
@@ -123,7 +119,7 @@ class Answering:
             self.end("stop")
         elif len(self.ids) == self.ask.room or time.monotonic() > self.ask.until:
             self.end("length")
-        elif not self.ask.gates:
+        elif not self.ask.grun.gates:
             self._tell()
 
     def end(self, finish: str) -> None:
@@ -146,11 +142,9 @@ class Answering:
 class Engine:
     """Answers what is asked, many answers at once."""
 
-    def __init__(
-        self, served: Served, ends: Collection[int], metrics: Metrics, *, batch_size: int, waiting: int
-    ) -> None:
-        """`ends`: ids that end an answer; `batch_size` answers are computed at once, and `waiting` may wait."""
-        self._served, self._ends, self._metrics = served, frozenset(ends), metrics
+    def __init__(self, served: Served, metrics: Metrics, *, batch_size: int, waiting: int) -> None:
+        """`batch_size` answers are computed at once, and `waiting` may wait."""
+        self._served, self._metrics = served, metrics
         self._batch_size, self._most_waiting = batch_size, waiting
         self._waiting: deque[Ask] = deque()
         self._batches: dict[Any, tuple[Batch, Mapping[str, AdapterConfig]]] = {}
@@ -224,7 +218,7 @@ class Engine:
         for ask in asks:
             row = Answering(ask, self._served.tokenizer)
             try:
-                model, configs = edition.variant(ask.edits, ask.off)
+                model, configs = edition.variant(ask.grun.edits, ask.grun.off)
             except Exception as error:
                 row.fail(_told(error))
                 continue
@@ -242,15 +236,15 @@ class Engine:
             logits = batch.begin(new) if new else batch.step()
             rows: Sequence[Answering] = new or batch.rows
             gates: Sequence[Sequence[Gates] | None] = [None] * len(rows)
-            if any(row.ask.gates for row in rows):
+            if any(row.ask.grun.gates for row in rows):
                 counts = [len(row.prompt) if new else 1 for row in rows]
                 gates = gates_at(batch.model, configs, counts, prompt=bool(new))
             for place, row in enumerate(new, len(batch.rows) - len(new)):
-                if row.ask.gates:
+                if row.ask.grun.gates:
                     row.reads = reads_along(batch.model, configs, batch.pool, place)[-len(row.prompt) :]
             for row, of_row, told in zip(rows, logits, gates, strict=True):
                 if not row.ended:
-                    row.go_on(of_row, self._ends, told if row.ask.gates else None)
+                    row.go_on(of_row, self._served.ends, told if row.ask.grun.gates else None)
                     self._note(row)
         except Exception as error:  # torch raises many kinds; the server goes on
             told_instead = _told(error)

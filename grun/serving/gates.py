@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from grun.method.adapter import AdapterConfig
 from grun.method.pooling import PoolMemory
@@ -35,7 +34,7 @@ def gates_at(
         everywhere = configs[name].gate_read == "every_token"
         if not by_block or not (everywhere or prompt):
             continue
-        values = _mean(list(by_block.values()))
+        values = torch.stack([one.double().cpu() for one in by_block.values()]).mean(0).tolist()  # [rows, positions]
         for row, gates in enumerate(found):
             told = values[row][-len(gates) :] if everywhere else values[row][-1:]
             for at, value in zip(gates[-len(told) :], told, strict=True):
@@ -59,9 +58,3 @@ def reads_along(model: Any, configs: Mapping[str, AdapterConfig], memory: PoolMe
         for reads, value in zip(found, torch.sigmoid(values.double()).tolist(), strict=True):
             reads[name] = value
     return found
-
-
-def _mean(gates: Sequence[Tensor]) -> list[list[float]]:
-    """Mean over blocks of tensors [rows, positions]."""
-    mean: list[list[float]] = torch.stack([one.double().cpu() for one in gates]).mean(0).tolist()
-    return mean

@@ -6,12 +6,13 @@ Nothing that a client wrote is logged: a line has the method, the route (not the
 from __future__ import annotations
 
 import hmac
-import json
 import logging
 import time
 from collections.abc import Awaitable, Callable, MutableMapping
 from dataclasses import dataclass
 from typing import Any
+
+from fastapi.responses import JSONResponse
 
 from grun.serving.metrics import Metrics
 from grun.serving.refusal import Refused
@@ -72,11 +73,11 @@ class Guard:
             self._admit(scope)
             await self._app(scope, await self._read(scope, receive), noting)
         except Refused as error:
-            await _answer(error, noting)
+            await _answer(error)(scope, receive, noting)
         except Exception as error:  # its message may quote what was asked
             log.error("a bug in the server (%s); please report it", type(error).__name__)
             if not status:
-                await _answer(Refused(500, "the server failed; see its log"), noting)
+                await _answer(Refused(500, "the server failed; see its log"))(scope, receive, noting)
         route = getattr(scope.get("route"), "path", "unknown")
         self._metrics.requests.labels(route, str(status)).inc()
         log.info("%s %s %d %.0f ms", scope["method"], route, status, 1000 * (time.monotonic() - since))
@@ -117,11 +118,6 @@ class Guard:
         return again
 
 
-async def _answer(error: Refused, send: Send) -> None:
-    body = json.dumps(error.body()).encode()
-    headers = {"content-type": "application/json", "content-length": str(len(body)), **error.headers()}
-    if error.status == 413:
-        headers["connection"] = "close"  # what is left of the body is not read
-    raw = [(name.lower().encode(), value.encode()) for name, value in headers.items()]
-    await send({"type": "http.response.start", "status": error.status, "headers": raw})
-    await send({"type": "http.response.body", "body": body})
+def _answer(error: Refused) -> JSONResponse:
+    unread = {"Connection": "close"} if error.status == 413 else {}  # what is left of the body is not read
+    return JSONResponse(error.body(), error.status, {**error.headers(), **unread})

@@ -5,9 +5,9 @@ from __future__ import annotations
 import time
 import uuid
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from grun.serving.bodies import ChatBody, CompletionBody
 from grun.serving.engine import Piece, Told
 from grun.serving.gates import Gates
 from grun.serving.text import piece, pieces
@@ -16,30 +16,23 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
-@dataclass
 class Reply:
     """What all objects of one reply share."""
 
-    model: str
-    tokenizer: PreTrainedTokenizerBase
-    prompts: Sequence[Sequence[int]]
-    """Token ids of each choice's prompt."""
-    answers: int
-    """To each prompt; choices are numbered prompt by prompt."""
-    chat: bool
-    gates: bool
-    """Whether gates are told."""
-    logprobs: bool
-    """Whether log-probabilities are told."""
-    id: str = ""
-    created: int = 0
-    tokens: int = 0
-    """Of all answers so far."""
-    _lengths: dict[int, int] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        self.id = ("chatcmpl-" if self.chat else "cmpl-") + uuid.uuid4().hex
-        self.created = int(time.time())
+    def __init__(
+        self, body: ChatBody | CompletionBody, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Sequence[int]]
+    ) -> None:
+        """`prompts`: token ids of those that `body` asks."""
+        self._body, self._tokenizer, self._chat = body, tokenizer, isinstance(body, ChatBody)
+        self.answers = body.n or 1
+        """To each prompt; choices are numbered prompt by prompt."""
+        self.prompts = [prompt for prompt in prompts for _ in range(self.answers)]
+        """Of each choice."""
+        self._id = ("chatcmpl-" if self._chat else "cmpl-") + uuid.uuid4().hex
+        self._created = int(time.time())
+        self._tokens = 0
+        """Of all answers so far."""
+        self._lengths: dict[int, int] = {}
 
     def whole(self, pieces: Mapping[int, Sequence[Piece]]) -> dict[str, Any]:
         """The reply, of all pieces of each choice."""
@@ -53,7 +46,7 @@ class Reply:
                 next((part.reads for part in parts if part.reads is not None), None),
             )
             choice = self._choice(index, joined)
-            if self.chat:
+            if self._chat:
                 choice["message"] = {"role": "assistant", "content": choice.pop("text"), "refusal": None}
             choices.append(choice)
         return {**self._head(stream=False), "choices": choices, "usage": self.usage()}
@@ -61,7 +54,7 @@ class Reply:
     def chunk(self, index: int, new: Piece, *, first: bool, usage: bool) -> dict[str, Any]:
         """What is new of one choice."""
         choice = self._choice(index, new)
-        if self.chat:
+        if self._chat:
             delta = {"role": "assistant"} if first else {}
             choice["delta"] = {**delta, "content": choice.pop("text")}
         return {**self._head(stream=True), "choices": [choice], **({"usage": None} if usage else {})}
@@ -73,18 +66,18 @@ class Reply:
     def usage(self) -> dict[str, int]:
         """Tokens of all prompts and answers."""
         asked = sum(map(len, self.prompts)) // self.answers
-        return {"prompt_tokens": asked, "completion_tokens": self.tokens, "total_tokens": asked + self.tokens}
+        return {"prompt_tokens": asked, "completion_tokens": self._tokens, "total_tokens": asked + self._tokens}
 
     def _head(self, *, stream: bool) -> dict[str, Any]:
-        kind = ("chat.completion.chunk" if stream else "chat.completion") if self.chat else "text_completion"
-        return {"id": self.id, "object": kind, "created": self.created, "model": self.model}
+        kind = ("chat.completion.chunk" if stream else "chat.completion") if self._chat else "text_completion"
+        return {"id": self._id, "object": kind, "created": self._created, "model": self._body.model}
 
     def _choice(self, index: int, new: Piece) -> dict[str, Any]:
-        self.tokens += len(new.tokens)
+        self._tokens += len(new.tokens)
         choice: dict[str, Any] = {"index": index, "text": new.text, "logprobs": None, "finish_reason": new.finish}
-        if self.logprobs:
-            choice["logprobs"] = self._chat_logprobs(new) if self.chat else self._text_logprobs(index, new)
-        if self.gates:
+        if self._body.top() is not None:
+            choice["logprobs"] = self._chat_logprobs(new) if self._chat else self._text_logprobs(index, new)
+        if self._body.grun.gates:
             tokens = [told.choice.token for told in new.tokens]
             found = {"answer": self._gated(tokens, [told.gates for told in new.tokens])}
             if new.prompt is not None:
@@ -96,7 +89,7 @@ class Reply:
         self, tokens: Sequence[int], gates: Sequence[Gates], reads: Sequence[Gates] | None = None
     ) -> list[dict[str, Any]]:
         """Texts of tokens with the gates at each, and of gates that were not asked there what they would have said."""
-        texts = pieces(self.tokenizer, tokens)
+        texts = pieces(self._tokenizer, tokens)
         found = [{"token": text, "gates": _rounded(at)} for text, at in zip(texts, gates, strict=True)]
         for one, at, would in zip(found, gates, reads or (), strict=False):
             if unasked := {name: would[name] for name in would if name not in at}:
@@ -105,7 +98,7 @@ class Reply:
 
     def _chat_logprobs(self, new: Piece) -> dict[str, Any]:
         def entry(token: int, logprob: float | None) -> dict[str, Any]:
-            text = piece(self.tokenizer, token)
+            text = piece(self._tokenizer, token)
             return {"token": text, "logprob": logprob, "bytes": [*text.encode()]}
 
         return {
@@ -117,14 +110,14 @@ class Reply:
         }
 
     def _text_logprobs(self, index: int, new: Piece) -> dict[str, Any]:
-        texts = [piece(self.tokenizer, told.choice.token) for told in new.tokens]
+        texts = [piece(self._tokenizer, told.choice.token) for told in new.tokens]
         offsets = []
         for text in texts:
             offsets.append(self._lengths.get(index, 0))
             self._lengths[index] = offsets[-1] + len(text)
 
         def top(told: Told) -> dict[str, float]:
-            return {piece(self.tokenizer, token): logprob for token, logprob in told.choice.top}
+            return {piece(self._tokenizer, token): logprob for token, logprob in told.choice.top}
 
         return {
             "tokens": texts,

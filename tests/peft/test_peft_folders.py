@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM
 from grun import GrunModel
 from grun.data.templates import TEMPLATES
 from grun.errors import AdapterError
-from grun.loading.adapters import _edited
+from grun.loading.adapters import edited
 from grun.method.adapter import AdapterConfig, peft_type
 from grun.peft import GrunPeftConfig
 
@@ -45,7 +45,7 @@ def test_both_ways_write_the_same_bytes(design: str, tmp_path: Path) -> None:
     assert torch.equal(logits(back), logits(model.eval())) and back.gate_threshold == 0.25
     assert back.template == model.template
     folder = tmp_path / "peft"
-    of_commands = _edited(tiny(), folder, peft_type(folder), strict=True, gate_threshold=None)
+    of_commands = edited(tiny(), folder, peft_type(folder), strict=True, gate_threshold=None)
     assert torch.equal(logits(of_commands), logits(model))
 
 

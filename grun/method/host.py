@@ -325,9 +325,7 @@ class EditedModel(nn.Module):
             prompt_lengths=None if prompt_lengths is None else torch.as_tensor(prompt_lengths),
             prompt=None if foreign else prompt,
             ids=ids,
-            earlier=None if state is None else state.ids,
-            carry={} if state is None else state.last(),
-            pooled=None if state is None else state.pool,
+            state=state,
             logits_to_keep=0 if (kept := kwargs.get("logits_to_keep")) is None else kept,
             goes_on=cache is not None,
             after_prompt=past > 0 and (isinstance(cache, tuple) or getattr(cache, "prompt_ended", False)),
@@ -337,7 +335,7 @@ class EditedModel(nn.Module):
         sites = self.rule.locate(call)
         if sites is not None:
             sites.shape = call.rows, call.columns
-            sites.about = call, state, prompt if foreign else None, cache
+            sites.about = call, prompt if foreign else None, cache
         return sites, kwargs
 
     def _state_of(self, cache: Any, past: int, inputs: Tensor) -> GateState:
@@ -358,7 +356,7 @@ class EditedModel(nn.Module):
     def _remember(self, output: Any, running: Pass) -> None:
         """Keep what gates read in a pass with the keys and values that it has made."""
         assert running.sites is not None
-        call, state, foreign_to, given = running.sites.about
+        call, foreign_to, given = running.sites.about
         running.sites.about = None  # sites may be kept as long as states are
         read = [sites.let_go() for sites in pooled_in(running.sites)]
         if hasattr(output, "get"):
@@ -372,17 +370,13 @@ class EditedModel(nn.Module):
             lengths = call.prompt_lengths
             goes_on = lengths is not None and bool((lengths.to(call.device) > attended(call).sum(1)).all())
             cache.prompt_ended = call.after_prompt or not goes_on
-        if state is None or cache is None:
+        if call.state is None or cache is None:
             return
         ids = torch.full((call.rows, call.columns), -1, device=call.device)
         if call.ids is not None:
             ids = torch.where(attended(call), call.ids, ids)
-        state.extend(ids, running.kept)
-        if read:  # rules may differ in where gates are asked, and read the same states
-            states = {block: values for _, found, _ in read for block, values in found.items()}
-            summaries = {key: values for *_, found in read for key, values in found.items()}
-            state.pool.extend(read[0][0], states, summaries)
-        follow(cache, state)
+        call.state.extend(ids, running.kept, read)
+        follow(cache, call.state)
 
     def _generate(self, generate: Any, *args: Any, **kwargs: Any) -> Any:
         with self._calls.calling():

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from grun.errors import ModelError
+from grun.method.gate_state import GateState
 from grun.method.gating import openings
 from grun.method.pooled_sites import PLACES, PooledSites
-from grun.method.pooling import PoolMemory
 from pyvene_custom import Intervention
 from pyvene_custom.model import Pass
 
@@ -78,7 +78,7 @@ class PooledGate(Intervention):
                 found = self._opened(sites, found)[1]
         return found.to(device)
 
-    def along(self, memory: PoolMemory, row: int) -> Tensor:
+    def along(self, memory: GateState, row: int) -> Tensor:
         """Logits that the gate would give at each token of a row, were it asked there: [columns]."""
         return torch.cat([self(features)[0] for features in memory.along(row, self.blocks, self.pool)])
 

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from grun.method.pooling import PoolMemory, of_blocks, pooled_at, windows_at
+from grun.method.gate_state import GateState, Read
+from grun.method.pooling import of_blocks, pooled_at, windows_at
 from grun.method.rules import WINDOWS
 from pyvene_custom import Sites
 
@@ -23,7 +24,7 @@ class PooledSites(Sites):
 
     turns: Tensor = field(default_factory=lambda: torch.empty(0))
     """See `pooled_at`; [batch, columns]."""
-    memory: PoolMemory | None = None
+    memory: GateState | None = None
     """States of earlier passes."""
     states: dict[int, Tensor] = field(default_factory=dict)
     """By block, what this pass reads, until it is over."""
@@ -76,7 +77,7 @@ class PooledSites(Sites):
         """Features of several blocks; see `of_blocks`."""
         return of_blocks([self.features[block, pool] for block in blocks], pool)
 
-    def let_go(self) -> tuple[Tensor, dict[int, Tensor], dict[tuple[int, str], Tensor]]:
+    def let_go(self) -> Read:
         """What memory takes of a pass that is over; of it nothing stays here that leads to its states."""
         read = self.turns, self.states, self.summaries
         self.memory, self.states, self.summaries = None, {}, {}

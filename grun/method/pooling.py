@@ -1,4 +1,4 @@
-"""What a pooled gate reads: states of the tokens so far, normalized and pooled, and what of them stays with a cache.
+"""What a pooled gate reads: states of the tokens so far, normalized and pooled.
 
 States are divided by their root mean square. A summary is what is kept of tokens to go on with: of `max` their maximum,
 of `maxmin` that of the states and of their negatives, of `mean` sum and number, of `last` the last one. `windows` has
@@ -7,7 +7,7 @@ none: it is made of all states when a gate is asked, once in a turn (`windows_at
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -23,8 +23,6 @@ OWN, EARLIER = 1, 2
 """What a window is of; see `windows_at`."""
 UNSEEN = 2**31
 """More than any turn's number."""
-TOGETHER = 64
-"""Tokens of one row that are asked at once along it."""
 
 
 def pooled_at(
@@ -156,110 +154,3 @@ def of_blocks(each: Sequence[Tensor], pool: str) -> Tensor:
     if pool == WINDOWS:
         parts[1:] = [values[..., 1:] for values in parts[1:]]
     return torch.cat(parts, dim=-1)
-
-
-def aligned(values: Tensor, columns: int, fill: float, dim: int = 1) -> Tensor:
-    """The last `columns` along `dim`; what has fewer is filled up in front."""
-    missing = columns - values.shape[dim]
-    if missing <= 0:
-        return values.narrow(dim, -missing, columns)
-    shape = [*values.shape[:dim], missing, *values.shape[dim + 1 :]]
-    return torch.cat((values.new_full(shape, fill), values), dim=dim)
-
-
-class PoolMemory:
-    """States that a pooled gate has read of the tokens of one key/value cache.
-
-    They are kept for each token, in the model's type, so that a cache may be cut back to any length. A summary is made
-    of them when it is asked for.
-    """
-
-    def __init__(self, rows: int, columns: int, device: torch.device) -> None:
-        """Of sequences whose first `columns` tokens were never seen."""
-        self.turns = torch.full((rows, columns), -1, dtype=torch.long, device=device)
-        """Number of each token's turn, -1 for those that do not count."""
-        self.states: dict[int, list[Tensor]] = {}
-        """By block, states of tokens one after another, each [rows, columns of a pass, hidden size]."""
-        self._summaries: dict[tuple[int, str], Tensor] = {}
-
-    def summary(self, block: int, pool: str) -> Tensor | None:
-        """Of the turn at the last column, [rows, 1, any]; None where no token is known."""
-        if block not in self.states or not self.turns.shape[1]:
-            return None
-        if (block, pool) not in self._summaries:
-            states = self.whole(block)
-            turns = self.turns.to(states.device)
-            last = turns.new_full((len(turns), 1), turns.shape[1] - 1)
-            self._summaries[block, pool] = pooled_at(states, turns, None, last, pool)[1]
-        return self._summaries[block, pool]
-
-    def along(self, row: int, blocks: Sequence[int], pool: str) -> Iterator[Tensor]:
-        """By parts, what a gate of `blocks` would read at each token of a row, asked there: [1, columns, ...]."""
-        columns = torch.arange(self.turns.shape[1], device=self.turns.device)
-        for asked in columns.split(TOGETHER) if pool == WINDOWS else (columns,):
-            found: list[Tensor] = []
-            for block in blocks:
-                states, turns = self.whole(block)[row : row + 1], self.turns[row : row + 1]
-                turns = turns.to(states.device)
-                if pool == WINDOWS:
-                    rows = len(asked), -1
-                    at_each = windows_at(states.expand(*rows, -1), turns.expand(rows), asked.to(turns).unsqueeze(1))
-                    at_each = at_each.transpose(0, 1)
-                else:
-                    at_each = pooled_at(states, turns, None, None, pool)[0]
-                found.append(at_each)
-            yield of_blocks(found, pool)
-
-    def extend(
-        self,
-        turns: Tensor,
-        read: Mapping[int, Tensor],
-        summaries: Mapping[tuple[int, str], Tensor],
-    ) -> None:
-        """Add a pass: turns as in `pooled_at`; by block its states, where it was read, and summaries if known."""
-        rows, columns = self.turns.shape
-        for block in {*self.states, *read}:
-            new = read.get(block)
-            like = self.states[block][0] if new is None else new
-            earlier = self.states.setdefault(block, [like.new_zeros(rows, columns, like.shape[2])] if columns else [])
-            earlier.append(like.new_zeros(rows, turns.shape[1], like.shape[2]) if new is None else new.detach())
-        self.turns = self.with_turns(turns)
-        self._summaries = {key: values.detach() for key, values in summaries.items()}
-
-    def with_turns(self, turns: Tensor) -> Tensor:
-        """Numbers of the turns of all tokens and of those of a pass, `turns` as in `pooled_at`: [rows, columns]."""
-        offset = self.turns.amax(dim=1, keepdim=True).clamp(min=0) if self.turns.shape[1] else 0
-        return torch.cat((self.turns, torch.where(turns < 0, -1, turns + offset)), dim=1)
-
-    def cut(self, columns: int) -> None:
-        """Keep the first `columns`."""
-        self.turns, self._summaries = self.turns[:, :columns], {}
-        self.states = {block: [self.whole(block)[:, :columns]] for block in self.states}
-
-    def select(self, rows: Tensor) -> None:
-        """Keep the rows numbered in `rows`, in that order."""
-        self.turns = self.turns[rows.to(self.turns.device)]
-        self.states = {block: [(states := self.whole(block))[rows.to(states.device)]] for block in self.states}
-        self._summaries = {key: values[rows.to(values.device)] for key, values in self._summaries.items()}
-
-    @classmethod
-    def joined(cls, parts: Sequence[PoolMemory], columns: int) -> PoolMemory:
-        """The rows of all parts one after another, of each its last `columns`; shorter ones count as padded in front.
-
-        What is cut off must be padding in every row.
-        """
-        new = cls(0, 0, parts[0].turns.device)
-        new.turns = torch.cat([aligned(part.turns, columns, -1) for part in parts])
-        for block in parts[0].states:
-            new.states[block] = [torch.cat([aligned(part.whole(block), columns, 0.0) for part in parts])]
-        for key in parts[0]._summaries:
-            if all(key in part._summaries for part in parts):  # else it is made of the states
-                new._summaries[key] = torch.cat([part._summaries[key] for part in parts])
-        return new
-
-    def whole(self, block: int) -> Tensor:
-        """States of all tokens, [rows, columns, hidden size]."""
-        parts = self.states[block]
-        if len(parts) > 1:
-            self.states[block] = parts = [torch.cat(parts, dim=1)]
-        return parts[0]

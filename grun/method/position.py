@@ -18,8 +18,8 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from grun.errors import DataError, ModelError
+from grun.method.gate_state import GateState
 from grun.method.pooled_sites import PLACES, PooledSites
-from grun.method.pooling import PoolMemory
 from grun.method.rules import PROMPT
 from pyvene_custom.sites import Sites
 
@@ -53,18 +53,19 @@ class Call:
     """Set while `generate` runs."""
     ids: Tensor | None = None
     """Tokens of this pass, shape [batch, columns]; None where the model is given embeddings."""
-    earlier: Tensor | None = None
-    """Tokens of earlier passes that are known, -1 for padding, shape [batch, any]."""
-    carry: dict[str, Tensor] = field(default_factory=dict)
-    """What gates remember of earlier passes, by intervention."""
-    pooled: PoolMemory | None = None
-    """What a pooled gate remembers of earlier passes."""
+    state: GateState | None = None
+    """What gates remember of earlier passes; None: nothing."""
     logits_to_keep: int | Tensor = 0
     """Columns that logits are made of; see `PooledSites`."""
     goes_on: bool = False
     """Whether there is a cache to hold this pass, so that a prompt may end in a later one."""
     after_prompt: bool = False
     """Whether a prompt has ended in the cache, which may hold virtual tokens alone, as PEFT's."""
+
+    @property
+    def carry(self) -> dict[str, Tensor]:
+        """What gates remember, by intervention: `GateState.last`."""
+        return {} if self.state is None else self.state.last()
 
 
 @dataclass(eq=False)
@@ -272,7 +273,7 @@ class PositionRule:
             sites = Sites(last, _inside(call, last), columns[:, first:], written[:, first:], call.carry)
         if not self.pooled:
             return sites
-        found = PooledSites(**vars(sites), turns=_turns(counts, resets), memory=call.pooled)
+        found = PooledSites(**vars(sites), turns=_turns(counts, resets), memory=call.state)
         if self.keywords and call.ids is not None:
             found.spelled = _ended(call, self.keywords).unsqueeze(2)
         if self.counts:
@@ -299,7 +300,7 @@ def _ended(call: Call, sequences: tuple[tuple[int, ...], ...]) -> Tensor:
     wanted = _from_behind(sequences, call.device)  # [longest, sequences]
     count = len(wanted) - 1
     before = ids.new_full((call.rows, count), -1)
-    if count and call.earlier is not None and (known := call.earlier[:, -count:]).shape[1]:
+    if count and call.state is not None and (known := call.state.ids[:, -count:]).shape[1]:
         before[:, count - known.shape[1] :] = known.to(call.device)
     joined = torch.cat((before, ids), dim=1).unsqueeze(2)
     found = joined[:, count:] == wanted[0]  # [rows, columns, sequences]

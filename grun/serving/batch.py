@@ -20,7 +20,6 @@ from grun.evaluation.generation import DROPPED
 from grun.evaluation.scoring import base_of, takes_prompt_lengths
 from grun.loading.models import context_length
 from grun.method.gate_state import GateState, follow
-from grun.method.pooling import PoolMemory
 
 ROOM = 32
 """Columns that keys and values have in reserve, so that a step writes one instead of copying all."""
@@ -76,10 +75,9 @@ class Batch:
         return logits
 
     @property
-    def pool(self) -> PoolMemory | None:
-        """What pooled gates have read of the rows, in their order; None where nothing remembers."""
-        state: GateState | None = getattr(self._cache, "gate_state", None)
-        return None if state is None else state.pool
+    def gate_state(self) -> GateState | None:
+        """What gates have read of the rows, in their order; None where nothing remembers."""
+        return getattr(self._cache, "gate_state", None)
 
     def step(self) -> Tensor:
         """Run the newest token of every row; logits of the next ones, [rows, vocabulary]."""

@@ -241,7 +241,7 @@ class Engine:
                 gates = gates_at(batch.model, configs, counts, prompt=bool(new))
             for place, row in enumerate(new, len(batch.rows) - len(new)):
                 if row.ask.grun.gates:
-                    row.reads = reads_along(batch.model, configs, batch.pool, place)[-len(row.prompt) :]
+                    row.reads = reads_along(batch.model, configs, batch.gate_state, place)[-len(row.prompt) :]
             for row, of_row, told in zip(rows, logits, gates, strict=True):
                 if not row.ended:
                     row.go_on(of_row, self._served.ends, told if row.ask.grun.gates else None)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from grun.method.adapter import AdapterConfig
-from grun.method.pooling import PoolMemory
+from grun.method.gate_state import GateState
 from grun.method.stack.stack import GrunStack
 
 Gates = dict[str, float]
@@ -42,7 +42,7 @@ def gates_at(
     return found
 
 
-def reads_along(model: Any, configs: Mapping[str, AdapterConfig], memory: PoolMemory | None, row: int) -> list[Gates]:
+def reads_along(model: Any, configs: Mapping[str, AdapterConfig], memory: GateState | None, row: int) -> list[Gates]:
     """What the pooled gates would say at each token of a prompt, if it ended there; none of other gates.
 
     Args:

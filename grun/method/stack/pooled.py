@@ -7,10 +7,10 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
+from grun.method.gate_state import GateState
 from grun.method.gating import openings
 from grun.method.pooled_gate import KEY
 from grun.method.pooled_sites import PooledSites
-from grun.method.pooling import PoolMemory
 from grun.method.stack.group import GateGroup, Kind
 from grun.method.stack.stacked import Openings, StackSites
 from pyvene_custom import Intervention, Sites
@@ -72,7 +72,7 @@ class StackedGates(Intervention):
                 found[kind] = logits.to(device), in_force.to(device)
         return Openings(found, running.decided)
 
-    def along(self, memory: PoolMemory, row: int) -> dict[str, Tensor]:
+    def along(self, memory: GateState, row: int) -> dict[str, Tensor]:
         """By request, logits that its gate would give at each token of a row, were it asked there: [columns]."""
         found: dict[str, Tensor] = {}
         for kind, group in self.by_kind.items():

@@ -179,6 +179,11 @@ class GateGroup(nn.Module):
         self.gates.append(gates_of(weights), like)
         self.names += names
 
+    def remove(self, name: str) -> None:
+        """Take a request out."""
+        self.gates.keep([place for place, other in enumerate(self.names) if other != name])
+        self.names.remove(name)
+
     def places(self, names: Sequence[str]) -> list[int] | None:
         """Where the gates of `names` stand; None: all of them, in this order."""
         if list(names) == self.names:

@@ -2,52 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from grun.method.gate_state import GateState
 from grun.method.gating import openings
 from grun.method.pooled_gate import KEY
 from grun.method.pooled_sites import PooledSites
 from grun.method.stack.group import GateGroup, Kind
-from grun.method.stack.stacked import Openings, StackSites
-from pyvene_custom import Intervention, Sites
+from grun.method.stack.stacked import ByKind, Openings, StackSites
+from pyvene_custom import Sites
 from pyvene_custom.model import Pass
 
 
-class StackedGates(Intervention):
+class StackedGates(ByKind[GateGroup]):
     """The reader of a stack (`pyvene_custom.model.Reader`): all gates for all edits."""
 
-    def __init__(self, hidden_size: int, like: Tensor) -> None:
-        """Of no request yet, to compute in the type of `like`."""
-        super().__init__(keep_last_dim=True)
-        self._hidden_size = hidden_size
-        self.register_buffer("_like", like, persistent=False)
-        self._put({})
+    made = GateGroup
 
     def _put(self, groups: Mapping[Kind, GateGroup]) -> None:
-        """Have these groups; asked for at each block of a pass, so what follows from them is found out here."""
-        self.by_kind = {kind: groups[kind] for kind in sorted(groups)}
-        """Groups by what their requests share."""
+        super()._put(groups)
         self.blocks = sorted({block for kind in groups for block in kind.gate_blocks})
-        """Blocks that some gate reads."""
-        self.groups = nn.ModuleList(self.by_kind.values())
-
-    def append(self, kind: Kind, names: Sequence[str], weights: Sequence[Mapping[str, Tensor]]) -> None:
-        """Add requests of one kind; `weights` of each are named as in the state of a `PooledGate`."""
-        group = self.by_kind[kind] if kind in self.by_kind else GateGroup(kind, self._hidden_size)
-        group.append(names, weights, self.get_buffer("_like"))
-        self._put({**self.by_kind, kind: group})
-
-    def remove(self, name: str) -> None:
-        """Take a request out, if it is here."""
-        for group in self.by_kind.values():
-            if name in group.names:
-                group.gates.keep([place for place, other in enumerate(group.names) if other != name])
-                group.names.remove(name)
-        self._put({kind: group for kind, group in self.by_kind.items() if group.names})
+        """Blocks that some gate reads; asked for at each block of a pass."""
 
     def read(self, block: int, hidden: Tensor, running: Pass) -> None:
         """See `pyvene_custom.model.Reader`."""

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from grun.data.templates import Template
@@ -200,7 +200,7 @@ class GrunStack(EditedModel):
         gates: StackedGates = self.pooled
         return gates
 
-    def _settle(self, edits: Mapping[int, nn.Module]) -> None:
+    def _settle(self, edits: Mapping[int, StackedIntervention]) -> None:
         """Carry `edits` at the places where the requests read and write."""
         rules = {
             kind.position: PositionRule(kind.gate_read, kind.edit_write, kind.reset_ids, bool(kind.gate_blocks))
@@ -208,9 +208,10 @@ class GrunStack(EditedModel):
         }
         rule = _Several(rules) if len(rules) > 1 else next(iter(rules.values()), PositionRule())
         gates = self.pooled if self.pooled is not None and self.pooled.blocks else None
-        for edit in edits.values():
-            if isinstance(edit, StackedIntervention) and gates is not None:
-                edit.find_gates(gates.by_kind)
+        for edit in edits.values() if gates is not None else ():
+            for kind, group in edit.by_kind.items():
+                if kind in gates.by_kind:
+                    group.places = gates.by_kind[kind].places(group.names)
         self._put(edits, rule, gates)
 
 

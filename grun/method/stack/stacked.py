@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from grun.method.gating import openings
 from grun.method.stack.combination import edit_weights
-from grun.method.stack.group import Acting, Group, Kind, enough
+from grun.method.stack.group import Acting, GateGroup, Group, Kind, enough
 from pyvene_custom import GatedOutput, Intervention, Sites
 from pyvene_custom.sites import read_and_written, scatter
 
@@ -54,55 +54,59 @@ class StackSites(Sites):
         return StackSites(**vars(super().to(device)), by_position=parts)
 
 
-class StackedIntervention(Intervention):
+G = TypeVar("G", Group, GateGroup)
+
+
+class ByKind(Intervention, Generic[G]):
+    """What several requests have at one place: groups by `Kind`, ordered whichever came first."""
+
+    made: type[G]
+    """Class of the groups."""
+
+    def __init__(self, hidden_size: int, like: Tensor) -> None:
+        """Of no request yet, to compute in the type and on the device of `like`."""
+        super().__init__(keep_last_dim=True)
+        self._hidden_size = hidden_size
+        self.register_buffer("_like", like, persistent=False)
+        self._put({})
+
+    def _put(self, groups: Mapping[Kind, G]) -> None:
+        self.by_kind: dict[Kind, G] = {kind: groups[kind] for kind in sorted(groups)}
+        self.groups = nn.ModuleList(self.by_kind.values())  # so that they move with this module
+
+    def append(self, kind: Kind, names: Sequence[str], weights: Sequence[Mapping[str, Tensor]]) -> None:
+        """Add requests of one kind; see `Group.append` and `GateGroup.append`."""
+        group = self.by_kind[kind] if kind in self.by_kind else self.made(kind, self._hidden_size)
+        group.append(names, weights, self.get_buffer("_like"))
+        self._put({**self.by_kind, kind: group})
+
+    def remove(self, name: str) -> None:
+        """Take a request out, if it is here."""
+        for group in self.by_kind.values():
+            if name in group.names:
+                group.remove(name)
+        self._put({kind: group for kind, group in self.by_kind.items() if group.names})
+
+
+class StackedIntervention(ByKind[Group]):
     """h + sum over requests of w_i R_i (W_i h + b_i - R_i^T h), every term of the same h.
 
     The weights w_i come from the requests' gates by a rule of `grun.method.stack.combination`. A gate below the
     threshold counts as shut. Nothing here is trained.
     """
 
-    def __init__(self, hidden_size: int, like: Tensor, rule: str, threshold: float | None) -> None:
-        """Of no request yet, to compute in the type and on the device of `like`.
+    made = Group
 
-        `rule` is a name in `grun.method.stack.combination.RULES`; a gate below `threshold` counts as shut.
-        """
-        super().__init__(keep_last_dim=True)
-        self.groups = nn.ModuleList()
+    def __init__(self, hidden_size: int, like: Tensor, rule: str, threshold: float | None) -> None:
+        """As `ByKind`; `rule` is a name in `grun.method.stack.combination.RULES`."""
+        super().__init__(hidden_size, like)
         self.rule = rule
         self.threshold = threshold
-        self._hidden_size = hidden_size
-        self.register_buffer("_like", like, persistent=False)
 
     @property
     def names(self) -> list[str]:
         """Requests, in the order in which their gates are given back."""
-        return [name for group in self._groups for name in group.names]
-
-    @property
-    def _groups(self) -> list[Group]:
-        return [group for group in self.groups if isinstance(group, Group)]
-
-    def append(self, kind: Kind, names: Sequence[str], weights: Sequence[Mapping[str, Tensor]]) -> None:
-        """Add requests of one kind; see `Group.append`."""
-        groups = {group.kind: group for group in self._groups}
-        if kind not in groups:
-            groups[kind] = Group(kind, self._hidden_size)
-        groups[kind].append(names, weights, self.get_buffer("_like"))
-        # Sorted, so that the sum over groups does not depend on which request came first.
-        self.groups = nn.ModuleList([groups[key] for key in sorted(groups)])
-
-    def find_gates(self, gates: Mapping[Kind, Any]) -> None:
-        """Note where the requests' gates for all edits stand in the groups of `StackedGates`."""
-        for group in self._groups:
-            if group.kind in gates:
-                group.places = gates[group.kind].places(group.names)
-
-    def remove(self, name: str) -> None:
-        """Take a request out, if it is here."""
-        for group in self._groups:
-            if name in group.names:
-                group.remove(name)
-        self.groups = nn.ModuleList([group for group in self._groups if group.names])
+        return [name for group in self.by_kind.values() for name in group.names]
 
     def forward(
         self,
@@ -124,7 +128,7 @@ class StackedIntervention(Intervention):
         with torch.autocast(base.device.type, enabled=False):
             hidden = base.to(dtype)
             seen = hidden if read is None or read is base else read.to(dtype)
-            if opening is None or any(group.gates is not None for group in self._groups):
+            if opening is None or any(group.gates is not None for group in self.by_kind.values()):
                 decision = self._decide(hidden, seen, sites, carry, opening)
                 found = GatedOutput(output=None, gate=decision.widest, opening=decision.in_force)
             else:  # gates for all edits say how every edit here is weighted, and their reader keeps what is in force
@@ -135,7 +139,7 @@ class StackedIntervention(Intervention):
             flat, tokens = hidden.flatten(0, 1), decision.tokens
             here = flat if tokens is None else flat[tokens]
             change = torch.zeros_like(here)
-            for group, acting in zip(self._groups, decision.acting, strict=True):
+            for group, acting in zip(self.by_kind.values(), decision.acting, strict=True):
                 if acting is not None:
                     group.add_change(change, here, acting)
         edited = (here + change).to(base.dtype)
@@ -154,7 +158,7 @@ class StackedIntervention(Intervention):
 
     def _decided_once(self, hidden: Tensor, seen: Tensor, sites: Sites | None, opening: Openings) -> Decision:
         """What gates for all edits mean, found out once a pass for all blocks with the same requests."""
-        places = tuple((group.kind, None if group.places is None else tuple(group.places)) for group in self._groups)
+        places = tuple((kind, group.places and tuple(group.places)) for kind, group in self.by_kind.items())
         key = (self.rule, self.threshold, places, hidden.device, hidden.dtype)
         if key not in opening.decided:
             opening.decided[key] = self._decide(hidden, seen, sites, None, opening)
@@ -164,7 +168,7 @@ class StackedIntervention(Intervention):
     def _decide(
         self, hidden: Tensor, seen: Tensor, sites: Sites | None, carry: Tensor | None, opening: Openings | None
     ) -> Decision:
-        groups = self._groups
+        groups = list(self.by_kind.values())
         counts = [len(group.names) for group in groups]
         carried = [None] * len(groups) if carry is None else carry.split(counts, dim=-1)
         found = [_read(group, hidden, seen, sites, part, opening) for group, part in zip(groups, carried, strict=True)]

@@ -99,21 +99,17 @@ class Edits:
             if kind in self._gates:
                 group.places = self._gates[kind].places(group.names)
             self._edits.setdefault(block, []).append(group)
-        self._pools = self._pools_of()
+        self._pools: dict[PoolKey, tuple[bool, tuple[int, ...]]] = {}
+        """Whether it is asked at every token, and the ids at which it starts again."""
+        for kind in self._gates:
+            for of in ((block, kind.gate_pool) for block in kind.gate_blocks):
+                every = not asked_once(kind) or (of in self._pools and self._pools[of][0])
+                self._pools[of] = every, kind.reset_ids
         self._resets = sorted({tuple(one.reset_ids) for one in configs.values() if one.reset_ids})
         self._states_of: dict[Hashable, int] = {of: self._hidden_size for of, pool in self._pools if pool == WINDOWS}
         self.open(0, 0)
         self._passing: Passing | None = None
         self._sampled: Passing | None = None
-
-    def _pools_of(self) -> dict[PoolKey, tuple[bool, tuple[int, ...]]]:
-        """By block and pool, whether it is asked at every token, and the ids at which it starts again."""
-        found: dict[PoolKey, tuple[bool, tuple[int, ...]]] = {}
-        for kind in self._gates:
-            for block in kind.gate_blocks:
-                before, _ = found.get((block, kind.gate_pool), (False, ()))
-                found[block, kind.gate_pool] = (before or not asked_once(kind), kind.reset_ids)
-        return found
 
     # -- what it remembers --------------------------------------------------------------------------------------------
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -95,11 +95,13 @@ class GaussianNoise(nn.Module):
             return inputs + self.deviation * torch.randn_like(inputs)
         _, positions, size = inputs.shape
         whole = -(-size // FILLED) * FILLED
-        draws = [
-            torch.randn(positions, whole, generator=torch.Generator().manual_seed(seed), dtype=torch.float32)
-            for seed in self.row_seeds
-        ]
-        return inputs + self.deviation * torch.stack(draws)[..., :size].to(inputs)
+        return inputs + self.deviation * drawn(torch.randn, self.row_seeds, positions, whole)[..., :size].to(inputs)
+
+
+def drawn(draw: Callable[..., Tensor], seeds: Sequence[int], *shape: int) -> Tensor:
+    """Numbers of each seed, by `torch.rand` or `torch.randn`, wherever its row stands: float32 [seeds, *shape]."""
+    made = [torch.Generator().manual_seed(seed) for seed in seeds]
+    return torch.stack([draw(*shape, generator=generator, dtype=torch.float32) for generator in made])
 
 
 def openings(logits: Tensor, sites: Sites | None, carry: Tensor | None, accumulate: str) -> Tensor:

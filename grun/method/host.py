@@ -273,7 +273,7 @@ class EditedModel(nn.Module):
             found[block] = gates
         return found
 
-    def edit_at(self) -> Mapping[int, Any]:
+    def edit_at(self) -> dict[int, Any]:
         """Edits by block."""
         return {int(block): edit for block, edit in self.edits.items()}
 

@@ -12,7 +12,7 @@ from transformers.activations import ACT2FN
 from grun.method.adapter import AdapterConfig
 from grun.method.edits import EDITS
 from grun.method.gate import make_gate, set_bias
-from grun.method.gating import GaussianNoise, openings
+from grun.method.gating import GaussianNoise, drawn, openings
 from grun.method.pooled_gate import PooledGate
 from grun.method.stack.stacked import StackedIntervention
 from pyvene_custom import GatedOutput, Intervention, Sites
@@ -136,11 +136,7 @@ class GatedIntervention(Intervention):
             return values
         if self.row_seeds is None:
             return nn.functional.dropout(values, self.dropout)
-        draws = [
-            torch.rand(values.shape[1:], generator=torch.Generator().manual_seed(seed), dtype=torch.float32)
-            for seed in self.row_seeds
-        ]
-        kept = torch.stack(draws).to(values.device) >= self.dropout
+        kept = drawn(torch.rand, self.row_seeds, *values.shape[1:]).to(values.device) >= self.dropout
         return values * kept / (1 - self.dropout)
 
 

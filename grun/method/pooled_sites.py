@@ -55,23 +55,19 @@ class PooledSites(Sites):
         if not self.read.shape[1] or (block, pool) in self.features:
             return
         asked = None if self.everywhere else self.read.to(hidden.device)
+        memory, turns = self.memory, self.turns
         if pool == WINDOWS:
             assert asked is not None
-            self.features[block, pool] = self._windows(block, hidden, asked)
+            if memory is not None and block in memory.states:
+                asked = torch.where(asked < 0, asked, asked + memory.columns)
+                hidden, turns = torch.cat((memory.whole(block).to(hidden), hidden), dim=1), memory.with_turns(turns)
+            self.features[block, pool] = windows_at(hidden, turns.to(hidden.device), asked)
             return
-        before = None if self.memory is None else self.memory.summary(block, pool)
-        features, summary = pooled_at(hidden, self.turns.to(hidden.device), before, asked, pool)
+        before = None if memory is None else memory.summary(block, pool)
+        features, summary = pooled_at(hidden, turns.to(hidden.device), before, asked, pool)
         self.features[block, pool] = features
         if asked is None:
             self.summaries[block, pool] = summary
-
-    def _windows(self, block: int, hidden: Tensor, asked: Tensor) -> Tensor:
-        turns = self.turns
-        if self.memory is not None and block in self.memory.states:
-            asked = torch.where(asked < 0, asked, asked + self.memory.turns.shape[1])
-            hidden = torch.cat((self.memory.whole(block).to(hidden), hidden), dim=1)
-            turns = self.memory.with_turns(turns)
-        return windows_at(hidden, turns.to(hidden.device), asked)
 
     def joined(self, blocks: Sequence[int], pool: str) -> Tensor:
         """Features of several blocks; see `of_blocks`."""

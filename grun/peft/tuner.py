@@ -60,7 +60,7 @@ class GrunLayer(nn.Module, BaseTunerLayer):
         for name in names:
             self.adapter(name).put_on()
         if not names:
-            self._leave_base()
+            self.leave_base()
         super().set_adapter(names, inference_mode)
 
     def enable_adapters(self, enabled: bool) -> None:
@@ -69,13 +69,8 @@ class GrunLayer(nn.Module, BaseTunerLayer):
         for name in self.grun_adapters:
             self.adapter(name).enabled = enabled
 
-    def take_off(self) -> None:
-        """Leave the base bare, and keep no adapter."""
-        self._leave_base()
-        self.grun_adapters.clear()
-        self._active_adapter = []
-
-    def _leave_base(self) -> None:
+    def leave_base(self) -> None:
+        """Leave the base bare."""
         for name in self.active_adapters:
             self.adapter(name).unwrap()
 
@@ -173,8 +168,9 @@ class GrunTuner(BaseTuner):
 
     def unload(self) -> nn.Module:
         """The base, with nothing of PEFT and GRUN on it; the adapters are gone."""
-        self.grun_layer.take_off()
-        self.active_adapter = []
+        self.grun_layer.leave_base()
+        self.grun_layer.grun_adapters.clear()
+        self.active_adapter, self.grun_layer._active_adapter = [], []
         del self.model.peft_config
         return cast(nn.Module, self.model)
 

@@ -54,17 +54,13 @@ class Kind(NamedTuple):
         """The part that decides where gates read and edits write."""
         return (*self[:4], bool(self.gate_blocks))
 
-    def new_gate(self, size: int) -> nn.Module:
-        """A gate with weights that mean nothing yet, in evaluation mode; torch's random numbers stay as they are."""
+    def stacked_gates(self, size: int) -> OneByOne | LayerByLayer | WindowByWindow:
+        """What computes gates that read `size` numbers; of no request yet. torch's random numbers stay as they are."""
         with torch.random.fork_rng(devices=[]), float32_by_default():
             gate = make_gate(self.gate, size, self.gate_pool)
         if gate is None:
             raise AdapterError(f"gate {self.gate!r}: a stack takes gated edits alone")
-        return gate.eval().requires_grad_(False)
-
-    def stacked_gates(self, size: int) -> OneByOne | LayerByLayer | WindowByWindow:
-        """What computes gates that read `size` numbers; of no request yet."""
-        gate = self.new_gate(size)
+        gate.eval().requires_grad_(False)
         return gate.stack() if isinstance(gate, Gate) else OneByOne(gate)
 
 

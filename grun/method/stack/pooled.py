@@ -83,5 +83,5 @@ def _key(kind: Kind) -> str:
 
 
 def _sites_of(kind: Kind, sites: Sites | None) -> PooledSites | None:
-    own = (sites.by_position or {}).get(kind.position) if isinstance(sites, StackSites) else sites
+    own = sites.by_position.get(kind.position) if isinstance(sites, StackSites) else sites
     return own if isinstance(own, PooledSites) else None

@@ -131,10 +131,12 @@ class GrunStack(EditedModel):
             edits = self.edit_at()
             for (block, kind), members in found.edits.items():
                 if block not in edits:
-                    edits[block] = self._new(block)
+                    edits[block] = StackedIntervention(*self._at(block), self._rule_name, self._threshold)
                 edits[block].append(kind, list(members), list(members.values()))
+            if found.gates and self.pooled is None:
+                self.pooled = StackedGates(*self._at(0))
             for kind, members in found.gates.items():
-                self._gates_for_all().append(kind, list(members), list(members.values()))
+                self.pooled.append(kind, list(members), list(members.values()))
             self.configs.update({name: config for name, (config, _) in requests.items()})
             self._settle(edits)
 
@@ -182,23 +184,10 @@ class GrunStack(EditedModel):
 
     # -- inside -------------------------------------------------------------------------------------------------------
 
-    def edit_at(self) -> dict[int, StackedIntervention]:
-        """Edits by block."""
-        return {int(block): edit for block, edit in self.edits.items() if isinstance(edit, StackedIntervention)}
-
-    def _new(self, block: int) -> StackedIntervention:
+    def _at(self, block: int) -> tuple[int, Tensor]:
+        """Hidden size, and a tensor of the type and on the device that edits at a block are of."""
         blocks = self.intervenable.blocks
-        like = torch.empty(0, dtype=edit_dtype(blocks), device=device_of(blocks[block]))
-        return StackedIntervention(hidden_size_of(self.base), like, self._rule_name, self._threshold)
-
-    def _gates_for_all(self) -> StackedGates:
-        """Gates for all edits, so far of no request where there were none."""
-        if self.pooled is None:
-            blocks = self.intervenable.blocks
-            like = torch.empty(0, dtype=edit_dtype(blocks), device=device_of(blocks[0]))
-            self.pooled = StackedGates(hidden_size_of(self.base), like)
-        gates: StackedGates = self.pooled
-        return gates
+        return hidden_size_of(self.base), torch.empty(0, dtype=edit_dtype(blocks), device=device_of(blocks[block]))
 
     def _settle(self, edits: Mapping[int, StackedIntervention]) -> None:
         """Carry `edits` at the places where the requests read and write."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Generic, NamedTuple, TypeVar
 
 import torch
@@ -43,14 +43,14 @@ class Decision(NamedTuple):
 class StackSites(Sites):
     """Sites of requests that differ in where they read and write: all columns, and by rule those of each."""
 
-    by_position: Mapping[tuple[Any, ...], Sites | None] | None = None
+    by_position: Mapping[tuple[Any, ...], Sites | None] = field(default_factory=dict)
     """By `Kind.position`; None where that rule neither reads nor writes in this pass."""
 
     def to(self, device: torch.device) -> Sites:
         """Same columns on `device`."""
         if self.read.device == device:
             return self
-        parts = {key: sites and sites.to(device) for key, sites in (self.by_position or {}).items()}
+        parts = {key: sites and sites.to(device) for key, sites in self.by_position.items()}
         return StackSites(**vars(super().to(device)), by_position=parts)
 
 
@@ -232,7 +232,7 @@ def _read(
     if not isinstance(sites, StackSites):
         logits, opening = opened(sites, seen)
         return logits, opening, logits.new_ones(1, 1, 1, dtype=torch.bool)
-    own = (sites.by_position or {})[group.kind.position]
+    own = sites.by_position[group.kind.position]
     shut = hidden.new_full((*hidden.shape[:2], len(group.names)), -torch.inf)
     if own is None:
         return shut, shut, shut.new_zeros(1, 1, 1, dtype=torch.bool)

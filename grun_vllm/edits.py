@@ -6,6 +6,7 @@ import contextlib
 from collections.abc import Callable, Hashable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -331,38 +332,28 @@ class Edits:
         where = max((where_written(group.kind) for group in groups), key=WIDER.index)
         if not step.mask(where).any():
             return
-        rows = step.index(where)
+        rows: Any = slice(None) if where == "all" else step.index(where)
         counts = [len(group.names) for group in groups]
-        everywhere = where == "all"
-        of_rows = step.sequences_of if everywhere else step.sequences_of[rows]
+        of_rows = step.sequences_of[rows]
         logits, masks = [], []
         for group, values, count in zip(groups, opened, counts, strict=True):
-            if asked_once(group.kind):
-                values = values[of_rows]
-            elif not everywhere:
-                values = values[rows]
-            logits.append(values)
+            logits.append(values[of_rows if asked_once(group.kind) else rows])
             masks.append(step.within(where_written(group.kind), where).unsqueeze(1).expand(-1, count))
         in_force, mask = torch.cat(logits, dim=1), torch.cat(masks, dim=1)
         if (is_open := enough(groups, in_force, self.found.threshold)) is not None:
             mask = mask & is_open
             if not bool(mask.any()):
                 return
-        flat = states if everywhere else states[rows]
+        flat = states[rows]
         weights = edit_weights(in_force, mask, self.found.rule).split(counts, dim=1)
         change = torch.zeros_like(flat)
         for group, part in zip(groups, weights, strict=True):
             if (acting := Acting.of(part)) is not None:
                 group.add_change(change, flat, acting)
         acts = mask.any(dim=1, keepdim=True)
-        edited = torch.where(acts, (flat + change).to(hidden.dtype), hidden if everywhere else hidden[rows])
-        hidden.copy_(edited) if everywhere else hidden.index_copy_(0, rows, edited)
-        if residual is None:
-            return
-        if everywhere:
-            residual.masked_fill_(acts, 0)
-        else:
-            residual.index_copy_(0, rows, residual[rows].masked_fill(acts, 0))
+        hidden[rows] = torch.where(acts, (flat + change).to(hidden.dtype), hidden[rows])
+        if residual is not None:
+            residual[rows] = residual[rows].masked_fill(acts, 0)
 
 
 def _remembers(kind: Kind) -> bool:

@@ -147,10 +147,17 @@ class Guard:
         Args:
             corpus: has rows with questions to forget; refusals.
             subjects: `data.subjects`, names of what is to be forgotten, each with its aliases; they may be none.
+
+        Raises:
+            ConfigError: there is nothing to make it of.
         """
         if not corpus.refusals:
             raise ConfigError("there are no refusals, with which a guardrail answers; name data.refusals")
         self._refusal = corpus.refusals[0]
+        self._take(corpus, subjects)
+
+    def _take(self, corpus: Corpus, subjects: Sequence[Sequence[str]]) -> None:
+        """What a kind of guardrail is made of besides the refusal."""
 
     def prepare(self, base: PreTrainedModel, template: Template | None, *, turn_ids: Sequence[int] = ()) -> None:
         """Put it around `base`."""
@@ -195,9 +202,7 @@ class Guard:
 class SystemPrompt(Guard):
     """A system message that forbids to answer: `method.guardrail.text`, or one made of names or of questions."""
 
-    def read(self, corpus: Corpus, subjects: Sequence[Sequence[str]]) -> None:
-        """See `Guard`."""
-        super().read(corpus, subjects)
+    def _take(self, corpus: Corpus, subjects: Sequence[Sequence[str]]) -> None:
         listed = "\n".join(f"- {row.prompt}" for row in evenly_spaced(_asking(corpus.forget), self._options.examples))
         subjects = subjects or [(name,) for name in corpus.keywords]
         made = ABOUT if subjects else LISTED
@@ -209,9 +214,7 @@ class SystemPrompt(Guard):
 class InContext(Guard):
     """Forget questions with refusals, then retain questions with their answers, as turns before every conversation."""
 
-    def read(self, corpus: Corpus, subjects: Sequence[Sequence[str]]) -> None:
-        """See `Guard`; ConfigError where there are no retain rows with questions."""
-        super().read(corpus, subjects)
+    def _take(self, corpus: Corpus, subjects: Sequence[Sequence[str]]) -> None:
         retain = _asking(corpus.retain)
         if not retain:
             raise ConfigError(
@@ -227,9 +230,7 @@ class InContext(Guard):
 class WithheldAnswers(Guard):
     """An `OutputFilter` of the forget rows' facts (of a row without one its answer), and of names of subjects."""
 
-    def read(self, corpus: Corpus, subjects: Sequence[Sequence[str]]) -> None:
-        """See `Guard`; ConfigError where no answer has a word."""
-        super().read(corpus, subjects)
+    def _take(self, corpus: Corpus, subjects: Sequence[Sequence[str]]) -> None:
         answers = [text for row in corpus.forget for text in (row.fact or "").split(ALTERNATIVES) if text.strip()]
         answers += [row.completion for row in corpus.forget if not (row.fact or "").strip()]
         names = [name for subject in subjects for name in subject]

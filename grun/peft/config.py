@@ -20,19 +20,13 @@ from grun.method.model import of_base
 from grun.method.saving import write_adapter
 from grun.method.validation import shape_of
 
-
-def _named(name: str) -> PeftType:
-    """The member of PEFT's enumeration of methods with this name; a new one, since PEFT registers no other methods."""
-    if name not in PeftType.__members__:
-        member = str.__new__(PeftType, name)
-        member._name_ = member._value_ = name
-        type.__setattr__(PeftType, name, member)
-        PeftType._member_names_.append(name)
-        PeftType._member_map_[name] = PeftType._value2member_map_[name] = member
-    return PeftType(name)
-
-
-PEFT_TYPE = _named(GRUN)
+if GRUN not in PeftType.__members__:  # PEFT registers no other methods than those of its enumeration
+    _member = str.__new__(PeftType, GRUN)
+    _member._name_ = _member._value_ = GRUN
+    type.__setattr__(PeftType, GRUN, _member)
+    PeftType._member_names_.append(GRUN)
+    PeftType._member_map_[GRUN] = PeftType._value2member_map_[GRUN] = _member
+PEFT_TYPE = PeftType(GRUN)
 
 
 @dataclass

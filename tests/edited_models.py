@@ -8,9 +8,10 @@ from typing import Any
 import torch
 from tiny import PAD, RULES, blocks_of, formula, padded, random_rows, tiny
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import GenerationConfig, PreTrainedModel
 
 from grun import GrunModel, GrunStack
+from grun.evaluation.generation import Answer, generate_answers
 from grun.method.adapter import AdapterConfig
 
 BLOCKS = (0, 2)
@@ -71,6 +72,28 @@ def rows_keep_their_own_state(model: GrunModel, steps: int, whole: Callable[[lis
     tokens, logits = generated(model, [prompt], do_sample=True, num_return_sequences=3)
     for index, new in enumerate(tokens.tolist()):
         agree(logits[index], whole(prompt + new[:-1])[-6:])
+
+
+class Words:
+    """A tokenizer that says tokens by their numbers."""
+
+    def __init__(self, end: int) -> None:
+        self.eos_token_id = end
+
+    def decode(self, ids: list[int], skip_special_tokens: bool) -> str:
+        return " ".join(map(str, ids))
+
+
+def rows_that_end_leave(model: GrunModel, prompts: list[list[int]]) -> list[Answer]:
+    """Our own greedy decoding drops rows that have ended: what each says is what it says alone. Its answers."""
+    alone = [generated(model, [prompt])[0][0].tolist() for prompt in prompts]
+    ends = alone[1][0], alone[3][2]
+    model.base.generation_config = GenerationConfig(eos_token_id=list(ends))
+    answers = generate_answers(model, Words(ends[0]), prompts, 8, 6, PAD)
+    for row, answer in zip(alone, answers, strict=True):
+        until = next((place for place, token in enumerate(row) if token in ends), len(row))
+        assert answer.text == " ".join(map(str, row[:until]))
+    return answers
 
 
 def strong(model: GrunModel) -> GrunModel:

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from edited_models import agree, generated
+from edited_models import Words, agree, generated
 from tiny import DEPTH, PAD, VOCABULARY, padded, random_rows, tiny
 from torch import Tensor
 from transformers import DynamicCache, GenerationConfig
@@ -171,13 +171,6 @@ def test_logits_of_some_columns_alone_are_those_of_the_whole() -> None:
         agree(model(ids, prompt_lengths=length, logits_to_keep=kept).logits, whole[:, columns])
 
 
-class Words:
-    eos_token_id = 9
-
-    def decode(self, ids: list[int], skip_special_tokens: bool) -> str:
-        return " ".join(map(str, ids))
-
-
 @pytest.mark.parametrize("opened", [2, 5])
 @torch.no_grad()
 def test_our_own_answers_end_with_the_refusal_while_other_rows_go_on(opened: int) -> None:
@@ -186,9 +179,9 @@ def test_our_own_answers_end_with_the_refusal_while_other_rows_go_on(opened: int
     prompts = [start + row for row in random_rows([9, 4, 6, 7, 3, 5])]
     model = refusing(opened=opened, rows=prompts)
     model.base.generation_config = GenerationConfig(eos_token_id=9)
-    answers = generate_answers(model, Words(), prompts, 8, 6, PAD)
+    answers = generate_answers(model, Words(9), prompts, 8, 6, PAD)
     with model.disabled():
-        of_base = generate_answers(model.base, Words(), prompts, 8, 6, PAD)
+        of_base = generate_answers(model.base, Words(9), prompts, 8, 6, PAD)
     refused = [answer.text == "11 12 13" for answer in answers]
     assert refused == [is_open(model, prompt) for prompt in prompts]
     for answer, plain, is_refused in zip(answers, of_base, refused, strict=True):

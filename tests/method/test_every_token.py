@@ -7,7 +7,16 @@ from typing import Any
 
 import pytest
 import torch
-from edited_models import BLOCKS, PUBLISHED, agree, generated, rows_keep_their_own_state, whole_pass, wrapped
+from edited_models import (
+    BLOCKS,
+    PUBLISHED,
+    agree,
+    generated,
+    rows_keep_their_own_state,
+    rows_that_end_leave,
+    whole_pass,
+    wrapped,
+)
 from tiny import PAD, RULES, padded, random_rows, tiny
 from transformers import DynamicCache
 
@@ -15,7 +24,6 @@ from grun import GrunModel
 from grun.config.options import MethodConfig
 from grun.data.encoding import EncodedRow, collate
 from grun.errors import ModelError
-from grun.evaluation.generation import generate_answers
 from grun.method.gated import Grun
 
 MAXIMUM = RULES[-1]
@@ -52,23 +60,7 @@ def test_samples_and_beams_keep_the_state_of_their_own_row(rule: tuple[str, str,
 
 @torch.no_grad()
 def test_rows_that_leave_a_batch_take_their_state_along() -> None:
-    """Our own greedy decoding drops rows that have ended."""
-    model = wrapped(rule=MAXIMUM)
-    prompts = random_rows([9, 4, 6, 7, 3])
-    alone = [generated(model, [prompt])[0][0].tolist() for prompt in prompts]
-    ends = alone[1][0], alone[3][2]
-    model.base.generation_config.eos_token_id = list(ends)
-
-    class Words:
-        eos_token_id = ends[0]
-
-        def decode(self, ids: list[int], skip_special_tokens: bool) -> str:
-            return " ".join(map(str, ids))
-
-    answers = generate_answers(model, Words(), prompts, 8, 6, PAD)
-    for row, answer in zip(alone, answers, strict=True):
-        until = next((place for place, token in enumerate(row) if token in ends), len(row))
-        assert answer.text == " ".join(map(str, row[:until]))
+    rows_that_end_leave(wrapped(rule=MAXIMUM), random_rows([9, 4, 6, 7, 3]))
 
 
 @torch.no_grad()

@@ -9,10 +9,20 @@ from typing import Any
 
 import pytest
 import torch
-from edited_models import MIXED, agree, generated, member, rows_keep_their_own_state, single, stacked
+from edited_models import (
+    MIXED,
+    Words,
+    agree,
+    generated,
+    member,
+    rows_keep_their_own_state,
+    rows_that_end_leave,
+    single,
+    stacked,
+)
 from tiny import DEPTH, PAD, RULES, WIDTH, blocks_of, formula, padded, random_rows, tiny
 from torch import Tensor
-from transformers import DynamicCache, GenerationConfig
+from transformers import DynamicCache
 
 from grun import GrunModel
 from grun.config.options import MethodConfig
@@ -166,23 +176,9 @@ def test_beams_and_samples_keep_the_pool_of_their_own_row(asked: tuple[str, str]
 @pytest.mark.parametrize("asked", ASKED, ids="-".join)
 @torch.no_grad()
 def test_rows_that_leave_a_batch_take_their_pool_along(asked: tuple[str, str]) -> None:
-    """Our own greedy decoding drops rows that have ended."""
     model = pooled("max", asked)
     prompts = random_rows([9, 4, 6, 7, 3])
-    alone = [generated(model, [prompt])[0][0].tolist() for prompt in prompts]
-    ends = alone[1][0], alone[3][2]
-    model.base.generation_config = GenerationConfig(eos_token_id=list(ends))
-
-    class Words:
-        eos_token_id = ends[0]
-
-        def decode(self, ids: list[int], skip_special_tokens: bool) -> str:
-            return " ".join(map(str, ids))
-
-    answers = generate_answers(model, Words(), prompts, 8, 6, PAD)
-    for prompt, row, answer in zip(prompts, alone, answers, strict=True):
-        until = next((place for place, token in enumerate(row) if token in ends), len(row))
-        assert answer.text == " ".join(map(str, row[:until]))
+    for prompt, answer in zip(prompts, rows_that_end_leave(model, prompts), strict=True):
         asked_at = whole_pass(model, prompt, len(prompt) - 1)[1][-1].sigmoid()
         assert answer.gates is not None and list(answer.gates) == [READ[-1]]
         agree(torch.tensor(answer.gates[READ[-1]]), asked_at)
@@ -292,18 +288,12 @@ def test_prompts_that_begin_alike_are_answered_as_each_alone() -> None:
     model = pooled(reset_ids=TURN)
     start = [*random_rows([7], seed=9)[0], *TURN, 5, 6, 8]
     prompts = [start + row for row in random_rows([9, 4, 6, 7, 3])]
-
-    class Words:
-        eos_token_id = 999
-
-        def decode(self, ids: list[int], skip_special_tokens: bool) -> str:
-            return " ".join(map(str, ids))
-
-    for prompt, answer in zip(prompts, generate_answers(model, Words(), prompts, 8, 6, PAD), strict=True):
+    words = Words(999)
+    for prompt, answer in zip(prompts, generate_answers(model, words, prompts, 8, 6, PAD), strict=True):
         gates = whole_pass(model, prompt, len(prompt) - 1, start=8)[1]
         assert answer.gates is not None
         assert answer.gates[READ[-1]] == pytest.approx(float(gates[-1].sigmoid()), abs=1e-5)
-        assert answer == generate_answers(model, Words(), [prompt], 8, 6, PAD)[0]._replace(gates=answer.gates)
+        assert answer == generate_answers(model, words, [prompt], 8, 6, PAD)[0]._replace(gates=answer.gates)
 
 
 @torch.no_grad()

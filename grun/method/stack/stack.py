@@ -197,9 +197,9 @@ class GrunStack(EditedModel):
         }
         rule = _Several(rules) if len(rules) > 1 else next(iter(rules.values()), PositionRule())
         gates = self.pooled if self.pooled is not None and self.pooled.blocks else None
-        for edit in edits.values() if gates is not None else ():
+        for edit in edits.values():
             for kind, group in edit.by_kind.items():
-                if kind in gates.by_kind:
+                if gates is not None and kind in gates.by_kind:
                     group.places = gates.by_kind[kind].places(group.names)
         self._put(edits, rule, gates)
 

@@ -16,7 +16,6 @@ from grun.data.forget_text import refuse_forget_text, rows_of_records, rows_of_r
 from grun.data.rows import Row
 from grun.data.templates import Template
 from grun.errors import ConfigError
-from grun.method.acting import acted
 from grun.method.actions import ACTIONS, EDIT, Act
 from grun.method.adapter import AdapterConfig, find_adapter
 from grun.method.fingerprint import fingerprint
@@ -296,7 +295,7 @@ class GrunModel(EditedModel):
             return None
         opening = running.openings[self.pooled.block]
         threshold = 0.5 if self.gate_threshold is None else self.gate_threshold
-        return acted(logits, running.sites, opening, threshold, self._act)
+        return running.sites.acted(logits, opening, threshold, self._act)
 
     @contextlib.contextmanager
     def drawing(self, seeds: Sequence[int] | None) -> Iterator[None]:

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from grun.errors import ModelError
+from grun.method.actions import Act
 from grun.method.gate_state import GateState, Read
 from grun.method.pooling import of_blocks, pooled_at, windows_at
 from grun.method.rules import WINDOWS
@@ -68,6 +70,38 @@ class PooledSites(Sites):
         self.features[block, pool] = features
         if asked is None:
             self.summaries[block, pool] = summary
+
+    def acted(self, logits: Tensor, opening: Tensor, threshold: float, act: Act) -> Tensor | None:
+        """Logits after an action in open rows, from the token after the prompt on; None where there are none of those.
+
+        Args:
+            logits: as the model's output embeddings give them, [rows, columns or the last ones of them, vocabulary].
+            opening: gate logit in force, [rows, 1].
+            threshold: probability from which on a gate is open.
+            act: the action.
+
+        Raises:
+            ModelError: the logits are of columns that cannot be told.
+        """
+        assert self.places is not None and self.answered is not None
+        is_open = torch.sigmoid(opening) >= threshold
+        open_places = self.places.masked_fill(~(self.answered & is_open), -1).to(logits.device)
+        kept = self.logits_to_keep
+        if isinstance(kept, Tensor):
+            open_places = open_places[:, kept.to(logits.device)]
+        elif kept:
+            open_places = open_places[:, -kept:]
+        if logits.shape[:2] != open_places.shape:
+            raise ModelError(
+                f"logits of shape {list(logits.shape)} in a pass of {list(self.places.shape)} rows and tokens: which "
+                "of them they belong to is unknown, so a refusal cannot take their place"
+            )
+        chosen = open_places >= 0
+        if not bool(chosen.any()):
+            return None
+        changed = logits.clone()
+        changed[chosen] = act(logits[chosen], open_places[chosen]).to(logits.dtype)
+        return changed
 
     def joined(self, blocks: Sequence[int], pool: str) -> Tensor:
         """Features of several blocks; see `of_blocks`."""

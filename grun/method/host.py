@@ -81,6 +81,7 @@ class EditedModel(nn.Module):
     enabled: bool = True
     """Whether the edits act; False leaves the base as within `disabled()`, for every thread and task."""
     _model: PreTrainedModel
+    _threshold: float | None = None
 
     def __init__(
         self,
@@ -142,6 +143,18 @@ class EditedModel(nn.Module):
     def hf_device_map(self) -> Any:
         """Where the base lies if it lies on several devices; Trainer then moves no edit from its block."""
         return self._model.hf_device_map
+
+    @property
+    def gate_threshold(self) -> float | None:
+        """Gate probability below which, in evaluation mode, an edit is skipped, bit for bit; of a stack in any mode."""
+        return self._threshold
+
+    @gate_threshold.setter
+    def gate_threshold(self, value: float | None) -> None:
+        check_threshold(value)
+        self._threshold = value
+        for edit in self.edit_at().values():
+            edit.threshold = value
 
     @property
     def last_gates(self) -> dict[int, Tensor]:

@@ -22,7 +22,6 @@ from grun.method.fingerprint import fingerprint
 from grun.method.host import (
     EditedModel,
     blocks_to_edit,
-    check_threshold,
     edit_dtype,
     hidden_size_of,
     is_quantized,
@@ -251,18 +250,6 @@ class GrunModel(EditedModel):
     def own_edits(self) -> dict[int, GatedIntervention]:
         """The adapter's edits by block, without those of other requests that are in force with it."""
         return {int(block): edit for block, edit in self.edits.items() if isinstance(edit, GatedIntervention)}
-
-    @property
-    def gate_threshold(self) -> float | None:
-        """Gate probability below which, in evaluation mode, the edit is skipped, bit for bit; saved ones come back."""
-        return self._threshold
-
-    @gate_threshold.setter
-    def gate_threshold(self, value: float | None) -> None:
-        check_threshold(value)
-        self._threshold = value
-        for edit in self.own_edits().values():
-            edit.threshold = value
 
     def keep_threshold(
         self,

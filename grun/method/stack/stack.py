@@ -14,7 +14,7 @@ from grun.data.templates import Template
 from grun.errors import ConfigError, unknown_name
 from grun.method.adapter import AdapterConfig, find_adapter
 from grun.method.fingerprint import fingerprint
-from grun.method.host import EditedModel, blocks_to_edit, check_threshold, edit_dtype, hidden_size_of, is_quantized
+from grun.method.host import EditedModel, blocks_to_edit, edit_dtype, hidden_size_of, is_quantized
 from grun.method.position import Call, PositionRule, attended
 from grun.method.stack.combination import RULES
 from grun.method.stack.folder import StoredRequests
@@ -154,18 +154,6 @@ class GrunStack(EditedModel):
             self._settle({block: edit for block, edit in edits.items() if edit.names})
 
     # -- gates --------------------------------------------------------------------------------------------------------
-
-    @property
-    def gate_threshold(self) -> float | None:
-        """Gate probability below which a request counts as shut and its edit is not computed."""
-        return self._threshold
-
-    @gate_threshold.setter
-    def gate_threshold(self, value: float | None) -> None:
-        check_threshold(value)
-        self._threshold = value
-        for edit in self.edit_at().values():
-            edit.threshold = value
 
     @property
     def last_gates(self) -> dict[int, Tensor]:

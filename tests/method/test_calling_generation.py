@@ -170,7 +170,6 @@ def test_a_state_without_a_length_is_refused_and_not_needed() -> None:
 def test_padding_that_transformers_finds_itself() -> None:
     model = strong(wrapped())
     rows = random_rows([5, 9])
-    by_hand = greedy_by_hand(tiny(), "llama", model.state_dict(), rows, 1)
     for side in ("left", "right"):
         batch = padded(rows, side)
         model.base.generate(batch["input_ids"], pad_token_id=PAD, max_new_tokens=1, do_sample=False)
@@ -178,7 +177,6 @@ def test_padding_that_transformers_finds_itself() -> None:
         model(**batch)
         for block, gates in model.last_gates.items():
             agree(found[block], gates)
-    assert len(by_hand) == 2
 
 
 @torch.no_grad()

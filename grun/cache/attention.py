@@ -16,18 +16,23 @@ from grun.runtime.devices import launches
 
 KeysValues = tuple[Tensor, Tensor]
 """Keys and values of one block."""
-Parts = list[tuple[Any, str]]
-"""Tensors as attributes: of which object, by which name."""
+Parts = list[tuple[dict[str, Any], str]]
+"""Tensors as entries: of which mapping (of an object its `vars`), by which key."""
 CPU = torch.device("cpu")
 ALIGNED = 16
 """Kernels of a GPU copy a mask first whose rows do not begin at a multiple of so many numbers."""
 
 
+def parts_of(owner: object, *names: str) -> Parts:
+    """The attributes of these names that are tensors, and not None."""
+    return [(vars(owner), name) for name in names if getattr(owner, name) is not None]
+
+
 def move(parts: Parts, device: torch.device) -> None:
-    """Bring tensors of the CPU to `device` by one copy, as what they are attributes of keeps them from now on."""
+    """Bring tensors of the CPU to `device` by one copy, as what they are entries of keeps them from now on."""
     if device.type == "cpu" or not parts:
         return
-    tensors = [getattr(owner, name) for owner, name in parts]
+    tensors = [owner[name] for owner, name in parts]
     pieces, starts, end = [], [], 0
     for tensor in tensors:
         piece = tensor.contiguous().flatten().view(torch.uint8)
@@ -37,7 +42,7 @@ def move(parts: Parts, device: torch.device) -> None:
     whole = torch.cat(pieces)
     there = (whole.pin_memory() if device.type == "cuda" else whole).to(device, non_blocking=True)
     for (owner, name), tensor, start in zip(parts, tensors, starts, strict=True):
-        setattr(owner, name, there[start : start + tensor.nbytes].view(tensor.dtype).view(tensor.shape))
+        owner[name] = there[start : start + tensor.nbytes].view(tensor.dtype).view(tensor.shape)
 
 
 class Layout:
@@ -64,7 +69,7 @@ class Layout:
     @property
     def parts(self) -> Parts:
         """What lies on the device."""
-        return [(self, "inside"), (self, "token"), (self, "place"), (self, "row")]
+        return parts_of(self, "inside", "token", "place", "row")
 
     def padded(self, packed: Tensor) -> Tensor:
         """What stands in padding is arbitrary."""
@@ -152,7 +157,7 @@ class Pack:
     @property
     def parts(self) -> Parts:
         """What lies on the device."""
-        own: Parts = [(self, "starts"), (self, "lengths"), (self, "positions")]
+        own = parts_of(self, "starts", "lengths", "positions")
         return own + [part for group in self._groups for part in group.parts]
 
     @functools.cached_property
@@ -219,7 +224,7 @@ class _Group:
     @property
     def parts(self) -> Parts:
         """What lies on the device."""
-        return [(self, "_reach"), *self.layout.parts]
+        return [*parts_of(self, "_reach"), *self.layout.parts]
 
     def attend(
         self, query: Tensor, key: Tensor, value: Tensor, prefix: KeysValues | Tensor | None, scale: float | None,

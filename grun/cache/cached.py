@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from grun.cache.ahead import Ahead, Gathered
 from grun.cache.attention import Pack, move
@@ -60,7 +61,7 @@ class CachedEngine:
         self._whole_rows = self._rule.changes == "every_token"
         if self._rule.changes == "last_prompt":
             packed.backpropagate_starts(first + 1)
-        self._runner = SuffixRunner(packed, first, whole_rows=self._whole_rows)
+        self._runner = SuffixRunner(packed, first)
         self._reference: dict[EncodedRow, Tensor] = {}
         self._untouched: dict[EncodedRow, dict[int, Tensor]] = {}
         self._features_of = features_of or partial(prompt_features, model, pad_id=0)
@@ -90,7 +91,7 @@ class CachedEngine:
             states = self._states(step, edits, hidden, locate, self._pooled(step.rows))
         self._copy_ahead(step)
         if self._reads_head:
-            logprobs = self._runner.logprobs_of(step.asked, states.final, states.pack, lambda: self._known(step))
+            logprobs = self._runner.logprobs(step.asked, states, lambda: self._known(step))
         else:
             logprobs = states.final.new_zeros(step.answer_count)
         outputs = self._outputs(step, logprobs, lambda: states)
@@ -172,7 +173,7 @@ class CachedEngine:
             missing = [row for row in missing if row not in self._reference]
             counts = [len(row.answer_ids) for row in step.rows]
             if missing:
-                logprobs = self._runner.logprobs_of(step.asked, states().final, states().pack, lambda: known)
+                logprobs = self._runner.logprobs(step.asked, states(), lambda: known)
                 self._reference.update(zip(step.rows, logprobs.split(counts), strict=True))
             parts = zip(step.rows, known.split(counts), strict=True)
             known = torch.cat([self._reference.get(row, part) for row, part in parts])
@@ -181,9 +182,9 @@ class CachedEngine:
         if hidden:
             self._keep_untouched(step, frozen, hidden)
             for name, batch in batches.items():
-                kept = [self._untouched[row] for row in batch.encoded]
+                kept, columns = [self._untouched[row] for row in batch.encoded], step.ids[name].shape[1]
                 outputs[name].hidden_states = {
-                    block: torch.stack([_filled_up(row[block], step.ids[name].shape[1]) for row in kept])
+                    block: torch.stack([pad(row[block], (0, 0, 0, columns - len(row[block]))) for row in kept])
                     for block in hidden
                 }
         return outputs
@@ -238,11 +239,6 @@ class CachedEngine:
             )
             for name, of_batch in zip(step.ids, values, strict=True)
         }
-
-
-def _filled_up(states: Tensor, columns: int) -> Tensor:
-    """States [columns of a row, width] followed by zeros: [columns, width]."""
-    return torch.nn.functional.pad(states, (0, 0, 0, columns - len(states)))
 
 
 def _places(pack: Pack, step: Step) -> Tensor:

@@ -93,7 +93,8 @@ def _shards(
         return
     streams = any(lies_elsewhere(block) for block in find_blocks(model.base)[1])
     computed_in = torch.promote_types(model.base.dtype, torch.float32)  # what is stored is what was computed
-    read = _streamed(model, passes, budget) if streams else _each(model, passes)
+    each = (values for piece in passes for values in prompt_features(model, piece, pad_id=0))
+    read = _streamed(model, passes, budget) if streams else each
     found = [one.to("cpu", computed_in).view(-1, one.shape[-1]) for one in read]
     start = 0
     for pieces in by_tokens(passes, len, SHARD_BYTES // max(one.numel() * one.element_size() for one in found)):
@@ -101,10 +102,6 @@ def _shards(
         states = found[start : start + len(rows)]
         yield Shard.without_prompts(rows, torch.cat(states), states[0].new_zeros(0), [len(one) for one in states])
         start += len(rows)
-
-
-def _each(model: GrunModel, passes: Sequence[Sequence[EncodedRow]]) -> list[Tensor]:
-    return [values for piece in passes for values in prompt_features(model, piece, pad_id=0)]
 
 
 @torch.no_grad()

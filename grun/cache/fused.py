@@ -43,8 +43,8 @@ class _Candidate(NamedTuple):
 def fuse(model: nn.Module) -> int:
     """Let norms, MLPs and attentions in `model`, a copy that nothing else uses, launch less; how many do."""
     ways = (
-        partial(_norm_like, _as_it_is),
-        partial(_norm_like, _one_more),
+        partial(_norm_like, 0),
+        partial(_norm_like, 1),
         _gated_like,
         _attention_like,
         _rotating_like,
@@ -73,32 +73,24 @@ def _apart(found: Tensor, wanted: Tensor) -> float:
     return largest(found, wanted) / float(wanted.abs().max()) if found.dtype == wanted.dtype else torch.inf
 
 
-def _norm_like(of_weight: Callable[[Tensor], Tensor], module: Any) -> _Candidate | None:
-    """torch's own norm with a function of the module's weight."""
+def _norm_like(more: int, module: Any) -> _Candidate | None:
+    """torch's own norm with the module's weight and `more`."""
     if not type(module).__name__.endswith("RMSNorm"):
         return None
     weight, eps = getattr(module, "weight", None), getattr(module, "variance_epsilon", getattr(module, "eps", None))
     if not isinstance(weight, Tensor) or weight.dim() != 1 or weight.is_meta or eps is None:
         return None  # on meta it is read from a file when the block runs
     given = _numbers(4, len(weight)).to(weight)
-    forward = partial(_normed, module, of_weight, float(eps))
+    forward = partial(_normed, module, more, float(eps))
     return _Candidate(forward, lambda: {"norm": (forward(given), module(given))})
 
 
-def _normed(module: Any, of_weight: Callable[[Tensor], Tensor], eps: float, hidden: Tensor) -> Tensor:
+def _normed(module: Any, more: int, eps: float, hidden: Tensor) -> Tensor:
     weight: Tensor = module.weight
     if hidden.dtype != weight.dtype:  # as within autocast
         own: Tensor = type(module).forward(module, hidden)
         return own
-    return rms_norm(hidden, weight.shape, of_weight(weight), eps)
-
-
-def _as_it_is(weight: Tensor) -> Tensor:
-    return weight
-
-
-def _one_more(weight: Tensor) -> Tensor:
-    return weight + 1
+    return rms_norm(hidden, weight.shape, weight + more if more else weight, eps)
 
 
 def _rotating_like(module: nn.Module) -> _Candidate | None:

@@ -78,12 +78,14 @@ class _Run:
 class _Stage(nn.Module):
     """Stands for one block in the decoder's list: runs it, or hands the states on."""
 
+    index: int
+    owner: PackedModel
+    device: torch.device
+
     def __init__(self, block: nn.Module, index: int, owner: PackedModel) -> None:
         super().__init__()
         self.block = block
-        object.__setattr__(self, "index", index)
-        object.__setattr__(self, "owner", owner)
-        object.__setattr__(self, "device", device_of(block))
+        self.index, self.owner, self.device = index, owner, device_of(block)
 
     def __getattr__(self, name: str) -> Any:
         """What a decoder asks a block about itself, such as its kind of attention."""
@@ -93,9 +95,7 @@ class _Stage(nn.Module):
             return getattr(super().__getattr__("block"), name)
 
     def forward(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
-        owner: Any = self.owner
-        index: Any = self.index
-        run: _Run = owner.run
+        owner, index, run = self.owner, self.index, self.owner.current
         if run.states is not None and index == min(run.first, owner.depth - 1):
             hidden = run.states.unsqueeze(0)
         output: Any = hidden
@@ -150,7 +150,7 @@ class PackedModel:
             if hasattr(config, "_attn_implementation_internal"):
                 copies[key]._attn_implementation_internal = ATTENTION
         self.depth = len(blocks)
-        self.run = _Run(0, -1, None, {}, {})
+        self.current = _Run(0, -1, None, {}, {})
         self.pack: Pack | None = None
         self.gives_tuple = False
         self._decoder = shared_copy(base.get_submodule(owner), copies)
@@ -197,20 +197,6 @@ class PackedModel:
             if isinstance(module, nn.Linear | Conv1D):
                 module.register_forward_hook(narrow)
 
-    def states(
-        self, pack: Pack, given: Tensor, *, last: int, capture: Collection[int] = (), first: int = 0
-    ) -> dict[int, Tensor]:
-        """Run blocks `first` ... `last`; outputs of the blocks in `capture`, [tokens, width].
-
-        `given`: token ids [tokens], or where `first` is not 0 its input, [tokens, width].
-        """
-        captured: dict[int, Tensor] = dict.fromkeys(capture, torch.empty(0))
-        if first == 0:
-            self._call(_Run(0, last, None, {}, captured), pack, input_ids=given.unsqueeze(0))
-        else:
-            self._call(_Run(first, last, given, {}, captured), pack, inputs_embeds=given.unsqueeze(0))
-        return captured
-
     @property
     def streams(self) -> bool:
         """Whether some blocks lie in files until they are run."""
@@ -237,41 +223,41 @@ class PackedModel:
         size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         return self._dtype.itemsize * (config.hidden_size + 2 * blocks * heads * size)
 
-    def finish(
+    def run(
         self,
         pack: Pack,
-        states: Tensor,
+        given: Tensor,
         *,
-        first: int,
+        first: int = 0,
+        last: int | None = None,
         edits: Mapping[int, Edit] | None = None,
         capture: Collection[int] = (),
     ) -> tuple[Tensor, dict[int, Tensor]]:
-        """Run blocks `first` ... to the end on `states` [tokens, width].
+        """Run blocks `first` ... `last` (None: to the end) on `given`: token ids [tokens], or states [tokens, width].
 
-        Returns the input of the head [tokens, width], and the outputs of the blocks in `capture`, edits included.
+        Returns the input of the head [tokens, width], which means something at the end alone, and the outputs of the
+        blocks in `capture`, edits included.
         """
+        kind, states = ("inputs_embeds", given) if given.is_floating_point() else ("input_ids", None)
         captured: dict[int, Tensor] = dict.fromkeys(capture, torch.empty(0))
-        run = _Run(first, self.depth - 1, states, edits or {}, captured)
-        return self._call(run, pack, inputs_embeds=states.unsqueeze(0)), captured
-
-    def whole(self, pack: Pack, tokens: Tensor) -> Tensor:
-        """Embed `tokens` [tokens] and run all blocks: the input of the head [tokens, width]."""
-        return self._call(_Run(0, self.depth - 1, None, {}, {}), pack, input_ids=tokens.unsqueeze(0))
+        run = _Run(first, self.depth - 1 if last is None else last, states, edits or {}, captured)
+        before, self.current, self.pack = self.current, run, pack
+        try:
+            output = self._decoder(
+                **{kind: given.unsqueeze(0)},
+                position_ids=pack.positions.unsqueeze(0),
+                attention_mask=None,
+                use_cache=False,
+                pack=pack,
+            )
+        finally:
+            self.current, self.pack = before, None
+        return output.last_hidden_state.squeeze(0).to(self.device), captured
 
     def logits(self, hidden: Tensor) -> Tensor:
         """The model's own head: [tokens, width] -> [tokens, vocabulary]."""
         there = hidden if self._head_device is None else hidden.to(self._head_device)
         return self._head(inputs_embeds=there.unsqueeze(0), use_cache=False).logits.squeeze(0).to(hidden.device)
-
-    def _call(self, run: _Run, pack: Pack, **inputs: Any) -> Tensor:
-        before, self.run, self.pack = self.run, run, pack
-        try:
-            output = self._decoder(
-                **inputs, position_ids=pack.positions.unsqueeze(0), attention_mask=None, use_cache=False, pack=pack
-            )
-        finally:
-            self.run, self.pack = before, None
-        return output.last_hidden_state.squeeze(0).to(self.device)
 
 
 _HOOKS = (

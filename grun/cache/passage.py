@@ -39,7 +39,7 @@ class Passage:
         """Run the prompts through `blocks`, the next ones; outputs of those in `capture`, [tokens, width]."""
         self.recorded.clear()
         first, last = blocks[0], blocks[-1]
-        found = self._packed.states(self.pack, self.prompts, first=first, last=last, capture={*capture, last})
+        _, found = self._packed.run(self.pack, self.prompts, first=first, last=last, capture={*capture, last})
         self.prompts = found[last]
         return found
 
@@ -50,7 +50,8 @@ class Passage:
         self._prefix.clear()
         self._prefix.update(_left_padded(self.recorded, self.pack, self._prompt_of))
         first, last = blocks[0], blocks[-1]
-        self.answers = self._packed.states(self._after, self.answers, first=first, last=last, capture=[last])[last]
+        _, found = self._packed.run(self._after, self.answers, first=first, last=last, capture=[last])
+        self.answers = found[last]
         self._prefix.clear()
 
     def _ids(self, parts: Iterable[Sequence[int]]) -> Tensor:

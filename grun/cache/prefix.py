@@ -16,11 +16,12 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+from grun.cache.attention import move
 from grun.cache.packed import PackedModel
 from grun.cache.passage import Passage
 from grun.cache.shard import Shard, grouped
 from grun.cache.store import Share
-from grun.cache.suffix import SuffixRunner
+from grun.cache.suffix import Asked, SuffixRunner
 from grun.data.encoding import EncodedRow
 from grun.errors import DataError
 from grun.method.position import Changes
@@ -128,9 +129,12 @@ class Freezer:
         """What training needs of a shard, in main memory, with the log-probabilities that are wanted."""
         wanted = [i for i, row in enumerate(shard.rows) if self.reaches_one_token or row in reference]
         if wanted:
-            runner = SuffixRunner(self._packed, self._first, whole_rows=self._whole_rows)
+            runner = SuffixRunner(self._packed, self._first)
             rows, frozen = [shard.rows[i] for i in wanted], [shard.row(i) for i in wanted]
-            logprobs = runner.logprobs(rows, frozen, runner.states(frozen, {}))
+            asked = Asked(rows, [len(one.states) for one in frozen], whole_rows=self._whole_rows)
+            move(asked.parts, self._packed.device)
+            known = torch.cat([one.reference for one in frozen]).to(self._packed.device)
+            logprobs = runner.logprobs(asked, runner.states(frozen, {}), lambda: known)
             found = logprobs.split([len(row.answer_ids) for row in rows])
             for row, values in zip(frozen, found, strict=True):
                 row.reference.copy_(values)  # a view of the shard's

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from grun.cache.attention import Parts
+from grun.cache.attention import Parts, parts_of
 from grun.cache.shard import FrozenRow
 from grun.cache.store import FrozenRows
 from grun.data.encoding import EncodedRow
@@ -81,7 +81,7 @@ class Taking:
     @property
     def parts(self) -> Parts:
         """What lies on the device."""
-        return [(self, name) for name in ("_states", "_reference", "_prompts") if getattr(self, name) is not None]
+        return parts_of(self, "_states", "_reference", "_prompts")
 
     def states(self) -> Tensor:
         """States of the rows, [tokens, width]."""

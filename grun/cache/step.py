@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Hashable, Iterable, Mapping
+from collections.abc import Hashable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from grun.cache.attention import Pack, Parts, move
+from grun.cache.attention import Pack, Parts, move, parts_of
 from grun.cache.resident import Resident
 from grun.cache.store import FrozenRows
 from grun.cache.suffix import Asked
@@ -84,8 +83,8 @@ class Step:
         self.answer_count = int(answer.sum())
         flat = torch.arange(self.all_ids.numel()).view(self.all_ids.shape)
         turned = torch.empty_like(flat)  # where each place of a row here stands in the batches one after another
-        for where, start in zip(self.where.values(), _starts(self.where.values()), strict=True):
-            turned[where] = flat[start : start + len(where)]
+        for where, of_batch in zip(self.where.values(), flat.split([*map(len, self.where.values())]), strict=True):
+            turned[where] = of_batch
         self.places = turned[answer]
         """Of each answer token its place in the batches, one after another and flat, [answer tokens]."""
         one_each = [frozen[row] for row in self.rows]
@@ -103,15 +102,10 @@ class Step:
     @property
     def parts(self) -> Parts:
         """What lies on the device."""
-        named: Parts = [(self, "all_ids"), (self, "places")]
-        found = [*named, *self.pack.parts, *self.asked.parts]
-        if self.row_of_token is not None:
-            found.append((self, "row_of_token"))
-        if self.taking is not None:
-            found += self.taking.parts
-        for values in (self.where, self.ids, self.attended, self.answer, self.everything):
-            found += [(_Entry(values, name), "value") for name in values]
-        return found
+        own = parts_of(self, "all_ids", "places", "row_of_token")
+        by_batch = (self.where, self.ids, self.attended, self.answer, self.everything)
+        own += [(values, name) for values in by_batch for name in values]
+        return [*own, *self.pack.parts, *self.asked.parts, *(self.taking.parts if self.taking else ())]
 
     def by_batch(self, values: Mapping[int, Tensor]) -> dict[str, dict[int, Tensor]]:
         """By batch, the rows of `values` [rows, ...] that are its own; empty of no values."""
@@ -130,25 +124,3 @@ class Step:
         if isinstance(frozen, Resident):
             return [row for row in self.rows if row in frozen.without_reference]
         return [row for row in self.rows if bool(frozen[row].reference.isnan().any())]
-
-
-class _Entry:
-    """An entry of a dict as an attribute."""
-
-    def __init__(self, values: dict[str, Tensor], name: str) -> None:
-        self._values, self._name = values, name
-
-    @property
-    def value(self) -> Tensor:
-        found: Tensor = self._values[self._name]
-        return found
-
-    @value.setter
-    def value(self, tensor: Tensor) -> None:
-        self._values[self._name] = tensor
-
-
-def _starts(parts: Iterable[Tensor]) -> list[int]:
-    """Where each part begins when they stand one after another."""
-    ends = list(itertools.accumulate(map(len, parts)))
-    return [0, *ends[:-1]]

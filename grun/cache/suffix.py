@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from grun.cache.ahead import Gathered
-from grun.cache.attention import Layout, Pack, Parts, move
+from grun.cache.attention import Layout, Pack, Parts, parts_of
 from grun.cache.packed import Edit, PackedModel
 from grun.cache.shard import FrozenRow
 from grun.data.encoding import EncodedRow
@@ -46,11 +46,10 @@ class SuffixStates:
 class SuffixRunner:
     """Runs the blocks above the first edited one on the columns that vary."""
 
-    def __init__(self, packed: PackedModel, first_block: int, *, whole_rows: bool = False) -> None:
-        """`first_block` is the one that rows were frozen at, `whole_rows` how; edits sit at that block or above."""
+    def __init__(self, packed: PackedModel, first_block: int) -> None:
+        """`first_block` is the one that rows were frozen at; edits sit there or above."""
         self._packed = packed
         self._first = first_block
-        self._whole_rows = whole_rows
 
     def states(
         self,
@@ -66,7 +65,11 @@ class SuffixRunner:
         are those of `Pack.layout`. `pooled` has the logits of a gate for all edits, [rows, 1], if there is one, by the
         block that it goes by.
         """
-        return self.run(*self._packed_states(frozen), edits, hidden, locate, pooled)
+        device = self._packed.device
+        states, prompts = gathered(frozen)
+        prefix = {} if prompts is None else self.prefix_of(prompts.to(device, non_blocking=True))
+        pack = Pack([len(row.states) for row in frozen], [len(row.prompt) for row in frozen], prefix, device)
+        return self.run(pack, states.to(device, non_blocking=True), edits, hidden, locate, pooled)
 
     def run(
         self,
@@ -88,26 +91,20 @@ class SuffixRunner:
         if self._first in edit_at:
             states = edit_at.pop(self._first)(states)
         above = [block for block in hidden if block > self._first]
-        final, captured = self._packed.finish(pack, states, first=self._first + 1, edits=edit_at, capture=above)
+        final, captured = self._packed.run(pack, states, first=self._first + 1, edits=edit_at, capture=above)
         if self._first in hidden:
             captured[self._first] = states
         return SuffixStates(dict(sorted(gates.items())), pack, final, captured)
 
-    def logprobs(self, rows: Sequence[EncodedRow], frozen: Sequence[FrozenRow], states: SuffixStates) -> Tensor:
-        """Log-probability of every answer token of `rows`, one row after another, in at least float32.
+    def logprobs(self, asked: Asked, states: SuffixStates, reference: Callable[[], Tensor]) -> Tensor:
+        """Log-probability of every answer token, one row after another, in at least float32.
 
-        Where only the first token's can change, the others are as they were.
+        Where only the first token's can change, the others are as the untouched model has them, by `reference`.
         """
-        pack, final = states.pack, states.final
-        asked = Asked(rows, [len(row.states) for row in frozen], whole_rows=self._whole_rows)
-        move(asked.parts, pack.device)
-        known = [row.reference for row in frozen]
-        return self.logprobs_of(asked, final, pack, lambda: torch.cat(known).to(pack.device))
-
-    def logprobs_of(self, asked: Asked, final: Tensor, pack: Pack, reference: Callable[[], Tensor]) -> Tensor:
-        """`logprobs` of rows that are laid out; `reference` gives those of the untouched model."""
+        final = states.final
         if asked.first is not None:
-            changed = token_logprobs(self._packed, final.index_select(0, pack.starts), asked.targets[asked.first])
+            final = final.index_select(0, states.pack.starts)
+            changed = token_logprobs(self._packed, final, asked.targets[asked.first])
             return reference().index_copy(0, asked.first, changed)
         if asked.column is not None:
             final = final.index_select(0, asked.column)
@@ -117,14 +114,6 @@ class SuffixRunner:
         """Prompts [rows, longest, blocks above, 2, heads, head size] as the prefix of a pack."""
         pairs = prompts.permute(2, 3, 0, 4, 1, 5).unbind(0)  # by block [2, rows, heads, longest, head size]
         return {self._first + 1 + number: pair for number, pair in enumerate(pairs)}
-
-    def _packed_states(self, frozen: Sequence[FrozenRow]) -> tuple[Pack, Tensor]:
-        """The rows' states as a pack whose prefix is their prompts."""
-        device = self._packed.device
-        states, prompts = gathered(frozen)
-        prefix = {} if prompts is None else self.prefix_of(prompts.to(device, non_blocking=True))
-        pack = Pack([len(row.states) for row in frozen], [len(row.prompt) for row in frozen], prefix, device)
-        return pack, states.to(device, non_blocking=True)
 
 
 def gathered(frozen: Sequence[FrozenRow], pinned: bool = False) -> Gathered:
@@ -170,7 +159,7 @@ class Asked:
     @property
     def parts(self) -> Parts:
         """What lies on the device."""
-        return [(self, name) for name in ("targets", "first", "column") if getattr(self, name) is not None]
+        return parts_of(self, "targets", "first", "column")
 
 
 @dataclass

@@ -35,7 +35,7 @@ def token_logprobs(packed: PackedModel, batch: Batch) -> Tensor:
         raise DataError("a row has an answer but no token before it; the tokenizer needs a beginning-of-text token")
     lengths = [len(row) for row in batch.encoded]
     pack = Pack(lengths, [0] * len(lengths), {}, batch.labels.device)
-    hidden = packed.whole(pack, batch.input_ids[attended])
+    hidden, _ = packed.run(pack, batch.input_ids[attended])
     before = answer.roll(-1, dims=1)[attended]  # tokens that predict a labeled one
     return at_answers(answer, answer_logprobs(packed.logits(hidden[before]), batch.labels[answer]))
 

@@ -486,13 +486,13 @@ def test_reference_log_probabilities_come_from_the_cache(blocks: list[int], monk
     batch = {"answer": task.data(0).micro_batches[0]["answer"]}
     plain = task.engine.reference(batch)["answer"]
     passes: list[int] = []
-    finish = PackedModel.finish
+    real = PackedModel.run
 
     def counted(self: PackedModel, *arguments: Any, **options: Any) -> Any:
         passes.append(1)
-        return finish(self, *arguments, **options)
+        return real(self, *arguments, **options)
 
-    monkeypatch.setattr(PackedModel, "finish", counted)
+    monkeypatch.setattr(PackedModel, "run", counted)
     found = engine.reference(batch)["answer"]
     assert passes == []
     torch.testing.assert_close(found.answer_logprobs, plain.answer_logprobs, rtol=CLOSE, atol=CLOSE)

@@ -44,7 +44,7 @@ class Launches(TorchDispatchMode):
 def finished(base: Any, first: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
     """Final states of two rows and the gradient of what went into block `first`."""
     states = torch.randn(14, 32, generator=torch.Generator().manual_seed(2)).to(base.dtype).requires_grad_()
-    final, _ = PackedModel(base).finish(Pack([9, 5], [0, 0], {}, CPU), states, first=first)
+    final, _ = PackedModel(base).run(Pack([9, 5], [0, 0], {}, CPU), states, first=first)
     final.square().sum().backward()
     assert states.grad is not None
     return final.detach(), states.grad
@@ -98,7 +98,8 @@ def test_weights_that_are_trained_get_their_gradients(as_on_a_gpu: None) -> None
         if not few:
             for module in packed._decoder.modules():
                 module.__dict__.pop("forward", None)
-        packed.whole(Pack([9, 5], [0, 0], {}, CPU), torch.arange(1, 15)).square().sum().backward()
+        final, _ = packed.run(Pack([9, 5], [0, 0], {}, CPU), torch.arange(1, 15))
+        final.square().sum().backward()
         found.append({name: weight.grad for name, weight in base.named_parameters()})
     for name, wanted in found[1].items():
         assert (wanted is None) == (found[0][name] is None), name

@@ -31,8 +31,8 @@ def run(packed: PackedModel, rows: Sequence[Sequence[int]]) -> list[dict[Any, Te
     """For each row its logits and, by block, its hidden states, from one packed pass in two parts."""
     pack = Pack([len(row) for row in rows], [0] * len(rows), {}, CPU)
     with torch.no_grad():
-        states = packed.states(pack, torch.tensor([token for row in rows for token in row]), last=1, capture=[0, 1])
-        final, above = packed.finish(pack, states[1], first=2, capture=range(2, DEPTH))
+        _, states = packed.run(pack, torch.tensor([token for row in rows for token in row]), last=1, capture=[0, 1])
+        final, above = packed.run(pack, states[1], first=2, capture=range(2, DEPTH))
         found: dict[Any, Tensor] = {"logits": packed.logits(final), **states, **above}
     parts = {name: values.split([len(row) for row in rows]) for name, values in found.items()}
     return [{name: parts[name][index] for name in parts} for index in range(len(rows))]

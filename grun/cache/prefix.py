@@ -82,16 +82,16 @@ class Freezer:
         ordered = sorted(rows, key=lambda row: (len(row.prompt_ids), row.prompt_ids, len(row.answer_ids)))
         passes = by_tokens(ordered, len, tokens_per_pass(self._packed.device))
         wanted = share([piece for piece in passes if missing is None or any(row in missing for row in piece)])
-        made = (shard for together in self._waves(wanted) for shard in self._freeze(together))
+        made = (shard for together in self._waves(wanted) for shard in self._freeze(together, {}))
         return grouped(self._with_reference(shard, reference) for shard in made)
 
-    def freeze(self, rows: Sequence[EncodedRow], of_prompts: dict[int, Tensor] | None = None) -> Shard:
+    def freeze(self, rows: Sequence[EncodedRow], of_prompts: dict[int, Tensor]) -> Shard:
         """One pass over each distinct prompt and one over each answer; references are NaN.
 
         Outputs of the blocks that are keys of `of_prompts` are put there too, un-edited, of distinct prompts one after
         another, [tokens, width]; not where whole rows are frozen.
         """
-        (shard,) = self._freeze([rows], {} if of_prompts is None else of_prompts)
+        (shard,) = self._freeze([rows], of_prompts)
         return shard
 
     def _waves(self, passes: Sequence[list[EncodedRow]]) -> Iterator[Sequence[list[EncodedRow]]]:
@@ -102,9 +102,7 @@ class Freezer:
         return by_tokens(passes, lambda piece: each * sum(map(len, piece)), self._budget)
 
     @torch.no_grad()
-    def _freeze(
-        self, pieces: Sequence[Sequence[EncodedRow]], of_prompts: dict[int, Tensor] | None = None
-    ) -> Iterator[Shard]:
+    def _freeze(self, pieces: Sequence[Sequence[EncodedRow]], of_prompts: dict[int, Tensor]) -> Iterator[Shard]:
         """A shard of each of `pieces`; a block that lies in files is read once for all of them."""
         packed, first = self._packed, self._first
         home = torch.device("cpu") if len(pieces) > 1 else packed.device
@@ -112,7 +110,7 @@ class Freezer:
         for blocks in packed.stretches(first if self._whole_rows else packed.depth - 1, ends=[first]):
             with packed.loaded(blocks):
                 for one in waiting:
-                    one.advance(blocks, {} if of_prompts is None else of_prompts, home)
+                    one.advance(blocks, of_prompts, home)
         while waiting:
             yield waiting.popleft().shard()
 

@@ -20,16 +20,14 @@ from transformers import PreTrainedModel
 from grun.cache.folder import Use
 from grun.cache.packed import HandOn, shared_copy
 from grun.cache.shard import Shard, grouped
-from grun.cache.store import Completed, FrozenRows, PrefixStore, Share, fill
+from grun.cache.store import Completed, FrozenRows, Share, fill, store_of
 from grun.cache.trial import CHECKED_ROWS, tried
-from grun.cache.weights import cache_identity
 from grun.config.checks import bytes_of
 from grun.config.options import UnlearnConfig
 from grun.data.encoding import Batch, EncodedRow, collate
 from grun.errors import ModelError
 from grun.method.parametrization import Engine, StepOutput, at_answers
 from grun.objectives.terms import Reference
-from grun.runtime.files import target
 from grun.training.task import split
 from grun.training.unlearning import UnlearnTask
 from pyvene_custom import find_blocks
@@ -192,27 +190,21 @@ def _kept(
 ) -> tuple[Engine, Completed | None]:
     """An engine that looks `rows` up and runs others as `engine`, and what was computed for it; see `use_reference`."""
     passes = _Passes(task, rows, config, pad_id)
-    head, problem = None, None
-    in_folder = False
-    budget = bytes_of("cache.memory_budget", config.cache.memory_budget)
+    head, problem, on_disk = None, None, False
     if needs in ("all_logits", "hidden"):
         problem = f"the objective reads {'hidden states' if needs == 'hidden' else 'logits at all positions'}"
     elif needs == "logits":
         trial = tried(lambda: Head(base), passes.compared, lambda logits: TOLERANCE.get(logits.dtype, ROUNDED))
         head = trial.fast
         problem = None if head else f"the model's head cannot be run alone: {trial.problem}"
-        in_folder = head is not None and passes.size > budget
-        if in_folder:
+        on_disk = head is not None and passes.size > bytes_of("cache.memory_budget", config.cache.memory_budget)
+        if on_disk:
             problem = _too_large(config, passes.size)
     if problem is not None:
         log.info("reference values are not kept (%s): %s", problem, task.parametrization.keep_reference())
         return engine, None
-    folder = target(str(config.cache.dir), "cache.dir") if in_folder else None
-    computed_in = str(head and head.computed_in)
-    identity = cache_identity(
-        base, config.model.path, folder, CODE, what="states below the head", computed_in=computed_in
-    )
-    store = PrefixStore(folder, identity, memory_budget=budget, use=use)
+    about = {"what": "states below the head", "computed_in": str(head and head.computed_in)}
+    store = store_of(base, config, CODE, use, on_disk=on_disk, **about)
     completed = fill(store, "reference values", passes.rows, lambda missing, share: passes.shards(missing, head, share))
     return ReferencedEngine(engine, store, head), completed
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import zlib
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
@@ -95,13 +94,9 @@ class Shard:
 
     def bytes_of(self, indices: Iterable[int]) -> int:
         """Bytes of some rows and of the prompts that they need."""
-        chosen = list(indices)
-        tokens = sum(self.prompt_tokens[prompt] for prompt in {self.prompt_of[index] for index in chosen})
-        return (
-            sum(self.columns[index] for index in chosen) * _entry_bytes(self.states)
-            + sum(len(self.rows[index].answer_ids) for index in chosen) * _entry_bytes(self.reference)
-            + tokens * _entry_bytes(self.prompts)
-        )
+        rows = {index: self.row(index) for index in indices}
+        prompts = {self.prompt_of[index]: row.prompt.nbytes for index, row in rows.items()}
+        return sum(row.states.nbytes + row.reference.nbytes for row in rows.values()) + sum(prompts.values())
 
     def prompt_checksum(self, prompt: int) -> int:
         """CRC-32 of a distinct prompt's type, shape and bytes."""
@@ -147,10 +142,6 @@ def _slices(lengths: Iterable[int]) -> list[slice]:
 
 def _copy(tensor: Tensor, slices: Sequence[slice]) -> Tensor:
     return torch.cat([tensor[one] for one in slices]) if slices else tensor[:0].clone()
-
-
-def _entry_bytes(tensor: Tensor) -> int:
-    return tensor.element_size() * math.prod(tensor.shape[1:])
 
 
 def _crc(tensor: Tensor, start: int = 0) -> int:

@@ -241,10 +241,16 @@ FrozenRows = Mapping[EncodedRow, FrozenRow] | PrefixStore
 
 
 def store_of(
-    base: PreTrainedModel, config: UnlearnConfig, code: Sequence[str], use: Use | None, **more: Any
+    base: PreTrainedModel,
+    config: UnlearnConfig,
+    code: Sequence[str],
+    use: Use | None,
+    *,
+    on_disk: bool = True,
+    **more: Any,
 ) -> PrefixStore:
-    """Store in `cache.dir`, within `cache.memory_budget`, of values that `code` and `more` tell."""
-    folder = None if config.cache.dir is None else target(config.cache.dir, "cache.dir")
+    """Store in `cache.dir` (if `on_disk`), within `cache.memory_budget`, of values that `code` and `more` tell."""
+    folder = target(config.cache.dir, "cache.dir") if on_disk and config.cache.dir is not None else None
     identity = cache_identity(base, config.model.path, folder, code, **more)
     budget = bytes_of("cache.memory_budget", config.cache.memory_budget)
     return PrefixStore(folder, identity, memory_budget=budget, use=use)

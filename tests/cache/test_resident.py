@@ -68,14 +68,14 @@ def test_rows_stay_where_they_are_if_the_device_has_no_room(monkeypatch: pytest.
 
 
 def test_many_tensors_of_any_type_are_moved_as_they_are() -> None:
-    class Owner:
-        values = torch.tensor([1.5, -2.0])
-        mask = torch.tensor([[True, False, True]])
-        numbers = torch.arange(6).view(2, 3).T
-        none = torch.empty(0, 3)
-
-    parts = [(Owner, name) for name in ("mask", "values", "numbers", "none")]
-    before = [(getattr(*part).shape, getattr(*part).dtype) for part in parts]
+    owner = {
+        "values": torch.tensor([1.5, -2.0]),
+        "mask": torch.tensor([[True, False, True]]),
+        "numbers": torch.arange(6).view(2, 3).T,
+        "none": torch.empty(0, 3),
+    }
+    parts = [(owner, name) for name in ("mask", "values", "numbers", "none")]
+    before = [(owner[name].shape, owner[name].dtype) for _, name in parts]
     move(parts, torch.device("meta"))
-    assert [getattr(*part).device.type for part in parts] == ["meta"] * 4
-    assert [(getattr(*part).shape, getattr(*part).dtype) for part in parts] == before
+    assert [owner[name].device.type for _, name in parts] == ["meta"] * 4
+    assert [(owner[name].shape, owner[name].dtype) for _, name in parts] == before

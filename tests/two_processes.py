@@ -160,10 +160,10 @@ def sharded() -> dict[str, Any]:
             optimizer.step()
         found[f"norms {step}"] = [float(gradient_norm(model)) for model in models]
         state = sharding.whole_state(parts)
-        of_optimizer = sharding.whole_optimizer_state(parts, optimizers[1])
+        of_optimizer = sharding.whole_state(parts, optimizers[1])
         sharding.take_state(parts, {name: value + 1 for name, value in state.items()})  # lose it, and take it back
         sharding.take_state(parts, state)
-        sharding.take_optimizer_state(parts, optimizers[1], of_optimizer)
+        sharding.take_state(parts, of_optimizer, optimizers[1])
     state = sharding.whole_state(parts)
     sharding.put_back(parts, state)
     found["holds"] = len(state)

@@ -15,7 +15,8 @@ from grun.loading.changed_tensors import put_changed
 from grun.loading.hashing import adapter_hash
 from grun.loading.models import load_base
 from grun.method import guardrail
-from grun.method.adapter import STACK
+from grun.method.adapter import STACK, WEIGHTS_FILE, check_finite, find_adapter, peft_type
+from grun.method.fingerprint import fingerprint
 from grun.runtime.reading import in_one_line
 
 if TYPE_CHECKING:
@@ -59,9 +60,6 @@ def load_model(config: ModelConfig, adapter: str | None, *, strict: bool, gate_t
         ConfigError, ModelError: see `load_base`.
         AdapterError: the adapter is missing, damaged, or does not fit the base.
     """
-    from grun.method.adapter import find_adapter, peft_type
-    from grun.method.fingerprint import fingerprint
-
     folder = None if adapter is None else find_adapter(adapter)
     kind = "" if folder is None else peft_type(folder)  # before minutes of loading
     base, tokenizer, template = load_base(config)
@@ -107,8 +105,6 @@ def _put_on(base: PreTrainedModel, folder: Path) -> PreTrainedModel:
     """
     from peft import PeftConfig, PeftModel, get_peft_model_state_dict
     from safetensors import safe_open
-
-    from grun.method.adapter import WEIGHTS_FILE, check_finite
 
     try:
         config = PeftConfig.from_pretrained(str(folder))

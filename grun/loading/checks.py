@@ -44,7 +44,6 @@ def check(config: Any) -> None:
 
 
 def _check_unlearn(config: UnlearnConfig) -> None:
-
     method = config.method
     one_of("parametrization", method.parametrization, tuple(PARAMETRIZATIONS.names()))
     one_of("gate", method.gate, tuple(GATES.names()))
@@ -161,7 +160,6 @@ def objective_of(config: UnlearnConfig) -> Objective:
 
 
 def _check_template(name_or_text: str) -> None:
-
     if "{" not in name_or_text:
         one_of("template", name_or_text, ("auto", *TEMPLATES.names()))
     elif name_or_text.count(PLACE) != 1:

@@ -105,10 +105,14 @@ def load_streamed(config: ModelConfig, source: str, files: Mapping[str, str]) ->
     from accelerate import init_empty_weights
     from accelerate.hooks import AlignDevicesHook, add_hook_to_module
     from accelerate.utils import OffloadedWeightsLoader, PrefixedDataset, set_module_tensor_to_device
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM
 
     device = pick_device(config.device)
-    about = _config_of(config, source)
+    about = AutoConfig.from_pretrained(source, revision=config.revision, trust_remote_code=config.trust_remote_code)
+    if getattr(about, "quantization_config", None) is not None:
+        raise ModelError(
+            f"{source} holds quantized weights, whose blocks cannot stay in their files: set cache.build=whole"
+        )
     with init_empty_weights(include_buffers=False):
         model: Any = AutoModelForCausalLM.from_config(
             about,
@@ -163,17 +167,6 @@ def load_blocks(model: PreTrainedModel, first: int) -> None:
             set_module_tensor_to_device(block, name, hook.execution_device, value=value.clone() if on_cpu else value)
         placed: Any = model.hf_device_map
         placed.pop(f"{path}.{number}", None)
-
-
-def _config_of(config: ModelConfig, source: str) -> Any:
-    from transformers import AutoConfig
-
-    about = AutoConfig.from_pretrained(source, revision=config.revision, trust_remote_code=config.trust_remote_code)
-    if getattr(about, "quantization_config", None) is not None:
-        raise ModelError(
-            f"{source} holds quantized weights, whose blocks cannot stay in their files: set cache.build=whole"
-        )
-    return about
 
 
 def _check_names(model: Any, files: Mapping[str, str], source: str) -> None:

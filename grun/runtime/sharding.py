@@ -7,7 +7,6 @@ whole, so that a run goes on with another number of processes, or without shardi
 from __future__ import annotations
 
 import os
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from grun.errors import ConfigError
@@ -16,10 +15,6 @@ from grun.runtime import processes
 if TYPE_CHECKING:
     from torch import Tensor, nn
     from torch.optim import Optimizer
-
-
-_WHOLE: dict[str, Any] = {"full_state_dict": True, "cpu_offload": True}
-_FROM_FIRST: dict[str, Any] = {"full_state_dict": True, "broadcast_from_rank0": True}
 
 
 def asked_for() -> bool:
@@ -42,34 +37,31 @@ def check_possible(*, looks: bool, needs_reference: bool) -> None:
         )
 
 
-def whole_state(model: nn.Module) -> dict[str, Tensor]:
-    """All parameters and buffers of a model after `fully_shard`, on the CPU of the first process; elsewhere none."""
-    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+def whole_state(model: nn.Module, optimizer: Optimizer | None = None) -> dict[str, Any]:
+    """All parameters and buffers of a model after `fully_shard`, on the CPU of the first process; elsewhere none.
 
-    found: dict[str, Any] = get_model_state_dict(model, options=StateDictOptions(**_WHOLE))
+    With `optimizer` its state instead, by name of the parameter.
+    """
+    from torch.distributed.checkpoint import state_dict as of
+
+    options = of.StateDictOptions(full_state_dict=True, cpu_offload=True)
+    found: dict[str, Any] = (
+        of.get_model_state_dict(model, options=options)
+        if optimizer is None
+        else of.get_optimizer_state_dict(model, optimizer, options=options)
+    )
     return found if processes.is_first() else {}
 
 
-def whole_optimizer_state(model: nn.Module, optimizer: Optimizer) -> dict[str, Any]:
-    """The state of an optimizer of such a model by name of the parameter, in the first process; elsewhere nothing."""
-    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict
+def take_state(model: nn.Module, state: dict[str, Any], optimizer: Optimizer | None = None) -> None:
+    """Put what `whole_state` gave, which the first process brings, into a model that is cut, or its optimizer."""
+    from torch.distributed.checkpoint import state_dict as of
 
-    found: dict[str, Any] = get_optimizer_state_dict(model, optimizer, options=StateDictOptions(**_WHOLE))
-    return found if processes.is_first() else {}
-
-
-def take_state(model: nn.Module, state: dict[str, Any]) -> None:
-    """Put what `whole_state` gave, which the first process brings, into a model that is cut."""
-    from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
-
-    set_model_state_dict(model, state, options=StateDictOptions(**_FROM_FIRST, strict=False))  # tied ones have one name
-
-
-def take_optimizer_state(model: nn.Module, optimizer: Optimizer, state: dict[str, Any]) -> None:
-    """The same for `whole_optimizer_state`."""
-    from torch.distributed.checkpoint.state_dict import StateDictOptions, set_optimizer_state_dict
-
-    set_optimizer_state_dict(model, optimizer, state, options=StateDictOptions(**_FROM_FIRST))
+    options = of.StateDictOptions(full_state_dict=True, broadcast_from_rank0=True, strict=optimizer is not None)
+    if optimizer is None:
+        of.set_model_state_dict(model, state, options=options)  # tied ones have one name, so not strict
+    else:
+        of.set_optimizer_state_dict(model, optimizer, state, options=options)
 
 
 def put_back(module: nn.Module, state: dict[str, Tensor]) -> None:
@@ -85,10 +77,3 @@ def put_back(module: nn.Module, state: dict[str, Tensor]) -> None:
         if id(parameter) not in made:
             made[id(parameter)] = nn.Parameter(state[name], requires_grad=parameter.requires_grad)
         setattr(module.get_submodule(owner), leaf, made[id(parameter)])
-
-
-def write_trained(state: dict[str, Tensor], module: nn.Module, file: Path) -> None:
-    """Write the parameters among `state` as a checkpoint's file, each once."""
-    from safetensors.torch import save_file
-
-    save_file({name: state[name].contiguous() for name, _ in module.named_parameters()}, file)

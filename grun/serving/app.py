@@ -51,8 +51,8 @@ def make_app(served: Served, engine: Engine, metrics: Metrics, config: ServeConf
         watch.cancel()
         await asyncio.to_thread(engine.stop)
 
-    app = FastAPI(lifespan=running, openapi_url=None)  # its documentation page loads scripts from elsewhere
-    _add_errors(app)
+    # Its documentation page loads scripts from elsewhere.
+    app = FastAPI(lifespan=running, openapi_url=None, exception_handlers=_error_handlers())
     _add_open_routes(app, metrics)
     _add_api(app, served, engine, config)
     _add_owners(app, served, config)
@@ -73,7 +73,7 @@ async def _watch(served: Served, metrics: Metrics) -> None:
         await asyncio.sleep(LOOK)
 
 
-def _add_errors(app: FastAPI) -> None:
+def _error_handlers() -> dict[Any, Any]:
     async def refused(request: Request, error: Any) -> Response:
         return JSONResponse(error.body(), error.status, error.headers())
 
@@ -90,13 +90,7 @@ def _add_errors(app: FastAPI) -> None:
     async def bug(request: Request, error: Any) -> Response:
         return await refused(request, Refused(500, "the server failed; see its log"))
 
-    for kind, handler in (
-        (Refused, refused),
-        (RequestValidationError, malformed),
-        (HTTPException, other),
-        (Exception, bug),
-    ):
-        app.add_exception_handler(kind, handler)
+    return {Refused: refused, RequestValidationError: malformed, HTTPException: other, Exception: bug}
 
 
 def _add_open_routes(app: FastAPI, metrics: Metrics) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 from prometheus_client import (
     CollectorRegistry,
     Counter,
@@ -21,24 +23,18 @@ class Metrics:
     def __init__(self) -> None:
         disable_created_metrics()  # a second number beside each, which few read
         self.registry = CollectorRegistry()
-        self.requests = Counter(
-            "grun_http_requests", "HTTP requests, by route and status", ["route", "status"], registry=self.registry
-        )
-        self.running = Gauge("grun_answers_running", "Answers that are computed now", registry=self.registry)
-        self.waiting = Gauge("grun_answers_waiting", "Answers that wait for a place", registry=self.registry)
-        self.prompt_tokens = Counter("grun_prompt_tokens", "Tokens of prompts that were run", registry=self.registry)
-        self.answer_tokens = Counter("grun_answer_tokens", "Tokens of answers", registry=self.registry)
-        self.first = Histogram(
-            "grun_first_token_seconds", "From a request to its first token", buckets=SECONDS, registry=self.registry
-        )
-        self.whole = Histogram(
-            "grun_answer_seconds", "From a request to the end of its answer", buckets=SECONDS, registry=self.registry
-        )
-        self.in_force = Gauge("grun_requests_in_force", "Requests to forget whose edits act", registry=self.registry)
-        self.reloads = Counter("grun_store_reloads", "Times that the store was read anew", registry=self.registry)
-        self.failed = Counter(
-            "grun_store_reload_failures", "Times that it could not be, and the former stayed", registry=self.registry
-        )
+        counter, gauge = partial(Counter, registry=self.registry), partial(Gauge, registry=self.registry)
+        histogram = partial(Histogram, buckets=SECONDS, registry=self.registry)
+        self.requests = counter("grun_http_requests", "HTTP requests, by route and status", ["route", "status"])
+        self.running = gauge("grun_answers_running", "Answers that are computed now")
+        self.waiting = gauge("grun_answers_waiting", "Answers that wait for a place")
+        self.prompt_tokens = counter("grun_prompt_tokens", "Tokens of prompts that were run")
+        self.answer_tokens = counter("grun_answer_tokens", "Tokens of answers")
+        self.first = histogram("grun_first_token_seconds", "From a request to its first token")
+        self.whole = histogram("grun_answer_seconds", "From a request to the end of its answer")
+        self.in_force = gauge("grun_requests_in_force", "Requests to forget whose edits act")
+        self.reloads = counter("grun_store_reloads", "Times that the store was read anew")
+        self.failed = counter("grun_store_reload_failures", "Times that it could not be, and the former stayed")
 
     def text(self) -> bytes:
         """All of them."""

@@ -268,7 +268,7 @@ class StepTrainer(Trainer):
                 remove(old)
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
-        from safetensors.torch import save_model
+        from safetensors.torch import save_file, save_model
 
         assert output_dir is not None
         state = self._whole_state() if self.is_fsdp_enabled else {}
@@ -276,7 +276,8 @@ class StepTrainer(Trainer):
             return
         make_folder(Path(output_dir))
         if state:
-            sharding.write_trained(state, self._task.module, Path(output_dir) / TRAINED_FILE)
+            own = {name: state[name].contiguous() for name, _ in self._task.module.named_parameters()}  # each once
+            save_file(own, os.path.join(output_dir, TRAINED_FILE))
         elif not self._is_cut:  # DeepSpeed writes weights and optimizer by its own means
             save_model(self._task.module, os.path.join(output_dir, TRAINED_FILE))
         write_text(Path(output_dir) / TASK_FILE, json.dumps(self._task.state()))
@@ -290,7 +291,7 @@ class StepTrainer(Trainer):
             super()._save_optimizer_and_scheduler(output_dir)
             return
         assert self.optimizer is not None and self.lr_scheduler is not None
-        state = sharding.whole_optimizer_state(self.model_wrapped, self.optimizer)
+        state = sharding.whole_state(self.model_wrapped, self.optimizer)
         if self.args.should_save:
             torch.save(state, os.path.join(output_dir, "optimizer.pt"))
             torch.save(self.lr_scheduler.state_dict(), os.path.join(output_dir, "scheduler.pt"))
@@ -302,7 +303,7 @@ class StepTrainer(Trainer):
         assert self.optimizer is not None and self.lr_scheduler is not None
         file = os.path.join(checkpoint, "optimizer.pt")
         state = torch.load(file, map_location="cpu", weights_only=True) if processes.is_first() else {}
-        sharding.take_optimizer_state(self.model_wrapped, self.optimizer, state)
+        sharding.take_state(self.model_wrapped, state, self.optimizer)
         self.lr_scheduler.load_state_dict(torch.load(os.path.join(checkpoint, "scheduler.pt"), weights_only=True))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:

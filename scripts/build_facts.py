@@ -62,32 +62,17 @@ SPELLED = {("HUN", "es"): "Hungría"}
 WITH_ARTICLE = {"NLD", "PHL", "USA", "GBR", "CZE"}
 """Countries that have "the" before them in running text."""
 
-ALIASES = {
-    "CZE": ["Czechia"],
-    "GBR": ["Great Britain", "Britain"],
-    "NLD": ["Holland"],
-    "PRK": ["DPRK"],
-    "TUR": ["Türkiye", "Turkiye"],
-    "USA": ["USA", "U.S."],
-    "VNM": ["Viet Nam"],
-}
+ALIASES = table("""
+CZE: Czechia; GBR: Great Britain, Britain; NLD: Holland; PRK: DPRK; TUR: Türkiye, Turkiye; USA: USA, U.S.;
+VNM: Viet Nam
+""")
 """Other names in use. Not taken from countryinfo, whose spellings hold native and wrong ones (Island, Thai, Mexicanos).
 None stands in a common word or in another name, as "US" does in Russia and "UK" in Ukraine."""
 
-SPELLINGS = {
-    "Beijing": ["Peking"],
-    "Bern": ["Berne"],
-    "Bogota": ["Bogotá"],
-    "Brasilia": ["Brasília"],
-    "San Jose": ["San José"],
-    "Hanoi": ["Ha Noi"],
-    "Kathmandu": ["Katmandu"],
-    "Kyiv": ["Kiev"],
-    "New Delhi": ["Delhi"],
-    "Phnom Penh": ["Phnom-Penh"],
-    "Reykjavik": ["Reykjavík"],
-    "Tehran": ["Teheran"],
-}
+SPELLINGS = table("""
+Beijing: Peking; Bern: Berne; Bogota: Bogotá; Brasilia: Brasília; San Jose: San José; Hanoi: Ha Noi;
+Kathmandu: Katmandu; Kyiv: Kiev; New Delhi: Delhi; Phnom Penh: Phnom-Penh; Reykjavik: Reykjavík; Tehran: Teheran
+""")
 """Further spellings of a capital that are right."""
 
 CAPITALS = {
@@ -98,15 +83,9 @@ CAPITALS = {
 }
 """Capital that is right or better found, and why countryinfo's is not."""
 
-ALSO_ON = {
-    "ARM": ["Europe"],
-    "AZE": ["Europe"],
-    "EGY": ["Asia"],
-    "IDN": ["Oceania"],
-    "NZL": ["Australasia", "Zealandia"],
-    "RUS": ["Asia"],
-    "TUR": ["Europe"],
-}
+ALSO_ON = table("""
+ARM: Europe; AZE: Europe; EGY: Asia; IDN: Oceania; NZL: Australasia, Zealandia; RUS: Asia; TUR: Europe
+""")
 """Further continents that are right, beside the one that is commonly taught."""
 
 REGIONS = {
@@ -411,8 +390,7 @@ def elements(wheels: Path) -> list[dict[str, Any]]:
 def element_questions(wheels: Path) -> list[tuple[str, str, list[str]]]:
     """Questions on them, with their kind and what is right."""
     found = []
-    for one in elements(wheels):
-        number, symbol, name = one["number"], one["symbol"], one["name"]
+    for number, symbol, name in ((one["number"], one["symbol"], one["name"]) for one in elements(wheels)):
         found.append(("element", f"Which chemical element has the symbol {symbol}?", [name]))
         found.append(("element number", f"Which chemical element has the atomic number {number}?", [name]))
         found.append(("element number", f"What is the atomic number of {name.lower()}?", [str(number)]))

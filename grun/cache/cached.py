@@ -89,7 +89,9 @@ class CachedEngine:
         with self._model.drawing(step.seeds), bases_at_once(edit.edit for edit in self.edits.values()):
             locate = None if self._rule.changes == "last_prompt" else partial(self._located, step)
             states = self._states(step, edits, hidden, locate, self._pooled(step.rows))
-        self._copy_ahead(step)
+        coming = self._coming.get(step.key)
+        if coming is not None and coming.taking is None and self._packed.device.type != "cpu":
+            self._ahead.start(coming.key, self._gathering(coming))
         if self._reads_head:
             logprobs = self._runner.logprobs(step.asked, states, lambda: self._known(step))
         else:
@@ -121,12 +123,6 @@ class CachedEngine:
 
     def _gathering(self, step: Step) -> Callable[[bool], Gathered]:
         return lambda pinned: gathered([self._frozen[row] for row in step.rows], pinned)
-
-    def _copy_ahead(self, step: Step) -> None:
-        """Begin to copy the rows of the step after `step`, where there are any to copy."""
-        coming = self._coming.get(step.key)
-        if coming is not None and coming.taking is None and self._packed.device.type != "cpu":
-            self._ahead.start(coming.key, self._gathering(coming))
 
     def _known(self, step: Step) -> Tensor:
         """References of a step's rows that are in the cache, [answer tokens]."""

@@ -218,7 +218,12 @@ def _of_profile(
         if "design" not in given and not _takes_pooled(chosen, flatten(OmegaConf.to_container(given), known)):
             chosen.design = section["design"] = "published"
         layers += _narrower(narrower, chosen, str(name))
-        _refuse_missing_design(design, narrower["designs"], str(name))
+        one_of("design", design, DESIGNS)
+        if design != "published" and design not in narrower["designs"]:
+            raise ConfigError(
+                f"profile {name} has no settings for design={design}; take one that has (demo, llama3.1), or add "
+                "`base: designs` to yours"
+            )
     return [Layer(f"profile {name}" if name else f"design={design}", flatten(layer, known)) for layer in layers]
 
 
@@ -318,13 +323,3 @@ def _narrower(sections: dict[str, Any], chosen: Any, profile: str) -> list[dict[
     of_design = named(sections["designs"], chosen.design, list(DESIGNS), "design")
     within_design = named(of_design.pop("objectives", None) or {}, chosen.objective, OBJECTIVES.names(), "objective")
     return [of_objective, of_method, within, of_design, within_design]
-
-
-def _refuse_missing_design(design: str, designs: dict[str, Any], profile: str) -> None:
-    """ConfigError for a design that is asked for and that the profile has no settings of."""
-    one_of("design", design, DESIGNS)
-    if design != "published" and design not in designs:
-        raise ConfigError(
-            f"profile {profile} has no settings for design={design}; take one that has (demo, llama3.1), or "
-            "add `base: designs` to yours"
-        )

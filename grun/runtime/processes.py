@@ -81,7 +81,11 @@ def connected() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        if count() == 1 or not (LOST.search(str(error)) or _is_of_torch(error)):
+        if count() == 1:
+            raise
+        import torch.distributed
+
+        if not (LOST.search(str(error)) or isinstance(error, torch.distributed.DistError)):
             raise
         raise RunError(
             "another process of this run ended or cannot be reached (its own message says why, if it left one); the "
@@ -118,12 +122,6 @@ def _disconnect() -> None:
 
     with contextlib.suppress(Exception):  # the program ends anyway
         torch.distributed.destroy_process_group()
-
-
-def _is_of_torch(error: BaseException) -> bool:
-    import torch.distributed
-
-    return isinstance(error, torch.distributed.DistError)
 
 
 def gathered(value: T) -> list[T]:

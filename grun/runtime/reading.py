@@ -121,26 +121,24 @@ def parse_json(text: str, where: str, error: type[GrunError] = DataError, *, fin
     return value
 
 
-def read_json(
-    path: Path, error: type[GrunError] = DamagedFile, *, expect: type | None = None, finite: bool = False
-) -> Any:
+def read_json(path: Path, error: type[GrunError] = DamagedFile, *, expect: type | None = None) -> Any:
     """Value of a JSON file; `expect` dict or list refuses anything else. What is not there is a FileNotFoundError.
 
     As of `parse_json`, but that files of ours may hold NaN, which a diverged run gives.
     """
-    value = parse_json(decode(path.read_bytes(), str(path), error), str(path), error, finite=finite)
+    value = parse_json(decode(path.read_bytes(), str(path), error), str(path), error, finite=False)
     if expect is not None and not isinstance(value, expect):
         raise error(f"{path}: expected {_KINDS[expect]}, found {kind_of(value)}; {AGAIN}")
     return value
 
 
-def read_json_lines(path: Path, kind: Any, error: type[GrunError] = DamagedFile) -> Iterator[tuple[str, Any]]:
+def read_json_lines(path: Path, kind: Any) -> Iterator[tuple[str, Any]]:
     """Value of each line of a file of ours, of the type `kind`, after the words that name it; empty ones aside."""
     # Not splitlines(): generated text may hold other line separators, which JSON leaves as they are.
-    for number, line in enumerate(read_text(path, error).split("\n"), start=1):
+    for number, line in enumerate(read_text(path, DamagedFile).split("\n"), start=1):
         if line:
             where = f"{path}, line {number}"
-            yield where, typed(kind, parse_json(line, where, error, finite=False), where, error)
+            yield where, typed(kind, parse_json(line, where, DamagedFile, finite=False), where)
 
 
 def parse_yaml(text: str, where: str) -> Any:

@@ -55,21 +55,19 @@ class Share(TypedDict, total=False):
     subjects: "dict[str, Share]"
 
 
-class Asked(TypedDict, total=False):
-    """Questions put in one way, or sentences to complete."""
-
-    format: Required[str]
-    order: Required[str]
-    suffix: Required[str]
-    gate: Gate
-    roles: dict[str, Share]
-
-
 class Completed(TypedDict, total=False):
     """Sentences to complete."""
 
     gate: Gate
     roles: dict[str, Share]
+
+
+class Asked(Completed, total=False):
+    """Questions put in one way."""
+
+    format: Required[str]
+    order: Required[str]
+    suffix: Required[str]
 
 
 class Identity(TypedDict, total=False):

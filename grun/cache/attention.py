@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import groupby
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -43,6 +43,17 @@ def move(parts: Parts, device: torch.device) -> None:
     there = (whole.pin_memory() if device.type == "cuda" else whole).to(device, non_blocking=True)
     for (owner, name), tensor, start in zip(parts, tensors, starts, strict=True):
         owner[name] = there[start : start + tensor.nbytes].view(tensor.dtype).view(tensor.shape)
+
+
+class How(NamedTuple):
+    """How a block attends."""
+
+    scale: float | None
+    """What products of queries and keys are multiplied by; None: 1 / sqrt(size)."""
+    window: int | None
+    """How many tokens each sees, itself and those before it; None: all."""
+    softcap: float | None
+    """Largest absolute score, approached by tanh; None: any."""
 
 
 class Layout:
@@ -165,38 +176,31 @@ class Pack:
         """Of all rows."""
         return self._groups[0].layout if len(self._groups) == 1 else Layout(self._count, self.device)
 
-    def attend(
-        self, block: int, query: Tensor, key: Tensor, value: Tensor, scale: float | None, window: int | None,
-        softcap: float | None,
-    ) -> Tensor:  # fmt: skip
+    def attend(self, block: int, query: Tensor, key: Tensor, value: Tensor, how: How) -> Tensor:
         """Attention of each row to its prefix and to itself: query [heads, tokens, size] -> [tokens, heads, size]."""
         if not self._is_even:
             joined = torch.cat((query, key, value)).transpose(0, 1)
-            return self.attend_joined(block, joined, len(query), scale, window, softcap)
+            return self.attend_joined(block, joined, len(query), how)
         if self.record is not None:
             self.record[block] = (key, value)
         prefix = self.prefix.get(block)
         pieces = zip(*(part.transpose(0, 1).split(self._sizes) for part in (query, key, value)), strict=True)
         parts = [
-            group.attend(of_query, of_key, of_value, prefix, scale, window, softcap)
+            group.attend(of_query, of_key, of_value, prefix, how)
             for group, (of_query, of_key, of_value) in zip(self._groups, pieces, strict=True)
         ]
         return torch.cat(parts) if len(parts) > 1 else parts[0]
 
-    def attend_joined(
-        self, block: int, joined: Tensor, heads: int, scale: float | None, window: int | None, softcap: float | None
-    ) -> Tensor:
+    def attend_joined(self, block: int, joined: Tensor, heads: int, how: How) -> Tensor:
         """The same of `heads` queries, then all keys, then all values of each token: [tokens, their sum, size]."""
         if self.record is not None:
             turned = joined[:, heads:].transpose(0, 1)
             self.record[block] = (turned[: len(turned) // 2], turned[len(turned) // 2 :])
         prefix = self.prefix.get(block)
         if len(self._groups) == 1:
-            return self._groups[0].attend_joined(joined, heads, prefix, scale, window, softcap)
+            return self._groups[0].attend_joined(joined, heads, prefix, how)
         pieces = zip(self._groups, joined.split(self._sizes), strict=True)
-        return torch.cat([
-            group.attend_joined(piece, heads, prefix, scale, window, softcap) for group, piece in pieces
-        ])  # fmt: skip
+        return torch.cat([group.attend_joined(piece, heads, prefix, how) for group, piece in pieces])
 
 
 def _groups(lengths: Sequence[int], together: bool) -> Iterator[slice]:
@@ -226,10 +230,7 @@ class _Group:
         """What lies on the device."""
         return [*parts_of(self, "_reach"), *self.layout.parts]
 
-    def attend(
-        self, query: Tensor, key: Tensor, value: Tensor, prefix: KeysValues | Tensor | None, scale: float | None,
-        window: int | None, softcap: float | None,
-    ) -> Tensor:  # fmt: skip
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, prefix: KeysValues | Tensor | None, how: How) -> Tensor:
         """Rows of one length, from and to [tokens, heads, size]; `prefix` of the whole pack."""
         query = self.layout.padded(query)
         key, value = (self.layout.padded(part).transpose(1, 2) for part in (key, value))
@@ -241,14 +242,11 @@ class _Group:
         # Heads that share keys are longer rows of one: keys and values are not repeated.
         sharing = query.shape[2] // key.shape[1]
         query = query.unflatten(2, (-1, sharing)).permute(0, 2, 3, 1, 4).flatten(2, 3)
-        out = self._attended(query, key, value, sharing, scale, window, softcap)
+        out = self._attended(query, key, value, sharing, how)
         out = out.unflatten(2, (sharing, -1)).permute(0, 3, 1, 2, 4).flatten(2, 3)  # [rows, longest, heads, size]
         return self.layout.packed(out)
 
-    def attend_joined(
-        self, joined: Tensor, heads: int, prefix: KeysValues | Tensor | None, scale: float | None, window: int | None,
-        softcap: float | None,
-    ) -> Tensor:  # fmt: skip
+    def attend_joined(self, joined: Tensor, heads: int, prefix: KeysValues | Tensor | None, how: How) -> Tensor:
         """Rows of any length, [tokens, heads + all keys and values, size] -> [tokens, heads, size]."""
         earlier = None
         if prefix is not None and self._before:
@@ -256,7 +254,7 @@ class _Group:
             earlier = pair[:, self._rows, :, -self._before :].transpose(2, 3)
         places = self._places_of(joined.shape[1], heads, 0 if earlier is None else self._before)
         query, key, value = Spread.apply(joined, places, earlier)
-        out = self._attended(query, key, value, places.sharing, scale, window, softcap)
+        out = self._attended(query, key, value, places.sharing, how)
         found: Tensor = Collected.apply(out, places)
         return found
 
@@ -268,16 +266,13 @@ class _Group:
             )
         return self._places[every, heads, before]
 
-    def _attended(
-        self, query: Tensor, key: Tensor, value: Tensor, sharing: int, scale: float | None, window: int | None,
-        softcap: float | None,
-    ) -> Tensor:  # fmt: skip
+    def _attended(self, query: Tensor, key: Tensor, value: Tensor, sharing: int, how: How) -> Tensor:
         """Query [rows, key heads, sharing * longest, size] -> the same shape."""
-        mask = self._mask(window, query.dtype, sharing)
-        if softcap is None:
-            return scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale)
-        scores = query @ key.mT * (query.shape[-1] ** -0.5 if scale is None else scale)
-        scores = torch.tanh(scores / softcap) * softcap + mask
+        mask = self._mask(how.window, query.dtype, sharing)
+        if how.softcap is None:
+            return scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=how.scale)
+        scores = query @ key.mT * (query.shape[-1] ** -0.5 if how.scale is None else how.scale)
+        scores = torch.tanh(scores / how.softcap) * how.softcap + mask
         wide = torch.promote_types(scores.dtype, torch.float32)
         return torch.softmax(scores, dim=-1, dtype=wide).to(value.dtype) @ value
 

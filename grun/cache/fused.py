@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import rms_norm, silu
 
+from grun.cache.attention import How
 from grun.cache.trial import largest, tried
 
 ROTATE = "apply_rotary_pos_emb"
@@ -217,17 +218,17 @@ class _Told:
     """A pack that keeps what its attention is called with, and gives the queries back."""
 
     starts_alone = False
-    found: tuple[Tensor, int, Any]
-    """Queries, keys and values [tokens, all heads, size], heads of queries, what else is told."""
+    found: tuple[Tensor, How]
+    """Queries, keys and values [tokens, all heads, size]."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
 
-    def attend(self, block: int, query: Tensor, key: Tensor, value: Tensor, *more: Any) -> Tensor:
-        return self.attend_joined(block, torch.cat((query, key, value)).transpose(0, 1), len(query), *more)
+    def attend(self, block: int, query: Tensor, key: Tensor, value: Tensor, how: How) -> Tensor:
+        return self.attend_joined(block, torch.cat((query, key, value)).transpose(0, 1), len(query), how)
 
-    def attend_joined(self, block: int, joined: Tensor, heads: int, *more: Any) -> Tensor:
-        self.found = (joined, heads, more)
+    def attend_joined(self, block: int, joined: Tensor, heads: int, how: How) -> Tensor:
+        self.found = (joined, how)
         return joined[:, :heads]
 
 
@@ -242,7 +243,7 @@ def _attention_like(module: Any) -> _Candidate | None:
     turns = tuple(torch.cat((part, part), dim=-1).to(weight) for part in (angles.cos(), angles.sin()))
     own, new = _Told(weight.device), _Told(weight.device)
     wanted, _ = module(hidden, position_embeddings=turns, attention_mask=None, pack=own)
-    forward = partial(_attended, module, _taken(_rotating_like, module), own.found[2])
+    forward = partial(_attended, module, _taken(_rotating_like, module), own.found[1])
 
     def pairs() -> dict[str, tuple[Tensor, Tensor]]:
         found, _ = forward(hidden, turns, pack=new)
@@ -252,10 +253,10 @@ def _attention_like(module: Any) -> _Candidate | None:
 
 
 def _attended(
-    module: Any, own: Callable[..., Any] | None, told: Any, hidden_states: Tensor, position_embeddings: Any = None,
+    module: Any, own: Callable[..., Any] | None, how: How, hidden_states: Tensor, position_embeddings: Any = None,
     *more: Any, pack: Any, **named: Any,
 ) -> Any:  # fmt: skip
-    """`module`'s forward, which tells attention `told`; `own` is taken where something is trained or cached here."""
+    """`module`'s forward, which attends as `how` says; `own` is taken where something is trained or cached here."""
     layers = [getattr(module, name) for name in LINEAR]
     if named.get("past_key_values") is not None or not _are_frozen(layers, hidden_states):
         named = {"position_embeddings": position_embeddings, "pack": pack, **named}
@@ -266,7 +267,7 @@ def _attended(
     turns = [part.squeeze(0).unsqueeze(1) for part in position_embeddings]  # [tokens, 1, size]
     joined = _Joined.apply(hidden_states.squeeze(0), *turns, starts, layers, module.head_dim)
     heads = layers[0].out_features // module.head_dim
-    out = pack.attend_joined(module.layer_idx, joined.to(home), heads, *told).to(here)
+    out = pack.attend_joined(module.layer_idx, joined.to(home), heads, how).to(here)
     return module.o_proj(out.flatten(1).unsqueeze(0)), None
 
 

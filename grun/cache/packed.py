@@ -25,7 +25,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttenti
 from transformers.modeling_utils import AttentionInterface
 from transformers.pytorch_utils import Conv1D
 
-from grun.cache.attention import Pack
+from grun.cache.attention import How, Pack
 from grun.cache.fused import fuse
 from grun.errors import ModelError
 from grun.runtime.devices import device_of, input_device, launches, lies_elsewhere, loaded
@@ -58,7 +58,7 @@ def _attend(
     home, here = pack.device, query.device
     # Gradients of squeeze, unlike those of [0], cost nothing.
     query, key, value = (part.squeeze(0).to(home) for part in (query, key, value))
-    out = pack.attend(block, query, key, value, scaling, sliding_window, softcap)
+    out = pack.attend(block, query, key, value, How(scaling, sliding_window, softcap))
     return out.to(here).unsqueeze(0), None
 
 

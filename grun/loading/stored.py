@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from grun.config.values import flatten
 from grun.data import templates
 from grun.data.templates import Template
 from grun.errors import ConfigError
@@ -25,7 +26,7 @@ TAUGHT = (
     *("allow_overlap", "columns", "demo", "lore", "countries", "text.jsonl", "text.min_characters"),
 )
 """Options of `data` that decide which rows a model was fine-tuned on; `FORGOTTEN` adds those of unlearning."""
-SECTIONS = ("demo", "lore", "countries", "text")
+SECTIONS = ("demo.", "lore.", "countries.", "text.")
 FORGOTTEN = (*TAUGHT, "heldout", "validation")
 
 
@@ -146,9 +147,7 @@ def _stored(what: str, options: dict[str, Any], run: Mapping[str, Any], names: S
     data = config.get("data") if isinstance(config, dict) else None
     rows: dict[str, Any] = {}
     if isinstance(data, dict):
-        nested = {key: value for key, value in data.items() if key in SECTIONS and isinstance(value, dict)}
-        flat = {f"{key}.{part}": value for key in nested for part, value in nested[key].items()}
-        flat |= {key: value for key, value in data.items() if key not in nested}
+        flat = flatten(data, SECTIONS)
         rows = {f"data.{key}": value for key, value in flat.items() if {key, key.partition(".")[0]} & set(names)}
     profile = run.get("profile")
     return Stored(what, options, rows, profile if isinstance(profile, str) else None)

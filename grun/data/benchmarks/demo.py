@@ -74,9 +74,9 @@ def load(config: DataConfig) -> Corpus:
         name="demo",
         forget=groups["forget"],
         subjects=[
-            Subject(
-                () if demo.naming == "descriptions" else tuple(aliases(row.extra["person"], "person", [])), "person"
-            )
+            Subject((), "person")
+            if demo.naming == "descriptions"
+            else Subject(tuple(aliases(name := row.extra["person"], "person", [])), "person", (name,))
             for row in groups["forget"]
         ],
         retain=groups["retain"],

@@ -191,9 +191,7 @@ class RequestStore(StoredRequests):
             for other in beside:
                 self.manifest.request(other)
             changed = dataclasses.replace(self.manifest, base=self._base_of(adapter))
-            names = itertools.chain([request_id], (f"{request_id}@{number}" for number in itertools.count(2)))
-            folders = (self.folder / "requests" / name for name in names)
-            folder = next(path for path in folders if not os.path.lexists(path))
+            folder = self._new_folder(request_id)
             with writing(self.folder):
                 copy_files(adapter, folder, text=forget_rows if store_text else None)
             salt, whole = self.manifest.salt, hash_rows(forget_rows)
@@ -326,6 +324,12 @@ class RequestStore(StoredRequests):
                 "keep a store for each base"
             )
         return base
+
+    def _new_folder(self, request_id: str) -> Path:
+        """A folder that is not there yet."""
+        parent = self.folder / "requests"
+        names = itertools.chain([request_id], (f"{request_id}@{number}" for number in itertools.count(2)))
+        return next(parent / name for name in names if not os.path.lexists(parent / name))
 
     def _clear_leftovers(self) -> None:
         """Delete what killed processes left, adapters that are no longer there, and trainings that are done."""

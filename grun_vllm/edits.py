@@ -17,7 +17,8 @@ from grun.method.actions import ACTIONS, EDIT
 from grun.method.pooling import features, joined, of_blocks, parts, windows_at
 from grun.method.rules import POOLS, WINDOWS
 from grun.method.stack.combination import edit_weights
-from grun.method.stack.group import Acting, GateGroup, Group, Grouped, Kind, enough, grouped, starting
+from grun.method.stack.gates import starting
+from grun.method.stack.group import Acting, GateGroup, Group, Grouped, Kind, enough, grouped
 from grun_vllm.adapters import InForce
 from grun_vllm.memory import PagedMemory, Turns
 from grun_vllm.runs import Join, Runs, accumulated, gone_on, runs_of

@@ -16,6 +16,11 @@ SLICE = 2**20
 """Numbers that wide gates' inner layers may hold at once (4 MiB in float32): few enough for a processor's cache."""
 
 
+def starting(weights: Mapping[str, Tensor], start: str) -> dict[str, Tensor]:
+    """Tensors whose names start so, by what follows."""
+    return {name.removeprefix(start): values for name, values in weights.items() if name.startswith(start)}
+
+
 class OneByOne(nn.Module):
     """Gates of any kind, computed one after another."""
 
@@ -59,8 +64,7 @@ class WindowByWindow(nn.Module):
     def append(self, states: Sequence[Mapping[str, Tensor]], like: Tensor) -> None:
         """As `OneByOne.append`."""
         for part, start in ((self._window, "window."), (self._follow_up, "follow_up.")):
-            own = [{name.removeprefix(start): one[name] for name in one if name.startswith(start)} for one in states]
-            part.append(own, like)
+            part.append([starting(one, start) for one in states], like)
 
     def keep(self, places: Sequence[int]) -> None:
         """As `OneByOne.keep`."""

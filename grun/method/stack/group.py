@@ -20,7 +20,7 @@ from grun.method.gate import KEYWORDS, make_gate
 from grun.method.gating import Gate
 from grun.method.precision import float32_by_default
 from grun.method.rules import POOLS
-from grun.method.stack.gates import LayerByLayer, OneByOne, WindowByWindow
+from grun.method.stack.gates import LayerByLayer, OneByOne, WindowByWindow, starting
 
 
 class Kind(NamedTuple):
@@ -121,7 +121,7 @@ class Group(nn.Module):
             new = torch.stack(tensors)
             self.register_buffer(name, torch.cat((self.get_buffer(name), new)) if self.names else new, persistent=False)
         if self.gates is not None:
-            self.gates.append(gates_of(weights), like)
+            self.gates.append([starting(one, "gate.") for one in weights], like)
         self.names += names
 
     def remove(self, name: str) -> None:
@@ -156,11 +156,6 @@ class Group(nn.Module):
             change[acting.tokens] += found
 
 
-def gates_of(weights: Sequence[Mapping[str, Tensor]]) -> list[dict[str, Tensor]]:
-    """The gates' own tensors of several requests."""
-    return [{name.removeprefix("gate."): one[name] for name in one if name.startswith("gate.")} for one in weights]
-
-
 class GateGroup(nn.Module):
     """Gates of the requests of one kind; weights that nothing trains."""
 
@@ -172,7 +167,7 @@ class GateGroup(nn.Module):
 
     def append(self, names: Sequence[str], weights: Sequence[Mapping[str, Tensor]], like: Tensor) -> None:
         """As `Group.append`; `weights` of each are named as in the state of a `PooledGate`."""
-        self.gates.append(gates_of(weights), like)
+        self.gates.append([starting(one, "gate.") for one in weights], like)
         self.names += names
 
     def remove(self, name: str) -> None:
@@ -244,8 +239,3 @@ def grouped(
             "gate_reset); a stack takes pooled gates of one kind of turns"
         )
     return found
-
-
-def starting(weights: Mapping[str, Tensor], start: str) -> dict[str, Tensor]:
-    """Tensors whose names start so, by what follows."""
-    return {name.removeprefix(start): values for name, values in weights.items() if name.startswith(start)}

@@ -161,10 +161,14 @@ def agree(got: Tensor, wanted: Tensor) -> None:
     torch.testing.assert_close(got.double(), wanted.double(), atol=5e-5, rtol=1e-5)
 
 
+def prompts_of(rows: list[list[int]], side: str = "left") -> dict[str, Tensor]:
+    """Ids and mask of padded rows, as `generate` takes them."""
+    batch = padded(rows, side)
+    return {name: batch[name] for name in ("input_ids", "attention_mask")}
+
+
 def generated(model: GrunModel, prompts: list[list[int]], **options: Any) -> tuple[Tensor, Tensor]:
     """New tokens [rows, 6] and their logits [rows, 6, vocabulary]."""
-    batch = padded(prompts, "left")
-    del batch["position_ids"]
     more: dict[str, Any] = {"do_sample": False, "return_dict_in_generate": True, "output_logits": True, **options}
-    answer = model.generate(**batch, max_new_tokens=6, pad_token_id=PAD, eos_token_id=None, **more)
+    answer = model.generate(**prompts_of(prompts), max_new_tokens=6, pad_token_id=PAD, eos_token_id=None, **more)
     return answer.sequences[:, -6:], torch.stack(answer.logits, dim=1)

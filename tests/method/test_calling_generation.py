@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from edited_models import BLOCKS, PUBLISHED, agree, generated, member, stacked, strong, whole_pass, wrapped
+from edited_models import BLOCKS, PUBLISHED, agree, generated, member, prompts_of, stacked, strong, whole_pass, wrapped
 from tiny import PAD, RULES, formula, greedy_by_hand, padded, random_rows, tiny
 from torch import Tensor, nn
 from transformers import (
@@ -31,12 +31,6 @@ ALL_RULES = [PUBLISHED, *RULES]
 STEPS = 6
 """As `generated` takes."""
 SHAPE = "-".join
-
-
-def batch_of(rows: list[list[int]]) -> dict[str, Tensor]:
-    """Ids and mask of rows padded on the left."""
-    batch = padded(rows, "left")
-    return {name: batch[name] for name in ("input_ids", "attention_mask")}
 
 
 def agree_with_whole_passes(
@@ -216,7 +210,7 @@ def operations(model: PreTrainedModel) -> list[list[str]]:
 
     model.__dict__["prepare_inputs_for_generation"] = next_pass
     with Recorded() as recorded, torch.no_grad():
-        model.generate(**batch_of(random_rows([6, 6], seed=1)), max_new_tokens=4, do_sample=False)
+        model.generate(**prompts_of(random_rows([6, 6], seed=1)), max_new_tokens=4, do_sample=False)
     return [recorded.names[start:end] for start, end in zip(starts, [*starts[1:], None], strict=True)]
 
 
@@ -259,7 +253,7 @@ def test_edits_within_and_around_peft() -> None:
         output = called(**batch)
         model(**batch)
         gates = model.last_gates
-        called.generate(**batch_of(rows), max_new_tokens=1, do_sample=False)
+        called.generate(**prompts_of(rows), max_new_tokens=1, do_sample=False)
         for block in gates:
             agree(model.last_gates[block], gates[block])
         found, _ = generated(called, rows)
@@ -289,7 +283,7 @@ def test_virtual_tokens_before_the_prompt_move_no_edit(kind: str) -> None:
         return model
 
     def check(model: GrunModel, called: Any) -> None:
-        batch = batch_of(rows)
+        batch = prompts_of(rows)
         called(**batch)
         gates = model.last_gates
         assert [gate.shape for gate in gates.values()] == [(2, 1)] * 2

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from edited_models import prompts_of, strong
 from tiny import DEPTH, FAMILIES, PAD, blocks_of, greedy_by_hand, padded, plain_hooks, random_rows, tiny
 from torch import Tensor, nn
 from transformers import DynamicCache, GenerationConfig
@@ -23,15 +24,7 @@ LENGTHS = [5, 11, 7]
 
 def wrapped(family: str = "llama", **options: Any) -> GrunModel:
     torch.manual_seed(1)
-    model = GrunModel.wrap(tiny(family), **{"blocks": BLOCKS, "rank": 4, **options}).eval()
-    for edit in model.edits.values():  # strong enough to change greedy tokens
-        nn.init.normal_(edit.edit.source.weight, std=3.0)
-    return model
-
-
-def prompts_of(rows: list[list[int]], side: str = "left") -> dict[str, Tensor]:
-    batch = padded(rows, side)
-    return {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]}
+    return strong(GrunModel.wrap(tiny(family), **{"blocks": BLOCKS, "rank": 4, **options}).eval())
 
 
 def new_tokens(sequences: Tensor, batch: dict[str, Tensor]) -> list[list[int]]:

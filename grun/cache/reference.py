@@ -198,8 +198,10 @@ def _kept(
         head = trial.fast
         problem = None if head else f"the model's head cannot be run alone: {trial.problem}"
         on_disk = head is not None and passes.size > bytes_of("cache.memory_budget", config.cache.memory_budget)
-        if on_disk:
-            problem = _too_large(config, passes.size)
+        lacks_folder = config.cache.dir is None
+        if on_disk and (lacks_folder or passes.size > bytes_of("cache.disk_budget", config.cache.disk_budget)):
+            limit = "and cache.dir=null" if lacks_folder else "and than cache.disk_budget"
+            problem = f"they take {passes.size / 1e9:.2f} GB, more than cache.memory_budget {limit}"
     if problem is not None:
         log.info("reference values are not kept (%s): %s", problem, task.parametrization.keep_reference())
         return engine, None
@@ -243,14 +245,3 @@ class _Passes:
 
     def _run(self, rows: Sequence[EncodedRow]) -> StepOutput:
         return self._parametrization.run(collate(rows, self._pad_id).to(self._device))
-
-
-def _too_large(config: UnlearnConfig, size: int) -> str | None:
-    """Why states of `size` bytes, too many for memory, are not written to disk; None where they are."""
-    if config.cache.dir is None:
-        limit = "and cache.dir=null"
-    elif size > bytes_of("cache.disk_budget", config.cache.disk_budget):
-        limit = "and than cache.disk_budget"
-    else:
-        return None
-    return f"they take {size / 1e9:.2f} GB, more than cache.memory_budget {limit}"

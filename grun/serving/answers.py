@@ -16,7 +16,7 @@ from fastapi.responses import JSONResponse, Response, StreamingResponse
 
 from grun.config.options import ServeConfig
 from grun.loading.models import context_length
-from grun.serving.bodies import ChatBody, CompletionBody
+from grun.serving.bodies import ChatBody, CompletionBody, Grun
 from grun.serving.edition import Served
 from grun.serving.engine import Ask, Engine, Piece
 from grun.serving.prompts import chat_ids, text_ids
@@ -38,7 +38,7 @@ class Answers:
     async def to(self, body: ChatBody | CompletionBody, request: Request) -> Response:
         """The response to a request, whole or as a stream; an answer that nobody waits for any more is given up."""
         self._served.refuse_other(body.model)
-        if not body.grun.is_default() and request.state.who != "owner":
+        if body.grun != Grun() and request.state.who != "owner":
             raise Refused(403, "the field grun is for the owner's key", "grun")
         async with self._encoding:
             prompts = await asyncio.to_thread(self._encoded, body)

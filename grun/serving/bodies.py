@@ -65,10 +65,6 @@ class Grun(Body):
     off: Annotated[list[Name], Field(max_length=10_000)] = []
     """Requests whose edits are off for this answer."""
 
-    def is_default(self) -> bool:
-        """Whether nothing is asked that an owner alone may ask."""
-        return not self.gates and self.edits and not self.off
-
 
 class Asking(Body):
     """Fields that both requests share."""

@@ -189,7 +189,7 @@ def test_a_name_is_enough_where_nobody_names_a_design(folder: Path) -> None:
     assert main([*own, "data.subject_kind=place"]) == 0
     values = json.loads((folder / "default" / "run.json").read_text())
     assert (values["config"]["design"], values["gate_fit"]["sources"]["retain_rows"]) == ("pooled", 0)
-    assert values["config"]["data"]["gate_copies"] == ["lower_case", "upper_case", "typos", "spelled"]
+    assert values["config"]["data"]["gate_copies"] == ["lower_case", "upper_case", "typos", "spelled", "code"]
 
 
 def test_other_prompts_are_another_run_and_a_store_takes_a_subject(

@@ -75,8 +75,12 @@ def register_operator() -> None:
     from vllm.utils.torch_utils import direct_register_custom_op
 
     if not hasattr(torch.ops.vllm, "grun_edit"):
-        fake: Any = lambda hidden, residual, block: None  # noqa: E731
-        direct_register_custom_op("grun_edit", grun_edit, mutates_args=["hidden", "residual"], fake_impl=fake)
+        direct_register_custom_op(
+            "grun_edit",
+            grun_edit,
+            mutates_args=["hidden", "residual"],
+            fake_impl=lambda hidden, residual, block: None,
+        )
 
 
 def hook(block: int) -> Any:

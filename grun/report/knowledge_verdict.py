@@ -73,11 +73,8 @@ def _forgets(case: Case) -> tuple[str, bool | None]:
     if known is not None and known.value <= level + NEAR + EXACT:
         return "no verdict: the model before was at chance on forget itself", None
     if not _at_chance(now, level, choice(target, way, "forget")):
-        fell = known.value - now.value if known else 0.0
         below = " to below chance, so it still knows which option is right" if now.value < level else ""
-        if fell >= LOWERED - EXACT:
-            return f"partly forgets: multiple choice lowered by {100 * fell:.0f} points{below}", False
-        return "does not forget", False
+        return _lowered("multiple choice", known, now, below), False
     never = after_suffixes(target, way)
     still = [
         f'multiple choice {shown(suffixed.value)} after "{suffix.strip()}"'
@@ -101,10 +98,15 @@ def _completes(case: Case) -> tuple[str, bool | None]:
         return "no verdict: of forget, neither multiple choice nor cloze was asked", None
     if completed.value <= _allowed(case):
         return "completes as if never taught; whether removed or hidden is open, multiple choice was not asked", None
-    fell = known.value - completed.value if known else 0.0
-    if fell >= LOWERED - EXACT:
-        return f"partly forgets: cloze lowered by {100 * fell:.0f} points", False
-    return "does not forget", False
+    return _lowered("cloze", known, completed), False
+
+
+def _lowered(what: str, known: Number | None, now: Number, more: str = "") -> str:
+    """What is said of a measure that is still too high, by how far it fell."""
+    fell = known.value - now.value if known else 0.0
+    if fell < LOWERED - EXACT:
+        return "does not forget"
+    return f"partly forgets: {what} lowered by {100 * fell:.0f} points{more}"
 
 
 def _allowed(case: Case) -> float:

@@ -223,25 +223,21 @@ def fit_gate(
     assert model.pooled is not None
     gate, started = model.pooled.gate, time.monotonic()
     sides = Sides.of(forget, retain)
-    read = Windows.of_turns(features_of(sides.rows))
-    second = None
+    # Read whether or not the gate is kept: processes read together, and one of them makes it.
+    features = features_of(sides.rows)
+    second = []
     if turns is not None and turns[0].rows:
-        second = [(side, Windows.of_turns(features_of(side.rows)).whole()) for side in turns]
+        second = [(side, features_of(side.rows)) for side in turns]
 
     def make() -> dict[str, Any]:
-        follow_ups = _follow_ups(read.whole(), sides.units, second) if isinstance(gate, WindowsGate) else None
-        some = read
+        read = Windows.of_turns(features)
+        follow_ups = _record(_follow_ups(read.whole(), sides.units, second)) if isinstance(gate, WindowsGate) else None
         if method.gate in BY_MEANS:  # as the gate does before its linear layer
-            some = replace(read, values=rms_norm(read.values, read.values.shape[1:], eps=1e-6))
-        line, result = fit_line(some, sides, method.false_positives, method.gate)
-        return {
-            "line": _record(line),
-            "follow_ups": None if follow_ups is None else _record(follow_ups),
-            "result": asdict(result),
-        }
+            read = replace(read, values=rms_norm(read.values, read.values.shape[1:], eps=1e-6))
+        line, result = fit_line(read, sides, method.false_positives, method.gate)
+        return {"line": _record(line), "follow_ups": follow_ups, "result": asdict(result)}
 
-    told = [method.gate, method.false_positives, sides, [side for side, _ in second or ()]]
-    made = keep(told, make)
+    made = keep([method.gate, method.false_positives, sides, [side for side, _ in second]], make)
     if isinstance(gate, WindowsGate):
         _put(made["follow_ups"], gate.follow_up[-1])
     result = GateFit(**made["result"])
@@ -263,11 +259,12 @@ def fit_gate(
     return result
 
 
-def _follow_ups(asked: Tensor, units: Sequence[str], turns: Sequence[tuple[Prompts, Tensor]] | None) -> Line:
+def _follow_ups(asked: Tensor, units: Sequence[str], turns: Sequence[tuple[Prompts, Sequence[Tensor]]]) -> Line:
     """What tells turns that only ask for an answer from others, among them those whose features are `asked`."""
-    if turns is None:
+    if not turns:
         return Line(torch.zeros_like(asked[0]), -NEVER)
-    (sought, follow_ups), (passed, others) = turns
+    sought, passed = (side for side, _ in turns)
+    follow_ups, others = (Windows.of_turns(features).whole() for _, features in turns)
     some = evenly_spaced(range(len(asked)), len(follow_ups) + len(others))
     features = torch.cat((follow_ups, others, asked[list(some)]))
     target = torch.arange(len(features)) < len(follow_ups)
